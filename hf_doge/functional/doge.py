@@ -1,0 +1,162 @@
+"""
+Domain reweighting with generalization estimation (DoGE), https://huggingface.co/papers/2310.15393.
+
+Shapes: K = training domains, M = target domains, P = flattened parameters.
+
+One step of the paper's Algorithm 1 (universal) and 2 (out-of-domain) is three of these functions in a row:
+
+    scores  = generalization_scores(train_grads, target_grads)              # W_j = <g_j, sum_m G_m>
+    weights = update_domain_weights(weights, scores, learning_rate=lr, mu=mu)
+    mean    = update_running_mean(mean, weights, num_updates)
+
+The authors' code also clips each domain's gradient, divides the scores by the mean gradient norm and clips them; those
+are `clip_scale`, `normalize_scores` and `clamp_scores`, each an option of its own here.
+
+`mu` means three different things in the authors' repositories, so a value cannot be carried from one to another:
+
+1. the paper, and `update_domain_weights` here: the step is `learning_rate * score / mu`, on unnormalised scores;
+2. their DoGE code: the same step, on scores divided by the mean train-gradient norm and clipped to [0, 5];
+3. their later GRAPE code: the step is `mu * score`, without a learning rate, so a *larger* mu is faster.
+"""
+
+import torch
+from torch import Tensor
+
+NORMALIZATIONS = ("none", "mean_norm", "cosine")
+
+
+def generalization_scores(train_grads: Tensor, target_grads: Tensor, target_weights: Tensor | None = None) -> Tensor:
+    """
+    Estimate how much a step on each training domain lowers the summed loss of the target domains.
+
+    `W_j = <g_j, sum_m v_m G_m>`, the generalization estimation of the paper, with `v_m = 1` there. In the universal
+    setting the targets are the training domains themselves (`target_grads = train_grads`), self term included.
+
+    Args:
+        train_grads (`torch.Tensor` of shape `(num_train_domains, num_params)`):
+            Gradient of the mean token loss of each training domain.
+        target_grads (`torch.Tensor` of shape `(num_target_domains, num_params)`):
+            Same, for each target domain.
+        target_weights (`torch.Tensor` of shape `(num_target_domains,)`, *optional*):
+            How much each target counts. Ours: the paper weighs all targets 1.
+
+    Returns:
+        `torch.Tensor` of shape `(num_train_domains,)`: one inner product per training domain.
+    """
+    if target_weights is None:
+        target_grad = target_grads.sum(dim=0)
+    else:
+        target_grad = target_weights @ target_grads
+    return train_grads @ target_grad  # (K, P) @ (P,) -> (K,)
+
+
+def clip_scale(norms: Tensor, max_norm: float) -> Tensor:
+    """
+    The factor that clips a gradient of each given norm to `max_norm`, as `torch.nn.utils.clip_grad_norm_` does.
+
+    Args:
+        norms (`torch.Tensor`): Gradient norms, any shape, `>= 0`.
+        max_norm (`float`): Largest norm allowed, `> 0`.
+
+    Returns:
+        `torch.Tensor` of the shape of `norms`: `min(1, max_norm / (norm + 1e-6))`.
+    """
+    return (max_norm / (norms + 1e-6)).clamp(max=1.0)
+
+
+def normalize_scores(scores: Tensor, train_norms: Tensor, target_norm: Tensor, *, normalization: str) -> Tensor:
+    """
+    Take gradient length out of the scores. Not in the paper, whose scores are the plain inner products (`"none"`).
+
+    Args:
+        scores (`torch.Tensor` of shape `(num_train_domains,)`):
+            Inner products from [`generalization_scores`].
+        train_norms (`torch.Tensor` of shape `(num_train_domains,)`):
+            Norm of each training domain's gradient.
+        target_norm (`torch.Tensor` of shape `()`):
+            Norm of the summed target gradient.
+        normalization (`str`):
+            `"none"`, `"mean_norm"` (divide by the mean of `train_norms` plus 1e-6, as the authors' code does: the score
+            stays linear in the target gradient), or `"cosine"` (divide each score by both norms: values in [-1, 1]).
+
+    Returns:
+        `torch.Tensor` of shape `(num_train_domains,)`.
+    """
+    if normalization == "none":
+        return scores
+    if normalization == "mean_norm":
+        return scores / (train_norms.mean() + 1e-6)
+    if normalization == "cosine":
+        norms = train_norms * target_norm
+        return torch.where(norms > 0, scores / norms, torch.zeros_like(scores))  # no direction, no alignment
+    raise ValueError(f"`normalization` must be one of {list(NORMALIZATIONS)}, but got {normalization!r}.")
+
+
+def clamp_scores(scores: Tensor, *, score_min: float | None = None, score_max: float | None = None) -> Tensor:
+    """
+    Bound the scores from below and above; `None` leaves that side open. The authors' code uses [0, 5], so that a
+    domain whose gradient opposes the target is never lowered by its own score, only not raised. The paper has no bound.
+    """
+    if score_min is None and score_max is None:
+        return scores
+    return scores.clamp(min=score_min, max=score_max)
+
+
+def update_domain_weights(
+    weights: Tensor,
+    scores: Tensor,
+    *,
+    learning_rate: float,
+    mu: float,
+    smoothing: float = 0.0,
+    present: Tensor | None = None,
+) -> Tensor:
+    """
+    One mirror-descent step of the domain weights on the simplex.
+
+    `alpha_t = argmin_alpha -eta_t <W, alpha> + mu KL(alpha || alpha_{t-1})`, that is
+    `alpha_t,j` proportional to `alpha_{t-1},j * exp(eta_t W_j / mu)` (the paper's update).
+
+    Two departures from the paper, both off by default: `smoothing` mixes the result with the uniform weights, as the
+    authors' code can; a domain that is not `present` keeps its share exactly, and the others divide the rest.
+
+    Args:
+        weights (`torch.Tensor` of shape `(num_train_domains,)`):
+            Current weights, `>= 0`, summing to 1. A weight of 0 stays 0 unless `smoothing` is positive.
+        scores (`torch.Tensor` of shape `(num_train_domains,)`):
+            Generalization estimation of each domain. Entries of absent domains are not read.
+        learning_rate (`float`): The model's own learning rate at this step, `eta_t`, `>= 0`.
+        mu (`float`): Bregman coefficient, `> 0`. Smaller means faster weights.
+        smoothing (`float`): Share of the uniform weights mixed in, in [0, 1].
+        present (`torch.Tensor` of shape `(num_train_domains,)` and dtype bool, *optional*):
+            Which domains had a token in this step; all of them when `None`.
+
+    Returns:
+        `torch.Tensor` of shape `(num_train_domains,)` and dtype float64, summing to 1.
+    """
+    if mu <= 0:
+        raise ValueError(f"`mu` must be positive, but got {mu}.")
+    weights = weights.double()
+    present = torch.ones_like(weights, dtype=torch.bool) if present is None else present.bool()
+    if not present.any():
+        return weights
+    updated = weights.clone()
+    mass = weights[present].sum()
+    logits = weights[present].log() + learning_rate / mu * scores.double()[present]
+    shares = torch.softmax(logits, dim=0) if mass > 0 else torch.zeros_like(logits)
+    updated[present] = mass * ((1 - smoothing) * shares + smoothing / len(shares))
+    return updated
+
+
+def update_running_mean(mean: Tensor, weights: Tensor, num_updates: int) -> Tensor:
+    """
+    Arithmetic mean of the weights after one more update; the paper returns the mean of alpha_1 ... alpha_T.
+
+    Args:
+        mean (`torch.Tensor` of shape `(num_train_domains,)`): Mean of the updates so far, not read when there was none.
+        weights (`torch.Tensor` of shape `(num_train_domains,)`): Weights after the latest update.
+        num_updates (`int`): Updates in `mean` so far, `>= 0`; the initial weights alpha_0 do not count.
+    """
+    if num_updates == 0:
+        return weights.clone()
+    return mean + (weights - mean) / (num_updates + 1)

@@ -1,0 +1,128 @@
+"""Tiny models and data for the tests: built from configs, no download."""
+
+import torch
+from datasets import Dataset
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    BertForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+VOCAB = 32
+
+
+def tiny_llama(*, dtype=torch.float32, tied=True, seed=0):
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=VOCAB,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        max_position_embeddings=32,
+        tie_word_embeddings=tied,
+        use_cache=False,
+    )
+    return LlamaForCausalLM(config).to(dtype)
+
+
+def tiny_gpt2(*, dropout=0.0, dtype=torch.float32, seed=0):
+    torch.manual_seed(seed)
+    config = GPT2Config(
+        vocab_size=VOCAB,
+        n_embd=16,
+        n_layer=2,
+        n_head=2,
+        n_positions=32,
+        resid_pdrop=dropout,
+        embd_pdrop=dropout,
+        attn_pdrop=dropout,
+        use_cache=False,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
+    return GPT2LMHeadModel(config).to(dtype)
+
+
+def _bert_config(**kwargs):
+    return BertConfig(
+        vocab_size=VOCAB,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=32,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+        **kwargs,
+    )
+
+
+def tiny_bert(*, dtype=torch.float32, seed=0):
+    torch.manual_seed(seed)
+    return BertForMaskedLM(_bert_config()).to(dtype)
+
+
+def tiny_classifier(*, dtype=torch.float32, seed=0):
+    torch.manual_seed(seed)
+    return BertForSequenceClassification(_bert_config(num_labels=3)).to(dtype)
+
+
+def tiny_t5(*, dtype=torch.float32, seed=0):
+    torch.manual_seed(seed)
+    config = T5Config(
+        vocab_size=VOCAB,
+        d_model=16,
+        d_kv=8,
+        d_ff=24,
+        num_layers=1,
+        num_heads=2,
+        dropout_rate=0.0,
+        decoder_start_token_id=0,
+        pad_token_id=0,
+        use_cache=False,
+    )
+    return T5ForConditionalGeneration(config).to(dtype)
+
+
+def tokens(num_examples, *, low=1, high=VOCAB, length=8, seed=0):
+    """Rows of random tokens from [low, high), so that domains can have vocabularies of their own."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(low, high, (num_examples, length), generator=generator)
+
+
+def language_model_rows(num_examples, *, masked=0.0, seed=0, **kwargs):
+    """`input_ids` and `labels`, a share of the labels masked out, a different one in each row."""
+    ids = tokens(num_examples, seed=seed, **kwargs)
+    labels = ids.clone()
+    generator = torch.Generator().manual_seed(seed + 1)
+    labels[torch.rand(ids.shape, generator=generator) < masked] = -100
+    return {"input_ids": ids.tolist(), "labels": labels.tolist()}
+
+
+def three_domains(num_examples=4, *, masked=0.0):
+    """Three domains over three parts of the vocabulary."""
+    return {
+        name: Dataset.from_dict(
+            language_model_rows(num_examples, low=low, high=low + 12, masked=masked, seed=position)
+        )
+        for position, (name, low) in enumerate({"arxiv": 1, "books": 9, "code": 19}.items())
+    }
+
+
+def classifier_domains(num_examples=4):
+    generator = torch.Generator().manual_seed(7)
+    domains = three_domains(num_examples)
+    return {
+        name: dataset.remove_columns("labels").add_column(
+            "labels", torch.randint(0, 3, (num_examples,), generator=generator).tolist()
+        )
+        for name, dataset in domains.items()
+    }
