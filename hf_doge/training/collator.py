@@ -1,0 +1,41 @@
+"""Carrying each example's domain through any data collator."""
+
+import zlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+DOMAIN_IDS = "domain_ids"
+
+
+class DomainCollator:
+    """
+    Calls the user's collator without the domain column and hands the domains on beside its batch, as `domain_ids` of
+    shape `(batch_size,)`, -1 for a domain that is not a training domain.
+
+    Random draws of the collator (masking, say) are seeded by the seed and the batch's first and last example. They so
+    depend on neither worker count nor history, and a resumed run masks what the uninterrupted one masks.
+    """
+
+    def __init__(
+        self,
+        collator: Callable[[list], Mapping[str, Any]],
+        domain_column: str,
+        domain_of_label: Callable[[Any], int],
+        *,
+        seed: int,
+    ) -> None:
+        self.collator = collator
+        self.domain_column = domain_column
+        self.domain_of_label = domain_of_label
+        self.seed = seed
+
+    def __call__(self, features: list[dict[str, Any]]) -> dict[str, Any]:
+        """Collate a list of examples."""
+        domains = [self.domain_of_label(feature.get(self.domain_column)) for feature in features]
+        features = [{k: v for k, v in feature.items() if k != self.domain_column} for feature in features]
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(zlib.crc32(f"{self.seed} {features[0]} {features[-1]}".encode()))
+            batch = self.collator(features)
+        return {**batch, DOMAIN_IDS: torch.tensor(domains)}

@@ -1,0 +1,208 @@
+"""Training the same base model on several mixtures, to see which serves it best: [`compare_mixtures`]."""
+
+import copy
+import json
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+from tqdm.auto import tqdm
+from transformers import (
+    PreTrainedModel,
+    PrinterCallback,
+    ProgressCallback,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+    set_seed,
+)
+
+from hf_doge._version import __version__
+from hf_doge.artifacts.domain_weights import DomainWeights
+from hf_doge.evaluation.comparison import Comparison, MixtureRun
+from hf_doge.training.mixture import DomainWeightedTrainer
+
+logger = logging.getLogger(__name__)
+
+RUNS_FOLDER = "runs"
+
+# Arguments that say where a run writes and what it prints, not what it computes.
+_UNRELATED_ARGUMENTS = ("output_dir", "seed", "run_name", "disable_tqdm", "push_to_hub", "report_to", "project")
+_UNRELATED_PREFIXES = ("log", "save_", "hub_", "trackio_", "dataloader_", "eval_", "resume_")
+
+
+def compare_mixtures(
+    make_model: Callable[[], PreTrainedModel],
+    args: TrainingArguments,
+    *,
+    mixtures: Mapping[str, DomainWeights],
+    seeds: Sequence[int],
+    train_dataset: Mapping[str, Dataset],
+    eval_dataset: Mapping[str, Dataset],
+    data_collator: Callable[[list[dict]], dict],
+    tokens_per_example: int,
+    identity: Mapping[str, Any],
+) -> Comparison:
+    """
+    Train one model per mixture and seed, all for the same number of examples, and evaluate each on every domain.
+
+    A finished run is a file `runs/<mixture>-seed<seed>.json` in the output folder. Called again with the same arguments,
+    it is read instead of trained; with others, or interrupted before its file was written, it is trained from the start.
+
+    Args:
+        make_model (`Callable[[], PreTrainedModel]`):
+            Makes the model to train. It is called once per run, after the seed is set: the mixtures of one seed start
+            from the same parameters.
+        args (`TrainingArguments`):
+            Arguments of every run, except for `seed`.
+        mixtures (`Mapping[str, DomainWeights]`):
+            Weights by name of the mixture.
+        seeds (`Sequence[int]`):
+            Seeds of initialisation and data order.
+        train_dataset (`Mapping[str, Dataset]`):
+            Tokenised train split by domain.
+        eval_dataset (`Mapping[str, Dataset]`):
+            Tokenised validation split by domain; those that are not in `train_dataset` are reported as targets.
+        data_collator (`Callable`):
+            Makes a batch with `labels` of a list of examples.
+        tokens_per_example (`int`):
+            Length of every example.
+        identity (`Mapping[str, Any]`):
+            What else decides the result, in plain values: model and data. A finished run of another one is not reused.
+
+    Raises:
+        `ValueError`: without mixtures or seeds, with repeated seeds, and for weights of other domains.
+    """
+    if not mixtures or not seeds or len(set(seeds)) != len(seeds):
+        raise ValueError(
+            f"A comparison needs mixtures and distinct seeds, but got {list(mixtures)} and {list(seeds)}. Add or drop some."
+        )
+    runs_folder = Path(args.output_dir) / RUNS_FOLDER
+    runs_folder.mkdir(parents=True, exist_ok=True)
+    pending = [(name, seed) for seed in seeds for name in mixtures]
+    runs = []
+    with tqdm(total=len(pending), unit="run", disable=args.disable_tqdm) as progress:
+        for name, seed in pending:
+            progress.set_description(f"{name}, seed {seed}")
+            weights = mixtures[name].mean
+            path = runs_folder / f"{name}-seed{seed}.json"
+            arguments = {"training": _related_arguments(args), "weights": weights, **identity}
+            run = _read_finished(path, arguments)
+            if run is None:
+                run = _train(
+                    make_model,
+                    _arguments_of_run(args, path.with_suffix(""), seed),
+                    mixture=name,
+                    domain_weights=weights,
+                    train_dataset=train_dataset,
+                    eval_dataset=eval_dataset,
+                    data_collator=data_collator,
+                    tokens_per_example=tokens_per_example,
+                    progress=progress,
+                )
+                _write_finished(path, run, arguments)
+            runs.append(run)
+            progress.n = len(runs)
+            progress.refresh()
+    return Comparison(runs)
+
+
+def _train(
+    make_model: Callable[[], PreTrainedModel],
+    args: TrainingArguments,
+    *,
+    mixture: str,
+    domain_weights: Mapping[str, float],
+    train_dataset: Mapping[str, Dataset],
+    eval_dataset: Mapping[str, Dataset],
+    data_collator: Callable[[list[dict]], dict],
+    tokens_per_example: int,
+    progress: tqdm,
+) -> MixtureRun:
+    set_seed(args.seed)
+    trainer = DomainWeightedTrainer(
+        make_model(),
+        args,
+        train_dataset=train_dataset,
+        domain_weights=domain_weights,
+        eval_dataset=eval_dataset,
+        data_collator=data_collator,
+        callbacks=[_FractionOfRun(progress)],
+    )
+    for callback in (ProgressCallback, PrinterCallback):
+        trainer.remove_callback(callback)  # one bar over all runs instead
+    trainer.train()
+    metrics = trainer.evaluate()
+    examples_per_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    return MixtureRun(
+        mixture=mixture,
+        seed=args.seed,
+        weights=dict(domain_weights),
+        losses={name: metrics[f"eval_{name}_loss"] for name in eval_dataset},
+        epochs=trainer.get_domain_epochs(),
+        train_tokens=trainer.state.global_step * examples_per_step * tokens_per_example,
+    )
+
+
+class _FractionOfRun(TrainerCallback):
+    """Moves a progress bar that counts runs by a fraction per step."""
+
+    def __init__(self, progress: tqdm) -> None:
+        self.progress = progress
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.progress.update(1 / state.max_steps)
+
+
+def _arguments_of_run(args: TrainingArguments, output_dir: Path, seed: int) -> TrainingArguments:
+    args = copy.copy(args)
+    args.output_dir, args.seed = str(output_dir), seed
+    return args
+
+
+def _related_arguments(args: TrainingArguments) -> dict[str, Any]:
+    return {
+        name: value
+        for name, value in args.to_dict().items()
+        if name not in _UNRELATED_ARGUMENTS and not name.startswith(_UNRELATED_PREFIXES)
+    }
+
+
+def _read_finished(path: Path, arguments: Mapping[str, Any]) -> MixtureRun | None:
+    """The run in a file, if it was made with these arguments."""
+    if not path.exists():
+        return None
+    contents = json.loads(path.read_text(encoding="utf-8"))
+    expected = json.loads(json.dumps(arguments))
+    if contents["arguments"] == expected:
+        logger.info("%s is finished already.", path.stem)
+        return MixtureRun.from_dict(contents)
+    different = sorted(_flatten(contents["arguments"]).items() ^ _flatten(expected).items())
+    logger.warning(
+        "%s was made with other arguments and is trained again: %s differ.",
+        path.stem,
+        ", ".join(dict.fromkeys(name for name, _ in different)),
+    )
+    return None
+
+
+def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    flat = {}
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            flat.update(_flatten(value, f"{prefix}{name}."))
+        else:
+            flat[f"{prefix}{name}"] = json.dumps(value)
+    return flat
+
+
+def _write_finished(path: Path, run: MixtureRun, arguments: Mapping[str, Any]) -> None:
+    contents = {"hf_doge_version": __version__, **run.to_dict(), "arguments": arguments}
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(contents, indent=2, sort_keys=True, ensure_ascii=False), encoding="utf-8")
+    partial.replace(path)

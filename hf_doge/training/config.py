@@ -1,0 +1,210 @@
+"""The arguments of [`DoGETrainer`]: everything `TrainingArguments` has, and how the domain weights are learned."""
+
+import math
+import re
+from dataclasses import asdict, dataclass, field, fields
+
+from transformers import TrainingArguments
+
+from hf_doge.functional.doge import NORMALIZATIONS
+
+RECIPES = ("paper", "official")
+ALIGNMENTS = ("auto", "per_domain", "streamed")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """
+    The ingredients of one weight update, all decided. It is written into the artifact as it is.
+
+    Attributes:
+        name (`str`): `"paper"` or `"official"`, the recipe the ingredients started from.
+        mu (`float`): Bregman coefficient.
+        normalization (`str`): See [`~hf_doge.functional.normalize_scores`].
+        score_min (`float` or `None`): Lower bound of the normalised scores.
+        score_max (`float` or `None`): Upper bound of the normalised scores.
+        domain_max_grad_norm (`float` or `None`): Norm to which each domain's gradient is clipped alone.
+        smoothing (`float`): Share of the uniform weights mixed into each update.
+        self_term (`bool`): Whether a domain's alignment with itself counts, in the universal setting.
+        burn_in_steps (`int`): Updates left out of the mean, from the start.
+        reweight_steps (`int`): Optimizer steps from one update to the next.
+    """
+
+    name: str
+    mu: float
+    normalization: str
+    score_min: float | None
+    score_max: float | None
+    domain_max_grad_norm: float | None
+    smoothing: float
+    self_term: bool
+    burn_in_steps: int
+    reweight_steps: int
+
+    def to_dict(self) -> dict:
+        """Plain values, for JSON."""
+        return asdict(self)
+
+
+@dataclass
+class DoGEConfig(TrainingArguments):
+    """
+    `TrainingArguments` for learning domain weights with DoGE, https://huggingface.co/papers/2310.15393.
+
+    Two recipes set the ingredients of the weight update; any ingredient given beside the recipe overrides it:
+
+    | | `recipe="paper"` | `recipe="official"` (the authors' code) |
+    |---|---|---|
+    | score | inner product, unbounded | inner product / mean train-gradient norm, clipped to [0, 5] |
+    | each domain's gradient | as it is | clipped alone to `max_grad_norm` |
+    | target | the step's train domains, or a target set | a target set (held-out mix or out-of-domain) |
+
+    In both, the new weights step the model, and the result is the mean of the weights after every update.
+    `mu` cannot be carried from one recipe to the other, nor from the authors' later code: see
+    [`hf_doge.functional.doge`] for the three conventions.
+    """
+
+    domain_column: str = field(
+        default="domain",
+        metadata={"help": "Column of the train set that names each example's domain (string, ClassLabel or integer)."},
+    )
+    recipe: str = field(
+        default="paper",
+        metadata={"help": "Where the ingredients of the weight update come from: 'paper' or 'official'."},
+    )
+    mu: float = field(
+        default=0.01,
+        metadata={
+            "help": "Bregman coefficient of the weight update, exp(learning_rate * score / mu). Smaller means faster "
+            "weights. Must be > 0. The paper's runs use 0.01 (universal), 0.05 and 0.001 (out-of-domain)."
+        },
+    )
+    normalization: str | None = field(
+        default=None,
+        metadata={"help": "Score normalisation: 'none', 'mean_norm' or 'cosine'. Default: what the recipe says."},
+    )
+    score_min: float | None = field(
+        default=None,
+        metadata={"help": "Lower bound of the normalised scores, -inf for none. Default: what the recipe says."},
+    )
+    score_max: float | None = field(
+        default=None,
+        metadata={"help": "Upper bound of the normalised scores, inf for none. Default: what the recipe says."},
+    )
+    domain_max_grad_norm: float | None = field(
+        default=None,
+        metadata={
+            "help": "Clip the gradient of each domain, alone, to this norm; 0 switches it off. Default: what the recipe "
+            "says. The combined gradient is clipped to `max_grad_norm` afterwards, as in any Trainer."
+        },
+    )
+    smoothing: float = field(
+        default=0.0, metadata={"help": "Share of the uniform weights mixed into each update, in [0, 1)."}
+    )
+    self_term: bool = field(
+        default=True,
+        metadata={"help": "Count a domain's alignment with itself when the targets are the train domains."},
+    )
+    burn_in_steps: int = field(
+        default=0, metadata={"help": "Weight updates left out of the mean, from the start. The paper leaves out none."}
+    )
+    reweight_steps: int = field(
+        default=1, metadata={"help": "Update the weights every this many optimizer steps. Must be >= 1."}
+    )
+    alignment: str = field(
+        default="auto",
+        metadata={
+            "help": "How gradients are compared: 'per_domain' keeps every domain's gradient, 'streamed' one at a time "
+            "and computes each again; both are exact. 'auto' keeps them while `gradient_memory_budget` allows."
+        },
+    )
+    gradient_memory_budget: float = field(
+        default=4.0, metadata={"help": "GiB that the kept domain gradients may take when `alignment` is 'auto'."}
+    )
+    alignment_parameters: str | None = field(
+        default=None,
+        metadata={
+            "help": "Regular expression searched in parameter names: only these gradients are compared. The model is "
+            "trained on all of them. Default: all trainable parameters."
+        },
+    )
+    per_device_target_batch_size: int | None = field(
+        default=None,
+        metadata={
+            "help": "Examples of each target per step. Default: one domain's share of the train batch, rounded up."
+        },
+    )
+    max_nonfinite_steps: int = field(
+        default=10,
+        metadata={
+            "help": "Stop with an error after this many steps in a row in which a domain's loss or gradient was not "
+            "finite. Until then such a step keeps the weights, leaves that domain out and is counted in the logs."
+        },
+    )
+    trajectory_steps: int = field(
+        default=1, metadata={"help": "Keep every this many-th weight update in the trajectory. Must be >= 1."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require_choice("recipe", self.recipe, RECIPES)
+        _require_choice("alignment", self.alignment, ALIGNMENTS)
+        if self.normalization is not None:
+            _require_choice("normalization", self.normalization, NORMALIZATIONS)
+        if not self.mu > 0:
+            raise ValueError(f"`mu` must be positive, but got {self.mu}.")
+        if not 0 <= self.smoothing < 1:
+            raise ValueError(f"`smoothing` must be in [0, 1), but got {self.smoothing}.")
+        if not self.gradient_memory_budget >= 0:
+            raise ValueError(f"`gradient_memory_budget` must be >= 0 GiB, but got {self.gradient_memory_budget}.")
+        if self.domain_max_grad_norm is not None and not self.domain_max_grad_norm >= 0:
+            raise ValueError(f"`domain_max_grad_norm` must be >= 0, but got {self.domain_max_grad_norm}.")
+        for name in ("reweight_steps", "max_nonfinite_steps", "trajectory_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"`{name}` must be at least 1, but got {getattr(self, name)}.")
+        if self.burn_in_steps < 0:
+            raise ValueError(f"`burn_in_steps` must not be negative, but got {self.burn_in_steps}.")
+        if self.per_device_target_batch_size is not None and self.per_device_target_batch_size < 1:
+            raise ValueError(
+                f"`per_device_target_batch_size` must be at least 1, but got {self.per_device_target_batch_size}."
+            )
+        if self.score_min is not None and self.score_max is not None and self.score_min > self.score_max:
+            raise ValueError(f"`score_min` must not exceed `score_max`, but got {self.score_min} > {self.score_max}.")
+        if self.alignment_parameters is not None:
+            try:
+                re.compile(self.alignment_parameters)
+            except re.error as error:
+                raise ValueError(
+                    f"`alignment_parameters` must be a regular expression, but got {self.alignment_parameters!r}: {error}."
+                ) from error
+
+    def get_recipe(self) -> Recipe:
+        """The ingredients in force: the recipe's, where none was given beside it."""
+        official = self.recipe == "official"
+        domain_max_grad_norm = self.domain_max_grad_norm
+        if domain_max_grad_norm is None and official:
+            domain_max_grad_norm = self.max_grad_norm
+        score_min = 0.0 if self.score_min is None and official else self.score_min
+        score_max = 5.0 if self.score_max is None and official else self.score_max
+        return Recipe(
+            name=self.recipe,
+            mu=self.mu,
+            normalization=self.normalization or ("mean_norm" if official else "none"),
+            score_min=None if score_min == -math.inf else score_min,
+            score_max=None if score_max == math.inf else score_max,
+            domain_max_grad_norm=domain_max_grad_norm or None,
+            smoothing=self.smoothing,
+            self_term=self.self_term,
+            burn_in_steps=self.burn_in_steps,
+            reweight_steps=self.reweight_steps,
+        )
+
+    def get_doge_arguments(self) -> dict:
+        """The arguments that `TrainingArguments` does not have, as plain values."""
+        inherited = {inherited_field.name for inherited_field in fields(TrainingArguments)}
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in inherited}
+
+
+def _require_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"`{name}` must be one of {list(choices)}, but got {value!r}.")

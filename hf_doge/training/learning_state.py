@@ -1,0 +1,167 @@
+"""What a DoGE run has learned so far, as it goes into a checkpoint and comes back."""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hf_doge.artifacts.domain_weights import Trajectory
+from hf_doge.functional.doge import update_running_mean
+
+STATE_FILE = "doge_state.json"
+TRAJECTORY_FILE = "doge_trajectory.parquet"
+FORMAT_VERSION = 1
+
+
+@dataclass
+class TrajectoryPoint:
+    """One weight update."""
+
+    step: int
+    learning_rate: float
+    weights: Tensor
+    scores: Tensor
+    losses: Tensor
+
+
+@dataclass
+class LearningState:
+    """
+    Weights, their mean and trajectory, and what each domain has contributed. Vectors have shape `(num_domains,)`.
+
+    Attributes:
+        names (`tuple[str, ...]`): The training domains, in the order of all vectors.
+        weights (`torch.Tensor`, float64): Weights in force.
+        mean (`torch.Tensor`, float64): Mean of the weights after every update past the burn-in.
+        num_updates (`int`): Updates so far.
+        num_averaged (`int`): Updates in `mean`.
+        num_examples (`torch.Tensor`, int64): Examples consumed.
+        num_tokens (`torch.Tensor`, int64): Labels consumed.
+        nonfinite_steps (`int`): Steps in which some domain's loss or gradient was not finite.
+        nonfinite_in_a_row (`int`): How many of these ended in the step just taken.
+        points (`list[TrajectoryPoint]`): The recorded updates.
+    """
+
+    names: tuple[str, ...]
+    weights: Tensor
+    mean: Tensor
+    num_updates: int = 0
+    num_averaged: int = 0
+    num_examples: Tensor = None
+    num_tokens: Tensor = None
+    nonfinite_steps: int = 0
+    nonfinite_in_a_row: int = 0
+    points: list[TrajectoryPoint] = field(default_factory=list)
+
+    @classmethod
+    def fresh(cls, names: tuple[str, ...], weights: Tensor) -> "LearningState":
+        """Before the first step; the mean of no update is the initial weights."""
+        zeros = torch.zeros(len(names), dtype=torch.int64)
+        return cls(names, weights.clone(), weights.clone(), num_examples=zeros, num_tokens=zeros.clone())
+
+    def update(self, weights: Tensor, *, burn_in_steps: int) -> None:
+        """Take over the weights of one more update."""
+        self.weights = weights
+        self.num_updates += 1
+        if self.num_updates <= burn_in_steps:
+            self.mean = weights.clone()
+            return
+        self.mean = update_running_mean(self.mean, weights, self.num_averaged)
+        self.num_averaged += 1
+
+    @property
+    def trajectory(self) -> Trajectory | None:
+        """The recorded updates as arrays, or `None` before the first."""
+        if not self.points:
+            return None
+        return Trajectory(
+            domains=self.names,
+            steps=np.array([point.step for point in self.points], dtype=np.int64),
+            learning_rates=np.array([point.learning_rate for point in self.points], dtype=np.float64),
+            weights=torch.stack([point.weights for point in self.points]).numpy(),
+            scores=torch.stack([point.scores for point in self.points]).numpy(),
+            losses=torch.stack([point.losses for point in self.points]).numpy(),
+        )
+
+    def save(self, folder: Path, *, step: int) -> None:
+        """Write the state as readable files; the JSON comes last, so that its presence means all is there."""
+        import pyarrow.parquet as pq
+
+        if self.points:
+            pq.write_table(self.trajectory.to_table(), folder / TRAJECTORY_FILE)
+        state = {
+            "format_version": FORMAT_VERSION,
+            "step": step,
+            "domains": {
+                name: {
+                    "weight": float(self.weights[i]),
+                    "mean_weight": float(self.mean[i]),
+                    "num_examples": int(self.num_examples[i]),
+                    "num_tokens": int(self.num_tokens[i]),
+                }
+                for i, name in enumerate(self.names)
+            },
+            "domain_order": list(self.names),
+            "num_updates": self.num_updates,
+            "num_averaged": self.num_averaged,
+            "num_trajectory_points": len(self.points),
+            "nonfinite_steps": self.nonfinite_steps,
+            "nonfinite_in_a_row": self.nonfinite_in_a_row,
+        }
+        (folder / STATE_FILE).write_text(json.dumps(state, indent=2, sort_keys=True))
+
+    @classmethod
+    def load(cls, folder: Path, names: tuple[str, ...]) -> "LearningState":
+        """
+        Read what [`LearningState.save`] wrote.
+
+        Raises:
+            `ValueError`: if the checkpoint was written for other domains.
+        """
+        import pyarrow.parquet as pq
+
+        state = json.loads((folder / STATE_FILE).read_text())
+        if state["format_version"] != FORMAT_VERSION:
+            raise ValueError(
+                f"{folder / STATE_FILE} must have format version {FORMAT_VERSION}, but has {state['format_version']}. "
+                "Resume it with the hf_doge version that wrote it."
+            )
+        saved = state["domain_order"]
+        if saved != list(names):
+            missing, extra = sorted(set(saved) - set(names)), sorted(set(names) - set(saved))
+            raise ValueError(
+                f"The checkpoint {folder} must have been written for the domains {list(names)}, but was written for "
+                f"{saved} (gone: {missing}, new: {extra}). Train on the same domains or start anew."
+            )
+        points = []
+        if state["num_trajectory_points"]:
+            trajectory = Trajectory.from_table(pq.read_table(folder / TRAJECTORY_FILE))
+            points = _to_points(trajectory, names)
+        by_domain = [state["domains"][name] for name in names]
+        return cls(
+            names=names,
+            weights=torch.tensor([d["weight"] for d in by_domain], dtype=torch.float64),
+            mean=torch.tensor([d["mean_weight"] for d in by_domain], dtype=torch.float64),
+            num_updates=state["num_updates"],
+            num_averaged=state["num_averaged"],
+            num_examples=torch.tensor([d["num_examples"] for d in by_domain]),
+            num_tokens=torch.tensor([d["num_tokens"] for d in by_domain]),
+            nonfinite_steps=state["nonfinite_steps"],
+            nonfinite_in_a_row=state["nonfinite_in_a_row"],
+            points=points,
+        )
+
+
+def _to_points(trajectory: Trajectory, names: tuple[str, ...]) -> list[TrajectoryPoint]:
+    order = [list(trajectory.domains).index(name) for name in names]
+    weights, scores, losses = (
+        torch.from_numpy(np.ascontiguousarray(values[:, order]))
+        for values in (trajectory.weights, trajectory.scores, trajectory.losses)
+    )
+    return [
+        TrajectoryPoint(int(step), float(rate), weights[t], scores[t], losses[t])
+        for t, (step, rate) in enumerate(zip(trajectory.steps, trajectory.learning_rates, strict=True))
+    ]

@@ -1,0 +1,97 @@
+"""Where learned weights come from: data, model and software, as the artifact records them."""
+
+import subprocess
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from datasets import Dataset
+from transformers import Trainer
+
+import hf_doge
+from hf_doge._version import __version__
+from hf_doge.sampling.domains import DomainIndex
+
+LIBRARIES = ("torch", "transformers", "accelerate", "datasets", "huggingface_hub")
+
+
+def describe_domains(dataset: Dataset, domains: DomainIndex) -> dict[str, dict[str, Any]]:
+    """
+    Rows and, where the dataset is tokenised, tokens of each domain, and the fingerprint of the dataset.
+
+    Tokens are entries of `input_ids`: padding counts if the dataset is padded already.
+    """
+    tokens = _count_tokens(dataset)
+    described = {}
+    for position, name in enumerate(domains.names):
+        size = int(domains.sizes[position])
+        rows = domains.rows(np.full(size, position), np.arange(size)) if tokens is not None else None
+        described[name] = {
+            "num_rows": size,
+            "num_tokens": None if tokens is None else int(tokens[rows].sum()),
+            "fingerprint": dataset._fingerprint,
+        }
+    return described
+
+
+def _count_tokens(dataset: Dataset) -> np.ndarray | None:
+    """Length of `input_ids` of every row, read from the Arrow table without decoding; `None` where there is none."""
+    if "input_ids" not in dataset.column_names:
+        return None
+    column = dataset.with_format("arrow").data.column("input_ids")
+    if not (pa.types.is_list(column.type) or pa.types.is_large_list(column.type) or pa.types.is_fixed_size_list(column.type)):
+        return None
+    lengths = pc.list_value_length(column).to_numpy()
+    if dataset._indices is not None:
+        lengths = lengths[dataset._indices.column(0).to_numpy()]
+    return lengths
+
+
+def describe_run(trainer: Trainer) -> dict[str, Any]:
+    """Identity of model and tokenizer, what was run, and the versions of what ran it."""
+    model, tokenizer = trainer.model, trainer.processing_class
+    config = getattr(model, "config", None)
+    return {
+        "model": {
+            "class": type(model).__name__,
+            "name_or_path": getattr(config, "name_or_path", ""),
+            "num_parameters": sum(parameter.numel() for parameter in model.parameters()),
+            "config": config.to_diff_dict() if hasattr(config, "to_diff_dict") else None,
+        },
+        "tokenizer": None
+        if tokenizer is None
+        else {
+            "class": type(tokenizer).__name__,
+            "name_or_path": getattr(tokenizer, "name_or_path", ""),
+            "vocab_size": len(tokenizer) if hasattr(tokenizer, "__len__") else None,
+        },
+        "training": {
+            "max_steps": trainer.state.max_steps,
+            "global_step": trainer.state.global_step,
+            "train_batch_size": trainer.args.train_batch_size * trainer.args.gradient_accumulation_steps,
+            "learning_rate": trainer.args.learning_rate,
+            "lr_scheduler_type": str(trainer.args.lr_scheduler_type.value),
+            "seed": trainer.args.seed,
+        },
+        "versions": {"hf_doge": __version__, **{library: version(library) for library in LIBRARIES}},
+        "hf_doge_commit": _get_commit(),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def _get_commit() -> str | None:
+    """The commit of hf_doge where it runs from a git checkout of its own."""
+    checkout = Path(hf_doge.__file__).parent.parent
+    if not (checkout / ".git").exists():
+        return None
+    try:
+        result = subprocess.run(
+            ["git", "rev-parse", "HEAD"], cwd=checkout, capture_output=True, text=True, timeout=5
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return result.stdout.strip() or None

@@ -1,0 +1,120 @@
+"""Checks and choices a trainer makes once, before the first step."""
+
+import logging
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from datasets import ClassLabel, Dataset
+from torch import Tensor, nn
+
+from hf_doge.artifacts.domain_weights import DomainWeights
+from hf_doge.gradients.alignment import DomainAlignment, PerDomainAlignment, StreamedAlignment
+from hf_doge.training.config import DoGEConfig, Recipe
+
+logger = logging.getLogger(__name__)
+
+
+def refuse_unsupported(args: DoGEConfig, train_dataset: Any, *, has_target: bool) -> None:
+    """Raise a `ValueError` for what would give a wrong number, saying what to do instead."""
+    if not isinstance(args, DoGEConfig):
+        raise ValueError(f"`args` must be a `DoGEConfig`, but got {type(args).__name__}.")
+    if isinstance(train_dataset, torch.utils.data.IterableDataset) or not isinstance(train_dataset, (Dataset, Mapping)):
+        raise ValueError(
+            "`train_dataset` must be a `datasets.Dataset` or a dict of them, but got "
+            f"{type(train_dataset).__name__}. Load it without `streaming=True`, a sample of it is enough for a proxy."
+        )
+    if args.recipe == "official" and not has_target:
+        raise ValueError(
+            "`recipe='official'` compares with a held-out set, but `target_dataset` is None. Pass a held-out mix of "
+            "your domains as `target_dataset`, or use `recipe='paper'`."
+        )
+    refused = {
+        "several processes": (args.world_size > 1, "Start it on one process: a proxy model fits one device."),
+        "DataParallel over several GPUs": (args.n_gpu > 1, "Set CUDA_VISIBLE_DEVICES to one GPU."),
+        "DeepSpeed": (args.deepspeed is not None, "Leave `deepspeed` unset."),
+        "FSDP": (bool(args.fsdp), "Leave `fsdp` unset."),
+        "fp16 loss scaling": (args.fp16, "Use `bf16=True` or full precision."),
+        "`auto_find_batch_size`": (args.auto_find_batch_size, "Set `per_device_train_batch_size` yourself."),
+        "LOMO optimizers": ("lomo" in str(args.optim), "Use an optimizer that reads `.grad`, such as adamw_torch."),
+        "`group_by_length` and other sampling strategies": (
+            getattr(args, "train_sampling_strategy", "random") != "random" or getattr(args, "group_by_length", False),
+            "Leave the order to the trainer: it draws every domain in every step.",
+        ),
+    }
+    for what, (is_used, advice) in refused.items():
+        if is_used:
+            raise ValueError(f"DoGETrainer does not learn the right weights with {what} yet. {advice}")
+
+
+def refuse_batch_statistics(model: nn.Module) -> None:
+    """A domain's gradient must not depend on which other domains share the batch, nor the model on the target."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            raise ValueError(
+                f"Every example's loss must be its own, but the module {name!r} ({type(module).__name__}) mixes the "
+                "examples of a batch. Use a model with layer normalisation."
+            )
+
+
+def choose_alignment(model: nn.Module, args: DoGEConfig, recipe: Recipe, *, num_domains: int) -> DomainAlignment:
+    """The way to the scores: as asked, or by the memory budget; the choice and its reason are logged."""
+    refuse_batch_statistics(model)
+    parameters = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    if not parameters:
+        raise ValueError("The model must have trainable parameters, but all of them have `requires_grad=False`.")
+    scored_names = None
+    if args.alignment_parameters is not None:
+        scored_names = {name for name, _ in parameters if re.search(args.alignment_parameters, name)}
+        if not scored_names:
+            raise ValueError(
+                f"`alignment_parameters` must match a trainable parameter, but {args.alignment_parameters!r} matches "
+                f"none of {[name for name, _ in parameters][:8]} ..."
+            )
+    needed = num_domains * sum(p.numel() * p.element_size() for _, p in parameters) / 2**30
+    choice, reason = args.alignment, "as asked for"
+    if choice == "auto":
+        choice = "per_domain" if needed <= args.gradient_memory_budget else "streamed"
+        reason = f"budget {args.gradient_memory_budget:g} GiB"
+    logger.info(
+        "Alignment: %s (%s); keeping the gradients of %d domains takes %.3g GiB.", choice, reason, num_domains, needed
+    )
+    alignments = {"per_domain": PerDomainAlignment, "streamed": StreamedAlignment}
+    return alignments[choice](
+        parameters, num_domains=num_domains, scored_names=scored_names, max_norm=recipe.domain_max_grad_norm
+    )
+
+
+def get_domain_lookup(feature: Any, names: tuple[str, ...]) -> Callable[[Any], int]:
+    """From an entry of the domain column to the domain's position in `names`, -1 for any other entry."""
+    positions = {name: position for position, name in enumerate(names)}
+
+    def lookup(label: Any) -> int:
+        if torch.is_tensor(label):
+            label = label.item()
+        if isinstance(feature, ClassLabel) and label is not None:
+            label = feature.int2str(int(label))
+        return positions.get(str(label), -1)
+
+    return lookup
+
+
+def weights_in_order(weights: DomainWeights | Mapping[str, float] | None, names: tuple[str, ...]) -> Tensor:
+    """
+    Weights as a vector of shape `(num_domains,)`, summing to 1; uniform for `None`.
+
+    Raises:
+        `ValueError`: if the weights are of other domains, or not weights.
+    """
+    if weights is None:
+        return torch.full((len(names),), 1 / len(names), dtype=torch.float64)
+    weights = DomainWeights.from_mapping(weights) if isinstance(weights, Mapping) else weights
+    unknown, missing = sorted(set(weights.mean) - set(names)), sorted(set(names) - set(weights.mean))
+    if unknown or missing:
+        raise ValueError(
+            f"The weights must name the domains of the data, {list(names)}, but they have {unknown} beside these and "
+            f"lack {missing}. Rename the domains or leave out what is not in the data."
+        )
+    vector = torch.tensor([weights.mean[name] for name in names], dtype=torch.float64)
+    return vector / vector.sum()

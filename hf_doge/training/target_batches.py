@@ -1,0 +1,86 @@
+"""Which examples of the targets a step compares with."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from math import isfinite
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch import Tensor
+
+from hf_doge.sampling.domains import merge_domains
+from hf_doge.sampling.sampler import DomainWeightedSampler
+
+TARGET_COLUMN = "target"
+
+
+class TargetBatches:
+    """
+    The same number of examples of every target for each step, without replacement until a target is exhausted.
+    Which ones is a function of seed and step alone, so a resumed run reads what the uninterrupted one reads.
+
+    Args:
+        target_dataset (`datasets.Dataset` or `Mapping[str, datasets.Dataset]`): One target, or several by name.
+        target_weights (`Mapping[str, float]`, *optional*): How much each target counts, `>= 0`; all 1 by default.
+        examples_per_target (`int`): Examples of each target in a step.
+        batch_size (`int`): Most examples in one forward.
+        seed (`int`): Seed of the order.
+    """
+
+    def __init__(
+        self,
+        target_dataset: Dataset | Mapping[str, Dataset],
+        target_weights: Mapping[str, float] | None = None,
+        *,
+        examples_per_target: int,
+        batch_size: int,
+        seed: int,
+    ) -> None:
+        if isinstance(target_dataset, Dataset):
+            target_dataset = {"target": target_dataset}
+        elif not isinstance(target_dataset, Mapping):
+            raise ValueError(
+                f"`target_dataset` must be a `datasets.Dataset` or a dict of them, but got {type(target_dataset).__name__}."
+            )
+        # A target's own domain column says nothing here: the target is one set, whatever it is made of.
+        targets = {
+            name: dataset.remove_columns([column for column in (TARGET_COLUMN,) if column in dataset.column_names])
+            for name, dataset in target_dataset.items()
+        }
+        self._dataset, index = merge_domains(targets, TARGET_COLUMN)
+        self.weights = _check_target_weights(target_weights, index.names)
+        self._sampler = DomainWeightedSampler(index, dict.fromkeys(index.names, 1.0), seed=seed)
+        self._examples_per_step = examples_per_target * len(index.names)
+        self._batch_size = batch_size
+
+    def batches(
+        self, step: int, columns: Sequence[str] | None = None
+    ) -> Iterator[tuple[list[dict[str, Any]], Tensor]]:
+        """
+        Yield the examples of one step in pieces, as a list of features and their targets, shape `(len(features),)`.
+
+        Args:
+            step (`int`): Optimizer steps taken before this one.
+            columns (`Sequence[str]`, *optional*): Columns to keep; all but the target's name when `None`.
+        """
+        start = step * self._examples_per_step
+        for begin in range(start, start + self._examples_per_step, self._batch_size):
+            end = min(begin + self._batch_size, start + self._examples_per_step)
+            rows = self._sampler.indices(begin, end).tolist()
+            features = [
+                {k: v for k, v in feature.items() if k != TARGET_COLUMN and (columns is None or k in columns)}
+                for feature in self._dataset.__getitems__(rows)
+            ]
+            yield features, torch.from_numpy(self._sampler.domain_ids(begin, end))
+
+
+def _check_target_weights(target_weights: Mapping[str, float] | None, names: tuple[str, ...]) -> dict[int, float]:
+    """Weights by position; all 1 for `None`."""
+    if target_weights is None:
+        return dict.fromkeys(range(len(names)), 1.0)
+    if set(target_weights) != set(names):
+        raise ValueError(f"`target_weights` must name the targets {list(names)}, but names {list(target_weights)}.")
+    bad = {name: w for name, w in target_weights.items() if not (isfinite(w) and w >= 0)}
+    if bad or sum(target_weights.values()) == 0:
+        raise ValueError(f"`target_weights` must be finite, >= 0 and not all 0, but got {dict(target_weights)}.")
+    return {position: float(target_weights[name]) for position, name in enumerate(names)}

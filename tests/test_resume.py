@@ -1,0 +1,268 @@
+"""Resume law: a run that was interrupted ends like one that was not, bit for bit."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import DataCollatorForLanguageModeling, TrainerCallback
+
+from hf_doge.training.config import DoGEConfig
+from hf_doge.training.mixture import DomainWeightedTrainer
+from hf_doge.training.trainer import DoGETrainer
+from tests.tiny import three_domains, tiny_bert, tiny_gpt2
+
+STEPS = 12
+
+
+class Recorder:
+    """A collator that notes the first token of every example it is given."""
+
+    def __init__(self, collator):
+        self.collator = collator
+        self.seen = []
+
+    def __call__(self, features):
+        self.seen.append([tuple(feature["input_ids"]) for feature in features])
+        return self.collator(features)
+
+
+class StopAfter(TrainerCallback):
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop = state.global_step == self.step
+        control.should_save = True
+
+
+def make_trainer(folder, stop_after=None, **kwargs):
+    """Two epochs and a half of dropout, AdamW, a schedule, micro-batches and a remainder to carry over."""
+    options = {
+        "per_device_train_batch_size": 5,
+        "gradient_accumulation_steps": 2,
+        "max_steps": STEPS,
+        "learning_rate": 0.02,
+        "warmup_steps": 2,
+        "mu": 0.1,
+        "save_strategy": "no",
+        "logging_steps": 1,
+        "report_to": "none",
+        "use_cpu": True,
+        "disable_tqdm": True,
+        **kwargs,
+    }
+    args = DoGEConfig(str(folder), **options)
+    callbacks = [] if stop_after is None else [StopAfter(stop_after)]
+    domains = three_domains(16)
+    trainer = DoGETrainer(
+        tiny_gpt2(dropout=0.2),
+        args,
+        train_dataset=domains,
+        target_dataset={"a": domains["arxiv"].select(range(5)), "b": domains["code"].select(range(7))},
+        callbacks=callbacks,
+    )
+    trainer.data_collator.collator = Recorder(trainer.data_collator.collator)
+    return trainer
+
+
+def outcome(trainer):
+    learned = trainer.domain_weights
+    state = {name: value.clone() for name, value in trainer.model.state_dict().items()}
+    return learned.mean, learned.last, learned.trajectory, state
+
+
+def assert_same(actual, expected):
+    assert actual[0] == expected[0]
+    assert actual[1] == expected[1]
+    for name in ("steps", "learning_rates", "weights", "scores", "losses"):
+        np.testing.assert_array_equal(getattr(actual[2], name), getattr(expected[2], name))
+    for name, value in expected[3].items():
+        assert torch.equal(actual[3][name], value), name
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    trainer = make_trainer(tmp_path_factory.mktemp("whole"))
+    trainer.train()
+    return trainer, outcome(trainer), trainer.data_collator.collator.seen
+
+
+@pytest.mark.parametrize("step", range(1, STEPS))
+def test_interrupted_at_any_step_and_resumed_equals_uninterrupted(tmp_path, uninterrupted, step):
+    _, expected, seen = uninterrupted
+    make_trainer(tmp_path, stop_after=step).train()
+    resumed = make_trainer(tmp_path)
+    resumed.train(resume_from_checkpoint=True)
+    assert_same(outcome(resumed), expected)
+    last_batches = resumed.data_collator.collator.seen[-3:]
+    assert last_batches == seen[-3:]
+
+
+@pytest.mark.parametrize("options", [{"dataloader_num_workers": 2}, {"alignment": "streamed"}])
+def test_workers_and_streaming_resume_alike(tmp_path, options):
+    whole = make_trainer(tmp_path / "whole", **options)
+    whole.train()
+    make_trainer(tmp_path / "cut", stop_after=7, **options).train()
+    resumed = make_trainer(tmp_path / "cut", **options)
+    resumed.train(resume_from_checkpoint=True)
+    assert_same(outcome(resumed), outcome(whole))
+
+
+def test_random_masking_resumes_alike(tmp_path, tokenizer):
+    domains = {name: data.remove_columns("labels") for name, data in three_domains(16).items()}
+
+    def make(folder, stop_after=None):
+        args = DoGEConfig(
+            str(folder),
+            per_device_train_batch_size=6,
+            max_steps=6,
+            learning_rate=0.02,
+            save_strategy="no",
+            report_to="none",
+            use_cpu=True,
+            disable_tqdm=True,
+        )
+        return DoGETrainer(
+            tiny_bert(),
+            args,
+            train_dataset=domains,
+            data_collator=DataCollatorForLanguageModeling(tokenizer, mlm_probability=0.4),
+            callbacks=[] if stop_after is None else [StopAfter(stop_after)],
+        )
+
+    whole = make(tmp_path / "whole")
+    whole.train()
+    make(tmp_path / "cut", stop_after=2).train()
+    resumed = make(tmp_path / "cut")
+    resumed.train(resume_from_checkpoint=True)
+    assert_same(outcome(resumed), outcome(whole))
+
+
+KILLED_RUN = textwrap.dedent(
+    """
+    import os, signal, sys
+    import torch
+    torch.set_num_threads(1)
+    from transformers import TrainerCallback
+    from tests.test_resume import make_trainer
+    from hf_doge.training.learning_state import LearningState
+
+    folder, when = sys.argv[1:]
+
+    class Kill(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if when == "between" and state.global_step == 7:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    if when == "while_saving":
+        save = LearningState.save
+
+        def save_and_die(self, folder, *, step):
+            if step == 6:
+                os.kill(os.getpid(), signal.SIGKILL)
+            save(self, folder, step=step)
+
+        LearningState.save = save_and_die
+
+    trainer = make_trainer(folder, save_strategy="steps", save_steps=3)
+    trainer.add_callback(Kill())
+    trainer.train()
+    """
+)
+
+
+@pytest.mark.parametrize(("when", "resumed_from"), [("between", 6), ("while_saving", 3)])
+def test_a_killed_run_resumes_from_the_last_whole_checkpoint(tmp_path, uninterrupted, when, resumed_from):
+    result = subprocess.run(
+        [sys.executable, "-c", KILLED_RUN, str(tmp_path), when],
+        cwd=Path(__file__).parent.parent,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        check=False,
+    )
+    assert result.returncode == -signal.SIGKILL
+    resumed = make_trainer(tmp_path, save_strategy="steps", save_steps=3)
+    resumed.train(resume_from_checkpoint=True)
+    assert_same(outcome(resumed), uninterrupted[1])
+    assert resumed.state.log_history[resumed_from]["step"] == resumed_from + 1
+    assert len(resumed.data_collator.collator.seen) <= 2 * (STEPS - resumed_from) + 2
+
+
+def test_a_checkpoint_of_other_domains_is_refused_by_name(tmp_path):
+    make_trainer(tmp_path, stop_after=1).train()
+    trainer = make_trainer(tmp_path)
+    other = DoGETrainer(
+        tiny_gpt2(),
+        trainer.args,
+        train_dataset={"books": three_domains()["books"], "wiki": three_domains()["code"]},
+    )
+    with pytest.raises(ValueError, match=r"gone: \['arxiv', 'code'\], new: \['wiki'\]"):
+        other.train(resume_from_checkpoint=True)
+
+
+def test_a_named_checkpoint_that_is_not_whole_is_refused(tmp_path):
+    make_trainer(tmp_path, stop_after=1).train()
+    checkpoint = tmp_path / "checkpoint-1"
+    (checkpoint / "trainer_state.json").write_text('{"epoch": ')
+    with pytest.raises(ValueError, match="its trainer_state.json is cut off"):
+        make_trainer(tmp_path).train(resume_from_checkpoint=str(checkpoint))
+    (checkpoint / "doge_state.json").unlink()
+    with pytest.raises(ValueError, match="it has no doge_state.json"):
+        make_trainer(tmp_path).train(resume_from_checkpoint=str(checkpoint))
+    with pytest.raises(ValueError, match="No whole checkpoint found"):
+        make_trainer(tmp_path).train(resume_from_checkpoint=True)
+
+
+def test_the_checkpoint_is_readable(tmp_path):
+    trainer = make_trainer(tmp_path, stop_after=2)
+    trainer.train()
+    checkpoint = tmp_path / "checkpoint-2"
+    state = json.loads((checkpoint / "doge_state.json").read_text())
+    assert state["domains"]["books"]["weight"] == trainer.domain_weights.last["books"]
+    assert (checkpoint / "domain_weights" / "domain_weights.json").exists()
+    shutil.rmtree(checkpoint / "domain_weights")  # the artifact is for people; the state stands alone
+    resumed = make_trainer(tmp_path)
+    resumed.train(resume_from_checkpoint=True)
+    assert len(resumed.domain_weights.trajectory.steps) == STEPS
+
+
+def test_a_weighted_trainer_resumes_with_the_same_examples_in_a_later_epoch(tmp_path):
+    def make(folder, stop_after=None):
+        from transformers import TrainingArguments
+
+        args = TrainingArguments(
+            str(folder),
+            per_device_train_batch_size=5,
+            max_steps=25,
+            learning_rate=0.01,
+            save_strategy="no",
+            report_to="none",
+            use_cpu=True,
+            disable_tqdm=True,
+        )
+        trainer = DomainWeightedTrainer(
+            tiny_gpt2(dropout=0.1),
+            args,
+            train_dataset=three_domains(16),
+            domain_weights={"arxiv": 0.6, "books": 0.1, "code": 0.3},
+            callbacks=[] if stop_after is None else [StopAfter(stop_after)],
+        )
+        trainer.data_collator = Recorder(trainer.data_collator)
+        return trainer
+
+    whole = make(tmp_path / "whole")
+    whole.train()
+    for step in (3, 10, 13, 20, 22):
+        make(tmp_path / str(step), stop_after=step).train()
+        resumed = make(tmp_path / str(step))
+        resumed.train(resume_from_checkpoint=True)
+        assert resumed.data_collator.seen[-3:] == whole.data_collator.seen[-3:]
+        for name, value in whole.model.state_dict().items():
+            assert torch.equal(resumed.model.state_dict()[name], value)
