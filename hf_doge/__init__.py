@@ -1,1 +1,52 @@
-"""Learn how much of each kind of data to train on (DoGE), and trace predictions to training text (TracIn-WE)."""
+"""
+Learn how much of each kind of data to train on (DoGE), and trace predictions to training text (TracIn-WE).
+
+Names are imported when they are first used, so that loading weights or sampling by them does not import transformers.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from hf_doge._version import __version__
+
+if TYPE_CHECKING:
+    from hf_doge.artifacts.domain_weights import DomainWeights
+    from hf_doge.artifacts.trajectory import Trajectory
+    from hf_doge.sampling.sampler import DomainWeightedSampler
+    from hf_doge.sampling.streaming import interleave_domains
+    from hf_doge.training.config import DoGEConfig
+    from hf_doge.training.mixture import DomainWeightedMixin, DomainWeightedTrainer
+    from hf_doge.training.trainer import DoGETrainer
+
+_MODULES = {
+    "DoGEConfig": "hf_doge.training.config",
+    "DoGETrainer": "hf_doge.training.trainer",
+    "DomainWeightedMixin": "hf_doge.training.mixture",
+    "DomainWeightedSampler": "hf_doge.sampling.sampler",
+    "DomainWeightedTrainer": "hf_doge.training.mixture",
+    "DomainWeights": "hf_doge.artifacts.domain_weights",
+    "Trajectory": "hf_doge.artifacts.trajectory",
+    "interleave_domains": "hf_doge.sampling.streaming",
+}
+
+__all__ = [
+    "DoGEConfig",
+    "DoGETrainer",
+    "DomainWeightedMixin",
+    "DomainWeightedSampler",
+    "DomainWeightedTrainer",
+    "DomainWeights",
+    "Trajectory",
+    "__version__",
+    "interleave_domains",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_MODULES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -210,7 +210,7 @@ def test_clip_scale_equals_clip_grad_norm():
 
 
 def test_unknown_normalization_is_refused():
-    with pytest.raises(ValueError, match="`normalization` must be one of .*'mean_norm'.* but got 'l2'"):
+    with pytest.raises(ValueError, match=r"`normalization` must be one of .*'mean_norm'.* but got 'l2'"):
         normalize_scores(UNIFORM, UNIFORM, UNIFORM[0], normalization="l2")
 
 

@@ -99,7 +99,9 @@ def test_scores_weights_and_step_equal_autograd_in_float64(tmp_path, kind, with_
     torch.testing.assert_close(torch.from_numpy(point.scores[0]), scores, rtol=1e-11, atol=1e-13)
     torch.testing.assert_close(torch.from_numpy(point.losses[0]), losses, rtol=1e-11, atol=1e-13)
     torch.testing.assert_close(weights_of(trainer), weights, rtol=1e-12, atol=1e-14)
-    torch.testing.assert_close(flat_parameters(model), before - 0.05 * gradient, rtol=0, atol=step_tolerance(alignment))
+    torch.testing.assert_close(
+        flat_parameters(model), before - 0.05 * gradient, rtol=0, atol=step_tolerance(alignment)
+    )
 
 
 def step_tolerance(alignment):
@@ -125,10 +127,13 @@ def test_the_official_recipe_equals_its_reference(tmp_path, alignment):
     trainer = train(model, args, domains, targets["mix"], compute_loss_func=float64_causal_loss)
 
     scores, weights, _, _ = expected
-    torch.testing.assert_close(torch.from_numpy(trainer.domain_weights.trajectory.scores[0]), scores, rtol=1e-9, atol=0)
+    torch.testing.assert_close(
+        torch.from_numpy(trainer.domain_weights.trajectory.scores[0]), scores, rtol=1e-9, atol=0
+    )
     torch.testing.assert_close(weights_of(trainer), weights, rtol=1e-12, atol=0)
     clipped = sum(
-        w * g * min(1.0, 0.3 / (float(g.norm()) + 1e-6)) for w, g in zip(weights, _domain_gradients(domains), strict=True)
+        w * g * min(1.0, 0.3 / (float(g.norm()) + 1e-6))
+        for w, g in zip(weights, _domain_gradients(domains), strict=True)
     )
     torch.testing.assert_close(flat_parameters(model), before - 0.05 * clipped, rtol=0, atol=step_tolerance(alignment))
 
@@ -146,7 +151,9 @@ def test_several_targets_count_by_their_weights(tmp_path):
         for name in targets
     ]
     args = config(tmp_path, per_device_target_batch_size=2)
-    trainer = train(model, args, domains, targets, target_weights={"a": 2.0, "b": 0.5}, compute_loss_func=float64_causal_loss)
+    trainer = train(
+        model, args, domains, targets, target_weights={"a": 2.0, "b": 0.5}, compute_loss_func=float64_causal_loss
+    )
     scores = torch.from_numpy(trainer.domain_weights.trajectory.scores[0])
     torch.testing.assert_close(scores, 2 * single[0] + 0.5 * single[1], rtol=1e-10, atol=0)
 
@@ -243,7 +250,12 @@ def test_with_frozen_weights_a_step_is_a_trainer_step_on_the_weighted_loss(tmp_p
     domains = three_domains()
     options = {"optim": optim, "max_steps": 5, "max_grad_norm": 0.5, "learning_rate": 0.01}
     model = tiny_llama()
-    train(model, config(tmp_path, mu=1e30, **options), domains, initial_weights=dict(zip(domains, (0.2, 0.5, 0.3), strict=True)))
+    train(
+        model,
+        config(tmp_path, mu=1e30, **options),
+        domains,
+        initial_weights=dict(zip(domains, (0.2, 0.5, 0.3), strict=True)),
+    )
 
     plain = tiny_llama()
     args = TrainingArguments(
@@ -305,9 +317,13 @@ def test_a_domain_without_a_label_keeps_its_share_and_the_others_step_the_model(
 
     learned = trainer.domain_weights
     assert learned.last["books"] == 0.5
-    assert np.isnan(learned.trajectory.scores[0][1])
+    learned_scores = torch.from_numpy(learned.trajectory.scores[0])
+    assert learned_scores[1].isnan()
+    torch.testing.assert_close(learned_scores[[0, 2]], scores, rtol=1e-11, atol=0)
     torch.testing.assert_close(weights_of(trainer)[[0, 2]], 0.5 * weights, rtol=1e-12, atol=0)
-    torch.testing.assert_close(flat_parameters(model), before - 0.05 * gradient, rtol=0, atol=step_tolerance(alignment))
+    torch.testing.assert_close(
+        flat_parameters(model), before - 0.05 * gradient, rtol=0, atol=step_tolerance(alignment)
+    )
 
 
 def test_the_target_never_moves_the_model(tmp_path):
@@ -377,7 +393,9 @@ def test_a_loss_func_gets_every_domain_alone(tmp_path):
 
     trainer = train(tiny_llama(dtype=torch.float64), config(tmp_path), three_domains(), compute_loss_func=loss_func)
     scores = reference_step(tiny_llama(dtype=torch.float64), rows(three_domains()), learning_rate=0.05, mu=0.1)[0]
-    torch.testing.assert_close(torch.from_numpy(trainer.domain_weights.trajectory.scores[0]), scores, rtol=1e-10, atol=0)
+    torch.testing.assert_close(
+        torch.from_numpy(trainer.domain_weights.trajectory.scores[0]), scores, rtol=1e-10, atol=0
+    )
     assert seen[2:] == [28, 28, 28]
 
 
@@ -433,18 +451,14 @@ def test_a_collator_that_masks_at_random_works(tmp_path, tokenizer):
 
 
 def test_evaluation_takes_sets_with_and_without_the_domain_column(tmp_path):
-    merged = concatenate_datasets(
-        [data.add_column("domain", [name] * 4) for name, data in three_domains().items()]
-    )
+    merged = concatenate_datasets([data.add_column("domain", [name] * 4) for name, data in three_domains().items()])
     trainer = train(tiny_llama(), config(tmp_path), merged, eval_dataset={"all": merged, **three_domains()})
     metrics = trainer.evaluate()
     assert {"eval_all_loss", "eval_books_loss"} <= set(metrics)
 
 
 def test_a_column_of_strings_or_class_labels_equals_a_dict_of_datasets(tmp_path):
-    merged = concatenate_datasets(
-        [data.add_column("kind", [name] * 4) for name, data in three_domains().items()]
-    )
+    merged = concatenate_datasets([data.add_column("kind", [name] * 4) for name, data in three_domains().items()])
     expected = weights_of(train(tiny_llama(), config(tmp_path, max_steps=2), three_domains()))
     for dataset in (merged, merged.class_encode_column("kind"), merged.shuffle(seed=3)):
         trainer = train(tiny_llama(), config(tmp_path, max_steps=2, domain_column="kind"), dataset)
@@ -489,6 +503,15 @@ def test_the_artifact_tells_where_the_weights_come_from(tmp_path):
     assert learned.metadata["model"]["class"] == "LlamaForCausalLM"
     assert learned.mean["arxiv"] == pytest.approx(np.mean(trainer.domain_weights.trajectory.weights[:, 0]))
     json.dumps(learned.recipe)
+
+
+def test_an_infinite_bound_can_be_saved(tmp_path):
+    args = config(tmp_path, score_min=float("-inf"), gradient_memory_budget=float("inf"))
+    trainer = train(tiny_llama(), args, three_domains())
+    trainer.domain_weights.save_pretrained(tmp_path / "weights")
+    recipe = DomainWeights.from_pretrained(tmp_path / "weights").recipe
+    assert recipe["score_min"] is None
+    assert recipe["arguments"]["score_min"] == "-inf"
 
 
 def test_burn_in_leaves_the_first_updates_out_of_the_mean(tmp_path):

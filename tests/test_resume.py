@@ -211,10 +211,10 @@ def test_a_named_checkpoint_that_is_not_whole_is_refused(tmp_path):
     make_trainer(tmp_path, stop_after=1).train()
     checkpoint = tmp_path / "checkpoint-1"
     (checkpoint / "trainer_state.json").write_text('{"epoch": ')
-    with pytest.raises(ValueError, match="its trainer_state.json is cut off"):
+    with pytest.raises(ValueError, match=r"its trainer_state\.json is cut off"):
         make_trainer(tmp_path).train(resume_from_checkpoint=str(checkpoint))
     (checkpoint / "doge_state.json").unlink()
-    with pytest.raises(ValueError, match="it has no doge_state.json"):
+    with pytest.raises(ValueError, match=r"it has no doge_state\.json"):
         make_trainer(tmp_path).train(resume_from_checkpoint=str(checkpoint))
     with pytest.raises(ValueError, match="No whole checkpoint found"):
         make_trainer(tmp_path).train(resume_from_checkpoint=True)

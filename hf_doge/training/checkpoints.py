@@ -28,7 +28,9 @@ def resolve_checkpoint(resume_from_checkpoint: str | bool | None, output_dir: st
     if resume_from_checkpoint is not True:
         checkpoint = Path(resume_from_checkpoint)
         if problem := _find_problem(checkpoint):
-            raise ValueError(f"{checkpoint} must be a whole checkpoint of DoGETrainer, but {problem}. Name another one.")
+            raise ValueError(
+                f"{checkpoint} must be a whole checkpoint of DoGETrainer, but {problem}. Name another one."
+            )
         return checkpoint
     for checkpoint in sorted(Path(output_dir).glob("checkpoint-*"), key=_get_step, reverse=True):
         problem = _find_problem(checkpoint)

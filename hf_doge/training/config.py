@@ -200,9 +200,10 @@ class DoGEConfig(TrainingArguments):
         )
 
     def get_doge_arguments(self) -> dict:
-        """The arguments that `TrainingArguments` does not have, as plain values."""
+        """The arguments that `TrainingArguments` does not have, as plain values; an infinite bound as a string."""
         inherited = {inherited_field.name for inherited_field in fields(TrainingArguments)}
-        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in inherited}
+        arguments = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in inherited}
+        return {k: str(v) if isinstance(v, float) and math.isinf(v) else v for k, v in arguments.items()}
 
 
 def _require_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

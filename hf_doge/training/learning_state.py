@@ -138,7 +138,7 @@ class LearningState:
             )
         points = []
         if state["num_trajectory_points"]:
-            trajectory = Trajectory.from_table(pq.read_table(folder / TRAJECTORY_FILE))
+            trajectory = Trajectory.from_table(pq.ParquetFile(folder / TRAJECTORY_FILE).read(use_threads=False))
             points = _to_points(trajectory, names)
         by_domain = [state["domains"][name] for name in names]
         return cls(

@@ -43,7 +43,11 @@ def _count_tokens(dataset: Dataset) -> np.ndarray | None:
     if "input_ids" not in dataset.column_names:
         return None
     column = dataset.with_format("arrow").data.column("input_ids")
-    if not (pa.types.is_list(column.type) or pa.types.is_large_list(column.type) or pa.types.is_fixed_size_list(column.type)):
+    if not (
+        pa.types.is_list(column.type)
+        or pa.types.is_large_list(column.type)
+        or pa.types.is_fixed_size_list(column.type)
+    ):
         return None
     lengths = pc.list_value_length(column).to_numpy()
     if dataset._indices is not None:
@@ -89,9 +93,7 @@ def _get_commit() -> str | None:
     if not (checkout / ".git").exists():
         return None
     try:
-        result = subprocess.run(
-            ["git", "rev-parse", "HEAD"], cwd=checkout, capture_output=True, text=True, timeout=5
-        )
+        result = subprocess.run(["git", "rev-parse", "HEAD"], cwd=checkout, capture_output=True, text=True, timeout=5)
     except (OSError, subprocess.TimeoutExpired):
         return None
     return result.stdout.strip() or None

@@ -20,7 +20,9 @@ def refuse_unsupported(args: DoGEConfig, train_dataset: Any, *, has_target: bool
     """Raise a `ValueError` for what would give a wrong number, saying what to do instead."""
     if not isinstance(args, DoGEConfig):
         raise ValueError(f"`args` must be a `DoGEConfig`, but got {type(args).__name__}.")
-    if isinstance(train_dataset, torch.utils.data.IterableDataset) or not isinstance(train_dataset, (Dataset, Mapping)):
+    if isinstance(train_dataset, torch.utils.data.IterableDataset) or not isinstance(
+        train_dataset, (Dataset, Mapping)
+    ):
         raise ValueError(
             "`train_dataset` must be a `datasets.Dataset` or a dict of them, but got "
             f"{type(train_dataset).__name__}. Load it without `streaming=True`, a sample of it is enough for a proxy."

@@ -156,9 +156,7 @@ class DoGETrainer(Trainer):
         step = self._cut_step(model, micro_batches)
         count_consumed(self._learning, step, [inputs[DOMAIN_IDS] for inputs in micro_batches])
         loss = self._reweighting_step(step) if self._is_reweighting and step.can_align else self._weighted_step(step)
-        self._metrics.record_time(
-            step_seconds=time.perf_counter() - start, training_seconds=step.training_seconds
-        )
+        self._metrics.record_time(step_seconds=time.perf_counter() - start, training_seconds=step.training_seconds)
         return loss
 
     @property

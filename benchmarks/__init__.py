@@ -1,0 +1,1 @@
+"""Scripts that measure: each takes its data folder as an argument and ends with one line of JSON."""

@@ -1,0 +1,231 @@
+"""The artifact that learning domain weights ends in, https://huggingface.co/papers/2310.15393."""
+
+import math
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hf_doge.artifacts.checks import require_json, require_names, require_ratios, require_same_domains, require_simplex
+from hf_doge.artifacts.folder import read_folder, resolve_folder, write_folder
+from hf_doge.artifacts.readers import read_ratios
+from hf_doge.artifacts.summary import summarize
+from hf_doge.artifacts.trajectory import Trajectory
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+class DomainWeights:
+    """
+    How much of each data domain to train on, and how that was found.
+
+    Args:
+        mean (`Mapping[str, float]`):
+            Domain name -> weight: the mean of the weights over the run, the one to train with. At least 0, summing to 1
+            within 1e-6. For ratios that do not sum to 1 there is [`~DomainWeights.from_mapping`].
+        last (`Mapping[str, float]`, *optional*): Weights after the last update, same domains. `mean` when not given.
+        trajectory (`Trajectory`, *optional*): Weights, scores and losses step by step, same domains.
+        recipe (`Mapping`, *optional*): `name` of the recipe and every argument of it.
+        domains (`Mapping[str, Mapping]`, *optional*):
+            Domain name -> what is known of its data: `num_rows`, `num_tokens`, `fingerprint`, ...
+        metadata (`Mapping`, *optional*): Model, tokenizer, versions, commit, date.
+            `recipe`, `domains` and `metadata` hold what JSON can.
+
+    Attributes:
+        mean, last (`dict[str, float]`): In the order of the domains.
+        trajectory (`Trajectory` or `None`).
+        recipe, metadata (`dict`).
+        domains (`dict[str, dict]`): One entry for every domain, empty where nothing is known.
+
+    Raises:
+        ValueError: Weights off the simplex, or domains that differ; the message names the domain.
+    """
+
+    def __init__(
+        self,
+        mean: Mapping[str, float],
+        *,
+        last: Mapping[str, float] | None = None,
+        trajectory: Trajectory | None = None,
+        recipe: Mapping[str, Any] | None = None,
+        domains: Mapping[str, Mapping[str, Any]] | None = None,
+        metadata: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.mean = require_simplex("mean", mean)
+        self.last = dict(self.mean)
+        if last is not None:
+            require_same_domains("last", last, self.mean)
+            self.last = require_simplex("last", {name: last[name] for name in self.mean})
+        if trajectory is not None:
+            require_same_domains("trajectory", trajectory.domains, self.mean)
+        self.trajectory = trajectory
+        if domains is not None:
+            require_same_domains("domains", domains, self.mean)
+        self.domains = require_json("domains", {name: (domains or {}).get(name, {}) for name in self.mean})
+        self.recipe = require_json("recipe", recipe or {})
+        self.metadata = require_json("metadata", metadata or {})
+        for name, facts in self.domains.items():
+            for key in ("num_rows", "num_tokens"):
+                count = facts.get(key)
+                if count is not None and not (isinstance(count, int) and count >= 0):
+                    raise ValueError(f"`{key}` of domain {name!r} must be an integer >= 0, but got {count!r}.")
+
+    @classmethod
+    def from_mapping(
+        cls,
+        ratios: Mapping[str, float],
+        *,
+        recipe: Mapping[str, Any] | None = None,
+        domains: Mapping[str, Mapping[str, Any]] | None = None,
+        metadata: Mapping[str, Any] | None = None,
+    ) -> "DomainWeights":
+        """
+        Weights in the given ratios, whatever they sum to: `{"wiki": 3, "web": 1}` is `{"wiki": 0.75, "web": 0.25}`.
+
+        Raises:
+            ValueError: A ratio is negative or not finite, or all are 0.
+        """
+        checked = require_ratios("ratios", ratios)
+        total = math.fsum(checked.values())
+        mean = {name: ratio / total for name, ratio in checked.items()}
+        return cls(mean, recipe=recipe, domains=domains, metadata=metadata)
+
+    @classmethod
+    def uniform(cls, domains: Iterable[str] | Mapping[str, Mapping[str, Any]]) -> "DomainWeights":
+        """The same weight for every domain: of these names, or of a mapping as in [`~DomainWeights.domains`]."""
+        names = require_names(domains)
+        known = domains if isinstance(domains, Mapping) else None
+        return cls.from_mapping(dict.fromkeys(names, 1.0), recipe={"name": "uniform"}, domains=known)
+
+    @classmethod
+    def natural(cls, domains: Mapping[str, Mapping[str, Any]]) -> "DomainWeights":
+        """
+        Weights in proportion to the tokens each domain has: what plain training on all the data amounts to.
+
+        Args:
+            domains (`Mapping[str, Mapping]`): As in [`~DomainWeights.domains`], with `num_tokens` for every domain.
+
+        Raises:
+            ValueError: A domain lacks `num_tokens`, or none has a token.
+        """
+        unknown = [name for name, facts in domains.items() if facts.get("num_tokens") is None]
+        if unknown:
+            raise ValueError(f"Natural weights need `num_tokens` of every domain, but domains {unknown} have none.")
+        tokens = {name: facts["num_tokens"] for name, facts in domains.items()}
+        return cls.from_mapping(tokens, recipe={"name": "natural"}, domains=domains)
+
+    @classmethod
+    def from_file(cls, path: str | os.PathLike) -> "DomainWeights":
+        """
+        Read weights written by others, normalising their ratios.
+
+        Known are the JSON of DoReMi (`train_domain_weights`), the YAML of RegMix (`train`), and plain
+        `{name: ratio}` in JSON or YAML. Names stay as they are written.
+
+        Raises:
+            ValueError: The file is malformed, repeats a key, or a ratio is no finite number >= 0. Names file and domain.
+        """
+        path = Path(path)
+        ratios, shape = read_ratios(path)
+        try:
+            return cls.from_mapping(ratios, metadata={"source_file": path.name, "source_format": shape})
+        except ValueError as error:
+            raise ValueError(f"{str(path)!r}: {error}") from error
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The domains, in order."""
+        return tuple(self.mean)
+
+    @property
+    def entropy(self) -> float:
+        """Entropy of the mean weights in nats, from 0 (one domain only) to [`~DomainWeights.max_entropy`] (uniform)."""
+        return -math.fsum(weight * math.log(weight) for weight in self.mean.values() if weight > 0)
+
+    @property
+    def max_entropy(self) -> float:
+        """Entropy of uniform weights over as many domains, in nats."""
+        return math.log(len(self.mean))
+
+    @property
+    def natural_proportions(self) -> dict[str, float] | None:
+        """Share of each domain in all tokens; `None` unless every domain's `num_tokens` is known and one is positive."""
+        tokens = {name: facts.get("num_tokens") for name, facts in self.domains.items()}
+        if None in tokens.values() or not any(tokens.values()):
+            return None
+        total = sum(tokens.values())
+        return {name: count / total for name, count in tokens.items()}
+
+    def expected_epochs(self, num_tokens: int) -> dict[str, float]:
+        """
+        How often each domain is repeated when `num_tokens` tokens are drawn by `mean`, in sequences that are equally long
+        in all domains. DoGE does not price repetition, so look here before giving a small domain a large weight.
+
+        Raises:
+            ValueError: `num_tokens` is negative, or a domain of positive weight has no known token.
+        """
+        if num_tokens < 0:
+            raise ValueError(f"`num_tokens` must be at least 0, but got {num_tokens}.")
+        available = {name: facts.get("num_tokens") for name, facts in self.domains.items()}
+        unknown = [name for name, weight in self.mean.items() if weight > 0 and not available[name]]
+        if unknown:
+            raise ValueError(
+                f"Domains of positive weight must have `num_tokens` > 0, but {unknown} have {[available[n] for n in unknown]}."
+            )
+        return {n: weight * num_tokens / available[n] if weight > 0 else 0.0 for n, weight in self.mean.items()}
+
+    def summary(self) -> str:
+        """A table of the domains, heaviest first, under a line on the recipe."""
+        return summarize(self)
+
+    def plot(self, path: str | os.PathLike | None = None) -> "Figure":
+        """
+        Draw the trajectory, and the weights against uniform and natural proportions. See
+        [`~hf_doge.plots.plot_domain_weights`].
+        """
+        from hf_doge.plots import plot_domain_weights
+
+        return plot_domain_weights(self, path)
+
+    def save_pretrained(self, save_directory: str | os.PathLike) -> None:
+        """
+        Save as a dataset folder: `domain_weights.json`, `weights/` and `trajectory/` in Parquet, `README.md`.
+
+        `datasets.load_dataset(save_directory, "weights")` and `"trajectory"` open it. An artifact in the folder is
+        replaced as one: a crash at any point leaves the old or the new one to [`~DomainWeights.from_pretrained`], and
+        saving again completes it. Other files stay, and so does a `README.md` that somebody has edited.
+
+        Raises:
+            FileExistsError: The folder holds something else than an artifact.
+            NotADirectoryError: `save_directory` is a file.
+        """
+        write_folder(self, Path(save_directory))
+
+    @classmethod
+    def from_pretrained(
+        cls, name_or_path: str | os.PathLike, *, revision: str | None = None, token: str | bool | None = None
+    ) -> "DomainWeights":
+        """
+        Load what [`~DomainWeights.save_pretrained`] wrote.
+
+        Args:
+            name_or_path (`str` or `os.PathLike`): A local folder, else the name of a dataset repository on the Hub.
+            revision (`str`, *optional*): Branch, tag or commit of the repository.
+            token (`str` or `bool`, *optional*): Access token, as in `huggingface_hub`.
+
+        Raises:
+            FileNotFoundError: There is no such folder and no such repository, or no artifact in it.
+            ValueError: A file is malformed, was altered or cut short, or is from a newer version that cannot be read.
+        """
+        return cls(**read_folder(resolve_folder(name_or_path, revision=revision, token=token)))
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, DomainWeights):
+            return NotImplemented
+        return vars(self) == vars(other)
+
+    def __repr__(self) -> str:
+        heaviest = sorted(self.mean.items(), key=lambda item: -item[1])
+        shown = ", ".join(f"{name}: {weight:.4f}" for name, weight in heaviest[:8])
+        return f"DomainWeights({shown}{f', and {len(heaviest) - 8} more' if len(heaviest) > 8 else ''})"

@@ -1,0 +1,211 @@
+"""
+Domain weights as a folder that is also a dataset repository.
+
+```
+domain_weights.json                        everything but the trajectory, with the sha256 of the tables
+weights/train-00000-of-00001.parquet       one row for each domain
+trajectory/train-00000-of-00001.parquet    one row for each step and domain; absent when nothing was recorded
+README.md                                  makes `load_dataset(folder, "weights" | "trajectory")` work
+```
+"""
+
+import json
+import os
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from hf_doge._version import __version__
+from hf_doge.artifacts.card import configs_header, is_edited, write_card
+from hf_doge.artifacts.files import read_verified, remove_file, replace_files, require_own_folder, sha256
+from hf_doge.artifacts.readers import parse_json
+from hf_doge.artifacts.trajectory import Trajectory
+
+if TYPE_CHECKING:
+    from hf_doge.artifacts.domain_weights import DomainWeights
+
+FORMAT_VERSION = "1.0"  # a newer major number tells older readers that they would misread the files
+MANIFEST = "domain_weights.json"
+WEIGHTS_FILE = "weights/train-00000-of-00001.parquet"
+TRAJECTORY_FILE = "trajectory/train-00000-of-00001.parquet"
+CARD_FILE = "README.md"
+
+_WEIGHTS_SCHEMA = pa.schema(
+    {
+        "domain": pa.string(),
+        "weight": pa.float64(),
+        "last_weight": pa.float64(),
+        "natural_proportion": pa.float64(),
+        "num_rows": pa.int64(),
+        "num_tokens": pa.int64(),
+    }
+)
+_KEYS = dict.fromkeys(("mean", "last", "recipe", "domains", "metadata", "files"), dict) | {"domain_names": list}
+_VERSION_KEYS = ("format_version", "hf_doge_version")
+
+
+def write_folder(weights: "DomainWeights", folder: Path) -> None:
+    """See [`DomainWeights.save_pretrained`]."""
+    tables = {WEIGHTS_FILE: _to_parquet(_weights_table(weights))}
+    if weights.trajectory is not None:
+        tables[TRAJECTORY_FILE] = _to_parquet(weights.trajectory.to_table())
+    files = {**tables, MANIFEST: _to_manifest(weights, tables)}
+
+    require_own_folder(folder, manifest=MANIFEST, subfolders=("weights", "trajectory"))
+    if (folder / MANIFEST).exists():
+        read_manifest(folder)  # a file of this name that is not ours is not ours to replace
+    card = folder / CARD_FILE
+    written = card.read_text(encoding="utf-8", errors="replace") if card.exists() else None
+    if written is None or not is_edited(written):
+        files[CARD_FILE] = write_card(weights, list(tables)).encode()
+    elif configs_header(list(tables)) not in written:
+        warnings.warn(
+            f"{str(card)!r} was edited, so it is kept. For `load_dataset`, let its header say\n"
+            f"{configs_header(list(tables))}",
+            stacklevel=3,
+        )
+    replace_files(folder, files, manifest=MANIFEST)
+    if weights.trajectory is None:
+        remove_file(folder / TRAJECTORY_FILE)
+
+
+def read_folder(folder: Path) -> dict[str, Any]:
+    """The arguments of [`DomainWeights`], checked against their checksums. See [`DomainWeights.from_pretrained`]."""
+    manifest = read_manifest(folder)
+    unknown = sorted(set(manifest) - set(_KEYS) - set(_VERSION_KEYS))
+    if unknown:
+        warnings.warn(
+            f"{MANIFEST} has keys {unknown} that hf_doge {__version__} does not know; they are dropped. It was written"
+            f" by hf_doge {manifest.get('hf_doge_version')}: install that version to have them.",
+            stacklevel=3,
+        )
+    contents = {
+        name: read_verified(folder, name, checksum=manifest["files"][name])
+        for name in (WEIGHTS_FILE, TRAJECTORY_FILE)
+        if name in manifest["files"]
+    }
+    trajectory = None
+    if TRAJECTORY_FILE in contents:
+        trajectory = Trajectory.from_table(_from_parquet(contents[TRAJECTORY_FILE]))
+    names = manifest["domain_names"]
+    if sorted(names) != sorted(manifest["mean"]):
+        raise ValueError(f"`domain_names` of {MANIFEST} must be the domains of `mean`, but is {names}.")
+    return {
+        "mean": {name: manifest["mean"][name] for name in names},
+        "last": manifest["last"],
+        "trajectory": trajectory,
+        "recipe": manifest["recipe"],
+        "domains": manifest["domains"],
+        "metadata": manifest["metadata"],
+    }
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """
+    Read `domain_weights.json`.
+
+    Raises:
+        FileNotFoundError: The folder has none.
+        ValueError: It is malformed, not ours, or of a format that this version cannot read.
+    """
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise FileNotFoundError(f"A folder of domain weights must hold {MANIFEST}, but {str(folder)!r} does not.")
+    manifest = parse_json(path.read_bytes(), source=str(path))
+    version = manifest.get("format_version") if isinstance(manifest, dict) else None
+    major = version.partition(".")[0] if isinstance(version, str) else ""
+    if not major.isdecimal():
+        raise ValueError(
+            f"{str(path)!r} must have a `format_version` such as {FORMAT_VERSION!r}, but got {version!r}. If it holds"
+            " plain weights, read it by `DomainWeights.from_file`."
+        )
+    if int(major) > int(FORMAT_VERSION.partition(".")[0]):
+        raise ValueError(
+            f"{str(path)!r} has format {version}, but hf_doge {__version__} reads up to {FORMAT_VERSION}. Update with"
+            " `pip install -U hf-doge`."
+        )
+    for key, kind in _KEYS.items():
+        if not isinstance(manifest.get(key), kind):
+            raise ValueError(
+                f"{str(path)!r} must have a {kind.__name__} under {key!r}, but got {manifest.get(key)!r:.80}."
+            )
+    return manifest
+
+
+def resolve_folder(name_or_path: str | os.PathLike, *, revision: str | None, token: str | bool | None) -> Path:
+    """
+    A local folder as it is; any other name is fetched from the Hub, into its cache.
+
+    Raises:
+        FileNotFoundError: It is neither a folder nor a dataset repository that can be read or is cached.
+    """
+    folder = Path(name_or_path)
+    if folder.is_dir():
+        return folder
+    if folder.is_file():
+        raise NotADirectoryError(
+            f"`name_or_path` must be a folder or a name on the Hub, but {str(folder)!r} is a file. Read a single file by"
+            " `DomainWeights.from_file`."
+        )
+    # Only here: a folder needs no Hub, and importing its client takes longer than reading one.
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    try:
+        files = [MANIFEST, WEIGHTS_FILE, TRAJECTORY_FILE]
+        return Path(
+            snapshot_download(
+                str(name_or_path), repo_type="dataset", revision=revision, token=token, allow_patterns=files
+            )
+        )
+    except (HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError) as error:
+        raise FileNotFoundError(
+            f"{str(name_or_path)!r} must be a folder or a dataset repository on the Hub, but there is no such folder, and"
+            f" the Hub says: {error}"
+        ) from error
+
+
+def _to_manifest(weights: "DomainWeights", tables: dict[str, bytes]) -> bytes:
+    manifest = {
+        "format_version": FORMAT_VERSION,
+        "hf_doge_version": __version__,
+        "domain_names": list(weights.names),  # sorted keys forget their order
+        "mean": weights.mean,
+        "last": weights.last,
+        "recipe": weights.recipe,
+        "domains": weights.domains,
+        "metadata": weights.metadata,
+        "files": {name: sha256(content) for name, content in tables.items()},
+    }
+    return (json.dumps(manifest, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()
+
+
+def _weights_table(weights: "DomainWeights") -> pa.Table:
+    """One row for each domain; null where a number is not known."""
+    natural = weights.natural_proportions or {}
+    rows = [
+        {
+            "domain": name,
+            "weight": weights.mean[name],
+            "last_weight": weights.last[name],
+            "natural_proportion": natural.get(name),
+            "num_rows": weights.domains[name].get("num_rows"),
+            "num_tokens": weights.domains[name].get("num_tokens"),
+        }
+        for name in weights.names
+    ]
+    return pa.Table.from_pylist(rows, schema=_WEIGHTS_SCHEMA)
+
+
+def _to_parquet(table: pa.Table) -> bytes:
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, compression="zstd", write_page_index=True)  # the Hub's viewer reads pages by the index
+    return sink.getvalue().to_pybytes()
+
+
+def _from_parquet(content: bytes) -> pa.Table:
+    # On this thread: a process that ends soon after pyarrow started its reading threads may be aborted at exit.
+    return pq.ParquetFile(pa.BufferReader(content)).read(use_threads=False)

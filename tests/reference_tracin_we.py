@@ -1,0 +1,68 @@
+"""Slow and obvious versions of what hf_doge.functional.tracin_we and hf_doge.gradients.embedding compute."""
+
+import copy
+
+import torch
+from torch import nn
+
+
+def slow_rows(token_ids, grads, mask=None):
+    """Dictionary of token -> summed gradient, position by position."""
+    rows = {}
+    for position, token in enumerate(token_ids.tolist()):
+        if mask is None or mask[position]:
+            rows[token] = rows.get(token, torch.zeros_like(grads[0])) + grads[position]
+    return rows
+
+
+def slow_score(ids_a, grads_a, ids_b, grads_b):
+    """The position form, sum over t and s of 1[x_t = x'_s] g_t . g'_s."""
+    score = torch.zeros((), dtype=grads_a.dtype)
+    for t, token_a in enumerate(ids_a.tolist()):
+        for s, token_b in enumerate(ids_b.tolist()):
+            if token_a == token_b:
+                score += grads_a[t] @ grads_b[s]
+    return score
+
+
+def slow_position_top_k(token_ids, grads, k):
+    """The authors' rule: the k positions of largest norm, then merged by token."""
+    kept = sorted(range(len(token_ids)), key=lambda t: (-grads[t].norm().item(), t))[:k]
+    return slow_rows(token_ids[kept], grads[kept])
+
+
+def slow_token_top_k(token_ids, grads, k):
+    """Merged first, then the k tokens of largest norm."""
+    rows = slow_rows(token_ids, grads)
+    kept = sorted(rows, key=lambda token: (-rows[token].norm().item(), token))[:k]
+    return {token: rows[token] for token in kept}
+
+
+def dense(tokens, rows, vocabulary_size):
+    """The whole gradient matrix of one example."""
+    matrix = torch.zeros(vocabulary_size, rows.shape[1], dtype=rows.dtype)
+    for token, row in zip(tokens.tolist(), rows, strict=True):
+        matrix[token] += row
+    return matrix
+
+
+def untied(model):
+    """A copy whose output layer holds its own copy of the embedding matrix, with the same values."""
+    model = copy.deepcopy(model)
+    head = model.get_output_embeddings()
+    if head is not None:
+        head.weight = nn.Parameter(head.weight.detach().clone())
+    return model
+
+
+def dense_gradient(model, example, *, part="input", num_terms=1):
+    """
+    Gradient of `num_terms * model(**example).loss` with respect to the embedding matrix, by ordinary autograd in
+    evaluation mode: through its use as the input, as the output, or through both ("full", the matrix as it is).
+    """
+    model = copy.deepcopy(model) if part == "full" else untied(model)
+    model.eval()
+    layer = model.get_output_embeddings() if part == "output" else model.get_input_embeddings()
+    layer.weight.requires_grad_(True)
+    (num_terms * model(**example).loss).backward()
+    return layer.weight.grad

@@ -1,0 +1,436 @@
+import gzip
+import json
+import random
+import subprocess
+import sys
+
+import pyarrow.parquet as pq
+import pytest
+
+from hf_doge.artifacts import DomainWeights
+from hf_doge.cli import COMMANDS, main
+
+TINY = [
+    "--block_size=16",
+    "--model_size=nano",
+    "--per_device_train_batch_size=6",
+    "--max_steps=3",
+    "--use_cpu",
+    "--disable_tqdm=true",
+]
+
+
+def write_domain(folder, domain, *, num_documents=40, suffix="jsonl", nested=False):
+    """Documents of words of the domain's own, from a seed of its own."""
+    draw = random.Random(domain)
+    words = ["".join(draw.choices("abcdefghij", k=draw.randint(2, 6))) for _ in range(30)]
+    for split, size in (("train", num_documents), ("validation", 10)):
+        path = folder / domain / f"{split}.{suffix}" if nested else folder / f"{domain}.{split}.{suffix}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with gzip.open(path, "wt") if suffix.endswith("gz") else path.open("w") as file:
+            for _ in range(size):
+                file.write(json.dumps({"text": " ".join(draw.choices(words, k=20)), "source": "test"}) + "\n")
+
+
+@pytest.fixture
+def data_dir(tmp_path):
+    folder = tmp_path / "data"
+    write_domain(folder, "code")
+    write_domain(folder, "prose", num_documents=80, suffix="jsonl.gz")
+    write_domain(folder, "wiki", nested=True)
+    return folder
+
+
+@pytest.fixture
+def learned(data_dir, tmp_path, capsys):
+    folder = tmp_path / "proxy"
+    flags = [f"--data_dir={data_dir}", f"--output_dir={folder}", "--train_tokenizer_vocab=300", *TINY]
+    assert main(["learn", *flags]) == 0
+    capsys.readouterr()
+    return folder
+
+
+def flags_of(data_dir, learned, output_dir):
+    return [f"--data_dir={data_dir}", f"--tokenizer={learned / 'tokenizer'}", f"--output_dir={output_dir}", *TINY]
+
+
+def refusal(capsys, *argv):
+    """The one line that a command refuses with."""
+    assert main([str(word) for word in argv]) == 2
+    captured = capsys.readouterr()
+    line = captured.err.strip().splitlines()[-1]
+    assert ": error: " in line
+    assert "Traceback" not in captured.err
+    return line
+
+
+# The commands
+
+
+def test_learn_saves_weights_on_the_simplex_plot_and_tokenizer(learned):
+    weights = DomainWeights.from_pretrained(learned / "domain_weights")
+    assert set(weights.mean) == {"code", "prose", "wiki"}
+    assert sum(weights.mean.values()) == pytest.approx(1)
+    assert len(weights.trajectory.steps) == 3
+    assert weights.domains["prose"]["num_tokens"] > weights.domains["code"]["num_tokens"]
+    assert (learned / "domain_weights.png").stat().st_size > 10_000
+    assert (learned / "tokenizer" / "tokenizer.json").exists()
+
+
+def test_learn_prints_the_summary_and_where_the_weights_are(data_dir, learned, tmp_path, capsys):
+    assert main(["learn", *flags_of(data_dir, learned, tmp_path / "again")]) == 0
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in ("code", "prose", "wiki"))
+    assert str(tmp_path / "again" / "domain_weights") in printed
+
+
+def test_learn_twice_gives_the_same_weights_and_makes_the_blocks_once(data_dir, learned, caplog):
+    first = DomainWeights.from_pretrained(learned / "domain_weights")
+    before = {path: path.stat().st_mtime_ns for path in (learned / "blocks").iterdir()}
+    flags = [f"--data_dir={data_dir}", f"--output_dir={learned}", "--train_tokenizer_vocab=300", *TINY]
+    assert main(["learn", *flags]) == 0
+    assert DomainWeights.from_pretrained(learned / "domain_weights").mean == first.mean
+    assert {path: path.stat().st_mtime_ns for path in (learned / "blocks").iterdir()} == before
+
+
+def test_learn_keeps_a_target_domain_out_of_the_mixture(data_dir, learned, tmp_path):
+    flags = ["--target", "wiki", "--max_target_tokens=64", *flags_of(data_dir, learned, tmp_path / "ood")]
+    assert main(["learn", *flags]) == 0
+    weights = DomainWeights.from_pretrained(tmp_path / "ood" / "domain_weights")
+    assert set(weights.mean) == {"code", "prose"}
+
+
+def test_learn_carves_a_heldout_mix_out_of_the_training_domains(data_dir, learned, tmp_path):
+    flags = ["--target", "heldout_mix", "--recipe=official", *flags_of(data_dir, learned, tmp_path / "mix")]
+    assert main(["learn", *flags]) == 0
+    plain = DomainWeights.from_pretrained(learned / "domain_weights")
+    mixed = DomainWeights.from_pretrained(tmp_path / "mix" / "domain_weights")
+    given = {name: plain.domains[name]["num_rows"] - mixed.domains[name]["num_rows"] for name in plain.mean}
+    assert len(set(given.values())) == 1
+    assert given["code"] == max(1, round(0.1 * min(domain["num_rows"] for domain in plain.domains.values())))
+    assert mixed.recipe["name"] == "official"
+
+
+def test_learn_resumes_from_the_last_checkpoint_to_the_same_weights(data_dir, learned, tmp_path):
+    flags = ["--save_steps=2", *flags_of(data_dir, learned, tmp_path / "whole")]
+    assert main(["learn", *flags]) == 0
+    whole = DomainWeights.from_pretrained(tmp_path / "whole" / "domain_weights")
+    (tmp_path / "whole" / "checkpoint-3").rename(tmp_path / "later")
+    assert main(["learn", *flags, "--resume_from_checkpoint=last"]) == 0
+    assert DomainWeights.from_pretrained(tmp_path / "whole" / "domain_weights").mean == whole.mean
+
+
+def test_flags_come_from_a_config_file_and_later_flags_win(data_dir, learned, tmp_path):
+    config = tmp_path / "config.yaml"
+    lines = ["mu: 5e-1", "eval_strategy: no", "seed: 7", "domains: [code, prose]", "lr_scheduler_kwargs:"]
+    config.write_text("\n".join(lines) + "\n")
+    assert main(["learn", str(config), *flags_of(data_dir, learned, tmp_path / "a"), "--mu=0.25"]) == 0
+    weights = DomainWeights.from_pretrained(tmp_path / "a" / "domain_weights")
+    assert weights.recipe["mu"] == 0.25
+    assert weights.metadata["training"]["seed"] == 7
+    assert set(weights.mean) == {"code", "prose"}
+
+
+def test_train_draws_by_the_learned_weights_and_evaluates_every_domain(data_dir, learned, tmp_path, capsys):
+    output_dir = tmp_path / "model"
+    assert main(["train", "--weights", str(learned), *flags_of(data_dir, learned, output_dir)]) == 0
+    results = json.loads((output_dir / "domain_results.json").read_text())
+    weights = DomainWeights.from_pretrained(learned / "domain_weights")
+    assert results["domain_weights"] == pytest.approx(weights.mean)
+    assert set(results["perplexity"]) == {"code", "prose", "wiki"}
+    assert (output_dir / "model.safetensors").exists()
+    assert "perplexity" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("weights", ["uniform", "natural"])
+def test_train_takes_baseline_weights_and_evaluates_a_target_it_does_not_train_on(
+    data_dir, learned, tmp_path, weights
+):
+    flags = ["--weights", weights, "--target", "wiki", *flags_of(data_dir, learned, tmp_path / "model")]
+    assert main(["train", *flags]) == 0
+    results = json.loads((tmp_path / "model" / "domain_results.json").read_text())
+    assert set(results["epochs"]) == {"code", "prose"}
+    assert set(results["perplexity"]) == {"code", "prose", "wiki"}
+    assert (results["domain_weights"]["prose"] > 0.6) == (weights == "natural")
+
+
+def compare_flags(data_dir, learned, output_dir):
+    return [
+        "compare",
+        "--weights",
+        f"learned={learned}",
+        "--seeds",
+        "1",
+        "2",
+        *flags_of(data_dir, learned, output_dir),
+    ]
+
+
+def test_compare_tabulates_uniform_natural_and_learned_over_seeds(data_dir, learned, tmp_path, capsys):
+    output_dir = tmp_path / "comparison"
+    assert main(compare_flags(data_dir, learned, output_dir)) == 0
+    printed = capsys.readouterr().out
+    assert (output_dir / "comparison.md").read_text().strip() in printed
+    assert "learned against uniform" in printed
+    assert (output_dir / "comparison.png").stat().st_size > 10_000
+    table = pq.read_table(output_dir / "comparison.parquet").to_pylist()
+    assert len(table) == 3 * 2 * 3
+    assert {row["train_tokens"] for row in table} == {3 * 6 * 16}
+    drawn = {row["mixture"]: {} for row in table}
+    rows = DomainWeights.from_pretrained(learned / "domain_weights").domains
+    for row in table:
+        drawn[row["mixture"]][row["domain"]] = row["epochs"] * rows[row["domain"]]["num_rows"]
+    assert drawn["uniform"] == pytest.approx({"code": 6, "prose": 6, "wiki": 6})
+    assert all(sum(counts.values()) == pytest.approx(18) for counts in drawn.values())
+
+
+def test_compare_evaluates_a_target_that_no_model_trains_on(data_dir, learned, tmp_path):
+    output_dir = tmp_path / "comparison"
+    flags = ["--target", "wiki", "--seeds", "1", *flags_of(data_dir, learned, output_dir)]
+    assert main(["compare", *flags]) == 0
+    table = pq.read_table(output_dir / "comparison.parquet").to_pylist()
+    assert {row["domain"] for row in table if row["is_target"]} == {"wiki"}
+    assert all(row["epochs"] is None for row in table if row["is_target"])
+
+
+def test_compare_trains_again_only_what_was_interrupted(data_dir, learned, tmp_path, monkeypatch, capsys):
+    from hf_doge.training import compare
+
+    trained = []
+
+    def train_and_stop(*args, mixture, **kwargs):
+        if len(trained) == 2:
+            raise KeyboardInterrupt
+        trained.append(mixture)
+        return original(*args, mixture=mixture, **kwargs)
+
+    original = compare._train
+    monkeypatch.setattr(compare, "_train", train_and_stop)
+    output_dir = tmp_path / "comparison"
+    with pytest.raises(KeyboardInterrupt):
+        main(compare_flags(data_dir, learned, output_dir))
+    finished = {path: path.read_bytes() for path in (output_dir / "runs").glob("*.json")}
+    assert sorted(path.stem for path in finished) == ["natural-seed1", "uniform-seed1"]
+
+    trained.clear()
+    monkeypatch.setattr(compare, "_train", lambda *a, **k: trained.append(k["mixture"]) or original(*a, **k))
+    assert main(compare_flags(data_dir, learned, output_dir)) == 0
+    assert trained == ["learned", "uniform", "natural", "learned"]
+    assert all(path.read_bytes() == content for path, content in finished.items())
+    interrupted = (output_dir / "comparison.md").read_text()
+
+    trained.clear()
+    assert main(compare_flags(data_dir, learned, output_dir)) == 0
+    assert trained == []
+    assert (output_dir / "comparison.md").read_text() == interrupted
+
+    assert main(compare_flags(data_dir, learned, tmp_path / "uninterrupted")) == 0
+    assert (tmp_path / "uninterrupted" / "comparison.md").read_text() == interrupted
+
+
+def test_compare_trains_again_a_run_made_with_other_arguments(data_dir, learned, tmp_path, caplog):
+    output_dir = tmp_path / "comparison"
+    flags = ["--seeds", "1", *flags_of(data_dir, learned, output_dir)]
+    assert main(["compare", *flags]) == 0
+    before = json.loads((output_dir / "runs" / "uniform-seed1.json").read_text())
+    caplog.clear()
+    assert main(["compare", *flags, "--learning_rate=1e-2"]) == 0
+    assert "uniform-seed1 was made with other arguments" in caplog.text
+    assert "training.learning_rate differ" in caplog.text
+    after = json.loads((output_dir / "runs" / "uniform-seed1.json").read_text())
+    assert after["losses"] != before["losses"]
+
+
+def test_report_shows_weights_and_table_and_needs_no_other_file(data_dir, learned, tmp_path, capsys):
+    assert main(compare_flags(data_dir, learned, learned / "comparison")) == 0
+    capsys.readouterr()
+    assert main(["report", str(learned)]) == 0
+    printed = capsys.readouterr().out
+    table = (learned / "comparison" / "comparison.md").read_text().strip()
+    assert table in printed
+    assert "base64" not in printed
+    report = (learned / "report.md").read_text()
+    assert table in report
+    assert report.count("data:image/png;base64,") == 2
+    assert DomainWeights.from_pretrained(learned / "domain_weights").summary() in report
+
+
+def test_report_shows_the_result_and_not_every_checkpoint(data_dir, learned, tmp_path, capsys):
+    output_dir = tmp_path / "checkpoint-like" / "proxy"
+    assert main(["learn", "--save_steps=1", *flags_of(data_dir, learned, output_dir)]) == 0
+    capsys.readouterr()
+    assert main(["report", str(output_dir)]) == 0
+    assert capsys.readouterr().out.count("## ") == 1
+
+
+# What is written on the command line
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_renders(command, capsys):
+    assert main([command, "--help"]) == 0
+    assert f"hf-doge {command}" in capsys.readouterr().out
+
+
+def test_help_without_a_command_imports_no_heavy_library():
+    code = (
+        "import sys; from hf_doge.cli import main; code = main(['--help']); "
+        "heavy = {'torch', 'transformers', 'datasets', 'matplotlib'} & set(sys.modules); sys.exit(code or bool(heavy))"
+    )
+    finished = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert finished.returncode == 0, finished.stderr
+    assert all(command in finished.stdout for command in COMMANDS)
+
+
+def test_the_package_runs_as_a_module():
+    finished = subprocess.run([sys.executable, "-m", "hf_doge", "--version"], capture_output=True, text=True)
+    assert finished.returncode == 0
+    assert finished.stdout.startswith("hf-doge ")
+
+
+def test_an_unknown_command_is_refused(capsys):
+    assert "must be one of demo, learn, train, compare, report, but got 'lern'" in refusal(capsys, "lern")
+
+
+def test_an_unknown_flag_is_refused(data_dir, capsys):
+    assert main(["learn", f"--data_dir={data_dir}", "--mue=1"]) == 2
+    assert "--mue" in capsys.readouterr().err
+
+
+def test_an_unknown_key_of_a_config_file_is_refused(data_dir, tmp_path, capsys):
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps({"data_dir": str(data_dir), "mue": 1}))
+    assert main(["learn", str(config)]) == 2
+    assert "--mue" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", ["- a\n- b\n", "just words", "{unclosed"])
+def test_a_config_file_that_is_no_mapping_is_refused(text, tmp_path, capsys):
+    (tmp_path / "config.yaml").write_text(text)
+    assert "config.yaml' must" in refusal(capsys, "learn", tmp_path / "config.yaml")
+
+
+def test_a_missing_config_file_is_refused(tmp_path, capsys):
+    assert "missing.yaml" in refusal(capsys, "learn", tmp_path / "missing.yaml")
+
+
+# The data folder
+
+TOKENIZER = "--train_tokenizer_vocab=300"
+
+
+def learn_refusal(capsys, data_dir, tmp_path, *flags):
+    return refusal(capsys, "learn", f"--data_dir={data_dir}", f"--output_dir={tmp_path / 'out'}", *TINY, *flags)
+
+
+def test_a_missing_folder_is_refused(tmp_path, capsys):
+    assert "must be a folder, but" in learn_refusal(capsys, tmp_path / "no", tmp_path, TOKENIZER)
+
+
+def test_a_folder_without_pairs_is_refused(tmp_path, capsys):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "notes.txt").write_text("x")
+    assert "holds none" in learn_refusal(capsys, tmp_path / "data", tmp_path, TOKENIZER)
+
+
+def test_a_domain_without_validation_is_refused_by_name(data_dir, tmp_path, capsys):
+    (data_dir / "code.validation.jsonl").unlink()
+    line = learn_refusal(capsys, data_dir, tmp_path, TOKENIZER)
+    assert "'code' must have a train and a validation file, but it has no validation file" in line
+
+
+def test_a_split_that_is_there_twice_is_refused(data_dir, tmp_path, capsys):
+    (data_dir / "wiki.train.jsonl").write_text("")
+    assert "'wiki' must have one train file" in learn_refusal(capsys, data_dir, tmp_path, TOKENIZER)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--domains", "code", "web"], r"`--domains` must name domains of the data folder"),
+        (["--target", "web"], r"`--target` must name domains of the data folder"),
+        (["--domains", "code", "code"], r"['code'] are repeated"),
+        (["--domains", "code", "prose", "--target", "code"], r"['code'] are in both"),
+        (["--target", "code", "prose", "wiki"], "Drop a target"),
+        (["--target", "heldout_mix", "code"], "Drop one of the two"),
+        (["--target", "heldout_mix", "--heldout_fraction=0.999"], "must keep a block to train on"),
+        (["--heldout_fraction=1"], "must be in (0, 1), but got 1.0"),
+        (["--mu=0"], "`mu` must be positive, but got 0.0"),
+        (["--block_size=1"], "at least 2 tokens, but got 1"),
+        (["--block_size=100000"], "code.train.jsonl' gives"),
+        (["--max_train_tokens=10"], "code.train.jsonl' gives 10"),
+        (["--model_size=huge"], "must be one of ['nano'"),
+        (["--model_type=bert"], "must be one of ['llama', 'gpt2']"),
+        (["--tokenizer=x"], "Give either `--tokenizer`"),
+        (["--train_tokenizer_vocab=100"], "at least 257"),
+        (["--model_config=missing.json"], "missing.json"),
+        (["--resume_from_checkpoint=last"], "No whole checkpoint found"),
+    ],
+)
+def test_bad_flags_are_refused_with_what_to_do(flags, message, data_dir, tmp_path, capsys):
+    assert message in learn_refusal(capsys, data_dir, tmp_path, TOKENIZER, *flags)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "is empty"),
+        ('{"text": "fine"}\n{"words": "x"}\n', "line 2 of"),
+        ('{"text": "fine"}\nnot json\n', "line 2 of"),
+        ('{"text": 3}\n', "in line 1 of"),
+        ("[1, 2]\n", "line 1 of"),
+    ],
+)
+def test_a_bad_record_is_refused_with_file_and_line(content, message, data_dir, tmp_path, capsys):
+    (data_dir / "code.train.jsonl").write_text(content)
+    line = learn_refusal(capsys, data_dir, tmp_path, TOKENIZER)
+    assert message in line
+    assert "code.train.jsonl" in line
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ("{", "must be a JSON file"),
+        ('{"hidden_size": 8}', 'Add for example "model_type": "llama"'),
+        ('{"model_type": "llama", "vocab_size": 7}', "`vocab_size` is 7"),
+        ('{"model_type": "llama", "max_position_embeddings": 4}', "`max_position_embeddings` is 4"),
+    ],
+)
+def test_a_model_config_that_does_not_fit_is_refused(config, message, data_dir, tmp_path, capsys):
+    (tmp_path / "model.json").write_text(config)
+    line = learn_refusal(capsys, data_dir, tmp_path, TOKENIZER, f"--model_config={tmp_path / 'model.json'}")
+    assert message in line
+
+
+# Weights
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--weights", "nowhere"], "nowhere"),
+        (["--weights", "a=uniform", "a=natural"], "'a' in 'a=natural'"),
+        (["--weights", "a/b=uniform"], "'a/b' in"),
+        (["--baselines", "doremi"], "must be among ['uniform', 'natural'], but got ['doremi']"),
+        (["--seeds", "1", "1"], "distinct seeds"),
+    ],
+)
+def test_bad_mixtures_are_refused(flags, message, data_dir, learned, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.chdir(tmp_path)
+    assert message in refusal(capsys, "compare", *flags_of(data_dir, learned, tmp_path / "c"), *flags)
+
+
+def test_weights_of_other_domains_are_refused_by_name(data_dir, learned, tmp_path, capsys):
+    (tmp_path / "weights.json").write_text(json.dumps({"code": 0.5, "web": 0.5}))
+    line = refusal(
+        capsys, "train", f"--weights={tmp_path / 'weights.json'}", *flags_of(data_dir, learned, tmp_path / "m")
+    )
+    assert "['code', 'prose', 'wiki'], but" in line
+    assert "['code', 'web']" in line
+
+
+def test_report_of_a_folder_without_results_is_refused(tmp_path, capsys):
+    assert "holds neither" in refusal(capsys, "report", tmp_path)
+    assert "does not" in refusal(capsys, "report", tmp_path / "missing")

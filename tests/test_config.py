@@ -1,0 +1,202 @@
+"""DoGEConfig: what the recipes mean, and what is refused."""
+
+import pytest
+import torch
+from datasets import Dataset, IterableDataset
+from transformers import HfArgumentParser, TrainingArguments
+
+from hf_doge.artifacts.domain_weights import DomainWeights
+from hf_doge.training.config import DoGEConfig
+from hf_doge.training.trainer import DoGETrainer
+from tests.tiny import three_domains, tiny_llama
+
+
+def config(tmp_path, **kwargs):
+    defaults = {"use_cpu": True, "report_to": "none", "max_steps": 1, "per_device_train_batch_size": 12}
+    return DoGEConfig(str(tmp_path), **{**defaults, **kwargs})
+
+
+def make_trainer(tmp_path, model=None, domains=None, options=None, **kwargs):
+    args = config(tmp_path, **(options or {}))
+    domains = three_domains() if domains is None else domains
+    return DoGETrainer(tiny_llama() if model is None else model, args, train_dataset=domains, **kwargs)
+
+
+def test_the_paper_recipe_has_no_normalisation_no_bounds_and_no_clipping(tmp_path):
+    recipe = config(tmp_path).get_recipe()
+    assert recipe.normalization == "none"
+    assert recipe.score_min is recipe.score_max is recipe.domain_max_grad_norm is None
+    assert recipe.self_term
+    assert recipe.smoothing == recipe.burn_in_steps == 0
+    assert recipe.reweight_steps == 1
+
+
+def test_the_official_recipe_is_the_authors_code(tmp_path):
+    recipe = config(tmp_path, recipe="official", max_grad_norm=5.0).get_recipe()
+    assert recipe.normalization == "mean_norm"
+    assert (recipe.score_min, recipe.score_max, recipe.domain_max_grad_norm) == (0.0, 5.0, 5.0)
+
+
+def test_an_ingredient_given_beside_the_recipe_overrides_it(tmp_path):
+    options = {"normalization": "cosine", "score_min": float("-inf"), "score_max": 2.0, "domain_max_grad_norm": 0.0}
+    recipe = config(tmp_path, recipe="official", **options).get_recipe()
+    assert recipe.normalization == "cosine"
+    assert (recipe.score_min, recipe.score_max, recipe.domain_max_grad_norm) == (None, 2.0, None)
+
+
+def test_help_renders_and_flags_parse(capsys, tmp_path):
+    parser = HfArgumentParser(DoGEConfig)
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--help"])
+    assert "--gradient_memory_budget" in capsys.readouterr().out
+    (parsed,) = parser.parse_args_into_dataclasses(
+        ["--output_dir", str(tmp_path), "--mu", "0.02", "--self_term", "false", "--normalization", "cosine"]
+    )
+    assert (parsed.mu, parsed.self_term, parsed.normalization) == (0.02, False, "cosine")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"mu": 0}, "`mu` must be positive, but got 0"),
+        ({"mu": -1.0}, "`mu` must be positive, but got -1.0"),
+        ({"mu": float("nan")}, "`mu` must be positive, but got nan"),
+        ({"recipe": "doremi"}, r"`recipe` must be one of \['paper', 'official'\], but got 'doremi'"),
+        ({"alignment": "fast"}, "`alignment` must be one of .* but got 'fast'"),
+        ({"normalization": "l2"}, "`normalization` must be one of .* but got 'l2'"),
+        ({"smoothing": 1.0}, r"`smoothing` must be in \[0, 1\), but got 1.0"),
+        ({"reweight_steps": 0}, "`reweight_steps` must be at least 1, but got 0"),
+        ({"trajectory_steps": 0}, "`trajectory_steps` must be at least 1, but got 0"),
+        ({"max_nonfinite_steps": 0}, "`max_nonfinite_steps` must be at least 1, but got 0"),
+        ({"burn_in_steps": -1}, "`burn_in_steps` must not be negative, but got -1"),
+        ({"per_device_target_batch_size": 0}, "`per_device_target_batch_size` must be at least 1, but got 0"),
+        ({"gradient_memory_budget": -1}, "`gradient_memory_budget` must be >= 0 GiB, but got -1"),
+        ({"domain_max_grad_norm": -1}, "`domain_max_grad_norm` must be >= 0, but got -1"),
+        ({"score_min": 2.0, "score_max": 1.0}, "`score_min` must not exceed `score_max`, but got 2.0 > 1.0"),
+        ({"alignment_parameters": "("}, r"`alignment_parameters` must be a regular expression, but got '\('"),
+    ],
+)
+def test_bad_arguments_are_refused_at_construction(tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        config(tmp_path, **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"fp16": True}, "fp16 loss scaling yet. Use `bf16=True`"),
+        ({"auto_find_batch_size": True}, "`auto_find_batch_size` yet. Set `per_device_train_batch_size`"),
+        ({"train_sampling_strategy": "group_by_length"}, "sampling strategies yet. Leave the order"),
+        ({"per_device_train_batch_size": 2}, "2 examples a step cannot hold 3 domains"),
+        ({"recipe": "official"}, "`recipe='official'` compares with a held-out set, but `target_dataset` is None"),
+        ({"alignment_parameters": "nowhere"}, "must match a trainable parameter, but 'nowhere' matches none"),
+        ({"domain_column": "kind"}, None),
+    ],
+)
+def test_combinations_that_would_learn_wrong_weights_are_refused(tmp_path, options, message):
+    if message is None:
+        make_trainer(tmp_path, options=options)  # a dict of datasets names its domains itself
+        return
+    if options.get("fp16"):
+        options = {**options, "use_cpu": False}
+    with pytest.raises(ValueError, match=message):
+        make_trainer(tmp_path, options=options)
+
+
+@pytest.mark.parametrize(
+    ("attribute", "value", "message"),
+    [
+        ("deepspeed", "zero2.json", "DeepSpeed yet. Leave `deepspeed` unset"),
+        ("fsdp", "full_shard", "FSDP yet. Leave `fsdp` unset"),
+        ("optim", "lomo", "LOMO optimizers yet"),
+        ("_n_gpu", 2, "DataParallel over several GPUs yet. Set CUDA_VISIBLE_DEVICES"),
+    ],
+)
+def test_devices_and_engines_that_are_not_right_yet_are_refused(tmp_path, attribute, value, message):
+    args = config(tmp_path)
+    setattr(args, attribute, value)
+    with pytest.raises(ValueError, match=message):
+        DoGETrainer(tiny_llama(), args, train_dataset=three_domains())
+
+
+def test_plain_training_arguments_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="`args` must be a `DoGEConfig`, but got TrainingArguments"):
+        DoGETrainer(tiny_llama(), TrainingArguments(str(tmp_path), use_cpu=True), train_dataset=three_domains())
+
+
+def test_a_streaming_train_set_is_refused(tmp_path):
+    streaming = IterableDataset.from_generator(lambda: iter([{"input_ids": [1], "domain": "a"}]))
+    with pytest.raises(ValueError, match=r"but got IterableDataset\. Load it without `streaming=True`"):
+        make_trainer(tmp_path, domains=streaming)
+
+
+def test_a_missing_domain_column_is_named(tmp_path):
+    with pytest.raises(ValueError, match="'domain'"):
+        make_trainer(tmp_path, domains=three_domains()["code"])
+
+
+def test_an_empty_domain_is_named(tmp_path):
+    domains = {**three_domains(), "wiki": three_domains()["code"].select([])}
+    with pytest.raises(ValueError, match="wiki"):
+        make_trainer(tmp_path, domains=domains)
+
+
+def test_an_empty_target_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="target"):
+        make_trainer(tmp_path, target_dataset=three_domains()["code"].select([]))
+
+
+def test_weights_of_other_domains_are_refused_by_name(tmp_path):
+    weights = DomainWeights({"arxiv": 0.5, "books": 0.25, "wiki": 0.25})
+    with pytest.raises(ValueError, match=r"they have \['wiki'\] beside these and lack \['code'\]"):
+        make_trainer(tmp_path, initial_weights=weights)
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [({"b": 1.0}, "must name the targets"), ({"a": -1.0}, "finite, >= 0 and not all 0"), ({"a": 0.0}, "not all 0")],
+)
+def test_bad_target_weights_are_refused(tmp_path, weights, message):
+    targets = {"a": three_domains()["code"]}
+    with pytest.raises(ValueError, match=message):
+        make_trainer(tmp_path, target_dataset=targets, target_weights=weights)
+
+
+def test_a_model_that_mixes_examples_is_refused(tmp_path):
+    model = tiny_llama()
+    model.norm = torch.nn.BatchNorm1d(16)
+    with pytest.raises(ValueError, match=r"the module 'norm' \(BatchNorm1d\) mixes the examples of a batch"):
+        make_trainer(tmp_path, model=model)
+
+
+def test_a_frozen_model_is_refused(tmp_path):
+    model = tiny_llama().requires_grad_(False)
+    with pytest.raises(ValueError, match="must have trainable parameters"):
+        make_trainer(tmp_path, model=model)
+
+
+def test_a_packing_collator_is_refused(tmp_path):
+    def pack(features):
+        ids = torch.tensor([[token for feature in features for token in feature["input_ids"]]])
+        return {"input_ids": ids, "labels": ids}
+
+    trainer = make_trainer(tmp_path, data_collator=pack)
+    with pytest.raises(ValueError, match="Use a collator that pads instead of packing"):
+        trainer.train()
+
+
+def test_a_replaced_sampler_is_noticed_at_train_begin(tmp_path):
+    class Meddler(DoGETrainer):
+        def _get_train_sampler(self, train_dataset=None):
+            return torch.utils.data.SequentialSampler(self.train_dataset)
+
+    trainer = Meddler(tiny_llama(), config(tmp_path), train_dataset=three_domains())
+    with pytest.raises(RuntimeError, match="its innermost sampler is SequentialSampler"):
+        trainer.train()
+
+
+def test_a_single_dataset_names_its_domains_in_its_column(tmp_path):
+    dataset = Dataset.from_dict(
+        {"input_ids": [[1, 2, 3]] * 4, "labels": [[1, 2, 3]] * 4, "domain": ["b", "a", "b", "a"]}
+    )
+    assert list(make_trainer(tmp_path, domains=dataset).domain_weights.mean) == ["a", "b"]

@@ -1,0 +1,176 @@
+"""Training on a mixture: DomainWeightedTrainer, and the mixin before other trainers."""
+
+from collections import Counter
+
+import pytest
+import torch
+from datasets import Dataset, concatenate_datasets
+from transformers import DataCollatorForSeq2Seq, Seq2SeqTrainer, Seq2SeqTrainingArguments, TrainingArguments
+
+from hf_doge.artifacts.domain_weights import DomainWeights
+from hf_doge.training.mixture import DomainWeightedMixin, DomainWeightedTrainer
+from tests.tiny import three_domains, tiny_llama, tiny_t5
+
+WEIGHTS = {"arxiv": 0.5, "books": 0.0, "code": 0.5}
+
+
+def arguments(tmp_path, cls=TrainingArguments, **kwargs):
+    defaults = {
+        "per_device_train_batch_size": 4,
+        "max_steps": 5,
+        "use_cpu": True,
+        "report_to": "none",
+        "save_strategy": "no",
+        "logging_steps": 1,
+        "disable_tqdm": True,
+    }
+    return cls(str(tmp_path), **{**defaults, **kwargs})
+
+
+def count_domains(trainer, domains):
+    """Which domain each example came from, watched in the collator."""
+    owners = {tuple(row): name for name, data in domains.items() for row in data["input_ids"]}
+    counts = Counter()
+    collate = trainer.data_collator
+
+    def watch(features):
+        counts.update(owners[tuple(feature["input_ids"])] for feature in features)
+        return collate(features)
+
+    trainer.data_collator = watch
+    return counts
+
+
+def test_the_examples_follow_the_weights(tmp_path):
+    domains = three_domains(8)
+    trainer = DomainWeightedTrainer(tiny_llama(), arguments(tmp_path), train_dataset=domains, domain_weights=WEIGHTS)
+    counts = count_domains(trainer, domains)
+    trainer.train()
+    assert counts["books"] == 0
+    assert abs(counts["arxiv"] - counts["code"]) <= 1
+    assert trainer.state.log_history[4]["domain_epochs/arxiv"] == 10 / 8
+
+
+def test_a_learned_artifact_can_be_trained_with(tmp_path):
+    domains = three_domains(8)
+    weights = DomainWeights({"arxiv": 0.25, "books": 0.25, "code": 0.5})
+    trainer = DomainWeightedTrainer(tiny_llama(), arguments(tmp_path), train_dataset=domains, domain_weights=weights)
+    counts = count_domains(trainer, domains)
+    trainer.train()
+    assert counts["code"] == counts["arxiv"] + counts["books"] == 10
+
+
+def test_a_cap_on_epochs_moves_the_excess_to_the_other_domains(tmp_path):
+    domains = three_domains(8)
+    weights = {"arxiv": 0.8, "books": 0.1, "code": 0.1}
+    trainer = DomainWeightedTrainer(
+        tiny_llama(),
+        arguments(tmp_path, max_steps=4),
+        train_dataset=domains,
+        domain_weights=weights,
+        max_epochs_per_domain=1.0,
+    )
+    counts = count_domains(trainer, domains)
+    trainer.train()
+    assert counts["arxiv"] <= 8 + 1  # never more than one example above its quota
+    assert abs(counts["books"] - counts["code"]) <= 1
+
+
+def test_evaluation_by_domain_uses_the_trainers_own_evaluate(tmp_path):
+    domains = three_domains(8)
+    trainer = DomainWeightedTrainer(
+        tiny_llama(), arguments(tmp_path), train_dataset=domains, domain_weights=WEIGHTS, eval_dataset=domains
+    )
+    assert {f"eval_{name}_loss" for name in domains} <= set(trainer.evaluate())
+
+
+def test_weights_of_other_domains_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="wiki"):
+        DomainWeightedTrainer(
+            tiny_llama(), arguments(tmp_path), train_dataset=three_domains(), domain_weights={**WEIGHTS, "wiki": 1.0}
+        )
+
+
+def test_an_iterable_dataset_is_sent_to_interleave_domains(tmp_path):
+    with pytest.raises(ValueError, match="pass `interleave_domains"):
+        DomainWeightedTrainer(
+            tiny_llama(),
+            arguments(tmp_path),
+            train_dataset=three_domains()["code"].to_iterable_dataset(),
+            domain_weights=WEIGHTS,
+        )
+
+
+class Seq2SeqOnDomains(DomainWeightedMixin, Seq2SeqTrainer):
+    """What a user would write."""
+
+
+def test_the_mixin_serves_seq2seq_trainer(tmp_path, tokenizer):
+    domains = three_domains(8)
+    model = tiny_t5()
+    trainer = Seq2SeqOnDomains(
+        model,
+        arguments(tmp_path, Seq2SeqTrainingArguments, predict_with_generate=True),
+        train_dataset=domains,
+        domain_weights=WEIGHTS,
+        data_collator=DataCollatorForSeq2Seq(tokenizer, model=model),
+    )
+    counts = count_domains(trainer, domains)
+    trainer.train()
+    assert counts["books"] == 0
+    assert counts["arxiv"] == counts["code"] == 10
+
+
+def text_domains():
+    return {
+        name: Dataset.from_dict({"text": [f"w{(first + i) % 28} w{i % 28} w{first}" for i in range(8)]})
+        for name, first in {"arxiv": 1, "books": 9, "code": 17}.items()
+    }
+
+
+def make_sft_trainer(tmp_path, tokenizer, **options):
+    from trl import SFTConfig, SFTTrainer
+
+    class SFTOnDomains(DomainWeightedMixin, SFTTrainer):
+        """What a user would write."""
+
+    args = arguments(tmp_path, SFTConfig, max_length=8, bf16=False, gradient_checkpointing=False, **options)
+    return SFTOnDomains(
+        tiny_llama(), args, train_dataset=text_domains(), domain_weights=WEIGHTS, processing_class=tokenizer
+    )
+
+
+def test_the_mixin_serves_sft_trainer(tmp_path, tokenizer):
+    trainer = make_sft_trainer(tmp_path, tokenizer)
+    counts = Counter()
+    collate = trainer.data_collator
+
+    def watch(features):
+        counts.update(feature["input_ids"][2] for feature in features)
+        return collate(features)
+
+    trainer.data_collator = watch
+    trainer.train()
+    first_tokens = {
+        name: tokenizer.convert_tokens_to_ids(f"w{i}") for name, i in {"arxiv": 1, "books": 9, "code": 17}.items()
+    }
+    assert counts[first_tokens["books"]] == 0
+    assert counts[first_tokens["arxiv"]] == counts[first_tokens["code"]] == 10
+
+
+def test_packing_that_loses_the_domains_is_refused(tmp_path, tokenizer):
+    with pytest.raises(ValueError, match="Packing mixes domains in one example"):
+        make_sft_trainer(tmp_path, tokenizer, packing=True)
+
+
+def test_the_domain_column_does_not_reach_the_model(tmp_path):
+    merged = concatenate_datasets([data.add_column("domain", [n] * 4) for n, data in three_domains().items()])
+    trainer = DomainWeightedTrainer(tiny_llama(), arguments(tmp_path), train_dataset=merged, domain_weights=WEIGHTS)
+    assert "domain" not in next(iter(trainer.get_train_dataloader()))
+
+
+def test_training_moves_the_model(tmp_path):
+    model = tiny_llama()
+    before = model.model.embed_tokens.weight.detach().clone()
+    DomainWeightedTrainer(model, arguments(tmp_path), train_dataset=three_domains(), domain_weights=WEIGHTS).train()
+    assert not torch.equal(before, model.model.embed_tokens.weight)

@@ -1,0 +1,207 @@
+"""The pictures: everything is on them, nothing overlaps, and colour is never needed."""
+
+import itertools
+import math
+import os
+import sys
+
+import numpy as np
+import pytest
+
+from hf_doge.artifacts import DomainWeights, Trajectory
+from hf_doge.plots import plot_comparison, plot_domain_weights
+
+pytest.importorskip("matplotlib")
+
+
+def make_weights(num_domains, *, num_steps=40, with_trajectory=True, with_tokens=True):
+    generator = np.random.default_rng(num_domains)
+    names = [f"domain {i}" if i % 7 else f"a rather long name of a domain, number {i}" for i in range(num_domains)]
+    logits = generator.normal(scale=0.3, size=(num_steps, num_domains)).cumsum(axis=0)
+    weights = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+    unknown = np.full_like(weights, np.nan)
+    trajectory = Trajectory(names, np.arange(1, num_steps + 1), np.ones(num_steps), weights, unknown, unknown)
+    return DomainWeights(
+        dict(zip(names, weights.mean(axis=0).tolist(), strict=True)),
+        trajectory=trajectory if with_trajectory else None,
+        domains={name: {"num_tokens": 100 + i} for i, name in enumerate(names)} if with_tokens else None,
+    )
+
+
+def make_table(mixtures=("uniform", "natural", "learned"), domains=("wiki", "web"), *, std=0.1):
+    return [
+        {"mixture": mixture, "domain": domain, "mean": 10.0 + i + j, "std": std}
+        for i, mixture in enumerate(mixtures)
+        for j, domain in enumerate(domains)
+    ]
+
+
+def texts_of(axes):
+    return [text.get_text() for text in [*axes.get_yticklabels(), *axes.texts]]
+
+
+def assert_no_overlap(texts):
+    boxes = [text.get_window_extent() for text in texts if text.get_text()]
+    assert boxes
+    for one, other in itertools.combinations(boxes, 2):
+        assert not one.overlaps(other)
+
+
+@pytest.mark.parametrize("num_domains", [1, 3, 8, 50])
+def test_no_label_overlaps_another_and_every_domain_has_its_bar(num_domains):
+    weights = make_weights(num_domains)
+    figure = plot_domain_weights(weights)
+    figure.canvas.draw()
+    trajectory, bars = figure.axes
+    for axes in (trajectory, bars):
+        assert_no_overlap(axes.texts)
+        assert_no_overlap(axes.get_yticklabels())
+    assert len(bars.patches) == num_domains
+    assert [patch.get_width() for patch in bars.patches] == sorted(weights.mean.values(), reverse=True)
+
+
+def test_every_label_lies_inside_the_picture():
+    figure = plot_domain_weights(make_weights(50))
+    figure.canvas.draw()
+    trajectory, bars = figure.axes
+    width, height = figure.canvas.get_width_height()
+    for text in [*trajectory.texts, *bars.texts, *bars.get_yticklabels(), *bars.get_legend().get_texts()]:
+        box = text.get_window_extent()
+        assert 0 <= box.x0 < box.x1 <= width
+        assert 0 <= box.y0 < box.y1 <= height
+
+
+def test_lines_differ_by_dash_and_marker_so_that_colour_is_not_needed():
+    figure = plot_domain_weights(make_weights(8))
+    lines = [line for line in figure.axes[0].lines if len(line.get_xdata()) == 40]
+    assert len(lines) == 8
+    assert len({line.get_marker() for line in lines}) == 8
+    assert len({line.get_linestyle() for line in lines}) == 4
+
+
+def test_the_trajectory_names_the_heaviest_domains_and_counts_the_rest():
+    weights = make_weights(50)
+    labels = texts_of(plot_domain_weights(weights).axes[0])
+    heaviest = sorted(weights.mean, key=weights.mean.get, reverse=True)[:7]
+    for name in heaviest:
+        assert any(label.rstrip("…") == name[: len(label.rstrip("…"))] for label in labels if label)
+    assert "43 smaller domains" in labels
+
+
+def test_the_bars_stand_against_uniform_and_natural_proportions():
+    weights = make_weights(3)
+    _, bars = plot_domain_weights(weights).axes
+    uniform, natural = bars.lines
+    assert list(uniform.get_xdata()) == [1 / 3, 1 / 3]
+    by_weight = sorted(weights.mean, key=weights.mean.get, reverse=True)
+    assert list(natural.get_xdata()) == [weights.natural_proportions[name] for name in by_weight]
+    legend = [text.get_text() for text in bars.get_legend().get_texts()]
+    assert legend == ["weight", "uniform (1/3)", "natural (share of the tokens)"]
+
+
+def test_what_is_not_known_is_not_drawn():
+    figure = plot_domain_weights(make_weights(3, with_trajectory=False, with_tokens=False))
+    (bars,) = figure.axes
+    assert [text.get_text() for text in bars.get_legend().get_texts()] == ["weight", "uniform (1/3)"]
+
+
+def test_a_trajectory_of_one_step_is_drawn():
+    plot_domain_weights(make_weights(3, num_steps=1)).canvas.draw()
+
+
+def test_names_are_never_read_as_formulas(tmp_path):
+    weights = DomainWeights({"$x_{": 0.5, "a$b$": 0.5})
+    weights.plot(tmp_path / "weights.png")
+    plot_comparison(make_table(mixtures=("$x_{", "b"), domains=("$\\", "c$")), tmp_path / "comparison.png")
+
+
+def test_the_picture_is_written_where_it_should_be_and_returned(tmp_path):
+    figure = make_weights(3).plot(tmp_path / "new" / "weights.png")
+    assert (tmp_path / "new" / "weights.png").read_bytes().startswith(b"\x89PNG")
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["weights.png"]
+    assert len(figure.axes) == 2
+    make_weights(3).plot(tmp_path / "weights.svg")
+    assert b"<svg" in (tmp_path / "weights.svg").read_bytes()
+
+
+def test_an_interrupted_write_leaves_the_old_picture(tmp_path, monkeypatch):
+    def interrupted(source, target):
+        raise KeyboardInterrupt
+
+    (tmp_path / "weights.png").write_bytes(b"old")
+    monkeypatch.setattr(os, "replace", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        make_weights(3).plot(tmp_path / "weights.png")
+    assert (tmp_path / "weights.png").read_bytes() == b"old"
+
+
+def test_drawing_leaves_pyplot_alone():
+    from matplotlib._pylab_helpers import Gcf
+
+    before = Gcf.get_all_fig_managers()
+    make_weights(3).plot()
+    plot_comparison(make_table())
+    assert Gcf.get_all_fig_managers() == before
+
+
+def test_without_matplotlib_the_error_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(ImportError, match=r"pip install 'hf-doge\[plot\]'"):
+        make_weights(3).plot()
+
+
+@pytest.mark.parametrize(("num_mixtures", "num_domains"), [(1, 1), (3, 8), (8, 3), (4, 50)])
+def test_every_mixture_has_a_mark_with_its_spread_in_every_domain(num_mixtures, num_domains):
+    table = make_table([f"m{i}" for i in range(num_mixtures)], [f"d{i}" for i in range(num_domains)])
+    figure = plot_comparison(table)
+    figure.canvas.draw()
+    absolute, relative = figure.axes
+    assert_no_overlap(absolute.get_yticklabels())
+    for i, container in enumerate(absolute.containers):
+        assert list(container.lines[0].get_xdata()) == [row["mean"] for row in table if row["mixture"] == f"m{i}"]
+        assert container.has_xerr
+    assert len({container.lines[0].get_marker() for container in absolute.containers}) == num_mixtures
+    np.testing.assert_array_equal(relative.containers[0].lines[0].get_xdata(), np.zeros(num_domains))
+
+
+def test_marks_of_one_domain_never_lie_on_each_other():
+    absolute, _ = plot_comparison(make_table(std=None)).axes
+    heights = [container.lines[0].get_ydata() for container in absolute.containers]
+    assert (np.diff(heights, axis=0) > 0).all()
+    assert np.ptp(heights, axis=0).max() < 1
+
+
+def test_the_change_is_counted_in_percent_of_the_first_mixture():
+    table = [
+        {"mixture": "uniform", "domain": "wiki", "mean": 20.0, "std": 1.0},
+        {"mixture": "learned", "domain": "wiki", "mean": 18.0, "std": 0.5},
+    ]
+    _, relative = plot_comparison(table).axes
+    assert relative.containers[1].lines[0].get_xdata() == pytest.approx([-10.0])
+    (bar,) = relative.containers[1].lines[2]
+    np.testing.assert_allclose(bar.get_segments()[0][:, 0], [-12.5, -7.5])
+
+
+@pytest.mark.parametrize("std", [None, math.nan])
+def test_a_single_seed_has_no_spread_to_explain(std):
+    assert plot_comparison(make_table(std=std)).get_supxlabel() == ""
+    assert plot_comparison(make_table(std=0.1)).get_supxlabel() != ""
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        ([], r"1 to 8 mixtures, but got 0"),
+        (make_table([f"m{i}" for i in range(9)]), r"1 to 8 mixtures, but got 9: \['m0'"),
+        (make_table() + make_table()[:1], "'uniform' has 'wiki' twice"),
+        (make_table()[:-1], "'learned' lacks 'web'"),
+        (
+            [{"mixture": "uniform", "domain": "wiki", "mean": math.nan, "std": 0.1}],
+            "but got nan for 'uniform' on 'wiki'",
+        ),
+        ([{"mixture": "uniform", "domain": "wiki", "mean": 0.0, "std": 0.1}], "`mean` must be a finite number > 0"),
+    ],
+)
+def test_a_table_that_is_no_comparison_is_refused_by_name(table, message):
+    with pytest.raises(ValueError, match=message):
+        plot_comparison(table)
