@@ -264,6 +264,15 @@ def test_the_mean_of_token_losses_divides_an_example_by_its_number_of_labels():
         assert_same_rows(rows, dense_gradient(model, example))
 
 
+def test_the_first_token_of_a_text_is_not_predicted_from_the_padding_before_it():
+    """Alone it has no prediction at all; eager attention even lets the padding see the text."""
+    model, examples = build(llama), examples_of(causal_example)
+    model.set_attn_implementation("eager")
+    recorded = record(model, collate(examples, side="left"), loss_reduction="mean")
+    for rows, example in zip(recorded, examples, strict=True):
+        assert_same_rows(rows, dense_gradient(model, example))
+
+
 def token_losses(outputs, batch):
     losses = F.cross_entropy(outputs.logits[:, :-1].transpose(1, 2), batch["labels"][:, 1:], reduction="none")
     return losses.sum(dim=1)
@@ -673,14 +682,19 @@ def test_a_model_without_input_embeddings_is_refused():
             EmbeddingGradientRecorder(model)
 
 
-class Packed(Toy):
+class Transposed(Toy):
     def forward(self, input_ids, labels):
-        return super().forward(input_ids.flatten()[None].expand(1, -1), labels[:1])
+        logits = self.layer(self.embedding(input_ids.T).mean(dim=0).tanh())
+        return SimpleNamespace(loss=F.cross_entropy(logits, labels), logits=logits)
 
 
-def test_a_model_that_packs_its_batch_is_refused():
+def test_a_model_that_reorders_its_batch_is_recorded_one_example_at_a_time_only():
+    model, batch = build(Transposed), toy_batch()
     with pytest.raises(ValueError, match="one line per example"):
-        record(build(Packed), toy_batch())
+        record(model, batch)
+    one = {key: value[:1] for key, value in batch.items()}
+    (gradient,) = torch.autograd.grad(model(**one).loss, model.embedding.weight)
+    assert_same_rows(record(model, one)[0], gradient)
 
 
 def test_a_batch_without_loss_or_with_a_bad_one_is_refused():

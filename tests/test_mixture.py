@@ -27,25 +27,28 @@ def arguments(tmp_path, cls=TrainingArguments, **kwargs):
     return cls(str(tmp_path), **{**defaults, **kwargs})
 
 
-def count_domains(trainer, domains):
-    """Which domain each example came from, watched in the collator."""
-    owners = {tuple(row): name for name, data in domains.items() for row in data["input_ids"]}
-    counts = Counter()
+def train_and_count(trainer, owner_of):
+    """Train, and count the examples of each domain, watched in the collator; the loader reads one batch ahead."""
+    drawn = []
     collate = trainer.data_collator
 
     def watch(features):
-        counts.update(owners[tuple(feature["input_ids"])] for feature in features)
+        drawn.extend(owner_of(tuple(feature["input_ids"])) for feature in features)
         return collate(features)
 
     trainer.data_collator = watch
-    return counts
+    trainer.train()
+    return Counter(drawn[: trainer.state.global_step * trainer.args.train_batch_size])
+
+
+def owner_in(domains):
+    return {tuple(row): name for name, data in domains.items() for row in data["input_ids"]}.get
 
 
 def test_the_examples_follow_the_weights(tmp_path):
     domains = three_domains(8)
     trainer = DomainWeightedTrainer(tiny_llama(), arguments(tmp_path), train_dataset=domains, domain_weights=WEIGHTS)
-    counts = count_domains(trainer, domains)
-    trainer.train()
+    counts = train_and_count(trainer, owner_in(domains))
     assert counts["books"] == 0
     assert abs(counts["arxiv"] - counts["code"]) <= 1
     assert trainer.state.log_history[4]["domain_epochs/arxiv"] == 10 / 8
@@ -55,8 +58,7 @@ def test_a_learned_artifact_can_be_trained_with(tmp_path):
     domains = three_domains(8)
     weights = DomainWeights({"arxiv": 0.25, "books": 0.25, "code": 0.5})
     trainer = DomainWeightedTrainer(tiny_llama(), arguments(tmp_path), train_dataset=domains, domain_weights=weights)
-    counts = count_domains(trainer, domains)
-    trainer.train()
+    counts = train_and_count(trainer, owner_in(domains))
     assert counts["code"] == counts["arxiv"] + counts["books"] == 10
 
 
@@ -70,8 +72,7 @@ def test_a_cap_on_epochs_moves_the_excess_to_the_other_domains(tmp_path):
         domain_weights=weights,
         max_epochs_per_domain=1.0,
     )
-    counts = count_domains(trainer, domains)
-    trainer.train()
+    counts = train_and_count(trainer, owner_in(domains))
     assert counts["arxiv"] <= 8 + 1  # never more than one example above its quota
     assert abs(counts["books"] - counts["code"]) <= 1
 
@@ -115,16 +116,18 @@ def test_the_mixin_serves_seq2seq_trainer(tmp_path, tokenizer):
         domain_weights=WEIGHTS,
         data_collator=DataCollatorForSeq2Seq(tokenizer, model=model),
     )
-    counts = count_domains(trainer, domains)
-    trainer.train()
+    counts = train_and_count(trainer, owner_in(domains))
     assert counts["books"] == 0
     assert counts["arxiv"] == counts["code"] == 10
+
+
+FIRST_WORDS = {"arxiv": 1, "books": 9, "code": 17}
 
 
 def text_domains():
     return {
         name: Dataset.from_dict({"text": [f"w{(first + i) % 28} w{i % 28} w{first}" for i in range(8)]})
-        for name, first in {"arxiv": 1, "books": 9, "code": 17}.items()
+        for name, first in FIRST_WORDS.items()
     }
 
 
@@ -142,20 +145,10 @@ def make_sft_trainer(tmp_path, tokenizer, **options):
 
 def test_the_mixin_serves_sft_trainer(tmp_path, tokenizer):
     trainer = make_sft_trainer(tmp_path, tokenizer)
-    counts = Counter()
-    collate = trainer.data_collator
-
-    def watch(features):
-        counts.update(feature["input_ids"][2] for feature in features)
-        return collate(features)
-
-    trainer.data_collator = watch
-    trainer.train()
-    first_tokens = {
-        name: tokenizer.convert_tokens_to_ids(f"w{i}") for name, i in {"arxiv": 1, "books": 9, "code": 17}.items()
-    }
-    assert counts[first_tokens["books"]] == 0
-    assert counts[first_tokens["arxiv"]] == counts[first_tokens["code"]] == 10
+    names = {tokenizer.convert_tokens_to_ids(f"w{i}"): name for name, i in FIRST_WORDS.items()}
+    counts = train_and_count(trainer, lambda input_ids: names[input_ids[2]])
+    assert counts["books"] == 0
+    assert counts["arxiv"] == counts["code"] == 10
 
 
 def test_packing_that_loses_the_domains_is_refused(tmp_path, tokenizer):

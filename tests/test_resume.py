@@ -190,9 +190,10 @@ def test_a_killed_run_resumes_from_the_last_whole_checkpoint(tmp_path, uninterru
     assert result.returncode == -signal.SIGKILL
     resumed = make_trainer(tmp_path, save_strategy="steps", save_steps=3)
     resumed.train(resume_from_checkpoint=True)
-    assert_same(outcome(resumed), uninterrupted[1])
-    assert resumed.state.log_history[resumed_from]["step"] == resumed_from + 1
-    assert len(resumed.data_collator.collator.seen) <= 2 * (STEPS - resumed_from) + 2
+    _, expected, seen = uninterrupted
+    assert_same(outcome(resumed), expected)
+    share_run_again = (STEPS - resumed_from + 1) / STEPS
+    assert len(resumed.data_collator.collator.seen) <= share_run_again * len(seen)
 
 
 def test_a_checkpoint_of_other_domains_is_refused_by_name(tmp_path):

@@ -1,0 +1,276 @@
+"""The order in which a model sees its domains: a function of the seed, the weights and the number of the draw."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from torch.utils.data import Sampler
+
+from hf_doge.sampling.domains import DomainIndex
+from hf_doge.sampling.permutation import derive_key, pass_keys, permute
+from hf_doge.sampling.schedule import DrawSchedule
+from hf_doge.sampling.weights import cap_shares, refuse_empty_domains, to_shares
+
+_FIRST_CHUNK = 2**8  # indices computed at a time: few at first, so that the first comes at once
+_CHUNK = 2**14
+
+
+class DomainWeightedSampler(Sampler[int]):
+    """
+    Draw dataset rows from domains in given proportions, for any `DataLoader`.
+
+    The stream of draws is a pure function of `(seed, weights, draw number)`. No generator is carried along, so every
+    rank has the same stream without talking to another, any draw is reached without those before it, and a resumed run
+    goes on with the very next row. Epoch `e` is draws `[e * num_samples, (e + 1) * num_samples)` of the one stream.
+
+    Which domain a draw takes:
+
+    - `draw="quota"`: after any number of draws n, each domain has been drawn `n * weight` times, up or down by less
+      than one. (Domains with a weight below 2^-15, if there are several, by less than two; after `set_weights` the
+      draws owed are carried over, and a violent change can need a moment to pay them.) Equal weights give plain turns.
+    - `draw="iid"`: each draw is independent of the others, as in the DoGE paper.
+
+    Inside a domain, rows come in shuffled order without replacement; when the domain is exhausted it is shuffled anew.
+    This goes on across epochs and across changes of the weights. A domain of weight 0 is never drawn.
+
+    Memory is O(num_domains) if domains are contiguous ranges of rows. A jump costs at most one block of 65,536 draws
+    (`"quota"`), or O(num_domains * log(draws)) and one count per half billion draws (`"iid"`).
+
+    Args:
+        domains ([`DomainIndex`], mapping of `str` to `int`, or sequence of labels):
+            The domains of the rows. A mapping gives the number of rows of domains that lie one after the other;
+            anything else is one label per row, such as `dataset["domain"]`.
+        weights (mapping of `str` to `float`, object whose `mean` is one, such as `DomainWeights`, or sequence):
+            Finite, `>= 0`, not all 0, in any scale. A sequence follows the order of the domains' names.
+        num_samples (`int`, *optional*):
+            Draws in an epoch, `> 0`. Defaults to the number of rows.
+        seed (`int`, *optional*, defaults to 0):
+            Of the order inside the domains and of the `"iid"` draws.
+        draw (`str`, *optional*, defaults to `"quota"`):
+            `"quota"` or `"iid"`.
+        max_epochs_per_domain (`float`, *optional*):
+            How often a domain may be repeated in `num_epochs` epochs, `> 0`. Heavier domains get the weight at which
+            they reach the limit and the others share the rest in proportion, which is logged; see `effective_weights`.
+            Kept to within one draw by `"quota"`, on average by `"iid"`. Draws after the `num_epochs` have no limit.
+        num_epochs (`int`, *optional*, defaults to 1):
+            Epochs that will be drawn, `> 0`; only `max_epochs_per_domain` needs it.
+
+    Raises:
+        `ValueError`: for weights that are negative, not finite or all 0, for unknown or missing domains, for a domain
+        with positive weight and no example, or if the limit on epochs leaves too few draws. Domains are named.
+
+    Example:
+
+    ```python
+    >>> sampler = DomainWeightedSampler(dataset["domain"], {"wiki": 0.7, "code": 0.3}, seed=0)
+    >>> loader = DataLoader(dataset, sampler=sampler, batch_size=32)
+    ```
+    """
+
+    def __init__(
+        self,
+        domains: DomainIndex | Mapping[str, int] | Sequence[str | int],
+        weights: Mapping[str, float] | Sequence[float] | Any,
+        *,
+        num_samples: int | None = None,
+        seed: int = 0,
+        draw: str = "quota",
+        max_epochs_per_domain: float | None = None,
+        num_epochs: int = 1,
+    ) -> None:
+        if isinstance(domains, Mapping):
+            domains = DomainIndex.from_sizes(domains)
+        elif not isinstance(domains, DomainIndex):
+            domains = DomainIndex.from_labels(domains)
+        num_samples = domains.num_rows if num_samples is None else int(num_samples)
+        for name, value in (("num_samples", num_samples), ("num_epochs", num_epochs)):
+            if value <= 0:
+                raise ValueError(f"`{name}` must be positive, but got {value}.")
+        if max_epochs_per_domain is not None and not max_epochs_per_domain > 0:
+            raise ValueError(f"`max_epochs_per_domain` must be positive, but got {max_epochs_per_domain}.")
+        self.domains = domains
+        self.num_samples = num_samples
+        self.seed = seed
+        self.draw = draw
+        self.max_epochs_per_domain = max_epochs_per_domain
+        self.num_epochs = num_epochs
+        self.epoch = 0
+        self._position = 0
+        self._is_resuming = False
+        self._domain_keys = np.array([derive_key(seed, "order", name) for name in domains.names], dtype=np.uint64)
+        shares = self._read_weights(weights, first_draw=0, counts=np.zeros(len(domains.names), np.int64))
+        self._schedule = DrawSchedule(shares, draw=draw, seed=seed)
+
+    @property
+    def effective_weights(self) -> dict[str, float]:
+        """The weights last set, as they are drawn: summing to 1, after `max_epochs_per_domain`."""
+        return self._by_name(self._schedule.pieces[-1].shares)
+
+    def __len__(self) -> int:
+        return self.num_samples
+
+    def __iter__(self) -> Iterator[int]:
+        """
+        The rows of the current epoch, from its start, or once from where `load_state_dict` put it.
+
+        When the last row has been taken the next epoch becomes the current one, so that a loop without `set_epoch`
+        does not repeat itself.
+        """
+        if not self._is_resuming:
+            self._position = 0
+        self._is_resuming = False
+        epoch, position, chunk = self.epoch, self._position, _FIRST_CHUNK
+        while position < self.num_samples:
+            draw = epoch * self.num_samples + position
+            rows = self.indices(draw, draw + min(chunk, self.num_samples - position))
+            num_pieces = len(self._schedule.pieces)
+            for row in rows.tolist():
+                position += 1
+                self._position = position
+                yield row
+                if len(self._schedule.pieces) > num_pieces:  # `set_weights`: the rest of the chunk is void
+                    break
+            chunk = min(2 * chunk, _CHUNK)
+        self.epoch = epoch + 1
+        self._position = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """
+        Move to the start of an epoch.
+
+        The one exception: between `load_state_dict` and the next iteration, the epoch that was loaded keeps the
+        position that was loaded, since training loops announce the epoch they resume in.
+        """
+        if self._is_resuming and epoch == self.epoch:
+            return
+        self.epoch = epoch
+        self._position = 0
+        self._is_resuming = False
+
+    def set_weights(self, weights: Mapping[str, float] | Sequence[float] | Any, *, first_draw: int | None = None) -> None:
+        """
+        Use other weights from a draw on. Earlier draws, also those of the current epoch, stay as they are.
+
+        A `DataLoader` takes rows ahead of the training step, by as much as its workers and prefetching allow. For a
+        stream that does not depend on that, give a `first_draw` that no loader has reached.
+
+        Args:
+            weights (as for the constructor):
+                The new weights.
+            first_draw (`int`, *optional*):
+                Number in the whole stream, epoch times `num_samples` plus position. Not before the draws handed out,
+                nor before the last weights began. Defaults to the next draw to hand out.
+        """
+        next_draw = self.epoch * self.num_samples + self._position
+        first_draw = next_draw if first_draw is None else int(first_draw)
+        earliest = max(next_draw, self._schedule.pieces[-1].first_draw)
+        if first_draw < earliest:
+            raise ValueError(
+                f"`first_draw` must be at least {earliest}, since the draws before are handed out or planned under the "
+                f"weights set last, but got {first_draw}."
+            )
+        counts = self._schedule.counts(first_draw)
+        self._schedule.append(first_draw, self._read_weights(weights, first_draw=first_draw, counts=counts), counts=counts)
+
+    def indices(self, start: int, stop: int) -> np.ndarray:
+        """
+        Rows of draws `[start, stop)` of the whole stream, under the weights known now.
+
+        Returns:
+            `np.ndarray` of `int64` and shape `(stop - start,)`.
+        """
+        domain_ids, ranks = self._schedule.draws(start, stop)
+        sizes = self.domains.sizes[domain_ids]
+        passes, positions = np.divmod(ranks, sizes)
+        keys = pass_keys(self._domain_keys[domain_ids], passes)
+        return self.domains.rows(domain_ids, permute(positions, sizes, keys))
+
+    def domain_ids(self, start: int, stop: int) -> np.ndarray:
+        """Domains of draws `[start, stop)`, as positions in `domains.names`: `int64` of shape `(stop - start,)`."""
+        return self._schedule.draws(start, stop)[0]
+
+    def domain_counts(self, draw: int) -> dict[str, int]:
+        """How often each domain is drawn before `draw` of the whole stream."""
+        return self._by_name(self._schedule.counts(draw))
+
+    def state_dict(self) -> dict[str, Any]:
+        """
+        All that the stream and the place in it depend on, ready for JSON.
+
+        The place is behind the rows handed out, including those a `DataLoader` has taken ahead of the training step.
+        """
+        return {
+            "seed": self.seed,
+            "draw": self.draw,
+            "num_samples": self.num_samples,
+            "domains": self._by_name(self.domains.sizes),
+            "epoch": self.epoch,
+            "position": self._position,
+            "schedule": [
+                {
+                    "first_draw": piece.first_draw,
+                    "weights": self._by_name(piece.shares),
+                    "domain_counts": self._by_name(piece.counts),
+                }
+                for piece in self._schedule.pieces
+            ],
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """
+        Take up a stream where `state_dict` left it. The next iteration goes on from there, later ones as usual.
+
+        The weights are those of the state, whatever the constructor was given.
+
+        Raises:
+            `ValueError`: if the state is of other domains, sizes, seed, `draw` or `num_samples`; what differs is named.
+        """
+        sizes = self._by_name(self.domains.sizes)
+        if list(state["domains"]) != list(sizes):
+            gone, new = sorted(state["domains"].keys() - sizes), sorted(sizes.keys() - state["domains"])
+            difference = f"without {gone} and with {new} besides" if gone or new else "in another order"
+            raise ValueError(
+                f"The state must be of the same domains, but the data has them {difference}. Resume with the data the "
+                "state was saved with."
+            )
+        resized = {name: (size, sizes[name]) for name, size in state["domains"].items() if size != sizes[name]}
+        if resized:
+            raise ValueError(
+                f"The domains must have as many rows as when the state was saved, but (then, now) are {resized}. "
+                "Resume with the data the state was saved with."
+            )
+        for name in ("seed", "draw", "num_samples"):
+            if state[name] != getattr(self, name):
+                raise ValueError(
+                    f"The state was saved with `{name}` {state[name]!r}, but this sampler has {getattr(self, name)!r}. "
+                    "Make it with the same."
+                )
+        first, *others = state["schedule"]
+        schedule = DrawSchedule(self._from_names(first["weights"], np.float64), draw=self.draw, seed=self.seed)
+        for piece in others:
+            counts = self._from_names(piece["domain_counts"], np.int64)
+            schedule.append(piece["first_draw"], self._from_names(piece["weights"], np.float64), counts=counts)
+        self._schedule = schedule
+        self.epoch, self._position = state["epoch"], state["position"]
+        self._is_resuming = True
+
+    def _read_weights(self, weights: Any, *, first_draw: int, counts: np.ndarray) -> np.ndarray:
+        """Shares from what the user gave, after the limit on epochs; `counts` are the draws of each domain so far."""
+        shares = to_shares(weights, self.domains.names)
+        refuse_empty_domains(shares, self.domains.sizes, self.domains.names)
+        if self.max_epochs_per_domain is None:
+            return shares
+        num_draws = self.num_epochs * self.num_samples - first_draw
+        if num_draws <= 0:
+            raise ValueError(
+                f"With `max_epochs_per_domain`, weights must begin before the planned draws end, but `first_draw` is "
+                f"{first_draw} of {self.num_epochs * self.num_samples}. Raise `num_epochs`."
+            )
+        budgets = np.maximum(self.max_epochs_per_domain * self.domains.sizes - counts, 0)
+        return cap_shares(shares, budgets, num_draws, self.domains.names)
+
+    def _by_name(self, values: np.ndarray) -> dict[str, Any]:
+        return dict(zip(self.domains.names, values.tolist(), strict=True))
+
+    def _from_names(self, values: Mapping[str, Any], dtype: type) -> np.ndarray:
+        return np.array([values[name] for name in self.domains.names], dtype=dtype)
