@@ -14,11 +14,10 @@ list by seed, and `weights` by seed.
 import argparse
 import json
 import math
-import sys
 from pathlib import Path
 
-from hf_doge.artifacts.domain_weights import DomainWeights
-from hf_doge.cli import main as hf_doge
+from benchmarks.commands import compare, flags, learn
+from hf_doge.evaluation.comparison import Comparison
 
 SOURCES = ["en", "nl", "fr", "de", "es", "it"]
 ROMANCE = ["fr", "es", "it"]
@@ -47,36 +46,6 @@ BASE = {
     "lr_scheduler_type": "cosine",
     "weight_decay": 0.01,
 }
-QUIET = ["--report_to", "none", "--save_strategy", "no", "--logging_steps", "100"]
-
-
-def flags(arguments: dict) -> list[str]:
-    """Arguments as command-line flags."""
-    return [word for name, value in arguments.items() for word in (f"--{name}", str(value))]
-
-
-def run(command: list[str]) -> None:
-    """Run an hf-doge command; stop if it fails."""
-    if code := hf_doge(command):
-        sys.exit(code)
-
-
-def learn(data_dir: Path, folder: Path, seed: int) -> DomainWeights:
-    """The weights of one seed, learned now or found from an earlier run."""
-    weights = folder / "domain_weights"
-    if not weights.exists():
-        where = ["--data_dir", str(data_dir), "--output_dir", str(folder), "--seed", str(seed)]
-        run(["learn", *where, *DATA, *MODEL, *flags(PROXY), *QUIET])
-    return DomainWeights.from_pretrained(weights)
-
-
-def compare(data_dir: Path, folder: Path, seed: int, weights: Path) -> dict[str, float]:
-    """Perplexity on the target by mixture."""
-    where = ["--data_dir", str(data_dir), "--output_dir", str(folder), "--seeds", str(seed)]
-    mixtures = ["--baselines", "uniform", "--weights", f"learned={weights}"]
-    run(["compare", *where, *mixtures, *DATA, *MODEL, *flags(BASE), *QUIET])
-    runs = [json.loads(path.read_text()) for path in (folder / "runs").glob("*.json")]
-    return {finished["mixture"]: math.exp(finished["losses"][TARGET]) for finished in runs}
 
 
 def main() -> None:
@@ -88,15 +57,24 @@ def main() -> None:
     if not (args.data_dir / f"{TARGET}.train.jsonl.gz").exists():
         print(f"Skipped: {args.data_dir} has no {TARGET}.train.jsonl.gz.")
         return
-    figures = {"romance_mass": [], "target_ppl_learned": [], "target_ppl_uniform": [], "weights": []}
+    data = ["--data_dir", str(args.data_dir), *DATA, *MODEL]
+    weights, runs = {}, []
     for seed in args.seeds:
         folder = args.output_dir / f"seed{seed}"
-        weights = learn(args.data_dir, folder / "proxy", seed)
-        perplexity = compare(args.data_dir, folder / "compare", seed, folder / "proxy" / "domain_weights")
-        figures["romance_mass"].append(round(sum(weights.mean[name] for name in ROMANCE), 4))
-        figures["target_ppl_learned"].append(round(perplexity["learned"], 2))
-        figures["target_ppl_uniform"].append(round(perplexity["uniform"], 2))
-        figures["weights"].append({name: round(weight, 4) for name, weight in weights.mean.items()})
+        weights[seed] = learn(folder / "proxy", seed, *data, *flags(PROXY)).mean
+        mixtures = ["--baselines", "uniform", "--weights", f"learned={folder / 'proxy' / 'domain_weights'}"]
+        runs += compare(folder / "compare", seed, *data, *mixtures, *flags(BASE))
+
+    comparison = Comparison(runs)
+    comparison.save(args.output_dir)
+    print(comparison.to_markdown())
+    perplexity = {(run.mixture, run.seed): math.exp(run.losses[TARGET]) for run in runs}
+    figures = {
+        "romance_mass": [round(sum(weights[seed][name] for name in ROMANCE), 4) for seed in args.seeds],
+        "target_ppl_learned": [round(perplexity["learned", seed], 2) for seed in args.seeds],
+        "target_ppl_uniform": [round(perplexity["uniform", seed], 2) for seed in args.seeds],
+        "weights": [{name: round(weight, 4) for name, weight in weights[seed].items()} for seed in args.seeds],
+    }
     print(json.dumps(figures))
 
 

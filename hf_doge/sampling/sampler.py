@@ -52,8 +52,8 @@ class DomainWeightedSampler(Sampler[int]):
             How often a domain may be repeated in `num_epochs` epochs, `> 0`. Heavier domains get the weight at which
             they reach the limit and the others share the rest in proportion, which is logged; see `effective_weights`.
             Kept to within one draw by `"quota"`, on average by `"iid"`. Draws after the `num_epochs` have no limit.
-        num_epochs (`int`, *optional*, defaults to 1):
-            Epochs that will be drawn, `> 0`; only `max_epochs_per_domain` needs it.
+        num_epochs (`float`, *optional*, defaults to 1):
+            Epochs of `num_samples` that will be drawn, `> 0`; only `max_epochs_per_domain` needs it.
 
     Raises:
         `ValueError`: for weights that are negative, not finite or all 0, for unknown or missing domains, for a domain
@@ -76,7 +76,7 @@ class DomainWeightedSampler(Sampler[int]):
         seed: int = 0,
         draw: str = "quota",
         max_epochs_per_domain: float | None = None,
-        num_epochs: int = 1,
+        num_epochs: float = 1,
     ) -> None:
         if isinstance(domains, Mapping):
             domains = DomainIndex.from_sizes(domains)
@@ -260,14 +260,14 @@ class DomainWeightedSampler(Sampler[int]):
         refuse_empty_domains(shares, self.domains.sizes, self.domains.names)
         if self.max_epochs_per_domain is None:
             return shares
-        num_draws = self.num_epochs * self.num_samples - first_draw
-        if num_draws <= 0:
+        num_planned = round(self.num_epochs * self.num_samples)
+        if first_draw >= num_planned:
             raise ValueError(
-                f"With `max_epochs_per_domain`, weights must begin before the planned draws end, but `first_draw` is "
-                f"{first_draw} of {self.num_epochs * self.num_samples}. Raise `num_epochs`."
+                f"With `max_epochs_per_domain`, weights must begin within the {num_planned} planned draws, but got "
+                f"`first_draw` {first_draw}. Raise `num_epochs`."
             )
         budgets = np.maximum(self.max_epochs_per_domain * self.domains.sizes - counts, 0)
-        return cap_shares(shares, budgets, num_draws, self.domains.names)
+        return cap_shares(shares, budgets, num_planned - first_draw, self.domains.names)
 
     def _by_name(self, values: np.ndarray) -> dict[str, Any]:
         return dict(zip(self.domains.names, values.tolist(), strict=True))

@@ -1,0 +1,66 @@
+"""The command line, `hf-doge` or `python -m hf_doge`: one module per command, imported when it is called."""
+
+import logging
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+from hf_doge._version import __version__
+from hf_doge.cli.console import say
+
+COMMANDS = {
+    "demo": "learn weights on text found on this machine and see whether they help; no data, no network, minutes",
+    "learn": "learn domain weights with a small proxy model",
+    "train": "train a model on given weights",
+    "compare": "train the same model on several mixtures and tabulate its perplexities",
+    "report": "show again what a folder of results holds",
+}
+USAGE = "\n".join(
+    [
+        "usage: hf-doge COMMAND [flags]",
+        "",
+        "Learn how much of each data domain to train on (DoGE), and train with it.",
+        "",
+        *(f"  {command:<8}  {purpose}" for command, purpose in COMMANDS.items()),
+        "",
+        "hf-doge COMMAND --help lists the flags of a command.",
+    ]
+)
+
+logger = logging.getLogger(__name__)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """
+    Run a command.
+
+    Args:
+        argv (`Sequence[str]`, *optional*): Command and flags, by default those of the process.
+
+    Returns:
+        `int`: 0 if all went well, 2 if it was asked for something that cannot be, said in one line on standard error.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if not argv or argv[0] in ("-h", "--help"):
+        say(USAGE)
+        return 0
+    command = argv[0]
+    if command == "--version":
+        say(f"hf-doge {__version__}")
+        return 0
+    if command not in COMMANDS:
+        return _refuse("hf-doge", f"the command must be one of {', '.join(COMMANDS)}, but got {command!r}")
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("hf_doge").setLevel(logging.INFO)
+    try:
+        return import_module(f"hf_doge.cli.{command}").main(argv[1:])
+    except SystemExit as stop:  # argparse, after --help or a flag it does not know
+        return stop.code or 0
+    except (ValueError, OSError, FloatingPointError) as error:
+        logger.debug("What was refused:", exc_info=True)
+        return _refuse(f"hf-doge {command}", " ".join(str(error).split()))
+
+
+def _refuse(prog: str, message: str) -> int:
+    sys.stderr.write(f"{prog}: error: {message}\n")
+    return 2

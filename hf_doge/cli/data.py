@@ -1,0 +1,79 @@
+"""The data of one command: domains to train on, domains to evaluate on, and what tokenised them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from hf_doge.cli.arguments import DataArguments
+from hf_doge.cli.blocks import BlockMaker
+from hf_doge.cli.domain_files import find_domain_files, select_domains
+from hf_doge.cli.tokenizer import get_tokenizer
+
+
+@dataclass(frozen=True)
+class DomainData:
+    """
+    Blocks of every domain.
+
+    Attributes:
+        tokenizer (`PreTrainedTokenizerBase`): What made them.
+        train (`dict[str, Dataset]`): Train split of every domain to train on.
+        targets (`dict[str, Dataset]`): Train split of every target. No model is trained on it.
+        validation (`dict[str, Dataset]`): Validation split of every domain to train on and every target.
+        fingerprints (`dict[str, str]`): Name of the contents of each split, by `<domain>.<split>`.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    train: dict[str, Dataset]
+    targets: dict[str, Dataset]
+    validation: dict[str, Dataset]
+    fingerprints: dict[str, str]
+
+
+def load_domain_data(
+    data_args: DataArguments,
+    output_dir: Path,
+    *,
+    targets: Sequence[str] = (),
+    max_target_tokens: int | None = None,
+) -> DomainData:
+    """
+    Find, tokenise and cut what the arguments ask for, or take it from `output_dir` where an earlier run left it.
+
+    Args:
+        data_args (`DataArguments`): What to read, and with which tokenizer.
+        output_dir (`Path`): Blocks are kept in its folder `blocks`, a tokenizer trained here in `tokenizer`.
+        targets (`Sequence[str]`): Domains that are not trained on.
+        max_target_tokens (`int`, *optional*): Use no more train tokens of each target.
+    """
+    files = find_domain_files(data_args.data_dir)
+    domains, targets = select_domains(files, domains=data_args.domains, targets=targets)
+    tokenizer = get_tokenizer(
+        data_args.tokenizer,
+        data_args.train_tokenizer_vocab,
+        files=[files[name]["train"] for name in domains],
+        save_directory=output_dir / "tokenizer",
+    )
+    blocks = BlockMaker(tokenizer, data_args.block_size, output_dir / "blocks")
+    limits = {
+        **{(name, "train"): data_args.max_train_tokens for name in domains},
+        **{(name, "train"): max_target_tokens for name in targets},
+        **{(name, "validation"): data_args.max_validation_tokens for name in (*domains, *targets)},
+    }
+    loaded = {
+        (name, split): blocks.load(files[name][split], name=f"{name}.{split}", max_tokens=limit)
+        for (name, split), limit in limits.items()
+    }
+    return DomainData(
+        tokenizer=tokenizer,
+        train={name: loaded[name, "train"] for name in domains},
+        targets={name: loaded[name, "train"] for name in targets},
+        validation={name: loaded[name, "validation"] for name in (*domains, *targets)},
+        fingerprints={
+            f"{name}.{split}": blocks.fingerprint(files[name][split], max_tokens=limit)
+            for (name, split), limit in limits.items()
+        },
+    )

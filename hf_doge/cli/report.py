@@ -1,0 +1,86 @@
+"""`hf-doge report`: show again what a folder of results holds."""
+
+import base64
+from argparse import ArgumentParser
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from hf_doge.artifacts import DomainWeights
+from hf_doge.cli.console import save_plot, say
+from hf_doge.evaluation.comparison import Comparison
+from hf_doge.plots import plot_comparison
+
+
+@dataclass(frozen=True)
+class Section:
+    """One part of a report: text in Markdown, and a picture of it where matplotlib is installed."""
+
+    title: str
+    text: str
+    plot: Path | None
+
+    def to_markdown(self, *, embed: bool) -> str:
+        """The section with its picture inside, or with the picture's path only."""
+        picture = ""
+        if self.plot is not None:
+            data = base64.b64encode(self.plot.read_bytes()).decode()
+            picture = f"\n![{self.title}](data:image/png;base64,{data})\n" if embed else f"\nPlot: {self.plot}\n"
+        return f"## {self.title}\n\n{self.text.strip()}\n{picture}"
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the command."""
+    parser = ArgumentParser(
+        prog="hf-doge report",
+        description="Show the learned weights and comparisons in a folder, and write them into one report.md with plots.",
+    )
+    parser.add_argument("folder", type=Path, help="Output folder of `hf-doge learn`, `compare` or `demo`.")
+    folder = parser.parse_args(argv).folder
+    report = write_report(folder)
+    say(f"Report: {report}")
+    return 0
+
+
+def write_report(folder: Path) -> Path:
+    """
+    Draw and print everything a folder holds, and write it into one file that needs no other, `report.md`.
+
+    Raises:
+        `FileNotFoundError`: if the folder is not there, or holds neither weights nor a comparison.
+    """
+    if not folder.is_dir():
+        raise FileNotFoundError(f"The folder must exist, but {str(folder)!r} does not. Check the path.")
+    sections = [*_weights_sections(folder), *_comparison_sections(folder)]
+    if not sections:
+        raise FileNotFoundError(
+            f"The folder must hold learned weights or a finished comparison, but {str(folder)!r} holds neither. "
+            "Run `hf-doge learn` or `hf-doge compare` to the end first."
+        )
+    say("\n".join(section.to_markdown(embed=False) for section in sections))
+    report = folder / "report.md"
+    text = "\n".join(["# Domain weights\n", *(section.to_markdown(embed=True) for section in sections)])
+    report.write_text(text, encoding="utf-8")
+    return report
+
+
+def _weights_sections(folder: Path) -> Iterator[Section]:
+    for file in _find(folder, "domain_weights.json"):
+        weights = DomainWeights.from_pretrained(file.parent)
+        # The picture goes beside the artifact, not in it.
+        plot = save_plot(weights.plot, file.parent.parent / "domain_weights.png")
+        yield Section(f"Learned weights, {file.parent}", f"```\n{weights.summary()}\n```", plot)
+
+
+def _comparison_sections(folder: Path) -> Iterator[Section]:
+    for file in _find(folder, "comparison.json"):
+        comparison = Comparison.load(file.parent)
+        plot = save_plot(partial(plot_comparison, comparison.to_plot_rows()), file.parent / "comparison.png")
+        yield Section(f"Comparison, {file.parent}", comparison.to_markdown(), plot)
+
+
+def _find(folder: Path, name: str) -> list[Path]:
+    """Files of that name, but for those in a checkpoint."""
+    found = sorted(path.relative_to(folder) for path in folder.rglob(name))
+    return [folder / path for path in found if not any(part.startswith("checkpoint-") for part in path.parts)]
