@@ -216,7 +216,9 @@ def _read_labels(labels: Sequence[str | int]) -> tuple[pa.DictionaryArray, Seque
     return labels if row_order is None else labels.take(row_order), names
 
 
-def _read_column(column: "datasets.Column") -> tuple[Sequence | pa.ChunkedArray, pa.Array | None, Sequence[str] | None]:
+def _read_column(
+    column: "datasets.Column",
+) -> tuple[Sequence | pa.ChunkedArray, pa.Array | None, Sequence[str] | None]:
     """The values of a dataset column as stored, the order of the rows in them, and the names of a `ClassLabel`."""
     import datasets
 

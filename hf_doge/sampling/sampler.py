@@ -60,7 +60,6 @@ class DomainWeightedSampler(Sampler[int]):
         with positive weight and no example, or if the limit on epochs leaves too few draws. Domains are named.
 
     Example:
-
     ```python
     >>> sampler = DomainWeightedSampler(dataset["domain"], {"wiki": 0.7, "code": 0.3}, seed=0)
     >>> loader = DataLoader(dataset, sampler=sampler, batch_size=32)
@@ -147,7 +146,9 @@ class DomainWeightedSampler(Sampler[int]):
         self._position = 0
         self._is_resuming = False
 
-    def set_weights(self, weights: Mapping[str, float] | Sequence[float] | Any, *, first_draw: int | None = None) -> None:
+    def set_weights(
+        self, weights: Mapping[str, float] | Sequence[float] | Any, *, first_draw: int | None = None
+    ) -> None:
         """
         Use other weights from a draw on. Earlier draws, also those of the current epoch, stay as they are.
 
@@ -170,7 +171,9 @@ class DomainWeightedSampler(Sampler[int]):
                 f"weights set last, but got {first_draw}."
             )
         counts = self._schedule.counts(first_draw)
-        self._schedule.append(first_draw, self._read_weights(weights, first_draw=first_draw, counts=counts), counts=counts)
+        self._schedule.append(
+            first_draw, self._read_weights(weights, first_draw=first_draw, counts=counts), counts=counts
+        )
 
     def indices(self, start: int, stop: int) -> np.ndarray:
         """

@@ -76,7 +76,9 @@ class DrawSchedule:
             if number + 1 < len(self.pieces):
                 end = min(stop, self.pieces[number + 1].first_draw)
             if first < end:
-                domains, ranks_in_piece = self._draws_of(number).draws(first - piece.first_draw, end - piece.first_draw)
+                domains, ranks_in_piece = self._draws_of(number).draws(
+                    first - piece.first_draw, end - piece.first_draw
+                )
                 domain_ids[first - start : end - start] = domains
                 ranks[first - start : end - start] = ranks_in_piece + piece.counts[domains]
         return domain_ids, ranks

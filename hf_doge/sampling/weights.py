@@ -56,9 +56,7 @@ def refuse_empty_domains(shares: np.ndarray, sizes: np.ndarray, names: Sequence[
     """Raise if a domain is to be drawn from but has no rows."""
     empty = [name for name, share, size in zip(names, shares, sizes, strict=True) if share > 0 and size == 0]
     if empty:
-        raise ValueError(
-            f"Domains {empty} have positive weight but no example. Drop them or set their weight to 0."
-        )
+        raise ValueError(f"Domains {empty} have positive weight but no example. Drop them or set their weight to 0.")
 
 
 def cap_shares(shares: np.ndarray, budgets: np.ndarray, num_draws: int, names: Sequence[str]) -> np.ndarray:
@@ -94,7 +92,9 @@ def cap_shares(shares: np.ndarray, budgets: np.ndarray, num_draws: int, names: S
         result = np.where(capped, limits, free * (left / free.sum() if free.any() else 0.0))
     for name, before, after in zip(names, shares, result, strict=True):
         if after < before:
-            logger.info(f"Domain {name!r}: weight lowered from {before:.6g} to {after:.6g} by `max_epochs_per_domain`.")
+            logger.info(
+                f"Domain {name!r}: weight lowered from {before:.6g} to {after:.6g} by `max_epochs_per_domain`."
+            )
         elif after > before:
             logger.info(f"Domain {name!r}: weight raised from {before:.6g} to {after:.6g} in exchange.")
     return result / result.sum()

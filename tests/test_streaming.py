@@ -1,0 +1,159 @@
+"""Interleaving domains of the `datasets` library: the mixture follows the weights, ends as told and resumes."""
+
+from collections import Counter
+
+import pytest
+from datasets import Dataset, IterableDataset
+from torch.utils.data import DataLoader
+
+from hf_doge.artifacts.domain_weights import DomainWeights
+from hf_doge.sampling.sampler import DomainWeightedSampler
+from hf_doge.sampling.streaming import interleave_domains
+
+SIZES = {"wiki": 12, "code": 7, "arxiv": 5}
+WEIGHTS = {"wiki": 0.5, "code": 0.3, "arxiv": 0.2}
+
+
+def tables():
+    return {name: Dataset.from_dict({"text": [f"{name} {i}" for i in range(size)]}) for name, size in SIZES.items()}
+
+
+def streams(**changes):
+    return {**{name: table.to_iterable_dataset(num_shards=1) for name, table in tables().items()}, **changes}
+
+
+def texts(dataset):
+    return [row["text"] for row in dataset]
+
+
+def domains_of(dataset):
+    return [text.split()[0] for text in texts(dataset)]
+
+
+@pytest.mark.parametrize("draw", ["quota", "iid"])
+def test_datasets_come_in_the_order_of_the_sampler(draw):
+    mixed = interleave_domains(tables(), WEIGHTS, seed=3, draw=draw, num_samples=50)
+    sampler = DomainWeightedSampler(SIZES, WEIGHTS, seed=3, draw=draw, num_samples=50)
+    rows = [f"{name} {i}" for name, size in SIZES.items() for i in range(size)]
+    assert texts(mixed) == [rows[index] for index in sampler]
+
+
+@pytest.mark.parametrize("draw", ["quota", "iid"])
+def test_streams_draw_the_domains_that_datasets_draw(draw):
+    stream = interleave_domains(streams(), WEIGHTS, seed=3, draw=draw, num_samples=50)
+    table = interleave_domains(tables(), WEIGHTS, seed=3, draw=draw, num_samples=50)
+    assert isinstance(stream, IterableDataset)
+    assert isinstance(table, Dataset)
+    assert domains_of(stream) == domains_of(table)
+
+
+def test_a_stream_stays_within_one_example_of_its_weights():
+    counts = Counter()
+    for n, name in enumerate(domains_of(interleave_domains(streams(), WEIGHTS, num_samples=500)), start=1):
+        counts[name] += 1
+        assert all(abs(counts[name] - n * weight) < 1 for name, weight in WEIGHTS.items())
+
+
+def test_a_domain_is_read_in_order_and_restarted_when_it_ends():
+    mixed = texts(interleave_domains(streams(), WEIGHTS, num_samples=60))
+    wiki = [text for text in mixed if text.startswith("wiki")]
+    assert wiki == [f"wiki {i % 12}" for i in range(len(wiki))]
+
+
+def test_all_exhausted_sees_every_example():
+    assert set(texts(interleave_domains(streams(), WEIGHTS))) == {
+        f"{n} {i}" for n, s in SIZES.items() for i in range(s)
+    }
+
+
+def test_first_exhausted_repeats_no_example():
+    mixed = texts(interleave_domains(streams(), WEIGHTS, stopping="first_exhausted"))
+    assert len(set(mixed)) == len(mixed)
+    assert Counter(text.split()[0] for text in mixed)["code"] == 7 or len(mixed) >= 20
+
+
+def test_a_domain_of_weight_zero_is_never_read():
+    def poison():
+        raise AssertionError("read")
+        yield
+
+    mixed = interleave_domains(
+        streams(arxiv=IterableDataset.from_generator(poison)), {"wiki": 0.5, "code": 0.5, "arxiv": 0}, num_samples=20
+    )
+    assert Counter(domains_of(mixed)) == {"wiki": 10, "code": 10}
+
+
+def test_a_learned_artifact_can_be_mixed_with():
+    assert len(texts(interleave_domains(streams(), DomainWeights(WEIGHTS), num_samples=11))) == 11
+
+
+@pytest.mark.parametrize("position", [0, 1, 7, 29, 59])
+def test_a_stream_resumes_with_the_next_example(position):
+    whole = texts(interleave_domains(streams(), WEIGHTS, num_samples=60))
+    stream = interleave_domains(streams(), WEIGHTS, num_samples=60)
+    iterator = iter(stream)
+    for _ in range(position):
+        next(iterator)
+    state = stream.state_dict()
+    resumed = interleave_domains(streams(), WEIGHTS, num_samples=60)
+    resumed.load_state_dict(state)
+    assert texts(resumed) == whole[position:]
+
+
+def test_the_domain_column_names_each_examples_domain():
+    for source in (streams(), tables()):
+        mixed = interleave_domains(source, WEIGHTS, num_samples=30, domain_column="domain")
+        for row in mixed:
+            label = row["domain"]
+            name = mixed.features["domain"].int2str(label) if isinstance(label, int) else label
+            assert row["text"].startswith(name)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_data_loader_reads_every_draw_once(num_workers):
+    sharded = {name: table.to_iterable_dataset(num_shards=2) for name, table in tables().items()}
+    mixed = interleave_domains(sharded, WEIGHTS, num_samples=40)
+    rows = [text for batch in DataLoader(mixed, batch_size=5, num_workers=num_workers) for text in batch["text"]]
+    assert len(rows) == 40
+    counts = Counter(text.split()[0] for text in rows)
+    assert all(abs(counts[name] - 40 * weight) < 2 for name, weight in WEIGHTS.items())
+
+
+@pytest.mark.parametrize(
+    ("domains", "options", "error", "message"),
+    [
+        ({}, {}, ValueError, "at least one domain, but got an empty dict"),
+        ({**streams(), "wiki": tables()["wiki"]}, {}, TypeError, "must be all `datasets.Dataset` or all"),
+        (streams(), {"num_samples": 0}, ValueError, "`num_samples` must be positive, but got 0"),
+        (
+            streams(),
+            {"num_samples": 5, "stopping": "first_exhausted"},
+            ValueError,
+            "Either `num_samples` or `stopping`",
+        ),
+        (streams(), {"stopping": "never"}, ValueError, "`stopping` must be one of"),
+        (streams(), {"draw": "sometimes"}, ValueError, "sometimes"),
+        (tables(), {"stopping": "all_exhausted"}, ValueError, "`stopping` is for streams"),
+    ],
+)
+def test_bad_requests_are_refused(domains, options, error, message):
+    weights = {name: WEIGHTS[name] for name in domains}
+    with pytest.raises(error, match=message):
+        interleave_domains(domains, weights, **options)
+
+
+def test_an_empty_stream_with_weight_is_named_and_does_not_loop():
+    empty = IterableDataset.from_generator(lambda: iter(()))
+    with pytest.raises(ValueError, match=r"Domains \['code'\] have positive weight but no example"):
+        texts(interleave_domains(streams(code=empty), WEIGHTS, num_samples=10))
+
+
+def test_weights_of_other_domains_are_refused():
+    with pytest.raises(ValueError, match="books"):
+        interleave_domains(streams(), {**WEIGHTS, "books": 0.1})
+
+
+def test_features_that_differ_are_refused():
+    other = {**tables(), "code": Dataset.from_dict({"content": ["x"]})}
+    with pytest.raises(ValueError, match="code"):
+        interleave_domains(other, WEIGHTS)
