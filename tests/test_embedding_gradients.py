@@ -571,10 +571,10 @@ def test_batch_normalisation_by_running_statistics_is_not_refused():
     assert model.mix.num_batches_tracked == 0
 
 
-def test_a_vanishing_loss_leaves_the_check_to_the_next_batch():
+@pytest.mark.parametrize("certainty", [12.0, 1e4])  # a tiny loss, and one that rounds to 0
+def test_a_vanishing_loss_leaves_the_check_to_the_next_batch(certainty):
     model, batch = build(Toy, mix=across_batch), toy_batch()
-    bias = torch.zeros(3)
-    bias[0] = 1e4
+    bias = torch.tensor([certainty, 0.0, 0.0])
     with torch.no_grad():
         model.layer.bias.copy_(bias)
     with EmbeddingGradientRecorder(model) as recorder:
@@ -726,6 +726,17 @@ def test_unknown_options_are_refused(options, message):
 def test_the_output_part_of_an_untied_model_is_refused():
     with pytest.raises(ValueError, match="needs an output layer that multiplies by the embedding matrix"):
         record(build(gpt2, tied=False), collate(examples_of(causal_example), position_ids=True), tied="output")
+
+
+def test_a_refused_batch_leaves_nothing_behind_in_the_next():
+    model, batch = build(Toy), toy_batch()
+    with EmbeddingGradientRecorder(model) as recorder:
+        model.forward = lambda **inputs: [Toy.forward(model, **inputs)]
+        with pytest.raises(ValueError, match="must return a loss"):
+            recorder.record(batch)
+        del model.forward
+        recorded = recorder.record(batch)
+    assert torch.equal(recorded.rows, record(model, batch).rows)
 
 
 def test_recording_outside_the_context_is_refused():

@@ -288,8 +288,10 @@ def test_of_equal_norms_the_earlier_position_is_kept():
 
 def test_masked_positions_take_no_place_among_the_top_k():
     token_ids, grads = torch.tensor([5, 6, 7]), torch.tensor([[9.0], [1.0], [2.0]])
-    tokens, _ = top_k_rows(token_ids, grads, 2, mask=torch.tensor([0, 1, 1]))
-    assert tokens.tolist() == [6, 7]
+    for unit in ("position", "token"):
+        for k, expected in ((1, [7]), (2, [6, 7]), (3, [6, 7])):
+            tokens, _ = top_k_rows(token_ids, grads, k, unit=unit, mask=torch.tensor([0, 1, 1]))
+            assert tokens.tolist() == expected
 
 
 @pytest.mark.parametrize("unit", ["position", "token"])

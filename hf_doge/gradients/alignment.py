@@ -71,7 +71,9 @@ class Alignment:
     def empty(cls, num_domains: int) -> "Alignment":
         """All entries unknown."""
         unknown = torch.full((num_domains,), torch.nan, dtype=torch.float64)
-        return cls(unknown, unknown.clone(), torch.tensor(torch.nan).double(), unknown.clone(), torch.zeros_like(unknown))
+        return cls(
+            unknown, unknown.clone(), torch.tensor(torch.nan).double(), unknown.clone(), torch.zeros_like(unknown)
+        )
 
     @property
     def usable(self) -> Tensor:

@@ -1,0 +1,309 @@
+"""
+Per-example, per-token gradients of the embedding matrix from one forward and one backward per batch.
+
+Only what is read from the embedding matrix requires a gradient (see [`EmbeddingUses`]), so the backward skips every
+parameter's own gradient. Position `(i, t)` of the batch gets its gradient from the loss of example `i` alone, as long
+as examples do not see each other, which is checked on the first batch; merged by token these are example `i`'s rows.
+
+Shapes: B = batch size, T = positions, W = distinct tokens of one example, D = embedding width, V = vocabulary.
+"""
+
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from types import TracebackType
+
+import torch
+from torch import Tensor, nn
+
+from hf_doge.functional.tracin_we import check_top_k
+from hf_doge.gradients.embedding_uses import EmbeddingUses, Lookup, input_embedding_matrix
+from hf_doge.gradients.example_losses import IGNORE_INDEX, ExampleLosses, LossFunction, check_finite
+from hf_doge.gradients.independence import rows_agree, single_example
+from hf_doge.gradients.token_rows import PositionGradients, TokenRows
+
+TIED_PARTS = ("input", "output", "full")
+
+_CONCLUSIVE_LOSS = 1e-3  # below it the gradient of a cross-entropy is mostly rounding in float32
+
+
+class EmbeddingGradientRecorder(AbstractContextManager):
+    """
+    Records the embedding gradient of each example of a batch as if the example had been alone.
+
+    ```python
+    with EmbeddingGradientRecorder(model) as recorder:
+        for batch in loader:  # padded, with labels
+            for tokens, rows in recorder.record(batch):
+                ...
+    ```
+
+    Inside the context the model is in evaluation mode and none of its parameters requires a gradient; both are put
+    back exactly as they were. `.grad` is never touched.
+
+    The loss is the model's own, `model(**batch).loss`: a mean over examples, or over labelled tokens where labels are
+    integers with a position axis. Which token a label belongs to (its own, or the one before, as in causal models) is
+    read off the first batch by computing the cross-entropy both ways; a model whose loss is neither is refused. The
+    first batch of at least two examples is compared with one or two of its examples, each alone and without padding, and
+    a model that gives them other rows is refused. (A loss next to 0 decides nothing; then the next batch is compared.)
+
+    Args:
+        model (`nn.Module`):
+            A model that reads `input_ids`, has `get_input_embeddings()` and returns an object with `.loss`, such as
+            any of transformers.
+        loss_fn (`Callable`, *optional*):
+            `loss_fn(outputs, batch) -> (batch_size,)`, one loss per example, instead of the model's own. It must
+            depend on each example alone, and reduces over tokens as it likes.
+        loss_reduction (`str`):
+            Whether the loss of an example is the `"sum"` or the `"mean"` of its token losses. A classifier has one
+            loss per example and is indifferent.
+        tied (`str`):
+            Which use of an embedding matrix that is also the output matrix counts: `"input"` (sparse: only the
+            example's tokens have rows), `"output"`, or `"full"`, their sum. The latter two give an example a row for
+            every token of the vocabulary with a non-zero gradient, so set `top_k` unless the vocabulary is small;
+            then one dense gradient is held at a time.
+        top_k (`int`, *optional*): Keep only the `top_k` tokens of largest norm, see [`top_k_rows`].
+        top_k_unit (`str`): `"position"` or `"token"`. The output part has no positions and takes `"token"`.
+        pad_token_id (`int`, *optional*):
+            Padding besides that of a 2-D `attention_mask` and of `nn.Embedding(padding_idx=...)`, which never count.
+            A decoder's first token is its start, and counts even if it is this one. Leave it out if real text holds
+            it too (a padding token that is also the end of text).
+        verify (`bool`): Whether to compare the first batch with examples alone.
+
+    Raises:
+        ValueError: if the model has no input embeddings or an option is unknown.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        loss_fn: LossFunction | None = None,
+        loss_reduction: str = "sum",
+        tied: str = "input",
+        top_k: int | None = None,
+        top_k_unit: str = "position",
+        pad_token_id: int | None = None,
+        verify: bool = True,
+    ) -> None:
+        if tied not in TIED_PARTS:
+            raise ValueError(f"`tied` must be one of {list(TIED_PARTS)}, but got {tied!r}.")
+        if top_k is not None:
+            check_top_k(top_k, top_k_unit)
+            if tied != "input" and top_k_unit != "token":
+                raise ValueError(
+                    f"`top_k_unit` must be 'token' with `tied={tied!r}`, but got {top_k_unit!r}: rows of the output "
+                    "part belong to no position."
+                )
+        self.model = model
+        self.matrix = input_embedding_matrix(model)
+        self.tied = tied
+        self.top_k = top_k
+        self.top_k_unit = top_k_unit
+        self.pad_token_id = pad_token_id
+        self._losses = ExampleLosses(loss_fn, reduction=loss_reduction)
+        self._verified = not verify
+        self._uses: EmbeddingUses | None = None
+        self._warned = False
+
+    def __enter__(self) -> "EmbeddingGradientRecorder":
+        self.virtual = not self.matrix.requires_grad
+        if self.virtual and not self._warned:
+            self._warned = True
+            warnings.warn(
+                "The input embeddings of the model are frozen, so no training example ever moved them: the recorded "
+                "gradients are virtual. Train the embeddings too if you want the influence of training itself.",
+                stacklevel=2,
+            )
+        with ExitStack() as stack:
+            stack.enter_context(_evaluation_mode(self.model))
+            stack.enter_context(_no_parameter_gradients(self.model))
+            uses = EmbeddingUses(self.model, lookups=self.tied != "output", projections=self.tied != "input")
+            self._uses = stack.enter_context(uses)
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._uses = None
+        self._stack.close()
+
+    def record(self, batch: Mapping[str, object]) -> TokenRows:
+        """
+        One forward, one backward, and the rows of each example.
+
+        Args:
+            batch (`Mapping`):
+                What the model takes, padded, with `input_ids` of shape `(batch_size, num_positions)` (or
+                `(batch_size, num_choices, num_positions)`) and labels. Tensors are moved to the model's device.
+
+        Returns:
+            [`TokenRows`] of the batch, on the model's device.
+
+        Raises:
+            ValueError: if the batch has no `input_ids`, an example has no label, or the model does not fit (see above).
+            RuntimeError: if called outside the context.
+        """
+        if self._uses is None:
+            raise RuntimeError("`record` must be called inside the context: `with EmbeddingGradientRecorder(...)`.")
+        batch = self._losses.prepare(self.model, self._to_device(batch))
+        gradients, loss = self._differentiate(batch)
+        check_finite(loss)
+        if not self._verified and len(gradients.scales) > 1:
+            self._verify(batch, gradients)
+        return gradients.merge(top_k=self.top_k, top_k_unit=self.top_k_unit, virtual=self.virtual)
+
+    def _to_device(self, batch: Mapping[str, object]) -> dict[str, object]:
+        fed = [name for name in ("inputs_embeds", "decoder_inputs_embeds") if batch.get(name) is not None]
+        if fed or batch.get("input_ids") is None:
+            raise ValueError(
+                f"The batch must hold `input_ids` and no ready embeddings, but its keys are {sorted(batch)}. "
+                "TracIn-WE needs to know which token each embedding belongs to: feed token ids."
+            )
+        device = self.matrix.device
+        return {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
+
+    def _differentiate(self, batch: Mapping[str, object]) -> tuple[PositionGradients, Tensor]:
+        """The gradients of every position, and the loss that was differentiated."""
+        batch_size = batch["input_ids"].shape[0]
+        uses = self._uses
+        uses.clear()
+        with torch.enable_grad():
+            outputs = self.model(**batch)
+            loss, scales = self._losses.total(outputs, batch)
+        lookups, projections = list(uses.lookups), list(uses.projections)
+        uses.clear()
+        if self.tied == "output" and not projections:
+            raise ValueError(
+                f"`tied='output'` needs an output layer that multiplies by the embedding matrix, but "
+                f"`{type(self.model).__name__}` has none. Use `tied='input'`."
+            )
+        wanted = [use.output for use in (*lookups, *projections)]
+        if not wanted or not loss.requires_grad:
+            raise ValueError(
+                f"The loss must depend on what the model reads from its input embeddings, but "
+                f"`{type(self.model).__name__}` did not read them with gradients on. Feed it token ids."
+            )
+        grads = torch.autograd.grad(loss, wanted, allow_unused=True, materialize_grads=True)
+        lookup_grads, logit_grads = grads[: len(lookups)], grads[len(lookups) :]
+        nothing = self.matrix.new_zeros(batch_size, 0, self.matrix.shape[1])
+        gradients = PositionGradients(
+            token_ids=_join([lookup.token_ids for lookup in lookups], nothing[..., 0].long(), batch["input_ids"]),
+            counted=_join(
+                [self._counted(lookup, batch) for lookup in lookups], nothing[..., 0].bool(), batch["input_ids"]
+            ),
+            input_grads=_join(lookup_grads, nothing, batch["input_ids"]),
+            hidden=_join([use.inputs for use in projections], nothing, batch["input_ids"]),
+            logit_grads=_join(logit_grads, nothing, batch["input_ids"]),
+            scales=scales.to(self.matrix.device),
+        )
+        return gradients, loss.detach()
+
+    def _counted(self, lookup: Lookup, batch: Mapping[str, object]) -> Tensor:
+        """Which positions of a lookup are not padding."""
+        token_ids = lookup.token_ids
+        counted = torch.ones_like(token_ids, dtype=torch.bool)
+        for ids_name, mask_name in (("input_ids", "attention_mask"), ("decoder_input_ids", "decoder_attention_mask")):
+            mask = batch.get(mask_name)
+            if mask is not None and mask.numel() == token_ids.numel() and _same_ids(batch.get(ids_name), token_ids):
+                counted &= mask.reshape(token_ids.shape).bool()
+        if lookup.padding_idx is not None:
+            counted &= token_ids != lookup.padding_idx
+        if self.pad_token_id is not None:
+            padding = token_ids == self.pad_token_id
+            if not _same_ids(batch["input_ids"], token_ids):
+                padding[..., 0] = False  # T5 starts its decoder with the padding token
+            counted &= ~padding
+        return counted
+
+    def _verify(self, batch: dict[str, object], gradients: PositionGradients) -> None:
+        """Compare the examples with most padding and with most ignored labels with themselves alone."""
+        examples = {int((~gradients.counted).sum(dim=1).argmax())} if gradients.counted.numel() else {0}
+        labels = batch.get("labels")
+        if labels is not None and not labels.is_floating_point():
+            examples.add(int((labels == IGNORE_INDEX).reshape(len(gradients.scales), -1).sum(dim=1).argmax()))
+        self._verified = all(self._stands_alone(batch, gradients, example) for example in examples)
+
+    def _stands_alone(self, batch: dict[str, object], gradients: PositionGradients, example: int) -> bool:
+        """Refuse the model if the example has other rows alone; False where its loss is too small to tell."""
+        together = gradients.example_rows(example)
+        alone, loss = self._rows_alone(batch, example, strip_padding=True)
+        if self._agree(together, alone):
+            return bool((alone[1] != 0).any())
+        if float(loss) < _CONCLUSIVE_LOSS:
+            return False
+        padded, _ = self._rows_alone(batch, example, strip_padding=False)
+        name = type(self.model).__name__
+        if self._agree(together, padded):
+            raise ValueError(
+                f"Padding must not change an example's gradient, but example {example} of the batch has another with "
+                f"padding than without in `{name}`. Pad inputs and labels on the side the model was made for, label "
+                f"padding {IGNORE_INDEX}, and pass `attention_mask` and, with padding on the left, `position_ids`."
+            )
+        raise ValueError(
+            f"An example's gradient must not depend on its batch, but example {example} of the batch has another alone "
+            f"than together with the others in `{name}`. Its layers or its loss mix examples: pass a `loss_fn` if it "
+            "is the loss, or record with batch size 1."
+        )
+
+    def _rows_alone(
+        self, batch: dict[str, object], example: int, *, strip_padding: bool
+    ) -> tuple[tuple[Tensor, Tensor], Tensor]:
+        encoder_decoder = getattr(getattr(self.model, "config", None), "is_encoder_decoder", False)
+        gradients, loss = self._differentiate(
+            single_example(batch, example, strip_padding=strip_padding, encoder_decoder=encoder_decoder)
+        )
+        return gradients.example_rows(0), loss
+
+    def _agree(self, together: tuple[Tensor, Tensor], alone: tuple[Tensor, Tensor]) -> bool:
+        autocast = torch.is_autocast_enabled(self.matrix.device.type)
+        return rows_agree(together, alone, dtype=torch.float16 if autocast else self.matrix.dtype)
+
+
+def _same_ids(given: Tensor | None, token_ids: Tensor) -> bool:
+    """Whether the lookup read these very ids, in any shape."""
+    return (
+        given is not None and given.numel() == token_ids.numel() and torch.equal(given.flatten(), token_ids.flatten())
+    )
+
+
+def _join(parts: Sequence[Tensor], nothing: Tensor, input_ids: Tensor) -> Tensor:
+    """All uses of the matrix in one forward side by side, one line per example; `nothing` where there is none."""
+    batch_size, num_feature_axes = len(input_ids), nothing.ndim - 2
+    lines = []
+    for part in parts:
+        positions = part.shape[: part.ndim - num_feature_axes]
+        # several choices of one example may be lines of their own; a batch of one owns every position there is
+        by_example = len(positions) > 1 and positions[0] in (batch_size, input_ids.shape[:-1].numel())
+        if not by_example and batch_size > 1:
+            raise ValueError(
+                f"The embedding matrix must be used with one line per example, but a batch of {batch_size} used it "
+                f"with shape {tuple(positions)}. Models that flatten, transpose or pack a batch cannot be recorded in "
+                "batches: use batch size 1."
+            )
+        lines.append(part.reshape(batch_size, -1, *part.shape[len(positions) :]))
+    return torch.cat(lines, dim=1) if lines else nothing
+
+
+@contextmanager
+def _evaluation_mode(model: nn.Module) -> Iterator[None]:
+    training = [(module, module.training) for module in model.modules()]
+    try:
+        model.eval()
+        yield
+    finally:
+        for module, mode in training:
+            module.training = mode
+
+
+@contextmanager
+def _no_parameter_gradients(model: nn.Module) -> Iterator[None]:
+    requiring = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    try:
+        for parameter in requiring:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter in requiring:
+            parameter.requires_grad_(True)

@@ -1,0 +1,152 @@
+"""
+The loss of each example of a batch, out of one scalar that a model returns for all of them.
+
+The loss of a transformers model is a mean over terms: over examples, or over the labelled tokens of the whole batch. Its
+gradient with respect to anything only example `i` touches is therefore `1 / num_terms` times the gradient of the sum of
+example `i`'s terms, so one backward of the mean serves every example: counting terms is all that is needed.
+"""
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+IGNORE_INDEX = -100  # a label that no loss counts, as in PyTorch and transformers
+LOSS_REDUCTIONS = ("sum", "mean")
+
+LossFunction = Callable[[object, Mapping[str, object]], Tensor]
+
+_TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4}
+_HALF_TOLERANCE = 1e-2
+
+
+class ExampleLosses:
+    """
+    Turns what a model returns into one scalar to differentiate and a factor per example.
+
+    Args:
+        loss_fn (`Callable`, *optional*):
+            `loss_fn(outputs, batch) -> (batch_size,)`, instead of the model's own loss.
+        reduction (`str`):
+            Whether the loss of an example is the `"sum"` or the `"mean"` of its terms in the model's own loss.
+
+    Raises:
+        ValueError: if `reduction` is unknown.
+    """
+
+    def __init__(self, loss_fn: LossFunction | None = None, *, reduction: str = "sum") -> None:
+        if reduction not in LOSS_REDUCTIONS:
+            raise ValueError(f"`loss_reduction` must be one of {list(LOSS_REDUCTIONS)}, but got {reduction!r}.")
+        self.loss_fn = loss_fn
+        self.reduction = reduction
+        self._label_shift: int | None = None
+
+    def prepare(self, model: nn.Module, batch: Mapping[str, object]) -> Mapping[str, object]:
+        """
+        Check the labels, learn on the first batch which token a label belongs to, and drop labels that an example does
+        not have alone: with padding on the left, a causal model predicts the first token of a text from padding.
+
+        Args:
+            model (`nn.Module`): Run once, without gradients, on the first batch whose labels have a position axis.
+            batch (`Mapping`): What the model is to be given, with `input_ids` of shape `(batch_size, ...)`.
+
+        Returns:
+            `Mapping`: the batch, or a copy with other labels.
+
+        Raises:
+            ValueError: if an example has no label, or the model's loss is not a mean over labelled tokens although the
+                labels have a position axis.
+        """
+        labels, mask = batch.get("labels"), batch.get("attention_mask")
+        if self.loss_fn is not None or labels is None or labels.is_floating_point():
+            return batch
+        _check_labelled(labels)
+        if labels[0].numel() == 1:
+            return batch
+        if self._label_shift is None:
+            with torch.no_grad():
+                self._label_shift = _find_label_shift(model(**batch), labels)
+        if self._label_shift == 1 and mask is not None and mask.shape == labels.shape:
+            labels = labels.clone()
+            labels[:, 1:][mask[:, :-1] == 0] = IGNORE_INDEX
+        _check_labelled(labels[:, self._label_shift :])
+        return {**batch, "labels": labels}
+
+    def total(self, outputs: object, batch: Mapping[str, object]) -> tuple[Tensor, Tensor]:
+        """
+        The sum of the examples' losses, up to a factor for each.
+
+        Args:
+            outputs: What the model returned, with `.loss` unless there is a `loss_fn`.
+            batch (`Mapping`): What the model was given, from [`prepare`].
+
+        Returns:
+            `tuple[torch.Tensor, torch.Tensor]`: a scalar, and `scales (batch_size,)`: the gradient of example `i`'s
+            loss is `scales[i]` times that of the scalar, wherever only example `i` has a part.
+
+        Raises:
+            ValueError: if there is no loss, or not one per example from `loss_fn`.
+        """
+        batch_size = batch["input_ids"].shape[0]
+        if self.loss_fn is not None:
+            losses = self.loss_fn(outputs, batch)
+            if losses.shape != (batch_size,):
+                raise ValueError(
+                    f"`loss_fn` must return one loss per example, shape ({batch_size},), but its shape is "
+                    f"{tuple(losses.shape)}. Reduce over tokens, not over examples."
+                )
+            return losses.sum(), torch.ones_like(losses, requires_grad=False)
+        loss = getattr(outputs, "loss", None)
+        if loss is None:
+            raise ValueError(
+                f"The model must return a loss, but it returned none for a batch with {sorted(batch)}. Add labels to "
+                "the batch or pass `loss_fn`."
+            )
+        counts = self._count_terms(batch).to(loss.device, loss.dtype if loss.dtype.itemsize >= 4 else torch.float32)
+        return loss * counts.sum(), 1 / counts if self.reduction == "mean" else torch.ones_like(counts)
+
+    def _count_terms(self, batch: Mapping[str, object]) -> Tensor:
+        """How many of the terms that the model's loss averages belong to each example, shape `(B,)`."""
+        labels = batch.get("labels")
+        if labels is None or labels.is_floating_point():
+            return torch.ones(batch["input_ids"].shape[0])
+        labelled = (labels != IGNORE_INDEX).reshape(len(labels), -1)
+        return labelled[:, self._label_shift or 0 :].sum(dim=1)
+
+
+def check_finite(loss: Tensor) -> None:
+    """Raise a `ValueError` if the loss of a batch is not a number or infinite."""
+    if not loss.isfinite():
+        raise ValueError(f"The loss of a batch must be finite, but got {loss.item()}. Record in a wider dtype.")
+
+
+def _check_labelled(labels: Tensor) -> None:
+    empty = (labels == IGNORE_INDEX).reshape(len(labels), -1).all(dim=1)
+    if empty.any():
+        raise ValueError(
+            f"Every example must have a label that counts, but those at {empty.nonzero().squeeze(1).tolist()} of the "
+            f"batch have none but {IGNORE_INDEX} (a causal model never predicts the first token). Drop them."
+        )
+
+
+def _find_label_shift(outputs: object, labels: Tensor) -> int:
+    """0 where a position predicts its own label, 1 where it predicts the next: whichever gives the model's loss."""
+    logits, loss = getattr(outputs, "logits", None), outputs.loss
+    check_finite(loss)
+    errors = []
+    if isinstance(logits, Tensor) and logits.shape[:-1] == labels.shape:
+        logits = logits.to(loss.dtype if loss.dtype.itemsize >= 4 else torch.float32)
+        for shift in (0, 1):
+            predicted = logits[:, : labels.shape[1] - shift].flatten(end_dim=1)
+            expected = F.cross_entropy(predicted, labels[:, shift:].flatten(), ignore_index=IGNORE_INDEX)
+            errors.append(float((expected - loss).abs()))
+    tolerance = _TOLERANCE.get(loss.dtype, _HALF_TOLERANCE) * float(loss.abs().clamp(min=1.0))
+    errors = [error if error <= tolerance else torch.inf for error in errors]  # NaN too: no label left after the shift
+    if not errors or min(errors) == torch.inf:
+        raise ValueError(
+            "The model's own loss must be the mean cross-entropy of its logits over the labelled tokens, but it is "
+            "not, so the share of each example is unknown. Pass `loss_fn(outputs, batch)`, which returns one loss per "
+            "example."
+        )
+    return errors.index(min(errors))

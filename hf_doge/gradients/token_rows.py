@@ -1,0 +1,104 @@
+"""
+From gradients by position to rows by token, for a batch of examples.
+
+Shapes: B = batch size, T = positions of all lookups of a forward (encoder and decoder alike), S = positions of the tied
+output layer, W = distinct tokens of one example, D = embedding width, V = vocabulary.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hf_doge.functional.tracin_we import (
+    batch_token_gradient_rows,
+    batch_top_k_rows,
+    token_gradient_rows,
+    top_k_rows,
+)
+
+
+@dataclass
+class TokenRows:
+    """
+    Merged gradient rows of a batch of examples, one after the other. A sequence of `(tokens (W,), rows (W, width))`.
+
+    Attributes:
+        offsets (`torch.Tensor` of shape `(batch_size + 1,)`): Example `i` owns entries `offsets[i]:offsets[i + 1]`.
+        tokens (`torch.Tensor` of shape `(num_entries,)`): Token ids, ascending and distinct within an example.
+        rows (`torch.Tensor` of shape `(num_entries, width)`): Gradient row of each, float32 or float64.
+        virtual (`bool`):
+            Whether the embedding matrix is frozen. Its gradient then says what training it would have done, and no
+            example ever moved it.
+    """
+
+    offsets: Tensor
+    tokens: Tensor
+    rows: Tensor
+    virtual: bool
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def __getitem__(self, example: int) -> tuple[Tensor, Tensor]:
+        example = range(len(self))[example]  # negative positions count from the end
+        start, end = self.offsets[example : example + 2].tolist()
+        return self.tokens[start:end], self.rows[start:end]
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        lengths = self.offsets.diff().tolist()
+        return zip(self.tokens.split(lengths), self.rows.split(lengths), strict=True)
+
+
+@dataclass
+class PositionGradients:
+    """
+    What one backward leaves, position by position.
+
+    Attributes:
+        token_ids (`torch.Tensor` of shape `(B, T)`): The tokens that were looked up.
+        counted (`torch.Tensor` of shape `(B, T)` and dtype bool): False at padding.
+        input_grads (`torch.Tensor` of shape `(B, T, D)`): Gradient of each lookup.
+        hidden (`torch.Tensor` of shape `(B, S, D)`): What the tied output layer read; S = 0 if it does not count.
+        logit_grads (`torch.Tensor` of shape `(B, S, V)`): Gradient of what it returned.
+        scales (`torch.Tensor` of shape `(B,)`): Factor from the differentiated loss to the example's own.
+    """
+
+    token_ids: Tensor
+    counted: Tensor
+    input_grads: Tensor
+    hidden: Tensor
+    logit_grads: Tensor
+    scales: Tensor
+
+    def example_rows(self, example: int) -> tuple[Tensor, Tensor]:
+        """All rows of one example, `tokens (W,)` and `rows (W, D)`."""
+        scale = self.scales[example]
+        tokens, rows = token_gradient_rows(self.token_ids[example], self.input_grads[example], self.counted[example])
+        if self.hidden.shape[1] == 0:
+            return tokens, rows * scale
+        predicting = (self.logit_grads[example] != 0).any(dim=1)  # exactly 0 at positions without a label
+        hidden = self.hidden[example, predicting].to(rows.dtype)
+        logit_grads = self.logit_grads[example, predicting].to(rows.dtype)
+        dense = (logit_grads.T @ hidden).index_add_(0, tokens, rows)  # (V, S) @ (S, D) -> (V, D)
+        tokens = (dense != 0).any(dim=1).nonzero().squeeze(1)
+        return tokens, dense[tokens] * scale
+
+    def merge(self, *, top_k: int | None, top_k_unit: str, virtual: bool) -> TokenRows:
+        """The rows of all examples. With an output part, example by example: each is dense in the vocabulary."""
+        if self.hidden.shape[1] == 0:
+            positions = (self.token_ids, self.input_grads)
+            if top_k is None:
+                offsets, tokens, rows = batch_token_gradient_rows(*positions, self.counted)
+            else:
+                offsets, tokens, rows = batch_top_k_rows(*positions, top_k, unit=top_k_unit, mask=self.counted)
+            rows *= self.scales.repeat_interleave(offsets.diff())[:, None]
+            return TokenRows(offsets, tokens, rows, virtual)
+        examples = []
+        for example in range(len(self.scales)):
+            tokens, rows = self.example_rows(example)
+            examples.append((tokens, rows) if top_k is None else top_k_rows(tokens, rows, top_k, unit=top_k_unit))
+        lengths = torch.tensor([0] + [len(tokens) for tokens, _ in examples], device=self.scales.device)
+        tokens, rows = (torch.cat(parts) for parts in zip(*examples, strict=True))
+        return TokenRows(lengths.cumsum(dim=0), tokens, rows, virtual)
