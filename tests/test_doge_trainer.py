@@ -2,6 +2,7 @@
 
 import json
 import logging
+import pickle
 
 import numpy as np
 import pytest
@@ -519,6 +520,20 @@ def test_burn_in_leaves_the_first_updates_out_of_the_mean(tmp_path):
     learned = trainer.domain_weights
     expected = learned.trajectory.weights[3:].mean(axis=0)
     np.testing.assert_allclose(list(learned.mean.values()), expected, rtol=1e-12)
+
+
+def test_a_model_made_by_model_init_is_trained_and_scored(tmp_path):
+    made = train(None, config(tmp_path, max_steps=3), three_domains(), model_init=tiny_llama)
+    given = train(tiny_llama(), config(tmp_path, max_steps=3), three_domains())
+    assert not torch.equal(flat_parameters(made.model), flat_parameters(tiny_llama()))
+    torch.testing.assert_close(weights_of(made), weights_of(given), rtol=1e-6, atol=0)
+
+
+def test_spawned_workers_can_carry_the_domains(tmp_path):
+    trainer = DoGETrainer(tiny_llama(), config(tmp_path), train_dataset=three_domains())
+    collator = pickle.loads(pickle.dumps(trainer.data_collator))
+    rows = [{"input_ids": [1], "domain": trainer.train_dataset[i]["domain"]} for i in (0, 4, 8)]
+    assert collator(rows)["domain_ids"].tolist() == [0, 1, 2]
 
 
 def test_training_twice_starts_anew(tmp_path):

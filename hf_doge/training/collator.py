@@ -5,8 +5,29 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from datasets import ClassLabel
 
 DOMAIN_IDS = "domain_ids"
+
+
+class DomainLookup:
+    """
+    From an entry of the domain column to the domain's position in `names`, -1 for any other entry.
+
+    A class rather than a closure, so that DataLoader workers can be spawned with it.
+    """
+
+    def __init__(self, feature: Any, names: tuple[str, ...]) -> None:
+        self.class_label = feature if isinstance(feature, ClassLabel) else None
+        self.positions = {name: position for position, name in enumerate(names)}
+
+    def __call__(self, label: Any) -> int:
+        """Position of one entry."""
+        if torch.is_tensor(label):
+            label = label.item()
+        if self.class_label is not None and label is not None:
+            label = self.class_label.int2str(int(label))
+        return self.positions.get(str(label), -1)
 
 
 class DomainCollator:
@@ -22,7 +43,7 @@ class DomainCollator:
         self,
         collator: Callable[[list], Mapping[str, Any]],
         domain_column: str,
-        domain_of_label: Callable[[Any], int],
+        domain_of_label: DomainLookup,
         *,
         seed: int,
     ) -> None:

@@ -2,11 +2,11 @@
 
 import logging
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from datasets import ClassLabel, Dataset
+from datasets import Dataset
 from torch import Tensor, nn
 
 from hf_doge.artifacts.domain_weights import DomainWeights
@@ -86,20 +86,6 @@ def choose_alignment(model: nn.Module, args: DoGEConfig, recipe: Recipe, *, num_
     return alignments[choice](
         parameters, num_domains=num_domains, scored_names=scored_names, max_norm=recipe.domain_max_grad_norm
     )
-
-
-def get_domain_lookup(feature: Any, names: tuple[str, ...]) -> Callable[[Any], int]:
-    """From an entry of the domain column to the domain's position in `names`, -1 for any other entry."""
-    positions = {name: position for position, name in enumerate(names)}
-
-    def lookup(label: Any) -> int:
-        if torch.is_tensor(label):
-            label = label.item()
-        if isinstance(feature, ClassLabel) and label is not None:
-            label = feature.int2str(int(label))
-        return positions.get(str(label), -1)
-
-    return lookup
 
 
 def weights_in_order(weights: DomainWeights | Mapping[str, float] | None, names: tuple[str, ...]) -> Tensor:

@@ -14,18 +14,18 @@ from transformers import Trainer
 
 from hf_doge.artifacts.domain_weights import DomainWeights
 from hf_doge.functional.doge import clamp_scores, normalize_scores, update_domain_weights
-from hf_doge.gradients.alignment import Alignment, RandomReplay, write_weighted_gradient
+from hf_doge.gradients.alignment import Alignment, DomainAlignment, RandomReplay, write_weighted_gradient
 from hf_doge.sampling.domains import merge_domains
 from hf_doge.sampling.sampler import DomainWeightedSampler
 from hf_doge.training.checkpoints import resolve_checkpoint
-from hf_doge.training.collator import DOMAIN_IDS, DomainCollator
+from hf_doge.training.collator import DOMAIN_IDS, DomainCollator, DomainLookup
 from hf_doge.training.config import DoGEConfig
 from hf_doge.training.domain_loss import DomainLoss
 from hf_doge.training.learning_state import LearningState, TrajectoryPoint
 from hf_doge.training.metrics import DomainMetrics, count_consumed
 from hf_doge.training.provenance import describe_domains, describe_run
 from hf_doge.training.sampler_guard import SamplerGuardCallback
-from hf_doge.training.setup import choose_alignment, get_domain_lookup, refuse_unsupported, weights_in_order
+from hf_doge.training.setup import choose_alignment, refuse_unsupported, weights_in_order
 from hf_doge.training.step_gradients import DomainSlice, StepGradients, cut_by_domain
 from hf_doge.training.target_batches import TargetBatches
 
@@ -88,7 +88,7 @@ class DoGETrainer(Trainer):
         self.data_collator = DomainCollator(
             self.data_collator,
             args.domain_column,
-            get_domain_lookup(train_dataset.features[args.domain_column], names),
+            DomainLookup(train_dataset.features[args.domain_column], names),
             seed=seed,
         )
         self._sampler = DomainWeightedSampler(
@@ -107,7 +107,7 @@ class DoGETrainer(Trainer):
                 batch_size=args.train_batch_size,
                 seed=seed,
             )
-        self._alignment = choose_alignment(self.model, args, self.recipe, num_domains=len(names))
+        self._alignment = None if self.model_init is not None else self._choose_alignment()
         self._initial_weights = weights_in_order(initial_weights, names)
         self._learning = LearningState.fresh(names, self._initial_weights)
         self._metrics = DomainMetrics(names)
@@ -141,6 +141,8 @@ class DoGETrainer(Trainer):
             self._learning = LearningState.load(checkpoint, names)
         self._metrics = DomainMetrics(names)
         self._micro_batches = []
+        if self.model_init is not None:
+            self._alignment = None  # the Trainer is about to make another model
         return super().train(None if checkpoint is None else str(checkpoint), *args, **kwargs)
 
     def training_step(
@@ -151,6 +153,8 @@ class DoGETrainer(Trainer):
         if not self.accelerator.sync_gradients:
             return torch.zeros((), device=self.args.device)
         micro_batches, self._micro_batches = self._micro_batches, []
+        if self._alignment is None:
+            self._alignment = self._choose_alignment()
         model.train()
         start = time.perf_counter()
         step = self._cut_step(model, micro_batches)
@@ -158,6 +162,9 @@ class DoGETrainer(Trainer):
         loss = self._reweighting_step(step) if self._is_reweighting and step.can_align else self._weighted_step(step)
         self._metrics.record_time(step_seconds=time.perf_counter() - start, training_seconds=step.training_seconds)
         return loss
+
+    def _choose_alignment(self) -> DomainAlignment:
+        return choose_alignment(self.model, self.args, self.recipe, num_domains=len(self._domains.names))
 
     @property
     def _is_reweighting(self) -> bool:
