@@ -523,7 +523,7 @@ def test_burn_in_leaves_the_first_updates_out_of_the_mean(tmp_path):
 
 
 def test_a_model_made_by_model_init_is_trained_and_scored(tmp_path):
-    made = train(None, config(tmp_path, max_steps=3), three_domains(), model_init=tiny_llama)
+    made = train(None, config(tmp_path, max_steps=3), three_domains(), model_init=lambda: tiny_llama())
     given = train(tiny_llama(), config(tmp_path, max_steps=3), three_domains())
     assert not torch.equal(flat_parameters(made.model), flat_parameters(tiny_llama()))
     torch.testing.assert_close(weights_of(made), weights_of(given), rtol=1e-6, atol=0)

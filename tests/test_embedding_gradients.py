@@ -735,8 +735,9 @@ def test_a_refused_batch_leaves_nothing_behind_in_the_next():
         with pytest.raises(ValueError, match="must return a loss"):
             recorder.record(batch)
         del model.forward
-        recorded = recorder.record(batch)
-    assert torch.equal(recorded.rows, record(model, batch).rows)
+        rest = {key: value[:3] for key, value in batch.items()}
+        recorded = recorder.record(rest)
+    assert torch.equal(recorded.rows, record(model, rest).rows)
 
 
 def test_recording_outside_the_context_is_refused():
