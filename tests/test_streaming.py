@@ -1,9 +1,11 @@
 """Interleaving domains of the `datasets` library: the mixture follows the weights, ends as told and resumes."""
 
+import json
 from collections import Counter
 
 import pytest
 from datasets import Dataset, IterableDataset
+from datasets.distributed import split_dataset_by_node
 from torch.utils.data import DataLoader
 
 from hf_doge.artifacts.domain_weights import DomainWeights
@@ -20,6 +22,10 @@ def tables():
 
 def streams(**changes):
     return {**{name: table.to_iterable_dataset(num_shards=1) for name, table in tables().items()}, **changes}
+
+
+def sized_tables():
+    return zip(tables().items(), SIZES.values(), strict=True)
 
 
 def texts(dataset):
@@ -69,7 +75,8 @@ def test_all_exhausted_sees_every_example():
 def test_first_exhausted_repeats_no_example():
     mixed = texts(interleave_domains(streams(), WEIGHTS, stopping="first_exhausted"))
     assert len(set(mixed)) == len(mixed)
-    assert Counter(text.split()[0] for text in mixed)["code"] == 7 or len(mixed) >= 20
+    draws = domains_of(interleave_domains(streams(), WEIGHTS, num_samples=len(mixed) + 1))
+    assert Counter(draws)[draws[-1]] == SIZES[draws[-1]] + 1  # the next draw would have been a repetition
 
 
 def test_a_domain_of_weight_zero_is_never_read():
@@ -109,6 +116,74 @@ def test_the_domain_column_names_each_examples_domain():
             assert row["text"].startswith(name)
 
 
+@pytest.mark.parametrize("position", [3, 30, 55])
+def test_a_shuffled_stream_restarts_in_the_order_of_its_next_epoch_also_when_resumed(position):
+    def make():
+        sharded = {name: table.to_iterable_dataset(num_shards=size) for (name, table), size in sized_tables()}
+        shuffled = {name: stream.shuffle(seed=0, buffer_size=1) for name, stream in sharded.items()}  # shards only
+        return interleave_domains(shuffled, WEIGHTS, num_samples=80)
+
+    stream = make()
+    whole = texts(stream)
+    wiki = [text for text in whole if text.startswith("wiki")]
+    passes = [wiki[i : i + 12] for i in (0, 12, 24)]
+    assert all(sorted(one) == sorted(f"wiki {i}" for i in range(12)) for one in passes)
+    assert passes[0] != passes[1] != passes[2]
+    assert texts(stream) == whole
+
+    iterator = iter(stream)
+    for _ in range(position):
+        next(iterator)
+    resumed = make()
+    resumed.load_state_dict(json.loads(json.dumps(stream.state_dict())))
+    assert texts(resumed) == whole[position:]
+
+
+def test_the_next_epoch_mixes_the_next_epochs_of_the_streams():
+    sharded = {name: table.to_iterable_dataset(num_shards=size) for (name, table), size in sized_tables()}
+    mixed = interleave_domains(
+        {name: stream.shuffle(seed=0, buffer_size=1) for name, stream in sharded.items()}, WEIGHTS, num_samples=20
+    ).shuffle(seed=0, buffer_size=1)
+    first = texts(mixed)
+    mixed.set_epoch(1)
+    assert texts(mixed) != first
+    assert domains_of(mixed) == [text.split()[0] for text in first]
+
+
+def test_processes_read_different_shards_in_the_same_proportions():
+    sharded = {name: table.to_iterable_dataset(num_shards=2) for name, table in tables().items()}
+    mixed = interleave_domains(sharded, WEIGHTS, num_samples=20)
+    parts = [texts(split_dataset_by_node(mixed, rank=rank, world_size=2)) for rank in range(2)]
+    for part in parts:
+        assert Counter(text.split()[0] for text in part) == {"wiki": 5, "code": 3, "arxiv": 2}
+    assert not set(parts[0]) & set(parts[1])
+
+
+def test_processes_draw_independently_of_each_other():
+    sharded = {name: table.to_iterable_dataset(num_shards=2) for name, table in tables().items()}
+    mixed = interleave_domains(sharded, WEIGHTS, num_samples=100, draw="iid")
+    first, second = (domains_of(split_dataset_by_node(mixed, rank=rank, world_size=2)) for rank in range(2))
+    assert first != second
+
+
+def test_a_mixture_is_an_ordinary_stream():
+    mixed = interleave_domains(streams(), WEIGHTS, num_samples=20)
+    shouted = mixed.map(lambda row: {"text": row["text"].upper()}).filter(lambda row: row["text"] != "WIKI 0").take(5)
+    assert texts(shouted) == [text.upper() for text in texts(mixed)[1:6]]
+    nested = interleave_domains({"mixed": mixed, "more": streams()["wiki"]}, [0.5, 0.5], num_samples=4)
+    assert texts(nested) == [texts(mixed)[0], "wiki 0", texts(mixed)[1], "wiki 1"]
+
+
+def test_streams_that_do_not_know_their_features_are_mixed_unread():
+    def rows(name):
+        yield from ({"text": f"{name} {i}"} for i in range(SIZES[name]))
+
+    unknown = {name: IterableDataset.from_generator(rows, gen_kwargs={"name": name}) for name in SIZES}
+    mixed = interleave_domains(unknown, WEIGHTS, num_samples=20)
+    assert mixed.features is None
+    assert texts(mixed) == texts(interleave_domains(streams(), WEIGHTS, num_samples=20))
+
+
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_a_data_loader_reads_every_draw_once(num_workers):
     sharded = {name: table.to_iterable_dataset(num_shards=2) for name, table in tables().items()}
@@ -146,6 +221,25 @@ def test_an_empty_stream_with_weight_is_named_and_does_not_loop():
     empty = IterableDataset.from_generator(lambda: iter(()))
     with pytest.raises(ValueError, match=r"Domains \['code'\] have positive weight but no example"):
         texts(interleave_domains(streams(code=empty), WEIGHTS, num_samples=10))
+
+
+def test_a_stream_that_cannot_be_restarted_is_named_and_does_not_loop():
+    once = iter([{"text": "code 0"}])
+    with pytest.raises(ValueError, match="whenever it is restarted, but 'code' had none in pass 1"):
+        texts(interleave_domains(streams(code=IterableDataset.from_generator(lambda: once)), WEIGHTS, num_samples=20))
+
+
+@pytest.mark.parametrize("domains", [tables(), streams()])
+def test_an_occupied_domain_column_is_refused(domains):
+    with pytest.raises(ValueError, match="a column 'text', but they have one already"):
+        interleave_domains(domains, WEIGHTS, domain_column="text")
+
+
+def test_an_empty_dataset_is_named_if_it_has_weight_and_left_out_if_not():
+    domains = {**tables(), "code": Dataset.from_dict({"text": []})}
+    with pytest.raises(ValueError, match=r"Domains \['code'\] have positive weight but no example"):
+        interleave_domains(domains, WEIGHTS)
+    assert set(domains_of(interleave_domains(domains, {**WEIGHTS, "code": 0}))) == {"wiki", "arxiv"}
 
 
 def test_weights_of_other_domains_are_refused():

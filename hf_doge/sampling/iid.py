@@ -30,9 +30,8 @@ class IIDDraws:
         self._probabilities = weights[self._drawn]
         self._key = key
         self._segment_counts: list[np.ndarray] = []
-        self._path: dict[
-            int, tuple[int, np.ndarray]
-        ] = {}  # level -> the last node visited there, counts of its left half
+        # By level of the tree: the node visited last, and the counts of its left half.
+        self._path: dict[int, tuple[int, np.ndarray]] = {}
         self._leaf: tuple[int, np.ndarray, np.ndarray, np.ndarray] | None = None
 
     def draws(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
