@@ -1,12 +1,11 @@
 """Running hf-doge commands from a benchmark, and finding what an earlier run of it left."""
 
-import json
 import sys
 from pathlib import Path
 
 from hf_doge.artifacts.domain_weights import DomainWeights
 from hf_doge.cli import main as hf_doge
-from hf_doge.evaluation.comparison import MixtureRun
+from hf_doge.evaluation.comparison import Comparison, MixtureRun
 
 QUIET = ["--report_to", "none", "--save_strategy", "no", "--logging_steps", "100"]
 
@@ -33,4 +32,4 @@ def learn(folder: Path, seed: int, *words: str) -> DomainWeights:
 def compare(folder: Path, seed: int, *words: str) -> list[MixtureRun]:
     """The finished runs of one seed, one per mixture; those of an earlier call are kept."""
     run_command("compare", "--output_dir", str(folder), "--seeds", str(seed), *words, *QUIET)
-    return [MixtureRun.from_dict(json.loads(path.read_text())) for path in sorted((folder / "runs").glob("*.json"))]
+    return Comparison.load(folder).runs

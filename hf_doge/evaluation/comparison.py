@@ -142,8 +142,9 @@ class Comparison:
         return {name: sum(run.epochs[name] for run in runs) / len(runs) for name in self.domains}
 
     def weights(self, mixture: str) -> dict[str, float]:
-        """Domain weights of a mixture."""
-        return next(run.weights for run in self.runs if run.mixture == mixture)
+        """Domain weights of a mixture, mean over seeds where each seed has its own."""
+        runs = [run for run in self.runs if run.mixture == mixture]
+        return {name: sum(run.weights[name] for run in runs) / len(runs) for name in self.domains}
 
     def verdict(self, mixture: str, baseline: str) -> str:
         """

@@ -122,12 +122,13 @@ class DomainWeightedSampler(Sampler[int]):
         while position < self.num_samples:
             draw = epoch * self.num_samples + position
             rows = self.indices(draw, draw + min(chunk, self.num_samples - position))
-            num_pieces = len(self._schedule.pieces)
+            pieces = self._schedule.pieces
+            num_pieces = len(pieces)
             for row in rows.tolist():
                 position += 1
                 self._position = position
                 yield row
-                if len(self._schedule.pieces) > num_pieces:  # `set_weights`: the rest of the chunk is void
+                if len(pieces) > num_pieces:  # `set_weights`: the rest of the chunk is void
                     break
             chunk = min(2 * chunk, _CHUNK)
         self.epoch = epoch + 1
