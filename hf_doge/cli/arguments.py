@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
@@ -48,7 +49,7 @@ class ModelArguments:
 
     model_size: str = field(
         default="tiny",
-        metadata={"help": "Shape of a new model: nano, tiny, mini, small, 60m, 82m, 124m or 210m."},
+        metadata={"help": "Shape of a new model: nano, micro, tiny, mini, small, 60m, 82m, 124m or 210m."},
     )
     model_type: str = field(default="llama", metadata={"help": "Architecture of `model_size`: llama or gpt2."})
     model_config: str | None = field(
@@ -81,7 +82,7 @@ def parse(argv: Sequence[str], *dataclasses: type, prog: str, description: str, 
     """
     parser = HfArgumentParser(dataclasses, prog=prog, usage="%(prog)s [CONFIG.yaml] --data_dir DIR [flags]")
     parser.description = description
-    parser.set_defaults(**defaults)
+    parser.set_defaults(dataloader_pin_memory=torch.cuda.is_available(), **defaults)  # else torch warns on a CPU
     argv = list(argv)
     if argv and not argv[0].startswith("-") and Path(argv[0]).suffix in CONFIG_SUFFIXES:
         argv = [*read_flags(Path(argv[0])), *argv[1:]]

@@ -13,8 +13,8 @@ from hf_doge.cli.report import write_report
 # Sized to end within five minutes on two CPU cores. The model has 0.65 million parameters.
 SHARED_FLAGS = [
     "--block_size=128",
-    "--model_size=tiny",
-    "--learning_rate=2e-3",
+    "--model_size=micro",
+    "--learning_rate=3e-3",
     "--lr_scheduler_type=cosine",
     "--warmup_steps=20",
     "--logging_steps=50",
@@ -27,8 +27,8 @@ LEARN_FLAGS = [
     "--save_strategy=no",
 ]
 COMPARE_FLAGS = [
-    "--per_device_train_batch_size=16",
-    "--max_steps=150",
+    "--per_device_train_batch_size=8",
+    "--max_steps=250",
     "--per_device_eval_batch_size=32",
     "--seeds",
     "1",

@@ -11,7 +11,8 @@ from hf_doge.cli.arguments import ModelArguments
 # GPT-2's vocabulary); the others run on a laptop.
 MODEL_SIZES = {
     "nano": (2, 2, 64),
-    "tiny": (2, 4, 128),
+    "micro": (2, 4, 128),
+    "tiny": (4, 4, 128),
     "mini": (4, 4, 256),
     "small": (8, 8, 512),
     "60m": (3, 12, 768),

@@ -28,6 +28,7 @@ from hf_doge.training.mixture import DomainWeightedTrainer
 logger = logging.getLogger(__name__)
 
 RUNS_FOLDER = "runs"
+_BAR_FORMAT = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}"
 
 # Arguments that say where a run writes and what it prints, not what it computes.
 _UNRELATED_ARGUMENTS = ("output_dir", "seed", "run_name", "disable_tqdm", "push_to_hub", "report_to", "project")
@@ -84,9 +85,9 @@ def compare_mixtures(
     runs_folder.mkdir(parents=True, exist_ok=True)
     pending = [(name, seed) for seed in seeds for name in mixtures]
     runs = []
-    with tqdm(total=len(pending), unit="run", disable=args.disable_tqdm) as progress:
+    with tqdm(total=len(pending), bar_format=_BAR_FORMAT, disable=args.disable_tqdm) as progress:
         for name, seed in pending:
-            progress.set_description(f"{name}, seed {seed}")
+            progress.set_description(f"{name}, seed {seed} ({len(runs) + 1} of {len(pending)})")
             weights = mixtures[name].mean
             path = runs_folder / f"{name}-seed{seed}.json"
             arguments = {"training": _related_arguments(args), "weights": weights, **identity}
@@ -105,8 +106,7 @@ def compare_mixtures(
                 )
                 _write_finished(path, run, arguments)
             runs.append(run)
-            progress.n = len(runs)
-            progress.refresh()
+            progress.update(len(runs) - progress.n)
     return Comparison(runs)
 
 
@@ -152,11 +152,12 @@ class _FractionOfRun(TrainerCallback):
 
     def __init__(self, progress: tqdm) -> None:
         self.progress = progress
+        self.num_finished = progress.n
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self.progress.update(1 / state.max_steps)
+        self.progress.update(self.num_finished + state.global_step / state.max_steps - self.progress.n)
 
 
 def _arguments_of_run(args: TrainingArguments, output_dir: Path, seed: int) -> TrainingArguments:
