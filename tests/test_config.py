@@ -4,7 +4,7 @@ from dataclasses import fields
 
 import pytest
 import torch
-from datasets import Dataset, IterableDataset
+from datasets import Dataset, IterableDataset, concatenate_datasets
 from transformers import HfArgumentParser, TrainingArguments
 
 from hf_doge.artifacts.domain_weights import DomainWeights
@@ -64,9 +64,13 @@ def test_help_renders_and_flags_parse(capsys, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"mu": 0}, "`mu` must be positive, but got 0"),
-        ({"mu": -1.0}, "`mu` must be positive, but got -1.0"),
-        ({"mu": float("nan")}, "`mu` must be positive, but got nan"),
+        ({"mu": 0}, "`mu` must be positive and finite, but got 0"),
+        ({"mu": -1.0}, "`mu` must be positive and finite, but got -1.0"),
+        ({"mu": float("nan")}, "`mu` must be positive and finite, but got nan"),
+        ({"mu": float("inf")}, "`mu` must be positive and finite, but got inf"),
+        ({"score_min": float("nan")}, "`score_min` must leave room for scores, but got nan"),
+        ({"score_max": float("-inf")}, "`score_max` must leave room for scores, but got -inf"),
+        ({"reweight_steps": 2.5}, "`reweight_steps` must be a whole number, but got 2.5"),
         ({"recipe": "doremi"}, r"`recipe` must be one of \['paper', 'official'\], but got 'doremi'"),
         ({"alignment": "fast"}, "`alignment` must be one of .* but got 'fast'"),
         ({"normalization": "l2"}, "`normalization` must be one of .* but got 'l2'"),
@@ -114,7 +118,8 @@ def test_combinations_that_would_learn_wrong_weights_are_refused(tmp_path, optio
     [
         ("deepspeed", "zero2.json", "DeepSpeed yet. Leave `deepspeed` unset"),
         ("fsdp", "full_shard", "FSDP yet. Leave `fsdp` unset"),
-        ("optim", "lomo", "LOMO optimizers yet"),
+        ("optim", "lomo", "optimizers that step inside the backward pass yet"),
+        ("optim", "galore_adamw_layerwise", "optimizers that step inside the backward pass yet"),
         ("_n_gpu", 2, "DataParallel over several GPUs yet. Set CUDA_VISIBLE_DEVICES"),
     ],
 )
@@ -145,6 +150,24 @@ def test_an_empty_domain_is_named(tmp_path):
     domains = {**three_domains(), "wiki": three_domains()["code"].select([])}
     with pytest.raises(ValueError, match="wiki"):
         make_trainer(tmp_path, domains=domains)
+
+
+def test_a_blank_domain_name_is_refused_before_training(tmp_path):
+    with pytest.raises(ValueError, match="Domain names must not be blank"):
+        make_trainer(tmp_path, domains={" ": three_domains()["code"]})
+
+
+def test_a_dict_of_streams_is_refused(tmp_path):
+    streams = {name: data.to_iterable_dataset() for name, data in three_domains().items()}
+    with pytest.raises(ValueError, match=r"must be a `datasets\.Dataset`, but got \{'arxiv': 'IterableDataset'"):
+        make_trainer(tmp_path, domains=streams)
+
+
+def test_a_format_that_hides_the_domains_is_named(tmp_path):
+    merged = concatenate_datasets([data.add_column("domain", [n] * 4) for n, data in three_domains().items()])
+    trainer = make_trainer(tmp_path, domains=merged.with_format("torch", columns=["input_ids", "labels"]))
+    with pytest.raises(ValueError, match="Every train example must come with its 'domain'"):
+        trainer.train()
 
 
 def test_an_empty_target_is_refused(tmp_path):

@@ -520,6 +520,48 @@ def test_an_infinite_bound_can_be_saved(tmp_path):
     assert recipe["arguments"]["score_min"] == "-inf"
 
 
+def test_an_odd_model_configuration_does_not_cost_the_weights(tmp_path):
+    model = tiny_llama()
+    model.config.time_step_limit = (0.0, float("inf"))
+    trainer = train(model, config(tmp_path), three_domains())
+    assert trainer.domain_weights.metadata["model"]["config"]["time_step_limit"] == [0.0, "inf"]
+
+
+@pytest.mark.parametrize("alignment", ["per_domain", "streamed"])
+def test_parameters_unfrozen_after_construction_are_scored_and_trained(tmp_path, alignment):
+    model = tiny_llama()
+    model.model.layers[0].requires_grad_(False)
+    trainer = DoGETrainer(model, config(tmp_path, alignment=alignment), train_dataset=three_domains())
+    model.model.layers[0].requires_grad_(True)
+    trainer.train()
+    expected = train(tiny_llama(), config(tmp_path, alignment=alignment), three_domains())
+    torch.testing.assert_close(flat_parameters(model), flat_parameters(expected.model), rtol=1e-6, atol=1e-8)
+
+
+def test_a_first_loss_of_zero_does_not_decide_how_losses_are_averaged(tmp_path):
+    def loss_func(outputs, labels, num_items_in_batch=None):
+        calls.append(1)
+        return float64_causal_loss(outputs, labels, num_items_in_batch) * (len(calls) > 2)
+
+    options = {"per_device_train_batch_size": 3, "gradient_accumulation_steps": 4, "max_steps": 2}
+    calls = []
+    late = train(tiny_llama(), config(tmp_path, **options), three_domains(), compute_loss_func=loss_func)
+    calls = [1, 1]
+    early = train(tiny_llama(), config(tmp_path, **options), three_domains(), compute_loss_func=loss_func)
+    torch.testing.assert_close(flat_parameters(late.model), flat_parameters(early.model), rtol=1e-6, atol=1e-8)
+
+
+def test_a_target_column_called_target_reaches_the_collator(tmp_path):
+    def collate(features):
+        ids = torch.tensor([feature["input_ids"] for feature in features])
+        return {"input_ids": ids, "labels": torch.tensor([feature["target"] for feature in features])}
+
+    domains = {name: data.rename_column("labels", "target") for name, data in three_domains().items()}
+    args = config(tmp_path, remove_unused_columns=False)
+    trainer = train(tiny_llama(), args, domains, domains["code"], data_collator=collate)
+    assert np.isfinite(trainer.domain_weights.trajectory.scores).all()
+
+
 def test_burn_in_leaves_the_first_updates_out_of_the_mean(tmp_path):
     trainer = train(tiny_llama(), config(tmp_path, max_steps=5, burn_in_steps=3), three_domains())
     learned = trainer.domain_weights

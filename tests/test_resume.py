@@ -165,10 +165,10 @@ KILLED_RUN = textwrap.dedent(
     if when == "while_saving":
         save = LearningState.save
 
-        def save_and_die(self, folder, *, step):
+        def save_and_die(self, folder, *, step, run):
             if step == 6:
                 os.kill(os.getpid(), signal.SIGKILL)
-            save(self, folder, step=step)
+            save(self, folder, step=step, run=run)
 
         LearningState.save = save_and_die
 
@@ -206,6 +206,18 @@ def test_a_checkpoint_of_other_domains_is_refused_by_name(tmp_path):
     )
     with pytest.raises(ValueError, match=r"gone: \['arxiv', 'code'\], new: \['wiki'\]"):
         other.train(resume_from_checkpoint=True)
+
+
+def test_a_checkpoint_of_another_recipe_is_refused(tmp_path):
+    make_trainer(tmp_path, stop_after=1).train()
+    with pytest.raises(ValueError, match=r"must go on as it began.*'mu': 0\.1.*'mu': 5\.0"):
+        make_trainer(tmp_path, mu=5.0).train(resume_from_checkpoint=True)
+
+
+def test_a_checkpoint_without_an_optimizer_is_refused(tmp_path):
+    make_trainer(tmp_path, stop_after=1, save_only_model=True).train()
+    with pytest.raises(ValueError, match="No whole checkpoint found"):
+        make_trainer(tmp_path).train(resume_from_checkpoint=True)
 
 
 def test_a_named_checkpoint_that_is_not_whole_is_refused(tmp_path):

@@ -9,6 +9,7 @@ from collections import Counter
 from types import SimpleNamespace
 
 import numpy as np
+import pandas
 import pytest
 import torch
 from datasets import ClassLabel, Dataset
@@ -96,6 +97,16 @@ def test_every_process_has_the_same_stream():
     first, second = (process.communicate()[0].split() for process in processes)
     assert first == second
     assert len(set(first)) == 2
+
+
+def test_weights_with_keys_go_by_name_whatever_their_order():
+    weights = pandas.Series({"b": 0.9, "a": 0.1})
+    assert DomainWeightedSampler({"a": 10, "b": 10}, weights).effective_weights == pytest.approx({"a": 0.1, "b": 0.9})
+    assert DomainWeightedSampler([0, 1, 0], {1: 0.75, 0: 0.25}).effective_weights == {"0": 0.25, "1": 0.75}
+
+
+def test_huge_weights_do_not_overflow():
+    assert DomainWeightedSampler({"a": 1, "b": 1}, {"a": 1e308, "b": 1e308}).effective_weights == {"a": 0.5, "b": 0.5}
 
 
 def test_the_stream_is_the_same_in_later_versions():

@@ -12,24 +12,24 @@ from hf_doge.cli.report import write_report
 
 # Sized to end within five minutes on two CPU cores. The model has 0.65 million parameters.
 SHARED_FLAGS = [
-    "--block_size=128",
+    "--block_size=64",
     "--model_size=micro",
-    "--learning_rate=3e-3",
+    "--learning_rate=1e-3",
     "--lr_scheduler_type=cosine",
-    "--warmup_steps=20",
-    "--logging_steps=50",
+    "--warmup_steps=30",
+    "--logging_steps=100",
 ]
 LEARN_FLAGS = [
-    "--train_tokenizer_vocab=2048",
+    "--train_tokenizer_vocab=1024",
     "--per_device_train_batch_size=20",
-    "--max_steps=250",
+    "--max_steps=400",
     "--mu=0.1",
     "--save_strategy=no",
 ]
 COMPARE_FLAGS = [
     "--per_device_train_batch_size=8",
-    "--max_steps=250",
-    "--per_device_eval_batch_size=32",
+    "--max_steps=600",
+    "--per_device_eval_batch_size=64",
     "--seeds",
     "1",
     "2",

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -102,6 +103,13 @@ def read_documents(path: Path) -> Iterator[str]:
         `ValueError`: for a line that is not a JSON record with a string `text`, naming file and line, and for a file
             without any.
     """
+    try:
+        yield from _read_lines(path)
+    except (EOFError, zlib.error, gzip.BadGzipFile, UnicodeDecodeError) as error:
+        raise ValueError(f"A data file must be whole UTF-8 text, but {str(path)!r} is not: {error}.") from error
+
+
+def _read_lines(path: Path) -> Iterator[str]:
     number = 0
     with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as file:
         for number, line in enumerate(file, start=1):

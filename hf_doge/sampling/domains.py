@@ -33,6 +33,8 @@ class DomainIndex:
         not_names = [name for name in names if not isinstance(name, str)]
         if not_names:
             raise TypeError(f"Domain names must be strings, but got {not_names}.")
+        if not all(name.strip() for name in names):
+            raise ValueError(f"Domain names must not be blank, but got {list(names)}. Name them.")
         duplicates = sorted({name for name in names if names.count(name) > 1}) if len(set(names)) < len(names) else []
         if duplicates:
             raise ValueError(f"Domain names must be different, but {duplicates} appear more than once. Rename them.")
@@ -176,6 +178,12 @@ def concatenate_domains(domains: "Mapping[str, datasets.Dataset]") -> tuple["dat
 
     if not domains:
         raise ValueError("There must be at least one domain, but got an empty dict.")
+    others = {name: type(d).__name__ for name, d in domains.items() if not isinstance(d, datasets.Dataset)}
+    if others:
+        raise ValueError(
+            f"Every domain must be a `datasets.Dataset`, but got {others}. Load them without `streaming=True`, or make "
+            "them with `Dataset.from_list`."
+        )
     empty = [name for name, dataset in domains.items() if len(dataset) == 0]
     if empty:
         raise ValueError(f"Every domain must have examples, but {empty} have none. Drop them.")

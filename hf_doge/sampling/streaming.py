@@ -73,6 +73,8 @@ def interleave_domains(
         example; with streams, the last is known only when the domain is read.
         `TypeError`: for datasets and streams in one dict.
     """
+    if not isinstance(domains, Mapping):
+        raise TypeError(f"Domains must be a dict from name to dataset, but got {type(domains).__name__}.")
     if not domains:
         raise ValueError("There must be at least one domain, but got an empty dict.")
     if num_samples is not None and num_samples <= 0:

@@ -25,7 +25,8 @@ def to_shares(weights: object, names: Sequence[str]) -> np.ndarray:
     """
     if not isinstance(weights, Mapping) and isinstance(getattr(weights, "mean", None), Mapping):
         weights = weights.mean
-    if isinstance(weights, Mapping):
+    if callable(getattr(weights, "items", None)):  # a mapping, or a pandas Series, whose order may be another
+        weights = {str(name): weight for name, weight in weights.items()}
         unknown = sorted(str(name) for name in weights.keys() - set(names))
         if unknown:
             raise ValueError(
@@ -49,6 +50,7 @@ def to_shares(weights: object, names: Sequence[str]) -> np.ndarray:
         raise ValueError(f"Weights must be finite and not negative, but got {refused}.")
     if not values.any():
         raise ValueError(f"At least one weight must be positive, but the weights of {list(names)} are all 0.")
+    values /= values.max()  # so that the sum of huge numbers is finite
     return values / values.sum()
 
 

@@ -47,6 +47,9 @@ def _get_step(checkpoint: Path) -> int:
 
 def _find_problem(checkpoint: Path) -> str | None:
     """What is wrong with a checkpoint folder, or `None`."""
+    for name in ("optimizer.pt", "scheduler.pt"):
+        if not (checkpoint / name).exists():
+            return f"it has no {name} (was it written with `save_only_model`?)"
     for name in (STATE_FILE, TRAINER_STATE_FILE):
         try:
             json.loads((checkpoint / name).read_text())

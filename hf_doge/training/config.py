@@ -106,7 +106,11 @@ class DoGEConfig(TrainingArguments):
         metadata={"help": "Count a domain's alignment with itself when the targets are the train domains."},
     )
     burn_in_steps: int = field(
-        default=0, metadata={"help": "Weight updates left out of the mean, from the start. The paper leaves out none."}
+        default=0,
+        metadata={
+            "help": "Weight updates left out of the mean, from the start; the paper leaves out none. If none is left, the mean is "
+            "the last weights."
+        },
     )
     reweight_steps: int = field(
         default=1, metadata={"help": "Update the weights every this many optimizer steps. Must be >= 1."}
@@ -151,14 +155,21 @@ class DoGEConfig(TrainingArguments):
         _require_choice("alignment", self.alignment, ALIGNMENTS)
         if self.normalization is not None:
             _require_choice("normalization", self.normalization, NORMALIZATIONS)
-        if not self.mu > 0:
-            raise ValueError(f"`mu` must be positive, but got {self.mu}.")
+        if not 0 < self.mu < math.inf:
+            raise ValueError(f"`mu` must be positive and finite, but got {self.mu}.")
         if not 0 <= self.smoothing < 1:
             raise ValueError(f"`smoothing` must be in [0, 1), but got {self.smoothing}.")
         if not self.gradient_memory_budget >= 0:
             raise ValueError(f"`gradient_memory_budget` must be >= 0 GiB, but got {self.gradient_memory_budget}.")
         if self.domain_max_grad_norm is not None and not self.domain_max_grad_norm >= 0:
             raise ValueError(f"`domain_max_grad_norm` must be >= 0, but got {self.domain_max_grad_norm}.")
+        for name in ("reweight_steps", "max_nonfinite_steps", "trajectory_steps", "burn_in_steps"):
+            if not isinstance(getattr(self, name), int):
+                raise ValueError(f"`{name}` must be a whole number, but got {getattr(self, name)}.")
+        for name, useless in (("score_min", math.inf), ("score_max", -math.inf)):
+            value = getattr(self, name)
+            if value is not None and (math.isnan(value) or value == useless):
+                raise ValueError(f"`{name}` must leave room for scores, but got {value}.")
         for name in ("reweight_steps", "max_nonfinite_steps", "trajectory_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be at least 1, but got {getattr(self, name)}.")
@@ -184,6 +195,8 @@ class DoGEConfig(TrainingArguments):
         domain_max_grad_norm = self.domain_max_grad_norm
         if domain_max_grad_norm is None and official:
             domain_max_grad_norm = self.max_grad_norm
+        if domain_max_grad_norm == math.inf:
+            domain_max_grad_norm = None
         score_min = 0.0 if self.score_min is None and official else self.score_min
         score_max = 5.0 if self.score_max is None and official else self.score_max
         return Recipe(

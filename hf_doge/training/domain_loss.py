@@ -1,5 +1,6 @@
 """The mean loss of a domain over a whole step, whatever loss the model or `compute_loss_func` defines."""
 
+from math import isfinite
 from typing import Any
 
 import torch
@@ -35,8 +36,11 @@ class DomainLoss:
         """
         if self._is_divided is None:
             self._is_divided = self._probe(model, piece)
+        is_divided = self._is_divided
+        if is_divided is None:  # what the Trainer takes for granted, until a slice can tell
+            is_divided = self.trainer.model_accepts_loss_kwargs or self.trainer.compute_loss_func is not None
         loss = self._compute(model, piece, num_items)
-        return loss if self._is_divided else loss * (piece.num_items / num_items)
+        return loss if is_divided else loss * (piece.num_items / num_items)
 
     def _compute(self, model: nn.Module, piece: DomainSlice, num_items: int) -> Tensor:
         trainer = self.trainer
@@ -44,14 +48,16 @@ class DomainLoss:
         with trainer.compute_loss_context_manager():
             return trainer.compute_loss(model, dict(piece.inputs), num_items_in_batch=count)
 
-    def _probe(self, model: nn.Module, piece: DomainSlice) -> bool:
-        """Whether the loss divides by `num_items_in_batch`."""
+    def _probe(self, model: nn.Module, piece: DomainSlice) -> bool | None:
+        """Whether the loss divides by `num_items_in_batch`; `None` if this slice cannot tell."""
         devices = [] if self.trainer.args.device.type == "cpu" else [self.trainer.args.device]
         with torch.no_grad(), torch.random.fork_rng(devices=devices, device_type=self.trainer.args.device.type):
             model.eval()
             once, twice = (self._compute(model, piece, factor * piece.num_items).item() for factor in (1, 2))
             model.train()
-        ratio = twice / once if once else 1.0
+        if once == 0 or not isfinite(once):
+            return None
+        ratio = twice / once
         for is_divided, expected in ((True, 0.5), (False, 1.0)):
             if abs(ratio - expected) < 0.02:
                 return is_divided

@@ -3,6 +3,7 @@
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -86,8 +87,15 @@ class LearningState:
             losses=torch.stack([point.losses for point in self.points]).numpy(),
         )
 
-    def save(self, folder: Path, *, step: int) -> None:
-        """Write the state as readable files; the JSON comes last, so that its presence means all is there."""
+    def save(self, folder: Path, *, step: int, run: dict[str, Any]) -> None:
+        """
+        Write the state as readable files; the JSON comes last, so that its presence means all is there.
+
+        Args:
+            folder (`Path`): The checkpoint.
+            step (`int`): Optimizer steps taken.
+            run (`dict[str, Any]`): What a resumed run must share, in plain values.
+        """
         import pyarrow.parquet as pq
 
         if self.points:
@@ -95,6 +103,7 @@ class LearningState:
         state = {
             "format_version": FORMAT_VERSION,
             "step": step,
+            "run": run,
             "domains": {
                 name: {
                     "weight": float(self.weights[i]),
@@ -114,12 +123,12 @@ class LearningState:
         (folder / STATE_FILE).write_text(json.dumps(state, indent=2, sort_keys=True))
 
     @classmethod
-    def load(cls, folder: Path, names: tuple[str, ...]) -> "LearningState":
+    def load(cls, folder: Path, names: tuple[str, ...], *, run: dict[str, Any]) -> "LearningState":
         """
         Read what [`LearningState.save`] wrote.
 
         Raises:
-            `ValueError`: if the checkpoint was written for other domains.
+            `ValueError`: if the checkpoint was written for other domains, by another recipe, or on other data.
         """
         import pyarrow.parquet as pq
 
@@ -135,6 +144,13 @@ class LearningState:
             raise ValueError(
                 f"The checkpoint {folder} must have been written for the domains {list(names)}, but was written for "
                 f"{saved} (gone: {missing}, new: {extra}). Train on the same domains or start anew."
+            )
+        different = [name for name, value in run.items() if state["run"][name] != value]
+        if different:
+            before, now = ({name: found[name] for name in different} for found in (state["run"], run))
+            raise ValueError(
+                f"A resumed run must go on as it began, but the checkpoint {folder} has {before} and this run {now}. Set "
+                "them back or start anew."
             )
         points = []
         if state["num_trajectory_points"]:

@@ -25,7 +25,8 @@ class DomainWeightedMixin:
         train_dataset (`datasets.Dataset`, `datasets.DatasetDict` or `dict[str, datasets.Dataset]`):
             One dataset with a column `domain_column`, or one dataset per domain.
         domain_weights (`DomainWeights` or `dict[str, float]`): Share of the drawn examples by domain.
-        domain_column (`str`): Column that names each example's domain. The model never sees it.
+        domain_column (`str`): Column that names each example's domain. `remove_unused_columns`, on by default,
+            keeps it from the model.
         max_epochs_per_domain (`float`, *optional*): Most times that a domain may be repeated over the whole run; what
             exceeds it goes to the other domains, and is logged.
         draw (`str`): `"quota"` (low variance) or `"iid"` (as in the paper).
@@ -54,6 +55,12 @@ class DomainWeightedMixin:
                 f"{type(train_dataset).__name__}. For streaming data pass `interleave_domains(datasets, weights)` to a "
                 "plain Trainer."
             )
+        if getattr(args, "auto_find_batch_size", False):
+            raise ValueError(
+                "The order depends on the batch size, so `auto_find_batch_size` must be off. Set the size."
+            )
+        if getattr(args, "train_sampling_strategy", "random") != "random" or getattr(args, "group_by_length", False):
+            raise ValueError("The order is drawn by the weights, so `group_by_length` and the like must be off.")
         merged, _ = merge_domains(train_dataset, domain_column)
         super().__init__(model=model, args=args, train_dataset=merged, **kwargs)
         prepared = self.train_dataset

@@ -3,6 +3,7 @@
 import subprocess
 from datetime import UTC, datetime
 from importlib.metadata import version
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +65,7 @@ def describe_run(trainer: Trainer) -> dict[str, Any]:
             "class": type(model).__name__,
             "name_or_path": getattr(config, "name_or_path", ""),
             "num_parameters": sum(parameter.numel() for parameter in model.parameters()),
-            "config": config.to_diff_dict() if hasattr(config, "to_diff_dict") else None,
+            "config": _to_plain(config.to_diff_dict()) if hasattr(config, "to_diff_dict") else None,
         },
         "tokenizer": None
         if tokenizer is None
@@ -85,6 +86,16 @@ def describe_run(trainer: Trainer) -> dict[str, Any]:
         "hf_doge_commit": _get_commit(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
+
+
+def _to_plain(value: Any) -> Any:
+    """What JSON can hold, the rest as text: no oddity of a model's configuration may cost the weights."""
+    if isinstance(value, dict):
+        return {str(key): _to_plain(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_to_plain(entry) for entry in value]
+    is_plain = value is None or isinstance(value, (bool, int, str)) or (isinstance(value, float) and isfinite(value))
+    return value if is_plain else str(value)
 
 
 def _get_commit() -> str | None:

@@ -39,7 +39,10 @@ def refuse_unsupported(args: DoGEConfig, train_dataset: Any, *, has_target: bool
         "FSDP": (bool(args.fsdp), "Leave `fsdp` unset."),
         "fp16 loss scaling": (args.fp16, "Use `bf16=True` or full precision."),
         "`auto_find_batch_size`": (args.auto_find_batch_size, "Set `per_device_train_batch_size` yourself."),
-        "LOMO optimizers": ("lomo" in str(args.optim), "Use an optimizer that reads `.grad`, such as adamw_torch."),
+        "optimizers that step inside the backward pass": (
+            any(kind in str(args.optim).lower() for kind in ("lomo", "layerwise")),
+            "Use an optimizer that steps once all gradients are there, such as adamw_torch.",
+        ),
         "`group_by_length` and other sampling strategies": (
             getattr(args, "train_sampling_strategy", "random") != "random" or getattr(args, "group_by_length", False),
             "Leave the order to the trainer: it draws every domain in every step.",
@@ -97,7 +100,10 @@ def weights_in_order(weights: DomainWeights | Mapping[str, float] | None, names:
     """
     if weights is None:
         return torch.full((len(names),), 1 / len(names), dtype=torch.float64)
-    weights = DomainWeights.from_mapping(weights) if isinstance(weights, Mapping) else weights
+    if isinstance(weights, Mapping):
+        weights = DomainWeights.from_mapping(weights)
+    elif not isinstance(weights, DomainWeights):
+        raise ValueError(f"Weights must be `DomainWeights` or a dict by domain, but got {type(weights).__name__}.")
     unknown, missing = sorted(set(weights.mean) - set(names)), sorted(set(names) - set(weights.mean))
     if unknown or missing:
         raise ValueError(

@@ -11,7 +11,7 @@ from torch import Tensor
 from hf_doge.sampling.domains import merge_domains
 from hf_doge.sampling.sampler import DomainWeightedSampler
 
-TARGET_COLUMN = "target"
+TARGET_COLUMN = "__target__"  # not a name that a user's collator reads
 
 
 class TargetBatches:
@@ -42,12 +42,7 @@ class TargetBatches:
             raise ValueError(
                 f"`target_dataset` must be a `datasets.Dataset` or a dict of them, but got {type(target_dataset).__name__}."
             )
-        # A target's own domain column says nothing here: the target is one set, whatever it is made of.
-        targets = {
-            name: dataset.remove_columns([column for column in (TARGET_COLUMN,) if column in dataset.column_names])
-            for name, dataset in target_dataset.items()
-        }
-        self._dataset, index = merge_domains(targets, TARGET_COLUMN)
+        self._dataset, index = merge_domains(target_dataset, TARGET_COLUMN)
         self.weights = _check_target_weights(target_weights, index.names)
         self._sampler = DomainWeightedSampler(index, dict.fromkeys(index.names, 1.0), seed=seed)
         self._examples_per_step = examples_per_target * len(index.names)
@@ -78,8 +73,8 @@ def _check_target_weights(target_weights: Mapping[str, float] | None, names: tup
     """Weights by position; all 1 for `None`."""
     if target_weights is None:
         return dict.fromkeys(range(len(names)), 1.0)
-    if set(target_weights) != set(names):
-        raise ValueError(f"`target_weights` must name the targets {list(names)}, but names {list(target_weights)}.")
+    if not isinstance(target_weights, Mapping) or set(target_weights) != set(names):
+        raise ValueError(f"`target_weights` must name the targets {list(names)}, but got {target_weights!r}.")
     bad = {name: w for name, w in target_weights.items() if not (isfinite(w) and w >= 0)}
     if bad or sum(target_weights.values()) == 0:
         raise ValueError(f"`target_weights` must be finite, >= 0 and not all 0, but got {dict(target_weights)}.")

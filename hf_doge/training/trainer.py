@@ -107,7 +107,8 @@ class DoGETrainer(Trainer):
                 batch_size=args.train_batch_size,
                 seed=seed,
             )
-        self._alignment = None if self.model_init is not None else self._choose_alignment()
+        self._trained_parameters: list[int] = []
+        self._alignment = self._get_alignment()
         self._initial_weights = weights_in_order(initial_weights, names)
         self._learning = LearningState.fresh(names, self._initial_weights)
         self._metrics = DomainMetrics(names)
@@ -127,6 +128,12 @@ class DoGETrainer(Trainer):
             metadata=describe_run(self),
         )
 
+    @property
+    def _identity(self) -> dict[str, Any]:
+        """What a resumed run must share with the one that wrote the checkpoint, or its artifact would lie."""
+        sizes = dict(zip(self._domains.names, self._domains.sizes.tolist(), strict=True))
+        return {"recipe": self.recipe.to_dict(), "num_rows": sizes, "seed": self._sampler.seed}
+
     @cached_property
     def _described_domains(self) -> dict[str, dict[str, Any]]:
         return describe_domains(self.train_dataset, self._domains)
@@ -138,11 +145,9 @@ class DoGETrainer(Trainer):
         if checkpoint is None:
             self._learning = LearningState.fresh(names, self._initial_weights)
         else:
-            self._learning = LearningState.load(checkpoint, names)
+            self._learning = LearningState.load(checkpoint, names, run=self._identity)
         self._metrics = DomainMetrics(names)
         self._micro_batches = []
-        if self.model_init is not None:
-            self._alignment = None  # the Trainer is about to make another model
         return super().train(None if checkpoint is None else str(checkpoint), *args, **kwargs)
 
     def training_step(
@@ -153,9 +158,10 @@ class DoGETrainer(Trainer):
         if not self.accelerator.sync_gradients:
             return torch.zeros((), device=self.args.device)
         micro_batches, self._micro_batches = self._micro_batches, []
-        if self._alignment is None:
-            self._alignment = self._choose_alignment()
+        self._alignment = self._get_alignment()
         model.train()
+        if callable(getattr(self.optimizer, "train", None)):  # schedule-free optimizers
+            self.optimizer.train()
         start = time.perf_counter()
         step = self._cut_step(model, micro_batches)
         count_consumed(self._learning, step, [inputs[DOMAIN_IDS] for inputs in micro_batches])
@@ -163,7 +169,12 @@ class DoGETrainer(Trainer):
         self._metrics.record_time(step_seconds=time.perf_counter() - start, training_seconds=step.training_seconds)
         return loss
 
-    def _choose_alignment(self) -> DomainAlignment:
+    def _get_alignment(self) -> DomainAlignment:
+        """Chosen anew when other parameters are trained: after `model_init`, or when a callback unfreezes some."""
+        trained = [id(parameter) for parameter in self.model.parameters() if parameter.requires_grad]
+        if trained and trained == self._trained_parameters:
+            return self._alignment
+        self._trained_parameters = trained
         return choose_alignment(self.model, self.args, self.recipe, num_domains=len(self._domains.names))
 
     @property
@@ -258,6 +269,12 @@ class DoGETrainer(Trainer):
 
     def _cut_step(self, model: nn.Module, micro_batches: list[dict[str, Any]]) -> StepGradients:
         """Move the step's train and target batches to the device and cut them by domain."""
+        for inputs in micro_batches:
+            if (inputs[DOMAIN_IDS] < 0).any():
+                raise ValueError(
+                    f"Every train example must come with its {self.args.domain_column!r}, but some come without. Keep "
+                    "that column in the format or transform of the train dataset."
+                )
         train = [self._cut_batch(inputs, inputs[DOMAIN_IDS]) for inputs in micro_batches]
         targets = []
         if self._targets is not None and self._is_reweighting:
@@ -304,4 +321,4 @@ class DoGETrainer(Trainer):
             folder = Path(output_dir or self.args.output_dir)
             self.domain_weights.save_pretrained(folder / DOMAIN_WEIGHTS_FOLDER)
             if _internal_call:
-                self._learning.save(folder, step=self.state.global_step)
+                self._learning.save(folder, step=self.state.global_step, run=self._identity)
