@@ -28,7 +28,7 @@ MODEL = ["--model_size", "tiny"]  # 4 layers, width 128: 1,303,680 parameters
 PROXY = {
     "max_target_tokens": 200_000,
     "recipe": "paper",
-    "mu": 0.005,
+    "mu": 0.002,
     "max_steps": 800,
     "per_device_train_batch_size": 24,  # 4 x 64 tokens of each source per step
     "per_device_target_batch_size": 16,  # 1,024 tokens of the target per step
