@@ -3,7 +3,7 @@ Out-of-domain on real text: learn weights of six languages for a seventh that no
 
     python -m benchmarks.out_of_domain --data_dir ../shared/data/multilingual --output_dir outputs/out_of_domain
 
-Sources en nl fr de es it, target ca. For each seed: a proxy of 1.3 million parameters learns the weights (the target
+Sources en nl fr de es it, target ca. For each seed: a proxy of 1.3 million parameters (4 layers, width 128) learns the weights (the target
 gives gradients only, from at most 200,000 tokens of its train split); then the same shape is trained from scratch on
 uniform and on the learned weights, for the same tokens, and evaluated on the target's validation split.
 
@@ -24,7 +24,6 @@ ROMANCE = ["fr", "es", "it"]
 TARGET = "ca"
 
 DATA = ["--train_tokenizer_vocab", "4096", "--block_size", "64", "--domains", *SOURCES, "--target", TARGET]
-MODEL = ["--model_size", "tiny"]  # 4 layers, width 128: 1,303,680 parameters
 PROXY = {
     "max_target_tokens": 200_000,
     "recipe": "paper",
@@ -53,11 +52,12 @@ def main() -> None:
     parser.add_argument("--data_dir", type=Path, required=True)
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--model_size", default="tiny", help="micro: 914,048 parameters; tiny: 1,303,680.")
     args = parser.parse_args()
     if not (args.data_dir / f"{TARGET}.train.jsonl.gz").exists():
         print(f"Skipped: {args.data_dir} has no {TARGET}.train.jsonl.gz.")
         return
-    data = ["--data_dir", str(args.data_dir), *DATA, *MODEL]
+    data = ["--data_dir", str(args.data_dir), "--model_size", args.model_size, *DATA]
     weights, runs = {}, []
     for seed in args.seeds:
         folder = args.output_dir / f"seed{seed}"

@@ -3,7 +3,7 @@ Universal generalization on real text: weights of eight English domains that sho
 
     python -m benchmarks.universal --data_dir ../shared/data/lm --output_dir outputs/universal
 
-For each seed: a proxy of 1.3 million parameters learns the weights by the paper's recipe (the target is the sum of the
+For each seed: a proxy of 0.9 million parameters (2 layers, width 128) learns the weights by the paper's recipe (the target is the sum of the
 step's own domains); then the same shape is trained from scratch on uniform, natural-proportion and the seed's learned
 weights, for the same tokens, and evaluated on every domain's validation split.
 
@@ -20,7 +20,6 @@ from hf_doge.evaluation.comparison import Comparison
 from hf_doge.plots import plot_comparison
 
 DATA = ["--train_tokenizer_vocab", "4096", "--block_size", "64"]
-MODEL = ["--model_size", "tiny"]  # 4 layers, width 128: 1,303,680 parameters
 PROXY = {
     "recipe": "paper",
     "mu": 0.05,
@@ -47,11 +46,12 @@ def main() -> None:
     parser.add_argument("--data_dir", type=Path, required=True)
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--model_size", default="micro", help="micro: 914,048 parameters; tiny: 1,303,680.")
     args = parser.parse_args()
     if not list(args.data_dir.glob("*.train.jsonl.gz")):
         print(f"Skipped: {args.data_dir} has no *.train.jsonl.gz.")
         return
-    data = ["--data_dir", str(args.data_dir), *DATA, *MODEL]
+    data = ["--data_dir", str(args.data_dir), "--model_size", args.model_size, *DATA]
     weights, runs = {}, []
     for seed in args.seeds:
         folder = args.output_dir / f"seed{seed}"

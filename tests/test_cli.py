@@ -1,8 +1,11 @@
 import gzip
 import json
 import random
+import runpy
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
@@ -27,14 +30,12 @@ def write_domain(folder, domain, *, num_documents=40, suffix="jsonl", nested=Fal
     for split, size in (("train", num_documents), ("validation", 10)):
         path = folder / domain / f"{split}.{suffix}" if nested else folder / f"{domain}.{split}.{suffix}"
         path.parent.mkdir(parents=True, exist_ok=True)
-        with gzip.open(path, "wt") if suffix.endswith("gz") else path.open("w") as file:
-            for _ in range(size):
-                file.write(json.dumps({"text": " ".join(draw.choices(words, k=20)), "source": "test"}) + "\n")
+        texts = [" ".join(draw.choices(words, k=20)) for _ in range(size)]
+        content = "".join(json.dumps({"text": text, "source": "test"}) + "\n" for text in texts).encode()
+        path.write_bytes(gzip.compress(content, mtime=0) if suffix.endswith("gz") else content)
 
 
-@pytest.fixture
-def data_dir(tmp_path):
-    folder = tmp_path / "data"
+def write_data(folder):
     write_domain(folder, "code")
     write_domain(folder, "prose", num_documents=80, suffix="jsonl.gz")
     write_domain(folder, "wiki", nested=True)
@@ -42,12 +43,23 @@ def data_dir(tmp_path):
 
 
 @pytest.fixture
-def learned(data_dir, tmp_path, capsys):
-    folder = tmp_path / "proxy"
-    flags = [f"--data_dir={data_dir}", f"--output_dir={folder}", "--train_tokenizer_vocab=300", *TINY]
+def data_dir(tmp_path):
+    return write_data(tmp_path / "data")
+
+
+@pytest.fixture(scope="module")
+def learned_once(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("learned")
+    data_dir = write_data(folder / "data")
+    flags = [f"--data_dir={data_dir}", f"--output_dir={folder / 'proxy'}", "--train_tokenizer_vocab=300", *TINY]
     assert main(["learn", *flags]) == 0
-    capsys.readouterr()
-    return folder
+    return folder / "proxy"
+
+
+@pytest.fixture
+def learned(learned_once, tmp_path):
+    """Output folder of `hf-doge learn` on `data_dir`, a copy for each test."""
+    return shutil.copytree(learned_once, tmp_path / "proxy")
 
 
 def flags_of(data_dir, learned, output_dir):
@@ -84,7 +96,7 @@ def test_learn_prints_the_summary_and_where_the_weights_are(data_dir, learned, t
     assert str(tmp_path / "again" / "domain_weights") in printed
 
 
-def test_learn_twice_gives_the_same_weights_and_makes_the_blocks_once(data_dir, learned, caplog):
+def test_learn_twice_gives_the_same_weights_and_makes_the_blocks_once(data_dir, learned):
     first = DomainWeights.from_pretrained(learned / "domain_weights")
     before = {path: path.stat().st_mtime_ns for path in (learned / "blocks").iterdir()}
     flags = [f"--data_dir={data_dir}", f"--output_dir={learned}", "--train_tokenizer_vocab=300", *TINY]
@@ -261,6 +273,66 @@ def test_report_shows_the_result_and_not_every_checkpoint(data_dir, learned, tmp
     capsys.readouterr()
     assert main(["report", str(output_dir)]) == 0
     assert capsys.readouterr().out.count("## ") == 1
+
+
+def test_demo_goes_from_a_corpus_to_a_report(data_dir, tmp_path, monkeypatch, capsys):
+    from hf_doge.cli import demo
+    from hf_doge.cli.demo_corpus import Split
+
+    def copy_data(folder):
+        shutil.copytree(data_dir, folder)
+        return {"code": {"train": Split(), "validation": Split()}}
+
+    monkeypatch.setattr(demo, "build_demo_corpus", copy_data)
+    monkeypatch.setattr(demo, "SHARED_FLAGS", TINY)
+    monkeypatch.setattr(demo, "LEARN_FLAGS", ["--train_tokenizer_vocab=300"])
+    monkeypatch.setattr(demo, "COMPARE_FLAGS", ["--seeds", "1"])
+    folder = tmp_path / "demo"
+    assert main(["demo", "--output_dir", str(folder)]) == 0
+    printed = capsys.readouterr().out
+    for path in ("proxy/domain_weights", "proxy/domain_weights.png", "comparison/comparison.md", "report.md"):
+        assert (folder / path).exists()
+        assert str(folder / path) in printed
+    assert printed.count("learned against uniform, average") == 1
+    assert (folder / "report.md").read_text().count("data:image/png;base64,") == 2
+
+
+def test_the_flags_of_the_demo_are_those_of_the_commands():
+    from hf_doge.cli import compare, demo, learn
+    from hf_doge.cli.arguments import DataArguments, ModelArguments, parse
+    from hf_doge.training.config import DoGEConfig
+
+    shared = ["--data_dir=x", "--use_cpu", *demo.SHARED_FLAGS]
+    common = {"prog": "x", "description": "", "defaults": {}}
+    parse([*shared, *demo.LEARN_FLAGS], DataArguments, ModelArguments, learn.TargetArguments, DoGEConfig, **common)
+    *_, comparison_args, args = parse(
+        [*shared, *demo.COMPARE_FLAGS],
+        DataArguments,
+        ModelArguments,
+        compare.ComparisonArguments,
+        compare.TrainingArguments,
+        **common,
+    )
+    assert len(comparison_args.seeds) >= 2
+    assert args.max_steps > 0
+
+
+def test_examples_run_one_after_the_other(tmp_path, monkeypatch, capsys):
+    for domain in ("code", "prose"):
+        write_domain(tmp_path / "data", domain)
+    examples = Path(__file__).parent.parent / "examples"
+    shared = ["--data_dir", str(tmp_path / "data"), "--max_steps", "2", "--block_size", "16"]
+    proxy = tmp_path / "proxy"
+    learned = ["--domain_weights", str(proxy / "domain_weights"), "--tokenizer", str(proxy / "tokenizer")]
+    for name, flags in (
+        ("learn_domain_weights", ["--output_dir", str(proxy)]),
+        ("train_with_domain_weights", ["--output_dir", str(tmp_path / "model"), *learned]),
+    ):
+        monkeypatch.setattr(sys, "argv", [name, *shared, *flags])
+        runpy.run_path(str(examples / f"{name}.py"), run_name="__main__")
+    assert sum(DomainWeights.from_pretrained(proxy / "domain_weights").mean.values()) == pytest.approx(1)
+    assert "validation perplexity" in capsys.readouterr().out
+    assert (tmp_path / "model" / "model.safetensors").exists()
 
 
 # What is written on the command line

@@ -38,14 +38,15 @@ def main(argv: Sequence[str]) -> int:
     )
     parser.add_argument("folder", type=Path, help="Output folder of `hf-doge learn`, `compare` or `demo`.")
     folder = parser.parse_args(argv).folder
-    report = write_report(folder)
-    say(f"Report: {report}")
+    sections = collect_sections(folder)
+    say("\n".join(section.to_markdown(embed=False) for section in sections))
+    say(f"Report: {write_report(folder, sections)}")
     return 0
 
 
-def write_report(folder: Path) -> Path:
+def collect_sections(folder: Path) -> list[Section]:
     """
-    Draw and print everything a folder holds, and write it into one file that needs no other, `report.md`.
+    Read everything a folder holds, and draw its pictures again.
 
     Raises:
         `FileNotFoundError`: if the folder is not there, or holds neither weights nor a comparison.
@@ -58,7 +59,11 @@ def write_report(folder: Path) -> Path:
             f"The folder must hold learned weights or a finished comparison, but {str(folder)!r} holds neither. "
             "Run `hf-doge learn` or `hf-doge compare` to the end first."
         )
-    say("\n".join(section.to_markdown(embed=False) for section in sections))
+    return sections
+
+
+def write_report(folder: Path, sections: Sequence[Section]) -> Path:
+    """Write the sections into one file that needs no other, `report.md` in the folder."""
     report = folder / "report.md"
     text = "\n".join(["# Domain weights\n", *(section.to_markdown(embed=True) for section in sections)])
     report.write_text(text, encoding="utf-8")

@@ -28,7 +28,7 @@ from hf_doge.training.mixture import DomainWeightedTrainer
 logger = logging.getLogger(__name__)
 
 RUNS_FOLDER = "runs"
-_BAR_FORMAT = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}"
+_BAR_FORMAT = "{desc}{percentage:3.0f}%|{bar}| {elapsed}<{remaining}"
 
 # Arguments that say where a run writes and what it prints, not what it computes.
 _UNRELATED_ARGUMENTS = ("output_dir", "seed", "run_name", "disable_tqdm", "push_to_hub", "report_to", "project")
