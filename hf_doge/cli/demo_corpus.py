@@ -112,7 +112,7 @@ class ParagraphFilter:
 
 
 def build_demo_corpus(
-    output_dir: str | Path, *, train_chars: int = 1_200_000, validation_chars: int = 100_000
+    output_dir: str | Path, *, train_chars: int = 1_200_000, validation_chars: int = 60_000
 ) -> dict[str, dict[str, Split]]:
     """
     Write one pair of files `<domain>.train.jsonl.gz`, `<domain>.validation.jsonl.gz` per domain.
