@@ -51,7 +51,7 @@ def main() -> None:
     parser.add_argument("--domain_weights", required=True)
     parser.add_argument("--tokenizer", required=True)
     parser.add_argument("--output_dir", default="model")
-    parser.add_argument("--max_steps", type=int, default=1000)
+    parser.add_argument("--max_steps", type=int, default=500)
     parser.add_argument("--block_size", type=int, default=128)  # authors' configs: 512
     args = parser.parse_args()
 
