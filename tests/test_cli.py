@@ -360,6 +360,15 @@ def test_the_package_runs_as_a_module():
     assert finished.stdout.startswith("hf-doge ")
 
 
+def test_an_interrupted_command_says_so_in_one_line(monkeypatch, capsys):
+    def interrupt(argv):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("hf_doge.cli.report.main", interrupt)
+    assert main(["report"]) == 130
+    assert capsys.readouterr().err.splitlines()[-1] == "hf-doge report: interrupted. What was saved is kept."
+
+
 def test_an_unknown_command_is_refused(capsys):
     assert "must be one of demo, learn, train, compare, report, but got 'lern'" in refusal(capsys, "lern")
 
@@ -458,6 +467,12 @@ def test_a_bad_record_is_refused_with_file_and_line(content, message, data_dir, 
     line = learn_refusal(capsys, data_dir, tmp_path, TOKENIZER)
     assert message in line
     assert "code.train.jsonl" in line
+
+
+def test_a_truncated_gzip_file_is_refused_by_name(data_dir, tmp_path, capsys):
+    path = data_dir / "prose.train.jsonl.gz"
+    path.write_bytes(path.read_bytes()[:-30])
+    assert "prose.train.jsonl.gz" in learn_refusal(capsys, data_dir, tmp_path, TOKENIZER)
 
 
 @pytest.mark.parametrize(

@@ -538,6 +538,30 @@ def test_parameters_unfrozen_after_construction_are_scored_and_trained(tmp_path,
     torch.testing.assert_close(flat_parameters(model), flat_parameters(expected.model), rtol=1e-6, atol=1e-8)
 
 
+class ScheduleFreeLike(torch.optim.SGD):
+    """Schedule-free optimizers keep two sets of parameters and refuse a step unless switched to training."""
+
+    is_training = False
+
+    def train(self):
+        self.is_training = True
+
+    def eval(self):
+        self.is_training = False
+
+    def step(self, closure=None):
+        assert self.is_training
+        return super().step(closure)
+
+
+def test_an_optimizer_with_a_training_mode_is_switched_to_it(tmp_path):
+    model = tiny_llama()
+    optimizer = ScheduleFreeLike(model.parameters(), lr=0.1)
+    scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer)
+    trainer = train(model, config(tmp_path), three_domains(), optimizers=(optimizer, scheduler))
+    assert trainer.state.global_step == trainer.args.max_steps
+
+
 def test_a_first_loss_of_zero_does_not_decide_how_losses_are_averaged(tmp_path):
     def loss_func(outputs, labels, num_items_in_batch=None):
         calls.append(1)

@@ -3,6 +3,7 @@
 import time
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pytest
 import torch
@@ -42,6 +43,11 @@ def test_labels_give_the_rows_of_each_domain_in_dataset_order(labels):
     index = DomainIndex.from_labels(labels)
     assert rows_by_domain(index) == ROWS
     assert index.num_rows == 6
+
+
+def test_labels_may_be_a_column_of_pandas():
+    index = DomainIndex.from_labels(pd.Series(LABELS, index=range(6, 0, -1)))
+    assert rows_by_domain(index) == ROWS
 
 
 @pytest.mark.parametrize("labels", [[10, 2, 10], np.array([10, 2, 10], np.int8), torch.tensor([10, 2, 10])])

@@ -233,6 +233,14 @@ def test_a_named_checkpoint_that_is_not_whole_is_refused(tmp_path):
         make_trainer(tmp_path).train(resume_from_checkpoint=True)
 
 
+def test_a_checkpoint_with_a_cut_off_trajectory_is_refused(tmp_path):
+    make_trainer(tmp_path, stop_after=1).train()
+    trajectory = tmp_path / "checkpoint-1" / "doge_trajectory.parquet"
+    trajectory.write_bytes(trajectory.read_bytes()[:-20])
+    with pytest.raises(ValueError, match=r"doge_trajectory\.parquet must hold the trajectory.*altered or cut off"):
+        make_trainer(tmp_path).train(resume_from_checkpoint=True)
+
+
 def test_the_checkpoint_is_readable(tmp_path):
     trainer = make_trainer(tmp_path, stop_after=2)
     trainer.train()

@@ -27,6 +27,8 @@ USAGE = "\n".join(
     ]
 )
 
+INTERRUPTED = 130  # what shells say of a program that Ctrl-C ended
+
 logger = logging.getLogger(__name__)
 
 
@@ -38,7 +40,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv (`Sequence[str]`, *optional*): Command and flags, by default those of the process.
 
     Returns:
-        `int`: 0 if all went well, 2 if it was asked for something that cannot be, said in one line on standard error.
+        `int`: 0 if all went well, 2 if it was asked for something that cannot be, said in one line on standard error,
+            130 if it was interrupted.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     if not argv or argv[0] in ("-h", "--help"):
@@ -56,6 +59,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return import_module(f"hf_doge.cli.{command}").main(argv[1:])
     except SystemExit as stop:  # argparse, after --help or a flag it does not know
         return stop.code or 0
+    except KeyboardInterrupt:
+        sys.stderr.write(f"\nhf-doge {command}: interrupted. What was saved is kept.\n")
+        return INTERRUPTED
     except (ValueError, OSError, FloatingPointError) as error:
         logger.debug("What was refused:", exc_info=True)
         return _refuse(f"hf-doge {command}", " ".join(str(error).split()))

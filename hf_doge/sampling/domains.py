@@ -208,7 +208,9 @@ def _read_labels(labels: Sequence[str | int]) -> tuple[pa.DictionaryArray, Seque
     names, row_order = None, None
     if isinstance(labels, torch.Tensor):
         labels = labels.numpy()
-    elif not isinstance(labels, (list, tuple, np.ndarray, pa.Array, pa.ChunkedArray)):
+    elif hasattr(labels, "to_numpy") and not isinstance(labels, (pa.Array, pa.ChunkedArray)):  # of pandas or polars
+        labels = labels.to_numpy()
+    if not isinstance(labels, (list, tuple, np.ndarray, pa.Array, pa.ChunkedArray)):
         labels, row_order, names = _read_column(labels)
     if not isinstance(labels, (pa.Array, pa.ChunkedArray)):
         try:

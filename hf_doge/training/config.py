@@ -3,6 +3,7 @@
 import math
 import re
 from dataclasses import asdict, dataclass, field, fields
+from numbers import Real
 
 from transformers import TrainingArguments
 
@@ -10,6 +11,7 @@ from hf_doge.functional.doge import NORMALIZATIONS
 
 RECIPES = ("paper", "official")
 ALIGNMENTS = ("auto", "per_domain", "streamed")
+_OPTIONAL_NUMBERS = ("score_min", "score_max", "domain_max_grad_norm", "per_device_target_batch_size")
 
 
 @dataclass(frozen=True)
@@ -155,6 +157,8 @@ class DoGEConfig(TrainingArguments):
         _require_choice("alignment", self.alignment, ALIGNMENTS)
         if self.normalization is not None:
             _require_choice("normalization", self.normalization, NORMALIZATIONS)
+        for name in ("mu", "smoothing", "gradient_memory_budget", *_OPTIONAL_NUMBERS):
+            _require_number(name, getattr(self, name), optional=name in _OPTIONAL_NUMBERS)
         if not 0 < self.mu < math.inf:
             raise ValueError(f"`mu` must be positive and finite, but got {self.mu}.")
         if not 0 <= self.smoothing < 1:
@@ -217,6 +221,13 @@ class DoGEConfig(TrainingArguments):
         inherited = {inherited_field.name for inherited_field in fields(TrainingArguments)}
         arguments = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in inherited}
         return {k: str(v) if isinstance(v, float) and math.isinf(v) else v for k, v in arguments.items()}
+
+
+def _require_number(name: str, value: object, *, optional: bool) -> None:
+    """A number given as text compares with none of the bounds."""
+    if isinstance(value, Real) or (optional and value is None):
+        return
+    raise ValueError(f"`{name}` must be a number, but got {value!r}.")
 
 
 def _require_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

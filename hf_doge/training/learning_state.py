@@ -130,8 +130,6 @@ class LearningState:
         Raises:
             `ValueError`: if the checkpoint was written for other domains, by another recipe, or on other data.
         """
-        import pyarrow.parquet as pq
-
         state = json.loads((folder / STATE_FILE).read_text())
         if state["format_version"] != FORMAT_VERSION:
             raise ValueError(
@@ -154,7 +152,7 @@ class LearningState:
             )
         points = []
         if state["num_trajectory_points"]:
-            trajectory = Trajectory.from_table(pq.ParquetFile(folder / TRAJECTORY_FILE).read(use_threads=False))
+            trajectory = _read_trajectory(folder / TRAJECTORY_FILE)
             points = _to_points(trajectory, names)
         by_domain = [state["domains"][name] for name in names]
         return cls(
@@ -169,6 +167,20 @@ class LearningState:
             nonfinite_in_a_row=state["nonfinite_in_a_row"],
             points=points,
         )
+
+
+def _read_trajectory(path: Path) -> Trajectory:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        table = pq.ParquetFile(path).read(use_threads=False)
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(
+            f"{path} must hold the trajectory up to the checkpoint, but it is missing, altered or cut off. Resume from "
+            "an earlier checkpoint."
+        ) from error
+    return Trajectory.from_table(table)
 
 
 def _to_points(trajectory: Trajectory, names: tuple[str, ...]) -> list[TrajectoryPoint]:
