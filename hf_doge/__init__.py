@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from hf_doge.artifacts.trajectory import Trajectory
     from hf_doge.sampling.sampler import DomainWeightedSampler
     from hf_doge.sampling.streaming import interleave_domains
+    from hf_doge.tracing.callback import TracInWECallback
+    from hf_doge.tracing.index import InfluenceIndex
     from hf_doge.training.config import DoGEConfig
     from hf_doge.training.mixture import DomainWeightedMixin, DomainWeightedTrainer
     from hf_doge.training.trainer import DoGETrainer
@@ -25,6 +27,8 @@ _MODULES = {
     "DomainWeightedSampler": "hf_doge.sampling.sampler",
     "DomainWeightedTrainer": "hf_doge.training.mixture",
     "DomainWeights": "hf_doge.artifacts.domain_weights",
+    "InfluenceIndex": "hf_doge.tracing.index",
+    "TracInWECallback": "hf_doge.tracing.callback",
     "Trajectory": "hf_doge.artifacts.trajectory",
     "interleave_domains": "hf_doge.sampling.streaming",
 }
@@ -36,6 +40,8 @@ __all__ = [
     "DomainWeightedSampler",
     "DomainWeightedTrainer",
     "DomainWeights",
+    "InfluenceIndex",
+    "TracInWECallback",
     "Trajectory",
     "__version__",
     "interleave_domains",

@@ -50,11 +50,15 @@ def configs_header(data_files: Sequence[str]) -> str:
 def write_card(weights: "DomainWeights", data_files: Sequence[str]) -> str:
     """The card, sealed with its own checksum."""
     trajectory = " `trajectory/` holds them step by step." if weights.trajectory is not None else ""
-    body = _CARD.format(configs=configs_header(data_files), summary=weights.summary(), trajectory=trajectory)
-    return body + _SEAL.format(checksum=sha256(body.encode()))
+    return seal(_CARD.format(configs=configs_header(data_files), summary=weights.summary(), trajectory=trajectory))
+
+
+def seal(card: str) -> str:
+    """The card with its own checksum at the end, by which [`is_edited`] knows it again."""
+    return card + _SEAL.format(checksum=sha256(card.encode()))
 
 
 def is_edited(card: str) -> bool:
-    """Whether somebody else than [`write_card`] had a hand in it."""
+    """Whether somebody had a hand in it since [`seal`]."""
     sealed = re.fullmatch(r"(.*)" + re.escape(_SEAL).replace(r"\{checksum\}", "([0-9a-f]{64})"), card, flags=re.DOTALL)
     return sealed is None or sha256(sealed[1].encode()) != sealed[2]

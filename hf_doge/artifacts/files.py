@@ -63,14 +63,14 @@ def replace_files(folder: Path, files: Mapping[str, bytes], *, manifest: str) ->
     # Nobody reads a first save before its manifest is there; a later one is read from the staged files meanwhile.
     order = [manifest, *others] if (folder / manifest).exists() else [*others, manifest]
     folder.mkdir(parents=True, exist_ok=True)
-    _sync_folder(folder.parent)
+    sync_folder(folder.parent)
     staged = {name: _stage(folder, name, content) for name, content in files.items()}
-    _sync_folder(folder)
+    sync_folder(folder)
     for name in order:
         path = folder / name
         path.parent.mkdir(exist_ok=True)
         os.replace(staged[name], path)
-        _sync_folder(path.parent)
+        sync_folder(path.parent)
     for leftover in folder.glob(f"{STAGED_PREFIX}*"):
         leftover.unlink()
 
@@ -113,7 +113,7 @@ def _stage(folder: Path, name: str, content: bytes) -> Path:
     return path
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
     """Make renames in the folder last through a power cut, where the system lets a folder be opened."""
     if os.name == "nt":
         return

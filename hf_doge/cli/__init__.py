@@ -13,6 +13,9 @@ COMMANDS = {
     "learn": "learn domain weights with a small proxy model",
     "train": "train a model on given weights",
     "compare": "train the same model on several mixtures and tabulate its perplexities",
+    "index": "record what each training example pushed, at saved checkpoints",
+    "search": "trace predictions to training examples and words",
+    "evaluate-influence": "delete what scorers blame, retrain, and see what becomes of predictions",
     "report": "show again what a folder of results holds",
 }
 USAGE = "\n".join(
@@ -56,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(format="%(message)s")
     logging.getLogger("hf_doge").setLevel(logging.INFO)
     try:
-        return import_module(f"hf_doge.cli.{command}").main(argv[1:])
+        return import_module(f"hf_doge.cli.{command.replace('-', '_')}").main(argv[1:])
     except SystemExit as stop:  # argparse, after --help or a flag it does not know
         return stop.code or 0
     except KeyboardInterrupt:

@@ -68,6 +68,8 @@ class EmbeddingGradientRecorder(AbstractContextManager):
             Padding besides that of a 2-D `attention_mask` and of `nn.Embedding(padding_idx=...)`, which never count.
             A decoder's first token is its start, and counts even if it is this one. Leave it out if real text holds
             it too (a padding token that is also the end of text).
+        drop_token_ids (`Sequence[int]`):
+            Tokens that get no row, as if they were padding: special ones, say. They are left out before `top_k`.
         verify (`bool`): Whether to compare the first batch with examples alone.
 
     Raises:
@@ -84,6 +86,7 @@ class EmbeddingGradientRecorder(AbstractContextManager):
         top_k: int | None = None,
         top_k_unit: str = "position",
         pad_token_id: int | None = None,
+        drop_token_ids: Sequence[int] = (),
         verify: bool = True,
     ) -> None:
         if tied not in TIED_PARTS:
@@ -101,6 +104,7 @@ class EmbeddingGradientRecorder(AbstractContextManager):
         self.top_k = top_k
         self.top_k_unit = top_k_unit
         self.pad_token_id = pad_token_id
+        self.drop_token_ids = tuple(drop_token_ids)
         self._losses = ExampleLosses(loss_fn, reduction=loss_reduction)
         self._verified = not verify
         self._uses: EmbeddingUses | None = None
@@ -189,33 +193,21 @@ class EmbeddingGradientRecorder(AbstractContextManager):
         lookup_grads, logit_grads = grads[: len(lookups)], grads[len(lookups) :]
         nothing = self.matrix.new_zeros(batch_size, 0, self.matrix.shape[1])
         gradients = PositionGradients(
-            token_ids=_join([lookup.token_ids for lookup in lookups], nothing[..., 0].long(), batch["input_ids"]),
-            counted=_join(
-                [self._counted(lookup, batch) for lookup in lookups], nothing[..., 0].bool(), batch["input_ids"]
+            token_ids=join_by_example(
+                [lookup.token_ids for lookup in lookups], nothing[..., 0].long(), batch["input_ids"]
             ),
-            input_grads=_join(lookup_grads, nothing, batch["input_ids"]),
-            hidden=_join([use.inputs for use in projections], nothing, batch["input_ids"]),
-            logit_grads=_join(logit_grads, nothing, batch["input_ids"]),
+            counted=join_by_example(
+                [counted_positions(lookup, batch, pad_token_id=self.pad_token_id) for lookup in lookups],
+                nothing[..., 0].bool(),
+                batch["input_ids"],
+            ),
+            input_grads=join_by_example(lookup_grads, nothing, batch["input_ids"]),
+            hidden=join_by_example([use.inputs for use in projections], nothing, batch["input_ids"]),
+            logit_grads=join_by_example(logit_grads, nothing, batch["input_ids"]),
             scales=scales.to(self.matrix.device),
+            dropped=torch.tensor(self.drop_token_ids, dtype=torch.long, device=self.matrix.device),
         )
         return gradients, loss.detach()
-
-    def _counted(self, lookup: Lookup, batch: Mapping[str, object]) -> Tensor:
-        """Which positions of a lookup are not padding."""
-        token_ids = lookup.token_ids
-        counted = torch.ones_like(token_ids, dtype=torch.bool)
-        for ids_name, mask_name in (("input_ids", "attention_mask"), ("decoder_input_ids", "decoder_attention_mask")):
-            mask = batch.get(mask_name)
-            if mask is not None and mask.numel() == token_ids.numel() and _same_ids(batch.get(ids_name), token_ids):
-                counted &= mask.reshape(token_ids.shape).bool()
-        if lookup.padding_idx is not None:
-            counted &= token_ids != lookup.padding_idx
-        if self.pad_token_id is not None:
-            padding = token_ids == self.pad_token_id
-            if not _same_ids(batch["input_ids"], token_ids):
-                padding[..., 0] = False  # T5 starts its decoder with the padding token
-            counted &= ~padding
-        return counted
 
     def _verify(self, batch: dict[str, object], gradients: PositionGradients) -> None:
         """Compare the examples with most padding and with most ignored labels with themselves alone."""
@@ -261,6 +253,34 @@ class EmbeddingGradientRecorder(AbstractContextManager):
         return rows_agree(together, alone, dtype=torch.float16 if autocast else self.matrix.dtype)
 
 
+def counted_positions(lookup: Lookup, batch: Mapping[str, object], *, pad_token_id: int | None = None) -> Tensor:
+    """
+    Which positions of a lookup are not padding, by the masks of the batch, `padding_idx` and `pad_token_id`.
+
+    Args:
+        lookup ([`Lookup`]): From a forward with `batch`.
+        batch (`Mapping`): What the model was given.
+        pad_token_id (`int`, *optional*): See [`EmbeddingGradientRecorder`].
+
+    Returns:
+        `torch.Tensor` of the shape of `lookup.token_ids`, dtype bool.
+    """
+    token_ids = lookup.token_ids
+    counted = torch.ones_like(token_ids, dtype=torch.bool)
+    for ids_name, mask_name in (("input_ids", "attention_mask"), ("decoder_input_ids", "decoder_attention_mask")):
+        mask = batch.get(mask_name)
+        if mask is not None and mask.numel() == token_ids.numel() and _same_ids(batch.get(ids_name), token_ids):
+            counted &= mask.reshape(token_ids.shape).bool()
+    if lookup.padding_idx is not None:
+        counted &= token_ids != lookup.padding_idx
+    if pad_token_id is not None:
+        padding = token_ids == pad_token_id
+        if not _same_ids(batch["input_ids"], token_ids):
+            padding[..., 0] = False  # T5 starts its decoder with the padding token
+        counted &= ~padding
+    return counted
+
+
 def _same_ids(given: Tensor | None, token_ids: Tensor) -> bool:
     """Whether the lookup read these very ids, in any shape."""
     return (
@@ -268,7 +288,7 @@ def _same_ids(given: Tensor | None, token_ids: Tensor) -> bool:
     )
 
 
-def _join(parts: Sequence[Tensor], nothing: Tensor, input_ids: Tensor) -> Tensor:
+def join_by_example(parts: Sequence[Tensor], nothing: Tensor, input_ids: Tensor) -> Tensor:
     """All uses of the matrix in one forward side by side, one line per example; `nothing` where there is none."""
     batch_size, num_feature_axes = len(input_ids), nothing.ndim - 2
     lines = []

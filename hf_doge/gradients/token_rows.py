@@ -63,6 +63,7 @@ class PositionGradients:
         hidden (`torch.Tensor` of shape `(B, S, D)`): What the tied output layer read; S = 0 if it does not count.
         logit_grads (`torch.Tensor` of shape `(B, S, V)`): Gradient of what it returned.
         scales (`torch.Tensor` of shape `(B,)`): Factor from the differentiated loss to the example's own.
+        dropped (`torch.Tensor`, *optional*): Token ids that get no row.
     """
 
     token_ids: Tensor
@@ -71,6 +72,11 @@ class PositionGradients:
     hidden: Tensor
     logit_grads: Tensor
     scales: Tensor
+    dropped: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.dropped is not None and self.dropped.numel():
+            self.counted = self.counted & ~torch.isin(self.token_ids, self.dropped)
 
     def example_rows(self, example: int) -> tuple[Tensor, Tensor]:
         """All rows of one example, `tokens (W,)` and `rows (W, D)`."""
@@ -82,6 +88,8 @@ class PositionGradients:
         hidden = self.hidden[example, predicting].to(rows.dtype)
         logit_grads = self.logit_grads[example, predicting].to(rows.dtype)
         dense = (logit_grads.T @ hidden).index_add_(0, tokens, rows)  # (V, S) @ (S, D) -> (V, D)
+        if self.dropped is not None:
+            dense[self.dropped] = 0
         tokens = (dense != 0).any(dim=1).nonzero().squeeze(1)
         return tokens, dense[tokens] * scale
 

@@ -1,0 +1,67 @@
+"""Ours: record to an index on disk, open it, score; and score new queries against the index that is there."""
+
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+from torch import nn
+
+from benchmarks.peers.measure import main
+from benchmarks.peers.workload import VOCABULARY_SIZE, Examples, Workload
+from hf_doge.artifacts.influence import IndexReader, IndexWriter
+from hf_doge.gradients.embedding import EmbeddingGradientRecorder
+
+BATCH_SIZE = 32
+
+
+def build(model: nn.Module, workload: Workload, folder: Path, *, dtype: str) -> None:
+    """Record the training examples; the index is whole afterwards."""
+    writer = IndexWriter(
+        folder,
+        width=model.config.hidden_size,
+        vocabulary_size=VOCABULARY_SIZE,
+        num_examples=len(workload.train),
+        dtype=dtype,
+    )
+    writer.write_examples(
+        pa.table({"example_id": np.arange(len(workload.train)), "label": workload.train.labels.numpy()})
+    )
+    checkpoint = writer.checkpoint(
+        "step-1", step=1, epoch=1.0, learning_rate=1.0, path="model", model_class=type(model).__name__, fingerprint=""
+    )
+    with EmbeddingGradientRecorder(model) as recorder, checkpoint:
+        for batch in workload.train.batches(BATCH_SIZE):
+            checkpoint.add(recorder.record(batch))
+        checkpoint.finish()
+
+
+def search(model: nn.Module, queries: Examples, folder: Path, cache_dir: Path) -> np.ndarray:
+    """Scores `(num_train, num_queries)` of the index in `folder`, opened anew."""
+    reader = IndexReader.open(folder, cache_dir=cache_dir)
+    with EmbeddingGradientRecorder(model) as recorder:
+        parts = [recorder.record(batch) for batch in queries.batches(BATCH_SIZE)]
+    return np.concatenate([reader.scores(0, part) for part in parts]).T
+
+
+def first(model: nn.Module, workload: Workload, state_dir: Path, *, dtype: str) -> np.ndarray:
+    """Build and score: record, write, map, search."""
+    build(model, workload, state_dir / "index", dtype=dtype)
+    return search(model, workload.queries, state_dir / "index", state_dir / "cache")
+
+
+def second(model: nn.Module, workload: Workload, state_dir: Path, *, cache: str) -> np.ndarray:
+    """New queries against the index that [`first`] left."""
+    return search(model, workload.second_queries, state_dir / "index", state_dir / cache)
+
+
+if __name__ == "__main__":
+    main(
+        {
+            "first": partial(first, dtype="float16"),
+            "first_float32": partial(first, dtype="float32"),
+            "second": partial(second, cache="cache"),
+            "second_mapping_anew": partial(second, cache="another_cache"),
+        },
+        needs={"second": "first", "second_mapping_anew": "first"},
+    )

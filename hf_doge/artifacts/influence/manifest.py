@@ -1,0 +1,181 @@
+"""`config.json` of an influence index: what is in the folder, how it was made, and the sha256 of every file."""
+
+import hashlib
+import json
+import os
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from hf_doge._version import __version__
+from hf_doge.artifacts.readers import parse_json
+
+FORMAT_VERSION = "1.0"  # a newer major number tells older readers that they would misread the files
+MANIFEST = "config.json"
+EXAMPLES_FILE = "examples/train-00000-of-00001.parquet"
+CHECKPOINTS_FILE = "checkpoints/train-00000-of-00001.parquet"
+CARD_FILE = "README.md"
+GRADIENTS = "gradients"
+DTYPES = ("float16", "float32", "int8")
+
+# What a recording says about itself, with the value where it says nothing.
+SETTINGS = {
+    "loss_reduction": None,
+    "loss_fn": None,
+    "tied": None,
+    "top_k": None,
+    "top_k_unit": None,
+    "record": "checkpoint",
+    "second_moment": False,
+    "virtual": False,
+    "special_token_ids": [],
+    "special_tokens": "count",
+    "tokenizer": None,
+    "dataset": None,
+    "metadata": {},
+}
+CHECKPOINT_FACTS = ("name", "step", "epoch", "learning_rate", "path", "revision", "model_class", "fingerprint")
+
+_KINDS = {
+    "width": int,
+    "stored_width": int,
+    "dtype": str,
+    "vocabulary_size": int,
+    "num_examples": int,
+    "special_token_ids": list,
+    "metadata": dict,
+    "checkpoints": list,
+    "files": dict,
+}
+_KEYS = {*_KINDS, *SETTINGS, "format_version", "hf_doge_version", "projection"}
+_FILE_KINDS = {
+    "path": str,
+    "sha256": str,
+    "num_rows": int,
+    "first_example": int,
+    "num_examples": int,
+    "scale": (int, float),
+}
+
+
+def to_json(content: Mapping[str, Any]) -> bytes:
+    """Indented, sorted by key, ending in a line break."""
+    return (json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n").encode()
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """
+    Read `config.json`.
+
+    Raises:
+        FileNotFoundError: The folder has none.
+        ValueError: It is malformed, not of an influence index, or of a format that this version cannot read.
+    """
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise FileNotFoundError(f"A folder of an influence index must hold {MANIFEST}, but {str(folder)!r} does not.")
+    config = parse_json(path.read_bytes(), source=str(path))
+    version = config.get("format_version") if isinstance(config, dict) else None
+    major = version.partition(".")[0] if isinstance(version, str) else ""
+    if not major.isdecimal():
+        raise ValueError(
+            f"{str(path)!r} must have a `format_version` such as {FORMAT_VERSION!r}, but got {version!r}: it does not"
+            " belong to an influence index. Choose another folder."
+        )
+    if int(major) > int(FORMAT_VERSION.partition(".")[0]):
+        raise ValueError(
+            f"{str(path)!r} has format {version}, but hf_doge {__version__} reads up to {FORMAT_VERSION}. Update with"
+            " `pip install -U hf-doge`."
+        )
+    _check_kinds(config, _KINDS, str(path))
+    if config["dtype"] not in DTYPES:
+        raise ValueError(f"`dtype` in {str(path)!r} must be one of {list(DTYPES)}, but got {config['dtype']!r}.")
+    for position, checkpoint in enumerate(config["checkpoints"]):
+        source = f"{path}: checkpoint {position}"
+        _check_kinds(checkpoint, {"name": str, "learning_rate": (int, float), "files": list}, source)
+        for file in checkpoint["files"]:
+            _check_kinds(file, _FILE_KINDS, source)
+            if os.path.isabs(file["path"]) or ".." in Path(file["path"]).parts:
+                raise ValueError(f"Files in {source!r} must lie in the folder, but got {file['path']!r}.")
+        _check_coverage(checkpoint, config["num_examples"], str(path))
+    return config
+
+
+def warn_of_unknown(config: Mapping[str, Any]) -> None:
+    """One warning that names the keys of a newer version."""
+    unknown = sorted(set(config) - _KEYS)
+    if unknown:
+        warnings.warn(
+            f"{MANIFEST} has keys {unknown} that hf_doge {__version__} does not know; they are left out of account. It was"
+            f" written by hf_doge {config.get('hf_doge_version')}: install that version to have them.",
+            stacklevel=3,
+        )
+
+
+def _check_coverage(checkpoint: Mapping[str, Any], num_examples: int, source: str) -> None:
+    """Each example must be in one file."""
+    end = 0
+    for file in sorted(checkpoint["files"], key=lambda file: file["first_example"]):
+        end = end + file["num_examples"] if file["first_example"] == end else -1
+    if end != num_examples:
+        raise ValueError(
+            f"The files of checkpoint {checkpoint['name']!r} in {source!r} must hold examples 0 to {num_examples - 1}, each"
+            " once, but they do not. Fetch it again."
+        )
+
+
+def example_dtype(config: Mapping[str, Any]) -> str:
+    """The integers that example ids are stored as."""
+    return "int32" if config["num_examples"] <= 2**31 else "int64"
+
+
+def require_files(folder: Path, config: Mapping[str, Any], *, verify: bool) -> None:
+    """
+    Raises:
+        FileNotFoundError: A file is missing.
+        ValueError: `verify`, and a file is not what it was.
+    """
+    checksums = {file["path"]: file["sha256"] for one in config["checkpoints"] for file in one["files"]}
+    checksums[EXAMPLES_FILE] = config["files"].get(EXAMPLES_FILE)
+    missing = [path for path in checksums if not (folder / path).is_file()]
+    if missing:
+        raise FileNotFoundError(
+            f"The influence index in {str(folder)!r} lacks {len(missing)} files: {missing[:5]}. Fetch it again."
+        )
+    altered = [path for path, checksum in checksums.items() if verify and file_sha256(folder / path) != checksum]
+    if altered:
+        raise ValueError(
+            f"Files of the influence index in {str(folder)!r} were altered or cut short, as their sha256 is not the"
+            f" recorded one: {altered[:5]} ({len(altered)} in all). Fetch them again."
+        )
+
+
+def file_sha256(path: Path) -> str:
+    """Checksum of a file of any size."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a file that is there whole or not at all, also when the disk is full or the power fails."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def _check_kinds(mapping: Any, kinds: Mapping[str, Any], source: str) -> None:
+    if not isinstance(mapping, dict):
+        raise ValueError(f"{source!r} must be a JSON object, but got {mapping!r:.80}.")
+    for key, kind in kinds.items():
+        value = mapping.get(key)
+        if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+            names = " or ".join(one.__name__ for one in (kind if isinstance(kind, tuple) else (kind,)))
+            raise ValueError(f"{source!r} must have {names} under {key!r}, but got {value!r:.80}. Fetch it again.")

@@ -1,0 +1,294 @@
+"""Reading an influence index: exact scores of queries against all training examples. Knows no models."""
+
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hf_doge.artifacts.influence.checkpoint_writer import check_token_rows
+from hf_doge.artifacts.influence.encoding import decode_rows, recorded_projection
+from hf_doge.artifacts.influence.manifest import EXAMPLES_FILE, read_config, require_files, warn_of_unknown
+from hf_doge.artifacts.influence.row_map import RowMap, default_cache_dir
+from hf_doge.artifacts.influence.search import add_scores, ends
+from hf_doge.artifacts.influence.tables import read_table
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+    from hf_doge.gradients.token_rows import TokenRows
+
+_BLOCK_ROWS = 1 << 15
+_BLOCK_SCORES = 1 << 26  # scores of a block of queries in `search`: 256 MiB
+
+
+class SearchResult(NamedTuple):
+    """The first `top_k` examples at either end, of shape `(num_queries, top_k)` each; of equal scores the lower id."""
+
+    proponent_ids: np.ndarray
+    proponent_scores: np.ndarray
+    opponent_ids: np.ndarray
+    opponent_scores: np.ndarray
+
+
+class IndexReader:
+    """
+    Search engine over one local folder. Open it by [`IndexReader.open`].
+
+    Attributes:
+        folder (`Path`).
+        config (`dict`): The content of config.json.
+        num_examples, width, stored_width, vocabulary_size (`int`).
+        checkpoints (`list[dict]`): Name, step, epoch, learning rate, path, revision, model class, fingerprint of each.
+    """
+
+    def __init__(self, folder: Path, config: dict[str, Any], *, cache_dir: Path) -> None:
+        self.folder = folder
+        self.config = config
+        self.num_examples: int = config["num_examples"]
+        self.width: int = config["width"]
+        self.stored_width: int = config["stored_width"]
+        self.vocabulary_size: int = config["vocabulary_size"]
+        self.checkpoints = [
+            {key: value for key, value in entry.items() if key != "files"} for entry in config["checkpoints"]
+        ]
+        self._cache_dir = cache_dir
+        self._maps: dict[int, RowMap] = {}
+        self._examples: Dataset | None = None
+        self._projection = None if config.get("projection") is None else recorded_projection(config)
+
+    @classmethod
+    def open(
+        cls, folder: str | os.PathLike, *, cache_dir: str | os.PathLike | None = None, verify: bool = True
+    ) -> "IndexReader":
+        """
+        Open an index.
+
+        Args:
+            folder (`str` or `os.PathLike`): As written by [`IndexWriter`].
+            cache_dir (`str` or `os.PathLike`, *optional*):
+                Where the memory maps go, about as large as the rows. `$HF_HOME/hf_doge` when left out.
+            verify (`bool`): Whether to check the sha256 of every file. That they are there is always checked.
+
+        Raises:
+            FileNotFoundError: A file is missing. Names it.
+            ValueError: No checkpoint is whole yet, a file was altered or cut short (named), or config.json cannot be read.
+        """
+        folder = Path(folder)
+        config = read_config(folder)
+        if not config["checkpoints"]:
+            raise ValueError(f"{str(folder)!r} has no whole checkpoint yet. Let the recording finish.")
+        warn_of_unknown(config)
+        require_files(folder, config, verify=verify)
+        return cls(folder, config, cache_dir=default_cache_dir() if cache_dir is None else Path(cache_dir))
+
+    @property
+    def examples(self) -> "Dataset":
+        """What is known of the training examples, row `i` being example `i`."""
+        if self._examples is None:
+            from datasets import Dataset  # only here: searching needs none, and importing it takes a second
+
+            self._examples = Dataset(read_table(self.folder / EXAMPLES_FILE))
+        return self._examples
+
+    def project(self, rows: Tensor | np.ndarray) -> Tensor:
+        """The shared random projection, `(n, width) -> (n, stored_width)`; `rows` themselves without one."""
+        rows = torch.as_tensor(rows)
+        return rows if self._projection is None else rows @ self._projection.to(rows.dtype)
+
+    def scores(self, checkpoint: int, queries: "TokenRows", *, exclude_tokens: Iterable[int] = ()) -> np.ndarray:
+        """
+        Inner products of the queries' gradients with those of all training examples, at one checkpoint.
+
+        The learning rate is left out. Positive: the training example is a proponent of the query.
+
+        Args:
+            checkpoint (`int`): Its position in `checkpoints`.
+            queries (`TokenRows`): Rows of the queries at this checkpoint, of width `width`. One without tokens scores 0.
+            exclude_tokens (`Iterable[int]`): Tokens that do not count.
+
+        Returns:
+            `numpy.ndarray` of shape `(num_queries, num_examples)` and dtype float32.
+
+        Raises:
+            ValueError: Rows of another width or tokens out of the vocabulary.
+        """
+        scores = np.zeros((len(queries), self.num_examples), dtype=np.float32)
+        self._add_scores(scores, checkpoint, queries, list(exclude_tokens), weight=1.0)
+        return scores
+
+    def search(
+        self,
+        queries: "TokenRows | Sequence[TokenRows]",
+        weights: Sequence[float] | np.ndarray,
+        top_k: int,
+        *,
+        exclude_tokens: Iterable[int] = (),
+    ) -> SearchResult:
+        """
+        The strongest proponents and opponents of each query by `sum_c weights[c] * scores(c)`. Exact.
+
+        Scores of as many queries as fit into 256 MiB (at least one) are held at a time.
+
+        Args:
+            queries (`TokenRows` or `Sequence[TokenRows]`): The queries' rows at each checkpoint, in their order.
+            weights (`Sequence[float]` of length `num_checkpoints`): Usually the learning rates.
+            top_k (`int`): At least 1; all examples when there are fewer.
+            exclude_tokens (`Iterable[int]`): Tokens that do not count.
+        """
+        queries = list(queries) if isinstance(queries, (list, tuple)) else [queries]
+        if not len(queries) == len(weights) == len(self.checkpoints):
+            raise ValueError(
+                f"`queries` and `weights` must have one entry for each of the {len(self.checkpoints)} checkpoints, but"
+                f" have {len(queries)} and {len(weights)}."
+            )
+        if top_k < 1:
+            raise ValueError(f"`top_k` must be at least 1, but got {top_k}.")
+        if len({len(rows) for rows in queries}) > 1:
+            raise ValueError(f"All checkpoints must have the same queries, but got {[len(rows) for rows in queries]}.")
+        excluded = list(exclude_tokens)
+        block = max(1, _BLOCK_SCORES // self.num_examples)
+        results = []
+        for first in range(0, len(queries[0]), block):
+            last = min(first + block, len(queries[0]))
+            totals = np.zeros((last - first, self.num_examples), dtype=np.float32)
+            for checkpoint, (rows, weight) in enumerate(zip(queries, weights, strict=True)):
+                self._add_scores(totals, checkpoint, _slice(rows, first, last), excluded, weight=float(weight))
+            results += [ends(total, top_k) for total in totals]
+        top_k = min(top_k, self.num_examples)
+        if not results:
+            ids, values = np.zeros((0, top_k), dtype=np.int64), np.zeros((0, top_k), dtype=np.float32)
+            return SearchResult(ids, values, ids, values)
+        return SearchResult(*(np.stack(parts) for parts in zip(*results, strict=True)))
+
+    def self_influence(self, checkpoint: int, *, exclude_tokens: Iterable[int] = ()) -> np.ndarray:
+        """The squared norm of each training example's gradient at one checkpoint, `(num_examples,)` float64."""
+        row_map = self._map(checkpoint)
+        squares = np.zeros(self.num_examples)
+        excluded = np.isin(np.arange(self.vocabulary_size), list(exclude_tokens))
+        for start in range(0, len(row_map.rows), _BLOCK_ROWS):
+            piece = slice(start, start + _BLOCK_ROWS)
+            rows = self._decoded(checkpoint, piece)
+            values = rows.double().square().sum(dim=1).numpy()
+            if excluded.any():
+                places = np.arange(start, start + len(rows))
+                tokens = np.searchsorted(row_map.offsets, places, side="right") - 1
+                values[excluded[tokens]] = 0
+            squares += np.bincount(row_map.examples[piece], weights=values, minlength=self.num_examples)
+        return squares
+
+    def example_rows(self, checkpoint: int, example_ids: Iterable[int]) -> list[tuple[Tensor, Tensor]]:
+        """
+        The stored gradients of some training examples.
+
+        Returns:
+            `list[tuple[torch.Tensor, torch.Tensor]]`: for each its `tokens (W,)`, ascending, and
+            `rows (W, stored_width)` in float32.
+        """
+        ids = self._checked_ids(example_ids)
+        row_map = self._map(checkpoint)
+        wanted = np.zeros(self.num_examples, dtype=bool)
+        wanted[ids] = True
+        blocks = range(0, len(row_map.examples), 1 << 20)
+        places = [np.flatnonzero(wanted[row_map.examples[start : start + (1 << 20)]]) + start for start in blocks]
+        places = np.concatenate([np.zeros(0, dtype=np.int64), *places])
+        places = places[np.argsort(row_map.examples[places], kind="stable")]
+        owners = row_map.examples[places]
+        tokens = np.searchsorted(row_map.offsets, places, side="right") - 1
+        rows = self._decoded(checkpoint, places)
+        starts, ends = np.searchsorted(owners, ids), np.searchsorted(owners, ids, side="right")
+        return [
+            (torch.from_numpy(tokens[start:end].copy()), rows[start:end].clone())
+            for start, end in zip(starts, ends, strict=True)
+        ]
+
+    def word_scores(
+        self,
+        checkpoint: int,
+        query_tokens: Tensor | np.ndarray,
+        query_rows: Tensor | np.ndarray,
+        example_ids: Iterable[int],
+    ) -> np.ndarray:
+        """
+        How much each token of one query carries of its scores with some examples; the sum over tokens is the score.
+
+        Args:
+            checkpoint (`int`): Its position in `checkpoints`.
+            query_tokens (`(W,)`): Distinct tokens.
+            query_rows (`(W, stored_width)`): Their rows, after [`~IndexReader.project`].
+            example_ids (`Iterable[int]`): The examples.
+
+        Returns:
+            `numpy.ndarray` of shape `(num_examples_asked, W)` and dtype float32; 0 where the example lacks the token.
+        """
+        ids = self._checked_ids(example_ids)
+        row_map = self._map(checkpoint)
+        tokens, rows = _integers("Tokens", query_tokens, self.vocabulary_size), torch.as_tensor(query_rows).float()
+        expected = (len(tokens), self.stored_width)
+        if tuple(rows.shape) != expected:
+            raise ValueError(f"`query_rows` must have shape {expected}, but got {tuple(rows.shape)}.")
+        parts = np.zeros((len(ids), len(tokens)), dtype=np.float32)
+        for column, (token, row) in enumerate(zip(tokens, rows, strict=True)):
+            start, end = row_map.offsets[token : token + 2]
+            owners = row_map.examples[start:end]
+            found = np.searchsorted(owners, ids)
+            shared = np.flatnonzero(found < len(owners))
+            shared = shared[owners[found[shared]] == ids[shared]]
+            parts[shared, column] = (self._decoded(checkpoint, start + found[shared]) @ row).numpy()
+        return parts
+
+    def _add_scores(
+        self, scores: np.ndarray, checkpoint: int, queries: "TokenRows", excluded: list[int], *, weight: float
+    ) -> None:
+        check_token_rows(queries, width=self.width, vocabulary_size=self.vocabulary_size)
+        rows = self.project(queries.rows.detach().cpu()).float() * weight
+        tokens = queries.tokens.cpu().numpy()
+        owners = np.arange(len(queries)).repeat(queries.offsets.diff().cpu().numpy())
+        if excluded:
+            counted = np.flatnonzero(~np.isin(tokens, excluded))
+            tokens, rows, owners = tokens[counted], rows[torch.from_numpy(counted)], owners[counted]
+        row_map = self._map(checkpoint)
+        scales = self._example_scales(checkpoint) if self.config["dtype"] == "float16" else None
+        add_scores(scores, row_map, tokens, rows, owners, example_scales=scales)
+
+    def _map(self, checkpoint: int) -> RowMap:
+        if not 0 <= checkpoint < len(self.checkpoints):
+            raise ValueError(f"`checkpoint` must be in [0, {len(self.checkpoints)}), but got {checkpoint}.")
+        if checkpoint not in self._maps:
+            self._maps[checkpoint] = RowMap.open(self.folder, self.config, checkpoint, cache_dir=self._cache_dir)
+        return self._maps[checkpoint]
+
+    def _example_scales(self, checkpoint: int) -> np.ndarray:
+        """What each example's stored rows are to be divided by, `(num_examples,)`."""
+        scales = np.ones(self.num_examples, dtype=np.float32)
+        for file in self.config["checkpoints"][checkpoint]["files"]:
+            scales[file["first_example"] : file["first_example"] + file["num_examples"]] = file["scale"]
+        return scales
+
+    def _decoded(self, checkpoint: int, places: slice | np.ndarray) -> Tensor:
+        """The rows at some places of the map, in float32."""
+        row_map = self._map(checkpoint)
+        if row_map.scales is not None:
+            scales = row_map.scales[places]
+        else:
+            scales = self._example_scales(checkpoint)[row_map.examples[places]]
+        return decode_rows(torch.from_numpy(row_map.rows[places]), torch.from_numpy(scales))
+
+    def _checked_ids(self, example_ids: Iterable[int]) -> np.ndarray:
+        return _integers("Examples", example_ids, self.num_examples)
+
+
+def _integers(what: str, values: Iterable[int], end: int) -> np.ndarray:
+    values = np.asarray(values if isinstance(values, (np.ndarray, Tensor)) else list(values), dtype=np.int64)
+    if len(values) and not 0 <= values.min() <= values.max() < end:
+        raise ValueError(f"{what} must be in [0, {end}), but go from {values.min()} to {values.max()}.")
+    return values
+
+
+def _slice(queries: "TokenRows", first: int, last: int) -> "TokenRows":
+    start, end = int(queries.offsets[first]), int(queries.offsets[last])
+    offsets = queries.offsets[first : last + 1] - start
+    return type(queries)(offsets, queries.tokens[start:end], queries.rows[start:end], queries.virtual)

@@ -1,0 +1,193 @@
+"""
+The rows of one checkpoint as a local memory map, sorted by token over all segments.
+
+```
+map.json           sizes, by which a damaged map is known
+rows.bin           (num_rows, stored_width) in the dtype of the index
+examples.bin       (num_rows,) example of each row, ascending within a token
+scales.bin         (num_rows,) float32, for int8 only
+offsets.npy        (vocabulary_size + 1,): rows [offsets[w], offsets[w + 1]) are those of token w
+```
+
+A map is a copy of what the Parquet files hold and can be deleted at any time.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import time
+import uuid
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+
+from hf_doge.artifacts.influence.manifest import example_dtype, to_json
+from hf_doge.artifacts.influence.segments import read_segment, read_tokens
+
+_LAYOUT = 1  # changes whenever the files do
+_MAP = "map.json"
+_ABANDONED_SECONDS = 24 * 60 * 60
+_GROUP_BYTES = 64 * 2**20
+_LONG = 1_000_000  # rows, from which on a bar shows progress
+
+
+@dataclass
+class RowMap:
+    """
+    Attributes:
+        rows (`numpy.ndarray` of shape `(num_rows, stored_width)`): As stored.
+        examples (`numpy.ndarray` of shape `(num_rows,)`): Example of each, ascending within a token.
+        scales (`numpy.ndarray` of shape `(num_rows,)`, *optional*): What int8 rows are to be divided by.
+        offsets (`numpy.ndarray` of shape `(vocabulary_size + 1,)`): Where the rows of each token begin and end.
+        num_examples (`int`).
+        row_tensor, example_tensor (`torch.Tensor`): `rows` and `examples` as torch sees them.
+    """
+
+    rows: np.ndarray
+    examples: np.ndarray
+    scales: np.ndarray | None
+    offsets: np.ndarray
+    num_examples: int
+
+    def __post_init__(self) -> None:
+        self.row_tensor = torch.from_numpy(self.rows)
+        self.example_tensor = torch.from_numpy(self.examples)
+
+    @classmethod
+    def open(cls, folder: Path, config: Mapping[str, Any], checkpoint: int, *, cache_dir: Path) -> "RowMap":
+        """The map of a checkpoint of the index in `folder`; built in `cache_dir` unless it is there, and whole."""
+        entry = config["checkpoints"][checkpoint]
+        place = cache_dir / _fingerprint(config, entry)
+        for _ in range(10):
+            found = _load(place)
+            if found is not None:
+                return cls(**found, num_examples=config["num_examples"])
+            _discard(place)
+            building = cache_dir / f".{place.name}-{uuid.uuid4().hex}"
+            try:
+                _build(building, folder, config, entry)
+                os.rename(building, place)
+            except OSError:
+                if not place.exists():
+                    raise
+                # Another process was quicker. Its map is taken if it is whole.
+            finally:
+                shutil.rmtree(building, ignore_errors=True)
+        raise OSError(f"The memory map in {str(place)!r} keeps being damaged. Choose another `cache_dir`.")
+
+
+def default_cache_dir() -> Path:
+    """`$HF_HOME/hf_doge`."""
+    from huggingface_hub import constants
+
+    return Path(constants.HF_HOME) / "hf_doge"
+
+
+def _fingerprint(config: Mapping[str, Any], entry: Mapping[str, Any]) -> str:
+    shape = [config[key] for key in ("dtype", "stored_width", "vocabulary_size", "num_examples")]
+    content = [_LAYOUT, shape, [(file["sha256"], file["first_example"]) for file in entry["files"]]]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:32]
+
+
+def _arrays(config: Mapping[str, Any], num_rows: int) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Name -> dtype and shape of the flat files."""
+    arrays = {
+        "rows": (config["dtype"], (num_rows, config["stored_width"])),
+        "examples": (example_dtype(config), (num_rows,)),
+    }
+    return arrays | ({"scales": ("float32", (num_rows,))} if config["dtype"] == "int8" else {})
+
+
+def _map(path: Path, dtype: str, shape: Sequence[int]) -> np.ndarray:
+    if 0 in shape:  # an empty file cannot be mapped
+        return np.zeros(shape, dtype)
+    # Copy on write: the file stays as it is, and torch accepts the array.
+    return np.memmap(path, dtype=dtype, shape=tuple(shape), mode="c")
+
+
+def _load(place: Path) -> dict[str, np.ndarray | None] | None:
+    """The arrays, or `None` when the map is not there or damaged."""
+    try:
+        facts = json.loads((place / _MAP).read_bytes())
+        if any((place / name).stat().st_size != size for name, size in facts["sizes"].items()):
+            return None
+        arrays = {name: _map(place / f"{name}.bin", *spec) for name, spec in facts["arrays"].items()}
+        return {"scales": None, **arrays, "offsets": np.load(place / "offsets.npy", allow_pickle=False)}
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _discard(place: Path) -> None:
+    """Delete a damaged map, and what builds that were killed have left."""
+    away = place.with_name(f".{place.name}-{uuid.uuid4().hex}")
+    with suppress(OSError):  # not there, or gone already
+        os.rename(place, away)  # first out of the way, so that nobody finds half of it
+        shutil.rmtree(away, ignore_errors=True)
+    for left in place.parent.glob(f".{place.name}-*"):
+        with suppress(OSError):
+            if time.time() - left.stat().st_mtime > _ABANDONED_SECONDS:
+                shutil.rmtree(left, ignore_errors=True)
+
+
+def _build(building: Path, folder: Path, config: Mapping[str, Any], entry: Mapping[str, Any]) -> None:
+    """Merge the segments: count the rows of each token, then put each segment's rows to their places."""
+    files = sorted(entry["files"], key=lambda file: file["first_example"])
+    counts = np.zeros(config["vocabulary_size"], dtype=np.int64)
+    for file in files:
+        for tokens in read_tokens(folder / file["path"]):
+            counts += np.bincount(tokens, minlength=len(counts))
+    offsets = np.concatenate([[0], np.cumsum(counts)])
+    arrays = _arrays(config, int(offsets[-1]))
+    building.mkdir(parents=True)
+    free = offsets[:-1].copy()  # where the next row of each token goes
+    pieces = (piece for file in files for piece in read_segment(folder / file["path"]))
+    with ExitStack() as stack:
+        # By writing, not through a map: its pages would count as memory, and a full disk would end the process.
+        sinks = {name: stack.enter_context((building / f"{name}.bin").open("wb")) for name in arrays}
+        total = sum(file["num_rows"] for file in files)
+        bar = tqdm(total=total, desc=f"Mapping {entry['name']}", unit="row", disable=total < _LONG)
+        progress = stack.enter_context(bar)
+        for tokens, columns in _grouped(pieces):
+            distinct, starts, counts = np.unique(tokens, return_index=True, return_counts=True)
+            for name, sink in sinks.items():
+                _write_runs(sink, columns[name], starts.tolist(), counts.tolist(), free[distinct].tolist())
+            free[distinct] += counts
+            progress.update(len(tokens))
+    np.save(building / "offsets.npy", offsets)
+    sizes = {path.name: path.stat().st_size for path in building.iterdir()}
+    (building / _MAP).write_bytes(to_json({"arrays": arrays, "sizes": sizes}))
+
+
+def _grouped(
+    pieces: Iterable[tuple[np.ndarray, dict[str, np.ndarray]]],
+) -> Iterator[tuple[np.ndarray, dict[str, np.ndarray]]]:
+    """As many pieces at a time as fit into `_GROUP_BYTES`, sorted by token: long runs are written faster."""
+    group: list[tuple[np.ndarray, dict[str, np.ndarray]]] = []
+    num_bytes = 0
+    for piece in chain(pieces, [None]):
+        if piece is None or num_bytes + piece[1]["rows"].nbytes > _GROUP_BYTES:
+            if group:
+                tokens = np.concatenate([one[0] for one in group])
+                order = np.argsort(tokens, kind="stable")  # examples stay in order within a token
+                columns = {name: np.concatenate([one[1][name] for one in group])[order] for name in group[0][1]}
+                yield tokens[order], columns
+            group, num_bytes = [], 0
+        if piece is not None:
+            group.append(piece)
+            num_bytes += piece[1]["rows"].nbytes
+
+
+def _write_runs(sink: BinaryIO, values: np.ndarray, starts: list[int], counts: list[int], places: list[int]) -> None:
+    """Write each run of `values` to its place, counted in values."""
+    size = values[:1].nbytes
+    for start, count, place in zip(starts, counts, places, strict=True):
+        sink.seek(place * size)
+        sink.write(values[start : start + count].data)

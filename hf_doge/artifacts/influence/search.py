@@ -1,0 +1,143 @@
+"""Exact scores of queries over the rows of one checkpoint, token by token, and the ends of them."""
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hf_doge.artifacts.influence.row_map import RowMap
+
+_PIECE_BYTES = 1 << 20  # of float32: what is widened stays in the cache of one core until it is multiplied
+_BLOCK_VALUES = 1024
+_WORTH_A_THREAD = 1 << 21  # multiplications, about a millisecond
+
+
+@dataclass
+class _Postings:
+    """All examples that hold one token, and all queries that do."""
+
+    start: int
+    end: int
+    query_rows: Tensor  # (num_holding, stored_width)
+    owners: list[int]
+
+
+def add_scores(
+    scores: np.ndarray,
+    row_map: RowMap,
+    tokens: np.ndarray,
+    rows: Tensor,
+    owners: np.ndarray,
+    *,
+    example_scales: np.ndarray | None = None,
+) -> None:
+    """
+    Add to `scores` the inner products of all pairs of rows of the same token.
+
+    Rows are widened to float32 in small pieces, so products and sums are those of the stored numbers in float32. Work
+    is shared by as many threads as torch has, each with a range of examples of its own.
+
+    Args:
+        scores (`numpy.ndarray` of shape `(num_queries, num_examples)` and dtype float32): Changed in place.
+        row_map (`RowMap`): Rows of the examples.
+        tokens (`numpy.ndarray` of shape `(num_entries,)`): Token of each query row.
+        rows (`torch.Tensor` of shape `(num_entries, stored_width)` and dtype float32): Gradient of each.
+        owners (`numpy.ndarray` of shape `(num_entries,)`): Query of each.
+        example_scales (`numpy.ndarray` of shape `(num_examples,)`, *optional*):
+            Powers of two that the rows of each example are to be divided by.
+    """
+    plan = _plan(row_map, tokens, rows, owners)
+    work = sum((postings.end - postings.start) * postings.query_rows.numel() for postings in plan)
+    num_threads = max(1, min(torch.get_num_threads(), work // _WORTH_A_THREAD, scores.shape[1]))
+    borders = np.linspace(0, scores.shape[1], num_threads + 1).astype(np.int64).tolist()
+
+    def add(first: int, last: int) -> None:
+        part = scores[:, first:last]
+        scales = None if example_scales is None else example_scales[first:last]
+        if scales is not None:  # exact, as they are powers of two
+            part *= scales
+        _add_range(torch.from_numpy(part), row_map, plan, first, last)
+        if scales is not None:
+            part /= scales
+
+    with _one_thread():
+        if num_threads == 1:
+            add(0, scores.shape[1])
+        else:
+            with ThreadPoolExecutor(num_threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+                list(pool.map(add, borders[:-1], borders[1:]))
+
+
+def _plan(row_map: RowMap, tokens: np.ndarray, rows: Tensor, owners: np.ndarray) -> list[_Postings]:
+    """The postings to go through: one for each distinct token that some example holds."""
+    order = np.argsort(tokens, kind="stable")
+    distinct, starts = np.unique(tokens[order], return_index=True)
+    plan = []
+    for token, entries in zip(distinct, np.split(order, starts[1:]), strict=False):
+        start, end = row_map.offsets[token : token + 2].tolist()
+        if start < end:
+            plan.append(_Postings(start, end, rows[torch.from_numpy(entries)], owners[entries].tolist()))
+    return plan
+
+
+def _add_range(scores: Tensor, row_map: RowMap, plan: list[_Postings], first: int, last: int) -> None:
+    """Add to `scores` those of examples `[first, last)`."""
+    width = row_map.rows.shape[1]
+    piece_rows = max(64, _PIECE_BYTES // (4 * width))
+    widened = torch.empty(piece_rows, width)
+    whole = (first, last) == (0, row_map.num_examples)
+    for postings in plan:
+        start, end = postings.start, postings.end
+        if not whole:  # examples ascend within a token
+            examples = row_map.examples[start:end]
+            start, end = start + np.searchsorted(examples, [first, last])
+        for begin in range(start, end, piece_rows):
+            piece = slice(begin, min(begin + piece_rows, end))
+            stored = row_map.row_tensor[piece]
+            rows = stored if stored.dtype == torch.float32 else widened[: len(stored)].copy_(stored)
+            examples = row_map.example_tensor[piece]
+            examples = examples - first if first else examples
+            if len(postings.owners) == 1:
+                products = torch.mv(rows, postings.query_rows[0])[None]
+            else:
+                products = postings.query_rows @ rows.T  # (Q, D) @ (D, n) -> (Q, n)
+            if row_map.scales is not None:
+                products /= torch.from_numpy(row_map.scales[piece])
+            for owner, values in zip(postings.owners, products, strict=True):
+                scores[owner].index_add_(0, examples, values)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Teams of OpenMP threads cost more than pieces of this size, far more on a busy machine."""
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(num_threads)
+
+
+def ends(values: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Ids and values of the `count` largest and of the `count` smallest, outermost first; of equal ones the lower id."""
+    largest, smallest = _largest(values, count), _largest(-values, count)
+    return largest, values[largest], smallest, values[smallest]
+
+
+def _largest(values: np.ndarray, count: int) -> np.ndarray:
+    count = min(count, len(values))
+    candidates = np.arange(len(values))
+    num_blocks = len(values) // _BLOCK_VALUES
+    if num_blocks >= count:
+        # `count` blocks have a largest value of at least `bound`, so nothing below it can be among the first.
+        maxima = values[: num_blocks * _BLOCK_VALUES].reshape(num_blocks, _BLOCK_VALUES).max(axis=1)
+        bound = np.partition(maxima, num_blocks - count)[num_blocks - count]
+        candidates = np.flatnonzero(values >= bound)
+    found = values[candidates]
+    last = np.partition(found, len(found) - count)[len(found) - count]
+    above, equal = candidates[found > last], candidates[found == last]
+    return np.concatenate([above[np.lexsort((above, -values[above]))], equal[: count - len(above)]])

@@ -1,0 +1,21 @@
+"""Arrow tables as Parquet."""
+
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+
+def to_parquet(table: pa.Table, **options: Any) -> bytes:
+    """A table as the content of a Parquet file, the same on every run."""
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, compression="zstd", write_page_index=True, **options)
+    return sink.getvalue().to_pybytes()
+
+
+def read_table(path: Path) -> pa.Table:
+    """A whole Parquet file."""
+    # On this thread: a process that ends soon after pyarrow started its reading threads may be aborted at exit.
+    with pq.ParquetFile(path) as file:
+        return file.read(use_threads=False)

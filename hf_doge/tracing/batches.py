@@ -1,0 +1,151 @@
+"""Batches for recording: every example once, in order, without a trace in the user's random state or collator."""
+
+import copy
+import random
+import types
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+_PACKED_KEYS = ("seq_lengths", "cu_seq_lens_q", "cu_seq_lens_k", "cu_seqlens", "seq_idx", "document_ids")
+_WRAPPED_COLLATORS = ("data_collator", "collator", "collate_fn")
+
+
+class SequentialBatches:
+    """
+    The examples of a dataset in order of their position, batch by batch.
+
+    All random numbers that a dataset or collator draws (masking) come from `seed` and the position of the batch: the
+    same at every checkpoint and after an interruption. They are drawn from copies of the collator's own generators.
+    Iterate inside [`preserved_random_state`].
+
+    Args:
+        dataset (`Sequence`): Of known length, with items that `collator` takes.
+        collator (`Callable`): `collator(list of items) -> batch`.
+        batch_size (`int`): How many examples at once.
+        seed (`int`): See above.
+    """
+
+    def __init__(self, dataset: Any, collator: Callable, *, batch_size: int, seed: int = 0) -> None:
+        if batch_size < 1:
+            raise ValueError(f"`batch_size` must be at least 1, but got {batch_size}.")
+        self.dataset = dataset
+        self.collator = collator
+        self.batch_size = batch_size
+        self.seed = seed
+
+    def __len__(self) -> int:
+        """Number of examples."""
+        return len(self.dataset)
+
+    def starting_at(self, example: int) -> Iterator[tuple[int, Mapping[str, Any]]]:
+        """The position of the first example of each batch, and the batch; the first one holds `example`."""
+        for start in range(example - example % self.batch_size, len(self), self.batch_size):
+            yield start, self.collate(start, seed=self.seed)
+
+    def collate(self, start: int, *, seed: int) -> Mapping[str, Any]:
+        """
+        The batch that begins at example `start`.
+
+        Raises:
+            ValueError: if it is packed: then what it holds are not examples.
+        """
+        positions = list(range(start, min(start + self.batch_size, len(self))))
+        seed = (seed * 1_000_003 + start) % 2**32
+        _seed_everything(seed)
+        fetch = getattr(self.dataset, "__getitems__", None)
+        items = fetch(positions) if fetch is not None else [self.dataset[position] for position in positions]
+        batch = _with_own_generators(self.collator, seed)(items)
+        _refuse_packed(batch, num_examples=len(positions))
+        return batch
+
+    def are_random(self) -> bool:
+        """Whether the first batch depends on the seed."""
+        first, second = (self.collate(0, seed=seed) for seed in (self.seed, self.seed + 1))
+        return any(
+            isinstance(value, Tensor) and not (value.shape == second[key].shape and torch.equal(value, second[key]))
+            for key, value in first.items()
+        )
+
+
+@contextmanager
+def preserved_random_state() -> Iterator[None]:
+    """Whatever is drawn inside, the user's random numbers (Python, NumPy, torch) go on as if nothing had been."""
+    state, numpy_state, torch_state = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    cuda_states = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else None
+    try:
+        yield
+    finally:
+        random.setstate(state)
+        np.random.set_state(numpy_state)
+        torch.set_rng_state(torch_state)
+        if cuda_states is not None:
+            torch.cuda.set_rng_state_all(cuda_states)
+
+
+def _seed_everything(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def _with_own_generators(collator: Callable, seed: int) -> Callable:
+    """A copy of the collator that draws from generators of its own, so that those of training stay where they are."""
+    if isinstance(collator, types.FunctionType | types.MethodType | types.BuiltinFunctionType | type):
+        return collator
+    if not hasattr(collator, "__dict__"):
+        return collator
+    twin = copy.copy(collator)
+    for name, value in vars(collator).items():
+        if isinstance(value, torch.Generator):
+            object.__setattr__(twin, name, torch.Generator(value.device).manual_seed(seed))
+        elif isinstance(value, np.random.Generator):
+            object.__setattr__(twin, name, np.random.default_rng(seed))
+        elif isinstance(value, random.Random):
+            object.__setattr__(twin, name, random.Random(seed))
+        elif name in _WRAPPED_COLLATORS and callable(value):
+            object.__setattr__(twin, name, _with_own_generators(value, seed))
+    return twin
+
+
+def _refuse_packed(batch: Mapping[str, Any], *, num_examples: int) -> None:
+    reason = _find_packing(batch, num_examples)
+    if reason is not None:
+        raise ValueError(
+            f"Every line of a batch must be one example, but {reason}: several texts are packed into one line, where"
+            " their gradients mix. Record with a dataset and collator without packing (`packing=False`,"
+            " `padding_free=False`); the model may have been trained with it."
+        )
+
+
+def _find_packing(batch: Mapping[str, Any], num_examples: int) -> str | None:
+    found = sorted(set(_PACKED_KEYS) & set(batch))
+    if found:
+        return f"the collator returns {found}"
+    input_ids, mask, position_ids = (batch.get(key) for key in ("input_ids", "attention_mask", "position_ids"))
+    if isinstance(input_ids, Tensor) and len(input_ids) != num_examples:
+        return f"the collator makes {len(input_ids)} lines of {num_examples} examples"
+    if isinstance(mask, Tensor) and mask.ndim == 2 and not mask.is_floating_point() and (mask > 1).any():
+        return "its `attention_mask` numbers documents"
+    if isinstance(position_ids, Tensor) and position_ids.ndim == 2:
+        falls = position_ids[:, 1:] < position_ids[:, :-1]
+        if isinstance(mask, Tensor) and mask.shape == position_ids.shape:
+            falls &= mask[:, 1:].bool() & mask[:, :-1].bool()
+        elif mask is not None:
+            return None
+        if falls.any():
+            return "its `position_ids` start again within a line"
+    return None
+
+
+def column_names(dataset: Any) -> Sequence[str]:
+    """Columns of a dataset; the keys of its first item where it has no columns."""
+    names = getattr(dataset, "column_names", None)
+    if isinstance(names, list):
+        return names
+    first = dataset[0]
+    return list(first) if isinstance(first, Mapping) else []

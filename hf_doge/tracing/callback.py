@@ -1,0 +1,309 @@
+"""Recording during training, for any Trainer: `Trainer(..., callbacks=[TracInWECallback("influence")])`."""
+
+import os
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
+
+from hf_doge.gradients.example_losses import LossFunction
+from hf_doge.tracing.checkpoint_recording import CheckpointRecording, find_group
+from hf_doge.tracing.examples import choose_examples
+from hf_doge.tracing.processes import run_on_main_process
+from hf_doge.tracing.settings import DEFAULT_MAX_SEGMENT_BYTES, RecordingSettings
+from hf_doge.tracing.weights import MODELS, has_weights, save_model, stored_path
+
+
+class TracInWECallback(TrainerCallback):
+    """
+    Records the gradient of each training example with respect to its words, for TracIn on word embeddings
+    (TracIn-WE, https://huggingface.co/papers/2202.11844).
+
+    ```python
+    callback = TracInWECallback("influence")
+    Trainer(model, args, train_dataset=train, callbacks=[callback]).train()
+    index = InfluenceIndex.from_pretrained("influence")
+    ```
+
+    By default all training examples are recorded at every save, with the learning rate of the step that led there. Dataset,
+    collator and tokenizer are the Trainer's. Training itself stays the same to the bit: neither the Trainer nor the
+    dataset, the mode of the model, its gradients or any random number is touched. What is interrupted continues: rows are
+    written in segments, and a training that is resumed from a checkpoint first finishes the recording of that checkpoint.
+
+    With several processes the main one records (`record="checkpoint"`) **while all others wait**, so recording takes as
+    long as on one device; for large datasets see `record="online"`, or record saved checkpoints by `hf-doge index`.
+
+    Args:
+        output_dir (`str` or `os.PathLike`):
+            Folder of the index: new, or the one that this training was recording to before it was interrupted.
+        dataset (`Dataset`, *optional*):
+            What to record instead of the Trainer's dataset, tokenised like it. Columns that the model does not take
+            (text, domain, ...) are kept beside each example. May also be the Trainer's dataset before it was tokenised
+            (same rows), for its columns alone. Needed if training reads a stream.
+        collator (`Callable`, *optional*): What makes a batch of examples instead of the Trainer's, say one that masks no
+            tokens at random. Chance in it is seeded by `seed`.
+        record_steps (`int` or `Sequence[int]`, *optional*):
+            Record at every `n`-th step or at the steps of a list; at each save of the Trainer if left out. The weights
+            of steps that the Trainer does not save are saved in `<output_dir>/models`.
+        top_k_tokens (`int`, *optional*): Keep only so many rows for each example, see [`RecordingSettings`].
+        top_k_unit (`str`): `"position"` (the authors' code) or `"token"`.
+        dtype (`str`): On disk: `"float16"`, `"float32"` or `"int8"`.
+        projection_width (`int`, *optional*): Store rows projected at random to this width.
+        projection_seed (`int`): Seed of the projection.
+        special_tokens (`str`): `"count"`, and a search reports their share; or `"drop"`.
+        tied (`str`): Which use of a tied embedding matrix counts: `"input"`, `"output"` or `"full"`.
+        loss_reduction (`str`): `"sum"` or `"mean"` of an example's token losses.
+        loss_fn (`Callable`, *optional*): `loss_fn(outputs, batch) -> (batch_size,)` instead of the model's own loss.
+        second_moment (`bool`): Divide rows by `sqrt(v) + eps` of Adam: influence in the metric that Adam steps in.
+        record (`str`):
+            `"checkpoint"`: all examples at the same weights, by an extra pass over the dataset. `"online"`: each at the
+            step that used it, in the training backward itself, at no extra pass; see [`OnlineRecording`].
+        save_weights (`bool`, *optional*):
+            Whether to copy the weights of recorded checkpoints into `<output_dir>/models`, where a search finds them
+            even if the Trainer deletes its own. If left out, they are copied when `save_total_limit` is set.
+        batch_size (`int`, *optional*): Examples at once; changes no row. That of training if left out.
+        max_segment_bytes (`int`): Bound of the rows held in memory.
+        seed (`int`): Of whatever dataset and collator draw while recording.
+
+    Raises:
+        ValueError: an argument is out of range. At train begin, where the training cannot be recorded: see the message.
+    """
+
+    def __init__(
+        self,
+        output_dir: str | os.PathLike,
+        *,
+        dataset: Any | None = None,
+        collator: Callable | None = None,
+        record_steps: int | Sequence[int] | None = None,
+        top_k_tokens: int | None = None,
+        top_k_unit: str = "position",
+        dtype: str = "float16",
+        projection_width: int | None = None,
+        projection_seed: int = 0,
+        special_tokens: str = "count",
+        tied: str = "input",
+        loss_reduction: str = "sum",
+        loss_fn: LossFunction | None = None,
+        second_moment: bool = False,
+        record: str = "checkpoint",
+        save_weights: bool | None = None,
+        batch_size: int | None = None,
+        max_segment_bytes: int = DEFAULT_MAX_SEGMENT_BYTES,
+        seed: int = 0,
+    ) -> None:
+        self.output_dir = Path(output_dir)
+        self.dataset = dataset
+        self.collator = collator
+        self.record_steps = _checked_steps(record_steps)
+        self.settings = RecordingSettings(
+            top_k_tokens=top_k_tokens,
+            top_k_unit=top_k_unit,
+            dtype=dtype,
+            projection_width=projection_width,
+            projection_seed=projection_seed,
+            special_tokens=special_tokens,
+            tied=tied,
+            loss_reduction=loss_reduction,
+            loss_fn=loss_fn,
+            second_moment=second_moment,
+            max_segment_bytes=max_segment_bytes,
+            record=record,
+        )
+        if batch_size is not None and (not isinstance(batch_size, int) or batch_size < 1):
+            raise ValueError(f"`batch_size` must be a whole number of at least 1, but got {batch_size!r}.")
+        self.save_weights = save_weights
+        self.batch_size = batch_size
+        self.seed = seed
+        self._recording: Any | None = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Check what can be checked, and finish what an interruption left."""
+        self._require_recordable(args, state)
+        if self._recording is not None:
+            self._recording.stop()  # a training that failed has not ended
+        self._learning_rate: float | None = None
+        self._recorded_step = self._awaited_step = -1
+        self._num_recorded = 0
+        self._started = False
+        self._own_weights = args.save_total_limit is not None if self.save_weights is None else self.save_weights
+        if args.save_total_limit is not None and not self._own_weights and self.record_steps is None:
+            warnings.warn(
+                f"With `save_total_limit={args.save_total_limit}` the Trainer deletes checkpoints that a search needs."
+                " Leave `save_weights` out, so that their weights are kept with the index.",
+                stacklevel=2,
+            )
+        model, dataloader = kwargs["model"], kwargs["train_dataloader"]
+        self._recording = self._make_recording(args, dataloader, kwargs["processing_class"], kwargs["optimizer"])
+        self._recording.start(model=model, train_dataloader=dataloader, args=args, state=state)
+        if state.global_step > 0 and self._is_due(state.global_step) and self.settings.record == "checkpoint":
+            facts = {**self._facts(args, state), "path": self._keep_weights(args, state, replace=False, **kwargs)}
+            self._recording.finish_interrupted(model=model, facts=facts, state=state)
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Record now what was left to a save that never came."""
+        if self._awaited_step == state.global_step:
+            self._record(args, state, **kwargs)
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Note the learning rate that this step is made with; after it, the scheduler sets the next one."""
+        matrix = kwargs["model"].get_input_embeddings().weight
+        self._learning_rate = float(find_group(kwargs["optimizer"], matrix)["lr"])
+        self._recording.before_optimizer_step(learning_rate=self._learning_rate, state=state)
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Record a step that was asked for, unless the Trainer is about to save it."""
+        if not self._started and self.settings.record == "checkpoint":
+            self._recording.after_first_step(model=kwargs["model"])
+        self._started = True
+        if not self._is_due(state.global_step):
+            return
+        if control.should_save:
+            self._await_save(args, state)
+        elif self.record_steps is not None:
+            self._record(args, state, **kwargs)
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """As [`on_step_end`], for a Trainer that saves by epoch."""
+        if self._awaited_step == state.global_step and self.record_steps is not None:
+            self._record(args, state, **kwargs)
+        elif control.should_save and self._is_due(state.global_step) and self._recorded_step != state.global_step:
+            self._await_save(args, state)
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Record the checkpoint that the Trainer has just saved."""
+        if self._is_due(state.global_step) and self._recorded_step != state.global_step:
+            self._record(args, state, saved=True, **kwargs)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Leave everything as it was."""
+        recording, self._recording = self._recording, None
+        if recording is None:
+            return
+        recording.stop()
+        if self._num_recorded == 0 and self._started:
+            warnings.warn(
+                f"Nothing was recorded in {str(self.output_dir)!r}: the Trainer did not save. Set `save_strategy`, or pass"
+                " `record_steps`.",
+                stacklevel=2,
+            )
+
+    def _make_recording(self, args: TrainingArguments, dataloader: Any, tokenizer: Any, optimizer: Any) -> Any:
+        examples = choose_examples(self.dataset, dataloader.dataset)
+        if self.settings.record == "online":
+            from hf_doge.tracing.online import OnlineRecording
+
+            return OnlineRecording(self.output_dir, dataset=examples, options=self.settings, tokenizer=tokenizer)
+        return CheckpointRecording(
+            self.output_dir,
+            dataset=examples,
+            options=self.settings,
+            tokenizer=tokenizer,
+            optimizer=optimizer,
+            collator=self.collator,
+            batch_size=self.batch_size or args.per_device_train_batch_size,
+            seed=self.seed,
+        )
+
+    def _require_recordable(self, args: TrainingArguments, state: TrainerState) -> None:
+        if state.is_hyper_param_search:
+            raise ValueError("A search for hyperparameters trains many models, and an index is of one. Drop the callback.")
+        steps = self.record_steps
+        if steps is None and args.save_strategy == SaveStrategy.NO:
+            raise ValueError(
+                "Examples are recorded when the Trainer saves, but `save_strategy` is 'no', so nothing would be. Set it,"
+                " or pass `record_steps`."
+            )
+        last = max(steps) if isinstance(steps, frozenset) else steps
+        if last is not None and state.max_steps < last:
+            raise ValueError(
+                f"`record_steps` must be steps of the training, but {last} is beyond its end: it makes {state.max_steps}."
+            )
+
+    def _is_due(self, step: int) -> bool:
+        if self.record_steps is None:
+            return True
+        return step in self.record_steps if isinstance(self.record_steps, frozenset) else step % self.record_steps == 0
+
+    def _await_save(self, args: TrainingArguments, state: TrainerState) -> None:
+        self._awaited_step = state.global_step if self.record_steps is not None else -1
+        if self.settings.record == "checkpoint":
+            path = self._own_path(state.global_step) if self._own_weights else _checkpoint_path(args, state)
+            self._recording.plan(
+                **self._facts(args, state),
+                learning_rate=self._learning_rate,
+                path=stored_path(path, self.output_dir),
+            )
+
+    def _record(self, args: TrainingArguments, state: TrainerState, *, saved: bool = False, **kwargs: Any) -> None:
+        path = self._keep_weights(args, state, saved=saved, **kwargs)
+        self._recording.save(
+            model=kwargs["model"], **self._facts(args, state), learning_rate=self._learning_rate, path=path
+        )
+        self._recorded_step, self._awaited_step = state.global_step, -1
+        self._num_recorded += 1
+
+    def _facts(self, args: TrainingArguments, state: TrainerState) -> dict[str, Any]:
+        return {
+            "name": f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}",
+            "step": state.global_step,
+            "epoch": None if state.epoch is None else float(state.epoch),
+        }
+
+    def _keep_weights(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        *,
+        model: nn.Module,
+        processing_class: Any,
+        saved: bool = True,
+        replace: bool = True,
+        **kwargs: Any,
+    ) -> str:
+        """Where the weights of this step are, as the index says it; saved there if the Trainer does not keep them."""
+        checkpoint, own = _checkpoint_path(args, state), self._own_path(state.global_step)
+        paths = []
+
+        def save_if_needed(sign_of_life: Callable[[], None]) -> None:
+            if saved and not self._own_weights and has_weights(checkpoint):
+                paths.append(checkpoint)
+                return
+            if replace or not has_weights(own):
+                save_model(model, own, processing_class=processing_class)
+            paths.append(own)
+
+        run_on_main_process(save_if_needed)
+        return stored_path(paths[0] if paths else own, self.output_dir)
+
+    def _own_path(self, step: int) -> Path:
+        return self.output_dir / MODELS / f"step-{step}"
+
+
+def _checkpoint_path(args: TrainingArguments, state: TrainerState) -> Path:
+    return Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+
+
+def _checked_steps(steps: int | Sequence[int] | None) -> int | frozenset[int] | None:
+    if steps is None:
+        return None
+    numbers = [steps] if isinstance(steps, int) else list(steps)
+    if not numbers or not all(isinstance(n, int) and not isinstance(n, bool) and n >= 1 for n in numbers):
+        raise ValueError(f"`record_steps` must be a step or steps of at least 1, but got {steps!r}.")
+    return steps if isinstance(steps, int) else frozenset(numbers)

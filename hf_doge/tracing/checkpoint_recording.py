@@ -1,0 +1,261 @@
+"""What [`TracInWECallback`] does with `record="checkpoint"`: all examples at the weights of each checkpoint."""
+
+import json
+import logging
+import os
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import TrainerState, TrainingArguments
+
+from hf_doge.artifacts.influence import IndexWriter
+from hf_doge.gradients.embedding_uses import input_embedding_matrix
+from hf_doge.tracing.batches import SequentialBatches
+from hf_doge.tracing.examples import Examples
+from hf_doge.tracing.fingerprints import model_fingerprint, unwrap_model
+from hf_doge.tracing.processes import run_on_main_process
+from hf_doge.tracing.recording import check_first_batch, make_recorder, open_writer, record_checkpoint
+from hf_doge.tracing.settings import RecordingSettings
+from hf_doge.tracing.weights import logged_learning_rate
+
+logger = logging.getLogger(__name__)
+
+PLAN_FILE = "recording.json"  # the checkpoint that is being recorded, so that a resumed training can finish it
+
+
+class CheckpointRecording:
+    """
+    Records all examples at each save. The main process works, the others wait.
+
+    Args:
+        folder (`str` or `os.PathLike`): Of the index.
+        dataset ([`Examples`]): What to record.
+        options ([`RecordingSettings`]): How.
+        tokenizer (`PreTrainedTokenizerBase`, *optional*): Of the dataset.
+        collator (`Callable`, *optional*): Instead of the Trainer's.
+        optimizer (`Optimizer`): Of the training; read for `second_moment`.
+        batch_size (`int`): Examples at once; changes no row.
+        seed (`int`): Of whatever the collator draws.
+    """
+
+    def __init__(
+        self,
+        folder: str | os.PathLike,
+        *,
+        dataset: Examples,
+        options: RecordingSettings,
+        tokenizer: Any | None,
+        optimizer: torch.optim.Optimizer,
+        collator: Callable | None = None,
+        batch_size: int = 8,
+        seed: int = 0,
+    ) -> None:
+        self.folder = Path(folder)
+        self.dataset = dataset
+        self.options = options
+        self.tokenizer = tokenizer
+        self.optimizer = optimizer
+        self.collator = collator
+        self.batch_size = batch_size
+        self.seed = seed
+        self._writer: IndexWriter | None = None  # on the main process only
+
+    def start(
+        self, *, model: nn.Module, train_dataloader: DataLoader, args: TrainingArguments, state: TrainerState
+    ) -> None:
+        """
+        Open the index and try a few examples, so that what cannot be recorded is known before training.
+
+        Raises:
+            ValueError: if something cannot be recorded, or the folder has another training's checkpoints.
+        """
+        _require_whole_weights(model, args)
+        if self.options.second_moment:
+            self._require_second_moments(model, started=state.global_step > 0)
+        self._progress = not args.disable_tqdm
+        run_on_main_process(lambda sign_of_life: self._open(model, train_dataloader, state, sign_of_life))
+
+    def before_optimizer_step(self, *, learning_rate: float, state: TrainerState) -> None:
+        """Nothing: rows are made at saves."""
+
+    def after_first_step(self, *, model: nn.Module) -> None:
+        """See that the optimizer keeps what `second_moment` needs; it does so from its first step on."""
+        if self.options.second_moment:
+            self._require_second_moments(model, started=True)
+
+    def plan(self, **facts: Any) -> None:
+        """Note on disk what [`save`] is about to be called with, in case it does not come to its end."""
+        run_on_main_process(lambda sign_of_life: _write_json(self.folder / PLAN_FILE, facts))
+
+    def save(
+        self, *, model: nn.Module, name: str, step: int, epoch: float | None, learning_rate: float, path: str | Path
+    ) -> None:
+        """
+        Record all examples at the current weights, unless the index has them; called by all processes.
+
+        Args:
+            model (`nn.Module`): With the weights that were saved.
+            name (`str`), step (`int`), epoch (`float`), path: Of the checkpoint.
+            learning_rate (`float`): Of the last step.
+        """
+        facts = {"name": name, "step": step, "epoch": epoch, "learning_rate": learning_rate, "path": str(path)}
+        run_on_main_process(lambda sign_of_life: self._record(model, facts, sign_of_life))
+
+    def finish_interrupted(self, *, model: nn.Module, facts: dict[str, Any], state: TrainerState) -> None:
+        """
+        Record the checkpoint that training resumes from, if that was interrupted or never begun.
+
+        Args:
+            model (`nn.Module`): With the weights of that checkpoint.
+            facts (`dict`): Its name, step, epoch and path. Path and learning rate are those planned, where they were.
+            state ([`~transformers.TrainerState`]): With the log of the training so far.
+        """
+        run_on_main_process(lambda sign_of_life: self._finish(model, facts, state, sign_of_life))
+
+    def stop(self) -> None:
+        """Nothing is left to put back."""
+        self._writer = None
+
+    def _open(
+        self, model: nn.Module, train_dataloader: DataLoader, state: TrainerState, sign_of_life: Callable[[], None]
+    ) -> None:
+        self._writer = open_writer(
+            self.folder,
+            model=model,
+            dataset=self.dataset,
+            tokenizer=self.tokenizer,
+            settings=self.options,
+            metadata={"collator_seed": self.seed},
+            sign_of_life=sign_of_life,
+        )
+        if state.global_step == 0 and self._writer.checkpoint_names:
+            raise ValueError(
+                f"{str(self.folder)!r} holds checkpoints {self._writer.checkpoint_names} of an earlier training, but this"
+                " one begins anew. Resume that one (`resume_from_checkpoint`), delete the folder, or choose another."
+            )
+        collator = self.collator or train_dataloader.collate_fn
+        self._batches = SequentialBatches(
+            self.dataset.recorded, collator, batch_size=self.batch_size, seed=self.seed
+        )
+        self._recorder = make_recorder(model, self.options, self.tokenizer)
+        if check_first_batch(self._recorder, self._batches):
+            warnings.warn(
+                f"The collator or dataset draws at random (masked tokens?), so no recording sees exactly what training saw:"
+                f" each example is drawn once with `seed={self.seed}`, the same at every checkpoint. Pass a `collator=`"
+                " without chance to `TracInWECallback` for rows that depend on the example alone.",
+                stacklevel=2,
+            )
+
+    def _record(self, model: nn.Module, facts: dict[str, Any], sign_of_life: Callable[[], None]) -> None:
+        name = facts["name"]
+        if name in self._writer.checkpoint_names:
+            if self._is_recorded(name, model):
+                logger.info("Checkpoint %s is in the index already.", name)
+                self._forget_plan()
+                return
+            logger.info("Training was set back and %s came out differently: it is recorded again.", name)
+            self._writer.forget(name)
+        if input_embedding_matrix(unwrap_model(model)) is not self._recorder.matrix:
+            self._recorder = make_recorder(model, self.options, self.tokenizer)  # resized: refused by its shape
+        _write_json(self.folder / PLAN_FILE, facts)
+        record_checkpoint(
+            self._writer,
+            self._recorder,
+            self._batches,
+            **facts,
+            second_moments=self._second_moments(model) if self.options.second_moment else None,
+            progress=self._progress,
+            sign_of_life=sign_of_life,
+        )
+        self._forget_plan()
+
+    def _finish(
+        self, model: nn.Module, facts: dict[str, Any], state: TrainerState, sign_of_life: Callable[[], None]
+    ) -> None:
+        name, step = facts["name"], facts["step"]
+        if name in self._writer.checkpoint_names:
+            if not self._is_recorded(name, model):
+                raise ValueError(
+                    f"Training resumes at step {step} with other weights than {name!r} in {str(self.folder)!r} was recorded"
+                    " of. Resume the recorded training, or record this one in another folder."
+                )
+            return
+        plan = _read_json(self.folder / PLAN_FILE) or {}
+        if plan.get("step") == step:
+            facts = plan
+        learning_rate = plan.get("learning_rate") if plan.get("step") == step else None
+        if learning_rate is None:
+            learning_rate = logged_learning_rate(state.log_history, step)
+        if learning_rate is None:
+            warnings.warn(
+                f"Training resumes at step {step}, which was saved but not recorded, and its learning rate is unknown: it"
+                " will be missing in the index. Record it afterwards with `hf-doge index` and its learning rate.",
+                stacklevel=2,
+            )
+            return
+        self._record(model, {**facts, "learning_rate": learning_rate}, sign_of_life)
+
+    def _is_recorded(self, name: str, model: nn.Module) -> bool:
+        recorded = {checkpoint["name"]: checkpoint["fingerprint"] for checkpoint in self._writer.config["checkpoints"]}
+        return recorded[name] == model_fingerprint(model)
+
+    def _forget_plan(self) -> None:
+        (self.folder / PLAN_FILE).unlink(missing_ok=True)
+
+    def _require_second_moments(self, model: nn.Module, *, started: bool) -> None:
+        matrix = input_embedding_matrix(unwrap_model(model))
+        if not matrix.requires_grad:
+            raise ValueError(
+                "`second_moment` needs input embeddings that are trained, but they are frozen, so the optimizer knows"
+                " nothing of them. Leave it out."
+            )
+        if started and "exp_avg_sq" not in self.optimizer.state.get(matrix, {}):
+            raise ValueError(
+                f"`second_moment` needs an optimizer that keeps `exp_avg_sq` of the embedding matrix, as Adam and AdamW do,"
+                f" but `{type(getattr(self.optimizer, 'optimizer', self.optimizer)).__name__}` does not. Train with"
+                " `optim='adamw_torch'`, or leave `second_moment` out."
+            )
+
+    def _second_moments(self, model: nn.Module) -> Tensor:
+        """Bias-corrected, `(vocabulary_size, width)`."""
+        matrix = input_embedding_matrix(unwrap_model(model))
+        state = self.optimizer.state[matrix]
+        group = find_group(self.optimizer, matrix)
+        correction = 1 - group["betas"][1] ** float(state["step"])
+        return state["exp_avg_sq"].float() / correction
+
+
+def find_group(optimizer: torch.optim.Optimizer, matrix: Tensor) -> dict[str, Any]:
+    """The parameter group that trains the embedding matrix; the first one if none does."""
+    for group in optimizer.param_groups:
+        if any(parameter is matrix for parameter in group["params"]):
+            return group
+    return optimizer.param_groups[0]
+
+
+def _require_whole_weights(model: nn.Module, args: TrainingArguments) -> None:
+    sharded = any(hasattr(parameter, "ds_id") or hasattr(parameter, "device_mesh") for parameter in model.parameters())
+    if sharded or args.fsdp:
+        raise ValueError(
+            "Recording needs the whole model in one process, but its weights are sharded (FSDP, ZeRO-3 or tensor"
+            " parallelism). Train without the callback, and record the saved checkpoints by `hf-doge index`."
+        )
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, json.JSONDecodeError):
+        return None

@@ -1,0 +1,151 @@
+"""The answer of a search as a `datasets.Dataset`: one row for each query and example, with the words in between."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from datasets import Dataset, DatasetInfo, Features, List, Value, concatenate_datasets
+from transformers import PreTrainedTokenizerBase
+
+from hf_doge.tracing.queries import Query
+from hf_doge.tracing.words import Reading, read_ids, read_text, word_parts
+
+KINDS = ("proponent", "opponent")
+NOT_SHOWN = ("example_id", "content_hash")
+
+HIT_FEATURES = Features(
+    {
+        "query": Value("int64"),
+        "rank": Value("int64"),
+        "kind": Value("string"),
+        "example_id": Value("int64"),
+        "score": Value("float64"),
+        "checkpoint_scores": List(Value("float64")),
+        "special_token_share": Value("float64"),
+        "words": List(Value("string")),
+        "word_scores": List(Value("float64")),
+        "token_ids": List(Value("int64")),
+        "token_scores": List(Value("float64")),
+        "query_label": Value("float64"),
+        "query_text": Value("string"),
+        "query_token_ids": List(Value("int64")),
+    }
+)
+
+
+@dataclass
+class TokenParts:
+    """
+    What each token carries of the scores of one query with some examples, learning rates included.
+
+    Attributes:
+        example_ids (`numpy.ndarray` of shape `(n,)`).
+        tokens (`numpy.ndarray` of shape `(W,)`): Tokens of the query that have a row at any checkpoint.
+        parts (`numpy.ndarray` of shape `(num_checkpoints, n, W)`): Adds up to the scores.
+    """
+
+    example_ids: np.ndarray
+    tokens: np.ndarray
+    parts: np.ndarray
+
+    def scores(self) -> np.ndarray:
+        """The score of each example, `(n,)`."""
+        return self.parts.sum(axis=(0, 2))
+
+
+def select_extremes(scores: np.ndarray, top_k: int) -> np.ndarray:
+    """
+    Ids of the `top_k` most positive and most negative of some scores `(N,)`; of equal scores the lower id.
+
+    A score of exactly 0 is neither: the example shares no token with the query.
+    """
+    chosen = []
+    for sign in (1, -1):
+        values = sign * scores
+        candidates = np.flatnonzero(values > 0)
+        if len(candidates) > top_k:
+            least = np.partition(values[candidates], -top_k)[-top_k]
+            candidates = candidates[values[candidates] >= least]
+        chosen.append(candidates[np.argsort(-values[candidates], kind="stable")][:top_k])
+    return np.concatenate(chosen)
+
+
+def query_hits(
+    position: int,
+    query: Query,
+    parts: TokenParts,
+    *,
+    special_tokens: Sequence[int],
+    tokenizer: PreTrainedTokenizerBase | None,
+) -> Iterator[dict[str, Any]]:
+    """The rows of one query: proponents from the strongest on, then opponents likewise."""
+    scores = parts.scores()
+    special = np.isin(parts.tokens, list(special_tokens))
+    for sign, kind in zip((1, -1), KINDS, strict=True):
+        signed = np.flatnonzero(sign * scores > 0)
+        order = signed[np.lexsort((parts.example_ids[signed], -sign * scores[signed]))]
+        for rank, row in enumerate(order, start=1):
+            by_token = parts.parts[:, row].sum(axis=0)
+            shared = np.flatnonzero(parts.parts[:, row].any(axis=0))
+            token_scores = dict(zip(parts.tokens[shared].tolist(), by_token[shared].tolist(), strict=True))
+            words, word_scores = word_parts(query.reading, token_scores, tokenizer=tokenizer)
+            magnitudes = np.abs(by_token)
+            yield {
+                "query": position,
+                "rank": rank,
+                "kind": kind,
+                "example_id": int(parts.example_ids[row]),
+                "score": float(scores[row]),
+                "checkpoint_scores": parts.parts[:, row].sum(axis=1).tolist(),
+                "special_token_share": float(magnitudes[special].sum() / magnitudes.sum()),
+                "words": words,
+                "word_scores": word_scores,
+                "token_ids": list(token_scores),
+                "token_scores": list(token_scores.values()),
+                "query_label": query.label,
+                "query_text": query.reading.text,
+                "query_token_ids": query.reading.token_ids,
+            }
+
+
+def make_hits(rows: Sequence[Mapping[str, Any]], examples: Dataset) -> Dataset:
+    """Hits, with whatever the index knows of their examples beside them."""
+    columns = {name: [row[name] for row in rows] for name in HIT_FEATURES}
+    return beside_examples(Dataset.from_dict(columns, features=HIT_FEATURES), examples)
+
+
+def beside_examples(rows: Dataset, examples: Dataset) -> Dataset:
+    """Add the examples' columns to rows that have an `example_id`; a column of a name that is taken gets `example_`."""
+    shown = examples.select_columns([name for name in examples.column_names if name not in NOT_SHOWN])
+    if not shown.column_names:
+        return rows
+    table = shown.with_format("arrow")[rows["example_id"][:]]
+    taken = {name: f"example_{name}" for name in shown.column_names if name in rows.column_names}
+    shown = Dataset(table, info=DatasetInfo(features=shown.features)).rename_columns(taken)
+    return concatenate_datasets([rows, shown], axis=1)
+
+
+def query_reading(hit: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase | None) -> Reading:
+    """The query of a hit, in its own spelling where its text gives its tokens again."""
+    token_ids, text = list(hit["query_token_ids"]), hit["query_text"]
+    if tokenizer is not None:
+        first, separator, second = text.partition("\n")
+        for texts in ([text], [first, second]) if separator else ([text],):
+            reading = read_text(tokenizer, texts, max_length=len(token_ids))
+            if reading.token_ids == token_ids:
+                return reading
+    return read_ids(tokenizer, token_ids)
+
+
+def example_reading(
+    hit: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase | None, fields: Sequence[str]
+) -> Reading | None:
+    """The training example of a hit, as far as the index kept it: its text fields, else its tokens."""
+    texts = [hit[name] for name in fields if isinstance(hit.get(name), str)]
+    if texts and tokenizer is not None:
+        return read_text(tokenizer, texts[:2])
+    if texts:
+        return Reading("\n".join(texts), [], [], [])
+    ids = hit.get("input_ids")
+    return read_ids(tokenizer, ids) if ids is not None and len(ids) else None

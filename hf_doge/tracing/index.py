@@ -1,0 +1,453 @@
+"""
+Which training examples, and which words in them, made a model predict what it predicts.
+
+    score(x, x') = sum over checkpoints c of learning_rate_c * sum over tokens w in both of <g_w(x), g_w(x')>
+
+(TracIn-WE, https://huggingface.co/papers/2202.11844.) A large positive score: `x'` is a proponent, training on it
+lowered the loss of `x`. The paper writes a minus in front, and its notebook prints the lowest end as proponents; we
+follow TracIn's own sign.
+"""
+
+import os
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.compute as pc
+from datasets import ClassLabel, Dataset
+from torch import nn
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from hf_doge.artifacts.influence import IndexReader
+from hf_doge.gradients.example_losses import LossFunction
+from hf_doge.tracing.hits import (
+    HIT_FEATURES,
+    TokenParts,
+    beside_examples,
+    example_reading,
+    make_hits,
+    query_hits,
+    query_reading,
+    select_extremes,
+)
+from hf_doge.tracing.html import render_page
+from hf_doge.tracing.index_folder import copy_index, fetch_index
+from hf_doge.tracing.models import LoadModel, checkpoint_folders
+from hf_doge.tracing.queries import TEXT_FIELDS, Query, check_queries
+from hf_doge.tracing.query_rows import QueryRowMaker
+from hf_doge.tracing.recording import tokenizer_fingerprint
+from hf_doge.tracing.scoring import QueryScorer
+from hf_doge.tracing.shares import share_work
+
+SPECIAL_TOKENS = ("count", "drop")
+REDUCTIONS = ("mean", "sum")
+
+
+class InfluenceIndex:
+    """
+    The gradient rows of all training examples at some checkpoints, to be searched with predictions.
+
+    ```python
+    index = InfluenceIndex.from_pretrained("influence")
+    hits = index.search(["Stocks rallied on Friday."], top_k=10)
+    index.to_html(hits, "hits.html")
+    ```
+
+    Made by [`~InfluenceIndex.from_pretrained`]. Queries may be
+
+    - a `datasets.Dataset` with `input_ids` (and `labels` or `label`), as the model is trained on;
+    - a text or a list of texts, or dictionaries with one text (`text`) or a pair (`premise`, `hypothesis`, ...) and perhaps
+      a `label`, all tokenised with `processing_class` and cut where the model's input ends;
+    - a batch, a dictionary of tensors as the model is fed.
+
+    A query without a label is traced for what the model predicts at the last checkpoint: its class, or for a language model
+    the tokens of the text itself (padding left out).
+
+    Their gradients are computed at the recorded checkpoints, one of which is in memory at a time. Under `accelerate launch`
+    every process takes a share of the queries, and every process gets all results.
+
+    Attributes:
+        reader ([`IndexReader`]): The files.
+        config (`dict`): Settings and checkpoints, as in config.json.
+        examples (`datasets.Dataset`): What is known of the training examples; row `i` is example `i`.
+    """
+
+    def __init__(
+        self,
+        reader: IndexReader,
+        *,
+        model: nn.Module | None = None,
+        load_model: LoadModel | None = None,
+        processing_class: Any | None = None,
+        loss_fn: LossFunction | None = None,
+        token: str | bool | None = None,
+    ) -> None:
+        self.reader = reader
+        self.config = reader.config
+        self._given_tokenizer = getattr(processing_class, "tokenizer", processing_class)
+        if self._given_tokenizer is not None:
+            self._check_tokenizer(self._given_tokenizer)
+        self._loading = {"model": model, "load_model": load_model, "loss_fn": loss_fn, "token": token}
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_path: str | os.PathLike,
+        *,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | os.PathLike | None = None,
+        verify: bool = True,
+        model: nn.Module | None = None,
+        load_model: LoadModel | None = None,
+        processing_class: Any | None = None,
+        loss_fn: LossFunction | None = None,
+    ) -> "InfluenceIndex":
+        """
+        Open an index.
+
+        Args:
+            name_or_path (`str` or `os.PathLike`): Folder, or name of a dataset repository on the Hub.
+            revision (`str`, *optional*): Branch, tag or commit on the Hub.
+            token (`str` or `bool`, *optional*): For private repositories.
+            cache_dir (`str` or `os.PathLike`, *optional*):
+                Where a download and the memory maps go; by default the Hub's cache and `$HF_HOME/hf_doge`.
+            verify (`bool`): Whether to check the sha256 of every file.
+            model (`nn.Module`, *optional*):
+                A model to take where it is the recorded one; where it is not, a copy of it gets each checkpoint's weights.
+            load_model (`Callable`, *optional*):
+                `load_model(path) -> nn.Module` for classes that are not of transformers. `path` is the checkpoint's.
+            processing_class (`PreTrainedTokenizerBase`, *optional*):
+                Tokenizer of the model. By default the one saved with the checkpoints.
+            loss_fn (`Callable`, *optional*): The one the index was recorded with, if any.
+
+        Raises:
+            FileNotFoundError: There is no such folder or repository, or a file of it is missing.
+            ValueError: A file was altered, no checkpoint is whole, or the tokenizer is another than the recorded one.
+        """
+        folder = fetch_index(name_or_path, revision=revision, token=token, cache_dir=cache_dir)
+        reader = IndexReader.open(folder, cache_dir=cache_dir, verify=verify)
+        return cls(
+            reader,
+            model=model,
+            load_model=load_model,
+            processing_class=processing_class,
+            loss_fn=loss_fn,
+            token=token,
+        )
+
+    def save_pretrained(self, save_directory: str | os.PathLike) -> None:
+        """
+        Copy the index, with the models it holds, if any.
+
+        Args:
+            save_directory (`str` or `os.PathLike`):
+                New, empty, or an index to replace. An interrupted copy leaves what was there before.
+        """
+        copy_index(self.reader.folder, Path(save_directory))
+
+    def __len__(self) -> int:
+        """Number of training examples."""
+        return self.reader.num_examples
+
+    def __repr__(self) -> str:
+        names = [checkpoint["name"] for checkpoint in self.reader.checkpoints]
+        return f"InfluenceIndex({str(self.reader.folder)!r}, num_examples={len(self)}, checkpoints={names})"
+
+    @property
+    def examples(self) -> Dataset:
+        """What is known of the training examples; row `i` is example `i`."""
+        return self.reader.examples
+
+    @cached_property
+    def processing_class(self) -> PreTrainedTokenizerBase | None:
+        """The tokenizer that was given, or the one saved with the checkpoints; `None` if there is none."""
+        if self._given_tokenizer is not None:
+            return self._given_tokenizer
+        for checkpoint in reversed(self.reader.checkpoints):
+            for path in checkpoint_folders(checkpoint, self.reader.folder):
+                if (path / "tokenizer_config.json").is_file():
+                    tokenizer = AutoTokenizer.from_pretrained(path)
+                    self._check_tokenizer(tokenizer)
+                    return tokenizer
+        return None
+
+    def search(
+        self,
+        queries: Any,
+        *,
+        top_k: int = 10,
+        special_tokens: str = "count",
+        batch_size: int = 32,
+        cosine: bool = False,
+        exclude: Sequence[int] = (),
+    ) -> Dataset:
+        """
+        The strongest proponents and opponents of each query among all training examples. Exact.
+
+        Args:
+            queries: See above.
+            top_k (`int`): At most so many of each kind, `>= 1`. An example that scores 0 is neither.
+            special_tokens (`str`):
+                `"count"`: tokens such as [CLS] count like any other. They are in every text, and their gradients carry
+                much of a sentence. `"drop"`: they do not count, neither in queries nor in examples.
+            batch_size (`int`): Queries per forward and backward.
+            cosine (`bool`):
+                Divide the score at each checkpoint by the norms of both gradients, before the learning rate weighs it.
+                Not in the paper.
+            exclude (`Sequence[int]`): Ids of examples to leave out, such as the query itself.
+
+        Returns:
+            `datasets.Dataset`: for each query its proponents from the strongest on, then its opponents, with columns
+
+            - `query` (position), `rank` (from 1), `kind` (`"proponent"` or `"opponent"`), `example_id`, `score`;
+            - `checkpoint_scores`: what each checkpoint adds to the score, its learning rate included;
+            - `special_token_share`: part of the sum of all tokens' absolute parts that special tokens hold;
+            - `words`, `word_scores`: words of the query that the example shares, by the size of their part. They add up
+              to the score. A token's part is shared equally by the positions that hold it, pieces of a word are joined;
+            - `token_ids`, `token_scores`: the same by token;
+            - `query_label`, `query_text`, `query_token_ids`: what was asked;
+            - every column that the index keeps of its examples, such as `text` and `label`.
+
+        Raises:
+            ValueError: An option or the queries are bad, or a checkpoint is another than the recorded one.
+            FileNotFoundError: A checkpoint is gone.
+        """
+        if top_k < 1:
+            raise ValueError(f"`top_k` must be at least 1, but got {top_k}.")
+        excluded = self._checked_ids(exclude)
+        options = {"batch_size": batch_size, "special_tokens": special_tokens, "cosine": cosine}
+        self._check_options(**options)
+        records = self._check(queries)
+
+        def work(start: int, stop: int) -> list[dict[str, Any]]:
+            asked, scorer = self._ask(records[start:stop], **options)
+            found = []
+            for first, block in scorer.blocks():
+                block[:, excluded] = 0
+                for position, scores in enumerate(block, start=first):
+                    parts = scorer.token_parts(position, select_extremes(scores, top_k))
+                    found += self._hits(start + position, asked[position], parts)
+            return found
+
+        return make_hits(share_work(len(records), work), self.examples)
+
+    def scores(
+        self, queries: Any, *, special_tokens: str = "count", batch_size: int = 32, cosine: bool = False
+    ) -> np.ndarray:
+        """
+        The scores of all queries with all training examples.
+
+        Args:
+            queries: See above.
+            special_tokens, batch_size, cosine: See [`~InfluenceIndex.search`].
+
+        Returns:
+            `numpy.ndarray` of shape `(num_queries, num_examples)`, float32. [`~InfluenceIndex.iter_scores`] gives it in
+            pieces.
+        """
+        options = {"batch_size": batch_size, "special_tokens": special_tokens, "cosine": cosine}
+        self._check_options(**options)
+        records = self._check(queries)
+
+        def work(start: int, stop: int) -> list[np.ndarray]:
+            _, scorer = self._ask(records[start:stop], **options)
+            return [block for _, block in scorer.blocks()]
+
+        return np.concatenate(share_work(len(records), work))
+
+    def iter_scores(
+        self, queries: Any, *, special_tokens: str = "count", batch_size: int = 32, cosine: bool = False
+    ) -> Iterator[tuple[range, np.ndarray]]:
+        """
+        [`~InfluenceIndex.scores`] in pieces of at most 64 MiB (or one query), all of them on this process.
+
+        Yields:
+            `tuple[range, numpy.ndarray]`: positions of some queries, and their scores `(len(range), num_examples)`.
+        """
+        options = {"batch_size": batch_size, "special_tokens": special_tokens, "cosine": cosine}
+        self._check_options(**options)
+        _, scorer = self._ask(self._check(queries), **options)
+        for first, block in scorer.blocks():
+            yield range(first, first + len(block)), block
+
+    def self_influence(self, *, special_tokens: str = "count") -> Dataset:
+        """
+        How much each training example pushes its own prediction, the largest first: wrong labels tend to stand on top.
+
+        `sum_c learning_rate_c * |g_c(x)|^2`, which needs no model.
+
+        Args:
+            special_tokens (`str`): See [`~InfluenceIndex.search`].
+
+        Returns:
+            `datasets.Dataset`: `rank` (from 1), `example_id`, `score`, and what the index keeps of the example.
+
+        Raises:
+            ValueError: The rows of the index are not gradients of their examples (second moment, online recording).
+        """
+        self._check_choice("special_tokens", special_tokens, SPECIAL_TOKENS)
+        self._refuse_metric("Self-influence")
+        if self.config.get("record") == "online":
+            raise ValueError(
+                "Self-influence needs an index with `record='checkpoint'`: online rows are sums of gradients times learning "
+                "rates. Search with the examples as queries instead."
+            )
+        excluded = self._excluded_tokens(special_tokens)
+        scores = sum(
+            checkpoint["learning_rate"]
+            * self.reader.self_influence(position, exclude_tokens=excluded).astype(np.float64)
+            for position, checkpoint in enumerate(self.reader.checkpoints)
+        )
+        order = np.argsort(-scores, kind="stable")
+        rows = {"rank": np.arange(1, len(order) + 1), "example_id": order, "score": scores[order]}
+        return beside_examples(Dataset.from_dict(rows), self.examples)
+
+    def domain_influence(
+        self,
+        queries: Any,
+        column: str,
+        *,
+        reduction: str = "mean",
+        special_tokens: str = "count",
+        batch_size: int = 32,
+        cosine: bool = False,
+    ) -> Dataset:
+        """
+        Which kind of training examples pushed each prediction: DoGE's question, put to single predictions.
+
+        Args:
+            queries: See above.
+            column (`str`): Column of the examples that names their domain (or label, source, ...).
+            reduction (`str`): `"mean"` score of a domain's examples, or their `"sum"`, which grows with the domain.
+            special_tokens, batch_size, cosine: See [`~InfluenceIndex.search`].
+
+        Returns:
+            `datasets.Dataset`: `query`, `domain`, `score`, `num_examples`; one row for each query and domain.
+
+        Raises:
+            ValueError: The examples have no such column.
+        """
+        self._check_choice("reduction", reduction, REDUCTIONS)
+        domains, members = self._domains(column)
+        counts = np.bincount(members, minlength=len(domains))
+        table: dict[str, list] = {"query": [], "domain": [], "score": [], "num_examples": []}
+        scored = self.iter_scores(queries, special_tokens=special_tokens, batch_size=batch_size, cosine=cosine)
+        for positions, block in scored:
+            for position, scores in zip(positions, block, strict=True):
+                sums = np.bincount(members, weights=scores, minlength=len(domains))
+                table["query"] += [position] * len(domains)
+                table["domain"] += domains
+                table["score"] += (sums / counts if reduction == "mean" else sums).tolist()
+                table["num_examples"] += counts.tolist()
+        return Dataset.from_dict(table)
+
+    def to_html(self, hits: Dataset, path: str | os.PathLike | None = None) -> str:
+        """
+        One page that shows queries and their hits, words shaded by their part: green for, red against.
+
+        Args:
+            hits (`datasets.Dataset`): From [`~InfluenceIndex.search`], whole or filtered.
+            path (`str` or `os.PathLike`, *optional*): Where to write it.
+
+        Returns:
+            `str`: The page. It needs no other file and runs no script.
+        """
+        missing = sorted(set(HIT_FEATURES) - set(hits.column_names))
+        if missing:
+            raise ValueError(f"`hits` must come from `InfluenceIndex.search`, but has no columns {missing}.")
+        tokenizer, fields = self.processing_class, self._text_fields()
+        page = render_page(
+            hits,
+            read_query=lambda hit: query_reading(hit, tokenizer),
+            read_example=lambda hit: example_reading(hit, tokenizer, fields),
+        )
+        if path is not None:
+            Path(path).write_text(page, encoding="utf-8")
+        return page
+
+    def _ask(
+        self, records: Sequence[dict[str, Any]], *, batch_size: int, special_tokens: str, cosine: bool
+    ) -> tuple[list[Query], QueryScorer]:
+        """Queries with their rows at all checkpoints, ready to be scored."""
+        excluded = self._excluded_tokens(special_tokens)
+        maker = QueryRowMaker(self.config, self.reader.folder, tokenizer=self.processing_class, **self._loading)
+        asked, rows = maker.record(records, batch_size=batch_size, drop_token_ids=excluded)
+        return asked, QueryScorer(self.reader, rows, excluded_tokens=excluded, cosine=cosine)
+
+    def _hits(self, position: int, query: Query, parts: TokenParts) -> list[dict[str, Any]]:
+        special = self.config["special_token_ids"]
+        return list(query_hits(position, query, parts, special_tokens=special, tokenizer=self.processing_class))
+
+    def _domains(self, column: str) -> tuple[list[Any], np.ndarray]:
+        """Names of the domains in order of appearance, and the domain of each example."""
+        if column not in self.examples.column_names:
+            raise ValueError(f"`column` must be one of {self.examples.column_names}, but got {column!r}.")
+        encoded = pc.dictionary_encode(self.examples.with_format("arrow")[column], null_encoding="encode")
+        encoded = encoded.unify_dictionaries().combine_chunks()
+        names = encoded.dictionary.to_pylist()
+        feature = self.examples.features[column]
+        if isinstance(feature, ClassLabel):
+            names = [None if name is None else feature.int2str(name) for name in names]
+        return names, encoded.indices.to_numpy()
+
+    def _check(self, queries: Any) -> list[dict[str, Any]]:
+        return check_queries(queries, self.processing_class, vocabulary_size=self.reader.vocabulary_size)
+
+    def _check_options(self, *, special_tokens: str, batch_size: int, cosine: bool) -> None:
+        self._check_choice("special_tokens", special_tokens, SPECIAL_TOKENS)
+        if batch_size < 1:
+            raise ValueError(f"`batch_size` must be at least 1, but got {batch_size}.")
+        if cosine:
+            self._refuse_metric("`cosine`")
+
+    def _check_choice(self, name: str, value: str, allowed: Sequence[str]) -> None:
+        if value not in allowed:
+            raise ValueError(f"`{name}` must be one of {list(allowed)}, but got {value!r}.")
+
+    def _refuse_metric(self, what: str) -> None:
+        if self.config.get("second_moment"):
+            raise ValueError(
+                f"{what} needs the gradients of the training examples, but this index was recorded with "
+                "`second_moment=True`: its rows are divided by Adam's metric, the queries' are not. Record another "
+                "index without it."
+            )
+
+    def _excluded_tokens(self, special_tokens: str) -> list[int]:
+        return list(self.config["special_token_ids"]) if special_tokens == "drop" else []
+
+    def _checked_ids(self, ids: Sequence[int]) -> np.ndarray:
+        ids = np.asarray(list(ids), dtype=np.int64)
+        if len(ids) and not 0 <= ids.min() <= ids.max() < len(self):
+            raise ValueError(
+                f"`exclude` must hold ids of examples, 0 to {len(self) - 1}, but got {ids.tolist()[:10]}."
+            )
+        return ids
+
+    def _check_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        recorded = self.config.get("tokenizer")
+        if recorded is None or not hasattr(tokenizer, "get_vocab"):
+            return
+        if (
+            len(tokenizer) != recorded["vocabulary_size"]
+            or tokenizer_fingerprint(tokenizer) != recorded["fingerprint"]
+        ):
+            raise ValueError(
+                f"The tokenizer must be the one of the index, {recorded['name']!r} with {recorded['vocabulary_size']} tokens,"
+                f" but {getattr(tokenizer, 'name_or_path', '')!r} with {len(tokenizer)} tokens has another vocabulary. "
+                "Pass the recorded model's own as `processing_class`."
+            )
+
+    def _text_fields(self) -> list[str]:
+        """Columns of the examples that hold what the model read."""
+        features = self.examples.features
+        strings = [name for name in features if getattr(features[name], "dtype", None) in ("string", "large_string")]
+        for names in TEXT_FIELDS:
+            if set(names) <= set(strings):
+                return list(names)
+        left = [
+            name for name in strings if name != "content_hash" and not name.endswith(("_name", "source", "domain"))
+        ]
+        return left if len(left) <= 2 else []

@@ -1,0 +1,107 @@
+"""The folder of an index: fetching it from the Hub and copying it."""
+
+import os
+import shutil
+from pathlib import Path
+
+from hf_doge.artifacts.influence.manifest import CARD_FILE, GRADIENTS, MANIFEST, read_config
+from hf_doge.tracing.weights import MODELS
+
+_ENTRIES = (CARD_FILE, "examples", "checkpoints", GRADIENTS, MODELS, MANIFEST)
+_STAGED, _REPLACED = ".hf_doge-{name}.new", ".hf_doge-{name}.old"
+
+
+def fetch_index(
+    name_or_path: str | os.PathLike,
+    *,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | os.PathLike | None = None,
+) -> Path:
+    """
+    A local folder as it is; any other name is fetched from the Hub, into its cache.
+
+    Raises:
+        FileNotFoundError: It is neither a folder nor a dataset repository that can be read or is cached.
+        NotADirectoryError: It is a file.
+    """
+    folder = Path(name_or_path)
+    if folder.is_dir():
+        return folder
+    if folder.is_file():
+        raise NotADirectoryError(
+            f"`name_or_path` must be a folder or a name on the Hub, but {str(folder)!r} is a file."
+        )
+    # Only here: a folder needs no Hub.
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    try:
+        fetched = snapshot_download(
+            str(name_or_path), repo_type="dataset", revision=revision, token=token, cache_dir=cache_dir
+        )
+    except (HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError) as error:
+        raise FileNotFoundError(
+            f"{str(name_or_path)!r} must be a folder or a dataset repository on the Hub, but there is no such folder, and"
+            f" the Hub says: {error}"
+        ) from error
+    return Path(fetched)
+
+
+def copy_index(folder: Path, save_directory: Path) -> None:
+    """
+    Copy an index: staged beside its place, then moved there in one step.
+
+    Args:
+        folder (`Path`): Of the index.
+        save_directory (`Path`): New, empty, or an index, which is replaced as a whole.
+
+    Raises:
+        NotADirectoryError: `save_directory` is a file.
+        FileExistsError: It holds anything else, which would be lost.
+    """
+    save_directory = save_directory.absolute()
+    if save_directory.exists() and save_directory.resolve() == folder.resolve():
+        return
+    _require_replaceable(save_directory)
+    save_directory.parent.mkdir(parents=True, exist_ok=True)
+    staged, replaced = (
+        save_directory.with_name(pattern.format(name=save_directory.name)) for pattern in (_STAGED, _REPLACED)
+    )
+    shutil.rmtree(staged, ignore_errors=True)
+    staged.mkdir()
+    try:
+        for name in _ENTRIES:
+            _copy(folder / name, staged / name)
+        read_config(staged)
+    except BaseException:
+        shutil.rmtree(staged, ignore_errors=True)
+        raise
+    if save_directory.exists():
+        shutil.rmtree(replaced, ignore_errors=True)
+        os.replace(save_directory, replaced)
+    os.replace(staged, save_directory)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _require_replaceable(folder: Path) -> None:
+    if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
+        raise NotADirectoryError(f"`save_directory` must be a folder, but {str(folder)!r} is a file or a link.")
+    if not folder.exists():
+        return
+    foreign = sorted({entry.name for entry in folder.iterdir()} - set(_ENTRIES))
+    if foreign:
+        raise FileExistsError(
+            f"`save_directory` must be new, empty or hold an index to replace, but {str(folder)!r} holds {foreign[:5]}. "
+            "Choose another folder."
+        )
+    if any(folder.iterdir()):
+        read_config(folder)  # a config.json that is not of an index is not ours to replace
+
+
+def _copy(source: Path, target: Path) -> None:
+    """A file or a folder; recordings that are not finished stay behind."""
+    if source.is_dir():
+        shutil.copytree(source, target, ignore=shutil.ignore_patterns("*.partial", ".*"))
+    elif source.is_file():
+        shutil.copyfile(source, target)

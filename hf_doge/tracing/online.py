@@ -1,0 +1,330 @@
+"""
+Recording in the training itself: each example at the step that used it, at no extra pass.
+
+TracIn ideally sums over the steps `t` that used example `x` the product `learning_rate_t * <g_t(x), g_t(x')>`. Here the
+training side of each product is caught in the training backward, and the query side is taken at the end of the interval
+between two saves (ours; the paper takes both at the checkpoint):
+
+    score(x, x') = sum over checkpoints c of < sum over steps t of c that used x of learning_rate_t * g_t(x), g_c(x') >
+
+so the row stored for `(x, token)` is that inner sum, and the checkpoint's own learning rate is written as 1. A gradient
+`g_t(x)` is that of `x`'s own loss with the dropout of that step: before clipping, and whatever the size of the batch, of
+the accumulated step or of the loss scale. With `top_k_tokens` each step's rows are truncated before they are summed.
+"""
+
+import json
+import logging
+import shutil
+import warnings
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import PreTrainedTokenizerBase, TrainerState, TrainingArguments
+
+from hf_doge.artifacts.influence import IndexWriter
+from hf_doge.gradients.embedding_uses import input_embedding_matrix
+from hf_doge.tracing.fingerprints import model_fingerprint, unwrap_model
+from hf_doge.tracing.online_capture import TrainingCapture
+from hf_doge.tracing.online_identity import IdentifiedBatches
+from hf_doge.tracing.online_spill import RowSpill, Segment, merged_rows, read_journal, read_segments
+from hf_doge.tracing.processes import run_on_main_process
+from hf_doge.tracing.recording import open_writer, require_same_embeddings
+from hf_doge.tracing.settings import RecordingSettings
+
+logger = logging.getLogger(__name__)
+
+PARTIAL = "online.partial"
+
+
+class OnlineRecording:
+    """
+    What [`TracInWECallback`] does with `record="online"`.
+
+    Between saves the rows lie in `<folder>/online.partial/`, each process's own; the folder must be one that all processes
+    see. Rows of steps that a resumed training repeats are dropped, those already in a whole checkpoint are not taken again.
+
+    Args:
+        folder (`str` or `os.PathLike`): Of the index.
+        dataset (`Dataset` or [`Examples`]): What the train DataLoader reads; further columns are kept for reading.
+        options ([`RecordingSettings`]): Which rows to keep, and how.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*): Knows the special tokens.
+
+    Raises:
+        ValueError: if an option has no meaning online.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        *,
+        dataset: Any,
+        options: RecordingSettings,
+        tokenizer: PreTrainedTokenizerBase | None,
+    ) -> None:
+        if options.tied != "input":
+            raise ValueError(f"`record='online'` catches the input part only, but `tied` is {options.tied!r}.")
+        if options.loss_fn is not None:
+            raise ValueError(
+                "`record='online'` records the loss that is trained, but got another as `loss_fn`. Leave it out, or use "
+                "`record='checkpoint'`."
+            )
+        self.folder = Path(folder)
+        self.dataset = dataset
+        self.options = options
+        self.tokenizer = tokenizer
+        self._stack = ExitStack()
+        self._writer: IndexWriter | None = None
+        self._started = self._saving = False
+
+    def start(
+        self, *, model: nn.Module, train_dataloader: DataLoader, args: TrainingArguments, state: TrainerState
+    ) -> None:
+        """
+        Begin to catch rows; at the beginning of training, also of a resumed one.
+
+        Raises:
+            ValueError: if the training is one that cannot be recorded online, or the folder holds another one.
+        """
+        self._stack.close()  # a training that failed and begins anew (`auto_find_batch_size`) has not stopped
+        _require_supported(args)
+        model = unwrap_model(model)
+        batches = IdentifiedBatches(train_dataloader)
+        self._require_same_examples(batches)
+        self._args = args
+        self._matrix = input_embedding_matrix(model)
+        self._distributed = PartialState()
+        run_on_main_process(lambda sign_of_life: self._open_writer(model, sign_of_life))
+        self._last_step = self._resume(model, state)
+        vocabulary_size, width = self._matrix.shape
+        self._spill = RowSpill(
+            self._rank_folder(args.process_index),
+            width=width,
+            vocabulary_size=vocabulary_size,
+            max_bytes=self.options.max_segment_bytes,
+        )
+        self._first_unsaved: int | None = None
+        self._saving = False
+        self._stack.enter_context(batches)
+        self._capture = self._stack.enter_context(
+            TrainingCapture(
+                model,
+                settings=self.options,
+                tokenizer=self.tokenizer,
+                half_precision=args.fp16 or args.bf16,
+                check_backward=not args.gradient_checkpointing,
+            )
+        )
+        self._model = model
+        self._started = True
+
+    def before_optimizer_step(self, *, learning_rate: float, state: TrainerState) -> None:
+        """
+        Take the rows of the step that is about to be made, all its micro-batches.
+
+        Args:
+            learning_rate (`float`): With which the step is made.
+            state ([`~transformers.TrainerState`]): Its `global_step` steps are done.
+
+        Raises:
+            ValueError: if the step's batches had no identity or its loss no known scale; see [`TrainingCapture`].
+        """
+        try:
+            self._keep(list(self._capture.take(weight=learning_rate)), step=state.global_step + 1)
+        except ValueError:
+            self._stack.close()  # the training ends here
+            raise
+
+    def _keep(self, caught: list[tuple[Tensor, Tensor, Tensor]], *, step: int) -> None:
+        if not caught:
+            raise ValueError(
+                "Each training batch must reach the model's forward with all its keys, but none of this step did. A "
+                "`compute_loss` that picks or renames inputs cannot be recorded online: use `record='checkpoint'`."
+            )
+        if step <= self._last_step or (self._args.fp16 and not self._has_finite_gradients()):
+            return  # in a whole checkpoint already; or a step that the loss scaler will skip, which moves nothing
+        for examples, tokens, rows in caught:
+            if not rows.sum().isfinite():  # one pass over them; whoever is not finite makes the sum so
+                raise ValueError(
+                    f"Gradients must be finite, but those of examples {examples.unique().tolist()[:8]} in step {step} are "
+                    "not. Look at their loss, or train at a lower learning rate."
+                )
+            self._spill.add(examples, tokens, rows)
+        if self._first_unsaved is None:
+            self._first_unsaved = step
+
+    def save(
+        self, *, model: nn.Module, name: str, step: int, epoch: float | None, learning_rate: float, path: str | Path
+    ) -> None:
+        """
+        Make the rows of all steps since the previous save one checkpoint; called by all processes.
+
+        Args:
+            model (`nn.Module`): With the weights that were saved.
+            name (`str`), step (`int`), epoch (`float`), path: Of the checkpoint.
+            learning_rate (`float`): Of the last step; each step's own is in its rows already.
+        """
+        if step <= self._last_step:
+            return
+        facts = {"name": name, "step": step, "epoch": epoch, "path": str(path)}
+        self._saving = True
+        self._spill.close({**facts, "first_step": self._last_step + 1, "num_processes": self._args.world_size})
+        self._distributed.wait_for_everyone()
+        run_on_main_process(
+            lambda sign_of_life: self._write_checkpoint(
+                unwrap_model(model), facts, [*self._spill.read(), *self._segments(first_process=1)], sign_of_life
+            )
+        )
+        self._spill.discard()
+        self._saving = False
+        self._last_step = step
+        self._first_unsaved = None
+
+    def stop(self) -> None:
+        """Leave the model and the DataLoader as they were. Rows of steps after the last save are dropped, with a warning."""
+        self._stack.close()
+        if not self._started:
+            return
+        self._started = False
+        if self._saving:
+            return  # the save failed: its rows wait on disk for the training to be resumed
+        if self._first_unsaved is not None:
+            warnings.warn(
+                f"The steps from {self._first_unsaved} on were trained after the last save, so no checkpoint has their "
+                "rows and no search will see them. Let the Trainer save at the end of training.",
+                stacklevel=2,
+            )
+        self._spill.discard()
+        if self._args.process_index == 0:
+            shutil.rmtree(self.folder / PARTIAL, ignore_errors=True)
+
+    def _open_writer(self, model: nn.Module, sign_of_life: Callable[[], None]) -> None:
+        self._writer = open_writer(
+            self.folder,
+            model=model,
+            dataset=self.dataset,
+            tokenizer=self.tokenizer,
+            settings=self.options,
+            sign_of_life=sign_of_life,
+        )
+
+    def _require_same_examples(self, batches: IdentifiedBatches) -> None:
+        """The ids are positions in what the DataLoader reads, so the dataset of the index must be the same there."""
+        recorded, trained = getattr(self.dataset, "recorded", self.dataset), batches.dataset
+        same = len(recorded) == len(trained)
+        if same and recorded is not trained:
+            positions = sorted({0, len(trained) // 2, len(trained) - 1} & set(range(len(trained))))
+            same = all(_tokens(recorded[i]) == _tokens(trained[i]) for i in positions)
+        if not same:
+            raise ValueError(
+                "`record='online'` records the examples that are trained on, but the dataset to record has "
+                f"{len(recorded)} and the train DataLoader reads {len(trained)} others. Leave `dataset` out."
+            )
+
+    def _resume(self, model: nn.Module, state: TrainerState) -> int:
+        """The step up to which whole checkpoints have all rows; what is left of later steps is finished or dropped."""
+        config = json.loads((self.folder / "config.json").read_text(encoding="utf-8"))
+        last_step = max((checkpoint["step"] for checkpoint in config["checkpoints"]), default=0)
+        if last_step > 0 and state.global_step == 0:
+            raise ValueError(
+                f"{str(self.folder)!r} has recorded a training up to step {last_step}, but this one begins at step 0. "
+                "Resume that training, or record this one in another folder."
+            )
+        folders = [self._rank_folder(rank) for rank in range(self._args.world_size)]
+        journals = [read_journal(folder) for folder in folders]
+        whole = {
+            (journal["first_step"], journal["step"], journal["num_processes"]) if journal else None
+            for journal in journals
+        } == {(last_step + 1, state.global_step, self._args.world_size)}
+        self._distributed.wait_for_everyone()  # all have read before one writes
+        if whole and state.global_step > last_step:
+            facts = {key: journals[0][key] for key in ("name", "step", "epoch", "path")}
+            run_on_main_process(
+                lambda sign_of_life: self._write_checkpoint(
+                    model, facts, self._segments(first_process=0), sign_of_life
+                )
+            )
+            last_step = state.global_step
+        elif state.global_step > last_step:
+            warnings.warn(
+                f"The steps from {last_step + 1} to {state.global_step} were trained without their rows being kept, so "
+                f"no search will see them. To have them, resume from the checkpoint of step {last_step} or earlier.",
+                stacklevel=4,
+            )
+            last_step = state.global_step
+        elif state.global_step < last_step:
+            logger.info("Steps up to %d are in the index already and are not recorded again.", last_step)
+        if self._args.process_index == 0:
+            shutil.rmtree(self.folder / PARTIAL, ignore_errors=True)
+        self._distributed.wait_for_everyone()
+        return last_step
+
+    def _segments(self, *, first_process: int) -> list[Segment]:
+        """What processes left on disk."""
+        ranks = range(first_process, self._args.world_size)
+        return [segment for rank in ranks for segment in read_segments(self._rank_folder(rank))]
+
+    def _write_checkpoint(
+        self, model: nn.Module, facts: dict[str, Any], segments: list[Segment], sign_of_life: Callable[[], None]
+    ) -> None:
+        require_same_embeddings(self._writer, model)
+        vocabulary_size, width = self._matrix.shape
+        checkpoint = self._writer.checkpoint(
+            facts["name"],
+            step=facts["step"],
+            epoch=facts["epoch"],
+            path=facts["path"],
+            learning_rate=1.0,
+            model_class=type(model).__name__,
+            fingerprint=model_fingerprint(model),
+        )
+        with checkpoint as writer:
+            blocks = merged_rows(
+                segments,
+                num_examples=self._writer.config["num_examples"],
+                vocabulary_size=vocabulary_size,
+                width=width,
+                max_bytes=self.options.max_segment_bytes,
+                first_example=writer.num_done,
+                virtual=not self._matrix.requires_grad,
+            )
+            for token_rows in blocks:
+                writer.add(token_rows)
+                sign_of_life()
+            writer.finish()
+
+    def _rank_folder(self, rank: int) -> Path:
+        return self.folder / PARTIAL / f"process-{rank:05d}"
+
+    def _has_finite_gradients(self) -> bool:
+        """Whether the scaler of fp16 will make the step."""
+        grads = [parameter.grad for parameter in self._model.parameters() if parameter.grad is not None]
+        return all(bool(grad.isfinite().all()) for grad in grads)
+
+
+def _require_supported(args: TrainingArguments) -> None:
+    problems = {
+        "packed sequences (`packing`)": getattr(args, "packing", False),
+        "padding-free batches (`padding_free`)": getattr(args, "padding_free", False),
+        "`torch_compile`": args.torch_compile,
+        "DeepSpeed": args.deepspeed,
+        "FSDP": args.fsdp,
+        "DataParallel over several GPUs in one process": args.n_gpu > 1,
+        "parallelism inside an example (`parallelism_config`)": getattr(args, "parallelism_config", None),
+        "label smoothing": args.label_smoothing_factor,
+    }
+    found = [problem for problem, present in problems.items() if present]
+    if found:
+        raise ValueError(
+            f"`record='online'` does not know which gradient is whose with {' and '.join(found)}. Turn it off, or use "
+            "`record='checkpoint'`."
+        )
+
+
+def _tokens(example: Any) -> list | None:
+    tokens = example.get("input_ids") if isinstance(example, Mapping) else None
+    return tokens.tolist() if hasattr(tokens, "tolist") else tokens

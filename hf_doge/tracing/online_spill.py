@@ -1,0 +1,167 @@
+"""
+Rows of the steps between two saves, on disk, summed by example and token when the save comes.
+
+Each process keeps segments of its own: `segment-00000.keys.npy`, ascending numbers `example_id * vocabulary_size +
+token`, and `segment-00000.rows.npy` beside it, float32. Memory holds one segment at a time.
+"""
+
+import json
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hf_doge.gradients.token_rows import TokenRows
+
+JOURNAL = "journal.json"
+
+Segment = tuple[np.ndarray, np.ndarray]  # ascending distinct keys (n,), and the row of each (n, width)
+
+
+class RowSpill:
+    """
+    Takes rows of examples in any order, as often as they come.
+
+    Args:
+        folder (`Path`): Of this process alone. Emptied at the first write and by [`discard`].
+        width (`int`), vocabulary_size (`int`): Of the embedding matrix.
+        max_bytes (`int`): Rows held in memory, as float32, before they are written.
+    """
+
+    def __init__(self, folder: Path, *, width: int, vocabulary_size: int, max_bytes: int) -> None:
+        self.folder = folder
+        self._vocabulary_size = vocabulary_size
+        self._max_rows = max(1, max_bytes // (4 * width))
+        self._buffer: list[tuple[Tensor, Tensor]] = []
+        self._num_rows = 0
+        self._num_segments = 0
+        self._last: Segment | None = None
+
+    def add(self, examples: Tensor, tokens: Tensor, rows: Tensor) -> None:
+        """Add rows `(n, width)` of the given examples and tokens `(n,)`, each pair as often as it comes."""
+        keys = examples.to(tokens.device) * self._vocabulary_size + tokens
+        self._buffer.append((keys.cpu(), rows.float().cpu()))
+        self._num_rows += len(keys)
+        if self._num_rows >= self._max_rows:
+            self._write()
+
+    def close(self, journal: dict[str, Any]) -> None:
+        """Write what is left and then `journal`, which says that the segments are whole and what they hold."""
+        self._write()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        temporary = self.folder / f"{JOURNAL}.tmp"
+        temporary.write_text(json.dumps({**journal, "num_segments": self._num_segments}), encoding="utf-8")
+        temporary.replace(self.folder / JOURNAL)
+
+    def read(self) -> list[Segment]:
+        """All segments; the last one from memory, where it still is after [`close`]."""
+        segments = read_segments(self.folder)
+        return segments if self._last is None else [*segments[:-1], self._last]
+
+    def discard(self) -> None:
+        """Forget all rows, on disk too."""
+        self._buffer.clear()
+        self._num_rows = self._num_segments = 0
+        self._last = None
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _write(self) -> None:
+        if not self._buffer:
+            return
+        if self._num_segments == 0:
+            shutil.rmtree(self.folder, ignore_errors=True)
+            self.folder.mkdir(parents=True)
+        keys, rows = _sum_by_key(*(torch.cat(parts) for parts in zip(*self._buffer, strict=True)))
+        self._buffer.clear()
+        self._num_rows = 0
+        path = self.folder / f"segment-{self._num_segments:05d}"
+        self._last = keys.numpy(), rows.numpy()
+        for part, content in zip(("keys", "rows"), self._last, strict=True):
+            np.save(path.with_suffix(f".{part}.npy"), content)
+        self._num_segments += 1
+
+
+def read_journal(folder: Path) -> dict[str, Any] | None:
+    """What [`RowSpill.close`] wrote; None if the rows of the process are not whole."""
+    try:
+        return json.loads((folder / JOURNAL).read_text(encoding="utf-8"))
+    except (FileNotFoundError, json.JSONDecodeError):
+        return None
+
+
+def read_segments(folder: Path) -> list[Segment]:
+    """What a [`RowSpill`] that was closed holds, left on disk until it is touched; nothing where there is none."""
+    journal = read_journal(folder) or {"num_segments": 0}
+    return [
+        tuple(
+            np.load(folder / f"segment-{number:05d}.{part}.npy", mmap_mode="r", allow_pickle=False)
+            for part in ("keys", "rows")
+        )
+        for number in range(journal["num_segments"])
+    ]
+
+
+def merged_rows(
+    segments: Sequence[Segment],
+    *,
+    num_examples: int,
+    vocabulary_size: int,
+    width: int,
+    max_bytes: int,
+    first_example: int = 0,
+    virtual: bool = False,
+) -> Iterator[TokenRows]:
+    """
+    The rows of all processes, summed by example and token.
+
+    Args:
+        segments (`Sequence[Segment]`): Of all processes.
+        num_examples (`int`), vocabulary_size (`int`), width (`int`): Of the index.
+        max_bytes (`int`): Bound of the rows held at a time, unless one example has more.
+        first_example (`int`): Where to begin.
+        virtual (`bool`): Passed on to [`TokenRows`].
+
+    Yields:
+        [`TokenRows`] of the next examples in order of their id; none for an example that no step used.
+    """
+    # keys ascend, so where each example begins in a segment tells how many rows it has there
+    borders = np.arange(first_example, num_examples + 1, dtype=np.int64) * vocabulary_size
+    total = np.zeros(len(borders), dtype=np.int64)
+    for keys, _ in segments:
+        total += np.searchsorted(keys, borders)
+    budget = max(1, max_bytes // (4 * width))
+    begin, last = 0, len(borders) - 1
+    while begin < last:
+        end = int(np.searchsorted(total, total[begin] + budget, side="right")) - 1
+        end = min(max(end, begin + 1), last)
+        pieces = []
+        for keys, rows in segments:
+            start, stop = np.searchsorted(keys, borders[[begin, end]])
+            if stop > start:
+                pieces.append((keys[start:stop], rows[start:stop]))
+        keys, rows = _sum_pieces(pieces, width)
+        offsets = torch.searchsorted(keys, torch.from_numpy(borders[begin : end + 1]))
+        yield TokenRows(offsets, keys % vocabulary_size, rows, virtual)
+        begin = end
+
+
+def _sum_pieces(pieces: Sequence[Segment], width: int) -> tuple[Tensor, Tensor]:
+    if not pieces:
+        return torch.empty(0, dtype=torch.int64), torch.empty(0, width)
+    if len(pieces) == 1:
+        return tuple(torch.from_numpy(np.require(part, requirements="W")) for part in pieces[0])
+    return _sum_by_key(*(torch.from_numpy(np.concatenate(parts)) for parts in zip(*pieces, strict=True)))
+
+
+def _sum_by_key(keys: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Ascending distinct keys, and the sum of the rows of each."""
+    distinct, slots = torch.unique(keys, return_inverse=True)
+    if len(distinct) == len(keys):  # nothing to sum: `slots` says where each row goes
+        ordered = torch.empty_like(rows)
+        ordered[slots] = rows
+        return distinct, ordered
+    return distinct, rows.new_zeros(len(distinct), rows.shape[1]).index_add_(0, slots, rows)

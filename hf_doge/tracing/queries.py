@@ -1,0 +1,347 @@
+"""
+From what a user asks about to batches a model takes: tokenised examples, raw texts, or a ready batch.
+
+Every query becomes a dictionary of what the model is fed for it alone, unpadded (the padding of a ready batch stays).
+"""
+
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedTokenizerBase
+
+from hf_doge.gradients.example_losses import IGNORE_INDEX
+from hf_doge.tracing.words import Reading, read_ids, read_text
+
+TEXT_FIELDS = (
+    ("text",),
+    ("premise", "hypothesis"),
+    ("sentence1", "sentence2"),
+    ("question", "context"),
+    ("sentence",),
+)
+LABEL_FIELDS = ("labels", "label", "label_ids")
+
+_USUAL_ARGUMENTS = {"input_ids", "attention_mask", "token_type_ids", "position_ids", "labels"}
+_LONGEST = 1_000_000  # a tokenizer that knows no limit has a much larger one
+
+
+@dataclass
+class Query:
+    """
+    One prediction to trace.
+
+    Attributes:
+        features (`dict[str, torch.Tensor]`): What the model takes, without a batch axis. Labels may be missing at first.
+        reading (`Reading`): Its text and tokens, for people.
+    """
+
+    features: dict[str, Tensor]
+    reading: Reading
+
+    @property
+    def label(self) -> int | float | None:
+        """The label, where it is a single number."""
+        labels = self.features.get("labels")
+        return labels.item() if labels is not None and labels.numel() == 1 else None
+
+
+def check_queries(
+    queries: Any, tokenizer: PreTrainedTokenizerBase | None, *, vocabulary_size: int
+) -> list[dict] | Dataset:
+    """
+    Bring queries into one of two forms, before any model is loaded: raw records, or features with `input_ids`.
+
+    Args:
+        queries: A tokenised `datasets.Dataset`, text or texts (`str`, or dictionaries with text fields and perhaps a
+            label), or a batch (a dictionary of tensors, as a model is fed).
+        tokenizer (`PreTrainedTokenizerBase`, *optional*): Needed by texts.
+        vocabulary_size (`int`): Number of rows of the embedding matrix.
+
+    Returns:
+        `list[dict]`: one per query. With `input_ids`, the other values are tensors.
+
+    Raises:
+        ValueError: There are none, some have no token or no label that counts, tokens out of the vocabulary, ready
+            embeddings, or texts without a tokenizer.
+        TypeError: They are nothing of the above.
+    """
+    if isinstance(queries, Dataset):
+        records = _dataset_records(queries)
+    elif isinstance(queries, str):
+        records = [{"text": queries}]
+    elif isinstance(queries, Mapping):
+        alone = queries and all(isinstance(value, str | int) for value in queries.values())
+        records = [dict(queries)] if alone else _split(queries)
+    elif isinstance(queries, Sequence) and all(isinstance(query, str | Mapping) for query in queries):
+        records = [{"text": query} if isinstance(query, str) else dict(query) for query in queries]
+    else:
+        raise TypeError(
+            "`queries` must be a tokenised `datasets.Dataset`, a text, a list of texts or of dictionaries, or a batch, "
+            f"but got a {type(queries).__name__}."
+        )
+    if not records:
+        raise ValueError("`queries` must hold at least one prediction to trace, but it is empty.")
+    if any(record.get("inputs_embeds") is not None for record in records):
+        raise ValueError(
+            "`queries` must hold token ids and no ready `inputs_embeds`: TracIn-WE needs to know which token each "
+            "embedding belongs to. Pass `input_ids`."
+        )
+    if any("input_ids" in record for record in records):
+        records = [_tensors(record) for record in records]
+        _check_tokens(records, vocabulary_size)
+    elif tokenizer is None:
+        raise ValueError(
+            "Queries in words need the tokenizer of the model, but the index found none beside its checkpoints. Pass "
+            "`processing_class` to `InfluenceIndex.from_pretrained`, or queries with `input_ids`."
+        )
+    _check_labels(records)
+    return records
+
+
+def make_queries(
+    records: Sequence[dict[str, Any]],
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase | None,
+    *,
+    batch_size: int,
+) -> list[Query]:
+    """
+    Tokenise texts, keep what the model takes, and give labels to queries that have none.
+
+    Such a label is what the model predicts: of a classifier its class (for several labels at once, those above 0.5), of
+    one that classifies tokens a class per token. A language model's labels are the tokens of the text themselves.
+
+    Args:
+        records (`Sequence[dict]`): From [`check_queries`].
+        model (`nn.Module`): At the last checkpoint.
+        tokenizer (`PreTrainedTokenizerBase`, *optional*): See [`check_queries`].
+        batch_size (`int`): For predicting.
+    """
+    accepted = accepted_arguments(model)
+    queries = [_make_query(record, model, tokenizer, accepted) for record in records]
+    unlabelled = [query for query in queries if "labels" not in query.features]
+    for start in range(0, len(unlabelled), batch_size):
+        _predict_labels(unlabelled[start : start + batch_size], model)
+    config = getattr(model, "config", None)
+    if getattr(config, "is_encoder_decoder", False):
+        for query in queries:
+            targets = query.features["labels"].flatten()
+            ids = [*query.features["input_ids"].tolist(), *targets[targets != IGNORE_INDEX].tolist()]
+            query.reading = read_ids(tokenizer, ids)
+    return queries
+
+
+def batches(queries: Sequence[Query], model: nn.Module, *, batch_size: int) -> Iterator[dict[str, Tensor]]:
+    """The queries in order, padded on the right; one by one where the model takes no `attention_mask`."""
+    pad_token_id = getattr(getattr(model, "config", None), "pad_token_id", None) or 0
+    masked = accepts(model, "attention_mask")
+    start = 0
+    while start < len(queries):
+        features = [query.features for query in queries[start : start + (batch_size if masked else 1)]]
+        start += len(features)
+        yield _collate(features, pad_token_id=pad_token_id, masked=masked)
+
+
+def accepted_arguments(model: nn.Module) -> set[str]:
+    """Names of what the model's `forward` takes; of the model inside an adapter."""
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    names = set(inspect.signature(inner.forward).parameters)
+    return names if "input_ids" in names else names | _USUAL_ARGUMENTS  # a wrapper that passes on what it gets
+
+
+def accepts(model: nn.Module, name: str) -> bool:
+    """Whether the model's `forward` takes this argument."""
+    return name in accepted_arguments(model)
+
+
+def text_fields(record: Mapping[str, Any]) -> list[str]:
+    """
+    Which fields of a record hold what the model reads: one text, or a pair.
+
+    Raises:
+        ValueError: if there is none, or too many to tell.
+    """
+    strings = [name for name, value in record.items() if isinstance(value, str)]
+    for names in TEXT_FIELDS:
+        if set(names) <= set(strings):
+            return list(names)
+    others = [name for name in strings if not name.startswith("label")]
+    if not 1 <= len(others) <= 2:
+        raise ValueError(
+            f"A query in words must have a text or a pair of texts, but its text fields are {others}. Keep only what the "
+            "model reads, and `label`."
+        )
+    return others
+
+
+def _dataset_records(dataset: Dataset) -> list[dict[str, Any]]:
+    if "input_ids" in dataset.column_names:
+        texts = ("string", "large_string")
+        kept = [name for name, kind in dataset.features.items() if getattr(kind, "dtype", None) not in texts]
+        dataset = dataset.select_columns(kept)
+    return dataset.with_format(None).to_list()
+
+
+def _split(batch: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The queries of a batch; what is not one value per query goes to each."""
+    if batch.get("inputs_embeds") is not None or batch.get("input_ids") is None:
+        return [dict(batch)] if batch else []
+    size = len(batch["input_ids"])
+    return [
+        {
+            name: value[position] if isinstance(value, Tensor | Sequence) and len(value) == size else value
+            for name, value in batch.items()
+            if value is not None
+        }
+        for position in range(size)
+    ]
+
+
+def _tensors(record: Mapping[str, Any]) -> dict[str, Any]:
+    if record.get("input_ids") is None:
+        raise ValueError("Queries must all have `input_ids`, or none of them, but one of several has none.")
+    tensors = {}
+    for name, value in record.items():
+        if value is None or isinstance(value, str):
+            continue
+        key = "labels" if name in LABEL_FIELDS else name
+        try:
+            tensors[key] = torch.as_tensor(value)
+        except (TypeError, ValueError, RuntimeError):
+            continue  # columns for people, such as lists of texts
+    return tensors
+
+
+def _check_tokens(records: Sequence[Mapping[str, Any]], vocabulary_size: int) -> None:
+    for position, record in enumerate(records):
+        ids = record["input_ids"]
+        if ids.numel() == 0:
+            raise ValueError(f"Every query must have tokens, but query {position} has none. Drop it.")
+        if ids.is_floating_point() or ids.min() < 0 or ids.max() >= vocabulary_size:
+            raise ValueError(
+                f"Tokens of queries must be whole numbers from 0 to {vocabulary_size - 1}, the vocabulary of the index, "
+                f"but query {position} has {ids.min().item()} to {ids.max().item()}. Tokenise them with the tokenizer "
+                "of the recorded model."
+            )
+
+
+def _check_labels(records: Sequence[Mapping[str, Any]]) -> None:
+    silent = []
+    for position, record in enumerate(records):
+        labels = record.get("labels")
+        if isinstance(labels, Tensor) and not labels.is_floating_point() and bool((labels == IGNORE_INDEX).all()):
+            silent.append(position)
+    if silent:
+        raise ValueError(
+            f"Every query must have a label that counts, but queries {silent[:10]} ({len(silent)} in all) have none but "
+            f"{IGNORE_INDEX}. Label them, or leave their labels out to trace what the model predicts."
+        )
+
+
+def _make_query(
+    record: Mapping[str, Any], model: nn.Module, tokenizer: PreTrainedTokenizerBase | None, accepted: set[str]
+) -> Query:
+    if "input_ids" in record:
+        features = {name: value for name, value in record.items() if name in accepted or name == "labels"}
+        ids, mask = features["input_ids"], features.get("attention_mask")
+        counted = ids.flatten() if mask is None or mask.shape != ids.shape else ids[mask.bool()]
+        return Query(features, read_ids(tokenizer, counted.tolist()))
+    texts = [record[name] for name in text_fields(record)]
+    max_length = find_max_length(model, tokenizer)
+    encoded = tokenizer(*texts, truncation=max_length is not None, max_length=max_length)
+    features = {name: torch.tensor(value) for name, value in encoded.items() if name in accepted}
+    if features["input_ids"].numel() == 0:
+        raise ValueError(f"Every query must have tokens, but {texts} have none. Drop it.")
+    label = next((record[name] for name in LABEL_FIELDS if record.get(name) is not None), None)
+    if label is not None:
+        features["labels"] = _label_tensor(label, model)
+    return Query(features, read_text(tokenizer, texts, max_length=max_length))
+
+
+def _label_tensor(label: Any, model: nn.Module) -> Tensor:
+    if isinstance(label, str):
+        names = getattr(getattr(model, "config", None), "label2id", None) or {}
+        if label not in names:
+            raise ValueError(
+                f"A label must be a number or one of the model's labels {sorted(names)}, but got {label!r}. Give its "
+                "number."
+            )
+        label = names[label]
+    return torch.as_tensor(label)
+
+
+def find_max_length(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """How many tokens the model reads at most, as far as it or the tokenizer knows."""
+    limits = [tokenizer.model_max_length]
+    for name in ("max_position_embeddings", "n_positions"):
+        limits.append(getattr(getattr(model, "config", None), name, None) or _LONGEST)
+    for name, module in model.named_modules():
+        if (
+            name.endswith("position_embeddings")
+            and isinstance(module, nn.Embedding)
+            and module.padding_idx is not None
+        ):
+            limits.append(module.num_embeddings - module.padding_idx - 1)  # RoBERTa counts from its padding on
+    longest = min(limits)
+    return None if longest >= _LONGEST else longest
+
+
+@torch.no_grad()
+def _predict_labels(queries: Sequence[Query], model: nn.Module) -> None:
+    """Give each query the label that the model predicts for it."""
+    training = model.training
+    model.eval()
+    try:
+        done = 0
+        for batch in batches(queries, model, batch_size=len(queries)):
+            outputs = model(**{name: value.to(_device(model)) for name, value in batch.items()})
+            logits = getattr(outputs, "logits", None)
+            for row in range(len(batch["input_ids"])):
+                features = queries[done].features
+                scores = logits[row].cpu() if isinstance(logits, Tensor) else None
+                features["labels"] = _predicted(scores, features, model)
+                done += 1
+    finally:
+        model.train(training)
+
+
+def _predicted(logits: Tensor | None, features: Mapping[str, Tensor], model: nn.Module) -> Tensor:
+    """The label of one query, from its logits: `(num_classes,)`, or `(num_positions, num_classes)` with its padding."""
+    config, ids = getattr(model, "config", None), features["input_ids"]
+    if logits is not None and logits.ndim == 1 and len(logits) > 1:
+        multiple = getattr(config, "problem_type", None) == "multi_label_classification"
+        return (logits > 0).float() if multiple else logits.argmax()
+    decoding = getattr(config, "is_encoder_decoder", False)
+    if logits is not None and logits.ndim == 2 and ids.ndim == 1 and len(logits) >= len(ids) and not decoding:
+        generative = logits.shape[1] >= getattr(config, "vocab_size", torch.inf)
+        mask = features.get("attention_mask", torch.ones_like(ids)).bool()
+        return (ids if generative else logits[: len(ids)].argmax(dim=1)).masked_fill(~mask, IGNORE_INDEX)
+    raise ValueError(
+        f"Queries without labels can be traced for classifiers and language models, but `{type(model).__name__}` is "
+        "neither, so what it predicts is no label. Give the queries `labels`."
+    )
+
+
+def _collate(features: Sequence[Mapping[str, Tensor]], *, pad_token_id: int, masked: bool) -> dict[str, Tensor]:
+    fills = {"input_ids": pad_token_id, "labels": IGNORE_INDEX}
+    batch = {}
+    for name in features[0]:
+        values = [feature[name] for feature in features]
+        if len({value.shape for value in values}) == 1:
+            batch[name] = torch.stack(values)
+        else:
+            batch[name] = pad_sequence(values, batch_first=True, padding_value=fills.get(name, 0))
+    if masked and "attention_mask" not in batch and batch["input_ids"].ndim == 2:
+        lengths = torch.tensor([len(feature["input_ids"]) for feature in features])
+        batch["attention_mask"] = (torch.arange(batch["input_ids"].shape[1]) < lengths[:, None]).long()
+    return batch
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device

@@ -1,0 +1,63 @@
+"""What a search engine would find: examples that share words with the query, whatever the model thinks."""
+
+import numpy as np
+from torch import Tensor
+
+from hf_doge.tracing.scorers.base import Batches
+
+
+class BM25Scorer:
+    """
+    BM25 over the token ids that models read, by the library `bm25s`.
+
+    BM25 knows no opponents: its scores are `>= 0`, so its lowest end is examples that share nothing. With `signed`,
+    examples of another label than the query's count negative, so that both ends share words with it. Ours.
+
+    Args:
+        signed (`bool`): Whether the label decides the sign.
+        ignore_tokens (`Sequence[int]`): Token ids that are no words, such as `[CLS]`.
+
+    Raises:
+        ImportError: `bm25s` is not installed.
+    """
+
+    def __init__(self, *, signed: bool = False, ignore_tokens: tuple[int, ...] = ()) -> None:
+        try:
+            import bm25s
+        except ImportError as error:
+            raise ImportError(
+                "BM25 needs bm25s. Install it by `pip install 'hf-doge[evaluate-influence]'`, or leave this scorer out."
+            ) from error
+        self._library = bm25s
+        self.signed = signed
+        self.ignore_tokens = frozenset(ignore_tokens)
+
+    def scores(self, train: Batches, queries: Batches) -> np.ndarray:
+        """Scores of shape `(Q, N)`, see [`Scorer`]."""
+        texts, query_texts = self._words(train), self._words(queries)
+        known = {word for text in texts for word in text}
+        index = self._library.BM25()
+        index.index(texts, show_progress=False)
+        scores = np.zeros((len(query_texts), len(texts)))
+        for row, words in zip(scores, query_texts, strict=True):
+            if words := [word for word in words if word in known]:
+                row[:] = index.get_scores(words)
+        if self.signed:
+            scores *= np.where(_labels(queries)[:, None] == _labels(train)[None], 1.0, -1.0)
+        return scores
+
+    def _words(self, batches: Batches) -> list[list[str]]:
+        """Token ids of each example as words, padding left out."""
+        return [
+            [str(token) for token in ids[mask.bool()].tolist() if token not in self.ignore_tokens]
+            for batch in batches
+            for ids, mask in zip(batch["input_ids"], _mask(batch["input_ids"], batch), strict=True)
+        ]
+
+
+def _mask(input_ids: Tensor, batch: dict[str, Tensor]) -> Tensor:
+    return batch.get("attention_mask", input_ids.new_ones(input_ids.shape))
+
+
+def _labels(batches: Batches) -> np.ndarray:
+    return np.concatenate([batch["labels"].cpu().numpy() for batch in batches])

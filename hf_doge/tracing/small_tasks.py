@@ -1,0 +1,144 @@
+"""A text classification task out of a folder of labelled JSONL, small enough to train on again and again."""
+
+import gzip
+import json
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+PAD, UNKNOWN, START, SEPARATOR = "[PAD]", "[UNK]", "[CLS]", "[SEP]"
+SPECIAL_TOKENS = (PAD, UNKNOWN, START, SEPARATOR)
+
+_WORD = re.compile(r"\w+|[^\w\s]")
+
+
+@dataclass(frozen=True)
+class SmallTask:
+    """
+    Tokenised examples of a task.
+
+    Attributes:
+        train, test (`dict[str, torch.Tensor]`): `input_ids` and `attention_mask` of shape `(N, T)`, `labels (N,)`.
+        vocabulary (`tuple[str, ...]`): The word of each token id; the first four are special.
+        num_classes (`int`): Number of labels.
+        train_texts, test_texts (`list[str]`): What was tokenised, for reading.
+    """
+
+    train: dict[str, Tensor]
+    test: dict[str, Tensor]
+    vocabulary: tuple[str, ...]
+    num_classes: int
+    train_texts: list[str]
+    test_texts: list[str]
+
+
+def load_small_task(
+    data_dir: str | Path,
+    task: str,
+    *,
+    num_train: int = 400,
+    num_test: int = 400,
+    max_length: int = 32,
+    min_count: int = 2,
+    seed: int = 0,
+) -> SmallTask:
+    """
+    Draw examples, build a vocabulary of lower-case words from the train ones, and tokenise.
+
+    A text becomes `[CLS] words [SEP]`, a pair `[CLS] premise [SEP] hypothesis [SEP]`, each cut at the end.
+
+    Args:
+        data_dir (`str` or `Path`): Folder with `<task>.train.jsonl[.gz]` and `<task>.test.jsonl[.gz]`, records of `text`
+            (or `premise` and `hypothesis`) and `label`, an integer.
+        task (`str`): Name of the files.
+        num_train, num_test (`int`): How many examples to draw; the same share of each label as in the file, about.
+        max_length (`int`): Tokens per text, special ones included.
+        min_count (`int`): Words that occur less often in the drawn train texts become `[UNK]`.
+        seed (`int`): Of the draw.
+
+    Raises:
+        FileNotFoundError: if a file is missing.
+        ValueError: if a file has fewer examples than asked for, or a record lacks a field.
+    """
+    generator = np.random.default_rng(seed)
+    train = _draw(_read(_find(Path(data_dir), task, "train")), num_train, generator, f"{task}.train")
+    test = _draw(_read(_find(Path(data_dir), task, "test")), num_test, generator, f"{task}.test")
+    counts = Counter(word for parts, _ in train for part in parts for word in split_words(part))
+    words = sorted(word for word, count in counts.items() if count >= min_count)
+    vocabulary = (*SPECIAL_TOKENS, *words)
+    ids = {word: position for position, word in enumerate(vocabulary)}
+    return SmallTask(
+        train=_encode(train, ids, max_length),
+        test=_encode(test, ids, max_length),
+        vocabulary=vocabulary,
+        num_classes=1 + max(label for _, label in train + test),
+        train_texts=[" / ".join(parts) for parts, _ in train],
+        test_texts=[" / ".join(parts) for parts, _ in test],
+    )
+
+
+def split_words(text: str) -> list[str]:
+    """Lower-case words and single punctuation marks."""
+    return _WORD.findall(text.lower())
+
+
+def _find(data_dir: Path, task: str, split: str) -> Path:
+    for suffix in ("jsonl", "jsonl.gz"):
+        path = data_dir / f"{task}.{split}.{suffix}"
+        if path.is_file():
+            return path
+    raise FileNotFoundError(
+        f"`data_dir` must hold {task}.{split}.jsonl or .jsonl.gz, but {str(data_dir)!r} holds neither. Check "
+        "`--data_dir` and `--task`."
+    )
+
+
+def _read(path: Path) -> list[tuple[list[str], int]]:
+    with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as file:
+        records = [json.loads(line) for line in file if line.strip()]
+    examples = []
+    for number, record in enumerate(records, start=1):
+        parts = [record[name] for name in ("text", "premise", "hypothesis") if name in record]
+        if not parts or not isinstance(record.get("label"), int):
+            raise ValueError(
+                f"Every record must have `text` (or `premise` and `hypothesis`) and an integer `label`, but record "
+                f"{number} of {str(path)!r} has {sorted(record)}."
+            )
+        examples.append((parts, record["label"]))
+    return examples
+
+
+def _draw(
+    examples: list[tuple[list[str], int]], count: int, generator: np.random.Generator, name: str
+) -> list[tuple[list[str], int]]:
+    if not 1 <= count <= len(examples):
+        raise ValueError(f"{name} must have as many examples as asked for, {count}, but it has {len(examples)}.")
+    return [examples[i] for i in generator.choice(len(examples), size=count, replace=False)]
+
+
+def _encode(examples: Sequence[tuple[list[str], int]], ids: dict[str, int], max_length: int) -> dict[str, Tensor]:
+    lines = [_token_ids(parts, ids, max_length) for parts, _ in examples]
+    input_ids = torch.full((len(lines), max(map(len, lines))), ids[PAD])
+    for row, line in zip(input_ids, lines, strict=True):
+        row[: len(line)] = torch.tensor(line)
+    return {
+        "input_ids": input_ids,
+        "attention_mask": (input_ids != ids[PAD]).long(),
+        "labels": torch.tensor([label for _, label in examples]),
+    }
+
+
+def _token_ids(parts: Iterable[str], ids: dict[str, int], max_length: int) -> list[int]:
+    """Each part may take an equal share of the places that `[CLS]` and the `[SEP]` after each part leave."""
+    parts = list(parts)
+    room = (max_length - 1) // len(parts) - 1
+    line = [ids[START]]
+    for part in parts:
+        line += [ids.get(word, ids[UNKNOWN]) for word in split_words(part)[:room]] + [ids[SEPARATOR]]
+    return line
