@@ -10,7 +10,7 @@ SETUP := $(VENV)/.ready
 help:  ## Show what can be made
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 
-demo: $(SETUP)  ## Learn weights on text of this machine, train with them, show a table and a plot (about 4 minutes)
+demo: $(SETUP)  ## Learn weights on text of this machine, train with them, trace a prediction; tables and plots (about 5 minutes)
 	$(BIN)/hf-doge demo --output_dir demo
 
 test: $(SETUP) lint  ## Check the style and run the tests (offline, CPU)

@@ -64,7 +64,16 @@ def arguments(folder, **options):
 
 
 def make_trainer(
-    folder, callback, *, tokenizer, model=None, dataset=None, trainer_class=Trainer, collator=None, optimizers=(None, None), **options
+    folder,
+    callback,
+    *,
+    tokenizer,
+    model=None,
+    dataset=None,
+    trainer_class=Trainer,
+    collator=None,
+    optimizers=(None, None),
+    **options,
 ):
     return trainer_class(
         model or tiny_classifier(),

@@ -276,7 +276,7 @@ def test_report_shows_the_result_and_not_every_checkpoint(data_dir, learned, tmp
 
 
 def test_demo_goes_from_a_corpus_to_a_report(data_dir, tmp_path, monkeypatch, capsys):
-    from hf_doge.cli import demo
+    from hf_doge.cli import demo, demo_influence
     from hf_doge.cli.demo_corpus import Split
 
     def copy_data(folder):
@@ -287,12 +287,17 @@ def test_demo_goes_from_a_corpus_to_a_report(data_dir, tmp_path, monkeypatch, ca
     monkeypatch.setattr(demo, "SHARED_FLAGS", TINY)
     monkeypatch.setattr(demo, "LEARN_FLAGS", ["--train_tokenizer_vocab=300"])
     monkeypatch.setattr(demo, "COMPARE_FLAGS", ["--seeds", "1"])
+    monkeypatch.setattr(demo_influence, "BLOCK_SIZE", 16)
+    monkeypatch.setattr(demo_influence, "NUM_STEPS", 2)
     folder = tmp_path / "demo"
     assert main(["demo", "--output_dir", str(folder)]) == 0
     printed = capsys.readouterr().out
-    for path in ("proxy/domain_weights", "proxy/domain_weights.png", "comparison/comparison.md", "report.md"):
+    weights, table = ("proxy/domain_weights", "proxy/domain_weights.png"), "comparison/comparison.md"
+    for path in (*weights, table, "tracing/influence.html", "report.md"):
         assert (folder / path).exists()
         assert str(folder / path) in printed
+    assert "proponent 1" in printed
+    assert "Mean influence of an example, by domain" in printed
     assert printed.count("learned against uniform, average") == 1
     assert (folder / "report.md").read_text().count("data:image/png;base64,") == 2
 

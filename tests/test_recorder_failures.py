@@ -61,15 +61,15 @@ def test_rows_do_not_depend_on_the_training_batch_or_its_accumulation(tmp_path, 
     recorded = []
     for batch_size, accumulation in ((8, 1), (2, 4)):
         options = {"per_device_train_batch_size": batch_size, "gradient_accumulation_steps": accumulation}
-        reader = train(
-            tmp_path / str(batch_size), tokenizer=tokenizer, learning_rate=0.0, max_steps=2, **options
-        )
+        reader = train(tmp_path / str(batch_size), tokenizer=tokenizer, learning_rate=0.0, max_steps=2, **options)
         recorded.append(all_rows(reader))
     assert_same_rows(*recorded)
 
 
 def test_two_epochs_are_two_checkpoints_also_when_nothing_moves(tmp_path, tokenizer):
-    reader = train(tmp_path, tokenizer=tokenizer, learning_rate=0.0, max_steps=-1, num_train_epochs=2, save_strategy="epoch")
+    reader = train(
+        tmp_path, tokenizer=tokenizer, learning_rate=0.0, max_steps=-1, num_train_epochs=2, save_strategy="epoch"
+    )
     assert [checkpoint["name"] for checkpoint in reader.checkpoints] == ["checkpoint-3", "checkpoint-6"]
     assert [checkpoint["epoch"] for checkpoint in reader.checkpoints] == [1.0, 2.0]
     assert_same_rows(all_rows(reader, 0), all_rows(reader, 1), tolerance=0)
@@ -97,9 +97,7 @@ def test_a_resumed_training_has_each_example_once_with_its_rows(tmp_path, tokeni
         for leftover in sorted((tmp_path / "run" / f"checkpoint-{step}").iterdir()):
             leftover.unlink()
         (tmp_path / "run" / f"checkpoint-{step}").rmdir()
-    resumed = train(
-        tmp_path, tokenizer=tokenizer, max_steps=8, resume=str(tmp_path / "run" / "checkpoint-4")
-    )
+    resumed = train(tmp_path, tokenizer=tokenizer, max_steps=8, resume=str(tmp_path / "run" / "checkpoint-4"))
     assert [checkpoint["step"] for checkpoint in resumed.checkpoints] == [2, 4, 6, 8]
     assert segments(resumed) == segments(whole)
 
@@ -162,7 +160,9 @@ def test_frozen_embeddings_are_recorded_as_virtual_and_warned_of_once(tmp_path, 
 def test_each_checkpoint_has_the_learning_rate_of_the_step_that_led_there(tmp_path, tokenizer):
     reader = train(tmp_path, tokenizer=tokenizer, learning_rate=0.01, lr_scheduler_type="linear")
     rates = [checkpoint["learning_rate"] for checkpoint in reader.checkpoints]
-    assert rates == pytest.approx([0.01 * 3 / 4, 0.01 * 1 / 4])  # steps 2 and 4 of 4; the next one's would be 1/2 and 0
+    assert rates == pytest.approx(
+        [0.01 * 3 / 4, 0.01 * 1 / 4]
+    )  # steps 2 and 4 of 4; the next one's would be 1/2 and 0
 
 
 def test_the_learning_rate_is_that_of_the_parameter_group_of_the_embeddings(tmp_path, tokenizer):

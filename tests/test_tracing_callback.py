@@ -78,7 +78,9 @@ def sft_trainer(folder, callback, data, tokenizer, **options):
 
     defaults = {"max_steps": 2, "save_steps": 2, "use_cpu": True, "bf16": False, "report_to": [], "disable_tqdm": True}
     args = SFTConfig(str(folder / "run"), **{**defaults, "gradient_checkpointing": False, **options})
-    return SFTTrainer(tiny_llama(tied=False), args, train_dataset=data, processing_class=tokenizer, callbacks=[callback])
+    return SFTTrainer(
+        tiny_llama(tied=False), args, train_dataset=data, processing_class=tokenizer, callbacks=[callback]
+    )
 
 
 def test_sft_trainer_tokenises_by_itself_and_only_completions_count(tmp_path, tokenizer):
@@ -133,9 +135,7 @@ class Spy(TracInWECallback):
             }
 
         fingerprint, before = look()
-        super()._record(
-            args, state, model=model, optimizer=optimizer, train_dataloader=train_dataloader, **kwargs
-        )
+        super()._record(args, state, model=model, optimizer=optimizer, train_dataloader=train_dataloader, **kwargs)
         assert look()[0] == fingerprint
         torch.testing.assert_close(look()[1], before, rtol=0, atol=0)
         self.num_saves += 1
@@ -214,7 +214,24 @@ def test_mixed_precision_training_is_recorded_in_the_precision_of_the_weights(tm
     model = tiny_classifier()
     reader = train(tmp_path, tokenizer=tokenizer, model=model, bf16=True)
     assert "_original_forward" in vars(model)  # the Trainer did put autocast around it
-    assert_rows_are_autograd(reader, 1, BertForSequenceClassification.from_pretrained(tmp_path / "run" / "checkpoint-4"), classification_data())
+    assert_rows_are_autograd(
+        reader,
+        1,
+        BertForSequenceClassification.from_pretrained(tmp_path / "run" / "checkpoint-4"),
+        classification_data(),
+    )
+
+
+@pytest.mark.parametrize("record_steps", [None, 3])
+def test_online_rows_are_recorded_by_the_same_callback(tmp_path, tokenizer, record_steps):
+    data = classification_data()
+    options = {"record": "online", "dataset": data, "record_steps": record_steps}
+    model = tiny_classifier()
+    reader = train(tmp_path, tokenizer=tokenizer, model=model, max_steps=6, recording=options)
+    assert [checkpoint["step"] for checkpoint in reader.checkpoints] == ([2, 4, 6] if record_steps is None else [3, 6])
+    assert reader.config["record"] == "online"
+    assert reader.examples["text"] == data["text"]
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
 # When
@@ -223,9 +240,7 @@ def test_mixed_precision_training_is_recorded_in_the_precision_of_the_weights(tm
 @pytest.mark.parametrize(("record_steps", "expected"), [(3, [3, 6]), ([1, 4, 6], [1, 4, 6]), ((2,), [2])])
 def test_steps_that_are_asked_for_are_recorded_with_weights_to_search_by(tmp_path, tokenizer, record_steps, expected):
     """Every fourth step is saved by the Trainer; the weights of the others lie in the index."""
-    reader = train(
-        tmp_path, tokenizer=tokenizer, max_steps=6, save_steps=4, recording={"record_steps": record_steps}
-    )
+    reader = train(tmp_path, tokenizer=tokenizer, max_steps=6, save_steps=4, recording={"record_steps": record_steps})
     assert [checkpoint["step"] for checkpoint in reader.checkpoints] == expected
     for position, checkpoint in enumerate(reader.checkpoints):
         step = checkpoint["step"]
@@ -459,15 +474,24 @@ def test_datasets_that_do_not_fit_are_refused(tmp_path, tokenizer, dataset, matc
 
 
 def test_labels_that_no_loss_counts_are_refused_by_position(tmp_path, tokenizer):
-    labels = [[-100] * len(row) if position in (4, 6) else row for position, row in enumerate(translation_data()["labels"])]
+    labels = [
+        [-100] * len(row) if position in (4, 6) else row for position, row in enumerate(translation_data()["labels"])
+    ]
     data = translation_data().remove_columns("labels").add_column("labels", labels)
     refused(
-        tmp_path, tokenizer, r"examples \[4, 6\] \(2 in all\)", model=tiny_t5(), dataset=data, collator=seq2seq_collator(tokenizer)
+        tmp_path,
+        tokenizer,
+        r"examples \[4, 6\] \(2 in all\)",
+        model=tiny_t5(),
+        dataset=data,
+        collator=seq2seq_collator(tokenizer),
     )
 
 
 def test_tokens_out_of_the_vocabulary_are_refused_by_position(tmp_path, tokenizer):
-    data = classification_data().map(lambda row, i: {"input_ids": [5, 40] if i == 3 else row["input_ids"]}, with_indices=True)
+    data = classification_data().map(
+        lambda row, i: {"input_ids": [5, 40] if i == 3 else row["input_ids"]}, with_indices=True
+    )
     refused(tmp_path, tokenizer, "Example 3 must have tokens from 0 to 31", dataset=data)
 
 
@@ -507,12 +531,16 @@ def test_a_folder_of_another_training_is_refused_and_kept(tmp_path, tokenizer):
     reader = train(tmp_path, tokenizer=tokenizer)
     expected = segments(reader)
     same = {"recording": {"dtype": "float32"}}
-    refused(tmp_path, tokenizer, r"holds checkpoints \['checkpoint-2', 'checkpoint-4'\] of an earlier training", **same)
+    refused(
+        tmp_path, tokenizer, r"holds checkpoints \['checkpoint-2', 'checkpoint-4'\] of an earlier training", **same
+    )
     refused(tmp_path, tokenizer, "`num_examples` is 11, not 5", dataset=classification_data(5), **same)
     refused(tmp_path, tokenizer, "`dataset` is", dataset=classification_data(seed=4), **same)
     refused(tmp_path, tokenizer, "`dtype` is 'float32', not 'float16'")
     refused(tmp_path, tokenizer, "`top_k` is None, not 3", recording={"dtype": "float32", "top_k_tokens": 3})
-    wider = BertForSequenceClassification(type(tiny_classifier().config)(**{**tiny_classifier().config.to_dict(), "hidden_size": 32}))
+    wider = BertForSequenceClassification(
+        type(tiny_classifier().config)(**{**tiny_classifier().config.to_dict(), "hidden_size": 32})
+    )
     refused(tmp_path, tokenizer, "`width` is 16, not 32", model=wider, **same)
     assert segments(IndexReader.open(tmp_path / "index")) == expected
 
@@ -534,7 +562,9 @@ def test_embeddings_that_are_resized_between_checkpoints_are_refused_and_the_fir
 def test_second_moments_need_adam_and_trained_embeddings(tmp_path, tokenizer):
     frozen = tiny_classifier()
     frozen.get_input_embeddings().weight.requires_grad_(False)
-    refused(tmp_path, tokenizer, "needs input embeddings that are trained", model=frozen, recording={"second_moment": True})
+    refused(
+        tmp_path, tokenizer, "needs input embeddings that are trained", model=frozen, recording={"second_moment": True}
+    )
     callback = TracInWECallback(tmp_path / "other", second_moment=True)
     trainer = make_trainer(tmp_path / "run", callback, tokenizer=tokenizer, optim="sgd")
     with pytest.raises(ValueError, match="needs an optimizer that keeps `exp_avg_sq`"):

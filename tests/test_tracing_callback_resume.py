@@ -113,7 +113,9 @@ def test_a_partial_recording_of_other_weights_is_thrown_away(tmp_path, recorded_
         start(tmp_path).train()
     recorded_batches.fail_at, recorded_batches.number = None, 0
     # resumed one checkpoint earlier and trained on otherwise
-    reader = resume(tmp_path, at=str(tmp_path / "run" / "checkpoint-2"), learning_rate=0.3, lr_scheduler_type="constant")
+    reader = resume(
+        tmp_path, at=str(tmp_path / "run" / "checkpoint-2"), learning_rate=0.3, lr_scheduler_type="constant"
+    )
     assert recorded_batches.number == 1 + 4 + 4
     model = BertForSequenceClassification.from_pretrained(tmp_path / "run" / "checkpoint-4")
     assert_rows_are_autograd(reader, 1, model, classification_data())
@@ -257,7 +259,12 @@ def test_saved_checkpoints_recorded_afterwards_are_those_of_the_callback(tmp_pat
 
 def test_the_default_collator_pads_by_the_tokenizer(tmp_path, checkpoints, tokenizer):
     record_dataset(
-        tmp_path / "index", checkpoints, classification_data(), tokenizer=tokenizer, settings=settings(), progress=False
+        tmp_path / "index",
+        checkpoints,
+        classification_data(),
+        tokenizer=tokenizer,
+        settings=settings(),
+        progress=False,
     )
     model = BertForSequenceClassification.from_pretrained(checkpoints[1])
     assert_rows_are_autograd(IndexReader.open(tmp_path / "index"), 1, model, classification_data())
@@ -269,7 +276,9 @@ def test_given_learning_rates_are_taken(tmp_path, checkpoints):
     with pytest.raises(ValueError, match=r"none logged at step 2\. Pass `learning_rates`"):
         record_dataset(tmp_path / "index", checkpoints, classification_data(), **options)
     assert not (tmp_path / "index").exists()
-    writer = record_dataset(tmp_path / "index", checkpoints, classification_data(), learning_rates=[1, 0.5, 0], **options)
+    writer = record_dataset(
+        tmp_path / "index", checkpoints, classification_data(), learning_rates=[1, 0.5, 0], **options
+    )
     assert writer.checkpoint_names == ["checkpoint-2", "checkpoint-4", "checkpoint-6"]
     assert [entry["learning_rate"] for entry in writer.config["checkpoints"]] == [1.0, 0.5, 0.0]
 
@@ -296,7 +305,12 @@ def test_checkpoints_that_do_not_fit_are_refused_by_name(tmp_path, checkpoints):
     with pytest.raises(ValueError, match="names of their own"):
         record_dataset(tmp_path / "index", [checkpoints[0], checkpoints[0]], classification_data(), **options)
     with pytest.raises(ValueError, match="Add labels"):
-        record_dataset(tmp_path / "index", checkpoints, classification_data().remove_columns("label"), **{**options, "collator": unlabelled})
+        record_dataset(
+            tmp_path / "index",
+            checkpoints,
+            classification_data().remove_columns("label"),
+            **{**options, "collator": unlabelled},
+        )
     shutil.rmtree(tmp_path / "index")
     model = tiny_classifier()
     model.resize_token_embeddings(40, mean_resizing=False)

@@ -24,7 +24,7 @@ USAGE = "\n".join(
         "",
         "Learn how much of each data domain to train on (DoGE), and train with it.",
         "",
-        *(f"  {command:<8}  {purpose}" for command, purpose in COMMANDS.items()),
+        *(f"  {command:<18}  {purpose}" for command, purpose in COMMANDS.items()),
         "",
         "hf-doge COMMAND --help lists the flags of a command.",
     ]

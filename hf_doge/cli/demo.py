@@ -10,6 +10,7 @@ import torch
 from hf_doge.cli import compare, learn
 from hf_doge.cli.console import say
 from hf_doge.cli.demo_corpus import build_demo_corpus
+from hf_doge.cli.demo_influence import trace_continuation
 from hf_doge.cli.report import collect_sections, write_report
 
 # Sized to end within five minutes on two CPU cores. Proxy and base model have half a million parameters.
@@ -45,7 +46,8 @@ def main(argv: Sequence[str]) -> int:
         prog="hf-doge demo",
         description=(
             "Build a small corpus from text on this machine, learn domain weights with a tiny proxy, and compare them "
-            "with uniform and natural weights. Less than four minutes on two CPU cores; no network."
+            "with uniform and natural weights; then trace what a small model says to its training text. Less than four "
+            "minutes on two CPU cores; no network."
         ),
     )
     parser.add_argument(
@@ -66,7 +68,7 @@ def _run(folder: Path) -> None:
     start = time.perf_counter()
     corpus_dir, proxy_dir, comparison_dir = folder / "corpus", folder / "proxy", folder / "comparison"
 
-    say("[1/4] Building a corpus from the texts on this machine")
+    say("[1/5] Building a corpus from the texts on this machine")
     corpus = build_demo_corpus(corpus_dir)
     for domain, splits in corpus.items():
         train, validation = splits["train"], splits["validation"]
@@ -75,7 +77,7 @@ def _run(folder: Path) -> None:
             f"{validation.num_chars:>7,} in {len(validation.documents):>2} to validate"
         )
     learn_flags = [f"--data_dir={corpus_dir}", f"--output_dir={proxy_dir}", *SHARED_FLAGS, *LEARN_FLAGS]
-    say(f"\n[2/4] Learning domain weights\n      hf-doge learn {' '.join(learn_flags)}")
+    say(f"\n[2/5] Learning domain weights\n      hf-doge learn {' '.join(learn_flags)}")
     learn.main(learn_flags)
 
     compare_flags = [
@@ -86,15 +88,21 @@ def _run(folder: Path) -> None:
         *SHARED_FLAGS,
         *COMPARE_FLAGS,
     ]
-    say(f"\n[3/4] Training a model on each mixture\n      hf-doge compare {' '.join(compare_flags)}")
+    say(f"\n[3/5] Training a model on each mixture\n      hf-doge compare {' '.join(compare_flags)}")
     compare.main(compare_flags)
 
-    say("\n[4/4] Putting it together")
+    say("\n[4/5] Tracing what a small model says to the text and the words that made it say so")
+    page = trace_continuation(
+        corpus_dir, folder / "tracing", tokenizer_dir=proxy_dir / "tokenizer", blocks_dir=proxy_dir / "blocks"
+    )
+
+    say("\n[5/5] Putting it together")
     report = write_report(folder, collect_sections(folder))
     say(
         f"Learned weights: {proxy_dir / 'domain_weights'}\n"
         f"Table: {comparison_dir / 'comparison.md'}\n"
         f"Plots: {proxy_dir / 'domain_weights.png'}, {comparison_dir / 'comparison.png'}\n"
-        f"All in one: {report}\n"
+        f"Weights and table in one: {report}\n"
+        f"Traced prediction: {page}\n"
         f"Done in {time.perf_counter() - start:.0f} s. This is a demonstration: a tiny model, few tokens, two seeds."
     )

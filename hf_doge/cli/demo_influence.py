@@ -9,6 +9,7 @@ from transformers import (
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    PrinterCallback,
     Trainer,
     TrainingArguments,
     set_seed,
@@ -17,15 +18,16 @@ from transformers import (
 from hf_doge.cli.arguments import ModelArguments
 from hf_doge.cli.blocks import BlockMaker, collate_blocks
 from hf_doge.cli.console import say
+from hf_doge.cli.domain_files import find_domain_files
 from hf_doge.cli.models import get_config, make_model
 from hf_doge.tracing.callback import TracInWECallback
 from hf_doge.tracing.index import InfluenceIndex
 
 BLOCK_SIZE = 64
-BLOCKS_PER_DOMAIN = 300
-NUM_STEPS = 150
-PROMPT = "Permission is hereby granted, free of charge, to any person obtaining a copy of this"
-CONTINUATION_TOKENS = 6
+BLOCKS_PER_DOMAIN = 120
+NUM_STEPS = 360
+PROMPT = "    def close("
+CONTINUATION_TOKENS = 1
 NUM_HITS = 3
 NUM_WORDS = 6
 SNIPPET = 100
@@ -68,9 +70,8 @@ def _blocks_with_domain(corpus_dir: Path, tokenizer: PreTrainedTokenizerBase, bl
     """As many blocks of each domain, with its name beside them."""
     blocks = BlockMaker(tokenizer, BLOCK_SIZE, blocks_dir)
     parts = []
-    for path in sorted(corpus_dir.glob("*.train.jsonl.gz")):
-        domain = path.name.partition(".")[0]
-        part = blocks.load(path, name=f"{domain}.train")
+    for domain, files in sorted(find_domain_files(corpus_dir).items()):
+        part = blocks.load(files["train"], name=f"{domain}.train")
         part = part.select(range(min(BLOCKS_PER_DOMAIN, len(part))))
         parts.append(part.add_column("domain", [domain] * len(part)))
     return concatenate_datasets(parts)
@@ -84,11 +85,12 @@ def _train_and_record(train: Dataset, tokenizer: PreTrainedTokenizerBase, folder
         output_dir=str(folder / "model"),
         per_device_train_batch_size=10,
         max_steps=NUM_STEPS,
-        learning_rate=2e-3,
+        learning_rate=3e-3,
         lr_scheduler_type="cosine",
         save_steps=NUM_STEPS // 2,
         save_only_model=True,
         logging_strategy="no",
+        disable_tqdm=True,
         report_to="none",
         use_cpu=not torch.cuda.is_available(),
     )
@@ -101,6 +103,7 @@ def _train_and_record(train: Dataset, tokenizer: PreTrainedTokenizerBase, folder
         processing_class=tokenizer,
         callbacks=[callback],
     )
+    trainer.remove_callback(PrinterCallback)
     trainer.train()
     return trainer.model.eval()
 
@@ -125,5 +128,5 @@ def _say_hit(hit: Mapping, text: str) -> None:
     snippet = snippet if len(snippet) <= SNIPPET else snippet[: SNIPPET - 1] + "…"
     say(
         f"      {hit['kind']} {hit['rank']} ({hit['score']:+.3g}): {snippet}\n"
-        f"        through {', '.join(f'{word.strip()!r} {part:+.2g}' for word, part in words)}"
+        f"        through {', '.join(f'{word!r} {part:+.2g}' for word, part in words)}"
     )

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset
-from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
+from datasets import ClassLabel, Dataset
+from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
 from hf_doge.cli.console import say
 from hf_doge.cli.records import read_records, select_fields
@@ -23,7 +23,7 @@ def main(argv: Sequence[str]) -> int:
     missing = [path for path in args.checkpoints if not path.is_dir()]
     if missing:
         raise FileNotFoundError(f"Checkpoints must be folders that a Trainer wrote, but {str(missing[0])!r} is none.")
-    tokenizer = AutoTokenizer.from_pretrained(args.tokenizer or args.checkpoints[-1])
+    tokenizer = AutoTokenizer.from_pretrained(args.tokenizer or args.checkpoints[0])
     dataset = _load(args, tokenizer)
     settings = RecordingSettings(
         top_k_tokens=args.top_k_tokens,
@@ -75,7 +75,7 @@ def _parse(argv: Sequence[str]) -> Namespace:
         "--label_field", default="label", help="Field of a classifier's label, a number or a name. Default: label."
     )
     parser.add_argument(
-        "--tokenizer", default=None, help="Folder or Hub name. Default: the one saved with the last checkpoint."
+        "--tokenizer", default=None, help="Folder or Hub name. Default: the one saved with the first checkpoint."
     )
     parser.add_argument(
         "--max_length", type=int, default=None, help="Cut texts at so many tokens. Give what training had."
@@ -118,14 +118,25 @@ def _load(args: Namespace, tokenizer: PreTrainedTokenizerBase) -> Dataset:
         for number, record in enumerate(records, start=1)
     ]
 
+    if not generative:
+        rows = [{**row, "label": _label_number(row["label"], config.label2id)} for row in rows]
+    dataset = Dataset.from_list(rows)
+    if not generative and _has_label_names(config):
+        dataset = dataset.cast_column(
+            "label", ClassLabel(names=[config.id2label[i] for i in range(config.num_labels)])
+        )
+
     def tokenise(row: dict[str, Any]) -> dict[str, Any]:
         texts = [row[name] for name in names]
         encoded = dict(tokenizer(*texts, truncation=args.max_length is not None, max_length=args.max_length))
-        if generative:
-            return {**encoded, "labels": encoded["input_ids"]}
-        return {**encoded, "labels": _label_number(row["label"], config.label2id)}
+        return {**encoded, "labels": encoded["input_ids"]} if generative else encoded
 
-    return Dataset.from_list(rows).map(tokenise, desc="Tokenising")
+    return dataset.map(tokenise, desc="Tokenising")
+
+
+def _has_label_names(config: PretrainedConfig) -> bool:
+    """Whether somebody named the model's labels."""
+    return config.label2id.keys() != {f"LABEL_{number}" for number in range(config.num_labels)}
 
 
 def _label_number(label: int | str, numbers: dict[str, int]) -> int:

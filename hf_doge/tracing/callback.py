@@ -223,7 +223,9 @@ class TracInWECallback(TrainerCallback):
 
     def _require_recordable(self, args: TrainingArguments, state: TrainerState) -> None:
         if state.is_hyper_param_search:
-            raise ValueError("A search for hyperparameters trains many models, and an index is of one. Drop the callback.")
+            raise ValueError(
+                "A search for hyperparameters trains many models, and an index is of one. Drop the callback."
+            )
         steps = self.record_steps
         if steps is None and args.save_strategy == SaveStrategy.NO:
             raise ValueError(

@@ -139,9 +139,7 @@ class CheckpointRecording:
                 " one begins anew. Resume that one (`resume_from_checkpoint`), delete the folder, or choose another."
             )
         collator = self.collator or train_dataloader.collate_fn
-        self._batches = SequentialBatches(
-            self.dataset.recorded, collator, batch_size=self.batch_size, seed=self.seed
-        )
+        self._batches = SequentialBatches(self.dataset.recorded, collator, batch_size=self.batch_size, seed=self.seed)
         self._recorder = make_recorder(model, self.options, self.tokenizer)
         if check_first_batch(self._recorder, self._batches):
             warnings.warn(

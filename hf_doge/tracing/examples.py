@@ -161,7 +161,11 @@ def describe_examples(
         )
     _check_own_ids(columns.pop("example_id", None), len(hashes))
     columns.pop("content_hash", None)
-    table = {"example_id": pa.array(np.arange(len(hashes), dtype=np.int64)), "content_hash": pa.array(hashes), **columns}
+    table = {
+        "example_id": pa.array(np.arange(len(hashes), dtype=np.int64)),
+        "content_hash": pa.array(hashes),
+        **columns,
+    }
     if keep_ids:
         offsets = np.cumsum([0] + [len(ids) for ids in token_ids], dtype=np.int64)
         table["input_ids"] = pa.LargeListArray.from_arrays(offsets, pa.concat_arrays(token_ids))

@@ -214,7 +214,9 @@ def check_first_batch(recorder: EmbeddingGradientRecorder, batches: SequentialBa
     Raises:
         ValueError: if the batch cannot be recorded.
     """
-    few = SequentialBatches(batches.dataset, batches.collator, batch_size=min(batches.batch_size, 8), seed=batches.seed)
+    few = SequentialBatches(
+        batches.dataset, batches.collator, batch_size=min(batches.batch_size, 8), seed=batches.seed
+    )
     with preserved_random_state():
         random = few.are_random()
         with full_precision(recorder.model), recorder:
