@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
+from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import AutoModelForSequenceClassification
 
@@ -26,6 +27,7 @@ from tests.influence_tools import (
     wordpiece_tokenizer,
 )
 from tests.reference_tracin_we import dense_gradient
+from tests.tiny import language_model_rows, tiny_classifier, tiny_t5
 
 TEXTS = ["The runner is winning a match.", "Stocks of a rocket fund", "New moon"]
 
@@ -494,6 +496,49 @@ def test_recorded_without_special_tokens_equals_dropping_them(index, tokenizer, 
     assert close(dropped.scores(TEXTS), index.scores(TEXTS, special_tokens="drop"))
 
 
+# Other kinds of models
+
+
+def record(folder, models, dataset, **options):
+    """An index of saved models, all of learning rate 1, and itself in `folder`."""
+    rates = [1.0] * len(models)
+    settings = RecordingSettings(dtype="float32", **options)
+    record_dataset(folder / "index", models, dataset, settings=settings, learning_rates=rates, progress=False)
+    return InfluenceIndex.from_pretrained(folder / "index", cache_dir=folder / "maps")
+
+
+def test_an_encoder_decoder_is_traced_through_both_its_sides(tmp_path):
+    model = tiny_t5()
+    model.save_pretrained(tmp_path / "model")
+    rows = language_model_rows(6)
+    rows["labels"] = [labels[:5] for labels in rows["labels"]]
+    dataset = Dataset.from_dict(rows)
+    index = record(tmp_path, [tmp_path / "model"], dataset)
+    examples = [{name: torch.tensor([row[name]]) for name in ("input_ids", "labels")} for row in dataset]
+    sides = torch.stack([dense_gradient(model, example, num_terms=5).flatten() for example in examples])
+    assert close(index.scores(dataset.select([0, 1])), (sides[:2] @ sides.T).numpy())
+    hit = index.search(dataset.select([0]), top_k=1)[0]
+    assert hit["example_id"] == 0
+    assert sum(hit["word_scores"]) == pytest.approx(hit["score"])
+    assert {f"#{token}" for token in rows["labels"][0][:-1]} <= set(hit["words"])
+    with pytest.raises(ValueError, match="Give the queries `labels`"):
+        index.scores(dataset.remove_columns("labels"))
+
+
+@pytest.mark.filterwarnings("ignore:The input embeddings of the model are frozen")
+def test_an_adapter_is_loaded_with_its_base(tmp_path):
+    base = tiny_classifier()
+    base.save_pretrained(tmp_path / "base")
+    base = AutoModelForSequenceClassification.from_pretrained(tmp_path / "base")
+    config = LoraConfig(task_type="SEQ_CLS", r=2, target_modules=["query"], init_lora_weights=False)
+    get_peft_model(base, config).save_pretrained(tmp_path / "adapter")
+    dataset = Dataset.from_dict({"input_ids": language_model_rows(6)["input_ids"], "labels": [0, 1, 2, 0, 1, 2]})
+    index = record(tmp_path, [tmp_path / "adapter"], dataset)
+    assert index.reader.checkpoints[0]["model_class"].startswith("Peft")
+    assert index.config["virtual"]
+    assert close(np.diag(index.scores(dataset)), index.reader.self_influence(0))
+
+
 # Several processes
 
 LAUNCHED = """
@@ -514,6 +559,7 @@ except (ValueError, RuntimeError) as error:
 """
 
 
+@pytest.mark.slow
 def test_processes_share_queries_and_all_get_all_hits(index, recorded, tmp_path):
     script = tmp_path / "launched.py"
     script.write_text(LAUNCHED)

@@ -38,6 +38,9 @@ def counted(self, batch):
     return record(self, batch)
 
 
+EmbeddingGradientRecorder.record = counted
+
+
 def train(name):
     calls.clear()
     callback = TracInWECallback(folder / name / "index", dtype="float32", batch_size=2)
@@ -56,7 +59,7 @@ def train(name):
     return [len(calls), None]
 
 
-told = {"world_size": dist.get_world_size() if dist.is_initialized() else 2, "works": train("works")}
+told = {"works": train("works")}
 fail_at = 3
 told["fails"] = train("fails")
 (folder / f"process-{dist.get_rank()}.json").write_text(json.dumps(told))

@@ -14,6 +14,8 @@ from hf_doge.tracing.words import Reading, read_ids, read_text, word_parts
 KINDS = ("proponent", "opponent")
 NOT_SHOWN = ("example_id", "content_hash")
 
+_NO_LIMIT = 1_000_000  # a tokenizer that knows none has a much larger one
+
 HIT_FEATURES = Features(
     {
         "query": Value("int64"),
@@ -144,7 +146,8 @@ def example_reading(
     """The training example of a hit, as far as the index kept it: its text fields, else its tokens."""
     texts = [hit[name] for name in fields if isinstance(hit.get(name), str)]
     if texts and tokenizer is not None:
-        return read_text(tokenizer, texts[:2])
+        limit = tokenizer.model_max_length
+        return read_text(tokenizer, texts[:2], max_length=limit if limit < _NO_LIMIT else None)
     if texts:
         return Reading("\n".join(texts), [], [], [])
     ids = hit.get("input_ids")

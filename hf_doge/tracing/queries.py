@@ -295,6 +295,9 @@ def find_max_length(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> int
 @torch.no_grad()
 def _predict_labels(queries: Sequence[Query], model: nn.Module) -> None:
     """Give each query the label that the model predicts for it."""
+    config = getattr(model, "config", None)
+    if queries and getattr(config, "is_encoder_decoder", False) and getattr(model, "can_generate", bool)():
+        raise _no_prediction(model)  # it does not even run without a target
     training = model.training
     model.eval()
     try:
@@ -317,12 +320,15 @@ def _predicted(logits: Tensor | None, features: Mapping[str, Tensor], model: nn.
     if logits is not None and logits.ndim == 1 and len(logits) > 1:
         multiple = getattr(config, "problem_type", None) == "multi_label_classification"
         return (logits > 0).float() if multiple else logits.argmax()
-    decoding = getattr(config, "is_encoder_decoder", False)
-    if logits is not None and logits.ndim == 2 and ids.ndim == 1 and len(logits) >= len(ids) and not decoding:
+    if logits is not None and logits.ndim == 2 and ids.ndim == 1 and len(logits) >= len(ids):
         generative = logits.shape[1] >= getattr(config, "vocab_size", torch.inf)
         mask = features.get("attention_mask", torch.ones_like(ids)).bool()
         return (ids if generative else logits[: len(ids)].argmax(dim=1)).masked_fill(~mask, IGNORE_INDEX)
-    raise ValueError(
+    raise _no_prediction(model)
+
+
+def _no_prediction(model: nn.Module) -> ValueError:
+    return ValueError(
         f"Queries without labels can be traced for classifiers and language models, but `{type(model).__name__}` is "
         "neither, so what it predicts is no label. Give the queries `labels`."
     )

@@ -107,7 +107,7 @@ def read_text(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], *, max_l
     limits = {"truncation": max_length is not None, "max_length": max_length}
     if not tokenizer.is_fast:
         return read_ids(tokenizer, tokenizer(*texts, **limits)["input_ids"])
-    encoded = tokenizer(*texts, return_offsets_mapping=True, **limits)
+    encoded = tokenizer(*texts, return_offsets_mapping=True, verbose=False, **limits)
     starts = (0, len(texts[0]) + len(SEPARATOR))
     spans = [
         None if sequence is None else (start + starts[sequence], end + starts[sequence])
