@@ -49,14 +49,14 @@ def load_split(data_dir: Path, name: str, split: str, limit: int) -> Dataset:
 
 
 def make_model(args: argparse.Namespace, tokenizer: PreTrainedTokenizerFast, *, num_classes: int) -> nn.Module:
-    """A new classifier of width 128."""
+    """A new classifier."""
     if args.architecture == "cnn":
-        return make_classifier("cnn", len(tokenizer), num_classes, width=128, seed=args.seed)
+        return make_classifier("cnn", len(tokenizer), num_classes, width=args.width, seed=args.seed)
     return BertForSequenceClassification(
         BertConfig(
             vocab_size=len(tokenizer),
-            hidden_size=128,
-            intermediate_size=512,
+            hidden_size=args.width,
+            intermediate_size=4 * args.width,
             num_hidden_layers=2,
             num_attention_heads=2,
             max_position_embeddings=MAX_LENGTH,
@@ -109,6 +109,7 @@ def main() -> None:
     parser.add_argument("--name", default="ag_news")
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/proponents"))
     parser.add_argument("--architecture", choices=list(LEARNING_RATES), default="cnn")
+    parser.add_argument("--width", type=int, default=64)
     parser.add_argument("--num_train", type=int, default=4000)
     parser.add_argument("--num_queries", type=int, default=200)
     parser.add_argument("--epochs", type=int, default=4)

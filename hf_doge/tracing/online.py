@@ -316,6 +316,7 @@ def _require_supported(args: TrainingArguments) -> None:
         "DataParallel over several GPUs in one process": args.n_gpu > 1,
         "parallelism inside an example (`parallelism_config`)": getattr(args, "parallelism_config", None),
         "label smoothing": args.label_smoothing_factor,
+        "domain weights that change while they are learned (`DoGEConfig`)": hasattr(args, "reweight_steps"),
     }
     found = [problem for problem, present in problems.items() if present]
     if found:

@@ -24,16 +24,22 @@ from hf_doge.tracing.settings import RecordingSettings
 # Makes the gradients of the check, which no loss scale protects, survive in float16. A power of two rounds nothing.
 _BOOST = 1024.0
 
+# With this, what trl puts in place of the model's forward returns `log_probs (batch_size, num_positions - 1)` of the
+# labels and their `label_mask`; trl then adds up the loss itself.
+_FUSED = "fused_lm_head"
+_SAME_WEIGHT = 1e-2  # room for multiples in half precision
+
 
 @dataclass
 class _Forward:
-    """One training forward, and what its backward left of it."""
+    """One training forward, and what its backward left of it. `terms` tells where in `loss_grad` the loss has a part."""
 
     example_ids: Tensor
     input_ids: Tensor
     factors: Tensor
     token_ids: list[Tensor]
     counted: list[Tensor]
+    terms: Tensor | None = None
     grads: dict[int, Tensor] = field(default_factory=dict)
     loss_grad: Tensor | None = None
     expected: list[Tensor] | None = None
@@ -43,6 +49,20 @@ class _Forward:
 
     def keep_loss_grad(self, grad: Tensor) -> None:
         self.loss_grad = grad
+
+    def multiple(self) -> Tensor:
+        """Which multiple of the model's loss was differentiated."""
+        if self.loss_grad is None:
+            raise ValueError(
+                "The training loss must be the one the model returns, but the backward did not come through it. Losses "
+                "computed from the model's other outputs cannot be recorded online: use `record='checkpoint'` with a "
+                "`loss_fn`."
+            )
+        if self.terms is None:
+            return self.loss_grad
+        multiples = -self.loss_grad[self.terms]
+        _require_one_weight(multiples)
+        return multiples.mean() if len(multiples) else multiples.new_zeros(())
 
 
 class TrainingCapture(AbstractContextManager):
@@ -110,12 +130,15 @@ class TrainingCapture(AbstractContextManager):
             `examples (n,)`, `tokens (n,)` and `rows (n, width)`; those of equal example and token are to be added up.
 
         Raises:
-            ValueError: if the training loss is not a multiple of the model's own.
+            ValueError: if the training loss is not a multiple of the model's own, the same in all of the step.
         """
         forwards, self._forwards = self._forwards, []
-        for forward in forwards:
-            if forward.grads:  # empty after a forward whose loss was not used
-                yield from self._entries(forward, weight)
+        forwards = [forward for forward in forwards if forward.grads]  # without those whose loss was not used
+        multiples = [forward.multiple() for forward in forwards]
+        if len(multiples) > 1:
+            _require_one_weight(torch.stack(multiples))
+        for forward, multiple in zip(forwards, multiples, strict=True):
+            yield from self._entries(forward, multiple, weight)
 
     def _before_forward(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         if self._checking:
@@ -145,7 +168,8 @@ class TrainingCapture(AbstractContextManager):
         lookups = list(self._uses.lookups)
         self._uses.clear()  # the graph must not outlive the step
         ids, self._ids = self._ids, None
-        loss = getattr(outputs, "loss", None)
+        log_probs = getattr(outputs, "log_probs", None) if kwargs.get(_FUSED) else None
+        loss = getattr(outputs, "loss", None) if log_probs is None else -log_probs.sum()
         if loss is None or not loss.requires_grad or not lookups:
             self._stack.close()
             raise ValueError(
@@ -158,9 +182,10 @@ class TrainingCapture(AbstractContextManager):
         forward = _Forward(
             example_ids=ids,
             input_ids=batch["input_ids"],
-            factors=self._scale.factors(kwargs),
+            factors=self._scale.factors(kwargs, summed=log_probs is not None),
             token_ids=[lookup.token_ids for lookup in lookups],
             counted=[counted_positions(lookup, batch, pad_token_id=self._pad_token_id) for lookup in lookups],
+            terms=None if log_probs is None else outputs.label_mask,
         )
         if self._check_this and self._check_backward:
             outputs_read = [lookup.output for lookup in lookups]
@@ -168,18 +193,12 @@ class TrainingCapture(AbstractContextManager):
             grads = torch.autograd.grad(loss, outputs_read, boost, retain_graph=True, materialize_grads=True)
             forward.expected = [grad / _BOOST for grad in grads]
         self._check_this = False
-        loss.register_hook(forward.keep_loss_grad)
+        (loss if log_probs is None else log_probs).register_hook(forward.keep_loss_grad)
         for position, lookup in enumerate(lookups):
             lookup.output.register_hook(partial(forward.keep_grad, position))
         self._forwards.append(forward)
 
-    def _entries(self, forward: _Forward, weight: float) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        if forward.loss_grad is None:
-            raise ValueError(
-                "The training loss must be the one the model returns, but the backward did not come through it. Losses "
-                "computed from the model's other outputs cannot be recorded online: use `record='checkpoint'` with a "
-                "`loss_fn`."
-            )
+    def _entries(self, forward: _Forward, multiple: Tensor, weight: float) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         width = self._uses.matrix.shape[1]
         grads = [
             forward.grads[position]
@@ -188,9 +207,9 @@ class TrainingCapture(AbstractContextManager):
             for position, token_ids in enumerate(forward.token_ids)
         ]
         if forward.expected is not None:
-            check_loss_is_all(grads, forward.expected, forward.loss_grad, half_precision=self._half_precision)
+            check_loss_is_all(grads, forward.expected, multiple, half_precision=self._half_precision)
         factors = forward.factors.to(grads[0].device)
-        scales = weight * factors / forward.loss_grad.to(factors.device, factors.dtype)
+        scales = weight * factors / multiple.to(factors.device, factors.dtype)
         scales = scales.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)  # no term, or not trained: the gradient is 0
         if self._top_k["top_k"] is None:
             yield from self._by_position(forward, grads, scales)
@@ -226,3 +245,16 @@ class TrainingCapture(AbstractContextManager):
         )
         merged = gradients.merge(**self._top_k, virtual=not self._uses.matrix.requires_grad)
         return forward.example_ids.repeat_interleave(merged.offsets.diff()), merged.tokens, merged.rows
+
+
+def _require_one_weight(multiples: Tensor) -> None:
+    """All micro-batches of a step, and all terms of a loss, must weigh the same."""
+    if not len(multiples):
+        return
+    smallest, largest = multiples.aminmax()
+    if largest - smallest > _SAME_WEIGHT * multiples.abs().max():
+        raise ValueError(
+            "All examples of a step must weigh the same in what is trained, but their losses are multiplied by "
+            f"{float(smallest):.4g} to {float(largest):.4g}. A training that reweights examples or tokens cannot be "
+            "recorded online: use `record='checkpoint'`."
+        )

@@ -88,17 +88,20 @@ class TrainingScale:
             if num_items:
                 self._uses_num_items = self._find_num_items(few)
 
-    def factors(self, inputs: Mapping[str, object]) -> Tensor:
+    def factors(self, inputs: Mapping[str, object], *, summed: bool = False) -> Tensor:
         """
         What the gradient of the model's loss must be multiplied by to be that of each example's own.
 
         Args:
             inputs (`Mapping`): What the model was called with.
+            summed (`bool`): Whether the loss is the sum of its terms rather than their mean.
 
         Returns:
             `torch.Tensor` of shape `(batch_size,)`: of no meaning for an example without any label, whose gradient is 0.
         """
         num_terms, scales = self._num_terms(without_num_items(inputs))
+        if summed:
+            return scales
         if inputs.get(NUM_ITEMS) is not None and self._uses_num_items:
             num_terms = torch.as_tensor(inputs[NUM_ITEMS], dtype=scales.dtype, device=scales.device)
         return scales * num_terms
@@ -162,11 +165,10 @@ def without_num_items(inputs: Mapping[str, object]) -> dict[str, object]:
 
 
 def _take(batch: Mapping[str, object], rows: Tensor) -> dict[str, object]:
-    """Some examples of a batch."""
+    """Some examples of a batch; options of the forward, which are no tensors, stay at their defaults."""
     size = len(batch["input_ids"])
     return {
-        name: value[rows.to(value.device)]
-        if isinstance(value, Tensor) and value.ndim > 0 and len(value) == size
-        else value
+        name: value[rows.to(value.device)] if value.ndim > 0 and len(value) == size else value
         for name, value in batch.items()
+        if isinstance(value, Tensor)
     }
