@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+# Two processes of one thread each; the tests of a file stay together, for what they share.
+PYTEST := -m pytest -n 2 --dist loadfile
 SETUP := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
@@ -14,14 +16,14 @@ demo: $(SETUP)  ## Learn weights on text of this machine, train with them, trace
 	$(BIN)/hf-doge demo --output_dir demo
 
 test: $(SETUP) lint  ## Check the style and run the tests (offline, CPU)
-	$(BIN)/python -m pytest
+	$(BIN)/python $(PYTEST)
 
 lint: $(SETUP)  ## Check style and import direction
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
 test-lowest: .venv-lowest/.ready  ## Run the tests on the oldest packages that pyproject.toml allows
-	.venv-lowest/bin/python -m pytest
+	.venv-lowest/bin/python $(PYTEST)
 
 clean:  ## Remove the environments and what the demo wrote
 	rm -rf .venv .venv-lowest demo

@@ -7,13 +7,13 @@ Speed and size of the influence index, beside captum, dattri, dattri-llm and kro
 
 Every library gets the same files: a 2-layer BERT classifier of width 128 with random weights, 500 training examples and
 two sets of 50 queries, 32 to 64 tokens of Zipf frequencies, padded to 64. Each runs in a process of its own on one
-thread, after a warm-up on two examples, and tells its CPU seconds and how far its memory rose; of several rounds, turn
-by turn, the least counts. Model and examples are loaded before the clock starts, libraries' own files after.
+thread, after a warm-up on two examples, and tells its CPU seconds, the least of five runs (slow ones are not asked again
+after 15 seconds), and how far its memory rose in the first; of several rounds, turn by turn, the least counts. Model and examples are loaded before the clock starts, libraries' own files after.
 
 - First queries: build and score. Ours is record, write the index (float16), open it, map it, score. Peers are restricted
   to the embedding matrix and must give the same scores; kronfluence has no embeddings and scores all linear layers. Each
   peer runs with the batch size that was fastest for it.
-- Second queries: new ones, against what is on disk, in a new process. Ours has its memory map, made by the first; with
+- Second queries: new ones, against what is on disk, opened anew in another process. Ours has its memory map, made by the first; with
   the map made anew it is `second_seconds_mapping_anew`. captum keeps nothing and does all again.
 
 The last line is JSON. Ratios are the other's CPU seconds over ours, the better of dattri-llm's two routes. What cannot be
@@ -118,7 +118,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, required=True, help="New, or of an earlier run.")
     parser.add_argument("--peers_python", help="Python of the peers' environment; without it they are skipped.")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--num_train", type=int, default=500)
     parser.add_argument("--num_queries", type=int, default=50)
     parser.add_argument("--skip", nargs="+", choices=["recording", "online", "search"], default=[])

@@ -45,7 +45,8 @@ class OnlineRecording:
     """
     What [`TracInWECallback`] does with `record="online"`.
 
-    Between saves the rows lie in `<folder>/online.partial/`, each process's own; the folder must be one that all processes
+    Memory holds the rows of one step, of all its micro-batches, and `options.max_segment_bytes` of earlier ones. Between
+    saves the rows lie in `<folder>/online.partial/`, each process's own; the folder must be one that all processes
     see. Rows of steps that a resumed training repeats are dropped, those already in a whole checkpoint are not taken again.
 
     Args:

@@ -105,6 +105,8 @@ class TrainingCapture(AbstractContextManager):
         self._checking = False
         self._ids: Tensor | None = None
         self._forwards: list[_Forward] = []
+        self._caught: list[tuple[Tensor, Tensor, Tensor]] = []
+        self._multiples: list[Tensor] = []
 
     def __enter__(self) -> "TrainingCapture":
         with ExitStack() as stack:
@@ -119,7 +121,8 @@ class TrainingCapture(AbstractContextManager):
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._stack.close()
-        self._forwards.clear()
+        for caught in (self._forwards, self._caught, self._multiples):
+            caught.clear()
         self._ids = None
 
     def take(self, *, weight: float = 1.0) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
@@ -132,13 +135,22 @@ class TrainingCapture(AbstractContextManager):
         Raises:
             ValueError: if the training loss is not a multiple of the model's own, the same in all of the step.
         """
-        forwards, self._forwards = self._forwards, []
-        forwards = [forward for forward in forwards if forward.grads]  # without those whose loss was not used
-        multiples = [forward.multiple() for forward in forwards]
+        self._drain()
+        entries, multiples = self._caught, self._multiples
+        self._caught, self._multiples, self._forwards = [], [], []  # what has no gradient by now was not trained on
         if len(multiples) > 1:
             _require_one_weight(torch.stack(multiples))
-        for forward, multiple in zip(forwards, multiples, strict=True):
-            yield from self._entries(forward, multiple, weight)
+        for examples, tokens, rows in entries:
+            yield examples, tokens, rows.mul_(weight)
+
+    def _drain(self) -> None:
+        """Take from finished backwards what is needed, and off the device: micro-batches may be many and large."""
+        finished = [forward for forward in self._forwards if forward.grads]
+        self._forwards = [forward for forward in self._forwards if not forward.grads]
+        for forward in finished:
+            multiple = forward.multiple()
+            self._multiples.append(multiple)
+            self._caught.extend(tuple(part.cpu() for part in entry) for entry in self._entries(forward, multiple))
 
     def _before_forward(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         if self._checking:
@@ -153,6 +165,7 @@ class TrainingCapture(AbstractContextManager):
             self._ids = ids
             self._checking = True
             try:
+                self._drain()
                 self._check_this = self._scale.check(kwargs)
             except BaseException:
                 self._stack.close()  # the training ends here, and leaves the model as it was
@@ -198,7 +211,7 @@ class TrainingCapture(AbstractContextManager):
             lookup.output.register_hook(partial(forward.keep_grad, position))
         self._forwards.append(forward)
 
-    def _entries(self, forward: _Forward, multiple: Tensor, weight: float) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    def _entries(self, forward: _Forward, multiple: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         width = self._uses.matrix.shape[1]
         grads = [
             forward.grads[position]
@@ -209,7 +222,7 @@ class TrainingCapture(AbstractContextManager):
         if forward.expected is not None:
             check_loss_is_all(grads, forward.expected, multiple, half_precision=self._half_precision)
         factors = forward.factors.to(grads[0].device)
-        scales = weight * factors / multiple.to(factors.device, factors.dtype)
+        scales = factors / multiple.to(factors.device, factors.dtype)
         scales = scales.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)  # no term, or not trained: the gradient is 0
         if self._top_k["top_k"] is None:
             yield from self._by_position(forward, grads, scales)
