@@ -140,6 +140,9 @@ def main() -> None:
     queries = test.shuffle(seed=args.seed).select(range(args.num_queries))
     result = {
         "architecture": args.architecture,
+        "width": args.width,
+        "epochs": args.epochs,
+        "seed": args.seed,
         "accuracy": round(accuracy, 4),
         "num_train": len(train),
         "num_queries": len(queries),

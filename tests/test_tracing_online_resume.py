@@ -118,7 +118,8 @@ def test_spilled_rows_are_summed_by_example_and_token(tmp_path, max_bytes):
             example_ids = torch.randint(1, 8, (3,), generator=generator)  # examples 0 and 8 are never used
             rows = random_rows(generator, 3)
             lengths = rows.offsets.diff()
-            spill.add(example_ids.repeat_interleave(lengths), rows.tokens, (0.5 + step) * rows.rows)
+            factors = torch.full((len(rows.tokens),), 0.5 + step)
+            spill.add(example_ids.repeat_interleave(lengths), rows.tokens, rows.rows, factors=factors)
             for example, (tokens, values) in zip(example_ids.tolist(), rows, strict=True):
                 expected[example].index_add_(0, tokens, (0.5 + step) * values.double())
         spill.close({})

@@ -236,9 +236,11 @@ def test_the_scale_of_the_loss_drops_out(name, factor):
     with TrainingCapture(model, settings=RecordingSettings(record="online")) as capture:
         (model(**batch, **{EXAMPLE_IDS: torch.arange(4)}).loss * factor).backward()
         found = [torch.zeros(32, 16, dtype=torch.float64) for _ in range(4)]
-        for examples, tokens, rows in capture.take():
+        for caught in capture.take():
+            rows = caught.rows * caught.factors[:, None]
             for example in range(4):
-                found[example] += dense(tokens[examples == example], rows[examples == example], 16)
+                own = caught.examples == example
+                found[example] += dense(caught.tokens[own], rows[own], 16)
     assert_rows(found, alone(make_model(), [make_dataset()[i] for i in range(4)]))
 
 

@@ -22,14 +22,14 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase, TrainerState, TrainingArguments
 
 from hf_doge.artifacts.influence import IndexWriter
 from hf_doge.gradients.embedding_uses import input_embedding_matrix
 from hf_doge.tracing.fingerprints import model_fingerprint, unwrap_model
-from hf_doge.tracing.online_capture import TrainingCapture
+from hf_doge.tracing.online_capture import CaughtRows, TrainingCapture
 from hf_doge.tracing.online_identity import IdentifiedBatches
 from hf_doge.tracing.online_spill import RowSpill, Segment, merged_rows, read_journal, read_segments
 from hf_doge.tracing.processes import run_on_main_process
@@ -135,12 +135,12 @@ class OnlineRecording:
             ValueError: if the step's batches had no identity or its loss no known scale; see [`TrainingCapture`].
         """
         try:
-            self._keep(list(self._capture.take(weight=learning_rate)), step=state.global_step + 1)
+            self._keep(self._capture.take(), learning_rate, step=state.global_step + 1)
         except ValueError:
             self._stack.close()  # the training ends here
             raise
 
-    def _keep(self, caught: list[tuple[Tensor, Tensor, Tensor]], *, step: int) -> None:
+    def _keep(self, caught: list[CaughtRows], learning_rate: float, *, step: int) -> None:
         if not caught:
             raise ValueError(
                 "Each training batch must reach the model's forward with all its keys, but none of this step did. A "
@@ -148,13 +148,8 @@ class OnlineRecording:
             )
         if step <= self._last_step or (self._args.fp16 and not self._has_finite_gradients()):
             return  # in a whole checkpoint already; or a step that the loss scaler will skip, which moves nothing
-        for examples, tokens, rows in caught:
-            if not rows.sum().isfinite():  # one pass over them; whoever is not finite makes the sum so
-                raise ValueError(
-                    f"Gradients must be finite, but those of examples {examples.unique().tolist()[:8]} in step {step} are "
-                    "not. Look at their loss, or train at a lower learning rate."
-                )
-            self._spill.add(examples, tokens, rows)
+        for rows in caught:
+            self._spill.add(rows.examples, rows.tokens, rows.rows, factors=learning_rate * rows.factors)
         if self._first_unsaved is None:
             self._first_unsaved = step
 

@@ -31,6 +31,23 @@ _SAME_WEIGHT = 1e-2  # room for multiples in half precision
 
 
 @dataclass
+class CaughtRows:
+    """
+    Gradient rows of some examples, on the CPU. Those of equal example and token are to be added up.
+
+    Attributes:
+        examples, tokens (`torch.Tensor` of shape `(n,)`): Whose they are.
+        rows (`torch.Tensor` of shape `(n, width)`): As caught.
+        factors (`torch.Tensor` of shape `(n,)`): `factors * rows` belong to the examples' own losses.
+    """
+
+    examples: Tensor
+    tokens: Tensor
+    rows: Tensor
+    factors: Tensor
+
+
+@dataclass
 class _Forward:
     """One training forward, and what its backward left of it. `terms` tells where in `loss_grad` the loss has a part."""
 
@@ -105,7 +122,7 @@ class TrainingCapture(AbstractContextManager):
         self._checking = False
         self._ids: Tensor | None = None
         self._forwards: list[_Forward] = []
-        self._caught: list[tuple[Tensor, Tensor, Tensor]] = []
+        self._caught: list[CaughtRows] = []
         self._multiples: list[Tensor] = []
 
     def __enter__(self) -> "TrainingCapture":
@@ -125,23 +142,19 @@ class TrainingCapture(AbstractContextManager):
             caught.clear()
         self._ids = None
 
-    def take(self, *, weight: float = 1.0) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    def take(self) -> list[CaughtRows]:
         """
-        What was caught since the last call, by micro-batch and lookup: `weight` times the rows of each example's own loss.
-
-        Yields:
-            `examples (n,)`, `tokens (n,)` and `rows (n, width)`; those of equal example and token are to be added up.
+        What was caught since the last call, by micro-batch and lookup.
 
         Raises:
             ValueError: if the training loss is not a multiple of the model's own, the same in all of the step.
         """
         self._drain()
-        entries, multiples = self._caught, self._multiples
+        caught, multiples = self._caught, self._multiples
         self._caught, self._multiples, self._forwards = [], [], []  # what has no gradient by now was not trained on
         if len(multiples) > 1:
             _require_one_weight(torch.stack(multiples))
-        for examples, tokens, rows in entries:
-            yield examples, tokens, rows.mul_(weight)
+        return caught
 
     def _drain(self) -> None:
         """Take from finished backwards what is needed, and off the device: micro-batches may be many and large."""
@@ -150,7 +163,7 @@ class TrainingCapture(AbstractContextManager):
         for forward in finished:
             multiple = forward.multiple()
             self._multiples.append(multiple)
-            self._caught.extend(tuple(part.cpu() for part in entry) for entry in self._entries(forward, multiple))
+            self._caught.extend(self._rows(forward, multiple))
 
     def _before_forward(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         if self._checking:
@@ -211,7 +224,7 @@ class TrainingCapture(AbstractContextManager):
             lookup.output.register_hook(partial(forward.keep_grad, position))
         self._forwards.append(forward)
 
-    def _entries(self, forward: _Forward, multiple: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    def _rows(self, forward: _Forward, multiple: Tensor) -> Iterator[CaughtRows]:
         width = self._uses.matrix.shape[1]
         grads = [
             forward.grads[position]
@@ -229,22 +242,23 @@ class TrainingCapture(AbstractContextManager):
         else:
             yield self._by_token(forward, grads, scales)
 
-    def _by_position(
-        self, forward: _Forward, grads: list[Tensor], scales: Tensor
-    ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Entries that are not merged yet, which is cheaper to do for many steps at once."""
+    def _by_position(self, forward: _Forward, grads: list[Tensor], scales: Tensor) -> Iterator[CaughtRows]:
+        """Not merged yet, which is cheaper to do for many steps at once."""
         nothing = forward.input_ids.new_zeros(len(forward.input_ids), 0)
         for token_ids, counted, grad in zip(forward.token_ids, forward.counted, grads, strict=True):
             tokens = join_by_example([token_ids], nothing, forward.input_ids)  # (B, T)
             if len(self._dropped):
                 counted = counted & ~torch.isin(token_ids, self._dropped.to(token_ids.device))
-            entries = counted.flatten().nonzero().squeeze(1)
-            examples = entries // tokens.shape[1]
-            rows = grad.reshape(-1, grad.shape[-1]).index_select(0, entries)
-            rows = (rows.float() if rows.dtype.itemsize < 4 else rows).mul_(scales[examples, None])
-            yield forward.example_ids[examples], tokens.flatten()[entries], rows
+            positions = counted.flatten().nonzero().squeeze(1)
+            lines = positions // tokens.shape[1]
+            yield CaughtRows(
+                examples=forward.example_ids[lines].cpu(),
+                tokens=tokens.flatten()[positions].cpu(),
+                rows=grad.reshape(-1, grad.shape[-1]).index_select(0, positions).cpu(),
+                factors=scales[lines].cpu(),
+            )
 
-    def _by_token(self, forward: _Forward, grads: list[Tensor], scales: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _by_token(self, forward: _Forward, grads: list[Tensor], scales: Tensor) -> CaughtRows:
         """Merged and truncated as [`EmbeddingGradientRecorder`] does."""
         nothing = grads[0].new_zeros(len(forward.input_ids), 0, grads[0].shape[-1])
         gradients = PositionGradients(
@@ -257,7 +271,12 @@ class TrainingCapture(AbstractContextManager):
             scales=scales,
         )
         merged = gradients.merge(**self._top_k, virtual=not self._uses.matrix.requires_grad)
-        return forward.example_ids.repeat_interleave(merged.offsets.diff()), merged.tokens, merged.rows
+        return CaughtRows(
+            examples=forward.example_ids.repeat_interleave(merged.offsets.diff()).cpu(),
+            tokens=merged.tokens.cpu(),
+            rows=merged.rows.cpu(),
+            factors=torch.ones(len(merged.tokens), dtype=merged.rows.dtype),
+        )
 
 
 def _require_one_weight(multiples: Tensor) -> None:

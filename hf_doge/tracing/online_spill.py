@@ -35,19 +35,30 @@ class RowSpill:
     def __init__(self, folder: Path, *, width: int, vocabulary_size: int, max_bytes: int) -> None:
         self.folder = folder
         self._vocabulary_size = vocabulary_size
-        self._max_rows = max(1, max_bytes // (4 * width))
-        self._buffer: list[tuple[Tensor, Tensor]] = []
-        self._num_rows = 0
-        self._num_segments = 0
+        # Filled and emptied in place, since fresh memory costs more than what is done with it.
+        self._rows = torch.empty(max(1, max_bytes // (4 * width)), width)
+        self._keys = torch.empty(len(self._rows), dtype=torch.int64)
+        self._num_rows = self._num_segments = 0
         self._last: Segment | None = None
 
-    def add(self, examples: Tensor, tokens: Tensor, rows: Tensor) -> None:
-        """Add rows `(n, width)` of the given examples and tokens `(n,)`, each pair as often as it comes."""
-        keys = examples.to(tokens.device) * self._vocabulary_size + tokens
-        self._buffer.append((keys.cpu(), rows.float().cpu()))
-        self._num_rows += len(keys)
-        if self._num_rows >= self._max_rows:
-            self._write()
+    def add(self, examples: Tensor, tokens: Tensor, rows: Tensor, *, factors: Tensor) -> None:
+        """
+        Add `factors (n,)` times `rows (n, width)` of the given `examples (n,)` and `tokens (n,)`, each pair as often as it
+        comes.
+
+        Raises:
+            ValueError: if rows are not finite; noticed when a segment is written.
+        """
+        keys = examples * self._vocabulary_size + tokens
+        while len(keys):
+            free = slice(self._num_rows, min(self._num_rows + len(keys), len(self._keys)))
+            num = free.stop - free.start
+            self._keys[free] = keys[:num]
+            torch.mul(rows[:num], factors[:num, None], out=self._rows[free])
+            self._num_rows = free.stop
+            keys, rows, factors = keys[num:], rows[num:], factors[num:]
+            if self._num_rows == len(self._keys):
+                self._write()
 
     def close(self, journal: dict[str, Any]) -> None:
         """Write what is left and then `journal`, which says that the segments are whole and what they hold."""
@@ -64,20 +75,24 @@ class RowSpill:
 
     def discard(self) -> None:
         """Forget all rows, on disk too."""
-        self._buffer.clear()
         self._num_rows = self._num_segments = 0
         self._last = None
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def _write(self) -> None:
-        if not self._buffer:
+        if self._num_rows == 0:
             return
         if self._num_segments == 0:
             shutil.rmtree(self.folder, ignore_errors=True)
             self.folder.mkdir(parents=True)
-        keys, rows = _sum_by_key(*(torch.cat(parts) for parts in zip(*self._buffer, strict=True)))
-        self._buffer.clear()
+        keys, rows = _sum_by_key([(self._keys[: self._num_rows], self._rows[: self._num_rows])])
         self._num_rows = 0
+        if not rows.sum().isfinite():  # one pass; whoever is not finite makes the sum so
+            examples = keys[~rows.isfinite().all(dim=1)] // self._vocabulary_size
+            raise ValueError(
+                f"Gradients must be finite, but those of examples {examples.unique().tolist()[:8]} are not. Look at their "
+                "loss, or train at a lower learning rate."
+            )
         path = self.folder / f"segment-{self._num_segments:05d}"
         self._last = keys.numpy(), rows.numpy()
         for part, content in zip(("keys", "rows"), self._last, strict=True):
@@ -98,7 +113,7 @@ def read_segments(folder: Path) -> list[Segment]:
     journal = read_journal(folder) or {"num_segments": 0}
     return [
         tuple(
-            np.load(folder / f"segment-{number:05d}.{part}.npy", mmap_mode="r", allow_pickle=False)
+            np.load(folder / f"segment-{number:05d}.{part}.npy", mmap_mode="c", allow_pickle=False)
             for part in ("keys", "rows")
         )
         for number in range(journal["num_segments"])
@@ -138,30 +153,21 @@ def merged_rows(
     while begin < last:
         end = int(np.searchsorted(total, total[begin] + budget, side="right")) - 1
         end = min(max(end, begin + 1), last)
-        pieces = []
+        pieces = [(torch.empty(0, dtype=torch.int64), torch.empty(0, width))]
         for keys, rows in segments:
-            start, stop = np.searchsorted(keys, borders[[begin, end]])
-            if stop > start:
-                pieces.append((keys[start:stop], rows[start:stop]))
-        keys, rows = _sum_pieces(pieces, width)
+            piece = slice(*np.searchsorted(keys, borders[[begin, end]]))
+            if piece.stop > piece.start:
+                pieces.append((torch.from_numpy(keys[piece]), torch.from_numpy(rows[piece])))
+        keys, rows = pieces[-1] if len(pieces) <= 2 else _sum_by_key(pieces)
         offsets = torch.searchsorted(keys, torch.from_numpy(borders[begin : end + 1]))
         yield TokenRows(offsets, keys % vocabulary_size, rows, virtual)
         begin = end
 
 
-def _sum_pieces(pieces: Sequence[Segment], width: int) -> tuple[Tensor, Tensor]:
-    if not pieces:
-        return torch.empty(0, dtype=torch.int64), torch.empty(0, width)
-    if len(pieces) == 1:
-        return tuple(torch.from_numpy(np.require(part, requirements="W")) for part in pieces[0])
-    return _sum_by_key(*(torch.from_numpy(np.concatenate(parts)) for parts in zip(*pieces, strict=True)))
-
-
-def _sum_by_key(keys: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Ascending distinct keys, and the sum of the rows of each."""
-    distinct, slots = torch.unique(keys, return_inverse=True)
-    if len(distinct) == len(keys):  # nothing to sum: `slots` says where each row goes
-        ordered = torch.empty_like(rows)
-        ordered[slots] = rows
-        return distinct, ordered
-    return distinct, rows.new_zeros(len(distinct), rows.shape[1]).index_add_(0, slots, rows)
+def _sum_by_key(pieces: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Ascending distinct keys of all pieces, and the sum of the rows of each."""
+    keys, slots = torch.unique(torch.cat([keys for keys, _ in pieces]), return_inverse=True)
+    total = pieces[0][1].new_zeros(len(keys), pieces[0][1].shape[1])
+    for (_, rows), places in zip(pieces, slots.split([len(keys) for keys, _ in pieces]), strict=True):
+        total.index_add_(0, places, rows)
+    return keys, total
