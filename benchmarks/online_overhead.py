@@ -3,7 +3,7 @@ What `record="online"` adds to fine-tuning: a small BERT classifier and a small 
 
     python -m benchmarks.online_overhead
 
-Each turn is one whole `Trainer.train()` of three epochs that saves as the Trainer does if not told otherwise, every 500
+Both have 4 layers of width 512, Google's "BERT-Small", and batches of 16 texts of up to 64 tokens. Each turn is one whole `Trainer.train()` of three epochs that saves as the Trainer does if not told otherwise, every 500
 steps and at the end; with the callback it includes the checks of the first batch, the rows of every step and the index
 that is written at each save. Counted are CPU seconds of the process (the machine may be shared); the overhead is the
 median over the rounds of `with / without - 1`. The last line is JSON.
@@ -33,39 +33,39 @@ from transformers.utils import logging
 
 from hf_doge.tracing.callback import TracInWECallback
 
-WIDTH, LAYERS, HEADS = 128, 2, 2
-NUM_EXAMPLES = {"bert": 2000, "gpt2": 300}  # a step of GPT-2 is ten times as long, for its 50,257 logits
+NUM_EXAMPLES = {"bert": 1000, "gpt2": 300}  # a step of GPT-2 is longer, for its 50,257 logits
 
 
-def small_bert() -> nn.Module:
-    """The issue's BERT: 2 layers, width 128, the vocabulary of bert-base-uncased."""
+def small_bert(layers: int, width: int) -> nn.Module:
+    """A classifier with the vocabulary of bert-base-uncased."""
     return BertForSequenceClassification(
         BertConfig(
             vocab_size=30_522,
-            hidden_size=WIDTH,
-            num_hidden_layers=LAYERS,
-            num_attention_heads=HEADS,
-            intermediate_size=4 * WIDTH,
+            hidden_size=width,
+            num_hidden_layers=layers,
+            num_attention_heads=width // 64,
+            intermediate_size=4 * width,
             num_labels=4,
         )
     )
 
 
-def small_gpt2() -> nn.Module:
-    """GPT-2 of the same size, with its own vocabulary and tied embeddings."""
+def small_gpt2(layers: int, width: int) -> nn.Module:
+    """A language model with the vocabulary of gpt2 and tied embeddings."""
     return GPT2LMHeadModel(
-        GPT2Config(vocab_size=50_257, n_embd=WIDTH, n_layer=LAYERS, n_head=HEADS, n_positions=512, use_cache=False)
+        GPT2Config(
+            vocab_size=50_257, n_embd=width, n_layer=layers, n_head=width // 64, n_positions=512, use_cache=False
+        )
     )
 
 
-MODELS: dict[str, Callable[[], nn.Module]] = {"bert": small_bert, "gpt2": small_gpt2}
+MODELS: dict[str, Callable[[int, int], nn.Module]] = {"bert": small_bert, "gpt2": small_gpt2}
 
 
 def make_dataset(name: str, *, num_examples: int, length: int) -> Dataset:
     """Texts of `length / 2 ... length` tokens of Zipf frequencies."""
     generator = torch.Generator().manual_seed(0)
-    vocabulary_size = MODELS[name]().config.vocab_size
-    frequencies = 1 / torch.arange(1, vocabulary_size - 999, dtype=torch.float64)
+    frequencies = 1 / torch.arange(1, 29_000, dtype=torch.float64)
     sizes = torch.randint(length // 2, length + 1, (num_examples,), generator=generator).tolist()
     ids = [(1000 + torch.multinomial(frequencies, size, True, generator=generator)).tolist() for size in sizes]
     labels = ids if name == "gpt2" else torch.randint(4, (num_examples,), generator=generator).tolist()
@@ -90,7 +90,6 @@ def cpu_seconds(
     name: str, dataset: Dataset, *, online: bool, epochs: int, batch_size: int, save_strategy: str
 ) -> float:
     """CPU seconds of one training from scratch."""
-    torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as folder:
         args = TrainingArguments(
             str(Path(folder) / "out"),
@@ -104,7 +103,7 @@ def cpu_seconds(
             disable_tqdm=True,
         )
         callbacks = [TracInWECallback(Path(folder) / "index", record="online")] if online else []
-        trainer = Trainer(MODELS[name](), args, train_dataset=dataset, data_collator=pad, callbacks=callbacks)
+        trainer = Trainer(model, args, train_dataset=dataset, data_collator=pad, callbacks=callbacks)
         start = time.process_time()
         trainer.train()
         return time.process_time() - start
@@ -119,6 +118,8 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=3, help="Epochs.")
     parser.add_argument("--save-strategy", choices=["steps", "epoch"], default="steps", help="When to save.")
     parser.add_argument("--rounds", type=int, default=5, help="Turns of each kind.")
+    parser.add_argument("--layers", type=int, default=4, help="Layers of the models.")
+    parser.add_argument("--width", type=int, default=512, help="Their width, a multiple of 64.")
     parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS), help="Which to train.")
     options = parser.parse_args()
     logging.set_verbosity_error()
@@ -128,10 +129,16 @@ def main() -> None:
         dataset = make_dataset(name, num_examples=options.examples or NUM_EXAMPLES[name], length=options.length)
         seconds: dict[bool, list[float]] = {False: [], True: []}
         settings = {option: vars(options)[option] for option in ("epochs", "batch_size", "save_strategy")}
-        cpu_seconds(name, dataset.select(range(64)), online=True, **settings)  # imports and first allocations
+
+        def train(dataset: Dataset, *, online: bool, name: str = name, settings: dict = settings) -> float:
+            torch.manual_seed(0)
+            model = MODELS[name](options.layers, options.width)
+            return cpu_seconds(model, dataset, online=online, **settings)
+
+        train(dataset.select(range(64)), online=True)  # imports and first allocations
         for turn in tqdm(range(options.rounds), desc=name):
             for online in (False, True) if turn % 2 == 0 else (True, False):
-                seconds[online].append(cpu_seconds(name, dataset, online=online, **settings))
+                seconds[online].append(train(dataset, online=online))
         ratios = [with_it / without for with_it, without in zip(seconds[True], seconds[False], strict=True)]
         overheads[name] = round(statistics.median(ratios) - 1, 4)
         plain, recorded = (" ".join(f"{value:.2f}" for value in seconds[online]) for online in (False, True))

@@ -19,6 +19,8 @@ from hf_doge.gradients.token_rows import TokenRows
 
 JOURNAL = "journal.json"
 
+_MOST_KEPT = 0.75  # share of the memory; if adding up leaves more than that, it is written
+
 Segment = tuple[np.ndarray, np.ndarray]  # ascending distinct keys (n,), and the row of each (n, width)
 
 
@@ -58,11 +60,12 @@ class RowSpill:
             self._num_rows = free.stop
             keys, rows, factors = keys[num:], rows[num:], factors[num:]
             if self._num_rows == len(self._keys):
-                self._write()
+                self._make_room()
 
     def close(self, journal: dict[str, Any]) -> None:
         """Write what is left and then `journal`, which says that the segments are whole and what they hold."""
-        self._write()
+        if self._num_rows:
+            self._write(*self._summed())
         self.folder.mkdir(parents=True, exist_ok=True)
         temporary = self.folder / f"{JOURNAL}.tmp"
         temporary.write_text(json.dumps({**journal, "num_segments": self._num_segments}), encoding="utf-8")
@@ -79,20 +82,32 @@ class RowSpill:
         self._last = None
         shutil.rmtree(self.folder, ignore_errors=True)
 
-    def _write(self) -> None:
-        if self._num_rows == 0:
-            return
-        if self._num_segments == 0:
-            shutil.rmtree(self.folder, ignore_errors=True)
-            self.folder.mkdir(parents=True)
+    def _make_room(self) -> None:
+        """Add up what can be; where examples come again and again (several epochs) nothing need be written."""
+        keys, rows = self._summed()
+        if len(keys) > _MOST_KEPT * len(self._keys):
+            self._write(keys, rows)
+        else:
+            self._keys[: len(keys)], self._rows[: len(keys)] = keys, rows
+            self._num_rows = len(keys)
+
+    def _summed(self) -> tuple[Tensor, Tensor]:
+        """The rows in memory by ascending key."""
         keys, rows = _sum_by_key([(self._keys[: self._num_rows], self._rows[: self._num_rows])])
-        self._num_rows = 0
         if not rows.sum().isfinite():  # one pass; whoever is not finite makes the sum so
             examples = keys[~rows.isfinite().all(dim=1)] // self._vocabulary_size
             raise ValueError(
                 f"Gradients must be finite, but those of examples {examples.unique().tolist()[:8]} are not. Look at their "
                 "loss, or train at a lower learning rate."
             )
+        return keys, rows
+
+    def _write(self, keys: Tensor, rows: Tensor) -> None:
+        """One segment, which empties the memory."""
+        self._num_rows = 0
+        if self._num_segments == 0:
+            shutil.rmtree(self.folder, ignore_errors=True)
+            self.folder.mkdir(parents=True)
         path = self.folder / f"segment-{self._num_segments:05d}"
         self._last = keys.numpy(), rows.numpy()
         for part, content in zip(("keys", "rows"), self._last, strict=True):
