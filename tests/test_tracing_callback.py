@@ -309,6 +309,13 @@ def test_the_readable_columns_of_a_dataset_are_kept(tmp_path, tokenizer):
     assert "input_ids" not in examples.column_names
 
 
+def test_a_domain_is_no_text_and_the_tokens_are_kept_beside_it(tmp_path, tokenizer):
+    data = classification_data().remove_columns("text")
+    examples = train(tmp_path, tokenizer=tokenizer, dataset=data, recording={"dataset": data}).examples
+    assert examples["domain"] == data["domain"]
+    assert examples["input_ids"] == data["input_ids"]
+
+
 def test_without_text_the_tokens_are_kept_without_padding(tmp_path, tokenizer):
     padded = {
         "input_ids": [[*row, *[0] * (8 - len(row))] for row in classification_data()["input_ids"]],

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from datasets import ClassLabel, Dataset
 from transformers import DataCollatorForSeq2Seq, DataCollatorWithPadding, default_data_collator
@@ -122,7 +123,7 @@ def describe_examples(
     Columns: `example_id` (0, 1, ... in the order of the dataset), `content_hash` (of the token ids and labels without
     padding: equal for equal examples, which stay two examples), every described column that a person can read (text,
     numbers, the domain, the label and, for a `ClassLabel`, its name as `<column>_name`), and `input_ids` without padding
-    where there is no text at all.
+    where no column has texts of more than a word, as the name of a domain is.
 
     Args:
         examples ([`Examples`]): All of them.
@@ -137,7 +138,7 @@ def describe_examples(
             dataset has an `example_id` of its own that differs.
     """
     columns = _readable_columns(examples.described)
-    keep_ids = not any(_has_text(column.type) for column in columns.values())
+    keep_ids = not any(_is_prose(column) for column in columns.values())
     columns |= _label_names(examples.described, columns)
     hashes, token_ids, silent = [], [], []
     for position, (ids, labels) in enumerate(_unpadded_examples(examples.recorded)):
@@ -231,6 +232,13 @@ def _plain(value: Any) -> Any:
 def _is_readable(kind: pa.DataType) -> bool:
     number = pa.types.is_boolean(kind) or pa.types.is_integer(kind) or pa.types.is_floating(kind)
     return number or pa.types.is_temporal(kind) or _has_text(kind)
+
+
+def _is_prose(column: pa.Array | pa.ChunkedArray) -> bool:
+    """Whether a column holds texts, rather than names of one word."""
+    if not (pa.types.is_string(column.type) or pa.types.is_large_string(column.type)):
+        return _has_text(column.type)
+    return bool(pc.any(pc.match_substring_regex(column, r"\S\s+\S")).as_py())
 
 
 def _has_text(kind: pa.DataType) -> bool:
