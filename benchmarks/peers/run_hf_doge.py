@@ -13,11 +13,12 @@ from benchmarks.peers.workload import VOCABULARY_SIZE, Examples, Workload
 from hf_doge.artifacts.influence import IndexReader, IndexWriter
 from hf_doge.gradients.embedding import EmbeddingGradientRecorder
 
-BATCH_SIZE = 32
+BATCH_SIZE = 50
 
 
-def build(model: nn.Module, workload: Workload, folder: Path, *, dtype: str) -> None:
+def build(recorder: EmbeddingGradientRecorder, workload: Workload, folder: Path, *, dtype: str) -> None:
     """Record the training examples; the index is whole afterwards."""
+    model = recorder.model
     writer = IndexWriter(
         folder,
         width=model.config.hidden_size,
@@ -31,35 +32,36 @@ def build(model: nn.Module, workload: Workload, folder: Path, *, dtype: str) -> 
     checkpoint = writer.checkpoint(
         "step-1", step=1, epoch=1.0, learning_rate=1.0, path="model", model_class=type(model).__name__, fingerprint=""
     )
-    with EmbeddingGradientRecorder(model) as recorder, checkpoint:
+    with recorder, checkpoint:
         for batch in workload.train.batches(BATCH_SIZE):
             checkpoint.add(recorder.record(batch))
         checkpoint.finish()
 
 
-def search(model: nn.Module, queries: Examples, folder: Path, cache_dir: Path) -> np.ndarray:
+def search(recorder: EmbeddingGradientRecorder, queries: Examples, folder: Path, cache_dir: Path) -> np.ndarray:
     """Scores `(num_train, num_queries)` of the index in `folder`, opened anew."""
     reader = IndexReader.open(folder, cache_dir=cache_dir)
-    with EmbeddingGradientRecorder(model) as recorder:
+    with recorder:
         parts = [recorder.record(batch) for batch in queries.batches(BATCH_SIZE)]
     return np.concatenate([reader.scores(0, part) for part in parts]).T
 
 
 def first(model: nn.Module, workload: Workload, state_dir: Path, *, dtype: str) -> np.ndarray:
     """Build and score: record, write, map, search."""
-    build(model, workload, state_dir / "index", dtype=dtype)
-    return search(model, workload.queries, state_dir / "index", state_dir / "cache")
+    recorder = EmbeddingGradientRecorder(model)
+    build(recorder, workload, state_dir / "index", dtype=dtype)
+    return search(recorder, workload.queries, state_dir / "index", state_dir / "cache")
 
 
 def second(model: nn.Module, workload: Workload, state_dir: Path) -> np.ndarray:
     """New queries against the index and the memory map that [`first`] left."""
-    return search(model, workload.second_queries, state_dir / "index", state_dir / "cache")
+    return search(EmbeddingGradientRecorder(model), workload.second_queries, state_dir / "index", state_dir / "cache")
 
 
 def second_mapping_anew(model: nn.Module, workload: Workload, state_dir: Path) -> np.ndarray:
     """The same where there is an index but no map yet, as after a download."""
     with tempfile.TemporaryDirectory(dir=state_dir) as cache:
-        return search(model, workload.second_queries, state_dir / "index", Path(cache))
+        return search(EmbeddingGradientRecorder(model), workload.second_queries, state_dir / "index", Path(cache))
 
 
 if __name__ == "__main__":

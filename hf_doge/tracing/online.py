@@ -168,7 +168,11 @@ class OnlineRecording:
             return
         facts = {"name": name, "step": step, "epoch": epoch, "path": str(path)}
         self._saving = True
-        self._spill.close({**facts, "first_step": self._last_step + 1, "num_processes": self._args.world_size})
+        try:
+            self._spill.close({**facts, "first_step": self._last_step + 1, "num_processes": self._args.world_size})
+        except ValueError:
+            self._stack.close()
+            raise
         self._distributed.wait_for_everyone()
         run_on_main_process(
             lambda sign_of_life: self._write_checkpoint(

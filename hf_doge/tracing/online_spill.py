@@ -1,8 +1,9 @@
 """
-Rows of the steps between two saves, on disk, summed by example and token when the save comes.
+Rows of the steps between two saves, summed by example and token; on disk what does not fit into memory.
 
 Each process keeps segments of its own: `segment-00000.keys.npy`, ascending numbers `example_id * vocabulary_size +
-token`, and `segment-00000.rows.npy` beside it, float32. Memory holds one segment at a time.
+token`, and `segment-00000.rows.npy` beside it, float32. A save begins by writing what memory still holds, so that it can be
+made good if it fails.
 """
 
 import json
@@ -87,6 +88,7 @@ class RowSpill:
         keys, rows = self._summed()
         if len(keys) > _MOST_KEPT * len(self._keys):
             self._write(keys, rows)
+            self._last = None  # the training goes on and may need the memory
         else:
             self._keys[: len(keys)], self._rows[: len(keys)] = keys, rows
             self._num_rows = len(keys)

@@ -157,9 +157,13 @@ def _build(building: Path, folder: Path, config: Mapping[str, Any], entry: Mappi
         progress = stack.enter_context(bar)
         for tokens, columns in _grouped(pieces):
             distinct, starts, counts = np.unique(tokens, return_index=True, return_counts=True)
-            for name, sink in sinks.items():
-                _write_runs(sink, columns[name], starts.tolist(), counts.tolist(), free[distinct].tolist())
+            places = free[distinct]
             free[distinct] += counts
+            # Tokens that follow each other in the map too are one run: all of them, where there is one segment.
+            first = np.flatnonzero(np.append(True, places[1:] != places[:-1] + counts[:-1]))
+            runs = (starts[first].tolist(), np.add.reduceat(counts, first).tolist(), places[first].tolist())
+            for name, sink in sinks.items():
+                _write_runs(sink, columns[name], *runs)
             progress.update(len(tokens))
     np.save(building / "offsets.npy", offsets)
     sizes = {path.name: path.stat().st_size for path in building.iterdir()}
