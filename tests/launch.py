@@ -1,0 +1,74 @@
+"""Starting a script under `accelerate launch`: real processes, gloo, loopback."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+REPOSITORY = Path(__file__).parent.parent
+
+
+def free_port() -> int:
+    """A port that nothing listens on at the moment."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def launch_command(script: Path, *arguments: object, num_processes: int, options: tuple[str, ...] = ()) -> list[str]:
+    """
+    The command line of `accelerate launch` for processes on the CPU.
+
+    `--cpu` would ask for MPI, and starts one process without it; `--multi_gpu` is the way to torch's own launcher, and
+    picks gloo where there is no GPU.
+    """
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", str(num_processes)]
+    launcher += ["--mixed_precision", "no", "--dynamo_backend", "no"]
+    if num_processes > 1:
+        launcher += ["--multi_gpu", "--main_process_port", str(free_port())]
+    if "--num_machines" not in options:
+        launcher += ["--num_machines", "1"]
+    return [*launcher, *options, str(script), *map(str, arguments)]
+
+
+def launch_environment(**changes: str) -> dict[str, str]:
+    """One thread a process, no network, this repository's package."""
+    fixed = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(REPOSITORY), "CUDA_VISIBLE_DEVICES": ""}
+    return {**os.environ, **fixed, **changes}
+
+
+def launch(
+    script: Path, *arguments: object, num_processes: int = 2, timeout: float = 240, check: bool = True, **env: str
+) -> subprocess.CompletedProcess:
+    """
+    Run a script under `accelerate launch` and wait for it.
+
+    Args:
+        script (`Path`): What every process runs; its folder of work is the repository.
+        arguments: Of the script.
+        num_processes (`int`): 1 starts it without a process group.
+        timeout (`float`): Seconds after which all processes are killed.
+        check (`bool`): Whether to fail, showing the end of the output, if the script does.
+        env: Environment variables beside the usual.
+    """
+    command = launch_command(script, *arguments, num_processes=num_processes)
+    # a session of its own, so that a time-out ends the processes and not the launcher alone
+    process = subprocess.Popen(
+        command,
+        cwd=REPOSITORY,
+        env=launch_environment(**env),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        output, _ = process.communicate(timeout=timeout)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, 9)
+    result = subprocess.CompletedProcess(command, process.returncode, output)
+    if check:
+        assert result.returncode == 0, result.stdout[-6000:]
+    return result
