@@ -333,7 +333,9 @@ class _OpenCall(TorchFunctionMode):
         used = {
             value for value in (*args, *kwargs.values()) if isinstance(value, nn.Parameter) and value in self.stores
         }
-        if not used or not torch.is_grad_enabled():  # off inside the functions above, which another module may surround
+        if (
+            not used or not torch.is_grad_enabled()
+        ):  # off inside the functions above, which another module may surround
             return func(*args, **kwargs)
         handler = _HANDLERS.get(func)
         if handler is not None:

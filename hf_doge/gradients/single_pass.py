@@ -209,7 +209,8 @@ class SinglePassAlignment(BackwardAlignment):
             loss = batch.compute_loss()
         by_row = caught.by_row
         device = by_row.device
-        items = torch.tensor([max(source.num_items(domain), 1) for domain in range(self.num_domains)])
+        counts = [max(source.num_items(domain), 1) for domain in range(self.num_domains)]
+        items = torch.tensor(counts, dtype=torch.float64)
         found = caught.by_domain(batch.segments).cpu() / items
         if found.isfinite().all():
             require_same_total(by_row, loss, batch.num_items)
