@@ -404,11 +404,44 @@ def test_models_of_the_users_own_class(tmp_path, tokenizer, train_set):
         ({"inputs_embeds": torch.zeros(1, 2, 16), "labels": torch.tensor([0])}, "no ready `inputs_embeds`"),
         ([{"a": "x", "b": "y", "c": "z"}], "text or a pair of texts"),
         ([{"text": "goal", "label": "weather"}], "one of the model's labels"),
+        ("", "query 0 is empty"),
+        (["goal", " \n"], "query 1 is empty"),
+        ([{"text": "goal", "label": 3}], "label of query 0 must be a whole number from 0 to 2"),
+        (["goal", {"text": "goal", "label": -1}], "label of query 1 must be a whole number from 0 to 2"),
+        ([{"text": "goal", "label": 1.5}], "label of query 0 must be a whole number"),
+        ([{"text": "goal", "label": float("nan")}], "label of query 0 must be a whole number"),
+        ([{"text": "goal", "label": [0, 1]}], "label of query 0 must be a whole number"),
+        ([{"input_ids": [5, 6], "label": 3}], "label of query 0 must be a whole number from 0 to 2"),
+        ([{"text": "goal", "label": -100}], r"queries \[0\] .* have none but -100"),
+        ([{"input_ids": [True, False]}], "must be whole numbers"),
+        ([{"input_ids": "goal"}], "must be whole numbers"),
+        ([{"input_ids": [[5, 6], [5]]}], "must be whole numbers"),
+        ([{"input_ids": [5, 6], "attention_mask": [0, 0]}], "query 0 has none"),
+        ([{"input_ids": [5, 6], "attention_mask": [1]}], "`attention_mask` of query 0 must have the shape"),
+        ([{"input_ids": [5] * 33}], "query 0 has 33 tokens, but the model has positions for 32"),
     ],
 )
 def test_bad_queries_are_refused(index, queries, message):
     with pytest.raises((ValueError, TypeError), match=message):
         index.search(queries)
+
+
+def test_labels_of_any_number_type_are_taken(index):
+    expected = index.scores([{"text": "goal", "label": 1}])
+    for label in (1.0, True, np.int64(1), np.float32(1), torch.tensor(1)):
+        assert close(index.scores([{"text": "goal", "label": label}]), expected)
+
+
+def test_token_labels_come_before_a_label_beside_them(index):
+    expected = index.scores([{"input_ids": [5, 6], "labels": 2}])
+    for record in ({"label": 0, "labels": 2}, {"labels": 2, "label": 0}):
+        assert close(index.scores([{"input_ids": [5, 6], **record}]), expected)
+
+
+def test_one_query_and_arrays_are_batches_too(index):
+    expected = index.scores([{"input_ids": [5, 6], "labels": 2}])
+    for ids, labels in (([5, 6], 2), (torch.tensor([5, 6]), torch.tensor(2)), (np.array([[5, 6]]), np.array([2]))):
+        assert close(index.scores({"input_ids": ids, "labels": labels}), expected)
 
 
 def test_bad_options_are_refused(index):
@@ -417,6 +450,13 @@ def test_bad_options_are_refused(index):
         ({"batch_size": 0}, "`batch_size` must be at least 1"),
         ({"special_tokens": "no"}, "`special_tokens` must be one of"),
         ({"exclude": [24]}, "`exclude` must hold ids of examples"),
+        ({"exclude": [1.5]}, "`exclude` must hold ids of examples"),
+        ({"exclude": 3}, "`exclude` must hold ids of examples"),
+        ({"top_k": 1.5}, "`top_k` must be a whole number"),
+        ({"top_k": "3"}, "`top_k` must be a whole number"),
+        ({"top_k": None}, "`top_k` must be a whole number"),
+        ({"batch_size": 1.5}, "`batch_size` must be a whole number"),
+        ({"cosine": "no"}, "`cosine` must be one of"),
     ):
         with pytest.raises(ValueError, match=message):
             index.search(TEXTS, **options)
@@ -426,6 +466,20 @@ def test_bad_options_are_refused(index):
         index.domain_influence(TEXTS, "label", reduction="max")
     with pytest.raises(ValueError, match=r"must come from `InfluenceIndex\.search`"):
         index.to_html(Dataset.from_dict({"query": [0]}))
+    with pytest.raises(ValueError, match=r"must come from `InfluenceIndex\.search`"):
+        index.to_html([])
+
+
+def test_what_is_no_model_or_tokenizer_is_refused(recorded, maps):
+    with pytest.raises(ValueError, match="`processing_class` must be a tokenizer"):
+        InfluenceIndex.from_pretrained(recorded, cache_dir=maps, processing_class="bert-base-uncased")
+    for options, message in (
+        ({"model": "bert-base-uncased"}, r"`model` must be a torch\.nn\.Module"),
+        ({"model": nn.Linear(2, 2)}, "'checkpoint-6' .* do not fit"),
+        ({"load_model": lambda path: None}, "`load_model` must return a model"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            InfluenceIndex.from_pretrained(recorded, cache_dir=maps, **options).scores(TEXTS)
 
 
 def test_another_tokenizer_is_refused(recorded, maps):

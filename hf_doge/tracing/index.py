@@ -9,7 +9,7 @@ follow TracIn's own sign.
 """
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -88,6 +88,11 @@ class InfluenceIndex:
         self.config = reader.config
         self._given_tokenizer = getattr(processing_class, "tokenizer", processing_class)
         if self._given_tokenizer is not None:
+            if not callable(self._given_tokenizer):
+                raise ValueError(
+                    f"`processing_class` must be a tokenizer, but got {processing_class!r:.80}. Load it by "
+                    "`AutoTokenizer.from_pretrained`."
+                )
             self._check_tokenizer(self._given_tokenizer)
         self._loading = {"model": model, "load_model": load_model, "loss_fn": loss_fn, "token": token}
 
@@ -215,8 +220,7 @@ class InfluenceIndex:
             ValueError: An option or the queries are bad, or a checkpoint is another than the recorded one.
             FileNotFoundError: A checkpoint is gone.
         """
-        if top_k < 1:
-            raise ValueError(f"`top_k` must be at least 1, but got {top_k}.")
+        _check_count("top_k", top_k)
         excluded = self._checked_ids(exclude)
         options = {"batch_size": batch_size, "special_tokens": special_tokens, "cosine": cosine}
         self._check_options(**options)
@@ -355,7 +359,7 @@ class InfluenceIndex:
         Returns:
             `str`: The page. It needs no other file and runs no script.
         """
-        missing = sorted(set(HIT_FEATURES) - set(hits.column_names))
+        missing = sorted(set(HIT_FEATURES) - set(getattr(hits, "column_names", ())))
         if missing:
             raise ValueError(f"`hits` must come from `InfluenceIndex.search`, but has no columns {missing}.")
         tokenizer, fields = self.processing_class, self._text_fields()
@@ -398,12 +402,12 @@ class InfluenceIndex:
 
     def _check_options(self, *, special_tokens: str, batch_size: int, cosine: bool) -> None:
         self._check_choice("special_tokens", special_tokens, SPECIAL_TOKENS)
-        if batch_size < 1:
-            raise ValueError(f"`batch_size` must be at least 1, but got {batch_size}.")
+        _check_count("batch_size", batch_size)
+        self._check_choice("cosine", cosine, (True, False))
         if cosine:
             self._refuse_metric("`cosine`")
 
-    def _check_choice(self, name: str, value: str, allowed: Sequence[str]) -> None:
+    def _check_choice(self, name: str, value: Any, allowed: Sequence[Any]) -> None:
         if value not in allowed:
             raise ValueError(f"`{name}` must be one of {list(allowed)}, but got {value!r}.")
 
@@ -419,12 +423,11 @@ class InfluenceIndex:
         return list(self.config["special_token_ids"]) if special_tokens == "drop" else []
 
     def _checked_ids(self, ids: Sequence[int]) -> np.ndarray:
-        ids = np.asarray(list(ids), dtype=np.int64)
-        if len(ids) and not 0 <= ids.min() <= ids.max() < len(self):
-            raise ValueError(
-                f"`exclude` must hold ids of examples, 0 to {len(self) - 1}, but got {ids.tolist()[:10]}."
-            )
-        return ids
+        found = np.asarray(ids if isinstance(ids, np.ndarray) or not isinstance(ids, Iterable) else list(ids))
+        whole = found.ndim == 1 and (found.dtype.kind in "iu" or not len(found))
+        if not whole or (len(found) and not 0 <= found.min() <= found.max() < len(self)):
+            raise ValueError(f"`exclude` must hold ids of examples, 0 to {len(self) - 1}, but got {ids!r:.80}.")
+        return found.astype(np.int64)
 
     def _check_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
         recorded = self.config.get("tokenizer")
@@ -451,3 +454,9 @@ class InfluenceIndex:
             name for name in strings if name != "content_hash" and not name.endswith(("_name", "source", "domain"))
         ]
         return left if len(left) <= 2 else []
+
+
+def _check_count(name: str, value: Any) -> None:
+    if not isinstance(value, int) or value < 1:
+        problem = "a whole number of at least 1" if not isinstance(value, int) else "at least 1"
+        raise ValueError(f"`{name}` must be {problem}, but got {value!r}.")
