@@ -502,6 +502,17 @@ def test_tokens_out_of_the_vocabulary_are_refused_by_position(tmp_path, tokenize
     refused(tmp_path, tokenizer, "Example 3 must have tokens from 0 to 31", dataset=data)
 
 
+def test_what_the_model_has_no_room_or_class_for_is_refused_by_position(tmp_path, tokenizer):
+    data = classification_data()
+    long = data.map(
+        lambda row, i: {"input_ids": [5] * 33, "attention_mask": [1] * 33} if i == 9 else row, with_indices=True
+    )
+    refused(tmp_path, tokenizer, r"Example 9 .* has 33 tokens and the model has positions for 32", dataset=long)
+    labels = [3 if position == 9 else label for position, label in enumerate(data["label"])]
+    other = data.remove_columns("label").add_column("label", labels)
+    refused(tmp_path, tokenizer, "label of example 9 must be a whole number from 0 to 2.* got 3", dataset=other)
+
+
 def test_a_model_whose_examples_depend_on_each_other_is_refused_before_training(tmp_path, tokenizer):
     class Mixing(BertForSequenceClassification):
         def forward(self, input_ids, labels=None, attention_mask=None, **kwargs):

@@ -118,12 +118,19 @@ def make_hits(rows: Sequence[Mapping[str, Any]], examples: Dataset) -> Dataset:
 
 
 def beside_examples(rows: Dataset, examples: Dataset) -> Dataset:
-    """Add the examples' columns to rows that have an `example_id`; a column of a name that is taken gets `example_`."""
+    """Add the examples' columns to rows that have an `example_id`; where a name is taken, `example_` goes before it."""
     shown = examples.select_columns([name for name in examples.column_names if name not in NOT_SHOWN])
     if not shown.column_names:
         return rows
     table = shown.with_format("arrow")[rows["example_id"][:]]
-    taken = {name: f"example_{name}" for name in shown.column_names if name in rows.column_names}
+    names = {*rows.column_names, *shown.column_names}
+    taken = {}
+    for name in sorted(set(shown.column_names) & set(rows.column_names)):
+        free = f"example_{name}"
+        while free in names:
+            free = f"example_{free}"
+        taken[name] = free
+        names.add(free)
     shown = Dataset(table, info=DatasetInfo(features=shown.features)).rename_columns(taken)
     return concatenate_datasets([rows, shown], axis=1)
 

@@ -18,6 +18,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
 from hf_doge.gradients.example_losses import IGNORE_INDEX
+from hf_doge.tracing.limits import num_classes, num_positions
 from hf_doge.tracing.words import Reading, read_ids, read_text
 
 TEXT_FIELDS = (
@@ -266,8 +267,8 @@ def _check_tokens(records: Sequence[Mapping[str, Any]], vocabulary_size: int) ->
 
 def _check_length(query: Query, model: nn.Module, position: int) -> None:
     """Texts are cut; tokens are the caller's, and too many of them end a GPU's process without a word."""
-    length, limit = query.features["input_ids"].shape[-1], _num_positions(model)
-    if length > limit:
+    length, limit = query.features["input_ids"].shape[-1], num_positions(model)
+    if limit is not None and length > limit:
         raise ValueError(
             f"Every query must fit into the model: query {position} has {length} tokens, but the model has positions for "
             f"{limit}. Cut it as the training examples were."
@@ -276,19 +277,14 @@ def _check_length(query: Query, model: nn.Module, position: int) -> None:
 
 def _check_label(query: Query, model: nn.Module, position: int) -> None:
     """The class of a text must be one that the model has, as a whole number; it may come as a float, as from pandas."""
-    config, label = getattr(model, "config", None), query.features.get("labels")
-    one_of_several = (
-        type(model).__name__.endswith("ForSequenceClassification")
-        and getattr(config, "num_labels", 1) > 1
-        and getattr(config, "problem_type", None) in (None, "single_label_classification")
-    )
-    if label is None or not one_of_several:
+    classes, label = num_classes(model), query.features.get("labels")
+    if label is None or classes is None:
         return
     value = label.item() if label.numel() == 1 else math.nan
-    if not (math.isfinite(value) and value == int(value) and 0 <= value < config.num_labels):
+    if not (math.isfinite(value) and value == int(value) and 0 <= value < classes):
         raise ValueError(
-            f"The label of query {position} must be a whole number from 0 to {config.num_labels - 1}, the classes of the "
-            f"model, but got {label.tolist()}."
+            f"The label of query {position} must be a whole number from 0 to {classes - 1}, the classes of the model, but "
+            f"got {label.tolist()}."
         )
     query.features["labels"] = torch.tensor(int(value))
 
@@ -345,18 +341,8 @@ def find_max_length(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> int
     limits = [tokenizer.model_max_length]
     for name in ("max_position_embeddings", "n_positions"):
         limits.append(getattr(getattr(model, "config", None), name, None) or _LONGEST)
-    longest = min(*limits, _num_positions(model))
+    longest = min(*limits, num_positions(model) or _LONGEST)
     return None if longest >= _LONGEST else longest
-
-
-def _num_positions(model: nn.Module) -> int:
-    """How many positions a learned table of them has; `_LONGEST` for a model without one."""
-    limits = [_LONGEST]
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Embedding) and name.endswith(("position_embeddings", ".wpe")):
-            first = 0 if module.padding_idx is None else module.padding_idx + 1  # RoBERTa counts from its padding on
-            limits.append(module.num_embeddings - first)
-    return min(limits)
 
 
 @torch.no_grad()
