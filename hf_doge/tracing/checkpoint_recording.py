@@ -118,7 +118,9 @@ class CheckpointRecording:
         run_on_main_process(lambda sign_of_life: self._finish(model, facts, state, sign_of_life))
 
     def stop(self) -> None:
-        """Nothing is left to put back."""
+        """Let go of the index."""
+        if self._writer is not None:
+            self._writer.close()
         self._writer = None
 
     def _open(

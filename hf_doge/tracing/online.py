@@ -187,6 +187,8 @@ class OnlineRecording:
     def stop(self) -> None:
         """Leave the model and the DataLoader as they were. Rows of steps after the last save are dropped, with a warning."""
         self._stack.close()
+        if self._writer is not None:
+            self._writer.close()
         if not self._started:
             return
         self._started = False

@@ -90,7 +90,11 @@ def open_writer(
             "metadata": dict(metadata or {}),
         },
     )
-    writer.write_examples(table)
+    try:
+        writer.write_examples(table)
+    except BaseException:
+        writer.close()
+        raise
     return writer
 
 
@@ -268,6 +272,7 @@ def record_dataset(
 
     Raises:
         FileNotFoundError: if a checkpoint is no folder with a model.
+        BlockingIOError: if another process is writing the index.
         ValueError: if a learning rate is unknown, the checkpoints' embeddings differ in shape, or an example cannot be
             recorded; what was recorded before stays.
     """
@@ -282,21 +287,27 @@ def record_dataset(
     ]
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     writer = batches = None
-    for path, fact in zip(paths, facts, strict=True):
-        if writer is not None and fact["name"] in writer.checkpoint_names:
-            continue
-        model = load_model(path, device=device)
-        recorder = make_recorder(model, settings, tokenizer)
-        if writer is None:
-            examples = dataset if isinstance(dataset, Examples) else Examples(prune_columns(dataset, model), dataset)
-            writer = open_writer(folder, model=model, dataset=examples, tokenizer=tokenizer, settings=settings)
-            collator = collator or padding_collator(tokenizer)
-            batches = SequentialBatches(examples.recorded, collator, batch_size=batch_size, seed=seed)
-        require_same_embeddings(writer, model)
-        if fact["name"] not in writer.checkpoint_names:
-            record_checkpoint(
-                writer, recorder, batches, **fact, path=stored_path(path, writer.folder), progress=progress
-            )
+    try:
+        for path, fact in zip(paths, facts, strict=True):
+            if writer is not None and fact["name"] in writer.checkpoint_names:
+                continue
+            model = load_model(path, device=device)
+            recorder = make_recorder(model, settings, tokenizer)
+            if writer is None:
+                examples = (
+                    dataset if isinstance(dataset, Examples) else Examples(prune_columns(dataset, model), dataset)
+                )
+                writer = open_writer(folder, model=model, dataset=examples, tokenizer=tokenizer, settings=settings)
+                collator = collator or padding_collator(tokenizer)
+                batches = SequentialBatches(examples.recorded, collator, batch_size=batch_size, seed=seed)
+            require_same_embeddings(writer, model)
+            if fact["name"] not in writer.checkpoint_names:
+                record_checkpoint(
+                    writer, recorder, batches, **fact, path=stored_path(path, writer.folder), progress=progress
+                )
+    finally:
+        if writer is not None:
+            writer.close()
     return writer
 
 
