@@ -338,6 +338,39 @@ def test_a_full_disk_while_the_map_is_built_is_an_os_error(open_index, rows, tmp
     assert reader.scores(0, rows[1]).any()
 
 
+def test_maps_unused_for_longest_make_room_for_new_ones(open_index, rows, tmp_path, monkeypatch):
+    cache = tmp_path / "cache"
+    names = []
+
+    def build(number):
+        reader = open_index(random_rows(NUM_EXAMPLES, seed=number), folder=f"index-{number}")
+        reader.self_influence(0)
+        names.extend(sorted({path.name for path in cache.iterdir()} - set(names)))
+        return reader
+
+    def age(hours):
+        for path in cache.glob("*/map.json"):
+            os.utime(path, (path.stat().st_mtime - hours * 3600,) * 2)
+
+    for number in range(3):
+        build(number)
+        age(1)
+    size = max(sum(path.stat().st_size for path in (cache / name).iterdir()) for name in names)
+    monkeypatch.setattr("hf_doge.artifacts.influence.row_map._KEPT_BYTES", int(2.5 * size))
+    (cache / "models--of--others").mkdir()
+    (cache / f".{names[0]}-killed").mkdir()
+    os.utime(cache / f".{names[0]}-killed", (0, 0))
+    first = IndexReader.open(tmp_path / "index-0", cache_dir=cache)
+    expected = first.self_influence(0)  # opened again, so no longer the oldest
+    build(3)
+    assert sorted(path.name for path in cache.iterdir()) == sorted([names[0], names[3], "models--of--others"])
+    age(1)
+    build(4)
+    build(5)  # both opened within the hour
+    assert {path.name for path in cache.iterdir()} == {*names[4:], "models--of--others"}
+    np.testing.assert_array_equal(first.self_influence(0), expected)  # its map was open
+
+
 def test_the_map_goes_to_hf_home(tmp_path, rows, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(tmp_path / "home"))
     write_index(tmp_path / "index", rows[0])
