@@ -74,7 +74,7 @@ class CheckpointRecording:
         Raises:
             ValueError: if something cannot be recorded, or the folder has another training's checkpoints.
         """
-        _require_whole_weights(model, args)
+        require_whole_weights(model, args)
         if self.options.second_moment:
             self._require_second_moments(model, started=state.global_step > 0)
         self._progress = not args.disable_tqdm
@@ -118,7 +118,9 @@ class CheckpointRecording:
         run_on_main_process(lambda sign_of_life: self._finish(model, facts, state, sign_of_life))
 
     def stop(self) -> None:
-        """Nothing is left to put back."""
+        """Let go of the index."""
+        if self._writer is not None:
+            self._writer.close()
         self._writer = None
 
     def _open(
@@ -236,9 +238,15 @@ def find_group(optimizer: torch.optim.Optimizer, matrix: Tensor) -> dict[str, An
     return optimizer.param_groups[0]
 
 
-def _require_whole_weights(model: nn.Module, args: TrainingArguments) -> None:
+def require_whole_weights(model: nn.Module, args: TrainingArguments) -> None:
+    """
+    Raises:
+        ValueError: if no process has the whole model.
+    """
+    # `accelerate launch --use_fsdp` shards without telling the arguments; of FSDP 2 and others only the parameters tell.
+    wrapped = any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules())
     sharded = any(hasattr(parameter, "ds_id") or hasattr(parameter, "device_mesh") for parameter in model.parameters())
-    if sharded or args.fsdp:
+    if wrapped or sharded or args.fsdp:
         raise ValueError(
             "Recording needs the whole model in one process, but its weights are sharded (FSDP, ZeRO-3 or tensor"
             " parallelism). Train without the callback, and record the saved checkpoints by `hf-doge index`."

@@ -5,8 +5,9 @@ Rows are those of each example alone, in evaluation mode and the precision of th
 `loss_fn`): whatever the batch, accumulation, autocast, label smoothing and dropout of training.
 """
 
+import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from hf_doge.gradients.token_rows import TokenRows
 from hf_doge.tracing.batches import SequentialBatches, preserved_random_state
 from hf_doge.tracing.examples import Examples, describe_examples, padding_collator, prune_columns
 from hf_doge.tracing.fingerprints import dataset_fingerprint, model_fingerprint, tokenizer_fingerprint, unwrap_model
+from hf_doge.tracing.limits import num_classes, num_positions
 from hf_doge.tracing.settings import RecordingSettings, text_tokenizer
 from hf_doge.tracing.weights import describe_checkpoint, load_model, stored_path
 
@@ -61,7 +63,13 @@ def open_writer(
         dataset = Examples(dataset, dataset)
     if len(dataset) == 0:
         raise ValueError("The dataset to record must have examples, but it is empty. Pass one that is not.")
-    table = describe_examples(dataset, vocabulary_size=len(matrix), sign_of_life=sign_of_life)
+    table = describe_examples(
+        dataset,
+        vocabulary_size=len(matrix),
+        num_positions=num_positions(model),
+        num_classes=num_classes(model) if settings.loss_fn is None else None,
+        sign_of_life=sign_of_life,
+    )
     writer = IndexWriter(
         folder,
         width=matrix.shape[1],
@@ -82,7 +90,11 @@ def open_writer(
             "metadata": dict(metadata or {}),
         },
     )
-    writer.write_examples(table)
+    try:
+        writer.write_examples(table)
+    except BaseException:
+        writer.close()
+        raise
     return writer
 
 
@@ -260,10 +272,13 @@ def record_dataset(
 
     Raises:
         FileNotFoundError: if a checkpoint is no folder with a model.
+        BlockingIOError: if another process is writing the index.
         ValueError: if a learning rate is unknown, the checkpoints' embeddings differ in shape, or an example cannot be
             recorded; what was recorded before stays.
     """
     settings = settings or RecordingSettings()
+    if isinstance(checkpoints, str | os.PathLike):
+        raise ValueError(f"`checkpoints` must be a list of folders, but got {str(checkpoints)!r} alone.")
     paths = [Path(checkpoint) for checkpoint in checkpoints]
     _require_after_training(settings, paths, learning_rates)
     facts = [
@@ -272,21 +287,27 @@ def record_dataset(
     ]
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     writer = batches = None
-    for path, fact in zip(paths, facts, strict=True):
-        if writer is not None and fact["name"] in writer.checkpoint_names:
-            continue
-        model = load_model(path, device=device)
-        recorder = make_recorder(model, settings, tokenizer)
-        if writer is None:
-            examples = dataset if isinstance(dataset, Examples) else Examples(prune_columns(dataset, model), dataset)
-            writer = open_writer(folder, model=model, dataset=examples, tokenizer=tokenizer, settings=settings)
-            collator = collator or padding_collator(tokenizer)
-            batches = SequentialBatches(examples.recorded, collator, batch_size=batch_size, seed=seed)
-        require_same_embeddings(writer, model)
-        if fact["name"] not in writer.checkpoint_names:
-            record_checkpoint(
-                writer, recorder, batches, **fact, path=stored_path(path, writer.folder), progress=progress
-            )
+    try:
+        for path, fact in zip(paths, facts, strict=True):
+            if writer is not None and fact["name"] in writer.checkpoint_names:
+                continue
+            model = load_model(path, device=device)
+            recorder = make_recorder(model, settings, tokenizer)
+            if writer is None:
+                examples = (
+                    dataset if isinstance(dataset, Examples) else Examples(prune_columns(dataset, model), dataset)
+                )
+                writer = open_writer(folder, model=model, dataset=examples, tokenizer=tokenizer, settings=settings)
+                collator = collator or padding_collator(tokenizer)
+                batches = SequentialBatches(examples.recorded, collator, batch_size=batch_size, seed=seed)
+            require_same_embeddings(writer, model)
+            if fact["name"] not in writer.checkpoint_names:
+                record_checkpoint(
+                    writer, recorder, batches, **fact, path=stored_path(path, writer.folder), progress=progress
+                )
+    finally:
+        if writer is not None:
+            writer.close()
     return writer
 
 
@@ -303,8 +324,13 @@ def _require_after_training(
             "Checkpoints can be recorded after training with `record='checkpoint'` and without `second_moment`: online rows"
             " and Adam's moments are there in training only. Use `TracInWECallback` for those."
         )
-    if learning_rates is not None and len(learning_rates) != len(paths):
+    if learning_rates is None:
+        return
+    given = list(learning_rates) if isinstance(learning_rates, Iterable) else [learning_rates]
+    if len(given) != len(paths):
         raise ValueError(
-            f"`learning_rates` must have one number for each checkpoint, but there are {len(learning_rates)} for"
-            f" {len(paths)}."
+            f"`learning_rates` must have one number for each checkpoint, but there are {len(given)} for {len(paths)}."
         )
+    wrong = [rate for rate in given if not isinstance(rate, int | float) or not 0 <= rate < math.inf]
+    if wrong:
+        raise ValueError(f"`learning_rates` must be numbers of at least 0, but got {wrong[0]!r}.")
