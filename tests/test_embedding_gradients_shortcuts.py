@@ -162,6 +162,17 @@ def test_a_language_model_is_not_asked_for_its_loss_once_its_logits_are_known_to
     assert all("labels" not in keys for _, keys in seen)
 
 
+def test_a_check_refuses_what_recording_would_and_never_runs_the_whole_batch():
+    model, batch = build(gpt2), batch_of(gpt2, lengths=(9, 5, 7, 6, 8), side="left")
+    seen = watch(model)
+    with EmbeddingGradientRecorder(model) as recorder:
+        recorder.check({key: value[:2] for key, value in batch.items()})
+        assert {shape[0] for shape, _ in seen} == {1, 2}
+        del batch["position_ids"]
+        with pytest.raises(ValueError, match="Padding must not change an example's gradient"):
+            recorder.check(batch)
+
+
 @pytest.mark.parametrize("reduction", ["sum", "mean"])
 @pytest.mark.parametrize("tied", ["input", "output", "full"])
 def test_rows_from_logits_are_those_of_the_loss(reduction, tied):

@@ -164,16 +164,37 @@ class EmbeddingGradientRecorder(AbstractContextManager):
             ValueError: if the batch has no `input_ids`, an example has no label, or the model does not fit (see above).
             RuntimeError: if called outside the context.
         """
-        if self._uses is None:
-            raise RuntimeError("`record` must be called inside the context: `with EmbeddingGradientRecorder(...)`.")
-        batch = self._losses.prepare(self.model, self._to_device(batch))
+        batch = self._prepared(batch)
         mask = padding_mask(batch) if self._may_split else None
         if self._verify and len(batch["input_ids"]) > 1:
             padded = mask is not None and self._layout is None and not bool(mask.all())
             if padded or not self._verified:
                 self._compare(batch)
+        if self._verified and self._from_logits is None:
+            self._from_logits = self._logits_suffice(batch)
         gradients = self._all_gradients(batch, mask)
         return gradients.merge(top_k=self.top_k, top_k_unit=self.top_k_unit, virtual=self.virtual)
+
+    def check(self, batch: Mapping[str, object]) -> None:
+        """
+        Refuse what [`record`] would refuse of a first batch, for less than it costs to record it.
+
+        Args:
+            batch (`Mapping`): As for [`record`]. Only one with several examples shows whether they see each other.
+
+        Raises:
+            ValueError, RuntimeError: as [`record`].
+        """
+        batch = self._prepared(batch)
+        if len(batch["input_ids"]) > 1:
+            self._compare(batch)
+        else:
+            check_finite(self._differentiate(batch)[1])
+
+    def _prepared(self, batch: Mapping[str, object]) -> dict[str, object]:
+        if self._uses is None:
+            raise RuntimeError("`record` must be called inside the context: `with EmbeddingGradientRecorder(...)`.")
+        return self._losses.prepare(self.model, self._to_device(batch))
 
     def _all_gradients(self, batch: dict[str, object], mask: Tensor | None) -> PositionGradients:
         """Those of a batch, run in groups where that saves padding."""
@@ -213,7 +234,7 @@ class EmbeddingGradientRecorder(AbstractContextManager):
         uses.clear()
         with torch.enable_grad():
             if from_logits:
-                outputs = self.model(**{key: value for key, value in batch.items() if key != "labels"})
+                outputs = self.model(**_without_labels(batch))
                 differentiated = outputs.logits
                 grad_outputs, loss, scales = self._losses.at_logits(differentiated, batch)
             else:
@@ -292,10 +313,7 @@ class EmbeddingGradientRecorder(AbstractContextManager):
         together = gradients.example_rows(place)
         alone, loss = self._rows_alone(batch, place, strip_padding=True)
         if self._agree(together, alone):
-            conclusive = bool((alone[1] != 0).any())
-            if conclusive and self._losses.by_token and self._from_logits is not False:
-                self._from_logits = self._logits_suffice(batch, place, alone)
-            return conclusive
+            return bool((alone[1] != 0).any())
         if float(loss) < _CONCLUSIVE_LOSS:
             return False
         padded, _ = self._rows_alone(batch, place, strip_padding=False)
@@ -312,15 +330,19 @@ class EmbeddingGradientRecorder(AbstractContextManager):
             "is the loss, or record with batch size 1."
         )
 
-    def _logits_suffice(self, batch: dict[str, object], place: int, alone: tuple[Tensor, Tensor]) -> bool:
-        """Whether an example has the same rows if the model computes logits only."""
-        batch = self._alone(batch, place, strip_padding=True)
+    def _logits_suffice(self, batch: dict[str, object]) -> bool | None:
+        """Whether an example has the same rows if the model computes its logits only; None where that cannot be told."""
+        labels = batch.get("labels")
+        if not self._losses.by_token or labels is None or labels.is_floating_point():
+            return None if self._losses.by_token else False
+        alone = self._alone(batch, 0, strip_padding=True)
         with torch.no_grad():
-            outputs = self.model(**{key: value for key, value in batch.items() if key != "labels"})
-        if not self._losses.has_logits(outputs, batch):
+            outputs = self.model(**_without_labels(alone))
+        if not self._losses.has_logits(outputs, alone):
             return False
-        gradients, _ = self._differentiate(batch, from_logits=True)
-        return self._agree(gradients.example_rows(0), alone)
+        (rows, _), (others, _) = (self._differentiate(alone, from_logits=from_logits) for from_logits in (True, False))
+        rows, others = rows.example_rows(0), others.example_rows(0)
+        return self._agree(rows, others) if bool((others[1] != 0).any()) else None
 
     def _alone(self, batch: dict[str, object], place: int, *, strip_padding: bool) -> dict[str, object]:
         return single_example(batch, place, strip_padding=strip_padding, encoder_decoder=self._encoder_decoder)
@@ -412,6 +434,10 @@ def _joined(parts: Sequence[tuple[Group, PositionGradients]], input_ids: Tensor)
         whole.input_grads[lines] = gradients.input_grads
         whole.scales[group.examples] = gradients.scales
     return whole
+
+
+def _without_labels(batch: Mapping[str, object]) -> dict[str, object]:
+    return {key: value for key, value in batch.items() if key != "labels"}
 
 
 def _labels_are_optional(model: nn.Module) -> bool:
