@@ -92,6 +92,8 @@ def tell(folder):
     nearly = {**WEIGHTS, "wiki": 0.5000000000000001}
     plan.append({**apart, "name": "nearly_the_weights", "by_rank": [{"weights": WEIGHTS}, {"weights": nearly}]})
     plan.append({**apart, "name": "other_seeds", "by_rank": [{"seed": 3}, {"seed": 4}]})
+    odd = {"folder": str(folder), "max_steps": 1, "split_batches": True, "per_device_train_batch_size": 3}
+    plan.append({**odd, "name": "odd_batch"})
     plan.append({**apart, "name": "after_the_refusals", "by_rank": [{}, {}]})
     (folder / "plan.json").write_text(json.dumps(plan))
     launch(Path(mixture_processes.__file__), folder / "plan.json", num_processes=2, timeout=500)
@@ -219,3 +221,8 @@ def test_processes_that_draw_differently_are_refused_on_all_of_them(tell, name, 
         assert message in told["error"]
         assert told["micro_batches"] == []
     assert [told["error"] for told in tell["after_the_refusals"]] == [None, None]
+
+
+def test_a_batch_that_cannot_be_split_is_refused(tell):
+    for told in tell["odd_batch"]:
+        assert "must be a multiple of the 2 processes, but it is 3" in told["error"]

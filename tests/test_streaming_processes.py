@@ -67,10 +67,15 @@ def domain_of(row):
 
 
 @pytest.mark.parametrize("name", SETTINGS)
-def test_no_example_reaches_two_processes_and_none_is_repeated(tell, name):
+def test_no_example_reaches_two_processes_and_none_is_repeated_or_left_out(tell, name):
     rows = interleave(tell[name])
     assert len(rows) == STEPS * 4
     assert len(set(rows)) == len(rows)
+    for stream in streams(SETTINGS[name]["num_shards"], SCALE).values():
+        for index in range(stream.num_shards):
+            shard = [example["row"] for example in stream.shard(num_shards=stream.num_shards, index=index)]
+            seen = sorted(set(shard) & set(rows))
+            assert seen == shard[: len(seen)]
 
 
 @pytest.mark.parametrize("name", ["dispatched", "split_dispatched", "read_by_all", "split_read_by_all", "plain"])

@@ -155,7 +155,8 @@ class DomainWeightedMixin:
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the model; in a checkpoint, also what the stream of examples depends on."""
         super().save_model(output_dir, _internal_call)
-        if _internal_call and self.args.should_save and self.domain_sampler is not None:
+        is_checkpoint = _internal_call and output_dir is not None  # `push_to_hub` names no folder
+        if is_checkpoint and self.args.should_save and self.domain_sampler is not None:
             sampler, step_size = self.domain_sampler, examples_per_step(self.args)
             epoch, position = divmod(self.state.global_step * step_size, sampler.num_samples)
             # The sampler's own place is ahead of the training step, as far as its DataLoader is.
