@@ -233,15 +233,16 @@ def text_domains():
     }
 
 
-def make_sft_trainer(tmp_path, tokenizer, **options):
+def make_sft_trainer(tmp_path, tokenizer, train_dataset=None, **options):
     from trl import SFTConfig, SFTTrainer
 
     class SFTOnDomains(DomainWeightedMixin, SFTTrainer):
         """What a user would write."""
 
     args = arguments(tmp_path, SFTConfig, max_length=8, bf16=False, gradient_checkpointing=False, **options)
+    train_dataset = text_domains() if train_dataset is None else train_dataset
     return SFTOnDomains(
-        tiny_llama(), args, train_dataset=text_domains(), domain_weights=WEIGHTS, processing_class=tokenizer
+        tiny_llama(), args, train_dataset=train_dataset, domain_weights=WEIGHTS, processing_class=tokenizer
     )
 
 
@@ -251,6 +252,14 @@ def test_the_mixin_serves_sft_trainer(tmp_path, tokenizer):
     counts = train_and_count(trainer, lambda input_ids: names[input_ids[2]])
     assert counts["books"] == 0
     assert counts["arxiv"] == counts["code"] == 10
+
+
+def test_the_mixin_serves_sft_trainer_on_streams(tmp_path, tokenizer):
+    streams = {name: data.to_iterable_dataset() for name, data in text_domains().items()}
+    trainer = make_sft_trainer(tmp_path, tokenizer, streams)
+    names = {tokenizer.convert_tokens_to_ids(f"w{i}"): name for name, i in FIRST_WORDS.items()}
+    counts = train_and_count(trainer, lambda input_ids: names[input_ids[2]])
+    assert counts == {"arxiv": 10, "code": 10}
 
 
 def test_packing_that_loses_the_domains_is_refused(tmp_path, tokenizer):
