@@ -42,7 +42,8 @@ def interleave_domains(
     Domains of weight 0 are never read.
 
     Datasets: rows of a domain come shuffled by the seed, without replacement until the domain is exhausted, and then
-    in a fresh shuffle. The result refers to the rows and copies none.
+    in a fresh shuffle. The result refers to the rows and copies none. A plain Trainer shuffles it once more: the
+    proportions then hold over an epoch, and in a batch on average.
 
     Streams: examples of a domain come in the order of its stream, so shuffle the streams if that matters. An exhausted
     domain is restarted as in its next epoch, as if by `set_epoch`. The result is an ordinary `IterableDataset`:
@@ -59,8 +60,9 @@ def interleave_domains(
     processes in any of them:
 
     - by default (`dispatch_batches=None` or `True`) the main process reads for all and sends each its part;
-    - with `dispatch_batches=False`, and `num_shards` at least the number of processes, each reads shards of its own:
-      the way to choose if reading is slow, best with a `num_shards` of every domain that the processes divide;
+    - with `dispatch_batches=False`, and `num_shards` at least the number of processes, each reads shards of its own
+      (accelerate 1.14 or newer): the way to choose if reading is slow, best where every domain has a multiple of as
+      many shards as there are processes and workers;
     - with `dispatch_batches=False` and fewer shards, or with `split_batches=True` besides, every process reads
       everything and keeps its part. That is as much reading again as there are processes; it is warned of.
 

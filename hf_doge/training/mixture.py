@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, IterableDataset
+from torch.utils.data import DataLoader
 from transformers import Trainer
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -139,6 +140,12 @@ class DomainWeightedMixin:
         config, num_processes = self.args.accelerator_config, self.args.world_size
         if config.dispatch_batches is False and (mixed.num_shards < num_processes or config.split_batches):
             warn_that_all_processes_read_everything()
+
+    def get_train_dataloader(self) -> DataLoader:
+        """As `Trainer.get_train_dataloader`."""
+        # transformers 5.0 takes the size of the checkpoint, which on another number of processes is another batch
+        self._train_batch_size = self.args.train_batch_size
+        return super().get_train_dataloader()
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> DomainWeightedSampler:
         return self.domain_sampler
