@@ -5,7 +5,6 @@ As a script under `accelerate launch` it runs the plan in a JSON file, a list of
 arguments, and writes what each process has to tell.
 """
 
-import io
 import json
 import logging
 import os
@@ -33,19 +32,12 @@ BATCH_SIZE = 4  # of all processes together
 LAG = 48  # draws from a step's first to those that its weights take effect at: more than 4 workers fetch ahead
 
 
-def resumes_on_two_cpus():
-    """Whether torch reads a tensor back to the device that accelerate gives a process on the CPU; 2.6 does not."""
-    buffer = io.BytesIO()
-    torch.save(torch.zeros(1), buffer)
-    buffer.seek(0)
-    try:
-        torch.load(buffer, map_location=torch.device("cpu", 0))
-    except RuntimeError:
-        return False
-    return True
+def skip_if_it_could_not_resume(told):
+    """Old accelerate names the device of a process on the CPU as torch cannot read a checkpoint back to."""
+    if told[0]["device"] != "cpu":
+        pytest.skip(f"torch cannot restore a checkpoint to {told[0]['device']!r}")
 
 
-needs_resuming = pytest.mark.skipif(not resumes_on_two_cpus(), reason="this torch cannot resume two CPU processes")
 SPLITS_STREAMS = Version(accelerate.__version__) >= Version("1.14")
 
 
@@ -137,6 +129,7 @@ def train(
     told = {"micro_batches": [], "leads": [], "error": None}
     try:
         args = arguments(folder, num_processes=num_processes, **options)
+        told["device"] = str(args.device)
         trainer = NotingTrainer(
             Line(), args, train_dataset=domains(scale), domain_weights=weights, **(trainer_options or {})
         )
@@ -194,6 +187,7 @@ def train_on_streams(
     weights = WEIGHTS if by_rank is None else by_rank[int(os.environ["RANK"])]
     try:
         args = arguments(folder, num_processes=num_processes, **options)
+        told["device"] = str(args.device)
         if plain:
             mixed = interleave_domains(streams(num_shards, scale), weights, num_samples=1000)
             trainer = NotingPlainTrainer(Line(), args, train_dataset=mixed)

@@ -10,7 +10,7 @@ import pytest
 from hf_doge.sampling.streaming import interleave_domains
 from tests import mixture_processes
 from tests.launch import launch
-from tests.mixture_processes import SPLITS_STREAMS, WEIGHTS, interleave, needs_resuming, streams
+from tests.mixture_processes import SPLITS_STREAMS, WEIGHTS, interleave, skip_if_it_could_not_resume, streams
 
 STEPS = 12  # of 4 examples
 SCALE = 12  # 276 rows, so that no domain is exhausted: no row may be seen twice
@@ -114,9 +114,9 @@ def test_each_process_follows_the_weights_and_draws_out_of_step_with_the_other(t
     assert equal < 0.6  # 0.38 if they were independent, 1 in step
 
 
-@needs_resuming
 @pytest.mark.parametrize("name", RESUMED)
 def test_a_resumed_run_goes_on_with_the_next_examples(tell, name):
+    skip_if_it_could_not_resume(tell[f"{name}_resumed"])
     assert interleave(tell[f"{name}_resumed"]) == interleave(tell[name])[SAVED_AT[0] * 4 :]
 
 
