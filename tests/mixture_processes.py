@@ -33,9 +33,9 @@ LAG = 48  # draws from a step's first to those that its weights take effect at: 
 
 
 def skip_if_it_could_not_resume(told):
-    """Old accelerate names the device of a process on the CPU as torch cannot read a checkpoint back to."""
-    if told[0]["device"] != "cpu":
-        pytest.skip(f"torch cannot restore a checkpoint to {told[0]['device']!r}")
+    """transformers 5.0 with torch 2.6 cannot read a checkpoint back to the device of a process on the CPU, `cpu:0`."""
+    if "don't know how to restore data location" in (told[0]["error"] or ""):
+        pytest.skip(told[0]["error"])
 
 
 SPLITS_STREAMS = Version(accelerate.__version__) >= Version("1.14")
@@ -129,7 +129,6 @@ def train(
     told = {"micro_batches": [], "leads": [], "error": None}
     try:
         args = arguments(folder, num_processes=num_processes, **options)
-        told["device"] = str(args.device)
         trainer = NotingTrainer(
             Line(), args, train_dataset=domains(scale), domain_weights=weights, **(trainer_options or {})
         )
@@ -187,7 +186,6 @@ def train_on_streams(
     weights = WEIGHTS if by_rank is None else by_rank[int(os.environ["RANK"])]
     try:
         args = arguments(folder, num_processes=num_processes, **options)
-        told["device"] = str(args.device)
         if plain:
             mixed = interleave_domains(streams(num_shards, scale), weights, num_samples=1000)
             trainer = NotingPlainTrainer(Line(), args, train_dataset=mixed)
