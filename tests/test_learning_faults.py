@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from hf_doge.training.checkpoints import _merge
 from tests.faults_script import STEPS, make_trainer, note
 from tests.launch import REPOSITORY, free_port, launch, launch_environment
 
@@ -177,3 +178,21 @@ def test_sigterm_on_one_process_saves_a_checkpoint_that_resumes_exactly(tmp_path
     expected.pop("began_at")
     for what, value in expected.items():
         assert found[what] == value if what == "step" else torch.equal(found[what], value), what
+
+
+def test_processes_that_resume_from_different_places_are_told_so():
+    with pytest.raises(
+        ValueError, match=r"must resume from the same checkpoint.*\['the last', 'none'\].*every machine"
+    ):
+        _merge([("the last", {"checkpoint-2": None}), ("none", {})])
+
+
+def test_a_checkpoint_counts_only_if_every_process_finds_it_whole():
+    seen = [
+        {"checkpoint-2": None, "checkpoint-4": None, "checkpoint-6": None},
+        {"checkpoint-2": None, "checkpoint-4": "x"},
+    ]
+    problems = _merge([("the last", found) for found in seen])
+    assert problems["checkpoint-2"] is None
+    assert problems["checkpoint-4"] == "x"
+    assert "process 1 does not see it" in problems["checkpoint-6"]

@@ -31,6 +31,7 @@ def get_tokenizer(
         is_trained (`bool`): Whether another process of this run has just trained it, so that it is only read.
 
     Raises:
+        `FileNotFoundError`: if another process trained it in a folder that this one does not see.
         `ValueError`: unless exactly one of the first two is given, and for a tokenizer without an end-of-text token.
     """
     if (name_or_path is None) == (train_vocab_size is None):
@@ -41,6 +42,11 @@ def get_tokenizer(
     if name_or_path is not None:
         tokenizer = AutoTokenizer.from_pretrained(name_or_path)
     elif is_trained:
+        if not save_directory.is_dir():
+            raise FileNotFoundError(
+                f"All processes must see the output folder, but this one does not find {str(save_directory)!r}, which the "
+                "main process has just written. Put `--output_dir` on a file system that every machine mounts there."
+            )
         tokenizer = PreTrainedTokenizerFast.from_pretrained(save_directory)
     else:
         tokenizer = train_tokenizer(files, train_vocab_size)

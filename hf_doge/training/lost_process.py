@@ -28,8 +28,11 @@ def explaining_lost_process(trainer: Trainer) -> Iterator[None]:
         if not _is_of_the_exchange(error):
             raise
         state = trainer.state
+        where = (
+            f"the end of step {state.global_step + 1} of {state.max_steps}" if state.max_steps else "the first step"
+        )
         raise RuntimeError(
-            f"All processes must reach the end of step {state.global_step + 1} of {state.max_steps}, but process "
+            f"All processes must reach {where}, but process "
             f"{trainer.args.process_index} lost another one, which was killed, failed or hung for longer than the timeout "
             "of the process group: its own log tells, or the system's (memory, pre-emption). End what is left of the "
             "run, and start all processes again with `resume_from_checkpoint=True`."
