@@ -75,8 +75,8 @@ def note(trainer, path):
             "losses": torch.from_numpy(trajectory.losses),
             "parameters": torch.cat([p.detach().flatten() for p in trainer.model.parameters()]),
             "logged": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
-            "tokens": trainer._learning.num_tokens,
-            "examples": trainer._learning.num_examples,
+            "tokens": trainer._learner.state.num_tokens,
+            "examples": trainer._learner.state.num_examples,
         },
         path,
     )
@@ -94,7 +94,7 @@ def main(folder, num_processes, micro_batch, resume):
         trainer.train(resume_from_checkpoint=str(run / "checkpoint-2") if resume else None)
         note(trainer, folder / f"{name}-{trainer.args.process_index}.pt")
         if name == "single_pass":
-            assert not trainer._alignment._step_is_plain, "the single pass was not used"
+            assert not trainer._learner.alignment._step_is_plain, "the single pass was not used"
 
 
 if __name__ == "__main__":
