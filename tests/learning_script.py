@@ -21,11 +21,12 @@ WAYS = {
     "official": {"recipe": "official", "with_target": True},
     "official_plain": {"recipe": "official", "with_target": True, "alignment": "streamed"},
     "cosine": {"normalization": "cosine", "self_term": False},
+    "online": {"mode": "online", "reweight_steps": 2, "sampler_lag_steps": 2, "with_target": True},
     "seldom": {"reweight_steps": 2, "lr_scheduler_type": "linear"},
 }
 
 
-RESUMED = ("single_pass", "official")
+RESUMED = ("single_pass", "official", "online")
 
 
 def make_domains():
