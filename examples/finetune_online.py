@@ -33,6 +33,7 @@ class DoGESFTTrainer(DoGEMixin, SFTTrainer):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True)
+    parser.add_argument("--tokenizer", help="By default that of the model.")
     parser.add_argument("--data_dir", type=Path, required=True)
     parser.add_argument("--target", required=True)
     parser.add_argument("--output_dir", default="finetuned")
@@ -46,7 +47,7 @@ def main() -> None:
 
     files = {file.name.split(".train.")[0]: file for file in sorted(args.data_dir.glob("*.train.jsonl*"))}
     sources = {name: read(file) for name, file in files.items() if name != args.target}
-    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    tokenizer = AutoTokenizer.from_pretrained(args.tokenizer or args.model)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     target = read(next(args.data_dir.glob(f"{args.target}.validation.jsonl*"))).map(
         lambda batch: {"input_ids": tokenizer(batch["text"], truncation=True, max_length=256)["input_ids"]},
@@ -65,11 +66,12 @@ def main() -> None:
         args=DoGESFTConfig(
             args.output_dir,
             mode="online",
-            mu=0.002,  # of the step exp(learning_rate * score / mu): raise it if one source takes everything at once
+            mu=2e-4,  # of the step exp(learning_rate * score / mu): raise it if one source takes everything at once
             reweight_steps=20,
             per_device_train_batch_size=8,
             learning_rate=2e-4,
             max_length=256,
+            loss_type="nll",  # trl's chunked loss cannot be taken apart by token: all domains in one backward need this
             max_steps=args.max_steps,
             logging_steps=20,
             report_to="none",
