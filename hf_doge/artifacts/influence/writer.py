@@ -7,13 +7,13 @@ README.md                               makes `load_dataset(folder, "gradients" 
 examples/train-*.parquet                one row for each training example
 checkpoints/train-*.parquet             one row for each checkpoint
 gradients/<checkpoint>/segment-*.parquet    the gradient rows of a range of examples, sorted by token
-gradients/<checkpoint>.partial/         a checkpoint that is not whole yet, with a journal of its segments
+gradients/<checkpoint>.partial/         a checkpoint that is not whole yet, with a journal of the segments of each process
 ```
 """
 
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from hf_doge.artifacts.checks import require_json
 from hf_doge.artifacts.files import replace_files, require_own_folder, sha256
 from hf_doge.artifacts.influence.card import renewed_card
 from hf_doge.artifacts.influence.checkpoint_writer import PARTIAL, CheckpointWriter
-from hf_doge.artifacts.influence.encoding import projection_matrix, projection_sha256
+from hf_doge.artifacts.influence.encoding import projection_matrix, projection_sha256, recorded_projection
 from hf_doge.artifacts.influence.examples import ordered_examples
 from hf_doge.artifacts.influence.manifest import (
     CHECKPOINT_FACTS,
@@ -141,6 +141,23 @@ class IndexWriter:
             self.config = {**versions, **asked, "checkpoints": [], "files": {}}
             self._replace(self.config, {})
 
+    @classmethod
+    def join(cls, folder: str | os.PathLike, *, max_segment_bytes: int) -> "IndexWriter":
+        """
+        The index that another process has opened, to write parts of its checkpoints: [`~IndexWriter.checkpoint_part`].
+
+        Args:
+            folder (`str` or `os.PathLike`), max_segment_bytes (`int`): As the other has them.
+
+        Raises:
+            FileNotFoundError: There is no index.
+        """
+        writer = cls.__new__(cls)
+        writer.folder, writer.max_segment_bytes = Path(folder), max_segment_bytes
+        writer.config = read_config(writer.folder)
+        writer._projection = None if writer.config["projection"] is None else recorded_projection(writer.config)
+        return writer
+
     def _continued(self, asked: dict[str, Any]) -> dict[str, Any]:
         config = read_config(self.folder)
         differing = [
@@ -205,6 +222,7 @@ class IndexWriter:
         revision: str | None = None,
         model_class: str,
         fingerprint: str,
+        borders: Sequence[int] | None = None,
     ) -> CheckpointWriter:
         """
         Begin a checkpoint, or continue an interrupted one: if all arguments agree with its own; else it starts anew.
@@ -215,6 +233,8 @@ class IndexWriter:
             learning_rate (`float`): In force then, `>= 0`.
             path (`str` or `os.PathLike`), revision (`str`, *optional*): Where the model can be loaded from.
             model_class (`str`), fingerprint (`str`): Which model that must be.
+            borders (`Sequence[int]`, *optional*): Examples that a segment begins with, however full the one before is.
+                With the same borders any number of processes writes the same files, in any order of their ranges.
 
         Raises:
             ValueError: It is whole already, or an argument cannot be kept; or there are no examples yet.
@@ -235,7 +255,19 @@ class IndexWriter:
             raise ValueError(f"`learning_rate` must be at least 0, but got {learning_rate!r}.")
         values = (name, step, epoch, learning_rate, str(path), revision, model_class, fingerprint)
         facts = require_json("checkpoint", dict(zip(CHECKPOINT_FACTS, values, strict=True)))
-        return CheckpointWriter(self, facts, position=len(self.config["checkpoints"]))
+        return CheckpointWriter(self, facts, position=len(self.config["checkpoints"]), borders=borders)
+
+    def checkpoint_part(self, facts: Mapping[str, Any], *, part: int, borders: Sequence[int] = ()) -> CheckpointWriter:
+        """
+        To write some ranges of a checkpoint that another process has begun, and will finish.
+
+        Args:
+            facts (`Mapping`): The other's `CheckpointWriter.facts`.
+            part (`int`): At least 1, and no other process's.
+            borders (`Sequence[int]`): The other's.
+        """
+        facts = dict(facts)
+        return CheckpointWriter(self, facts, position=facts.pop("position"), borders=borders, part=part)
 
     def _register(self, checkpoint: dict[str, Any], *, position: int) -> None:
         """The moment at which a checkpoint begins to exist."""
