@@ -55,7 +55,9 @@ def join_processes() -> None:
     life from now on, so that the others hear of it if this process ends before it meets them.
     """
     if num_processes() == 1 and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        PartialState()
+        PartialState(
+            cpu=not torch.accelerator.is_available()
+        )  # asked for nothing, it would leave CPUs without a group
     if num_processes() > 1:
         _company()
 

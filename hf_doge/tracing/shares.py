@@ -4,7 +4,7 @@ import os
 from collections.abc import Callable
 from typing import TypeVar
 
-from accelerate.utils import gather_object
+import torch.distributed
 
 from hf_doge.tracing.processes import join_processes, num_processes, process_index, run_on_all_processes
 
@@ -42,7 +42,9 @@ def share_work(count: int, work: Callable[[int, int], list[Result]]) -> list[Res
     counts = run_on_all_processes(work_on_share)
     if set(counts) != {count}:
         raise ValueError(f"All processes must ask the same, but they asked for {counts} results. Ask alike on all.")
-    return gather_object(results)
+    gathered: list[list[Result]] = [[] for _ in range(size)]
+    torch.distributed.all_gather_object(gathered, results)
+    return [result for share in gathered for result in share]
 
 
 def build_on_each_machine(count: int, build: Callable[[int], None]) -> None:
