@@ -2,8 +2,6 @@
 
 import json
 import signal
-import subprocess
-import sys
 
 import pytest
 from transformers import BertForSequenceClassification
@@ -11,7 +9,7 @@ from transformers import BertForSequenceClassification
 from hf_doge.artifacts.influence import IndexReader
 from hf_doge.tracing.recording import record_dataset
 from hf_doge.tracing.settings import RecordingSettings
-from tests.launch import REPOSITORY, free_port, launch, launch_environment
+from tests.launch import REPOSITORY, launch, start_without_launcher
 from tests.recorded_training import assert_rows_are_autograd, classification_data, segments
 from tests.recording_launched import MaskingCollator
 from tests.test_tracing_callback_resume import RATES, SEGMENT, pad, resume
@@ -122,31 +120,14 @@ def test_a_process_that_does_not_see_the_folder_is_named_before_training(togethe
 # Killed
 
 
-def start_alone(folder, case):
-    """Two processes without a launcher that would end the one when the other dies."""
-    folder.mkdir()
-    port = str(free_port())
-    return [
-        subprocess.Popen(
-            [sys.executable, str(SCRIPT), str(folder), case],
-            cwd=REPOSITORY,
-            env=launch_environment(RANK=str(rank), LOCAL_RANK=str(rank), MASTER_PORT=port, **ALONE),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in (0, 1)
-    ]
-
-
-ALONE = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "ACCELERATE_USE_CPU": "true"}
-
-
 @pytest.fixture(scope="module")
 def killed(tmp_path_factory):
     """Trainings in which one process is killed in the middle of a segment, and the exit codes of both."""
     folder = tmp_path_factory.mktemp("killed")
-    started = {rank: start_alone(folder / str(rank), f"kill {rank}") for rank in (0, 1)}
+    started = {}
+    for rank in (0, 1):
+        (folder / str(rank)).mkdir()
+        started[rank] = start_without_launcher(SCRIPT, folder / str(rank), f"kill {rank}")
     try:
         outputs = {rank: [process.communicate(timeout=200)[0] for process in started[rank]] for rank in started}
     finally:
