@@ -7,7 +7,7 @@ journal of its own, `journal.json` or `journal-<part>.json`; the one that finish
 
 import logging
 import shutil
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, suppress
 from itertools import pairwise
@@ -83,7 +83,8 @@ class CheckpointWriter(AbstractContextManager):
         covered = [(segment["first_example"], segment["num_examples"]) for segment in self._segments]
         gaps, end = [], 0
         for first, count in [*sorted(covered), (num_examples, 0)]:
-            cuts = [end, *(border for border in self._borders if end < border < first), first]
+            between = slice(bisect_right(self._borders, end), bisect_left(self._borders, first))
+            cuts = [end, *self._borders[between], first]
             gaps += [(begin, stop) for begin, stop in pairwise(cuts) if begin < stop]
             end = first + count
         return gaps
@@ -113,7 +114,9 @@ class CheckpointWriter(AbstractContextManager):
         self._partial.mkdir(parents=True, exist_ok=True)
         if kept:
             write_atomically(self._journal, to_json({"checkpoint": self.facts, "segments": kept}))
-        names = {Path(segment["path"]).name for segment in kept} | ({JOURNAL} if kept else set())
+        names = {Path(segment["path"]).name for segment in kept if segment["path"] is not None} | (
+            {JOURNAL} if kept else set()
+        )
         for path in self._partial.iterdir():
             if path.name not in names:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -123,7 +126,7 @@ class CheckpointWriter(AbstractContextManager):
         self, *, trusted: Iterable[dict[str, Any]] = (), sign_of_life: Callable[[], None] = lambda: None
     ) -> list[dict[str, Any]]:
         """The segments that all journals tell of and whose files are whole, by ascending example and without overlap."""
-        found, known = [], [segment["path"] for segment in trusted]
+        found, known = [], {segment["path"] for segment in trusted}
         for journal in sorted(self._partial.glob("journal*.json")):
             segments: list[dict[str, Any]] = []
             with suppress(ValueError, KeyError, TypeError):  # a damaged journal is as good as none
@@ -201,6 +204,8 @@ class CheckpointWriter(AbstractContextManager):
             segments.append(self._segments[-1])
         self._closed = True
         segments = _with_files(sorted(segments, key=lambda segment: segment["first_example"]))
+        if not segments:
+            segments = [self._write_nothing()]
         sync_folder(self._partial)
         self._partial.rename(self._final)
         sync_folder(self._final.parent)
@@ -259,10 +264,8 @@ class CheckpointWriter(AbstractContextManager):
             "num_examples": len(lengths),
             "scale": 1.0,
         }
-        last_chance = len(lengths) == self._config["num_examples"]  # one file at least, or nobody reads the folder
         try:
-            # Examples without rows need no file, which `datasets` would stumble over.
-            if len(tokens) or last_chance:
+            if len(tokens):  # else it needs no file, which `datasets` would stumble over
                 segment |= self._write(lengths, tokens, rows)
             segments = [*self._segments, segment]
             write_atomically(self._journal, to_json({"checkpoint": self.facts, "segments": segments}))
@@ -287,6 +290,13 @@ class CheckpointWriter(AbstractContextManager):
         )
         write_atomically(self._partial / name, content)
         return {"path": f"{GRADIENTS}/{self._final.name}/{name}", "sha256": sha256(content), "scale": scale}
+
+    def _write_nothing(self) -> dict[str, Any]:
+        """One file without rows, where no example has any: a checkpoint has one file at least."""
+        self._first, num_examples = 0, self._config["num_examples"]
+        no_rows = torch.empty(0, self._config["stored_width"])
+        written = self._write(np.zeros(num_examples, dtype=np.int64), np.zeros(0, dtype=np.int64), no_rows)
+        return {**written, "num_rows": 0, "first_example": 0, "num_examples": num_examples}
 
 
 def check_token_rows(token_rows: "TokenRows", *, width: int, vocabulary_size: int) -> None:
