@@ -157,7 +157,7 @@ def test_several_targets_count_by_their_weights(tmp_path):
         reference_step(model, rows(domains), {name: rows(targets)[name]}, learning_rate=0.05, mu=0.1)[0]
         for name in targets
     ]
-    args = config(tmp_path, per_device_target_batch_size=2)
+    args = config(tmp_path, per_device_target_batch_size=2, alignment="per_domain")
     trainer = train(
         model, args, domains, targets, target_weights={"a": 2.0, "b": 0.5}, compute_loss_func=float64_causal_loss
     )
@@ -169,7 +169,7 @@ def test_without_self_term_a_domain_is_not_compared_with_itself(tmp_path):
     domains = three_domains()
     scores = {}
     for self_term in (True, False):
-        args = config(tmp_path, self_term=self_term)
+        args = config(tmp_path, self_term=self_term, alignment="per_domain")
         trainer = train(tiny_llama(dtype=torch.float64), args, domains, compute_loss_func=float64_causal_loss)
         scores[self_term] = torch.from_numpy(trainer.domain_weights.trajectory.scores[0])
     norms = torch.stack([g.square().sum() for g in _domain_gradients(domains)])
@@ -186,7 +186,7 @@ def test_a_parameter_filter_scores_some_parameters_and_trains_all(tmp_path):
     ]
     expected = torch.stack([g @ sum(grads) for g in grads])
     before = flat_parameters(model)
-    args = config(tmp_path, alignment_parameters="mlp")
+    args = config(tmp_path, alignment_parameters="mlp", alignment="per_domain")
     trainer = train(model, args, domains, compute_loss_func=float64_causal_loss)
     scores = torch.from_numpy(trainer.domain_weights.trajectory.scores[0])
     torch.testing.assert_close(scores, expected, rtol=1e-10, atol=0)
@@ -397,7 +397,8 @@ def test_a_loss_func_gets_every_domain_alone(tmp_path):
         seen.append(int(num_items_in_batch))
         return float64_causal_loss(outputs, labels, num_items_in_batch)
 
-    trainer = train(tiny_llama(dtype=torch.float64), config(tmp_path), three_domains(), compute_loss_func=loss_func)
+    args = config(tmp_path, alignment="per_domain")
+    trainer = train(tiny_llama(dtype=torch.float64), args, three_domains(), compute_loss_func=loss_func)
     scores = reference_step(tiny_llama(dtype=torch.float64), rows(three_domains()), learning_rate=0.05, mu=0.1)[0]
     torch.testing.assert_close(
         torch.from_numpy(trainer.domain_weights.trajectory.scores[0]), scores, rtol=1e-10, atol=0
@@ -488,12 +489,16 @@ def test_the_logs_tell_of_every_domain(tmp_path):
 
 
 def test_the_choice_of_alignment_follows_the_budget_and_is_logged(tmp_path, caplog):
+    plain = []
     with caplog.at_level(logging.INFO, logger="hf_doge"):
-        DoGETrainer(tiny_llama(), config(tmp_path), train_dataset=three_domains())
-        DoGETrainer(tiny_llama(), config(tmp_path, gradient_memory_budget=1e-6), train_dataset=three_domains())
+        for options in ({}, {"gradient_memory_budget": 1e-6}):
+            trainer = DoGETrainer(tiny_llama(), config(tmp_path, **options), train_dataset=three_domains())
+            plain.append(type(trainer._alignment.plain).__name__)
     lines = [record.getMessage() for record in caplog.records if record.getMessage().startswith("Alignment")]
-    assert lines[0].startswith("Alignment: per_domain (budget 4 GiB)")
-    assert lines[1].startswith("Alignment: streamed (budget 1e-06 GiB)")
+    assert [line.partition(" (")[0] for line in lines] == ["Alignment: single_pass"] * 2
+    assert "3 domains takes" in lines[1]
+    assert "budget of 1e-06 GiB" in lines[1]
+    assert plain == ["PerDomainAlignment", "StreamedAlignment"]
 
 
 def test_the_artifact_tells_where_the_weights_come_from(tmp_path):

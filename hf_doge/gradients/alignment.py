@@ -1,48 +1,84 @@
 """
 How well each domain's gradient lines up with the target's, on a live model.
 
-Two exact ways behind one protocol, [`DomainAlignment`]. [`PerDomainAlignment`] keeps every domain's gradient until the
-weights are known: one backward per domain, K x P memory. [`StreamedAlignment`] keeps the target's gradient only and
-computes each domain's again for the step: more backwards, 3 x P memory whatever K is. Both give the same numbers,
-dropout included, because a repeated forward replays the random state of the first (see [`RandomReplay`]).
+Exact ways behind one protocol, [`DomainAlignment`]. The two plain ones are here: [`PerDomainAlignment`] keeps every
+domain's gradient until the weights are known: one backward per domain, K x P memory. [`StreamedAlignment`] keeps the
+target's gradient only and computes each domain's again for the step: more backwards, 3 x P memory whatever K is. Both give
+the same numbers, dropout included, because a repeated forward replays the random state of the first (see
+[`RandomReplay`]). The third, all domains from one backward, is in `single_pass.py`.
 
 Shapes: K = training domains, P = trainable parameters.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import dataclass
+from math import isfinite
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from hf_doge.functional.doge import clip_scale
+from hf_doge.gradients.domain_gradients import Segments
+from hf_doge.gradients.reduction import Reduction
 
 Gradient = list[Tensor | None]  # one entry per trainable parameter; None where the loss does not reach it
 
 
+@dataclass(frozen=True)
+class MixedBatch:
+    """
+    One micro-batch of all domains together, its examples in the order of their domains.
+
+    Attributes:
+        segments (`Segments`): Which examples are of which domain.
+        num_items (`int`): Labels (or examples) that its loss averages over.
+        lengths (`frozenset[int]`): How many rows an example may have in a layer.
+        compute_loss (`Callable[[], torch.Tensor]`): One forward; the mean loss over all its labels.
+    """
+
+    segments: Segments
+    num_items: int
+    lengths: frozenset[int]
+    compute_loss: Callable[[], Tensor]
+
+
 class GradientSource(Protocol):
     """
-    One optimizer step's losses, ready to be differentiated.
+    One optimizer step's losses, ready to be differentiated: this process' share of them.
 
-    Each backward adds `weight` times the gradient of the mean loss of one domain (over all micro-batches of the step)
-    to `.grad` of the parameters, and returns that mean loss as a detached scalar. Calling it again gives the same.
+    Each backward adds `weight` times the gradient of the mean loss of one domain (over all micro-batches of the step, on
+    all processes) to `.grad` of the parameters, and returns that mean loss as a detached scalar. What is returned and
+    added is this process' part: the sum over the processes is the whole. Calling it again gives the same.
     """
 
     @property
     def present_domains(self) -> Sequence[int]:
-        """The training domains that have at least one token in this step."""
+        """The training domains that have at least one token in this step, on any process."""
 
     @property
     def target_weights(self) -> Mapping[int, float] | None:
         """Weight of each target that has at least one token; `None` when the targets are the training domains."""
+
+    def num_items(self, domain: int) -> int:
+        """Labels of a training domain in this step, on all processes."""
 
     def backward(self, domain: int, *, weight: float = 1.0) -> Tensor:
         """Differentiate the mean loss of a training domain."""
 
     def target_backward(self, target: int) -> Tensor:
         """Differentiate the mean loss of a target."""
+
+    def mixed_batches(self) -> Iterator[MixedBatch]:
+        """The train micro-batches of this process that have a label, uncut."""
+
+    def differentiate(self, loss: Tensor) -> None:
+        """Add the gradient of a loss to `.grad`."""
+
+    def sample(self) -> "GradientSource | None":
+        """A few train examples of this process as a step of their own, in two domains; `None` if there are not two."""
 
 
 @dataclass
@@ -54,7 +90,7 @@ class Alignment:
         inner_products (`torch.Tensor` of shape `(num_train_domains,)`, float64):
             `<g_j, G>` over the scored parameters, `G` the weighted sum of the target gradients.
         norms (`torch.Tensor` of shape `(num_train_domains,)`, float64):
-            `||g_j||` over the scored parameters, after clipping.
+            `||g_j||` over the scored parameters, after clipping; NaN unless they were asked for.
         target_norm (`torch.Tensor` of shape `()`, float64): `||G||` over the scored parameters.
         losses (`torch.Tensor` of shape `(num_train_domains,)`, float64): Mean loss of each domain.
         step_scales (`torch.Tensor` of shape `(num_train_domains,)`, float64):
@@ -82,7 +118,7 @@ class Alignment:
 
 
 class DomainAlignment(Protocol):
-    """A way to the alignment of one step and to the weighted gradient that steps the model."""
+    """A way to the alignment of one step and to the weighted gradient that steps the model; equal on all processes."""
 
     def align(self, source: GradientSource) -> Alignment:
         """Compare every present domain's gradient with the target's; leaves `.grad` empty."""
@@ -97,9 +133,24 @@ class DomainAlignment(Protocol):
                 Factor of each domain's gradient as the source gives it, clipping already multiplied in.
         """
 
+    def write_weighted_gradient(self, source: GradientSource, coefficients: Tensor) -> Tensor:
+        """
+        The same for a step that was not aligned.
 
-class _BackwardAlignment:
-    """What both ways share: reading gradients off the parameters and comparing them."""
+        Returns:
+            `torch.Tensor` of shape `(num_train_domains,)`: the mean loss of each domain that was differentiated, NaN for
+            the others.
+        """
+
+
+class BackwardAlignment:
+    """
+    What all ways share: gradients are read off the parameters, compared, and added up over the processes.
+
+    Everything asked for is linear in each process' own gradients: once the target's gradient is summed over the
+    processes (P numbers), the inner products are sums of K numbers, and the step is one more sum of P. Only a norm is not
+    linear: where norms are needed (clipping, normalization, `self_term=False`), each domain's gradient is summed, K x P.
+    """
 
     def __init__(
         self,
@@ -108,6 +159,7 @@ class _BackwardAlignment:
         num_domains: int,
         scored_names: set[str] | None = None,
         max_norm: float | None = None,
+        needs_norms: bool = True,
     ) -> None:
         """
         Args:
@@ -116,32 +168,72 @@ class _BackwardAlignment:
             scored_names (`set[str]`, *optional*): Parameters whose gradients are compared; all when `None`. The model
                 is stepped on all parameters either way.
             max_norm (`float`, *optional*): Clip each domain's and each target's gradient, alone, to this norm.
+            needs_norms (`bool`): Whether anybody reads [`Alignment.norms`].
         """
         self.parameters = [parameter for _, parameter in named_parameters]
         self.scored = [scored_names is None or name in scored_names for name, _ in named_parameters]
         self.num_domains = num_domains
         self.max_norm = max_norm
+        self.needs_norms = needs_norms or max_norm is not None
+        self.reduction = Reduction()
 
     def align(self, source: GradientSource) -> Alignment:
         alignment = Alignment.empty(self.num_domains)
         universal = source.target_weights is None
         target = self._sum_of_domains(source, alignment) if universal else self._sum_of_targets(source)
+        if universal and not self._sums_each_domain:
+            self._sum_over_processes(target)
         alignment.target_norm = self._inner_product(target, target).sqrt()
         for domain in source.present_domains:
             gradient = self._domain_gradient(source, domain, alignment)
             scale = alignment.step_scales[domain]
             if scale > 0:
                 alignment.inner_products[domain] = scale * self._inner_product(gradient, target)
-                alignment.norms[domain] = scale * self._inner_product(gradient, gradient).sqrt()
+                if self.needs_norms:
+                    alignment.norms[domain] = scale * self._inner_product(gradient, gradient).sqrt()
+        if not self._sums_each_domain:
+            alignment.inner_products = self._sum_numbers(alignment.inner_products)
         return alignment
+
+    def write_gradient(self, source: GradientSource, coefficients: Tensor) -> None:
+        self.write_weighted_gradient(source, coefficients)
+
+    def write_weighted_gradient(self, source: GradientSource, coefficients: Tensor) -> Tensor:
+        losses = torch.full((self.num_domains,), torch.nan, dtype=torch.float64)
+        for domain in source.present_domains:
+            if coefficients[domain] != 0:
+                losses[domain] = source.backward(domain, weight=float(coefficients[domain])).double()
+        self._sum_over_processes_in_place()
+        return self._sum_numbers(losses)
+
+    @property
+    def _sums_each_domain(self) -> bool:
+        """Whether each domain's gradient is summed over the processes before anything else."""
+        return self.reduction.is_needed and self.needs_norms
 
     def _domain_gradient(self, source: GradientSource, domain: int, alignment: Alignment) -> Gradient:
         """The unclipped gradient of one domain; notes its loss and clip factor."""
         loss = source.backward(domain)
         gradient = self._take_gradient()
-        alignment.losses[domain] = loss.double()
-        alignment.step_scales[domain] = self._clip_scale(gradient) if loss.isfinite() else 0.0
+        if self._sums_each_domain:
+            self._sum_over_processes(gradient)
+        alignment.losses[domain], alignment.step_scales[domain] = self._loss_and_scale(loss, gradient)
         return gradient
+
+    def _loss_and_scale(
+        self, loss: Tensor, gradient: Gradient, *, is_summed: bool | None = None
+    ) -> tuple[float, float]:
+        """A domain's or target's loss and the factor that clips its gradient; 0 where either is not finite."""
+        is_summed = self._sums_each_domain if is_summed is None else is_summed
+        norm = self._inner_product(gradient, gradient, scored_only=False).sqrt()
+        found = torch.stack([loss.double().cpu(), (~norm.isfinite()).double()])
+        total, num_broken = self._sum_numbers(found).tolist()
+        if num_broken or not isfinite(total):
+            return total, 0.0
+        if self.max_norm is None:
+            return total, 1.0
+        assert is_summed or not self.reduction.is_needed
+        return total, float(clip_scale(norm, self.max_norm))
 
     def _sum_of_domains(self, source: GradientSource, alignment: Alignment) -> Gradient:
         """`sum_j g_j`, the universal target: the training domains of this very step."""
@@ -152,16 +244,20 @@ class _BackwardAlignment:
         return total
 
     def _sum_of_targets(self, source: GradientSource) -> Gradient:
-        """`sum_m v_m G_m` over the given targets."""
+        """`sum_m v_m G_m` over the given targets and all processes."""
         total: Gradient = [None] * len(self.parameters)
         for target, weight in source.target_weights.items():
             loss = source.target_backward(target)
             gradient = self._take_gradient()
-            scale = self._clip_scale(gradient) if loss.isfinite() else 0.0
+            if self.max_norm is not None:
+                self._sum_over_processes(gradient)
+            _, scale = self._loss_and_scale(loss, gradient, is_summed=self.max_norm is not None)
             if scale == 0.0:
                 # A target that is not a number leaves nothing to compare with.
                 return [torch.full_like(parameter, torch.nan) for parameter in self.parameters]
             self._add_to(total, gradient, scale=weight * scale)
+        if self.max_norm is None:
+            self._sum_over_processes(total)
         return total
 
     def _take_gradient(self) -> Gradient:
@@ -171,12 +267,29 @@ class _BackwardAlignment:
             parameter.grad = None
         return gradient
 
-    def _clip_scale(self, gradient: Gradient) -> float:
-        """The factor that clips the whole gradient; 0 where it is not finite."""
-        norm = self._inner_product(gradient, gradient, scored_only=False).sqrt()
-        if not norm.isfinite():
-            return 0.0
-        return 1.0 if self.max_norm is None else float(clip_scale(norm, self.max_norm))
+    def _sum_over_processes_in_place(self) -> None:
+        """Sum `.grad` of the parameters over the processes."""
+        gradient = self._take_gradient()
+        self._sum_over_processes(gradient)
+        for parameter, grad in zip(self.parameters, gradient, strict=True):
+            parameter.grad = grad
+
+    def _sum_over_processes(self, gradient: Gradient) -> None:
+        """In place; a parameter that some process reaches is one that all have a gradient of."""
+        if not self.reduction.is_needed:
+            return
+        device = self.parameters[0].device
+        reached = self.reduction.sum(torch.tensor([grad is not None for grad in gradient], device=device).int())
+        for position, is_reached in enumerate(reached.tolist()):
+            if is_reached and gradient[position] is None:
+                gradient[position] = torch.zeros_like(self.parameters[position])
+        self.reduction.sum_([grad for grad in gradient if grad is not None])
+
+    def _sum_numbers(self, numbers: Tensor) -> Tensor:
+        """Sum a few numbers over the processes; they come and go on the CPU."""
+        if not self.reduction.is_needed:
+            return numbers
+        return self.reduction.sum(numbers.to(self.parameters[0].device)).cpu()
 
     def _inner_product(self, left: Gradient, right: Gradient, *, scored_only: bool = True) -> Tensor:
         """Inner product over the parameters, summed in float64: one flat float32 sum is off by 1e-3."""
@@ -201,7 +314,7 @@ class _BackwardAlignment:
                 total[position].add_(grad, alpha=scale)
 
 
-class PerDomainAlignment(_BackwardAlignment):
+class PerDomainAlignment(BackwardAlignment):
     """Keep all K gradients: one backward per domain and, with a target of its own, one per target."""
 
     def align(self, source: GradientSource) -> Alignment:
@@ -217,33 +330,18 @@ class PerDomainAlignment(_BackwardAlignment):
         total: Gradient = [None] * len(self.parameters)
         for domain, gradient in self._kept.items():
             self._add_to(total, gradient, scale=float(coefficients[domain]))
+        self._kept = {}
+        if not self._sums_each_domain:
+            self._sum_over_processes(total)
         for parameter, gradient in zip(self.parameters, total, strict=True):
             parameter.grad = gradient
-        self._kept = {}
 
 
-class StreamedAlignment(_BackwardAlignment):
+class StreamedAlignment(BackwardAlignment):
     """
     Keep one domain gradient at a time, beside the target's. Against a target of its own it costs two backwards per
     domain; in the universal setting three, because the sum of all domains has to be known first.
     """
-
-    def write_gradient(self, source: GradientSource, coefficients: Tensor) -> None:
-        write_weighted_gradient(source, coefficients)
-
-
-def write_weighted_gradient(source: GradientSource, coefficients: Tensor) -> dict[int, Tensor]:
-    """
-    Accumulate `sum_j coefficients_j g_j` in `.grad` by one backward per domain, without comparing gradients.
-
-    Returns:
-        `dict[int, torch.Tensor]`: the mean loss of each domain that was differentiated.
-    """
-    return {
-        domain: source.backward(domain, weight=float(coefficients[domain]))
-        for domain in source.present_domains
-        if coefficients[domain] != 0
-    }
 
 
 class RandomReplay:
@@ -256,6 +354,12 @@ class RandomReplay:
         self.devices = [] if device.type == "cpu" else [device]
         self.device_type = device.type
         self._states: dict[object, tuple[Tensor, list[Tensor]]] = {}
+
+    def fresh(self) -> "RandomReplay":
+        """One that has not run anything yet."""
+        again = copy(self)
+        again._states = {}
+        return again
 
     @contextmanager
     def __call__(self, key: object) -> Iterator[None]:

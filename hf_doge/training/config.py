@@ -10,7 +10,7 @@ from transformers import TrainingArguments
 from hf_doge.functional.doge import NORMALIZATIONS
 
 RECIPES = ("paper", "official")
-ALIGNMENTS = ("auto", "per_domain", "streamed")
+ALIGNMENTS = ("auto", "single_pass", "per_domain", "streamed")
 _OPTIONAL_NUMBERS = ("score_min", "score_max", "domain_max_grad_norm", "per_device_target_batch_size")
 
 
@@ -120,12 +120,15 @@ class DoGEConfig(TrainingArguments):
     alignment: str = field(
         default="auto",
         metadata={
-            "help": "How gradients are compared: 'per_domain' keeps every domain's gradient, 'streamed' one at a time "
-            "and computes each again; both are exact. 'auto' keeps them while `gradient_memory_budget` allows."
+            "help": "How gradients are compared, always exactly: 'single_pass' takes all domains from one backward of the "
+            "mixed batch; 'per_domain' makes one backward per domain and keeps every gradient; 'streamed' keeps one at a "
+            "time and computes each again. 'auto' is 'single_pass' where the model allows it, else 'per_domain' while "
+            "`gradient_memory_budget` allows, else 'streamed'."
         },
     )
     gradient_memory_budget: float = field(
-        default=4.0, metadata={"help": "GiB that the kept domain gradients may take when `alignment` is 'auto'."}
+        default=4.0,
+        metadata={"help": "GiB that kept domain gradients may take. Beyond it they are not kept but computed again."},
     )
     alignment_parameters: str | None = field(
         default=None,

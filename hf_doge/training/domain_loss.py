@@ -15,7 +15,7 @@ class DomainLoss:
     What one slice adds to its domain's mean loss, so that the slices of a step add up to it.
 
     A loss is either divided by `num_items_in_batch`, as the Trainer passes it to causal language models, or a mean
-    over the slice's own labels. Which of the two is not guessed but tried on the first slice: doubling
+    over the slice's own labels. Which of the two is not guessed but tried on the first slice, by [`learn`]: doubling
     `num_items_in_batch` halves the former and leaves the latter alone. Anything else (an auxiliary loss, say) is refused.
     """
 
@@ -34,19 +34,36 @@ class DomainLoss:
         Returns:
             `torch.Tensor` of shape `()`.
         """
-        if self._is_divided is None:
-            self._is_divided = self._probe(model, piece)
         is_divided = self._is_divided
         if is_divided is None:  # what the Trainer takes for granted, until a slice can tell
             is_divided = self.trainer.model_accepts_loss_kwargs or self.trainer.compute_loss_func is not None
         loss = self._compute(model, piece, num_items)
         return loss if is_divided else loss * (piece.num_items / num_items)
 
+    def learn(self, model: nn.Module, piece: DomainSlice) -> None:
+        """
+        Find out on a slice, once, what the loss is divided by.
+
+        Raises:
+            `ValueError`: if it is neither divided by `num_items_in_batch` nor a mean over the labels.
+        """
+        if self._is_divided is None:
+            self._is_divided = self._probe(model, piece)
+
     def _compute(self, model: nn.Module, piece: DomainSlice, num_items: int) -> Tensor:
         trainer = self.trainer
         count = torch.tensor(num_items, device=trainer.args.device)
         with trainer.compute_loss_context_manager():
-            return trainer.compute_loss(model, dict(piece.inputs), num_items_in_batch=count)
+            loss = trainer.compute_loss(model, dict(piece.inputs), num_items_in_batch=count)
+        return loss / self._process_scale
+
+    @property
+    def _process_scale(self) -> int:
+        """What the Trainer multiplies a divided loss with, so that a mean over processes comes out as a sum."""
+        trainer = self.trainer
+        takes_items = trainer.model_accepts_loss_kwargs or trainer.compute_loss_func is not None
+        averages = trainer.args.average_tokens_across_devices and takes_items
+        return trainer.accelerator.num_processes if averages else 1
 
     def _probe(self, model: nn.Module, piece: DomainSlice) -> bool | None:
         """Whether the loss divides by `num_items_in_batch`; `None` if this slice cannot tell."""

@@ -5,7 +5,6 @@ import torch
 from torch import Tensor
 
 from hf_doge.training.learning_state import LearningState
-from hf_doge.training.step_gradients import StepGradients
 
 
 class DomainMetrics:
@@ -59,14 +58,6 @@ class DomainMetrics:
             metrics["nonfinite_domain_steps"] = state.nonfinite_steps
         self._clear()
         return metrics
-
-
-def count_consumed(state: LearningState, step: StepGradients, domain_ids: list[Tensor]) -> None:
-    """Add the examples and labels of one step to what each domain has contributed."""
-    for ids in domain_ids:
-        state.num_examples += torch.bincount(ids.cpu(), minlength=len(state.names))
-    for domain in step.present_domains:
-        state.num_tokens[domain] += step.num_items(domain)
 
 
 def _mean_without_nan(steps: list[Tensor], num_domains: int) -> list[float]:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from hf_doge.artifacts.domain_weights import DomainWeights
 from hf_doge.gradients.alignment import DomainAlignment, PerDomainAlignment, StreamedAlignment
+from hf_doge.gradients.single_pass import SinglePassAlignment
 from hf_doge.training.config import DoGEConfig, Recipe
 
 logger = logging.getLogger(__name__)
@@ -33,7 +34,6 @@ def refuse_unsupported(args: DoGEConfig, train_dataset: Any, *, has_target: bool
             "your domains as `target_dataset`, or use `recipe='paper'`."
         )
     refused = {
-        "several processes": (args.world_size > 1, "Start it on one process: a proxy model fits one device."),
         "DataParallel over several GPUs": (args.n_gpu > 1, "Set CUDA_VISIBLE_DEVICES to one GPU."),
         "DeepSpeed": (args.deepspeed is not None, "Leave `deepspeed` unset."),
         "FSDP": (bool(args.fsdp), "Leave `fsdp` unset."),
@@ -63,8 +63,10 @@ def refuse_batch_statistics(model: nn.Module) -> None:
             )
 
 
-def choose_alignment(model: nn.Module, args: DoGEConfig, recipe: Recipe, *, num_domains: int) -> DomainAlignment:
-    """The way to the scores: as asked, or by the memory budget; the choice and its reason are logged."""
+def choose_alignment(
+    model: nn.Module, args: DoGEConfig, recipe: Recipe, *, num_domains: int, is_universal: bool
+) -> DomainAlignment:
+    """The way to the scores: as asked, or the fastest that is exact; the choice and its reason are logged."""
     refuse_batch_statistics(model)
     parameters = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     if not parameters:
@@ -77,17 +79,37 @@ def choose_alignment(model: nn.Module, args: DoGEConfig, recipe: Recipe, *, num_
                 f"`alignment_parameters` must match a trainable parameter, but {args.alignment_parameters!r} matches "
                 f"none of {[name for name, _ in parameters][:8]} ..."
             )
+    needs_norms = recipe.normalization != "none" or (is_universal and not recipe.self_term)
+    options = {
+        "num_domains": num_domains,
+        "scored_names": scored_names,
+        "max_norm": recipe.domain_max_grad_norm,
+        "needs_norms": needs_norms,
+    }
     needed = num_domains * sum(p.numel() * p.element_size() for _, p in parameters) / 2**30
+    fits = needed <= args.gradient_memory_budget
     choice, reason = args.alignment, "as asked for"
     if choice == "auto":
-        choice = "per_domain" if needed <= args.gradient_memory_budget else "streamed"
-        reason = f"budget {args.gradient_memory_budget:g} GiB"
+        choice, reason = "single_pass", "the default; 'per_domain' or 'streamed' take over where it cannot be exact"
+    plain = PerDomainAlignment if choice == "per_domain" or (fits and choice != "streamed") else StreamedAlignment
     logger.info(
-        "Alignment: %s (%s); keeping the gradients of %d domains takes %.3g GiB.", choice, reason, num_domains, needed
+        "Alignment: %s (%s); keeping the gradients of %d domains takes %.3g GiB of the budget of %g GiB.",
+        choice,
+        reason,
+        num_domains,
+        needed,
+        args.gradient_memory_budget,
     )
-    alignments = {"per_domain": PerDomainAlignment, "streamed": StreamedAlignment}
-    return alignments[choice](
-        parameters, num_domains=num_domains, scored_names=scored_names, max_norm=recipe.domain_max_grad_norm
+    if choice != "single_pass":
+        return plain(parameters, **options)
+    return SinglePassAlignment(
+        model,
+        parameters,
+        plain=plain(parameters, **options),
+        memory_budget=args.gradient_memory_budget * 2**30,
+        tolerance=1e-3 if all(p.dtype.itemsize >= 4 for _, p in parameters) and not args.bf16 else 0.1,
+        is_required=args.alignment == "single_pass",
+        **options,
     )
 
 

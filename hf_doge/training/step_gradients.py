@@ -1,14 +1,17 @@
 """The losses of one optimizer step, cut by domain: what `gradients/alignment.py` differentiates."""
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from copy import copy
 from dataclasses import dataclass
+from functools import cached_property, partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from hf_doge.gradients.alignment import RandomReplay
+from hf_doge.gradients.alignment import MixedBatch, RandomReplay
+from hf_doge.gradients.domain_gradients import Segments
 
 
 @dataclass
@@ -17,6 +20,57 @@ class DomainSlice:
 
     inputs: dict[str, Any]
     num_items: int
+
+
+class MicroBatch:
+    """
+    One micro-batch of B examples, on its device, and what each of them is.
+
+    Args:
+        inputs (`Mapping[str, Any]`): What the model takes; tensors and lists of length B belong to the examples.
+        domain_ids (`torch.Tensor` of shape `(B,)`): Domain of each example.
+        labels_are_shifted (`bool`): See [`count_items`].
+
+    Raises:
+        `ValueError`: if the collator merged the examples, so that rows cannot be told apart.
+    """
+
+    def __init__(self, inputs: Mapping[str, Any], domain_ids: Tensor, *, labels_are_shifted: bool) -> None:
+        _refuse_merged_examples(inputs, len(domain_ids))
+        self.inputs = inputs
+        self.domain_ids = domain_ids.cpu()
+        self.items = count_items(inputs, len(domain_ids), labels_are_shifted=labels_are_shifted)
+
+    @property
+    def num_examples(self) -> int:
+        """B."""
+        return len(self.domain_ids)
+
+    def count(self, values: Tensor, num_domains: int) -> Tensor:
+        """Sum of a number per example, by domain: int64 of shape `(num_domains,)`."""
+        return torch.zeros(num_domains, dtype=torch.int64).index_add_(0, self.domain_ids, values)
+
+    def pick(self, rows: Tensor) -> DomainSlice:
+        """Some of the examples."""
+        picked = {name: _pick_rows(value, rows, self.num_examples) for name, value in self.inputs.items()}
+        return DomainSlice(picked, int(self.items[rows].sum()))
+
+    def slices(self) -> dict[int, DomainSlice]:
+        """One slice per domain that has a label."""
+        return {
+            domain: self.pick((self.domain_ids == domain).nonzero().squeeze(1))
+            for domain in self.domain_ids[self.items > 0].unique().tolist()
+        }
+
+    def sorted_by_domain(self) -> tuple[DomainSlice, Tensor]:
+        """All examples, those of a domain next to each other, and the domain of each."""
+        order = torch.argsort(self.domain_ids, stable=True)
+        return self.pick(order), self.domain_ids[order]
+
+    def lengths(self) -> frozenset[int]:
+        """Rows that an example may have in a layer: one, or one for each of its positions."""
+        shapes = (v.shape for v in self.inputs.values() if torch.is_tensor(v) and len(v.shape) > 1)
+        return frozenset({1, *(shape[1] for shape in shapes if shape[0] == self.num_examples)})
 
 
 def count_items(inputs: Mapping[str, Any], num_examples: int, *, labels_are_shifted: bool) -> Tensor:
@@ -41,21 +95,7 @@ def count_items(inputs: Mapping[str, Any], num_examples: int, *, labels_are_shif
     return labels.ne(-100).reshape(num_examples, -1).sum(dim=1).cpu()
 
 
-def cut_by_domain(
-    inputs: Mapping[str, Any], domain_ids: Tensor, *, labels_are_shifted: bool
-) -> dict[int, DomainSlice]:
-    """
-    Cut a micro-batch into one slice per domain that has a label in it.
-
-    Args:
-        inputs (`Mapping[str, Any]`): One micro-batch of B examples; tensors and lists of length B are cut.
-        domain_ids (`torch.Tensor` of shape `(B,)`): Domain of each example.
-        labels_are_shifted (`bool`): See [`count_items`].
-
-    Raises:
-        `ValueError`: if the collator merged the examples, so that rows cannot be told apart.
-    """
-    num_examples = len(domain_ids)
+def _refuse_merged_examples(inputs: Mapping[str, Any], num_examples: int) -> None:
     merged = {
         name: tuple(value.shape)
         for name, value in inputs.items()
@@ -66,16 +106,6 @@ def cut_by_domain(
             f"Every example must keep a row of its own in the batch, but for {num_examples} examples the collator "
             f"returned tensors of shape {merged}. Use a collator that pads instead of packing."
         )
-    items = count_items(inputs, num_examples, labels_are_shifted=labels_are_shifted)
-    domain_ids = domain_ids.cpu()
-    slices = {}
-    for domain in domain_ids.unique().tolist():
-        rows = (domain_ids == domain).nonzero().squeeze(1)
-        num_items = int(items[rows].sum())
-        if num_items > 0:
-            picked = {name: _pick_rows(value, rows, num_examples) for name, value in inputs.items()}
-            slices[domain] = DomainSlice(picked, num_items)
-    return slices
 
 
 def _pick_rows(value: Any, rows: Tensor, num_examples: int) -> Any:
@@ -91,36 +121,53 @@ class StepGradients:
     A [`~hf_doge.gradients.alignment.GradientSource`] over the micro-batches of one step.
 
     Args:
-        micro_batches (`list[dict[int, DomainSlice]]`): Train slices by domain, one dict per micro-batch.
-        target_batches (`list[dict[int, DomainSlice]]`): Same for the targets; empty in the universal setting.
+        micro_batches (`list[MicroBatch]`): This process' train examples.
+        target_batches (`list[MicroBatch]`): Its share of the targets; empty in the universal setting.
+        num_items (`torch.Tensor` of shape `(num_domains,)`): Labels of each domain in the step, on all processes.
+        target_items (`torch.Tensor` of shape `(num_targets,)`): Same for the targets.
         target_weights (`dict[int, float]`, *optional*): Weight of each target; `None` in the universal setting.
         compute_loss (`Callable[[DomainSlice, int], Tensor]`):
             The loss that a slice adds to its domain's mean over that many items of the step.
         backward (`Callable[[Tensor], None]`): Differentiates a loss into `.grad`.
         replay (`RandomReplay`): Fresh for this step.
+        device (`torch.device`): Of the losses.
     """
 
     def __init__(
         self,
-        micro_batches: list[dict[int, DomainSlice]],
-        target_batches: list[dict[int, DomainSlice]],
+        micro_batches: list[MicroBatch],
+        target_batches: list[MicroBatch],
         *,
+        num_items: Tensor,
+        target_items: Tensor,
         target_weights: dict[int, float] | None,
         compute_loss: Callable[[DomainSlice, int], Tensor],
         backward: Callable[[Tensor], None],
         replay: RandomReplay,
+        device: torch.device,
     ) -> None:
-        self._train_slices = _collect_slices(micro_batches)
-        self._target_slices = _collect_slices(target_batches)
-        self.present_domains = sorted(self._train_slices)
+        self._micro_batches = micro_batches
+        self._target_batches = target_batches
+        self._num_items = num_items.tolist()
+        self._target_items = target_items.tolist()
+        self.present_domains = [domain for domain, items in enumerate(self._num_items) if items > 0]
         self.target_weights = target_weights
         if target_weights is not None:
-            self.target_weights = {t: w for t, w in target_weights.items() if t in self._target_slices and w > 0}
+            self.target_weights = {t: w for t, w in target_weights.items() if self._target_items[t] > 0 and w > 0}
         self._compute_loss = compute_loss
         self._backward = backward
         self._replay = replay
+        self._device = device
         self._seen: set[tuple[str, int]] = set()
-        self.training_seconds = 0.0  # in each train domain's first backward: what training alone would take too
+        self.training_seconds = 0.0  # in the first differentiation of each example: what training alone would take too
+
+    @cached_property
+    def _train_slices(self) -> dict[int, list[DomainSlice]]:
+        return _collect_slices(self._micro_batches)
+
+    @cached_property
+    def _target_slices(self) -> dict[int, list[DomainSlice]]:
+        return _collect_slices(self._target_batches)
 
     @property
     def can_align(self) -> bool:
@@ -128,35 +175,92 @@ class StepGradients:
         return self.target_weights is None or bool(self.target_weights)
 
     def num_items(self, domain: int) -> int:
-        """Labels of a training domain in this step."""
-        return sum(piece.num_items for piece in self._train_slices.get(domain, []))
+        """Labels of a training domain in this step, on all processes."""
+        return self._num_items[domain]
 
     def backward(self, domain: int, *, weight: float = 1.0) -> Tensor:
         """Add `weight` times the gradient of a training domain's mean loss to `.grad`; returns that loss."""
-        return self._differentiate("train", domain, self._train_slices[domain], weight)
+        slices = self._train_slices.get(domain, [])
+        return self._differentiate("train", domain, slices, self._num_items[domain], weight)
 
     def target_backward(self, target: int) -> Tensor:
         """Add the gradient of a target's mean loss to `.grad`; returns that loss."""
-        return self._differentiate("target", target, self._target_slices[target], 1.0)
+        slices = self._target_slices.get(target, [])
+        return self._differentiate("target", target, slices, self._target_items[target], 1.0)
 
-    def _differentiate(self, kind: str, domain: int, slices: list[DomainSlice], weight: float) -> Tensor:
-        num_items = sum(piece.num_items for piece in slices)
+    def mixed_batches(self) -> Iterator[MixedBatch]:
+        """The train micro-batches that have a label, sorted by domain."""
+        for position, batch in enumerate(self._micro_batches):
+            if batch.items.sum() == 0:
+                continue
+            piece, domain_ids = batch.sorted_by_domain()
+            sizes = torch.bincount(domain_ids, minlength=len(self._num_items))
+            yield MixedBatch(
+                Segments(tuple(sizes.tolist())),
+                piece.num_items,
+                batch.lengths(),
+                partial(self._mixed_loss, piece, ("mixed", position)),
+            )
+
+    def differentiate(self, loss: Tensor) -> None:
+        """Add the gradient of a loss to `.grad`."""
         start = time.perf_counter()
-        losses = []
+        self._backward(loss)
+        self.training_seconds += time.perf_counter() - start
+
+    def sample(self, num_examples: int = 3) -> "StepGradients | None":
+        """
+        A few of this process' train examples as a step of their own, the first as domain 0 and the others as domain 1;
+        `None` if there are fewer than two with a label.
+        """
+        for batch in self._micro_batches:
+            rows = (batch.items > 0).nonzero().squeeze(1)[:num_examples]
+            if len(rows) < 2:
+                continue
+            few = copy(batch)
+            few.inputs, few.items = batch.pick(rows).inputs, batch.items[rows]
+            few.domain_ids = torch.arange(len(rows)).clamp(max=1)
+            return StepGradients(
+                [few],
+                [],
+                num_items=few.count(few.items, len(self._num_items)),
+                target_items=torch.zeros(0, dtype=torch.int64),
+                target_weights=None,
+                compute_loss=self._compute_loss,
+                backward=self._backward,
+                replay=self._replay.fresh(),
+                device=self._device,
+            )
+        return None
+
+    def _mixed_loss(self, piece: DomainSlice, key: object) -> Tensor:
+        start = time.perf_counter()
+        loss = self._replayed_loss(piece, piece.num_items, key)
+        self.training_seconds += time.perf_counter() - start
+        return loss
+
+    def _replayed_loss(self, piece: DomainSlice, num_items: int, key: object) -> Tensor:
+        with self._replay(key):
+            return self._compute_loss(piece, num_items)
+
+    def _differentiate(
+        self, kind: str, domain: int, slices: list[DomainSlice], num_items: int, weight: float
+    ) -> Tensor:
+        start = time.perf_counter()
+        losses = [torch.zeros((), device=self._device)]
         for position, piece in enumerate(slices):
-            with self._replay((kind, domain, position)):
-                loss = self._compute_loss(piece, num_items)
+            loss = self._replayed_loss(piece, num_items, (kind, domain, position))
             self._backward(loss * weight)
             losses.append(loss.detach())
         if (kind, domain) not in self._seen:
             self._seen.add((kind, domain))
             self.training_seconds += time.perf_counter() - start if kind == "train" else 0.0
-        return torch.stack(losses).sum()
+        return torch.stack([loss.to(losses[-1].dtype) for loss in losses]).sum()
 
 
-def _collect_slices(batches: list[dict[int, DomainSlice]]) -> dict[int, list[DomainSlice]]:
+def _collect_slices(batches: list[MicroBatch]) -> dict[int, list[DomainSlice]]:
     collected: dict[int, list[DomainSlice]] = {}
-    for slices in batches:
-        for domain, piece in slices.items():
+    for batch in batches:
+        for domain, piece in batch.slices().items():
             collected.setdefault(domain, []).append(piece)
     return collected

@@ -49,17 +49,25 @@ class TargetBatches:
         self._batch_size = batch_size
 
     def batches(
-        self, step: int, columns: Sequence[str] | None = None
+        self,
+        step: int,
+        columns: Sequence[str] | None = None,
+        *,
+        process_index: int = 0,
+        num_processes: int = 1,
     ) -> Iterator[tuple[list[dict[str, Any]], Tensor]]:
         """
-        Yield the examples of one step in pieces, as a list of features and their targets, shape `(len(features),)`.
+        Yield one process' share of the examples of one step in pieces, as a list of features and their targets, shape
+        `(len(features),)`. The pieces are the same for any number of processes, which take turns.
 
         Args:
             step (`int`): Optimizer steps taken before this one.
             columns (`Sequence[str]`, *optional*): Columns to keep; all but the target's name when `None`.
+            process_index (`int`), num_processes (`int`): Which share.
         """
         start = step * self._examples_per_step
-        for begin in range(start, start + self._examples_per_step, self._batch_size):
+        stride = self._batch_size * num_processes
+        for begin in range(start + process_index * self._batch_size, start + self._examples_per_step, stride):
             end = min(begin + self._batch_size, start + self._examples_per_step)
             rows = self._sampler.indices(begin, end).tolist()
             features = [

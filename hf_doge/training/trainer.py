@@ -1,6 +1,7 @@
 """Learning domain weights with a proxy model: [`DoGETrainer`]."""
 
 import time
+import zlib
 from collections.abc import Mapping
 from functools import cached_property
 from math import ceil
@@ -14,7 +15,8 @@ from transformers import Trainer
 
 from hf_doge.artifacts.domain_weights import DomainWeights
 from hf_doge.functional.doge import clamp_scores, normalize_scores, update_domain_weights
-from hf_doge.gradients.alignment import Alignment, DomainAlignment, RandomReplay, write_weighted_gradient
+from hf_doge.gradients.alignment import Alignment, DomainAlignment, RandomReplay
+from hf_doge.gradients.reduction import Reduction
 from hf_doge.sampling.domains import merge_domains
 from hf_doge.sampling.sampler import DomainWeightedSampler
 from hf_doge.training.checkpoints import resolve_checkpoint
@@ -22,11 +24,11 @@ from hf_doge.training.collator import DOMAIN_IDS, DomainCollator, DomainLookup
 from hf_doge.training.config import DoGEConfig
 from hf_doge.training.domain_loss import DomainLoss
 from hf_doge.training.learning_state import LearningState, TrajectoryPoint
-from hf_doge.training.metrics import DomainMetrics, count_consumed
+from hf_doge.training.metrics import DomainMetrics
 from hf_doge.training.provenance import describe_domains, describe_run
 from hf_doge.training.sampler_guard import SamplerGuardCallback
 from hf_doge.training.setup import choose_alignment, refuse_unsupported, weights_in_order
-from hf_doge.training.step_gradients import DomainSlice, StepGradients, cut_by_domain
+from hf_doge.training.step_gradients import MicroBatch, StepGradients
 from hf_doge.training.target_batches import TargetBatches
 
 DOMAIN_WEIGHTS_FOLDER = "domain_weights"
@@ -75,11 +77,11 @@ class DoGETrainer(Trainer):
         refuse_unsupported(args, train_dataset, has_target=target_dataset is not None)
         train_dataset, self._domains = merge_domains(train_dataset, args.domain_column)
         names = self._domains.names
-        batch_size = args.train_batch_size * args.gradient_accumulation_steps
+        batch_size = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
         if batch_size < len(names):
             raise ValueError(
                 f"Every step must hold every domain, but {batch_size} examples a step cannot hold {len(names)} domains. "
-                "Raise `per_device_train_batch_size` or `gradient_accumulation_steps`."
+                "Raise `per_device_train_batch_size`, `gradient_accumulation_steps` or the number of processes."
             )
         super().__init__(model, args, train_dataset=train_dataset, **kwargs)
 
@@ -107,6 +109,7 @@ class DoGETrainer(Trainer):
                 batch_size=args.train_batch_size,
                 seed=seed,
             )
+        self._reduction = Reduction()
         self._trained_parameters: list[int] = []
         self._alignment = self._get_alignment()
         self._initial_weights = weights_in_order(initial_weights, names)
@@ -163,8 +166,7 @@ class DoGETrainer(Trainer):
         if callable(getattr(self.optimizer, "train", None)):  # schedule-free optimizers
             self.optimizer.train()
         start = time.perf_counter()
-        step = self._cut_step(model, micro_batches)
-        count_consumed(self._learning, step, [inputs[DOMAIN_IDS] for inputs in micro_batches])
+        step = self._prepare_step(micro_batches)
         loss = self._reweighting_step(step) if self._is_reweighting and step.can_align else self._weighted_step(step)
         self._metrics.record_time(step_seconds=time.perf_counter() - start, training_seconds=step.training_seconds)
         return loss
@@ -175,7 +177,13 @@ class DoGETrainer(Trainer):
         if trained and trained == self._trained_parameters:
             return self._alignment
         self._trained_parameters = trained
-        return choose_alignment(self.model, self.args, self.recipe, num_domains=len(self._domains.names))
+        return choose_alignment(
+            self.model,
+            self.args,
+            self.recipe,
+            num_domains=len(self._domains.names),
+            is_universal=self._targets is None,
+        )
 
     @property
     def _is_reweighting(self) -> bool:
@@ -191,17 +199,14 @@ class DoGETrainer(Trainer):
 
     def _weighted_step(self, step: StepGradients) -> Tensor:
         """A plain step on the weighted loss, between two updates of the weights."""
-        losses = torch.full_like(self._learning.weights, torch.nan)
-        usable = torch.zeros_like(losses, dtype=torch.bool)
+        usable = torch.zeros_like(self._learning.weights, dtype=torch.bool)
         usable[list(step.present_domains)] = True
-        found = write_weighted_gradient(step, self._renormalize(self._learning.weights, usable))
-        for domain, loss in found.items():
-            losses[domain] = loss
+        losses = self._alignment.write_weighted_gradient(step, self._renormalize(self._learning.weights, usable))
         finite = usable & losses.isfinite()
         if not torch.equal(usable & (self._learning.weights > 0), finite):
             # A loss that is not a number has spoilt the sum: take it again without that domain.
             self.model.zero_grad()
-            write_weighted_gradient(step, self._renormalize(self._learning.weights, finite))
+            self._alignment.write_weighted_gradient(step, self._renormalize(self._learning.weights, finite))
         self._note_finiteness(bool((usable & ~finite & (self._learning.weights > 0)).any()))
         self._metrics.record(losses=losses)
         return self._report_loss(losses, finite)
@@ -267,32 +272,67 @@ class DoGETrainer(Trainer):
         loss = torch.where(shares > 0, shares * losses, 0.0).sum()
         return loss.to(device=self.args.device, dtype=torch.float32)
 
-    def _cut_step(self, model: nn.Module, micro_batches: list[dict[str, Any]]) -> StepGradients:
-        """Move the step's train and target batches to the device and cut them by domain."""
+    def _prepare_step(self, micro_batches: list[dict[str, Any]]) -> StepGradients:
+        """Move the step's train and target batches to the device, and count them over all processes."""
         for inputs in micro_batches:
             if (inputs[DOMAIN_IDS] < 0).any():
                 raise ValueError(
                     f"Every train example must come with its {self.args.domain_column!r}, but some come without. Keep "
                     "that column in the format or transform of the train dataset."
                 )
-        train = [self._cut_batch(inputs, inputs[DOMAIN_IDS]) for inputs in micro_batches]
+        train = [self._prepare_batch(inputs, inputs[DOMAIN_IDS]) for inputs in micro_batches]
         targets = []
         if self._targets is not None and self._is_reweighting:
-            targets = [
-                self._cut_batch(self.data_collator(features), target_ids)
-                for features, target_ids in self._targets.batches(self.state.global_step, self._signature_columns)
-            ]
+            pieces = self._targets.batches(
+                self.state.global_step,
+                self._signature_columns,
+                process_index=self.args.process_index,
+                num_processes=self.args.world_size,
+            )
+            targets = [self._prepare_batch(self.data_collator(features), ids) for features, ids in pieces]
+        num_items, num_target_items = self._count(train, targets)
+        model = self.model  # not its DDP wrapper: sums over the processes are made once, of what a step needs
+        if labelled := [batch for batch in train if batch.items.any()]:
+            self._domain_loss.learn(model, next(iter(labelled[0].slices().values())))
         return StepGradients(
             train,
             targets,
+            num_items=num_items,
+            target_items=num_target_items,
             target_weights=None if self._targets is None else self._targets.weights,
             compute_loss=lambda piece, num_items: self._domain_loss(model, piece, num_items),
             backward=self.accelerator.backward,
             replay=RandomReplay(self.args.device),
+            device=self.args.device,
         )
 
-    def _cut_batch(self, inputs: dict[str, Any], domain_ids: Tensor) -> dict[int, DomainSlice]:
-        return cut_by_domain(
+    def _count(self, train: list[MicroBatch], targets: list[MicroBatch]) -> tuple[Tensor, Tensor]:
+        """
+        Labels of each domain and of each target in this step on all processes; what the domains consume is noted.
+
+        The same message tells whether all processes hold the same weights.
+        """
+        num_domains, num_targets = len(self._domains.names), 0 if self._targets is None else len(self._targets.weights)
+        examples = sum(batch.count(torch.ones_like(batch.items), num_domains) for batch in train)
+        items = sum(batch.count(batch.items, num_domains) for batch in train)
+        target_items = torch.zeros(num_targets, dtype=torch.int64)
+        for batch in targets:
+            target_items += batch.count(batch.items, num_targets)
+        checksum = zlib.crc32(self._learning.weights.numpy().tobytes())
+        numbers = torch.cat([examples, items, target_items, torch.tensor([checksum])])
+        numbers = self._reduction.sum(numbers.to(self.args.device)).cpu()
+        if int(numbers[-1]) != checksum * self._reduction.num_processes:
+            raise RuntimeError(
+                f"All processes must hold the same domain weights, but at step {self.state.global_step} they differ. Start "
+                "all of them with the same code, arguments, data and checkpoint."
+            )
+        examples, items, target_items = numbers[:-1].split([num_domains, num_domains, num_targets])
+        self._learning.num_examples += examples
+        self._learning.num_tokens += items
+        return items, target_items
+
+    def _prepare_batch(self, inputs: dict[str, Any], domain_ids: Tensor) -> MicroBatch:
+        return MicroBatch(
             self._prepare_inputs(inputs), domain_ids, labels_are_shifted=self._domain_loss.labels_are_shifted
         )
 

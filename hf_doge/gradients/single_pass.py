@@ -1,0 +1,301 @@
+"""
+All domains from one forward and one backward of the mixed batch.
+
+The loss that is differentiated is `sum_j L_j`, the mean loss of each domain, in one forward: every token counts
+`1 / (labels of its domain)`. On the way back each layer's weight gradient is formed domain by domain instead of at once
+(`segmented.py`), so each `g_j`, its inner products and its norm come out of that same backward, and the step
+`sum_j alpha_j g_j` with the *new* weights is a combination of what is there already.
+
+Per domain, gradients are kept multiplied out (`K x P` memory, no multiplication more than a plain backward) or, with many
+domains, as the factors of each layer (memory by tokens, whatever K is; two products more per layer). A micro-batch whose
+domains have few rows is cheaper by factors.
+"""
+
+import logging
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from hf_doge.functional.doge import clip_scale
+from hf_doge.gradients.alignment import Alignment, BackwardAlignment, Gradient, GradientSource, MixedBatch
+from hf_doge.gradients.domain_gradients import DomainGradients, squared_norm
+from hf_doge.gradients.segmented import HiddenBatchError, SegmentedBackward
+from hf_doge.gradients.token_losses import TokenLosses, UnsplittableLossError, require_same_total
+
+logger = logging.getLogger(__name__)
+
+MIN_ROWS_PER_DOMAIN = 24  # of a micro-batch, below which a product more is cheaper than a matrix per domain
+
+
+class SinglePassAlignment(BackwardAlignment):
+    """
+    One forward and one backward of the mixed batch, for all domains.
+
+    Where that cannot be exact, `plain` takes over: for one step if a loss or gradient is not finite, and for good if a
+    module hides the batch dimension or the loss does not come apart into tokens. Which, and why, is logged once; with
+    `is_required` it is an error instead.
+
+    Args:
+        model (`nn.Module`): The model itself, not its DDP wrapper.
+        named_parameters: The trainable parameters with their names, each once.
+        plain ([`BackwardAlignment`]): What takes over.
+        memory_budget (`float`): Bytes that kept matrices may take.
+        tolerance (`float`): By how much of its length a gradient may differ from the plain way's in the check before the
+            first step: rounding, 1e-3 in float32 and 0.1 in bfloat16.
+        is_required (`bool`): Whether to raise rather than let `plain` take over for good.
+        kwargs: As for [`BackwardAlignment`].
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        named_parameters: Sequence[tuple[str, nn.Parameter]],
+        *,
+        plain: BackwardAlignment,
+        memory_budget: float,
+        tolerance: float = 1e-3,
+        is_required: bool = False,
+        **kwargs,
+    ) -> None:
+        super().__init__(named_parameters, **kwargs)
+        self.model = model
+        self.names = [name for name, _ in named_parameters]
+        self.plain = plain
+        self.memory_budget = memory_budget
+        self.tolerance = tolerance
+        self.is_required = is_required
+        self._stores: list[DomainGradients] = []
+        self._is_plain = False  # for good
+        self._is_verified = self.num_domains == 1
+        self._step_is_plain = False
+
+    def align(self, source: GradientSource) -> Alignment:
+        alignment = None
+        if not self._is_verified and not self._is_plain:
+            self._verify(source)
+        if not self._is_plain:
+            target = None if source.target_weights is None else self._sum_of_targets(source)
+            losses = self._run(source)
+            if losses is not None:
+                alignment = self._compare(source, target, losses)
+        self._step_is_plain = alignment is None
+        return self.plain.align(source) if alignment is None else alignment
+
+    def write_gradient(self, source: GradientSource, coefficients: Tensor) -> None:
+        if self._step_is_plain:
+            self.plain.write_gradient(source, coefficients)
+            return
+        total = [store.combine(coefficients) if not store.is_empty else None for store in self._stores]
+        self._stores = []
+        if not self._sums_each_domain:
+            self._sum_over_processes(total)
+        for parameter, gradient in zip(self.parameters, total, strict=True):
+            parameter.grad = gradient
+
+    def write_weighted_gradient(self, source: GradientSource, coefficients: Tensor) -> Tensor:
+        """Between two updates of the weights: one ordinary step on the weighted loss."""
+        if not self._is_plain:
+            losses = self._run_weighted(source, coefficients)
+            if losses is not None:
+                self._sum_over_processes_in_place()
+                return losses
+        return self.plain.write_weighted_gradient(source, coefficients)
+
+    def _compare(self, source: GradientSource, target: Gradient | None, losses: Tensor) -> Alignment | None:
+        """Read off the alignment; `None` if something is not finite."""
+        alignment = Alignment.empty(self.num_domains)
+        alignment.losses = losses
+        present = list(source.present_domains)
+        if self._sums_each_domain:
+            self._sum_domains_over_processes(present)
+        scales = torch.zeros(self.num_domains, dtype=torch.float64)
+        scales[present] = 1.0
+        if self.needs_norms:
+            norms = self._sum_over_parameters(lambda store, _: store.squared_norms(), scored_only=False).sqrt()
+            if self.max_norm is not None:
+                scales[present] = clip_scale(norms[present], self.max_norm)
+            scored = (
+                self._sum_over_parameters(lambda store, _: store.squared_norms()) if not all(self.scored) else None
+            )
+            scored = norms if scored is None else scored.sqrt()
+            alignment.norms[present] = scales[present] * scored[present]
+        if target is None:
+            target = [None if store.is_empty else store.combine(scales) for store in self._stores]
+            if not self._sums_each_domain:
+                self._sum_over_processes(target)
+        products = self._sum_over_parameters(
+            lambda store, position: None if target[position] is None else store.inner_products(target[position])
+        )
+        if not self._sums_each_domain:
+            products = self._sum_numbers(products)
+        alignment.target_norm = self._inner_product(target, target).sqrt()
+        alignment.inner_products[present] = scales[present] * products[present]
+        alignment.step_scales = scales
+        finite = alignment.target_norm.isfinite() and alignment.inner_products[present].isfinite().all()
+        return alignment if finite else None
+
+    def _sum_over_parameters(self, question, *, scored_only: bool = True) -> Tensor:
+        """Ask each parameter's store for K numbers and add them up: float64 on the CPU."""
+        total = torch.zeros(self.num_domains, dtype=torch.float64, device=self.parameters[0].device)
+        for position, (store, scored) in enumerate(zip(self._stores, self.scored, strict=True)):
+            if not store.is_empty and (scored or not scored_only):
+                answer = question(store, position)
+                if answer is not None:
+                    total += answer.to(total.device)
+        return total.cpu()
+
+    def _sum_domains_over_processes(self, present: list[int]) -> None:
+        """Every domain's own gradient, summed over the processes: K x P numbers, for the sake of its norm."""
+        for position, store in enumerate(self._stores):
+            gradients = [store.of_domain(domain) for domain in present]
+            gradients = [torch.zeros_like(self.parameters[position]) if g is None else g for g in gradients]
+            self.reduction.sum_(gradients)
+            self._stores[position] = DomainGradients.from_dense(
+                dict(zip(present, gradients, strict=True)), num_domains=self.num_domains
+            )
+
+    def _run(self, source: GradientSource) -> Tensor | None:
+        """One backward of every micro-batch into new stores; the mean losses, `None` if that failed on some process."""
+        losses, trouble, is_finite = torch.zeros(self.num_domains, dtype=torch.float64), None, True
+        try:
+            losses = self._backward_all(source)
+            is_finite = bool(losses.isfinite().all())
+        except (HiddenBatchError, UnsplittableLossError) as error:
+            trouble = str(error)
+        return self._agree(source, losses, trouble, is_finite)
+
+    def _backward_all(self, source: GradientSource) -> Tensor:
+        """Fill new stores; returns what this process adds to the mean losses, and stops where one is not finite."""
+        batches = list(source.mixed_batches())
+        self._stores = self._make_stores(batches)
+        losses = torch.zeros(self.num_domains, dtype=torch.float64)
+        with SegmentedBackward(self.model, dict(zip(self.parameters, self._stores, strict=True))) as segmented:
+            for batch in batches:
+                segmented.start(batch.segments, batch.lengths)
+                loss, found = self._forward(source, batch)
+                losses += found
+                if not found.isfinite().all():
+                    break
+                source.differentiate(loss)
+        missed = [name for name, p in zip(self.names, self.parameters, strict=True) if p.grad is not None]
+        if missed:  # all domains together, from a use that went past us
+            raise HiddenBatchError(f"the parameter {missed[0]!r} is used outside of the module that owns it")
+        return losses
+
+    def _run_weighted(self, source: GradientSource, coefficients: Tensor) -> Tensor | None:
+        """One ordinary backward of the weighted loss into `.grad`; as [`_run`] otherwise."""
+        losses, trouble = torch.zeros(self.num_domains, dtype=torch.float64), None
+        try:
+            for batch in source.mixed_batches():
+                loss, found = self._forward(source, batch, coefficients)
+                losses += found
+                source.differentiate(loss)
+        except UnsplittableLossError as error:
+            trouble = str(error)
+        losses = self._agree(source, losses, trouble, bool(losses.isfinite().all()))
+        if losses is not None:
+            losses[coefficients == 0] = torch.nan  # as the plain way, which does not look at them
+        return losses
+
+    def _forward(
+        self, source: GradientSource, batch: MixedBatch, coefficients: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """
+        The loss to differentiate, `sum_j coefficients_j L_j` (1 by default) as far as this micro-batch adds to it, and the
+        detached part that it adds to each `L_j`, shape `(K,)`.
+        """
+        with TokenLosses() as caught:
+            loss = batch.compute_loss()
+        by_row = caught.by_row
+        device = by_row.device
+        counts = [max(source.num_items(domain), 1) for domain in range(self.num_domains)]
+        items = torch.tensor(counts, dtype=torch.float64)
+        found = caught.by_domain(batch.segments).cpu() / items
+        if found.isfinite().all():
+            require_same_total(by_row, loss, batch.num_items)
+        factors = (1.0 if coefficients is None else coefficients) / items
+        factors = factors.to(device, by_row.dtype)[batch.segments.row_domains(len(by_row), device)]
+        return (by_row * factors).sum(), found
+
+    def _agree(self, source: GradientSource, losses: Tensor, trouble: str | None, is_finite: bool) -> Tensor | None:
+        """What came of it on all processes together: the losses, or `None` and nothing left behind."""
+        state = torch.tensor([float(trouble is not None), float(not is_finite)], dtype=torch.float64)
+        total = self._sum_numbers(torch.cat([losses, state]))
+        losses, (num_troubled, num_broken) = total[:-2], total[-2:].tolist()
+        if num_troubled:
+            self._give_up(trouble or "another process met what it cannot take apart")
+        if num_troubled or num_broken:
+            self._stores = []
+            self._take_gradient()
+            return None
+        absent = torch.ones(self.num_domains, dtype=torch.bool)
+        absent[list(source.present_domains)] = False
+        return losses.masked_fill(absent, torch.nan)
+
+    def _give_up(self, trouble: str) -> None:
+        message = f"All domains cannot be had from one backward: {trouble}."
+        if self.is_required:
+            raise ValueError(f"{message} Use `alignment='auto'`, which goes the plain way instead.")
+        logger.warning("%s From here on each domain is differentiated alone, which is exact too, but slower.", message)
+        self._is_plain = True
+
+    def _verify(self, source: GradientSource) -> None:
+        """
+        Before the first step: does one backward of a few examples give what each domain's own backward gives?
+
+        In evaluation mode, since dropout draws other numbers for a mixed batch than for its parts.
+        """
+        sample, trouble, is_conclusive = source.sample(), None, False
+        if sample is not None:
+            was_training = self.model.training
+            self.model.eval()
+            try:
+                is_conclusive, trouble = self._find_difference(sample)
+            finally:
+                self.model.train(was_training)
+                self._stores = []
+                self._take_gradient()
+        found = torch.tensor([float(is_conclusive), float(trouble is not None)], dtype=torch.float64)
+        num_conclusive, num_troubled = self._sum_numbers(found).tolist()
+        if num_troubled:
+            self._give_up(trouble or "another process met what it cannot take apart")
+        self._is_verified = num_conclusive > 0
+
+    def _find_difference(self, sample: GradientSource) -> tuple[bool, str | None]:
+        """
+        Whether the sample can tell, and which parameter's gradient is another one in a mixed batch, in words; `None` if all
+        agree.
+        """
+        try:
+            losses = self._backward_all(sample)
+        except (HiddenBatchError, UnsplittableLossError) as error:
+            return True, str(error)
+        if not losses.isfinite().all():
+            return False, None
+        for domain in sample.present_domains:
+            sample.backward(domain)
+            alone = self._take_gradient()
+            floor = 1e-2 * self._inner_product(alone, alone, scored_only=False).sqrt()
+            for name, expected, store in zip(self.names, alone, self._stores, strict=True):
+                found = store.of_domain(domain)
+                if expected is None and found is None:
+                    continue
+                expected, found = (
+                    torch.zeros(store.shape, device=store.device) if g is None else g for g in (expected, found)
+                )
+                error = squared_norm(found - expected).sqrt().cpu()
+                length = squared_norm(expected).sqrt().cpu()
+                if not error <= self.tolerance * (length + floor):
+                    off = f"{error / length:.2g} of its length"
+                    return True, f"the gradient of {name!r} is off by {off} from that of its examples alone"
+        return True, None
+
+    def _make_stores(self, batches: list[MixedBatch]) -> list[DomainGradients]:
+        bytes_needed = self.num_domains * sum(p.numel() * p.element_size() for p in self.parameters)
+        rows = sum(batch.segments.num_examples * max(batch.lengths) for batch in batches) / max(len(batches), 1)
+        is_dense = bytes_needed <= self.memory_budget and rows >= MIN_ROWS_PER_DOMAIN * self.num_domains
+        return [
+            DomainGradients(p.shape, p.dtype, p.device, num_domains=self.num_domains, keeps_dense=is_dense)
+            for p in self.parameters
+        ]

@@ -1,0 +1,108 @@
+"""The loss of every token, caught where a model reduces them to the one number it returns."""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from hf_doge.gradients.domain_gradients import Segments
+
+
+class UnsplittableLossError(Exception):
+    """The loss is not a sum over tokens that can be told apart."""
+
+
+class TokenLosses(TorchFunctionMode):
+    """
+    Keeps the losses that go into each `cross_entropy` called inside the context, before they are added up.
+
+    Every loss of transformers ends there (language models, masked ones, seq2seq, classifiers), and so do most of one's
+    own. What the model returns stays what it is.
+
+    ```python
+    with TokenLosses() as losses:
+        loss = model(**batch).loss
+    losses.by_row  # (R,): sums to the loss, times the number of labels
+    ```
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._caught: list[Tensor] = []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func is not F.cross_entropy:
+            return func(*args, **kwargs)
+        return self._cross_entropy(*args, **kwargs)
+
+    def _cross_entropy(
+        self,
+        input: Tensor,
+        target: Tensor,
+        weight: Tensor | None = None,
+        size_average: bool | None = None,
+        ignore_index: int = -100,
+        reduce: bool | None = None,
+        reduction: str = "mean",
+        label_smoothing: float = 0.0,
+    ) -> Tensor:
+        plain = weight is None and size_average is None and reduce is None and input.dim() == 2 and target.dim() == 1
+        if not plain or reduction not in ("mean", "sum"):
+            self._caught.append(None)
+            return F.cross_entropy(
+                input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing
+            )
+        losses = F.cross_entropy(
+            input, target, ignore_index=ignore_index, reduction="none", label_smoothing=label_smoothing
+        )
+        self._caught.append(losses)
+        total = losses.sum()
+        return total if reduction == "sum" else total / target.ne(ignore_index).sum()
+
+    @property
+    def by_row(self) -> Tensor:
+        """
+        The losses of the rows, shape `(R,)`; 0 where a label is ignored.
+
+        Raises:
+            `UnsplittableLossError`: if there was no cross-entropy to catch, more than one, or one with class weights.
+        """
+        if len(self._caught) != 1 or self._caught[0] is None:
+            raise UnsplittableLossError(
+                "the loss is not one plain cross-entropy over tokens"
+                if self._caught
+                else "the loss comes from no cross-entropy of torch"
+            )
+        return self._caught[0]
+
+    def by_domain(self, segments: Segments) -> Tensor:
+        """
+        Sums over the rows of each domain, in float64.
+
+        Returns:
+            `torch.Tensor` of shape `(K,)`, detached; 0 for absent domains.
+        """
+        rows = self.by_row.detach().double()
+        if len(rows) % segments.num_examples:
+            raise UnsplittableLossError(f"{len(rows)} losses do not divide among {segments.num_examples} examples")
+        sums = torch.zeros(len(segments.sizes), dtype=torch.float64, device=rows.device)
+        sums[segments.present] = segments.sums(rows)
+        return sums
+
+
+def require_same_total(by_row: Tensor, loss: Tensor, num_items: int) -> None:
+    """
+    Raise unless the losses that were caught are the loss that was returned.
+
+    Args:
+        by_row (`torch.Tensor` of shape `(R,)`): What was caught.
+        loss (`torch.Tensor` of shape `()`): What was returned, divided by `num_items`.
+        num_items (`int`): Labels that count.
+    """
+    total, expected = float(by_row.detach().double().sum()), float(loss.detach()) * num_items
+    tolerance = 1e-2 if loss.dtype.itemsize < 4 else 1e-4
+    if abs(total - expected) > tolerance * max(abs(expected), 1e-6):
+        raise UnsplittableLossError(
+            f"its tokens add up to {total:.6g}, while the model returned {expected:.6g}: another term is in it"
+        )

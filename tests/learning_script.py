@@ -1,0 +1,102 @@
+"""Learns domain weights under `accelerate launch`, several ways one after another; see test_learning_processes.py."""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+
+from hf_doge.training.config import DoGEConfig
+from hf_doge.training.trainer import DoGETrainer
+from tests.tiny import language_model_rows, tiny_gpt2, tiny_llama
+
+GLOBAL_BATCH = 16
+
+WAYS = {
+    "single_pass": {},
+    "factors": {"gradient_memory_budget": 0.0, "alignment": "single_pass"},
+    "per_domain": {"alignment": "per_domain"},
+    "streamed": {"alignment": "streamed", "with_target": True},
+    "official": {"recipe": "official", "with_target": True},
+    "official_plain": {"recipe": "official", "with_target": True, "alignment": "streamed"},
+    "cosine": {"normalization": "cosine", "self_term": False},
+    "seldom": {"reweight_steps": 2, "lr_scheduler_type": "linear"},
+}
+
+
+RESUMED = ("single_pass", "official")
+
+
+def make_domains():
+    """Of unequal sizes and lengths; the last one has no label in most of its examples."""
+    sizes = {"arxiv": 40, "books": 23, "code": 12}
+    domains = {
+        name: language_model_rows(size, low=1 + 9 * i, high=13 + 9 * i, masked=0.3, seed=i)
+        for i, (name, size) in enumerate(sizes.items())
+    }
+    for row, labels in enumerate(domains["code"]["labels"]):
+        if row % 3:
+            domains["code"]["labels"][row] = [-100] * len(labels)
+    return {name: Dataset.from_dict(rows) for name, rows in domains.items()}
+
+
+def make_trainer(folder, *, num_processes, micro_batch, with_target=False, **options):
+    defaults = {
+        "per_device_train_batch_size": micro_batch,
+        "gradient_accumulation_steps": GLOBAL_BATCH // (micro_batch * num_processes),
+        "max_steps": 6,
+        "learning_rate": 0.05,
+        "lr_scheduler_type": "constant",
+        "optim": "sgd",
+        "max_grad_norm": 1.0,
+        "mu": 0.1,
+        "report_to": "none",
+        "save_steps": 2,
+        "save_total_limit": 3,
+        "logging_steps": 1,
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "ddp_backend": "gloo" if num_processes > 1 else None,
+    }
+    target = Dataset.from_dict(language_model_rows(20, low=5, high=30, seed=9)) if with_target else None
+    args = DoGEConfig(str(folder), **{**defaults, **options})
+    model = tiny_gpt2() if options.get("reweight_steps") else tiny_llama()
+    return DoGETrainer(model, args, train_dataset=make_domains(), target_dataset=target)
+
+
+def note(trainer, path):
+    """What must not depend on the number of processes."""
+    trajectory = trainer.domain_weights.trajectory
+    torch.save(
+        {
+            "weights": torch.from_numpy(trajectory.weights),
+            "scores": torch.from_numpy(trajectory.scores),
+            "losses": torch.from_numpy(trajectory.losses),
+            "parameters": torch.cat([p.detach().flatten() for p in trainer.model.parameters()]),
+            "logged": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
+            "tokens": trainer._learning.num_tokens,
+            "examples": trainer._learning.num_examples,
+        },
+        path,
+    )
+
+
+def main(folder, num_processes, micro_batch, resume):
+    """Train every way into `folder`, or those that are resumed from the checkpoints that lie there."""
+    folder = Path(folder)
+    for name, options in WAYS.items():
+        if resume and name not in RESUMED:
+            continue
+        run = folder / "runs" / name
+        trainer = make_trainer(run, num_processes=num_processes, micro_batch=micro_batch, **options)
+        assert trainer.args.world_size == num_processes
+        trainer.train(resume_from_checkpoint=str(run / "checkpoint-2") if resume else None)
+        note(trainer, folder / f"{name}-{trainer.args.process_index}.pt")
+        if name == "single_pass":
+            assert not trainer._alignment._step_is_plain, "the single pass was not used"
+
+
+if __name__ == "__main__":
+    for job in json.loads(sys.argv[1]):
+        main(**job)
