@@ -122,39 +122,42 @@ def test_a_process_that_does_not_see_the_folder_is_named_before_training(togethe
 
 @pytest.fixture(scope="module")
 def killed(tmp_path_factory):
-    """Trainings in which one process is killed in the middle of a segment, and the exit codes of both."""
+    """A training in which process 1 is killed in the middle of a segment, without a launcher to end the other."""
     folder = tmp_path_factory.mktemp("killed")
-    started = {}
-    for rank in (0, 1):
-        (folder / str(rank)).mkdir()
-        started[rank] = start_without_launcher(SCRIPT, folder / str(rank), f"kill {rank}")
+    processes = start_without_launcher(SCRIPT, folder, "kill 1")
     try:
-        outputs = {rank: [process.communicate(timeout=200)[0] for process in started[rank]] for rank in started}
+        outputs = [process.communicate(timeout=200)[0] for process in processes]
     finally:
-        for process in (*started[0], *started[1]):
+        for process in processes:
             process.kill()
-    return folder, {rank: [process.returncode for process in started[rank]] for rank in started}, outputs
+    assert [process.returncode for process in processes] == [0, -signal.SIGKILL], outputs[0][-3000:]
+    return folder
 
 
-@pytest.mark.parametrize(
-    ("rank", "cause"),
-    [(1, "Process 1 has given no sign of life for 6 seconds"), (0, "The store of the process group is gone")],
-)
-def test_when_one_is_killed_the_other_ends_by_itself_and_says_who(killed, rank, cause):
-    folder, exits, outputs = killed
-    survivor = 1 - rank
-    assert exits[rank][rank] == -signal.SIGKILL
-    assert exits[rank][survivor] == 0, outputs[rank][survivor][-3000:]  # it writes its error down and ends
-    error = told(folder / str(rank))[survivor]
-    assert error["error"].startswith(f"ProcessFailedError: {cause}")
-    assert error["seconds"] < 60
+def test_when_one_is_killed_the_other_ends_by_itself_and_says_who(killed):
+    main, other = told(killed)
+    assert main["error"].startswith("ProcessFailedError: Process 1 has given no sign of life for 6 seconds")
+    assert main["seconds"] < 60
+    assert other is None
 
 
-@pytest.mark.parametrize("rank", [0, 1])
-def test_a_killed_process_leaves_nothing_half_and_one_process_finishes_it(killed, together, rank):
-    folder, whole = killed[0] / str(rank), open_index(together[0] / "whole")
-    assert_nothing_half(folder, whole)
-    reader = resume(folder)  # on one process, with the same global batch
+def test_a_killed_process_leaves_nothing_half_and_one_process_finishes_it(killed, together):
+    whole = open_index(together[0] / "whole")
+    assert_nothing_half(killed, whole)
+    assert_one_process_finishes(killed, whole)
+
+
+def test_a_main_process_killed_under_the_launcher_leaves_nothing_half_and_one_process_finishes_it(tmp_path, together):
+    result = launch(SCRIPT, tmp_path, "kill 0", check=False, timeout=120)
+    assert result.returncode != 0
+    assert told(tmp_path)[0] is None
+    whole = open_index(together[0] / "whole")
+    assert_nothing_half(tmp_path, whole)
+    assert_one_process_finishes(tmp_path, whole)
+
+
+def assert_one_process_finishes(folder, whole):
+    reader = resume(folder)  # with the same global batch
     for name in ("checkpoint-2", "checkpoint-4"):  # the weights of the next were trained on another number
         assert segments(reader)[name] == segments(whole)[name]
     assert [checkpoint["learning_rate"] for checkpoint in reader.checkpoints] == pytest.approx(RATES)
@@ -173,10 +176,3 @@ def assert_nothing_half(folder, whole):
     known = {segment["sha256"] for journal in journals for segment in json.loads(journal.read_text())["segments"]}
     assert known
     assert known < set(segments(whole)["checkpoint-4"])
-
-
-def test_a_process_killed_under_the_launcher_ends_all_and_leaves_nothing_half(tmp_path, together):
-    result = launch(SCRIPT, tmp_path, "kill 1", check=False, timeout=120)
-    assert result.returncode != 0
-    assert told(tmp_path)[1] is None
-    assert_nothing_half(tmp_path, open_index(together[0] / "whole"))
