@@ -17,7 +17,8 @@ after 15 seconds), and how far its memory rose in the first; of several rounds, 
   the map made anew it is `second_seconds_mapping_anew`. captum keeps nothing and does all again.
 
 The last line is JSON. Ratios are the other's CPU seconds over ours, the better of dattri-llm's two routes. What cannot be
-measured, such as a peer that is not installed, is null.
+measured, such as a peer that is not installed, is null. A runner that fails says why, and is among `failed`; the others go
+on.
 """
 
 import argparse
@@ -52,12 +53,17 @@ ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "HF_HUB_OFFLINE": 
 Results = dict[str, dict[str, float]]
 
 
-def run(command: list[str], *, environment: dict[str, str] | None = None) -> str:
-    """Standard output of a command; what it said on standard error only if it failed."""
+FAILED: list[str] = []  # what did not come to its end
+
+
+def run(command: list[str], *, name: str, environment: dict[str, str] | None = None) -> str | None:
+    """Standard output of a command; `None` if it failed, with the end of what it said on standard error printed."""
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **(environment or {})})
-    if done.returncode:
-        raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr[-3000:]}")
-    return done.stdout
+    if done.returncode == 0:
+        return done.stdout
+    FAILED.append(name)
+    print(f"{name} failed with exit code {done.returncode}: {' '.join(command)}\n{done.stderr[-3000:]}", flush=True)
+    return None
 
 
 def installed(python: str | None, library: str) -> bool:
@@ -85,7 +91,9 @@ def measure(folder: Path, peers_python: str | None, *, rounds: int) -> tuple[Res
             state.mkdir(parents=True, exist_ok=True)
             output = folder / "results" / f"{library}-{route}"
             command = [python, "-m", f"benchmarks.peers.run_{library}", route, "--data_dir", folder / "data"]
-            run([str(word) for word in (*command, "--state_dir", state, "--output", output)], environment=ONE_THREAD)
+            command = [str(word) for word in (*command, "--state_dir", state, "--output", output)]
+            if run(command, name=f"{output.name}, round {number}", environment=ONE_THREAD) is None:
+                continue
             figures = json.loads(Path(f"{output}.json").read_text())
             kept = results.setdefault(output.name, figures)
             results[output.name] = {name: min(value, kept[name]) for name, value in figures.items()}
@@ -95,7 +103,9 @@ def measure(folder: Path, peers_python: str | None, *, rounds: int) -> tuple[Res
 
 def largest_differences(scores: dict[str, np.ndarray]) -> dict[str, float]:
     """How far scores of the first queries are from ours with float32 rows, over the largest of all."""
-    ours = scores["hf_doge-first_float32"]
+    ours = scores.get("hf_doge-first_float32")
+    if ours is None:
+        return {}
     names = [name for name in scores if "-first" in name and not name.startswith("kronfluence")]
     return {name: float(f"{np.abs(scores[name] - ours).max() / np.abs(ours).max():.2g}") for name in names}
 
@@ -103,15 +113,19 @@ def largest_differences(scores: dict[str, np.ndarray]) -> dict[str, float]:
 def ratio(results: Results, others: list[str], ours: str) -> float | None:
     """CPU seconds of the fastest of the others over ours."""
     found = [results[name]["cpu_seconds"] for name in others if name in results]
-    return round(min(found) / results[ours]["cpu_seconds"], 2) if found else None
+    return round(min(found) / results[ours]["cpu_seconds"], 2) if found and ours in results else None
+
+
+def figure(results: Results, name: str, what: str, digits: int) -> float | None:
+    """One figure of one run, if it came to its end."""
+    return round(results[name][what], digits) if name in results else None
 
 
 def other_script(name: str, *arguments: str, threads: int = 1) -> dict:
-    """The JSON that another benchmark ends with."""
-    output = run(
-        [sys.executable, "-m", f"benchmarks.{name}", *arguments], environment={"OMP_NUM_THREADS": str(threads)}
-    )
-    return json.loads(output.strip().splitlines()[-1])
+    """The JSON that another benchmark ends with; empty if it failed."""
+    command = [sys.executable, "-m", f"benchmarks.{name}", *arguments]
+    output = run(command, name=name, environment={"OMP_NUM_THREADS": str(threads)})
+    return {} if output is None else json.loads(output.strip().splitlines()[-1])
 
 
 def main() -> None:
@@ -132,10 +146,10 @@ def main() -> None:
     print(f"Largest difference of scores from ours with float32 rows, over the largest score: {differences}")
     index = folder / "round-0" / "hf_doge" / "index"
 
-    skipped = {"search": {"search_50k": {}, "search_1m": {}}}
     recording = {} if "recording" in args.skip else other_script("influence_recording")
-    online = {} if "online" in args.skip else other_script("online_overhead")["online_overhead"]
-    search = skipped["search"] if "search" in args.skip else other_script("influence_search", threads=2)
+    online = {} if "online" in args.skip else other_script("online_overhead").get("online_overhead", {})
+    search = {} if "search" in args.skip else other_script("influence_search", threads=2)
+    of_peers = [value for name, value in differences.items() if not name.startswith("hf_doge")]
     second_llm = ["dattri_llm-second_instance", "dattri_llm-second_token"]
     figures = {
         "recording_over_step": recording.get("recording_over_step"),
@@ -149,21 +163,20 @@ def main() -> None:
         "second_queries_dattri_llm_over_ours": ratio(results, second_llm, "hf_doge-second"),
         "bytes_500": sum(path.stat().st_size for path in index.rglob("*") if path.is_file()),
         "online_overhead": max(online.values(), default=None),
-        "search_50k_ms": search["search_50k"].get("median_ms"),
-        "search_1m_ms": search["search_1m"].get("median_ms"),
-        "search_1m_rss_mb": search["search_1m"].get("extra_mb"),
+        "search_50k_ms": search.get("search_50k", {}).get("median_ms"),
+        "search_1m_ms": search.get("search_1m", {}).get("median_ms"),
+        "search_1m_rss_mb": search.get("search_1m", {}).get("extra_mb"),
         "recording_rss_ratio": recording.get("recording_rss_ratio"),
-        "ours_cpu_seconds": round(results["hf_doge-first"]["cpu_seconds"], 3),
-        "ours_extra_mib": round(results["hf_doge-first"]["extra_mib"], 1),
-        "ours_second_cpu_seconds": round(results["hf_doge-second"]["cpu_seconds"], 3),
-        "second_seconds_mapping_anew": round(results["hf_doge-second_mapping_anew"]["cpu_seconds"], 3),
-        "same_scores": all(
-            value <= SAME_SCORES for name, value in differences.items() if not name.startswith("hf_doge")
-        ),
+        "ours_cpu_seconds": figure(results, "hf_doge-first", "cpu_seconds", 3),
+        "ours_extra_mib": figure(results, "hf_doge-first", "extra_mib", 1),
+        "ours_second_cpu_seconds": figure(results, "hf_doge-second", "cpu_seconds", 3),
+        "second_seconds_mapping_anew": figure(results, "hf_doge-second_mapping_anew", "cpu_seconds", 3),
+        "same_scores": all(difference <= SAME_SCORES for difference in of_peers) if of_peers else None,
         "largest_differences": differences,
         "recording": recording,
         "online": online,
         "search": search,
+        "failed": FAILED,
     }
     print(json.dumps(figures))
 

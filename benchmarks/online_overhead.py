@@ -3,14 +3,15 @@ What `record="online"` adds to fine-tuning: a small BERT classifier and a small 
 
     python -m benchmarks.online_overhead
 
-Both have 4 layers of width 512, as Google's "BERT-Small", and batches of 16 texts of 32 to 64 tokens. Each turn is one
+Both have 4 layers of width 256, as Google's "BERT-Mini", and batches of 16 texts of 32 to 64 tokens. Each turn is one
 whole `Trainer.train()` of three epochs that saves as the Trainer does if not told otherwise, every 500 steps and at the
 end; with the callback it includes the checks of the first batch, the rows of every step and the index that is written at
 each save. Counted are CPU seconds of the process (the machine may be shared); the overhead is the median over the rounds
 of `with / without - 1`. The last line is JSON.
 
 The smaller the model, the larger the share of the rows, which grow with the width, and the compute with its square:
-`--layers 2 --width 128 --examples 2000` is "BERT-Tiny".
+`--layers 2 --width 128 --examples 2000` is "BERT-Tiny", `--width 512` "BERT-Small". The checks of the first batch, about the
+work of two steps, are part of every turn: the fewer the steps, the more they weigh.
 """
 
 import argparse
@@ -37,7 +38,7 @@ from transformers.utils import logging
 
 from hf_doge.tracing.callback import TracInWECallback
 
-NUM_EXAMPLES = {"bert": 1000, "gpt2": 300}  # a step of GPT-2 is longer, for its 50,257 logits
+NUM_EXAMPLES = {"bert": 640, "gpt2": 200}  # a step of GPT-2 is longer, for its 50,257 logits
 
 
 def small_bert(layers: int, width: int) -> nn.Module:
@@ -121,9 +122,9 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=16, help="Examples in a batch.")
     parser.add_argument("--epochs", type=int, default=3, help="Epochs.")
     parser.add_argument("--save-strategy", choices=["steps", "epoch"], default="steps", help="When to save.")
-    parser.add_argument("--rounds", type=int, default=5, help="Turns of each kind.")
+    parser.add_argument("--rounds", type=int, default=3, help="Turns of each kind.")
     parser.add_argument("--layers", type=int, default=4, help="Layers of the models.")
-    parser.add_argument("--width", type=int, default=512, help="Their width, a multiple of 64.")
+    parser.add_argument("--width", type=int, default=256, help="Their width, a multiple of 64.")
     parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS), help="Which to train.")
     options = parser.parse_args()
     logging.set_verbosity_error()

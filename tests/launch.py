@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import torch.distributed as dist
+
 REPOSITORY = Path(__file__).parent.parent
 
 
@@ -14,6 +16,16 @@ def free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return free.getsockname()[1]
+
+
+def end_process_group() -> None:
+    """
+    The last thing that a launched script does.
+
+    A thread of gloo that still lets go of its last work while Python ends is aborted, and the process with it.
+    """
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def launch_command(script: Path, *arguments: object, num_processes: int, options: tuple[str, ...] = ()) -> list[str]:

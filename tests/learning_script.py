@@ -9,6 +9,7 @@ from datasets import Dataset
 
 from hf_doge.training.config import DoGEConfig
 from hf_doge.training.trainer import DoGETrainer
+from tests.launch import end_process_group
 from tests.tiny import language_model_rows, tiny_gpt2, tiny_llama
 
 GLOBAL_BATCH = 16
@@ -100,3 +101,4 @@ def main(folder, num_processes, micro_batch, resume):
 if __name__ == "__main__":
     for job in json.loads(sys.argv[1]):
         main(**job)
+    end_process_group()

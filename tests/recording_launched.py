@@ -11,6 +11,7 @@ from hf_doge.gradients.embedding import EmbeddingGradientRecorder
 from hf_doge.tracing import processes
 from hf_doge.tracing.callback import TracInWECallback
 from hf_doge.tracing.processes import process_index
+from tests.launch import end_process_group
 from tests.recorded_training import make_trainer
 from tests.test_tracing_callback_resume import SEGMENT, pad
 
@@ -90,3 +91,4 @@ class MaskingCollator:
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]), sys.argv[2])
+    end_process_group()

@@ -145,6 +145,14 @@ def test_examples_stand_beside_their_rows_whatever_their_columns_are_called():
     assert "content_hash" not in rows.column_names
 
 
+def test_columns_of_examples_get_a_free_name():
+    columns = {"score": [7], "example_score": ["a"], "example_example_score": ["b"], "rank": [3]}
+    examples = Dataset.from_dict({"example_id": [0], **columns})
+    rows = beside_examples(Dataset.from_dict({"example_id": [0], "score": [0.5], "rank": [1]}), examples)
+    expected = {"example_id": 0, "score": 0.5, "rank": 1, "example_score": "a", "example_example_score": "b"}
+    assert rows[0] == {**expected, "example_example_example_score": 7, "example_rank": 3}
+
+
 def test_readings_of_hits_keep_the_spelling(tokenizer):
     for texts in (["The Runner"], ["The Runner", "stop"]):
         reading = read_text(tokenizer, texts)

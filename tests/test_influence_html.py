@@ -41,6 +41,7 @@ def tokenizer():
 
 def make_hit(tokenizer, text, *, query=0, kind="proponent", query_text="A new market", sign=1.0, **columns):
     tokens = sorted(set(tokenizer(query_text)["input_ids"]))
+    parts = [sign * (position + 1) for position in range(len(tokens))]
     return {
         "query": query,
         "rank": 1,
@@ -51,7 +52,9 @@ def make_hit(tokenizer, text, *, query=0, kind="proponent", query_text="A new ma
         "words": ["market", "<b>"],
         "word_scores": [0.75 * sign, 0.25 * sign],
         "token_ids": tokens,
-        "token_scores": [sign * (position + 1) for position in range(len(tokens))],
+        "token_scores": parts,
+        "example_token_ids": tokens,
+        "example_token_scores": parts,
         "query_label": 2.0,
         "query_text": query_text,
         "text": text,

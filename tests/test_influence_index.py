@@ -1,4 +1,5 @@
 import shutil
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ from torch import nn
 from transformers import AutoModelForSequenceClassification
 
 from hf_doge import InfluenceIndex
+from hf_doge.functional.synonyms import synonym_score, synonym_similarity
 from hf_doge.tracing.models import load_checkpoint
 from hf_doge.tracing.recording import record_dataset
 from hf_doge.tracing.settings import RecordingSettings
@@ -152,6 +154,65 @@ def test_a_step_on_a_proponent_lowers_the_loss_of_the_query(index, recorded, tra
         assert np.sign(loss() - before) == sign
         with torch.no_grad():
             model.get_input_embeddings().weight += 1e-2 * gradient
+
+
+def slow_synonym_scores(index, dataset, queries, *, threshold, dropped=(), cosine=False):
+    """`sum_c lr_c sum_{w, w'} S_c(w, w') <G_c(q)_w, G_c(x)_w'>`, pair by pair."""
+    total = np.zeros((len(queries), len(dataset)))
+    for checkpoint in index.reader.checkpoints:
+        model = AutoModelForSequenceClassification.from_pretrained(checkpoint["path"])
+        embeddings = model.get_input_embeddings().weight.detach().double()
+        sides = []
+        for part in (queries, dataset):
+            dense = gradients(model, part).view(len(part), len(embeddings), -1).double()
+            dense[:, list(dropped)] = 0
+            if cosine:
+                dense /= dense.flatten(1).norm(dim=1)[:, None, None]
+            tokens = [torch.tensor(sorted(set(ids) - set(dropped))) for ids in part["input_ids"]]
+            sides.append([(ids, matrix[ids]) for ids, matrix in zip(tokens, dense, strict=True)])
+        for (q, (ids_q, rows_q)), (x, (ids_x, rows_x)) in product(*map(enumerate, sides)):
+            similarity = synonym_similarity(ids_q, ids_x, embeddings, threshold=threshold)
+            total[q, x] += checkpoint["learning_rate"] * synonym_score(rows_q, rows_x, similarity)
+    return total
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"special_tokens": "drop"}, {"cosine": True}, {"special_tokens": "drop", "cosine": True}]
+)
+def test_synonym_scores_are_those_of_the_slow_reference(index, tokenizer, train_set, query_set, options):
+    dropped = tokenizer.all_special_ids if "special_tokens" in options else ()
+    reference = {"threshold": 0.3, "dropped": dropped, "cosine": "cosine" in options}
+    expected = slow_synonym_scores(index, train_set, query_set, **reference)
+    asked = {"kernel": "synonym", "synonym_threshold": 0.3, **options}
+    assert close(index.scores(query_set, **asked), expected)
+    assert not close(index.scores(query_set, **options), expected)  # there are synonyms
+    found = np.zeros((5, 24))
+    for hit in index.search(query_set, top_k=30, **asked):
+        found[hit["query"], hit["example_id"]] = hit["score"]
+        for parts in ("word_scores", "token_scores", "example_token_scores", "checkpoint_scores"):
+            assert sum(hit[parts]) == pytest.approx(hit["score"], rel=1e-6, abs=1e-9)
+        assert set(hit["token_ids"]) <= set(query_set[hit["query"]]["input_ids"])
+        assert set(hit["example_token_ids"]) <= set(train_set[hit["example_id"]]["input_ids"])
+    assert close(found, expected)
+
+
+def test_the_token_kernel_is_the_synonym_kernel_without_synonyms(index, query_set):
+    for hit in index.search(query_set, top_k=30):
+        assert dict(zip(hit["token_ids"], hit["token_scores"], strict=True)) == pytest.approx(
+            dict(zip(hit["example_token_ids"], hit["example_token_scores"], strict=True))
+        )
+    loose, strict = (index.domain_influence(query_set, "label", kernel=kernel) for kernel in ("synonym", "token"))
+    assert not close(loose["score"][:], strict["score"][:])
+    far = index.scores(query_set, kernel="synonym", synonym_threshold=1.0)
+    assert close(far, index.scores(query_set))
+
+
+def test_a_synonym_is_shaded_in_the_example(index):
+    hits = index.search("goal", kernel="synonym", synonym_threshold=0.2, special_tokens="drop", top_k=24)
+    other = next(hit for hit in hits if not set(hit["token_ids"]) & set(hit["example_token_ids"]))
+    page = index.to_html(hits.filter(lambda hit: hit["example_id"] == other["example_id"]))
+    article = page[page.index("<article") : page.index("<ul>")]
+    assert "<mark" in article
 
 
 # What a hit says
@@ -401,11 +462,44 @@ def test_models_of_the_users_own_class(tmp_path, tokenizer, train_set):
         ({"inputs_embeds": torch.zeros(1, 2, 16), "labels": torch.tensor([0])}, "no ready `inputs_embeds`"),
         ([{"a": "x", "b": "y", "c": "z"}], "text or a pair of texts"),
         ([{"text": "goal", "label": "weather"}], "one of the model's labels"),
+        ("", "query 0 is empty"),
+        (["goal", " \n"], "query 1 is empty"),
+        ([{"text": "goal", "label": 3}], "label of query 0 must be a whole number from 0 to 2"),
+        (["goal", {"text": "goal", "label": -1}], "label of query 1 must be a whole number from 0 to 2"),
+        ([{"text": "goal", "label": 1.5}], "label of query 0 must be a whole number"),
+        ([{"text": "goal", "label": float("nan")}], "label of query 0 must be a whole number"),
+        ([{"text": "goal", "label": [0, 1]}], "label of query 0 must be a whole number"),
+        ([{"input_ids": [5, 6], "label": 3}], "label of query 0 must be a whole number from 0 to 2"),
+        ([{"text": "goal", "label": -100}], r"queries \[0\] .* have none but -100"),
+        ([{"input_ids": [True, False]}], "must be whole numbers"),
+        ([{"input_ids": "goal"}], "must be whole numbers"),
+        ([{"input_ids": [[5, 6], [5]]}], "must be whole numbers"),
+        ([{"input_ids": [5, 6], "attention_mask": [0, 0]}], "query 0 has none"),
+        ([{"input_ids": [5, 6], "attention_mask": [1]}], "`attention_mask` of query 0 must have the shape"),
+        ([{"input_ids": [5] * 33}], "query 0 has 33 tokens, but the model has positions for 32"),
     ],
 )
 def test_bad_queries_are_refused(index, queries, message):
     with pytest.raises((ValueError, TypeError), match=message):
         index.search(queries)
+
+
+def test_labels_of_any_number_type_are_taken(index):
+    expected = index.scores([{"text": "goal", "label": 1}])
+    for label in (1.0, True, np.int64(1), np.float32(1), torch.tensor(1)):
+        assert close(index.scores([{"text": "goal", "label": label}]), expected)
+
+
+def test_token_labels_come_before_a_label_beside_them(index):
+    expected = index.scores([{"input_ids": [5, 6], "labels": 2}])
+    for record in ({"label": 0, "labels": 2}, {"labels": 2, "label": 0}):
+        assert close(index.scores([{"input_ids": [5, 6], **record}]), expected)
+
+
+def test_one_query_and_arrays_are_batches_too(index):
+    expected = index.scores([{"input_ids": [5, 6], "labels": 2}])
+    for ids, labels in (([5, 6], 2), (torch.tensor([5, 6]), torch.tensor(2)), (np.array([[5, 6]]), np.array([2]))):
+        assert close(index.scores({"input_ids": ids, "labels": labels}), expected)
 
 
 def test_bad_options_are_refused(index):
@@ -414,6 +508,16 @@ def test_bad_options_are_refused(index):
         ({"batch_size": 0}, "`batch_size` must be at least 1"),
         ({"special_tokens": "no"}, "`special_tokens` must be one of"),
         ({"exclude": [24]}, "`exclude` must hold ids of examples"),
+        ({"exclude": [1.5]}, "`exclude` must hold ids of examples"),
+        ({"exclude": 3}, "`exclude` must hold ids of examples"),
+        ({"top_k": 1.5}, "`top_k` must be a whole number"),
+        ({"top_k": "3"}, "`top_k` must be a whole number"),
+        ({"top_k": None}, "`top_k` must be a whole number"),
+        ({"batch_size": 1.5}, "`batch_size` must be a whole number"),
+        ({"cosine": "no"}, "`cosine` must be one of"),
+        ({"kernel": "meaning"}, "`kernel` must be one of"),
+        ({"synonym_threshold": 1.5}, r"`synonym_threshold` must be in \[-1, 1\]"),
+        ({"synonym_threshold": None}, r"`synonym_threshold` must be in \[-1, 1\]"),
     ):
         with pytest.raises(ValueError, match=message):
             index.search(TEXTS, **options)
@@ -423,6 +527,20 @@ def test_bad_options_are_refused(index):
         index.domain_influence(TEXTS, "label", reduction="max")
     with pytest.raises(ValueError, match=r"must come from `InfluenceIndex\.search`"):
         index.to_html(Dataset.from_dict({"query": [0]}))
+    with pytest.raises(ValueError, match=r"must come from `InfluenceIndex\.search`"):
+        index.to_html([])
+
+
+def test_what_is_no_model_or_tokenizer_is_refused(recorded, maps):
+    with pytest.raises(ValueError, match="`processing_class` must be a tokenizer"):
+        InfluenceIndex.from_pretrained(recorded, cache_dir=maps, processing_class="bert-base-uncased")
+    for options, message in (
+        ({"model": "bert-base-uncased"}, r"`model` must be a torch\.nn\.Module"),
+        ({"model": nn.Linear(2, 2)}, "'checkpoint-6' .* do not fit"),
+        ({"load_model": lambda path: None}, "`load_model` must return a model"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            InfluenceIndex.from_pretrained(recorded, cache_dir=maps, **options).scores(TEXTS)
 
 
 def test_another_tokenizer_is_refused(recorded, maps):
@@ -440,7 +558,11 @@ def test_adams_metric_has_no_norms(tmp_path, tokenizer, train_set):
     folder = train(tmp_path, classifier(tokenizer), tokenizer, train_set, epochs=1, second_moment=True)
     index = InfluenceIndex.from_pretrained(folder, cache_dir=tmp_path / "maps")
     assert index.scores(TEXTS).shape == (3, 24)
-    for ask in (index.self_influence, lambda: index.search(TEXTS, cosine=True)):
+    for ask in (
+        index.self_influence,
+        lambda: index.search(TEXTS, cosine=True),
+        lambda: index.scores(TEXTS, kernel="synonym"),
+    ):
         with pytest.raises(ValueError, match="divided by Adam's metric"):
             ask()
 

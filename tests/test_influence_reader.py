@@ -13,6 +13,7 @@ import torch
 
 from hf_doge.artifacts.influence import IndexReader, row_map
 from hf_doge.artifacts.influence import search as search_module
+from hf_doge.functional.synonyms import synonym_neighbours, synonym_scores, synonym_similarity
 from hf_doge.gradients.token_rows import TokenRows
 from tests.influence_rows import (
     NUM_EXAMPLES,
@@ -337,6 +338,39 @@ def test_a_full_disk_while_the_map_is_built_is_an_os_error(open_index, rows, tmp
     assert reader.scores(0, rows[1]).any()
 
 
+def test_maps_unused_for_longest_make_room_for_new_ones(open_index, rows, tmp_path, monkeypatch):
+    cache = tmp_path / "cache"
+    names = []
+
+    def build(number):
+        reader = open_index(random_rows(NUM_EXAMPLES, seed=number), folder=f"index-{number}")
+        reader.self_influence(0)
+        names.extend(sorted({path.name for path in cache.iterdir()} - set(names)))
+        return reader
+
+    def age(hours):
+        for path in cache.glob("*/map.json"):
+            os.utime(path, (path.stat().st_mtime - hours * 3600,) * 2)
+
+    for number in range(3):
+        build(number)
+        age(1)
+    size = max(sum(path.stat().st_size for path in (cache / name).iterdir()) for name in names)
+    monkeypatch.setattr("hf_doge.artifacts.influence.row_map._KEPT_BYTES", int(2.5 * size))
+    (cache / "models--of--others").mkdir()
+    (cache / f".{names[0]}-killed").mkdir()
+    os.utime(cache / f".{names[0]}-killed", (0, 0))
+    first = IndexReader.open(tmp_path / "index-0", cache_dir=cache)
+    expected = first.self_influence(0)  # opened again, so no longer the oldest
+    build(3)
+    assert sorted(path.name for path in cache.iterdir()) == sorted([names[0], names[3], "models--of--others"])
+    age(1)
+    build(4)
+    build(5)  # both opened within the hour
+    assert {path.name for path in cache.iterdir()} == {*names[4:], "models--of--others"}
+    np.testing.assert_array_equal(first.self_influence(0), expected)  # its map was open
+
+
 def test_the_map_goes_to_hf_home(tmp_path, rows, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(tmp_path / "home"))
     write_index(tmp_path / "index", rows[0])
@@ -475,3 +509,47 @@ def test_a_later_checkpoint_keeps_the_maps_of_earlier_ones(tmp_path, rows, monke
     reader = IndexReader.open(tmp_path / "index", cache_dir=tmp_path / "cache")
     monkeypatch.setattr(row_map, "_build", lambda *arguments: pytest.fail("built twice"))
     assert reader.self_influence(0).shape == (NUM_EXAMPLES,)
+
+
+# Synonyms
+
+
+@pytest.mark.parametrize("threshold", [-1.0, 0.2, 0.6, 1.1])
+@pytest.mark.parametrize("excluded", [(), (3, 7, 11)])
+def test_synonym_parts_are_those_of_pair_by_pair_matching(open_index, rows, threshold, excluded):
+    reader = open_index(*rows)
+    generator = torch.Generator().manual_seed(5)
+    embeddings = torch.randn(VOCABULARY_SIZE, 3, generator=generator, dtype=torch.float64)
+    examples = reader.example_rows(0, range(NUM_EXAMPLES))
+    for tokens, query in random_rows(4, seed=9):
+        kept = ~torch.isin(tokens, torch.tensor(excluded, dtype=torch.long))
+        tokens, query = tokens[kept], query[kept].float()
+        found = synonym_neighbours(tokens, embeddings, threshold=threshold)
+        neighbours = {
+            token: (ids.numpy(), near.numpy()) for token, (ids, near) in zip(tokens.tolist(), found, strict=True)
+        }
+        parts = np.zeros((NUM_EXAMPLES, len(tokens)))
+        others = np.zeros((NUM_EXAMPLES, VOCABULARY_SIZE))
+        for position, token, ids, values in reader.synonym_scores(
+            0, tokens, query, neighbours, exclude_tokens=excluded
+        ):
+            parts[ids, position] += values
+            others[ids, token] += values
+        for number, (example_tokens, example_rows) in enumerate(examples):
+            counted = ~torch.isin(example_tokens, torch.tensor(excluded, dtype=torch.long))
+            example_tokens, example_rows = example_tokens[counted], example_rows[counted]
+            matched = synonym_similarity(tokens, example_tokens, embeddings, threshold=threshold)
+            matched[tokens[:, None] == example_tokens] = 0  # what `scores` has already
+            expected = synonym_scores(query, example_rows, matched)
+            np.testing.assert_allclose(parts[number], expected.sum(dim=1), rtol=1e-4, atol=1e-14)
+            by_token = np.zeros(VOCABULARY_SIZE)
+            by_token[example_tokens] = expected.sum(dim=0)
+            np.testing.assert_allclose(others[number], by_token, rtol=1e-4, atol=1e-14)
+        few = [7, 2, 30]
+        alone = np.zeros((NUM_EXAMPLES, len(tokens)))
+        for position, _, ids, values in reader.synonym_scores(
+            0, tokens, query, neighbours, exclude_tokens=excluded, only=few
+        ):
+            alone[ids, position] += values
+        np.testing.assert_allclose(alone[few], parts[few], rtol=1e-5, atol=1e-14)
+        assert not np.delete(alone, few, axis=0).any()

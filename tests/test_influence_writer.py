@@ -1,7 +1,11 @@
 """The folder of an influence index: what is written, and what a crash leaves of it."""
 
+import gc
 import json
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -410,7 +414,8 @@ def test_examples_are_ordered_and_cannot_change(tmp_path):
 def test_bad_checkpoints_are_refused(tmp_path, rows):
     writer = open_writer(tmp_path / "index")
     write_checkpoint(writer, rows)
-    assert writer.checkpoint_names == open_writer(tmp_path / "index").checkpoint_names == ["checkpoint-1"]
+    names, writer = writer.checkpoint_names, open_writer(tmp_path / "index")
+    assert writer.checkpoint_names == names == ["checkpoint-1"]
     with pytest.raises(ValueError, match=r"'checkpoint-1' is in .* already, and whole"):
         writer.checkpoint("checkpoint-1", step=1, **FACTS)
     for name in ("", "a/b", ".hidden", "x.partial", "a*"):
@@ -474,3 +479,88 @@ def test_examples_of_another_table_type_are_kept(tmp_path):
     kept = pq.read_table(tmp_path / "index/examples/train-00000-of-00001.parquet", use_threads=False)
     assert kept.schema.field("example_id").type == pa.int64()
     assert kept.schema.field("label").type == pa.int8()
+
+
+# Two writers at once
+
+OTHER_PROCESS = """
+import sys
+import time
+from hf_doge.artifacts.influence import lock
+from tests.influence_rows import open_writer
+
+lock._PATIENCE_SECONDS = 0.2
+try:
+    writer = open_writer(sys.argv[1])
+except BlockingIOError as error:
+    sys.exit(f"refused: {error}")
+print("writing", flush=True)
+time.sleep(float(sys.argv[2]))
+"""
+
+
+def other_process(folder, *, seconds=0.0):
+    root = Path(__file__).parent.parent
+    return subprocess.Popen(
+        [sys.executable, "-c", OTHER_PROCESS, str(folder), str(seconds)],
+        env={**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_a_second_process_that_writes_is_refused_until_the_first_one_closes(tmp_path, rows):
+    folder = tmp_path / "index"
+    writer = open_writer(folder)
+    _, complaint = other_process(folder).communicate(timeout=60)
+    assert "refused: One process at a time can write" in complaint
+    assert str(folder) in complaint
+    write_checkpoint(writer, rows)  # the first one goes on unharmed
+    writer.close()
+    said, complaint = other_process(folder).communicate(timeout=60)
+    assert said == "writing\n", complaint
+    assert [entry["name"] for entry in config_of(folder)["checkpoints"]] == ["checkpoint-1"]
+
+
+def test_the_lock_of_a_killed_process_does_not_block(tmp_path, rows, monkeypatch):
+    monkeypatch.setattr("hf_doge.artifacts.influence.lock._PATIENCE_SECONDS", 0.2)
+    folder = tmp_path / "index"
+    process = other_process(folder, seconds=60)
+    assert process.stdout.readline() == "writing\n"
+    with pytest.raises(BlockingIOError, match=r"another one is writing .*index"):
+        open_writer(folder)
+    process.kill()
+    process.wait()
+    write_checkpoint(open_writer(folder), rows)
+    assert [entry["name"] for entry in config_of(folder)["checkpoints"]] == ["checkpoint-1"]
+
+
+def test_in_one_process_the_later_writer_takes_over(tmp_path, rows):
+    folder = tmp_path / "index"
+    first = open_writer(folder)
+    begun = first.checkpoint("checkpoint-1", step=1, **FACTS)
+    second = open_writer(folder)
+    write_checkpoint(second, rows)
+    first.close()  # which is not the second's end
+    write_checkpoint(second, rows, name="checkpoint-2", step=2)
+    for attempt in (
+        lambda: begun.add(rows),
+        lambda: first.checkpoint("checkpoint-3", step=3, **FACTS),
+        lambda: first.forget("checkpoint-1"),
+    ):
+        with pytest.raises(ValueError, match="closed, or opened anew since"):
+            attempt()
+    second.close()
+    with pytest.raises(ValueError, match="closed, or opened anew since"):
+        second.checkpoint("checkpoint-3", step=3, **FACTS)
+    assert [entry["name"] for entry in config_of(folder)["checkpoints"]] == ["checkpoint-1", "checkpoint-2"]
+
+
+def test_a_writer_that_is_forgotten_holds_no_lock(tmp_path):
+    folder = tmp_path / "index"
+    writer = open_writer(folder)
+    del writer
+    gc.collect()
+    said, complaint = other_process(folder).communicate(timeout=60)
+    assert said == "writing\n", complaint

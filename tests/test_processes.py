@@ -16,6 +16,7 @@ import torch.distributed as dist
 
 from hf_doge.tracing import processes
 from hf_doge.tracing.processes import ProcessFailedError, run_on_all_processes, run_on_main_process
+from tests.launch import end_process_group
 
 dist.init_process_group("gloo")
 rank = dist.get_rank()
@@ -48,6 +49,7 @@ tell("late", run_on_all_processes, lambda sign_of_life: rank)
 if rank == 0:  # the other has come to its end
     tell("alone", run_on_all_processes, lambda sign_of_life: rank)
 Path(sys.argv[1], f"{rank}.json").write_text(json.dumps(told))
+end_process_group()
 """
 
 

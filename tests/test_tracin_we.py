@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from hf_doge.functional.synonyms import synonym_score, synonym_scores, synonym_similarity
+from hf_doge.functional.synonyms import synonym_neighbours, synonym_score, synonym_scores, synonym_similarity
 from hf_doge.functional.tracin_we import (
     batch_token_gradient_rows,
     batch_top_k_rows,
@@ -455,6 +455,24 @@ def test_a_threshold_above_one_leaves_exact_matches_only():
     embeddings = torch.randn(VOCABULARY, 3, generator=torch.Generator().manual_seed(0))
     similarity = synonym_similarity(tokens_a, tokens_b, embeddings, threshold=1.1)
     assert torch.equal(similarity.bool(), tokens_a[:, None] == tokens_b)
+
+
+def test_neighbours_are_all_tokens_that_a_token_can_be_matched_with(monkeypatch):
+    embeddings = torch.randn(23, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    tokens = torch.tensor([2, 7, 22])
+    expected = synonym_neighbours(tokens, embeddings, threshold=0.3)
+    for token, (ids, cosines) in zip(tokens.tolist(), expected, strict=True):
+        others = [other for other in range(23) if other != token]
+        alone = [
+            synonym_similarity(torch.tensor([token]), torch.tensor([other]), embeddings, threshold=0.3).item()
+            for other in others
+        ]
+        assert ids.tolist() == [other for other, match in zip(others, alone, strict=True) if match]
+        close(cosines, torch.nn.functional.cosine_similarity(embeddings[ids], embeddings[token][None]))
+    monkeypatch.setattr("hf_doge.functional.synonyms._VOCABULARY_CHUNK", 5)
+    for one, other in zip(synonym_neighbours(tokens, embeddings, threshold=0.3), expected, strict=True):
+        assert torch.equal(one[0], other[0])
+        close(one[1], other[1])
 
 
 @pytest.mark.parametrize("seed", range(5))

@@ -95,7 +95,7 @@ def test_sft_trainer_tokenises_by_itself_and_only_completions_count(tmp_path, to
     model = LlamaForCausalLM.from_pretrained(tmp_path / "run" / "checkpoint-2")
     for position, row in enumerate(trainer.train_dataset):
         ids = torch.tensor([row["input_ids"]])
-        labels = torch.tensor([row["labels"]])
+        labels = trainer.data_collator([row])["labels"]  # older versions of trl keep a mask of the completion
         assert (labels == -100).any()
         terms = int((labels[:, 1:] != -100).sum())
         expected = dense_gradient(model, {"input_ids": ids, "labels": labels}, num_terms=terms)
@@ -500,6 +500,17 @@ def test_tokens_out_of_the_vocabulary_are_refused_by_position(tmp_path, tokenize
         lambda row, i: {"input_ids": [5, 40] if i == 3 else row["input_ids"]}, with_indices=True
     )
     refused(tmp_path, tokenizer, "Example 3 must have tokens from 0 to 31", dataset=data)
+
+
+def test_what_the_model_has_no_room_or_class_for_is_refused_by_position(tmp_path, tokenizer):
+    data = classification_data()
+    long = data.map(
+        lambda row, i: {"input_ids": [5] * 33, "attention_mask": [1] * 33} if i == 9 else row, with_indices=True
+    )
+    refused(tmp_path, tokenizer, r"Example 9 .* has 33 tokens and the model has positions for 32", dataset=long)
+    labels = [3 if position == 9 else label for position, label in enumerate(data["label"])]
+    other = data.remove_columns("label").add_column("label", labels)
+    refused(tmp_path, tokenizer, "label of example 9 must be a whole number from 0 to 2.* got 3", dataset=other)
 
 
 def test_a_model_whose_examples_depend_on_each_other_is_refused_before_training(tmp_path, tokenizer):

@@ -289,6 +289,13 @@ def test_given_learning_rates_are_taken(tmp_path, checkpoints):
         ({"learning_rates": [1]}, "one number for each checkpoint, but there are 1 for 3"),
         ({"settings": RecordingSettings(second_moment=True)}, "without `second_moment`"),
         ({"settings": RecordingSettings(record="online")}, "with `record='checkpoint'`"),
+        ({"learning_rates": 0.1}, "one number for each checkpoint, but there are 1 for 3"),
+        ({"learning_rates": [1, 1, "x"]}, "numbers of at least 0, but got 'x'"),
+        ({"learning_rates": [1, 1, float("inf")]}, "numbers of at least 0, but got inf"),
+        ({"batch_size": 1.5}, "`batch_size` must be a whole number of at least 1"),
+        ({"batch_size": "2"}, "`batch_size` must be a whole number of at least 1"),
+        ({"seed": "a"}, "`seed` must be a whole number"),
+        ({"collator": lambda examples: None}, "must return a dictionary .* returned a NoneType"),
     ],
 )
 def test_what_cannot_be_recorded_afterwards_is_refused(tmp_path, checkpoints, options, match):
@@ -296,8 +303,19 @@ def test_what_cannot_be_recorded_afterwards_is_refused(tmp_path, checkpoints, op
         record_dataset(tmp_path / "index", checkpoints, classification_data(), **options)
 
 
+def test_a_list_of_examples_may_hold_text_too(tmp_path, checkpoints, tokenizer):
+    options = {"tokenizer": tokenizer, "settings": settings(), "progress": False}
+    for name, data in (("columns", classification_data()), ("list", classification_data().to_list())):
+        record_dataset(tmp_path / name, checkpoints, data, **options)
+    readers = [IndexReader.open(tmp_path / name) for name in ("columns", "list")]
+    assert segments(readers[0]) == segments(readers[1])
+    assert readers[1].examples["text"] == classification_data()["text"]
+
+
 def test_checkpoints_that_do_not_fit_are_refused_by_name(tmp_path, checkpoints):
     options = {"collator": pad, "settings": settings(), "progress": False}
+    with pytest.raises(ValueError, match=r"must be a list of folders, but got .*checkpoint-2' alone"):
+        record_dataset(tmp_path / "index", str(checkpoints[0]), classification_data(), **options)
     with pytest.raises(ValueError, match="at least one folder"):
         record_dataset(tmp_path / "index", [], classification_data(), **options)
     with pytest.raises(FileNotFoundError, match=r"checkpoint-9.* is none"):

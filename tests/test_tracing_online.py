@@ -6,8 +6,9 @@ from functools import partial
 import pytest
 import torch
 from datasets import Dataset
-from transformers import TrainerCallback
+from transformers import BertForSequenceClassification, TrainerCallback
 
+from hf_doge import InfluenceIndex
 from hf_doge.gradients.embedding import EmbeddingGradientRecorder
 from hf_doge.tracing.online import PARTIAL
 from hf_doge.tracing.online_identity import EXAMPLE_IDS
@@ -153,6 +154,31 @@ def test_learning_rates_are_in_the_rows_and_the_checkpoint_weighs_one(tmp_path):
     for line in watch.collated[0]:
         assert rows[dataset["input_ids"].index(line)].abs().max() == 0
     assert_rows(rows, replayed(tiny_classifier(), dataset, watch))
+
+
+def test_an_online_index_is_searched_like_any_other(tmp_path):
+    dataset, queries = classifier_dataset(), classifier_dataset(seed=5, num_examples=3)
+    record(tiny_classifier(), dataset, tmp_path, num_train_epochs=2)
+    index = InfluenceIndex.from_pretrained(tmp_path / "index", cache_dir=tmp_path / "cache")
+    expected = 0
+    for position, checkpoint in enumerate(index.reader.checkpoints):
+        model = BertForSequenceClassification.from_pretrained(checkpoint["path"])
+        rows = torch.stack(index_rows(tmp_path, checkpoint=position)).flatten(1)
+        with EmbeddingGradientRecorder(model) as recorder:
+            asked = [dense(*recorder.record(pad([query]))[0], 16) for query in queries]
+        expected = expected + torch.stack(asked).flatten(1) @ rows.T
+    assert len(index.reader.checkpoints) == 2
+    torch.testing.assert_close(torch.from_numpy(index.scores(queries)).double(), expected, rtol=1e-4, atol=1e-7)
+    hits = index.search(queries, top_k=len(dataset))
+    assert len(hits) > 0
+    for hit in hits:
+        assert hit["score"] == pytest.approx(float(expected[hit["query"], hit["example_id"]]), rel=1e-3, abs=1e-7)
+        assert sum(hit["word_scores"]) == pytest.approx(hit["score"], rel=1e-6, abs=1e-12)
+        assert (hit["kind"] == "proponent") == (hit["score"] > 0)
+    assert "<article" in index.to_html(hits)
+    assert index.scores(queries, kernel="synonym", synonym_threshold=0.3).shape == (3, len(dataset))
+    with pytest.raises(ValueError, match="Self-influence needs an index with `record='checkpoint'`"):
+        index.self_influence()
 
 
 def test_frozen_embeddings_are_recorded_as_virtual(tmp_path):

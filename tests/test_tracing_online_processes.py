@@ -22,6 +22,7 @@ from pathlib import Path
 
 from hf_doge.tracing import processes
 from hf_doge.tracing.online import OnlineRecording
+from tests.launch import end_process_group
 from tests.online_training import MODELS, record, still
 from tests.test_tracing_online_processes import train_online
 
@@ -47,6 +48,7 @@ else:
         train_online(folder, num_processes=2, accumulation=2)
     except RuntimeError as error:
         (folder / "told.json").write_text(json.dumps(f"{type(error).__name__}: {error}"))
+end_process_group()
 """
 
 

@@ -110,7 +110,8 @@ def test_sft_trainer(tmp_path, tokenizer):
 
 
 def test_a_loss_that_weighs_tokens_is_refused_in_sft_trainer(tmp_path, tokenizer):
-    with pytest.raises(ValueError, match="must weigh the same"):
+    # Transformers 5.0 takes the labels away from the model, which then has no loss; later the weights are what is noticed.
+    with pytest.raises(ValueError, match=r"use `record='checkpoint'`"):
         sft_trainer(tmp_path, tokenizer, loss_type="dft").train()
 
 

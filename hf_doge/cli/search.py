@@ -9,13 +9,13 @@ from typing import Any
 
 from hf_doge.cli.console import say
 from hf_doge.cli.records import read_records
-from hf_doge.tracing.index import SPECIAL_TOKENS, InfluenceIndex
+from hf_doge.tracing.index import KERNELS, SPECIAL_TOKENS, InfluenceIndex
 from hf_doge.tracing.processes import process_index
 from hf_doge.tracing.queries import text_fields
 
 NUM_WORDS = 6
 TEXT_WIDTH = 90
-JSON_COLUMNS_LEFT_OUT = ("query_token_ids", "input_ids")
+JSON_COLUMNS_LEFT_OUT = ("query_token_ids", "example_token_ids", "example_token_scores", "input_ids")
 
 
 def main(argv: Sequence[str]) -> int:
@@ -34,6 +34,8 @@ def main(argv: Sequence[str]) -> int:
         special_tokens=args.special_tokens,
         batch_size=args.batch_size,
         cosine=args.cosine,
+        kernel=args.kernel,
+        synonym_threshold=args.synonym_threshold,
     )
     if process_index() > 0:
         return 0  # all processes have all hits, and one says so
@@ -79,6 +81,12 @@ def _parse(argv: Sequence[str]) -> Namespace:
         "--special_tokens", default="count", choices=SPECIAL_TOKENS, help="Whether tokens such as [CLS] count."
     )
     parser.add_argument("--cosine", action="store_true", help="Divide scores by the norms of both gradients.")
+    parser.add_argument(
+        "--kernel", default="token", choices=KERNELS, help="Whether words of like meaning answer each other too."
+    )
+    parser.add_argument(
+        "--synonym_threshold", type=float, default=0.5, help="Smallest cosine of such words. Default: 0.5."
+    )
     parser.add_argument("--tokenizer", default=None, help="Folder or Hub name. Default: the one of the checkpoints.")
     parser.add_argument("--batch_size", type=int, default=32, help="Queries at once. Default: 32.")
     parser.add_argument("--html", type=Path, default=None, help="Write a page with shaded words to this file.")

@@ -16,6 +16,8 @@ Shapes: W = distinct tokens of one example, D = embedding width, V = vocabulary.
 import torch
 from torch import Tensor
 
+_VOCABULARY_CHUNK = 1 << 14  # tokens whose embeddings are widened at a time
+
 
 def synonym_scores(rows_a: Tensor, rows_b: Tensor, similarity: Tensor) -> Tensor:
     """
@@ -77,3 +79,32 @@ def synonym_similarity(tokens_a: Tensor, tokens_b: Tensor, embeddings: Tensor, *
             taken_a.add(a)
             taken_b.add(b)
     return similarity
+
+
+def synonym_neighbours(tokens: Tensor, embeddings: Tensor, *, threshold: float = 0.5) -> list[tuple[Tensor, Tensor]]:
+    """
+    All tokens of the vocabulary that [`synonym_similarity`] may match a token with, whatever the other example holds.
+
+    Args:
+        tokens (`torch.Tensor` of shape `(num_tokens,)`): Token ids.
+        embeddings (`torch.Tensor` of shape `(vocabulary_size, width)`): Embedding matrix of the model.
+        threshold (`float`): Smallest cosine of a synonym.
+
+    Returns:
+        `list[tuple[torch.Tensor, torch.Tensor]]`: for each token the ids of the others with such a cosine, ascending, and
+        their cosines in float64.
+    """
+    directions = torch.nn.functional.normalize(embeddings[tokens].double(), dim=-1)
+    found: list[list[tuple[Tensor, Tensor]]] = [[] for _ in tokens]
+    for first in range(0, len(embeddings), _VOCABULARY_CHUNK):
+        chunk = torch.nn.functional.normalize(embeddings[first : first + _VOCABULARY_CHUNK].double(), dim=-1)
+        cosines = directions @ chunk.T  # (W, D) @ (D, V) -> (W, V)
+        for position, row in enumerate(cosines):
+            near = (row >= threshold).nonzero().squeeze(1)
+            found[position].append((near + first, row[near]))
+    neighbours = []
+    for token, parts in zip(tokens, found, strict=True):
+        ids, cosines = (torch.cat(part) for part in zip(*parts, strict=True))
+        others = ids != token
+        neighbours.append((ids[others], cosines[others]))
+    return neighbours

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 _BLOCK = 2**14  # elements summed in float32 before float64 takes over
+_CACHE = 2**18  # elements that stay in a processor's cache between two uses
 
 
 @dataclass(frozen=True)
@@ -85,10 +86,18 @@ class Product:
 
     def weighted(self, coefficients: Tensor) -> Tensor:
         rows = coefficients.to(self.left.dtype)[self.segments.row_domains(len(self.left), self.left.device)]
-        return (self.left * rows.unsqueeze(1)).t() @ self.right
+        left, right = self.left, self.right
+        if left.shape[1] < right.shape[1]:  # the narrower side is scaled
+            left = left * rows.unsqueeze(1)
+        else:
+            right = right * rows.unsqueeze(1)
+        return left.t() @ right
 
     def inner_products(self, gradient: Tensor) -> Tensor:
-        return ((self.right @ gradient.to(self.right.dtype).t()) * self.left).sum(dim=1)
+        gradient = gradient.to(self.left.dtype)
+        if self.left.shape[1] < self.right.shape[1]:
+            return torch.linalg.vecdot(self.right @ gradient.t(), self.left)
+        return torch.linalg.vecdot(self.left @ gradient, self.right)
 
     def of_domain(self, start: int, stop: int, shape: torch.Size) -> Tensor:
         return self.left[start:stop].t() @ self.right[start:stop]
@@ -135,8 +144,13 @@ class DomainGradients:
         self.device = device
         self.num_domains = num_domains
         self.keeps_dense = keeps_dense
+        self._memory: Tensor | None = None  # for `_dense`, kept from step to step: fresh memory is slow to come by
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget the gradients, ready for the next step."""
         self._dense: Tensor | None = None
-        self._written = [False] * num_domains  # domains whose matrix in `_dense` holds numbers and not garbage
+        self._written = [False] * self.num_domains  # domains whose matrix in `_dense` holds numbers and not garbage
         self._factors: list[Product | Lookup] = []
 
     @classmethod
@@ -229,6 +243,19 @@ class DomainGradients:
             total[factor.segments.present] += sums
         return total
 
+    def combine_and_compare(self, coefficients: Tensor) -> tuple[Tensor, Tensor]:
+        """`total = combine(coefficients)` and `inner_products(total)`, where possible in one pass over the memory."""
+        if self._factors:
+            total = self.combine(coefficients)
+            return total, self.inner_products(total)
+        products, total = self._zeros(), torch.empty(self.shape, dtype=self.dtype, device=self.device)
+        coefficients, flat = coefficients.to(self.device, self.dtype), total.view(-1)
+        for block, stop in self._blocks():
+            part = coefficients.to(block.dtype) @ block
+            products += (block @ part).double()
+            flat[stop - block.shape[1] : stop] = part
+        return total, products
+
     def squared_norms(self) -> Tensor:
         """`||g_j||^2` for each domain, `torch.Tensor` of shape `(K,)` and dtype float64."""
         total = self._zeros()
@@ -260,7 +287,9 @@ class DomainGradients:
 
     def _get_dense(self) -> Tensor:
         if self._dense is None:
-            self._dense = torch.empty((self.num_domains, *self.shape), dtype=self.dtype, device=self.device)
+            if self._memory is None:
+                self._memory = torch.empty((self.num_domains, *self.shape), dtype=self.dtype, device=self.device)
+            self._dense = self._memory
         return self._dense
 
     def _finished_dense(self) -> Tensor:
@@ -284,8 +313,9 @@ class DomainGradients:
     def _blocks(self) -> Iterator[tuple[Tensor, int]]:
         """The dense gradients `(K, P)` in pieces of columns, wide enough for speed, short enough for float32 sums."""
         flat = self._finished_dense().flatten(1)
-        for start in range(0, flat.shape[1], _BLOCK):
-            stop = min(start + _BLOCK, flat.shape[1])
+        width = max(min(_BLOCK, _CACHE // self.num_domains), 2**8)
+        for start in range(0, flat.shape[1], width):
+            stop = min(start + width, flat.shape[1])
             block = flat[:, start:stop]
             yield block if block.dtype.itemsize >= 4 else block.float(), stop
 

@@ -8,9 +8,11 @@ as examples do not see each other, which is checked on the first batch; merged b
 Shapes: B = batch size, T = positions, W = distinct tokens of one example, D = embedding width, V = vocabulary.
 """
 
+import inspect
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from itertools import islice
 from types import TracebackType
 
 import torch
@@ -19,12 +21,14 @@ from torch import Tensor, nn
 from hf_doge.functional.tracin_we import check_top_k
 from hf_doge.gradients.embedding_uses import EmbeddingUses, Lookup, input_embedding_matrix
 from hf_doge.gradients.example_losses import IGNORE_INDEX, ExampleLosses, LossFunction, check_finite
-from hf_doge.gradients.independence import rows_agree, single_example
+from hf_doge.gradients.independence import few_examples, rows_agree, single_example
+from hf_doge.gradients.padding import Group, Layout, padding_mask, split_by_length, tokens_per_call
 from hf_doge.gradients.token_rows import PositionGradients, TokenRows
 
 TIED_PARTS = ("input", "output", "full")
 
 _CONCLUSIVE_LOSS = 1e-3  # below it the gradient of a cross-entropy is mostly rounding in float32
+_NUM_COMPARED = 4  # examples of a batch that are run together, to be compared with some of them alone
 
 
 class EmbeddingGradientRecorder(AbstractContextManager):
@@ -43,9 +47,14 @@ class EmbeddingGradientRecorder(AbstractContextManager):
 
     The loss is the model's own, `model(**batch).loss`: a mean over examples, or over labelled tokens where labels are
     integers with a position axis. Which token a label belongs to (its own, or the one before, as in causal models) is
-    read off the first batch by computing the cross-entropy both ways; a model whose loss is neither is refused. The
-    first batch of at least two examples is compared with one or two of its examples, each alone and without padding, and
-    a model that gives them other rows is refused. (A loss next to 0 decides nothing; then the next batch is compared.)
+    read off the first batch by computing the cross-entropy both ways; a model whose loss is neither is refused. Up to
+    four examples of the first batch of at least two, and of the first one with padding, are compared with one or two of
+    them, each alone and without padding, and a model that gives them other rows is refused. (A loss next to 0 decides
+    nothing; then the next batch is compared.)
+
+    What has been compared is made use of: a batch is run in groups of similar length, without the padding that a group
+    does not need; and a cross-entropy over many classes is differentiated without the model computing it. Rows are the same
+    either way but for rounding.
 
     Args:
         model (`nn.Module`):
@@ -70,7 +79,7 @@ class EmbeddingGradientRecorder(AbstractContextManager):
             it too (a padding token that is also the end of text).
         drop_token_ids (`Sequence[int]`):
             Tokens that get no row, as if they were padding: special ones, say. They are left out before `top_k`.
-        verify (`bool`): Whether to compare the first batch with examples alone.
+        verify (`bool`): Whether to compare the first batches with examples alone.
 
     Raises:
         ValueError: if the model has no input embeddings or an option is unknown.
@@ -106,7 +115,13 @@ class EmbeddingGradientRecorder(AbstractContextManager):
         self.pad_token_id = pad_token_id
         self.drop_token_ids = tuple(drop_token_ids)
         self._losses = ExampleLosses(loss_fn, reduction=loss_reduction)
-        self._verified = not verify
+        self._verify = verify
+        self._verified = False
+        self._encoder_decoder = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+        # Other layouts of the batch have parts of their own, and a dense output part is not put together again.
+        self._may_split = verify and tied == "input" and not self._encoder_decoder
+        self._layout: Layout | None = None  # of the batches whose padding can be left out
+        self._from_logits: bool | None = None if _labels_are_optional(model) and not self._encoder_decoder else False
         self._uses: EmbeddingUses | None = None
         self._warned = False
 
@@ -149,14 +164,56 @@ class EmbeddingGradientRecorder(AbstractContextManager):
             ValueError: if the batch has no `input_ids`, an example has no label, or the model does not fit (see above).
             RuntimeError: if called outside the context.
         """
+        batch = self._prepared(batch)
+        mask = padding_mask(batch) if self._may_split else None
+        if self._verify and len(batch["input_ids"]) > 1:
+            padded = mask is not None and self._layout is None and not bool(mask.all())
+            if padded or not self._verified:
+                self._compare(batch)
+        if self._verified and self._from_logits is None:
+            self._from_logits = self._logits_suffice(batch)
+        gradients = self._all_gradients(batch, mask)
+        return gradients.merge(top_k=self.top_k, top_k_unit=self.top_k_unit, virtual=self.virtual)
+
+    def check(self, batch: Mapping[str, object]) -> None:
+        """
+        Refuse what [`record`] would refuse of a first batch, for less than it costs to record it.
+
+        Args:
+            batch (`Mapping`): As for [`record`]. Only one with several examples shows whether they see each other.
+
+        Raises:
+            ValueError, RuntimeError: as [`record`].
+        """
+        batch = self._prepared(batch)
+        if len(batch["input_ids"]) > 1:
+            self._compare(batch)
+        else:
+            check_finite(self._differentiate(batch)[1])
+
+    def _prepared(self, batch: Mapping[str, object]) -> dict[str, object]:
         if self._uses is None:
             raise RuntimeError("`record` must be called inside the context: `with EmbeddingGradientRecorder(...)`.")
-        batch = self._losses.prepare(self.model, self._to_device(batch))
-        gradients, loss = self._differentiate(batch)
-        check_finite(loss)
-        if not self._verified and len(gradients.scales) > 1:
-            self._verify(batch, gradients)
-        return gradients.merge(top_k=self.top_k, top_k_unit=self.top_k_unit, virtual=self.virtual)
+        return self._losses.prepare(self.model, self._to_device(batch))
+
+    def _all_gradients(self, batch: dict[str, object], mask: Tensor | None) -> PositionGradients:
+        """Those of a batch, run in groups where that saves padding."""
+        labels = batch.get("labels")
+        labels = labels if isinstance(labels, Tensor) and not labels.is_floating_point() else None
+        from_logits = bool(self._from_logits) and labels is not None
+        if mask is None or self._layout is None or not self._layout.fits(batch):
+            gradients, loss = self._differentiate(batch, from_logits=from_logits)
+            check_finite(loss)
+            return gradients
+        if labels is not None and "labels" in self._layout.by_position:
+            mask = mask | (labels != IGNORE_INDEX)  # what has a label counts, padding or not
+        groups = split_by_length(batch, mask, layout=self._layout, cost=tokens_per_call(self.model))
+        parts = []
+        for group in groups:
+            gradients, loss = self._differentiate(group.batch, from_logits=from_logits)
+            check_finite(loss)
+            parts.append((group, gradients))
+        return _joined(parts, batch["input_ids"])
 
     def _to_device(self, batch: Mapping[str, object]) -> dict[str, object]:
         fed = [name for name in ("inputs_embeds", "decoder_inputs_embeds") if batch.get(name) is not None]
@@ -168,14 +225,22 @@ class EmbeddingGradientRecorder(AbstractContextManager):
         device = self.matrix.device
         return {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
 
-    def _differentiate(self, batch: Mapping[str, object]) -> tuple[PositionGradients, Tensor]:
-        """The gradients of every position, and the loss that was differentiated."""
+    def _differentiate(
+        self, batch: Mapping[str, object], *, from_logits: bool = False
+    ) -> tuple[PositionGradients, Tensor]:
+        """The gradients of every position, and the loss that was differentiated (finite or not, if `from_logits`)."""
         batch_size = batch["input_ids"].shape[0]
         uses = self._uses
         uses.clear()
         with torch.enable_grad():
-            outputs = self.model(**batch)
-            loss, scales = self._losses.total(outputs, batch)
+            if from_logits:
+                outputs = self.model(**_without_labels(batch))
+                differentiated = outputs.logits
+                grad_outputs, loss, scales = self._losses.at_logits(differentiated, batch)
+            else:
+                outputs = self.model(**batch)
+                loss, scales = self._losses.total(outputs, batch)
+                differentiated, grad_outputs = loss, None
         lookups, projections = list(uses.lookups), list(uses.projections)
         uses.clear()
         if self.tied == "output" and not projections:
@@ -184,12 +249,12 @@ class EmbeddingGradientRecorder(AbstractContextManager):
                 f"`{type(self.model).__name__}` has none. Use `tied='input'`."
             )
         wanted = [use.output for use in (*lookups, *projections)]
-        if not wanted or not loss.requires_grad:
+        if not wanted or not differentiated.requires_grad:
             raise ValueError(
                 f"The loss must depend on what the model reads from its input embeddings, but "
                 f"`{type(self.model).__name__}` did not read them with gradients on. Feed it token ids."
             )
-        grads = torch.autograd.grad(loss, wanted, allow_unused=True, materialize_grads=True)
+        grads = torch.autograd.grad(differentiated, wanted, grad_outputs, allow_unused=True, materialize_grads=True)
         lookup_grads, logit_grads = grads[: len(lookups)], grads[len(lookups) :]
         nothing = self.matrix.new_zeros(batch_size, 0, self.matrix.shape[1])
         gradients = PositionGradients(
@@ -209,23 +274,49 @@ class EmbeddingGradientRecorder(AbstractContextManager):
         )
         return gradients, loss.detach()
 
-    def _verify(self, batch: dict[str, object], gradients: PositionGradients) -> None:
+    def _compare(self, batch: dict[str, object]) -> None:
         """Compare the examples with most padding and with most ignored labels with themselves alone."""
-        examples = {int((~gradients.counted).sum(dim=1).argmax())} if gradients.counted.numel() else {0}
+        batch_size = len(batch["input_ids"])
+        padding = self._padding(batch)
+        compared = {int(padding.argmax())}
         labels = batch.get("labels")
         if labels is not None and not labels.is_floating_point():
-            examples.add(int((labels == IGNORE_INDEX).reshape(len(gradients.scales), -1).sum(dim=1).argmax()))
-        self._verified = all(self._stands_alone(batch, gradients, example) for example in examples)
+            compared.add(int((labels == IGNORE_INDEX).reshape(batch_size, -1).sum(dim=1).argmax()))
+        others = (example for example in range(batch_size) if example not in compared)
+        chosen = sorted([*compared, *islice(others, _NUM_COMPARED - len(compared))])
+        few = few_examples(batch, torch.tensor(chosen, device=batch["input_ids"].device))
+        gradients, loss = self._differentiate(few)
+        check_finite(loss)
+        conclusive = [
+            self._stands_alone(few, gradients, place, chosen[place]) for place in map(chosen.index, compared)
+        ]
+        self._verified = all(conclusive)
+        mask = padding_mask(batch)
+        if self._verified and self._may_split and mask is not None and not bool(mask[sorted(compared)].all()):
+            read_once = torch.equal(gradients.token_ids, few["input_ids"])
+            self._layout, self._may_split = (Layout.of(batch), True) if read_once else (None, False)
 
-    def _stands_alone(self, batch: dict[str, object], gradients: PositionGradients, example: int) -> bool:
-        """Refuse the model if the example has other rows alone; False where its loss is too small to tell."""
-        together = gradients.example_rows(example)
-        alone, loss = self._rows_alone(batch, example, strip_padding=True)
+    def _padding(self, batch: Mapping[str, object]) -> Tensor:
+        """How much padding each example has, shape `(B,)`."""
+        input_ids = batch["input_ids"]
+        mask = batch.get("attention_mask")
+        padded = torch.zeros_like(input_ids, dtype=torch.bool)
+        if isinstance(mask, Tensor) and mask.shape == input_ids.shape:
+            padded |= mask == 0
+        for token in (self.pad_token_id, getattr(self.model.get_input_embeddings(), "padding_idx", None)):
+            if token is not None:
+                padded |= input_ids == token
+        return padded.reshape(len(input_ids), -1).sum(dim=1)
+
+    def _stands_alone(self, batch: dict[str, object], gradients: PositionGradients, place: int, example: int) -> bool:
+        """Refuse the model if the example at a place has other rows alone; False where its loss is too small to tell."""
+        together = gradients.example_rows(place)
+        alone, loss = self._rows_alone(batch, place, strip_padding=True)
         if self._agree(together, alone):
             return bool((alone[1] != 0).any())
         if float(loss) < _CONCLUSIVE_LOSS:
             return False
-        padded, _ = self._rows_alone(batch, example, strip_padding=False)
+        padded, _ = self._rows_alone(batch, place, strip_padding=False)
         name = type(self.model).__name__
         if self._agree(together, padded):
             raise ValueError(
@@ -239,13 +330,27 @@ class EmbeddingGradientRecorder(AbstractContextManager):
             "is the loss, or record with batch size 1."
         )
 
+    def _logits_suffice(self, batch: dict[str, object]) -> bool | None:
+        """Whether an example has the same rows if the model computes its logits only; None where that cannot be told."""
+        labels = batch.get("labels")
+        if not self._losses.by_token or labels is None or labels.is_floating_point():
+            return None if self._losses.by_token else False
+        alone = self._alone(batch, 0, strip_padding=True)
+        with torch.no_grad():
+            outputs = self.model(**_without_labels(alone))
+        if not self._losses.has_logits(outputs, alone):
+            return False
+        (rows, _), (others, _) = (self._differentiate(alone, from_logits=from_logits) for from_logits in (True, False))
+        rows, others = rows.example_rows(0), others.example_rows(0)
+        return self._agree(rows, others) if bool((others[1] != 0).any()) else None
+
+    def _alone(self, batch: dict[str, object], place: int, *, strip_padding: bool) -> dict[str, object]:
+        return single_example(batch, place, strip_padding=strip_padding, encoder_decoder=self._encoder_decoder)
+
     def _rows_alone(
-        self, batch: dict[str, object], example: int, *, strip_padding: bool
+        self, batch: dict[str, object], place: int, *, strip_padding: bool
     ) -> tuple[tuple[Tensor, Tensor], Tensor]:
-        encoder_decoder = getattr(getattr(self.model, "config", None), "is_encoder_decoder", False)
-        gradients, loss = self._differentiate(
-            single_example(batch, example, strip_padding=strip_padding, encoder_decoder=encoder_decoder)
-        )
+        gradients, loss = self._differentiate(self._alone(batch, place, strip_padding=strip_padding))
         return gradients.example_rows(0), loss
 
     def _agree(self, together: tuple[Tensor, Tensor], alone: tuple[Tensor, Tensor]) -> bool:
@@ -304,6 +409,41 @@ def join_by_example(parts: Sequence[Tensor], nothing: Tensor, input_ids: Tensor)
             )
         lines.append(part.reshape(batch_size, -1, *part.shape[len(positions) :]))
     return torch.cat(lines, dim=1) if lines else nothing
+
+
+def _joined(parts: Sequence[tuple[Group, PositionGradients]], input_ids: Tensor) -> PositionGradients:
+    """The gradients of all groups of a batch, every position at its place; what the groups left out does not count."""
+    gradients = parts[0][1]
+    if len(parts) == 1 and gradients.token_ids.shape == input_ids.shape:
+        return gradients
+    batch_size, num_positions = input_ids.shape
+    width = gradients.input_grads.shape[-1]
+    nothing = gradients.hidden.new_zeros(batch_size, 0, width)
+    whole = PositionGradients(
+        token_ids=input_ids.clone(),
+        counted=torch.zeros_like(input_ids, dtype=torch.bool),
+        input_grads=gradients.input_grads.new_zeros(batch_size, num_positions, width),
+        hidden=nothing,
+        logit_grads=nothing,
+        scales=gradients.scales.new_zeros(batch_size),
+    )
+    for group, gradients in parts:
+        lines = group.examples[:, None], group.positions
+        whole.token_ids[lines] = gradients.token_ids
+        whole.counted[lines] = gradients.counted
+        whole.input_grads[lines] = gradients.input_grads
+        whole.scales[group.examples] = gradients.scales
+    return whole
+
+
+def _without_labels(batch: Mapping[str, object]) -> dict[str, object]:
+    return {key: value for key, value in batch.items() if key != "labels"}
+
+
+def _labels_are_optional(model: nn.Module) -> bool:
+    """Whether the model's forward says that it can do without labels."""
+    labels = inspect.signature(model.forward).parameters.get("labels")
+    return labels is not None and labels.default is None
 
 
 @contextmanager

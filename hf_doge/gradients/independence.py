@@ -13,6 +13,26 @@ _TOLERANCE = {torch.float64: 1e-5, torch.float32: 5e-3}
 _HALF_TOLERANCE = 0.3
 
 
+def few_examples(batch: Mapping[str, object], examples: Tensor) -> dict[str, object]:
+    """
+    The batch of some examples, padded as before.
+
+    Args:
+        batch (`Mapping`): Inputs of a model, with `input_ids`.
+        examples (`torch.Tensor` of shape `(n,)`): Which to take.
+
+    Returns:
+        `dict[str, object]`: the same keys; what has not one line for each example is passed on unchanged.
+    """
+    size = len(batch["input_ids"])
+    return {
+        key: value[examples.to(value.device)]
+        if isinstance(value, Tensor) and value.ndim > 0 and len(value) == size
+        else value
+        for key, value in batch.items()
+    }
+
+
 def single_example(
     batch: Mapping[str, object], example: int, *, strip_padding: bool, encoder_decoder: bool
 ) -> dict[str, object]:

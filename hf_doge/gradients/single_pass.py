@@ -87,7 +87,7 @@ class SinglePassAlignment(BackwardAlignment):
             self.plain.write_gradient(source, coefficients)
             return
         total = [store.combine(coefficients) if not store.is_empty else None for store in self._stores]
-        self._stores = []
+        self._clear_stores()
         if not self._sums_each_domain:
             self._sum_over_processes(total)
         for parameter, gradient in zip(self.parameters, total, strict=True):
@@ -120,20 +120,34 @@ class SinglePassAlignment(BackwardAlignment):
             )
             scored = norms if scored is None else scored.sqrt()
             alignment.norms[present] = scales[present] * scored[present]
-        if target is None:
-            target = [None if store.is_empty else store.combine(scales) for store in self._stores]
+        if target is None and not self.reduction.is_needed:
+            target, products = self._compare_with_sum(scales)
+        else:
+            if target is None:
+                target = [None if store.is_empty else store.combine(scales) for store in self._stores]
+                if not self._sums_each_domain:
+                    self._sum_over_processes(target)
+            products = self._sum_over_parameters(
+                lambda store, position: None if target[position] is None else store.inner_products(target[position])
+            )
             if not self._sums_each_domain:
-                self._sum_over_processes(target)
-        products = self._sum_over_parameters(
-            lambda store, position: None if target[position] is None else store.inner_products(target[position])
-        )
-        if not self._sums_each_domain:
-            products = self._sum_numbers(products)
+                products = self._sum_numbers(products)
         alignment.target_norm = self._inner_product(target, target).sqrt()
         alignment.inner_products[present] = scales[present] * products[present]
         alignment.step_scales = scales
         finite = alignment.target_norm.isfinite() and alignment.inner_products[present].isfinite().all()
         return alignment if finite else None
+
+    def _compare_with_sum(self, scales: Tensor) -> tuple[Gradient, Tensor]:
+        """The sum of the scaled gradients, and the inner product of each domain's with it."""
+        target: Gradient = []
+        products = torch.zeros(self.num_domains, dtype=torch.float64, device=self.parameters[0].device)
+        for store, scored in zip(self._stores, self.scored, strict=True):
+            total, found = (None, None) if store.is_empty else store.combine_and_compare(scales)
+            target.append(total)
+            if scored and found is not None:
+                products += found.to(products.device)
+        return target, products.cpu()
 
     def _sum_over_parameters(self, question, *, scored_only: bool = True) -> Tensor:
         """Ask each parameter's store for K numbers and add them up: float64 on the CPU."""
@@ -226,7 +240,7 @@ class SinglePassAlignment(BackwardAlignment):
         if num_troubled:
             self._give_up(trouble or "another process met what it cannot take apart")
         if num_troubled or num_broken:
-            self._stores = []
+            self._clear_stores()
             self._take_gradient()
             return None
         absent = torch.ones(self.num_domains, dtype=torch.bool)
@@ -254,7 +268,7 @@ class SinglePassAlignment(BackwardAlignment):
                 is_conclusive, trouble = self._find_difference(sample)
             finally:
                 self.model.train(was_training)
-                self._stores = []
+                self._clear_stores()
                 self._take_gradient()
         found = torch.tensor([float(is_conclusive), float(trouble is not None)], dtype=torch.float64)
         num_conclusive, num_troubled = self._sum_numbers(found).tolist()
@@ -291,11 +305,19 @@ class SinglePassAlignment(BackwardAlignment):
                     return True, f"the gradient of {name!r} is off by {off} from that of its examples alone"
         return True, None
 
+    def _clear_stores(self) -> None:
+        for store in self._stores:
+            store.clear()
+
     def _make_stores(self, batches: list[MixedBatch]) -> list[DomainGradients]:
+        """Empty ones: those of the step before, with their memory, if they are of the kind that these batches need."""
         bytes_needed = self.num_domains * sum(p.numel() * p.element_size() for p in self.parameters)
         rows = sum(batch.segments.num_examples * max(batch.lengths) for batch in batches) / max(len(batches), 1)
-        is_dense = bytes_needed <= self.memory_budget and rows >= MIN_ROWS_PER_DOMAIN * self.num_domains
+        keeps_dense = bytes_needed <= self.memory_budget and rows >= MIN_ROWS_PER_DOMAIN * self.num_domains
+        if self._stores and self._stores[0].keeps_dense == keeps_dense:
+            self._clear_stores()
+            return self._stores
         return [
-            DomainGradients(p.shape, p.dtype, p.device, num_domains=self.num_domains, keeps_dense=is_dense)
+            DomainGradients(p.shape, p.dtype, p.device, num_domains=self.num_domains, keeps_dense=keeps_dense)
             for p in self.parameters
         ]

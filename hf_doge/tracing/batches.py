@@ -31,8 +31,10 @@ class SequentialBatches:
     """
 
     def __init__(self, dataset: Any, collator: Callable, *, batch_size: int, seed: int = 0) -> None:
-        if batch_size < 1:
-            raise ValueError(f"`batch_size` must be at least 1, but got {batch_size}.")
+        if not isinstance(batch_size, int) or batch_size < 1:
+            raise ValueError(f"`batch_size` must be a whole number of at least 1, but got {batch_size!r}.")
+        if not isinstance(seed, int):
+            raise ValueError(f"`seed` must be a whole number, but got {seed!r}.")
         self.dataset = dataset
         self.collator = collator
         self.batch_size = batch_size
@@ -124,6 +126,10 @@ def _with_own_generators(collator: Callable, seed: int) -> Callable:
 
 
 def _refuse_packed(batch: Mapping[str, Any], *, num_examples: int) -> None:
+    if not isinstance(batch, Mapping):
+        raise ValueError(
+            f"The collator must return a dictionary that the model takes, but it returned a {type(batch).__name__}."
+        )
     reason = _find_packing(batch, num_examples)
     if reason is not None:
         raise ValueError(

@@ -143,7 +143,11 @@ class TracInWECallback(TrainerCallback):
             )
         model, dataloader = kwargs["model"], kwargs["train_dataloader"]
         self._recording = self._make_recording(args, dataloader, kwargs["processing_class"], kwargs["optimizer"])
-        self._recording.start(model=model, train_dataloader=dataloader, args=args, state=state)
+        try:
+            self._recording.start(model=model, train_dataloader=dataloader, args=args, state=state)
+        except BaseException:
+            self._recording.stop()
+            raise
         if state.global_step > 0 and self._is_due(state.global_step) and self.settings.record == "checkpoint":
             facts = {**self._facts(args, state), "path": self._keep_weights(args, state, replace=False, **kwargs)}
             self._recording.finish_interrupted(model=model, facts=facts, state=state)

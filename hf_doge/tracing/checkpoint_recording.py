@@ -79,10 +79,12 @@ class CheckpointRecording:
         Raises:
             ValueError: if something cannot be recorded, or the folder has another training's checkpoints.
         """
-        _require_whole_weights(model, args)
+        require_whole_weights(model, args)
         if self.options.second_moment:
             self._require_second_moments(model, started=state.global_step > 0)
         self._progress = not args.disable_tqdm
+        collator = self.collator or train_dataloader.collate_fn
+        self._batches = SequentialBatches(self.dataset.recorded, collator, batch_size=self.batch_size, seed=self.seed)
         self._index = open_shared_index(
             self.folder,
             model=model,
@@ -92,8 +94,6 @@ class CheckpointRecording:
             metadata={"collator_seed": self.seed},
             seed=self.seed,
         )
-        collator = self.collator or train_dataloader.collate_fn
-        self._batches = SequentialBatches(self.dataset.recorded, collator, batch_size=self.batch_size, seed=self.seed)
         self._recorder = make_recorder(model, self.options, self.tokenizer)
         run_on_all_processes(lambda sign_of_life: self._try(state))
 
@@ -135,7 +135,9 @@ class CheckpointRecording:
         self._record(model, run_on_main_process(lambda sign_of_life: self._plan_to_finish(model, facts, state)))
 
     def stop(self) -> None:
-        """Nothing is left to put back."""
+        """Let go of the index."""
+        if self._index is not None:
+            self._index.close()
         self._index = None
 
     def _try(self, state: TrainerState) -> None:
@@ -249,9 +251,15 @@ def find_group(optimizer: torch.optim.Optimizer, matrix: Tensor) -> dict[str, An
     return optimizer.param_groups[0]
 
 
-def _require_whole_weights(model: nn.Module, args: TrainingArguments) -> None:
+def require_whole_weights(model: nn.Module, args: TrainingArguments) -> None:
+    """
+    Raises:
+        ValueError: if no process has the whole model.
+    """
+    # `accelerate launch --use_fsdp` shards without telling the arguments; of FSDP 2 and others only the parameters tell.
+    wrapped = any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules())
     sharded = any(hasattr(parameter, "ds_id") or hasattr(parameter, "device_mesh") for parameter in model.parameters())
-    if sharded or args.fsdp:
+    if wrapped or sharded or args.fsdp:
         raise ValueError(
             "Recording needs the whole model in one process, but its weights are sharded (FSDP, ZeRO-3 or tensor"
             " parallelism). Train without the callback, and record the saved checkpoints by `hf-doge index`."

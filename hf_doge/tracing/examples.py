@@ -77,10 +77,12 @@ def choose_examples(given: Any | None, loaded: Any) -> Examples:
 
 def prune_columns(dataset: Any, model: torch.nn.Module) -> Any:
     """Only the columns that the model takes, and labels under any of their names, as the Trainer prunes them."""
-    if not isinstance(dataset, Dataset):
-        return dataset
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     accepted = {*inspect.signature(inner.forward).parameters, *LABEL_COLUMNS}
+    if isinstance(dataset, list):
+        return [{name: item[name] for name in item if name in accepted} for item in dataset]
+    if not isinstance(dataset, Dataset):
+        return dataset
     return dataset.select_columns([name for name in dataset.column_names if name in accepted])
 
 
@@ -115,7 +117,12 @@ def _prune(dataset: Any, loaded: Any) -> Any:
 
 
 def describe_examples(
-    examples: Examples, *, vocabulary_size: int, sign_of_life: Callable[[], None] = lambda: None
+    examples: Examples,
+    *,
+    vocabulary_size: int,
+    num_positions: int | None = None,
+    num_classes: int | None = None,
+    sign_of_life: Callable[[], None] = lambda: None,
 ) -> pa.Table:
     """
     The `examples` table of an index.
@@ -128,14 +135,16 @@ def describe_examples(
     Args:
         examples ([`Examples`]): All of them.
         vocabulary_size (`int`): Number of rows of the embedding matrix.
+        num_positions (`int`, *optional*): How many tokens the model has room for, if that is limited.
+        num_classes (`int`, *optional*): Of how many the label of an example must be one.
         sign_of_life (`Callable`): Called every now and then.
 
     Returns:
         `pyarrow.Table`: one row per example.
 
     Raises:
-        ValueError: if an example has no token, no label that counts, or tokens that the model does not know, or the
-            dataset has an `example_id` of its own that differs.
+        ValueError: if an example has no token, no label that counts, too many tokens, or tokens or a label that the model
+            does not know, or the dataset has an `example_id` of its own that differs.
     """
     columns = _readable_columns(examples.described)
     keep_ids = not any(_is_prose(column) for column in columns.values())
@@ -147,6 +156,16 @@ def describe_examples(
                 f"Example {position} must have tokens from 0 to {vocabulary_size - 1}, the rows of the embedding matrix,"
                 f" but has {f'{ids.min()} to {ids.max()}' if len(ids) else 'none'}. Tokenise with the model's tokenizer,"
                 " and drop empty texts."
+            )
+        if num_positions is not None and len(ids) > num_positions:
+            raise ValueError(
+                f"Example {position} must fit into the model, but it has {len(ids)} tokens and the model has positions for"
+                f" {num_positions}. Tokenise with `truncation=True`, as for training."
+            )
+        if num_classes is not None and labels is not None and not _is_class(labels, num_classes):
+            raise ValueError(
+                f"The label of example {position} must be a whole number from 0 to {num_classes - 1}, the classes of the"
+                f" model, but got {labels.tolist()}."
             )
         if labels is not None and labels.ndim and labels.dtype.kind in "iu" and (labels == IGNORE_INDEX).all():
             silent.append(position)
@@ -190,6 +209,10 @@ def count_tokens(dataset: Any, *, sign_of_life: Callable[[], None] = lambda: Non
         if position % _ROWS_AT_ONCE == 0:
             sign_of_life()
     return counts
+
+
+def _is_class(label: np.ndarray, num_classes: int) -> bool:
+    return label.size == 1 and label.dtype.kind in "biu" and 0 <= label.item() < num_classes
 
 
 def _check_own_ids(column: pa.ChunkedArray | None, num_examples: int) -> None:

@@ -29,6 +29,8 @@ HIT_FEATURES = Features(
         "word_scores": List(Value("float64")),
         "token_ids": List(Value("int64")),
         "token_scores": List(Value("float64")),
+        "example_token_ids": List(Value("int64")),
+        "example_token_scores": List(Value("float64")),
         "query_label": Value("float64"),
         "query_text": Value("string"),
         "query_token_ids": List(Value("int64")),
@@ -45,11 +47,15 @@ class TokenParts:
         example_ids (`numpy.ndarray` of shape `(n,)`).
         tokens (`numpy.ndarray` of shape `(W,)`): Tokens of the query that have a row at any checkpoint.
         parts (`numpy.ndarray` of shape `(num_checkpoints, n, W)`): Adds up to the scores.
+        by_example (`list[dict[int, float]]`):
+            The same scores by the token of each example, all checkpoints together: another one than the query's where
+            synonyms are matched.
     """
 
     example_ids: np.ndarray
     tokens: np.ndarray
     parts: np.ndarray
+    by_example: list[dict[int, float]]
 
     def scores(self) -> np.ndarray:
         """The score of each example, `(n,)`."""
@@ -105,6 +111,8 @@ def query_hits(
                 "word_scores": word_scores,
                 "token_ids": list(token_scores),
                 "token_scores": list(token_scores.values()),
+                "example_token_ids": list(parts.by_example[row]),
+                "example_token_scores": list(parts.by_example[row].values()),
                 "query_label": query.label,
                 "query_text": query.reading.text,
                 "query_token_ids": query.reading.token_ids,
@@ -118,12 +126,19 @@ def make_hits(rows: Sequence[Mapping[str, Any]], examples: Dataset) -> Dataset:
 
 
 def beside_examples(rows: Dataset, examples: Dataset) -> Dataset:
-    """Add the examples' columns to rows that have an `example_id`; a column of a name that is taken gets `example_`."""
+    """Add the examples' columns to rows that have an `example_id`; where a name is taken, `example_` goes before it."""
     shown = examples.select_columns([name for name in examples.column_names if name not in NOT_SHOWN])
     if not shown.column_names:
         return rows
     table = shown.with_format("arrow")[rows["example_id"][:]]
-    taken = {name: f"example_{name}" for name in shown.column_names if name in rows.column_names}
+    names = {*rows.column_names, *shown.column_names}
+    taken = {}
+    for name in sorted(set(shown.column_names) & set(rows.column_names)):
+        free = f"example_{name}"
+        while free in names:
+            free = f"example_{free}"
+        taken[name] = free
+        names.add(free)
     shown = Dataset(table, info=DatasetInfo(features=shown.features)).rename_columns(taken)
     return concatenate_datasets([rows, shown], axis=1)
 

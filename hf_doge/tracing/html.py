@@ -121,7 +121,7 @@ def _article(hit: Hit, read_example: Callable[[Hit], Reading | None]) -> str:
         f"special tokens {hit['special_token_share']:.0%}",
     ]
     reading = read_example(hit)
-    text = "" if reading is None else f'<div class="text" dir="auto">{shade(reading, _parts(hit))}</div>\n'
+    text = "" if reading is None else f'<div class="text" dir="auto">{shade(reading, _example_parts(hit))}</div>\n'
     return (
         f'<article class="{_escape(hit["kind"])}">\n<p class="facts">{" · ".join(facts)}</p>\n'
         f"{text}{_word_list(hit)}\n</article>"
@@ -148,6 +148,10 @@ def _mark(text: str, part: float, largest: float) -> str:
 
 def _parts(hit: Hit) -> dict[int, float]:
     return dict(zip(hit["token_ids"], hit["token_scores"], strict=True))
+
+
+def _example_parts(hit: Hit) -> dict[int, float]:
+    return dict(zip(hit["example_token_ids"], hit["example_token_scores"], strict=True))
 
 
 def _number(value: float) -> str:

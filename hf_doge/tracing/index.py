@@ -9,7 +9,7 @@ follow TracIn's own sign.
 """
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -43,6 +43,7 @@ from hf_doge.tracing.shares import build_on_each_machine, share_work
 
 SPECIAL_TOKENS = ("count", "drop")
 REDUCTIONS = ("mean", "sum")
+KERNELS = ("token", "synonym")
 
 
 class InfluenceIndex:
@@ -92,6 +93,11 @@ class InfluenceIndex:
         self.config = reader.config
         self._given_tokenizer = getattr(processing_class, "tokenizer", processing_class)
         if self._given_tokenizer is not None:
+            if not callable(self._given_tokenizer):
+                raise ValueError(
+                    f"`processing_class` must be a tokenizer, but got {processing_class!r:.80}. Load it by "
+                    "`AutoTokenizer.from_pretrained`."
+                )
             self._check_tokenizer(self._given_tokenizer)
         self._loading = {"model": model, "load_model": load_model, "loss_fn": loss_fn, "token": token}
 
@@ -187,6 +193,8 @@ class InfluenceIndex:
         batch_size: int = 32,
         cosine: bool = False,
         exclude: Sequence[int] = (),
+        kernel: str = "token",
+        synonym_threshold: float = 0.5,
     ) -> Dataset:
         """
         The strongest proponents and opponents of each query among all training examples. Exact.
@@ -202,6 +210,14 @@ class InfluenceIndex:
                 Divide the score at each checkpoint by the norms of both gradients, before the learning rate weighs it.
                 Not in the paper.
             exclude (`Sequence[int]`): Ids of examples to leave out, such as the query itself.
+            kernel (`str`):
+                Which tokens answer each other. `"token"`: equal ones alone, TracIn-WE. `"synonym"`, TracIn-WE-Syn: those
+                that both texts hold, and of the rest each token of the query one of the example that means the same,
+                so that texts without a common word can score. Of the paper is, as far as we know it, that synonyms are
+                told by the cosine of the model's own word embeddings. Ours, for want of its detail: those at each
+                checkpoint, and the rules of [`synonym_similarity`] (a match counts 1, one to one, greedily).
+            synonym_threshold (`float`):
+                Smallest cosine of a synonym, in [-1, 1]; the time of a search grows as it falls. Ours.
 
         Returns:
             `datasets.Dataset`: for each query its proponents from the strongest on, then its opponents, with columns
@@ -209,9 +225,11 @@ class InfluenceIndex:
             - `query` (position), `rank` (from 1), `kind` (`"proponent"` or `"opponent"`), `example_id`, `score`;
             - `checkpoint_scores`: what each checkpoint adds to the score, its learning rate included;
             - `special_token_share`: part of the sum of all tokens' absolute parts that special tokens hold;
-            - `words`, `word_scores`: words of the query that the example shares, by the size of their part. They add up
-              to the score. A token's part is shared equally by the positions that hold it, pieces of a word are joined;
+            - `words`, `word_scores`: words of the query that the example shares, or has a synonym of, by the size of their
+              part. They add up to the score. A token's part is shared equally by the positions that hold it, pieces of a
+              word are joined;
             - `token_ids`, `token_scores`: the same by token;
+            - `example_token_ids`, `example_token_scores`: the same by the token of the example;
             - `query_label`, `query_text`, `query_token_ids`: what was asked;
             - every column that the index keeps of its examples, such as `text` and `label`.
 
@@ -219,15 +237,20 @@ class InfluenceIndex:
             ValueError: An option or the queries are bad, or a checkpoint is another than the recorded one.
             FileNotFoundError: A checkpoint is gone.
         """
-        if top_k < 1:
-            raise ValueError(f"`top_k` must be at least 1, but got {top_k}.")
+        _check_count("top_k", top_k)
         excluded = self._checked_ids(exclude)
-        options = {"batch_size": batch_size, "special_tokens": special_tokens, "cosine": cosine}
+        options = {
+            "batch_size": batch_size,
+            "special_tokens": special_tokens,
+            "cosine": cosine,
+            "kernel": kernel,
+            "synonym_threshold": synonym_threshold,
+        }
         self._check_options(**options)
         records = self._check(queries)
 
         def work(start: int, stop: int) -> list[dict[str, Any]]:
-            asked, scorer = self._ask(records[start:stop], **options)
+            asked, scorer = self._ask(records[start:stop], first_position=start, **options)
             found = []
             for first, block in scorer.blocks():
                 block[:, excluded] = 0
@@ -240,32 +263,52 @@ class InfluenceIndex:
         return make_hits(share_work(len(records), work), self.examples)
 
     def scores(
-        self, queries: Any, *, special_tokens: str = "count", batch_size: int = 32, cosine: bool = False
+        self,
+        queries: Any,
+        *,
+        special_tokens: str = "count",
+        batch_size: int = 32,
+        cosine: bool = False,
+        kernel: str = "token",
+        synonym_threshold: float = 0.5,
     ) -> np.ndarray:
         """
         The scores of all queries with all training examples.
 
         Args:
             queries: See above.
-            special_tokens, batch_size, cosine: See [`~InfluenceIndex.search`].
+            special_tokens, batch_size, cosine, kernel, synonym_threshold: See [`~InfluenceIndex.search`].
 
         Returns:
             `numpy.ndarray` of shape `(num_queries, num_examples)`, float32. [`~InfluenceIndex.iter_scores`] gives it in
             pieces.
         """
-        options = {"batch_size": batch_size, "special_tokens": special_tokens, "cosine": cosine}
+        options = {
+            "batch_size": batch_size,
+            "special_tokens": special_tokens,
+            "cosine": cosine,
+            "kernel": kernel,
+            "synonym_threshold": synonym_threshold,
+        }
         self._check_options(**options)
         records = self._check(queries)
 
         def work(start: int, stop: int) -> list[np.ndarray]:
-            _, scorer = self._ask(records[start:stop], **options)
+            _, scorer = self._ask(records[start:stop], first_position=start, **options)
             return [block for _, block in scorer.blocks()]
 
         self._build_maps()
         return np.concatenate(share_work(len(records), work))
 
     def iter_scores(
-        self, queries: Any, *, special_tokens: str = "count", batch_size: int = 32, cosine: bool = False
+        self,
+        queries: Any,
+        *,
+        special_tokens: str = "count",
+        batch_size: int = 32,
+        cosine: bool = False,
+        kernel: str = "token",
+        synonym_threshold: float = 0.5,
     ) -> Iterator[tuple[range, np.ndarray]]:
         """
         [`~InfluenceIndex.scores`] in pieces of at most 64 MiB (or one query), all of them on this process.
@@ -273,7 +316,13 @@ class InfluenceIndex:
         Yields:
             `tuple[range, numpy.ndarray]`: positions of some queries, and their scores `(len(range), num_examples)`.
         """
-        options = {"batch_size": batch_size, "special_tokens": special_tokens, "cosine": cosine}
+        options = {
+            "batch_size": batch_size,
+            "special_tokens": special_tokens,
+            "cosine": cosine,
+            "kernel": kernel,
+            "synonym_threshold": synonym_threshold,
+        }
         self._check_options(**options)
         _, scorer = self._ask(self._check(queries), **options)
         for first, block in scorer.blocks():
@@ -324,6 +373,8 @@ class InfluenceIndex:
         special_tokens: str = "count",
         batch_size: int = 32,
         cosine: bool = False,
+        kernel: str = "token",
+        synonym_threshold: float = 0.5,
     ) -> Dataset:
         """
         Which kind of training examples pushed each prediction: DoGE's question, put to single predictions.
@@ -332,7 +383,7 @@ class InfluenceIndex:
             queries: See above.
             column (`str`): Column of the examples that names their domain (or label, source, ...).
             reduction (`str`): `"mean"` score of a domain's examples, or their `"sum"`, which grows with the domain.
-            special_tokens, batch_size, cosine: See [`~InfluenceIndex.search`].
+            special_tokens, batch_size, cosine, kernel, synonym_threshold: See [`~InfluenceIndex.search`].
 
         Returns:
             `datasets.Dataset`: `query`, `domain`, `score`, `num_examples`; one row for each query and domain.
@@ -344,7 +395,14 @@ class InfluenceIndex:
         domains, members = self._domains(column)
         counts = np.bincount(members, minlength=len(domains))
         table: dict[str, list] = {"query": [], "domain": [], "score": [], "num_examples": []}
-        scored = self.iter_scores(queries, special_tokens=special_tokens, batch_size=batch_size, cosine=cosine)
+        scored = self.iter_scores(
+            queries,
+            special_tokens=special_tokens,
+            batch_size=batch_size,
+            cosine=cosine,
+            kernel=kernel,
+            synonym_threshold=synonym_threshold,
+        )
         for positions, block in scored:
             for position, scores in zip(positions, block, strict=True):
                 sums = np.bincount(members, weights=scores, minlength=len(domains))
@@ -365,7 +423,7 @@ class InfluenceIndex:
         Returns:
             `str`: The page. It needs no other file and runs no script.
         """
-        missing = sorted(set(HIT_FEATURES) - set(hits.column_names))
+        missing = sorted(set(HIT_FEATURES) - set(getattr(hits, "column_names", ())))
         if missing:
             raise ValueError(f"`hits` must come from `InfluenceIndex.search`, but has no columns {missing}.")
         tokenizer, fields = self.processing_class, self._text_fields()
@@ -382,13 +440,29 @@ class InfluenceIndex:
         build_on_each_machine(len(self.reader.checkpoints), self.reader.build_map)
 
     def _ask(
-        self, records: Sequence[dict[str, Any]], *, batch_size: int, special_tokens: str, cosine: bool
+        self,
+        records: Sequence[dict[str, Any]],
+        *,
+        batch_size: int,
+        special_tokens: str,
+        cosine: bool,
+        kernel: str,
+        synonym_threshold: float,
+        first_position: int = 0,
     ) -> tuple[list[Query], QueryScorer]:
         """Queries with their rows at all checkpoints, ready to be scored."""
         excluded = self._excluded_tokens(special_tokens)
-        maker = QueryRowMaker(self.config, self.reader.folder, tokenizer=self.processing_class, **self._loading)
-        asked, rows = maker.record(records, batch_size=batch_size, drop_token_ids=excluded)
-        return asked, QueryScorer(self.reader, rows, excluded_tokens=excluded, cosine=cosine)
+        maker = QueryRowMaker(
+            self.config,
+            self.reader.folder,
+            tokenizer=self.processing_class,
+            synonym_threshold=synonym_threshold if kernel == "synonym" else None,
+            **self._loading,
+        )
+        asked, rows = maker.record(
+            records, batch_size=batch_size, drop_token_ids=excluded, first_position=first_position
+        )
+        return asked, QueryScorer(self.reader, rows, excluded_tokens=excluded, cosine=cosine, synonyms=maker.synonyms)
 
     def _hits(self, position: int, query: Query, parts: TokenParts) -> list[dict[str, Any]]:
         special = self.config["special_token_ids"]
@@ -409,14 +483,22 @@ class InfluenceIndex:
     def _check(self, queries: Any) -> list[dict[str, Any]]:
         return check_queries(queries, self.processing_class, vocabulary_size=self.reader.vocabulary_size)
 
-    def _check_options(self, *, special_tokens: str, batch_size: int, cosine: bool) -> None:
+    def _check_options(
+        self, *, special_tokens: str, batch_size: int, cosine: bool, kernel: str, synonym_threshold: float
+    ) -> None:
         self._check_choice("special_tokens", special_tokens, SPECIAL_TOKENS)
-        if batch_size < 1:
-            raise ValueError(f"`batch_size` must be at least 1, but got {batch_size}.")
+        _check_count("batch_size", batch_size)
+        self._check_choice("cosine", cosine, (True, False))
+        self._check_choice("kernel", kernel, KERNELS)
+        number = isinstance(synonym_threshold, int | float) and not isinstance(synonym_threshold, bool)
+        if not number or not -1 <= synonym_threshold <= 1:
+            raise ValueError(f"`synonym_threshold` must be in [-1, 1], but got {synonym_threshold!r}.")
         if cosine:
             self._refuse_metric("`cosine`")
+        if kernel == "synonym":  # Adam's metric is one of each token; between two there is none
+            self._refuse_metric("`kernel='synonym'`")
 
-    def _check_choice(self, name: str, value: str, allowed: Sequence[str]) -> None:
+    def _check_choice(self, name: str, value: Any, allowed: Sequence[Any]) -> None:
         if value not in allowed:
             raise ValueError(f"`{name}` must be one of {list(allowed)}, but got {value!r}.")
 
@@ -432,12 +514,11 @@ class InfluenceIndex:
         return list(self.config["special_token_ids"]) if special_tokens == "drop" else []
 
     def _checked_ids(self, ids: Sequence[int]) -> np.ndarray:
-        ids = np.asarray(list(ids), dtype=np.int64)
-        if len(ids) and not 0 <= ids.min() <= ids.max() < len(self):
-            raise ValueError(
-                f"`exclude` must hold ids of examples, 0 to {len(self) - 1}, but got {ids.tolist()[:10]}."
-            )
-        return ids
+        found = np.asarray(ids if isinstance(ids, np.ndarray) or not isinstance(ids, Iterable) else list(ids))
+        whole = found.ndim == 1 and (found.dtype.kind in "iu" or not len(found))
+        if not whole or (len(found) and not 0 <= found.min() <= found.max() < len(self)):
+            raise ValueError(f"`exclude` must hold ids of examples, 0 to {len(self) - 1}, but got {ids!r:.80}.")
+        return found.astype(np.int64)
 
     def _check_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
         recorded = self.config.get("tokenizer")
@@ -464,3 +545,9 @@ class InfluenceIndex:
             name for name in strings if name != "content_hash" and not name.endswith(("_name", "source", "domain"))
         ]
         return left if len(left) <= 2 else []
+
+
+def _check_count(name: str, value: Any) -> None:
+    if not isinstance(value, int) or value < 1:
+        problem = "a whole number of at least 1" if not isinstance(value, int) else "at least 1"
+        raise ValueError(f"`{name}` must be {problem}, but got {value!r}.")

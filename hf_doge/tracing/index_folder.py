@@ -4,6 +4,7 @@ import os
 import shutil
 from pathlib import Path
 
+from hf_doge.artifacts.influence.lock import LOCK_FILE
 from hf_doge.artifacts.influence.manifest import CARD_FILE, GRADIENTS, MANIFEST, read_config
 from hf_doge.tracing.weights import MODELS
 
@@ -89,7 +90,7 @@ def _require_replaceable(folder: Path) -> None:
         raise NotADirectoryError(f"`save_directory` must be a folder, but {str(folder)!r} is a file or a link.")
     if not folder.exists():
         return
-    foreign = sorted({entry.name for entry in folder.iterdir()} - set(_ENTRIES))
+    foreign = sorted({entry.name for entry in folder.iterdir()} - {*_ENTRIES, LOCK_FILE})
     if foreign:
         raise FileExistsError(
             f"`save_directory` must be new, empty or hold an index to replace, but {str(folder)!r} holds {foreign[:5]}. "

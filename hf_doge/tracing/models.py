@@ -42,11 +42,17 @@ def load_checkpoint(
         FileNotFoundError: The checkpoint is nowhere to be found. Names it.
         ValueError: What was found is another model than the recorded one, or of a class that cannot be found.
     """
+    if model is not None and not isinstance(model, nn.Module):
+        raise ValueError(
+            f"`model` must be a torch.nn.Module, but got {model!r:.80}. Leave it out for classes of transformers."
+        )
     if model is not None and model_fingerprint(model) == checkpoint["fingerprint"]:
         return model
     path = _find(checkpoint, folder)
     if load_model is not None:
         loaded = load_model(path)
+        if not isinstance(loaded, nn.Module):
+            raise ValueError(f"`load_model` must return a model, but for {path!r} it returned {loaded!r:.80}.")
     elif model is not None:
         loaded = _fill(model, checkpoint, path)
     else:
@@ -91,7 +97,13 @@ def _fill(model: nn.Module, checkpoint: Mapping[str, Any], path: str) -> nn.Modu
             "Pass `load_model`, which gets this path and returns the model."
         )
     filled = copy.deepcopy(model)
-    load_weights(filled, weights)
+    try:
+        load_weights(filled, weights)
+    except RuntimeError as error:  # what torch raises where names or shapes differ
+        raise ValueError(
+            f"`model` must have the shape of the recorded one, but the weights of checkpoint {checkpoint['name']!r} in "
+            f"{path!r} do not fit `{type(model).__name__}`: {error!s:.200}"
+        ) from error
     return filled
 
 

@@ -27,6 +27,7 @@ from transformers import PreTrainedTokenizerBase, TrainerState, TrainingArgument
 
 from hf_doge.artifacts.influence import IndexWriter
 from hf_doge.gradients.embedding_uses import input_embedding_matrix
+from hf_doge.tracing.checkpoint_recording import require_whole_weights
 from hf_doge.tracing.fingerprints import model_fingerprint, unwrap_model
 from hf_doge.tracing.online_capture import CaughtRows, TrainingCapture
 from hf_doge.tracing.online_identity import IdentifiedBatches
@@ -95,6 +96,7 @@ class OnlineRecording:
             ValueError: if the training is one that cannot be recorded online, or the folder holds another one.
         """
         self._stack.close()  # a training that failed and begins anew (`auto_find_batch_size`) has not stopped
+        require_whole_weights(model, args)
         _require_supported(args)
         model = unwrap_model(model)
         batches = IdentifiedBatches(train_dataloader)
@@ -209,6 +211,8 @@ class OnlineRecording:
     def stop(self) -> None:
         """Leave the model and the DataLoader as they were. Rows of steps after the last save are dropped, with a warning."""
         self._stack.close()
+        if self._writer is not None:
+            self._writer.close()
         if not self._started:
             return
         self._started = False
@@ -334,7 +338,6 @@ def _require_supported(args: TrainingArguments) -> None:
         "padding-free batches (`padding_free`)": getattr(args, "padding_free", False),
         "`torch_compile`": args.torch_compile,
         "DeepSpeed": args.deepspeed,
-        "FSDP": args.fsdp,
         "DataParallel over several GPUs in one process": args.n_gpu > 1,
         "parallelism inside an example (`parallelism_config`)": getattr(args, "parallelism_config", None),
         "label smoothing": args.label_smoothing_factor,

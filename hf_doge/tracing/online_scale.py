@@ -83,7 +83,7 @@ class TrainingScale:
     def _check(self, few: Mapping[str, object], *, num_items: bool) -> None:
         # evaluation mode, no gradient of a parameter
         with preserved_random_state(), full_precision(self.model), EmbeddingGradientRecorder(self.model) as recorder:
-            recorder.record(few)  # an example alone has the rows it has beside another
+            recorder.check(few)  # an example alone has the rows it has beside another
             few = self._losses.prepare(self.model, few)
             if num_items:
                 self._uses_num_items = self._find_num_items(few)

@@ -5,10 +5,12 @@ Every query becomes a dictionary of what the model is fed for it alone, unpadded
 """
 
 import inspect
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from datasets import Dataset
 from torch import Tensor, nn
@@ -16,6 +18,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
 from hf_doge.gradients.example_losses import IGNORE_INDEX
+from hf_doge.tracing.limits import num_classes, num_positions
 from hf_doge.tracing.words import Reading, read_ids, read_text
 
 TEXT_FIELDS = (
@@ -95,7 +98,9 @@ def check_queries(
     if any("input_ids" in record for record in records):
         records = [_tensors(record) for record in records]
         _check_tokens(records, vocabulary_size)
-    elif tokenizer is None:
+    elif tokenizer is not None:
+        _check_texts(records)
+    else:
         raise ValueError(
             "Queries in words need the tokenizer of the model, but the index found none beside its checkpoints. Pass "
             "`processing_class` to `InfluenceIndex.from_pretrained`, or queries with `input_ids`."
@@ -110,6 +115,7 @@ def make_queries(
     tokenizer: PreTrainedTokenizerBase | None,
     *,
     batch_size: int,
+    first_position: int = 0,
 ) -> list[Query]:
     """
     Tokenise texts, keep what the model takes, and give labels to queries that have none.
@@ -122,9 +128,13 @@ def make_queries(
         model (`nn.Module`): At the last checkpoint.
         tokenizer (`PreTrainedTokenizerBase`, *optional*): See [`check_queries`].
         batch_size (`int`): For predicting.
+        first_position (`int`): What errors call the first of them, where they are a part of what was asked.
     """
     accepted = accepted_arguments(model)
     queries = [_make_query(record, model, tokenizer, accepted) for record in records]
+    for position, query in enumerate(queries, start=first_position):
+        _check_length(query, model, position)
+        _check_label(query, model, position)
     unlabelled = [query for query in queries if "labels" not in query.features]
     for start in range(0, len(unlabelled), batch_size):
         _predict_labels(unlabelled[start : start + batch_size], model)
@@ -190,12 +200,14 @@ def _dataset_records(dataset: Dataset) -> list[dict[str, Any]]:
 
 def _split(batch: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The queries of a batch; what is not one value per query goes to each."""
-    if batch.get("inputs_embeds") is not None or batch.get("input_ids") is None:
+    ids = batch.get("input_ids")
+    alone = isinstance(ids, Tensor | np.ndarray | Sequence) and len(ids) > 0 and np.ndim(ids[0]) == 0
+    if batch.get("inputs_embeds") is not None or ids is None or alone:
         return [dict(batch)] if batch else []
-    size = len(batch["input_ids"])
+    size = len(ids)
     return [
         {
-            name: value[position] if isinstance(value, Tensor | Sequence) and len(value) == size else value
+            name: value[position] if _has_lines(value, size) else value
             for name, value in batch.items()
             if value is not None
         }
@@ -203,12 +215,18 @@ def _split(batch: Mapping[str, Any]) -> list[dict[str, Any]]:
     ]
 
 
+def _has_lines(value: Any, size: int) -> bool:
+    """Whether a value of a batch has one line per query."""
+    return isinstance(value, Tensor | np.ndarray | Sequence) and np.ndim(value) > 0 and len(value) == size
+
+
 def _tensors(record: Mapping[str, Any]) -> dict[str, Any]:
     if record.get("input_ids") is None:
         raise ValueError("Queries must all have `input_ids`, or none of them, but one of several has none.")
-    tensors = {}
+    label = _label_field(record)
+    tensors = {"input_ids": record["input_ids"]}
     for name, value in record.items():
-        if value is None or isinstance(value, str):
+        if value is None or isinstance(value, str) or (name in LABEL_FIELDS and name != label):
             continue
         key = "labels" if name in LABEL_FIELDS else name
         try:
@@ -218,23 +236,67 @@ def _tensors(record: Mapping[str, Any]) -> dict[str, Any]:
     return tensors
 
 
+def _label_field(record: Mapping[str, Any]) -> str | None:
+    """The field of the label: of several the first of `LABEL_FIELDS`, as for the recorded examples."""
+    return next((name for name in LABEL_FIELDS if record.get(name) is not None), None)
+
+
+def _check_texts(records: Sequence[Mapping[str, Any]]) -> None:
+    for position, record in enumerate(records):
+        if not any(record[name].strip() for name in text_fields(record)):
+            raise ValueError(f"Every query must have a text, but query {position} is empty. Drop it.")
+
+
 def _check_tokens(records: Sequence[Mapping[str, Any]], vocabulary_size: int) -> None:
     for position, record in enumerate(records):
-        ids = record["input_ids"]
-        if ids.numel() == 0:
+        ids, mask = record["input_ids"], record.get("attention_mask")
+        if isinstance(ids, Tensor) and isinstance(mask, Tensor) and mask.ndim == ids.ndim and mask.shape != ids.shape:
+            raise ValueError(
+                f"The `attention_mask` of query {position} must have the shape of its `input_ids`, {tuple(ids.shape)}, "
+                f"but its shape is {tuple(mask.shape)}."
+            )
+        masked = isinstance(mask, Tensor) and mask.numel() > 0 and not bool(mask.any())
+        if masked or (isinstance(ids, Tensor) and ids.numel() == 0):
             raise ValueError(f"Every query must have tokens, but query {position} has none. Drop it.")
-        if ids.is_floating_point() or ids.min() < 0 or ids.max() >= vocabulary_size:
+        whole = isinstance(ids, Tensor) and ids.ndim > 0 and ids.dtype != torch.bool and not ids.is_floating_point()
+        if not whole or ids.min() < 0 or ids.max() >= vocabulary_size:
+            found = f"{ids.min().item()} to {ids.max().item()}" if isinstance(ids, Tensor) else f"{ids!r:.80}"
             raise ValueError(
                 f"Tokens of queries must be whole numbers from 0 to {vocabulary_size - 1}, the vocabulary of the index, "
-                f"but query {position} has {ids.min().item()} to {ids.max().item()}. Tokenise them with the tokenizer "
-                "of the recorded model."
+                f"but query {position} has {found}. Tokenise them with the tokenizer of the recorded model."
             )
+
+
+def _check_length(query: Query, model: nn.Module, position: int) -> None:
+    """Texts are cut; tokens are the caller's, and too many of them end a GPU's process without a word."""
+    length, limit = query.features["input_ids"].shape[-1], num_positions(model)
+    if limit is not None and length > limit:
+        raise ValueError(
+            f"Every query must fit into the model: query {position} has {length} tokens, but the model has positions for "
+            f"{limit}. Cut it as the training examples were."
+        )
+
+
+def _check_label(query: Query, model: nn.Module, position: int) -> None:
+    """The class of a text must be one that the model has, as a whole number; it may come as a float, as from pandas."""
+    classes, label = num_classes(model), query.features.get("labels")
+    if label is None or classes is None:
+        return
+    value = label.item() if label.numel() == 1 else math.nan
+    if not (math.isfinite(value) and value == int(value) and 0 <= value < classes):
+        raise ValueError(
+            f"The label of query {position} must be a whole number from 0 to {classes - 1}, the classes of the model, but "
+            f"got {label.tolist()}."
+        )
+    query.features["labels"] = torch.tensor(int(value))
 
 
 def _check_labels(records: Sequence[Mapping[str, Any]]) -> None:
     silent = []
     for position, record in enumerate(records):
-        labels = record.get("labels")
+        labels = record.get(_label_field(record))
+        if isinstance(labels, int | float):
+            labels = torch.tensor(labels)
         if isinstance(labels, Tensor) and not labels.is_floating_point() and bool((labels == IGNORE_INDEX).all()):
             silent.append(position)
     if silent:
@@ -258,9 +320,9 @@ def _make_query(
     features = {name: torch.tensor(value) for name, value in encoded.items() if name in accepted}
     if features["input_ids"].numel() == 0:
         raise ValueError(f"Every query must have tokens, but {texts} have none. Drop it.")
-    label = next((record[name] for name in LABEL_FIELDS if record.get(name) is not None), None)
+    label = _label_field(record)
     if label is not None:
-        features["labels"] = _label_tensor(label, model)
+        features["labels"] = _label_tensor(record[label], model)
     return Query(features, read_text(tokenizer, texts, max_length=max_length))
 
 
@@ -281,14 +343,7 @@ def find_max_length(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> int
     limits = [tokenizer.model_max_length]
     for name in ("max_position_embeddings", "n_positions"):
         limits.append(getattr(getattr(model, "config", None), name, None) or _LONGEST)
-    for name, module in model.named_modules():
-        if (
-            name.endswith("position_embeddings")
-            and isinstance(module, nn.Embedding)
-            and module.padding_idx is not None
-        ):
-            limits.append(module.num_embeddings - module.padding_idx - 1)  # RoBERTa counts from its padding on
-    longest = min(limits)
+    longest = min(*limits, num_positions(model) or _LONGEST)
     return None if longest >= _LONGEST else longest
 
 

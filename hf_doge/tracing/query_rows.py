@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from hf_doge.artifacts.influence.synonym_search import Neighbours
+from hf_doge.functional.synonyms import synonym_neighbours
 from hf_doge.gradients.embedding import EmbeddingGradientRecorder
 from hf_doge.gradients.embedding_uses import input_embedding_matrix
 from hf_doge.gradients.example_losses import LossFunction
@@ -30,6 +32,8 @@ class QueryRowMaker:
         tokenizer (`PreTrainedTokenizerBase`, *optional*): Of the model.
         model, load_model, token: See [`load_checkpoint`].
         loss_fn (`Callable`, *optional*): What the index was recorded with, if it was not the model's own loss.
+        synonym_threshold (`float`, *optional*): Look for synonyms of the queries' tokens, of at least this cosine.
+        synonyms (`list[Neighbours]`): What was found at each checkpoint, after [`~QueryRowMaker.record`].
     """
 
     config: Mapping[str, Any]
@@ -39,6 +43,8 @@ class QueryRowMaker:
     load_model: LoadModel | None = None
     loss_fn: LossFunction | None = None
     token: str | bool | None = None
+    synonym_threshold: float | None = None
+    synonyms: list[Neighbours] = field(default_factory=list, init=False)
 
     def __post_init__(self) -> None:
         recorded = self.config.get("loss_fn")
@@ -49,13 +55,19 @@ class QueryRowMaker:
             )
 
     def record(
-        self, records: Sequence[dict[str, Any]], *, batch_size: int, drop_token_ids: Sequence[int] = ()
+        self,
+        records: Sequence[dict[str, Any]],
+        *,
+        batch_size: int,
+        drop_token_ids: Sequence[int] = (),
+        first_position: int = 0,
     ) -> tuple[list[Query], list[TokenRows]]:
         """
         Args:
             records (`Sequence[dict]`): From [`check_queries`].
             batch_size (`int`): How many at once.
             drop_token_ids (`Sequence[int]`): Tokens whose rows are left out after all is done (top-k too).
+            first_position (`int`): What errors call the first query.
 
         Returns:
             `tuple[list[Query], list[TokenRows]]`: the queries, and their rows at each checkpoint.
@@ -70,8 +82,12 @@ class QueryRowMaker:
             self._check_embeddings(model, checkpoint["name"])
             verify = queries is None
             if queries is None:
-                queries = make_queries(records, model, self.tokenizer, batch_size=batch_size)
+                queries = make_queries(
+                    records, model, self.tokenizer, batch_size=batch_size, first_position=first_position
+                )
             rows.append(self._record_at(model, queries, batch_size, drop_token_ids, verify=verify))
+            if self.synonym_threshold is not None:
+                self.synonyms.insert(0, self._find_synonyms(model, rows[-1].tokens))
         return queries or [], rows[::-1]
 
     def _record_at(
@@ -94,6 +110,14 @@ class QueryRowMaker:
                     for batch in batches(queries, model, batch_size=batch_size)
                 ]
         return join_rows(parts)
+
+    def _find_synonyms(self, model: nn.Module, tokens: torch.Tensor) -> Neighbours:
+        tokens, matrix = tokens.unique(), input_embedding_matrix(model).detach()
+        found = synonym_neighbours(tokens.to(matrix.device), matrix, threshold=self.synonym_threshold)
+        return {
+            token: (ids.cpu().numpy(), cosines.cpu().numpy())
+            for token, (ids, cosines) in zip(tokens.tolist(), found, strict=True)
+        }
 
     def _options(self) -> dict[str, Any]:
         config = self.config

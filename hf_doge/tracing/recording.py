@@ -6,8 +6,9 @@ Rows are those of each example alone, in evaluation mode and the precision of th
 """
 
 import hashlib
+import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +34,7 @@ from hf_doge.tracing.fingerprints import (
     tokenizer_fingerprint,
     unwrap_model,
 )
+from hf_doge.tracing.limits import num_classes, num_positions
 from hf_doge.tracing.processes import (
     default_device,
     join_processes,
@@ -82,7 +84,13 @@ def open_writer(
         dataset = Examples(dataset, dataset)
     if len(dataset) == 0:
         raise ValueError("The dataset to record must have examples, but it is empty. Pass one that is not.")
-    table = describe_examples(dataset, vocabulary_size=len(matrix), sign_of_life=sign_of_life)
+    table = describe_examples(
+        dataset,
+        vocabulary_size=len(matrix),
+        num_positions=num_positions(model),
+        num_classes=num_classes(model) if settings.loss_fn is None else None,
+        sign_of_life=sign_of_life,
+    )
     writer = IndexWriter(
         folder,
         width=matrix.shape[1],
@@ -103,7 +111,11 @@ def open_writer(
             "metadata": dict(metadata or {}),
         },
     )
-    writer.write_examples(table)
+    try:
+        writer.write_examples(table)
+    except BaseException:
+        writer.close()
+        raise
     return writer
 
 
@@ -140,6 +152,10 @@ class SharedIndex:
         """Whether a checkpoint is whole, as the main process knows; all processes ask."""
         return run_on_main_process(lambda sign_of_life: name in self.writer.checkpoint_names)
 
+    def close(self) -> None:
+        """Let others write the index; of the processes, the main one alone keeps them from it."""
+        self.writer.close()
+
 
 def open_shared_index(
     folder: str | os.PathLike,
@@ -159,6 +175,7 @@ def open_shared_index(
         seed (`int`): Of what a dataset draws while its tokens are counted.
 
     Raises:
+        BlockingIOError: Somebody else is writing the index.
         ValueError: As [`open_writer`]; or a process has another dataset or does not see the folder. It names itself.
         ProcessFailedError: Another process raised an error.
     """
@@ -193,9 +210,14 @@ def open_shared_index(
             writer = IndexWriter.join(folder, max_segment_bytes=settings.max_segment_bytes)
 
     writer: IndexWriter | None = None
-    borders, expected = run_on_main_process(open_on_main)
-    require_shared_folder(folder)
-    run_on_all_processes(join)
+    try:
+        borders, expected = run_on_main_process(open_on_main)
+        require_shared_folder(folder)
+        run_on_all_processes(join)
+    except BaseException:
+        if writer is not None:
+            writer.close()
+        raise
     return SharedIndex(writer, borders)
 
 
@@ -410,12 +432,15 @@ def record_dataset(
 
     Raises:
         FileNotFoundError: if a checkpoint is no folder with a model.
+        BlockingIOError: if another process is writing the index.
         ValueError: if a learning rate is unknown, the checkpoints' embeddings differ in shape, or an example cannot be
             recorded; what was recorded before stays.
         ProcessFailedError: if another process raised an error or was killed.
     """
     join_processes()
     settings = settings or RecordingSettings()
+    if isinstance(checkpoints, str | os.PathLike):
+        raise ValueError(f"`checkpoints` must be a list of folders, but got {str(checkpoints)!r} alone.")
     paths = [Path(checkpoint) for checkpoint in checkpoints]
     _require_after_training(settings, paths, learning_rates)
     facts = [
@@ -425,23 +450,29 @@ def record_dataset(
     device = device or default_device()
     index: SharedIndex | None = None
     batches: SequentialBatches | None = None
-    for path, fact in zip(paths, facts, strict=True):
-        if index is not None and index.has_whole(fact["name"]):
-            continue
-        model = load_model(path, device=device)
-        recorder = make_recorder(model, settings, tokenizer)
-        if index is None:
-            examples = dataset if isinstance(dataset, Examples) else Examples(prune_columns(dataset, model), dataset)
-            index = open_shared_index(
-                folder, model=model, dataset=examples, tokenizer=tokenizer, settings=settings, seed=seed
-            )
-            collator = collator or padding_collator(tokenizer)
-            batches = SequentialBatches(examples.recorded, collator, batch_size=batch_size, seed=seed)
-        require_same_embeddings(index.writer, model)
-        if not index.has_whole(fact["name"]):
-            record_checkpoint(
-                index, recorder, batches, **fact, path=stored_path(path, index.writer.folder), progress=progress
-            )
+    try:
+        for path, fact in zip(paths, facts, strict=True):
+            if index is not None and index.has_whole(fact["name"]):
+                continue
+            model = load_model(path, device=device)
+            recorder = make_recorder(model, settings, tokenizer)
+            if index is None:
+                examples = (
+                    dataset if isinstance(dataset, Examples) else Examples(prune_columns(dataset, model), dataset)
+                )
+                collator = collator or padding_collator(tokenizer)
+                batches = SequentialBatches(examples.recorded, collator, batch_size=batch_size, seed=seed)
+                index = open_shared_index(
+                    folder, model=model, dataset=examples, tokenizer=tokenizer, settings=settings, seed=seed
+                )
+            require_same_embeddings(index.writer, model)
+            if not index.has_whole(fact["name"]):
+                record_checkpoint(
+                    index, recorder, batches, **fact, path=stored_path(path, index.writer.folder), progress=progress
+                )
+    finally:
+        if index is not None:
+            index.close()
     return index.writer
 
 
@@ -458,8 +489,13 @@ def _require_after_training(
             "Checkpoints can be recorded after training with `record='checkpoint'` and without `second_moment`: online rows"
             " and Adam's moments are there in training only. Use `TracInWECallback` for those."
         )
-    if learning_rates is not None and len(learning_rates) != len(paths):
+    if learning_rates is None:
+        return
+    given = list(learning_rates) if isinstance(learning_rates, Iterable) else [learning_rates]
+    if len(given) != len(paths):
         raise ValueError(
-            f"`learning_rates` must have one number for each checkpoint, but there are {len(learning_rates)} for"
-            f" {len(paths)}."
+            f"`learning_rates` must have one number for each checkpoint, but there are {len(given)} for {len(paths)}."
         )
+    wrong = [rate for rate in given if not isinstance(rate, int | float) or not 0 <= rate < math.inf]
+    if wrong:
+        raise ValueError(f"`learning_rates` must be numbers of at least 0, but got {wrong[0]!r}.")

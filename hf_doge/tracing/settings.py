@@ -68,6 +68,8 @@ class RecordingSettings:
                 continue
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"`{name}` must be a whole number of at least 1, but got {value!r}.")
+        if not isinstance(self.projection_seed, int) or isinstance(self.projection_seed, bool):
+            raise ValueError(f"`projection_seed` must be a whole number, but got {self.projection_seed!r}.")
         check_top_k(self.top_k_tokens or 1, self.top_k_unit)
         if self.tied != "input" and self.top_k_tokens is not None and self.top_k_unit != "token":
             raise ValueError(

@@ -229,6 +229,7 @@ class CheckpointWriter(AbstractContextManager):
             raise ValueError(
                 f"Checkpoint {self.facts['name']!r} is closed. Continue it by a new `IndexWriter.checkpoint`."
             )
+        self._index.require_open()
 
     def _checked(self, token_rows: "TokenRows") -> tuple[np.ndarray, np.ndarray, Tensor]:
         """Lengths, tokens, and rows as float32 of the stored width."""

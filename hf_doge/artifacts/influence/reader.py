@@ -1,7 +1,7 @@
 """Reading an influence index: exact scores of queries against all training examples. Knows no models."""
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -14,6 +14,7 @@ from hf_doge.artifacts.influence.encoding import decode_rows, recorded_projectio
 from hf_doge.artifacts.influence.manifest import EXAMPLES_FILE, read_config, require_files, warn_of_unknown
 from hf_doge.artifacts.influence.row_map import RowMap, default_cache_dir
 from hf_doge.artifacts.influence.search import add_scores, ends
+from hf_doge.artifacts.influence.synonym_search import Neighbours, synonym_matches
 from hf_doge.artifacts.influence.tables import read_table
 
 if TYPE_CHECKING:
@@ -243,6 +244,43 @@ class IndexReader:
             shared = shared[owners[found[shared]] == ids[shared]]
             parts[shared, column] = (self._decoded(checkpoint, start + found[shared]) @ row).numpy()
         return parts
+
+    def synonym_scores(
+        self,
+        checkpoint: int,
+        query_tokens: Tensor | np.ndarray,
+        query_rows: Tensor | np.ndarray,
+        neighbours: Neighbours,
+        *,
+        exclude_tokens: Iterable[int] = (),
+        only: Iterable[int] | None = None,
+    ) -> Iterator[tuple[int, int, np.ndarray, np.ndarray]]:
+        """
+        What TracIn-WE-Syn adds to the scores of one query at one checkpoint: see [`synonym_similarity`]. Exact.
+
+        Args:
+            checkpoint (`int`): Its position in `checkpoints`.
+            query_tokens (`(W,)`): Distinct tokens, ascending.
+            query_rows (`(W, stored_width)`): Their rows, after [`~IndexReader.project`].
+            neighbours (`Mapping[int, tuple[numpy.ndarray, numpy.ndarray]]`):
+                Synonyms of each query token and their cosines, from [`synonym_neighbours`].
+            exclude_tokens (`Iterable[int]`): Tokens of examples that do not count.
+            only (`Iterable[int]`, *optional*): Ids of examples; all if left out.
+
+        Yields:
+            `tuple[int, int, numpy.ndarray, numpy.ndarray]`: position of a query token, the token that it is matched with in
+            some examples, their ids, and the part of their scores that this match carries (float32).
+        """
+        row_map = self._map(checkpoint)
+        tokens = _integers("Tokens", query_tokens, self.vocabulary_size)
+        rows = torch.as_tensor(query_rows).float()
+        ids = None if only is None else self._checked_ids(only)
+        excluded = np.asarray(list(exclude_tokens), dtype=np.int64)
+        for position, token, places in synonym_matches(row_map, tokens, neighbours, excluded=excluded, only=ids):
+            for start in range(0, len(places), _BLOCK_ROWS):
+                piece = places[start : start + _BLOCK_ROWS]
+                parts = (self._decoded(checkpoint, piece) @ rows[position]).numpy()
+                yield position, token, row_map.examples[piece], parts
 
     def _add_scores(
         self, scores: np.ndarray, checkpoint: int, queries: "TokenRows", excluded: list[int], *, weight: float

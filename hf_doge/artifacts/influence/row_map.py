@@ -9,12 +9,14 @@ scales.bin         (num_rows,) float32, for int8 only
 offsets.npy        (vocabulary_size + 1,): rows [offsets[w], offsets[w + 1]) are those of token w
 ```
 
-A map is a copy of what the Parquet files hold and can be deleted at any time.
+A map is a copy of what the Parquet files hold and can be deleted at any time. Whoever builds one deletes those that were
+opened longest ago, until what is left is no larger than 20 GiB; maps opened within the last hour stay in any case.
 """
 
 import hashlib
 import json
 import os
+import re
 import shutil
 import time
 import uuid
@@ -36,6 +38,9 @@ _LAYOUT = 1  # changes whenever the files do
 _MAP = "map.json"
 _ABANDONED_SECONDS = 24 * 60 * 60
 _GROUP_BYTES = 64 * 2**20
+_KEPT_BYTES = 20 * 2**30
+_IN_USE_SECONDS = 60 * 60
+_MAP_NAME = re.compile(r"[0-9a-f]{32}")
 _LONG = 1_000_000  # rows, from which on a bar shows progress
 
 
@@ -69,12 +74,15 @@ class RowMap:
         for _ in range(10):
             found = _load(place)
             if found is not None:
+                with suppress(OSError):  # a folder that others built may be read-only
+                    os.utime(place / _MAP)
                 return cls(**found, num_examples=config["num_examples"])
             _discard(place)
             building = cache_dir / f".{place.name}-{uuid.uuid4().hex}"
             try:
                 _build(building, folder, config, entry)
                 os.rename(building, place)
+                _prune(cache_dir)
             except OSError:
                 if not place.exists():
                     raise
@@ -135,6 +143,28 @@ def _discard(place: Path) -> None:
         with suppress(OSError):
             if time.time() - left.stat().st_mtime > _ABANDONED_SECONDS:
                 shutil.rmtree(left, ignore_errors=True)
+
+
+def _prune(cache_dir: Path) -> None:
+    """Keep the folder within its bounds, see above. Who has a map open goes on reading it."""
+    opened, sizes, now = {}, {}, time.time()
+    for place in cache_dir.iterdir():
+        left = place.name.startswith(".") and _MAP_NAME.fullmatch(place.name[1:33])
+        with suppress(OSError):
+            if left and now - place.stat().st_mtime > _ABANDONED_SECONDS:
+                shutil.rmtree(place, ignore_errors=True)  # of a build that was killed
+            elif _MAP_NAME.fullmatch(place.name):
+                opened[place] = (place / _MAP).stat().st_mtime
+                sizes[place] = sum(path.stat().st_size for path in place.iterdir())
+    total = sum(sizes.values())
+    for place in sorted(sizes, key=opened.__getitem__):
+        if total <= _KEPT_BYTES or now - opened[place] < _IN_USE_SECONDS:
+            break
+        away = place.with_name(f".{place.name}-{uuid.uuid4().hex}")
+        with suppress(OSError):
+            os.rename(place, away)  # first out of the way, so that nobody finds half of it
+            shutil.rmtree(away, ignore_errors=True)
+            total -= sizes[place]
 
 
 def _build(building: Path, folder: Path, config: Mapping[str, Any], entry: Mapping[str, Any]) -> None:

@@ -27,6 +27,7 @@ from hf_doge.artifacts.influence.card import renewed_card
 from hf_doge.artifacts.influence.checkpoint_writer import PARTIAL, CheckpointWriter
 from hf_doge.artifacts.influence.encoding import projection_matrix, projection_sha256, recorded_projection
 from hf_doge.artifacts.influence.examples import ordered_examples
+from hf_doge.artifacts.influence.lock import WriterLock
 from hf_doge.artifacts.influence.manifest import (
     CHECKPOINT_FACTS,
     CHECKPOINTS_FILE,
@@ -60,7 +61,8 @@ _NAME_CHARACTERS = set("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123
 
 class IndexWriter:
     """
-    Opens a new folder for an influence index, or continues one of the same configuration.
+    Opens a new folder for an influence index, or continues one of the same configuration. No other process can write it
+    until [`~IndexWriter.close`]; in this process, a writer that is opened later for the same folder takes its place.
 
     Args:
         folder (`str` or `os.PathLike`): New, empty, or an influence index.
@@ -85,6 +87,7 @@ class IndexWriter:
         ValueError: An argument is out of range, or the index in the folder has another configuration; the message names
             what differs.
         FileExistsError: The folder holds something else.
+        BlockingIOError: Another process is writing the index.
     """
 
     def __init__(
@@ -134,17 +137,26 @@ class IndexWriter:
             **require_json("settings", {**SETTINGS, **(settings or {})}),
         }
         require_own_folder(self.folder, manifest=MANIFEST, subfolders=("examples", "checkpoints", GRADIENTS))
-        if (self.folder / MANIFEST).exists():
-            self.config = self._continued(asked)
-        else:
-            versions = {"format_version": FORMAT_VERSION, "hf_doge_version": __version__}
-            self.config = {**versions, **asked, "checkpoints": [], "files": {}}
-            self._replace(self.config, {})
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._ticket = object()  # not the writer itself, which nobody but its user should keep alive
+        self._lock: WriterLock | None = WriterLock.take(self.folder, self._ticket)  # `None` of one that joined
+        try:
+            if (self.folder / MANIFEST).exists():
+                self.config = self._continued(asked)
+            else:
+                versions = {"format_version": FORMAT_VERSION, "hf_doge_version": __version__}
+                self.config = {**versions, **asked, "checkpoints": [], "files": {}}
+                self._replace(self.config, {})
+        except BaseException:
+            self.close()
+            raise
 
     @classmethod
     def join(cls, folder: str | os.PathLike, *, max_segment_bytes: int) -> "IndexWriter":
         """
         The index that another process has opened, to write parts of its checkpoints: [`~IndexWriter.checkpoint_part`].
+
+        The other keeps the index from being written by anybody else; here, [`~IndexWriter.close`] does nothing.
 
         Args:
             folder (`str` or `os.PathLike`), max_segment_bytes (`int`): As the other has them.
@@ -155,6 +167,7 @@ class IndexWriter:
         writer = cls.__new__(cls)
         writer.folder, writer.max_segment_bytes = Path(folder), max_segment_bytes
         writer.config = read_config(writer.folder)
+        writer._lock = None
         writer._projection = None if writer.config["projection"] is None else recorded_projection(writer.config)
         return writer
 
@@ -171,6 +184,21 @@ class IndexWriter:
                 " Continue it with the same, or choose another folder."
             )
         return config
+
+    def close(self) -> None:
+        """Let other processes write the index. What is not finished is continued by a new writer."""
+        if self._lock is not None:
+            self._lock.release(self._ticket)
+
+    def require_open(self) -> None:
+        """
+        Raises:
+            ValueError: The writer was closed, or the index was opened for writing again, and may be another by now.
+        """
+        if self._lock is not None and self._lock.holder is not self._ticket:
+            raise ValueError(
+                f"The index in {str(self.folder)!r} was closed, or opened anew since. Continue it by a new `IndexWriter`."
+            )
 
     @property
     def checkpoint_names(self) -> list[str]:
@@ -254,6 +282,7 @@ class IndexWriter:
         if not learning_rate >= 0:
             raise ValueError(f"`learning_rate` must be at least 0, but got {learning_rate!r}.")
         values = (name, step, epoch, learning_rate, str(path), revision, model_class, fingerprint)
+        self.require_open()
         facts = require_json("checkpoint", dict(zip(CHECKPOINT_FACTS, values, strict=True)))
         return CheckpointWriter(self, facts, position=len(self.config["checkpoints"]), borders=borders)
 
@@ -284,6 +313,7 @@ class IndexWriter:
         Args:
             name (`str`): One of `checkpoint_names`.
         """
+        self.require_open()
         position = self.checkpoint_names.index(name)
         forgotten = self.checkpoint_names[position:]
         self._replace_checkpoints(self.config["checkpoints"][:position])
@@ -298,5 +328,7 @@ class IndexWriter:
         self._replace(config, {CHECKPOINTS_FILE: table, **renewed_card(self.folder, config)})
 
     def _replace(self, config: dict[str, Any], files: dict[str, bytes]) -> None:
+        assert self._lock is not None, "only the writer that opened the index changes what all of them read"
+        self.require_open()
         replace_files(self.folder, {**files, MANIFEST: to_json(config)}, manifest=MANIFEST)
         self.config = config
