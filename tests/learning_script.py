@@ -22,11 +22,12 @@ WAYS = {
     "official": {"recipe": "official", "with_target": True},
     "official_plain": {"recipe": "official", "with_target": True, "alignment": "streamed"},
     "cosine": {"normalization": "cosine", "self_term": False},
+    "online": {"mode": "online", "reweight_steps": 2, "sampler_lag_steps": 2, "with_target": True},
     "seldom": {"reweight_steps": 2, "lr_scheduler_type": "linear"},
 }
 
 
-RESUMED = ("single_pass", "official")
+RESUMED = ("single_pass", "official", "online")
 
 
 def make_domains():
@@ -76,8 +77,8 @@ def note(trainer, path):
             "losses": torch.from_numpy(trajectory.losses),
             "parameters": torch.cat([p.detach().flatten() for p in trainer.model.parameters()]),
             "logged": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
-            "tokens": trainer._learning.num_tokens,
-            "examples": trainer._learning.num_examples,
+            "tokens": trainer._learner.state.num_tokens,
+            "examples": trainer._learner.state.num_examples,
         },
         path,
     )
@@ -95,7 +96,7 @@ def main(folder, num_processes, micro_batch, resume):
         trainer.train(resume_from_checkpoint=str(run / "checkpoint-2") if resume else None)
         note(trainer, folder / f"{name}-{trainer.args.process_index}.pt")
         if name == "single_pass":
-            assert not trainer._alignment._step_is_plain, "the single pass was not used"
+            assert not trainer._learner.alignment._step_is_plain, "the single pass was not used"
 
 
 if __name__ == "__main__":

@@ -1,14 +1,16 @@
 """Training on a mixture: DomainWeightedTrainer, and the mixin before other trainers."""
 
+import json
 from collections import Counter
 
 import pytest
 import torch
 from datasets import Dataset, concatenate_datasets
+from torch.utils.data import DataLoader
 from transformers import DataCollatorForSeq2Seq, Seq2SeqTrainer, Seq2SeqTrainingArguments, TrainingArguments
 
 from hf_doge.artifacts.domain_weights import DomainWeights
-from hf_doge.training.mixture import DomainWeightedMixin, DomainWeightedTrainer
+from hf_doge.training.mixture import SAMPLER_FILE, DomainWeightedMixin, DomainWeightedTrainer
 from tests.tiny import three_domains, tiny_llama, tiny_t5
 
 WEIGHTS = {"arxiv": 0.5, "books": 0.0, "code": 0.5}
@@ -92,14 +94,114 @@ def test_weights_of_other_domains_are_refused(tmp_path):
         )
 
 
-def test_an_iterable_dataset_is_sent_to_interleave_domains(tmp_path):
-    with pytest.raises(ValueError, match="pass `interleave_domains"):
+def test_a_stream_that_is_not_split_by_domain_is_sent_to_interleave_domains(tmp_path):
+    with pytest.raises(ValueError, match="Pass a dict with one stream per domain, or pass `interleave_domains"):
         DomainWeightedTrainer(
             tiny_llama(),
             arguments(tmp_path),
             train_dataset=three_domains()["code"].to_iterable_dataset(),
             domain_weights=WEIGHTS,
         )
+
+
+def streams(num_examples=8):
+    return {name: data.to_iterable_dataset() for name, data in three_domains(num_examples).items()}
+
+
+def test_a_dict_of_streams_is_mixed_by_the_weights(tmp_path):
+    trainer = DomainWeightedTrainer(tiny_llama(), arguments(tmp_path), train_dataset=streams(), domain_weights=WEIGHTS)
+    counts = train_and_count(trainer, owner_in(three_domains(8)))
+    assert counts == {"arxiv": 10, "code": 10}  # more than there are: they are restarted
+    assert not any("domain_epochs" in name for entry in trainer.state.log_history for name in entry)
+
+
+@pytest.mark.parametrize(
+    ("options", "args", "error", "message"),
+    [
+        ({}, {"max_steps": -1}, ValueError, "`max_steps` must be positive"),
+        (
+            {"max_epochs_per_domain": 2.0},
+            {},
+            ValueError,
+            "`max_epochs_per_domain` must be unset for streams, but got 2",
+        ),
+        ({"domain_weights": {**WEIGHTS, "wiki": 1.0}}, {}, ValueError, "wiki"),
+        (
+            {"train_dataset": {**streams(), "code": three_domains()["code"]}},
+            {},
+            TypeError,
+            "must be all `datasets.Dataset` or all `datasets.IterableDataset`",
+        ),
+    ],
+)
+def test_what_streams_cannot_do_is_refused(tmp_path, options, args, error, message):
+    options = {"train_dataset": streams(), "domain_weights": WEIGHTS, **options}
+    with pytest.raises(error, match=message):
+        DomainWeightedTrainer(tiny_llama(), arguments(tmp_path, **args), **options)
+
+
+def save_a_run(tmp_path, **options):
+    """Two of five steps, and the arguments of its trainer."""
+    options = {"train_dataset": three_domains(8), "domain_weights": WEIGHTS, **options}
+    DomainWeightedTrainer(
+        tiny_llama(), arguments(tmp_path, max_steps=2, save_strategy="steps", save_steps=2), **options
+    ).train()
+    return options
+
+
+@pytest.mark.parametrize(
+    ("args", "changes", "message"),
+    [
+        (
+            {"gradient_accumulation_steps": 2},
+            {},
+            "has 4 and these arguments make it 8. Set batch size, accumulation and number of processes",
+        ),
+        ({}, {"domain_weights": {**WEIGHTS, "books": 0.1}}, "must go on under the weights it began with"),
+        ({"data_seed": 7}, {}, "saved with `seed` 42, but this sampler has 7"),
+        ({}, {"draw": "iid"}, "saved with `draw` 'quota', but this sampler has 'iid'"),
+        ({}, {"train_dataset": three_domains(9)}, "must have as many rows as when the state was saved"),
+    ],
+)
+def test_resuming_another_stream_is_refused(tmp_path, args, changes, message):
+    options = {**save_a_run(tmp_path), **changes}
+    trainer = DomainWeightedTrainer(tiny_llama(), arguments(tmp_path, **args), **options)
+    with pytest.raises(ValueError, match=message):
+        trainer.train(resume_from_checkpoint=True)
+
+
+def test_the_place_in_a_checkpoint_is_behind_what_was_trained_on(tmp_path):
+    save_a_run(tmp_path)
+    state = json.loads((tmp_path / "checkpoint-2" / SAMPLER_FILE).read_text())
+    assert (state["epoch"], state["position"], state["examples_per_step"]) == (0, 8, 4)
+
+
+def test_a_model_saved_to_be_pushed_has_no_place_in_the_stream(tmp_path):
+    trainer = DomainWeightedTrainer(
+        tiny_llama(), arguments(tmp_path), train_dataset=three_domains(), domain_weights=WEIGHTS
+    )
+    trainer.save_model(_internal_call=True)  # as `push_to_hub` does
+    assert (tmp_path / "model.safetensors").exists()
+    assert not (tmp_path / SAMPLER_FILE).exists()
+
+
+class OwnBatches(DomainWeightedTrainer):
+    """Drops the batches at the end of an epoch that a loader of its own does not fill."""
+
+    def get_train_dataloader(self):
+        return DataLoader(
+            self._remove_unused_columns(self.train_dataset),
+            sampler=self.domain_sampler,
+            batch_size=5,
+            drop_last=True,
+            collate_fn=self.data_collator,
+        )
+
+
+def test_an_epoch_that_does_not_come_out_even_is_refused(tmp_path):
+    trainer = OwnBatches(tiny_llama(), arguments(tmp_path), train_dataset=three_domains(8), domain_weights=WEIGHTS)
+    with pytest.raises(RuntimeError, match="An epoch of 24 draws must come as 6 batches of 4 examples"):
+        trainer.train()
 
 
 class Seq2SeqOnDomains(DomainWeightedMixin, Seq2SeqTrainer):
@@ -131,15 +233,16 @@ def text_domains():
     }
 
 
-def make_sft_trainer(tmp_path, tokenizer, **options):
+def make_sft_trainer(tmp_path, tokenizer, train_dataset=None, **options):
     from trl import SFTConfig, SFTTrainer
 
     class SFTOnDomains(DomainWeightedMixin, SFTTrainer):
         """What a user would write."""
 
     args = arguments(tmp_path, SFTConfig, max_length=8, bf16=False, gradient_checkpointing=False, **options)
+    train_dataset = text_domains() if train_dataset is None else train_dataset
     return SFTOnDomains(
-        tiny_llama(), args, train_dataset=text_domains(), domain_weights=WEIGHTS, processing_class=tokenizer
+        tiny_llama(), args, train_dataset=train_dataset, domain_weights=WEIGHTS, processing_class=tokenizer
     )
 
 
@@ -149,6 +252,14 @@ def test_the_mixin_serves_sft_trainer(tmp_path, tokenizer):
     counts = train_and_count(trainer, lambda input_ids: names[input_ids[2]])
     assert counts["books"] == 0
     assert counts["arxiv"] == counts["code"] == 10
+
+
+def test_the_mixin_serves_sft_trainer_on_streams(tmp_path, tokenizer):
+    streams = {name: data.to_iterable_dataset() for name, data in text_domains().items()}
+    trainer = make_sft_trainer(tmp_path, tokenizer, streams)
+    names = {tokenizer.convert_tokens_to_ids(f"w{i}"): name for name, i in FIRST_WORDS.items()}
+    counts = train_and_count(trainer, lambda input_ids: names[input_ids[2]])
+    assert counts == {"arxiv": 10, "code": 10}
 
 
 def test_packing_that_loses_the_domains_is_refused(tmp_path, tokenizer):

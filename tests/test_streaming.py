@@ -2,9 +2,10 @@
 
 import json
 from collections import Counter
+from itertools import pairwise
 
 import pytest
-from datasets import Dataset, IterableDataset
+from datasets import Dataset, Features, IterableDataset, Value
 from datasets.distributed import split_dataset_by_node
 from torch.utils.data import DataLoader
 
@@ -18,6 +19,9 @@ WEIGHTS = {"wiki": 0.5, "code": 0.3, "arxiv": 0.2}
 
 def tables():
     return {name: Dataset.from_dict({"text": [f"{name} {i}" for i in range(size)]}) for name, size in SIZES.items()}
+
+
+TEXT = Features({"text": Value("string")})
 
 
 def streams(**changes):
@@ -166,6 +170,71 @@ def test_processes_draw_independently_of_each_other():
     mixed = interleave_domains(sharded, WEIGHTS, num_samples=100, draw="iid")
     first, second = (domains_of(split_dataset_by_node(mixed, rank=rank, world_size=2)) for rank in range(2))
     assert first != second
+
+
+def endless(shards):
+    yield from ({"text": f"{shards[0]} {i}"} for i in range(10**6))
+
+
+def endless_streams(names, num_shards):
+    return {
+        name: IterableDataset.from_generator(endless, gen_kwargs={"shards": [name] * num_shards}, features=TEXT)
+        for name in names
+    }
+
+
+@pytest.mark.parametrize("num_processes", [2, 3, 4])
+@pytest.mark.parametrize(
+    "weights", [[0.5, 0.5], [1 / 3, 1 / 3, 1 / 3], [0.5, 0.3, 0.2], [0.6, 0.25, 0.1, 0.05], [2**-0.5, 1 - 2**-0.5]]
+)
+def test_processes_draw_in_the_same_proportions_and_out_of_step(weights, num_processes):
+    num_rows = 240
+    mixed = interleave_domains(endless_streams("abcd"[: len(weights)], num_processes), weights)
+    parts = [
+        domains_of(split_dataset_by_node(mixed, rank=rank, world_size=num_processes).take(num_rows))
+        for rank in range(num_processes)
+    ]
+    for part in parts:
+        counts = Counter()
+        for n, name in enumerate(part, start=1):
+            counts[name] += 1
+            assert all(abs(counts[name] - n * weight) < 2 for name, weight in zip("abcd", weights, strict=False))
+    by_chance = sum(weight**2 for weight in weights)
+    for first, second in pairwise(parts):
+        equal = sum(one == other for one, other in zip(first, second, strict=True)) / num_rows
+        assert equal < (1 + by_chance) / 2
+    if len(set(weights)) == 1:  # plain turns: neighbours never meet
+        assert not any(one == other for one, other in zip(*parts[:2], strict=True))
+
+
+def test_workers_of_one_process_and_of_others_draw_out_of_step():
+    mixed = interleave_domains(endless_streams("ab", 4), [0.5, 0.5])
+    parts = [
+        [
+            domains_of(mixed.shard(num_shards=2, index=rank).shard(num_shards=2, index=worker).take(20))
+            for worker in range(2)
+        ]
+        for rank in range(2)
+    ]
+    assert parts[0][0] != parts[0][1]  # two workers of a process
+    assert parts[0][0] != parts[1][0]  # the workers that two processes read from at the same time
+    assert parts[0][1] != parts[1][1]
+
+
+@pytest.mark.parametrize("draw", ["quota", "iid"])
+@pytest.mark.parametrize("position", [1, 7, 29])
+def test_a_part_of_a_stream_resumes_with_the_next_example(draw, position):
+    def make():
+        sharded = {name: table.to_iterable_dataset(num_shards=2) for name, table in tables().items()}
+        mixed = interleave_domains(sharded, WEIGHTS, num_samples=80, draw=draw)
+        return split_dataset_by_node(mixed, rank=1, world_size=2)
+
+    whole, stream, resumed = texts(make()), make(), make()
+    iterator = iter(stream)
+    for _ in range(position):
+        next(iterator)
+    resumed.load_state_dict(json.loads(json.dumps(stream.state_dict())))
+    assert texts(resumed) == whole[position:]
 
 
 def test_a_mixture_is_an_ordinary_stream():

@@ -1,5 +1,6 @@
 """Which rows of a dataset belong to which domain."""
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from numbers import Integral
 from typing import TYPE_CHECKING
@@ -126,6 +127,14 @@ class DomainIndex:
         """
         rows = self._starts[domain_ids] + positions
         return rows if self._grouped_rows is None else self._grouped_rows[rows].astype(np.int64)
+
+    def fingerprint(self) -> str:
+        """Digest of the names and of which rows belong to which."""
+        digest = hashlib.blake2b(repr(self.names).encode(), digest_size=16)
+        for part in (self.sizes, self._starts, self._grouped_rows):
+            if part is not None:
+                digest.update(np.ascontiguousarray(part))
+        return digest.hexdigest()
 
     def __repr__(self) -> str:
         return f"DomainIndex({dict(zip(self.names, self.sizes.tolist(), strict=True))})"

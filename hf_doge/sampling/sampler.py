@@ -1,5 +1,7 @@
 """The order in which a model sees its domains: a function of the seed, the weights and the number of the draw."""
 
+import hashlib
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -32,6 +34,12 @@ class DomainWeightedSampler(Sampler[int]):
 
     Inside a domain, rows come in shuffled order without replacement; when the domain is exhausted it is shuffled anew.
     This goes on across epochs and across changes of the weights. A domain of weight 0 is never drawn.
+
+    Under accelerate every process takes the whole stream and keeps its batches of it, so all processes together train
+    on the stream that one would train on with the same global batch: micro-batch by micro-batch, and by rank inside
+    each. For that `num_samples` must be a multiple of the global micro-batch (examples of all processes), since
+    otherwise `even_batches` fills the epoch's last batch with the epoch's first rows; [`DomainWeightedTrainer`] sees
+    to it. In a loop of your own, pass `set_epoch` to the sampler itself: `skip_first_batches` does not pass it on.
 
     Memory is O(num_domains) if domains are contiguous ranges of rows. A jump costs at most one block of 65,536 draws
     (`"quota"`), or O(num_domains * log(draws)) and one count per half billion draws (`"iid"`).
@@ -105,6 +113,20 @@ class DomainWeightedSampler(Sampler[int]):
         """The weights last set, as they are drawn: summing to 1, after `max_epochs_per_domain`."""
         return self._by_name(self._schedule.pieces[-1].shares)
 
+    @property
+    def next_draw(self) -> int:
+        """Number, in the whole stream, of the next draw to hand out. A `DataLoader` has taken those before."""
+        return self.epoch * self.num_samples + self._position
+
+    @property
+    def num_planned(self) -> int:
+        """Draws in `num_epochs`, over which `max_epochs_per_domain` counts."""
+        return round(self.num_epochs * self.num_samples)
+
+    def weights_at(self, draw: int) -> dict[str, float]:
+        """The weights that `draw` of the whole stream is drawn by, summing to 1."""
+        return self._by_name(self._schedule.piece_at(draw).shares)
+
     def __len__(self) -> int:
         return self.num_samples
 
@@ -138,14 +160,29 @@ class DomainWeightedSampler(Sampler[int]):
         """
         Move to the start of an epoch.
 
-        The one exception: between `load_state_dict` and the next iteration, the epoch that was loaded keeps the
-        position that was loaded, since training loops announce the epoch they resume in.
+        The one exception: between `load_state_dict` or `seek` and the next iteration, the epoch that was loaded keeps
+        the position that was loaded, since training loops announce the epoch they resume in.
         """
         if self._is_resuming and epoch == self.epoch:
             return
         self.epoch = epoch
         self._position = 0
         self._is_resuming = False
+
+    def seek(self, draw: int) -> None:
+        """
+        Go on with a draw of the whole stream: the next iteration starts there and ends with that draw's epoch.
+
+        A loader prepared by accelerate announces an epoch of its own count at each iteration, 0 in a new process, and
+        another epoch than the one sought starts from its first row. So tell it: `loader.set_epoch(sampler.epoch)`.
+
+        Args:
+            draw (`int`): `>= 0`. After `n` optimizer steps, `n` times the examples of a step over all processes.
+        """
+        if draw < 0:
+            raise ValueError(f"`draw` must not be negative, but got {draw}.")
+        self.epoch, self._position = divmod(int(draw), self.num_samples)
+        self._is_resuming = True
 
     def set_weights(
         self, weights: Mapping[str, float] | Sequence[float] | Any, *, first_draw: int | None = None
@@ -154,7 +191,8 @@ class DomainWeightedSampler(Sampler[int]):
         Use other weights from a draw on. Earlier draws, also those of the current epoch, stay as they are.
 
         A `DataLoader` takes rows ahead of the training step, by as much as its workers and prefetching allow. For a
-        stream that does not depend on that, give a `first_draw` that no loader has reached.
+        stream that does not depend on that, give a `first_draw` that no loader has reached; see
+        [`~hf_doge.sampling.prefetch.prefetch_lead`]. Every process has to do the same.
 
         Args:
             weights (as for the constructor):
@@ -163,9 +201,8 @@ class DomainWeightedSampler(Sampler[int]):
                 Number in the whole stream, epoch times `num_samples` plus position. Not before the draws handed out,
                 nor before the last weights began. Defaults to the next draw to hand out.
         """
-        next_draw = self.epoch * self.num_samples + self._position
-        first_draw = next_draw if first_draw is None else int(first_draw)
-        earliest = max(next_draw, self._schedule.pieces[-1].first_draw)
+        first_draw = self.next_draw if first_draw is None else int(first_draw)
+        earliest = max(self.next_draw, self._schedule.pieces[-1].first_draw)
         if first_draw < earliest:
             raise ValueError(
                 f"`first_draw` must be at least {earliest}, since the draws before are handed out or planned under the "
@@ -196,6 +233,15 @@ class DomainWeightedSampler(Sampler[int]):
     def domain_counts(self, draw: int) -> dict[str, int]:
         """How often each domain is drawn before `draw` of the whole stream."""
         return self._by_name(self._schedule.counts(draw))
+
+    def fingerprint(self) -> str:
+        """
+        Digest of all that the stream depends on, to the last bit, whatever the place in it.
+
+        Processes with different fingerprints would each train on a part of a stream of their own.
+        """
+        state = {name: value for name, value in self.state_dict().items() if name not in ("epoch", "position")}
+        return hashlib.blake2b(json.dumps([state, self.domains.fingerprint()]).encode(), digest_size=16).hexdigest()
 
     def state_dict(self) -> dict[str, Any]:
         """
@@ -264,7 +310,7 @@ class DomainWeightedSampler(Sampler[int]):
         refuse_empty_domains(shares, self.domains.sizes, self.domains.names)
         if self.max_epochs_per_domain is None:
             return shares
-        num_planned = round(self.num_epochs * self.num_samples)
+        num_planned = self.num_planned
         if first_draw >= num_planned:
             raise ValueError(
                 f"With `max_epochs_per_domain`, weights must begin within the {num_planned} planned draws, but got "

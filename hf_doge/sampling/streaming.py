@@ -1,11 +1,15 @@
 """Domains of the `datasets` library, drawn in given proportions into one dataset or one stream."""
 
 import copy
+import functools
+import logging
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import datasets
 import numpy as np
+import torch
 from datasets.iterable_dataset import _BaseExamplesIterable
 
 from hf_doge.sampling.domains import concatenate_domains, merge_domains, refuse_different_features
@@ -16,6 +20,9 @@ from hf_doge.sampling.weights import refuse_empty_domains, to_shares
 
 STOPPING_RULES = ("all_exhausted", "first_exhausted")
 _CHUNK = 2**10  # draws looked up at a time
+_STRIDE = 7919  # a prime, so that parts of a mixture keep out of step whatever the period of its domains
+
+logger = logging.getLogger(__name__)
 
 
 def interleave_domains(
@@ -35,17 +42,29 @@ def interleave_domains(
     Domains of weight 0 are never read.
 
     Datasets: rows of a domain come shuffled by the seed, without replacement until the domain is exhausted, and then
-    in a fresh shuffle. The result refers to the rows and copies none.
+    in a fresh shuffle. The result refers to the rows and copies none. A plain Trainer shuffles it once more: the
+    proportions then hold over an epoch, and in a batch on average.
 
     Streams: examples of a domain come in the order of its stream, so shuffle the streams if that matters. An exhausted
     domain is restarted as in its next epoch, as if by `set_epoch`. The result is an ordinary `IterableDataset`:
 
     - `state_dict` and `load_state_dict` are exact where those of the streams are: nothing is read ahead, and resuming
       reads none of the examples before. What `datasets` does not keep, the content of shuffle buffers, is refilled.
-    - With `DataLoader` workers, and over processes if `num_shards` allows, every worker mixes its own shards of each
-      domain in the given proportions. So `num_shards` is that of the domain with the fewest, `stopping` is decided by
-      each worker for itself, and `num_samples` is divided among them. Where `num_shards` does not allow it, `datasets`
-      lets each process read everything and keep its part.
+    - With `DataLoader` workers, and over processes where it is split by shards, every worker mixes its own shards of
+      each domain in the given proportions, each from another place of the schedule, so that they do not all draw the
+      same domain at a time; the counts of a part then differ from its share by less than two. So `num_shards` is that
+      of the domain with the fewest, `stopping` is decided by each part for itself, and `num_samples` is divided among
+      them: let it be a multiple of the global batch, or larger than the training needs.
+
+    On several processes, accelerate (and so the Trainer) reads a stream in one of three ways. No example reaches two
+    processes in any of them:
+
+    - by default (`dispatch_batches=None` or `True`) the main process reads for all and sends each its part;
+    - with `dispatch_batches=False`, and `num_shards` at least the number of processes, each reads shards of its own
+      (accelerate 1.14 or newer): the way to choose if reading is slow, best where every domain has a multiple of as
+      many shards as there are processes and workers;
+    - with `dispatch_batches=False` and fewer shards, or with `split_batches=True` besides, every process reads
+      everything and keeps its part. That is as much reading again as there are processes; it is warned of.
 
     Args:
         domains (mapping of `str` to `datasets.Dataset` or `datasets.IterableDataset`):
@@ -116,6 +135,18 @@ def interleave_domains(
     return datasets.IterableDataset(examples, info=datasets.DatasetInfo(features=examples.features))
 
 
+@functools.cache
+def warn_that_all_processes_read_everything() -> None:
+    """Warn on one process that would have no need to read this stream if it were split; once."""
+    num_processes = int(os.environ.get("WORLD_SIZE", 1))
+    if num_processes > 1 and os.environ.get("RANK") == "1":  # the main process reads where only one does
+        logger.warning(
+            f"Each of the {num_processes} processes reads the whole mixture to keep 1/{num_processes} of it, which is "
+            f"{num_processes} times the reading. Give every domain at least {num_processes} shards (files, or "
+            "`num_shards` of `to_iterable_dataset`) and leave `split_batches` off, or leave `dispatch_batches` on."
+        )
+
+
 class _InterleavedExamples(_BaseExamplesIterable):
     """What an `IterableDataset` iterates over: examples of several streams in the order of a schedule of draws."""
 
@@ -142,6 +173,8 @@ class _InterleavedExamples(_BaseExamplesIterable):
         self._num_samples = num_samples
         self._stopping = stopping
         self._domain_column = domain_column
+        self._first_draw, self._stride = 0, _STRIDE
+        self._is_part = False
         self._features = self._merge_features(streams)
         DrawSchedule(shares, draw=draw, seed=seed)  # refuses an unknown `draw` here rather than in a worker
 
@@ -190,11 +223,18 @@ class _InterleavedExamples(_BaseExamplesIterable):
             self._init_state_dict()
         state = self._state_dict
         schedule = DrawSchedule(self._shares, draw=self._draw, seed=self._seed)
+        counts_before = schedule.counts(self._first_draw)
         readers: list[Iterator[tuple[Any, dict[str, Any]]] | None] = [None] * len(self._streams)
+        num_chunks = 0
         while self._num_samples is None or state["draw"] < self._num_samples:
             start = state["draw"]
             stop = start + _CHUNK if self._num_samples is None else min(start + _CHUNK, self._num_samples)
-            domain_ids, ranks = schedule.draws(start, stop)
+            # Workers of a loader that the main process reads for all take a few batches too, and then wait for ever.
+            if not self._is_part and (torch.utils.data.get_worker_info() is None or num_chunks > 0):
+                warn_that_all_processes_read_everything()
+            num_chunks += 1
+            domain_ids, ranks = schedule.draws(self._first_draw + start, self._first_draw + stop)
+            ranks = ranks - counts_before[domain_ids]
             for domain, rank in zip(domain_ids.tolist(), ranks.tolist(), strict=True):
                 if readers[domain] is None:
                     readers[domain] = self._open(domain, state)
@@ -251,11 +291,16 @@ class _InterleavedExamples(_BaseExamplesIterable):
         return shuffled
 
     def shard_data_sources(self, num_shards: int, index: int, contiguous: bool = True) -> "_InterleavedExamples":
-        """The mixture of one shard of each stream, with its part of `num_samples` and, for `"iid"`, its own draws."""
+        """The mixture of one shard of each stream, with its part of `num_samples` and its own place or draws."""
         num_shards = min(num_shards, self.num_shards)
         shard = copy.copy(self)
         if num_shards == 1:
             return shard
+        shard._is_part = True
+        if self._draw == "quota":
+            # Processes split into workers: the strides of the two levels differ, so no two parts have one place.
+            shard._first_draw = self._first_draw + index * self._stride
+            shard._stride = self._stride * _STRIDE
         shard._streams = [
             stream.shard(num_shards=num_shards, index=index, contiguous=contiguous) for stream in self._streams
         ]

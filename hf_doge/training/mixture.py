@@ -1,16 +1,26 @@
 """Training any model on data drawn by domain weights: [`DomainWeightedTrainer`] and the mixin behind it."""
 
+import json
 from collections.abc import Mapping
 from math import ceil
+from pathlib import Path
 from typing import Any
 
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
+from torch.utils.data import DataLoader
 from transformers import Trainer
+from transformers.trainer_utils import get_last_checkpoint
 
 from hf_doge.artifacts.domain_weights import DomainWeights
 from hf_doge.sampling.domains import DomainIndex, merge_domains
 from hf_doge.sampling.sampler import DomainWeightedSampler
-from hf_doge.training.sampler_guard import SamplerGuardCallback
+from hf_doge.sampling.streaming import interleave_domains, warn_that_all_processes_read_everything
+from hf_doge.sampling.weights import to_shares
+from hf_doge.training.global_batch import examples_per_step
+from hf_doge.training.sampler_guard import SamplerGuardCallback, StreamGuardCallback
+
+SAMPLER_FILE = "domain_sampler.json"  # in a checkpoint
+_ENDLESS = 2**62  # examples of a stream that the training ends, not the data
 
 
 class DomainWeightedMixin:
@@ -19,22 +29,36 @@ class DomainWeightedMixin:
 
     Put it before the trainer it changes: `class MySFTTrainer(DomainWeightedMixin, SFTTrainer): ...`.
 
+    On several processes (`accelerate launch`, `torchrun`), all together train on exactly the rows that one process
+    would train on with the same global batch, in the same order, whatever `even_batches`, `split_batches`,
+    `dispatch_batches` and the workers are: an epoch is the number of rows, rounded up to whole optimizer steps. A
+    checkpoint can be resumed on another number of processes, or with other accumulation, as long as the examples of an
+    optimizer step stay the same number. Weights that differ between processes are refused at train begin.
+
+    A dict of streams (`IterableDataset`) is mixed by [`interleave_domains`], which tells how processes and workers
+    share a stream. The mixture has no end, so set `max_steps`. Resuming is exact, but by the Trainer's way: what was
+    trained on is read again and thrown away. Streams get no domain column, and how often they were repeated is not
+    known.
+
     Args:
         model (`PreTrainedModel` or `torch.nn.Module`): The model to train.
         args (`TrainingArguments`): Its training arguments.
-        train_dataset (`datasets.Dataset`, `datasets.DatasetDict` or `dict[str, datasets.Dataset]`):
-            One dataset with a column `domain_column`, or one dataset per domain.
+        train_dataset (`datasets.Dataset`, or mapping of `str` to `datasets.Dataset` or `datasets.IterableDataset`):
+            One dataset with a column `domain_column`, one dataset per domain, or one stream per domain.
         domain_weights (`DomainWeights` or `dict[str, float]`): Share of the drawn examples by domain.
         domain_column (`str`): Column that names each example's domain. `remove_unused_columns`, on by default,
-            keeps it from the model.
+            keeps it from the model. Not used for streams.
         max_epochs_per_domain (`float`, *optional*): Most times that a domain may be repeated over the whole run; what
-            exceeds it goes to the other domains, and is logged.
+            exceeds it goes to the other domains, and is logged. Not for streams.
         draw (`str`): `"quota"` (low variance) or `"iid"` (as in the paper).
         kwargs: Everything else the trainer takes.
 
+    Attributes:
+        domain_sampler ([`DomainWeightedSampler`] or `None`): What the rows are drawn by; `None` for streams.
+
     Raises:
-        `ValueError`: if weights and data do not name the same domains, or the trainer's preprocessing (packing, say)
-            dropped the domain column.
+        `ValueError`: if weights and data do not name the same domains, the trainer's preprocessing (packing, say)
+            dropped the domain column, or a run is resumed with another stream or batch than it was saved with.
     """
 
     def __init__(
@@ -42,7 +66,7 @@ class DomainWeightedMixin:
         model: Any = None,
         args: Any = None,
         *,
-        train_dataset: Dataset | Mapping[str, Dataset],
+        train_dataset: Dataset | Mapping[str, Dataset] | Mapping[str, IterableDataset],
         domain_weights: DomainWeights | Mapping[str, float],
         domain_column: str = "domain",
         max_epochs_per_domain: float | None = None,
@@ -51,9 +75,9 @@ class DomainWeightedMixin:
     ) -> None:
         if not isinstance(train_dataset, (Dataset, Mapping)):
             raise ValueError(
-                "`train_dataset` must be a `datasets.Dataset` or a dict of them, but got "
-                f"{type(train_dataset).__name__}. For streaming data pass `interleave_domains(datasets, weights)` to a "
-                "plain Trainer."
+                "`train_dataset` must be a `datasets.Dataset` or a dict of datasets or streams, but got "
+                f"{type(train_dataset).__name__}, whose domains cannot be drawn from one by one. Pass a dict with one "
+                "stream per domain, or pass `interleave_domains(datasets, weights)` to a plain Trainer."
             )
         if getattr(args, "auto_find_batch_size", False):
             raise ValueError(
@@ -61,6 +85,23 @@ class DomainWeightedMixin:
             )
         if getattr(args, "train_sampling_strategy", "random") != "random" or getattr(args, "group_by_length", False):
             raise ValueError("The order is drawn by the weights, so `group_by_length` and the like must be off.")
+        self.domain_sampler = None
+        if isinstance(train_dataset, Mapping) and any(isinstance(d, IterableDataset) for d in train_dataset.values()):
+            if max_epochs_per_domain is not None:
+                raise ValueError(
+                    "The length of a stream is not known, so `max_epochs_per_domain` must be unset for streams, but "
+                    f"got {max_epochs_per_domain}. Lower the weights of the small domains instead."
+                )
+            if getattr(args, "max_steps", -1) <= 0:
+                raise ValueError("A mixture of streams has no end, so `max_steps` must be positive. Set it.")
+            seed = args.seed if args.data_seed is None else args.data_seed
+            mixed = interleave_domains(train_dataset, domain_weights, seed=seed, draw=draw, num_samples=_ENDLESS)
+            super().__init__(model=model, args=args, train_dataset=mixed, **kwargs)
+            self._warn_of_reading_everything(mixed)
+            names = list(train_dataset)
+            weights = dict(zip(names, to_shares(domain_weights, names).tolist(), strict=True))
+            self.add_callback(StreamGuardCallback({"seed": seed, "draw": draw, "domains": names}, weights))
+            return
         merged, _ = merge_domains(train_dataset, domain_column)
         super().__init__(model=model, args=args, train_dataset=merged, **kwargs)
         prepared = self.train_dataset
@@ -82,9 +123,9 @@ class DomainWeightedMixin:
         draw: str,
     ) -> DomainWeightedSampler:
         args = self.args
-        batch_size = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-        num_samples = ceil(len(self.train_dataset) / batch_size) * batch_size  # whole batches on every process
-        num_epochs = args.max_steps * batch_size / num_samples if args.max_steps > 0 else args.num_train_epochs
+        step_size = examples_per_step(args)
+        num_samples = ceil(len(self.train_dataset) / step_size) * step_size  # whole batches on every process
+        num_epochs = args.max_steps * step_size / num_samples if args.max_steps > 0 else args.num_train_epochs
         return DomainWeightedSampler(
             domains,
             domain_weights,
@@ -95,8 +136,60 @@ class DomainWeightedMixin:
             max_epochs_per_domain=max_epochs_per_domain,
         )
 
+    def _warn_of_reading_everything(self, mixed: IterableDataset) -> None:
+        config, num_processes = self.args.accelerator_config, self.args.world_size
+        if config.dispatch_batches is False and (mixed.num_shards < num_processes or config.split_batches):
+            warn_that_all_processes_read_everything()
+
+    def get_train_dataloader(self) -> DataLoader:
+        """As `Trainer.get_train_dataloader`."""
+        # transformers 5.0 takes the size of the checkpoint, which on another number of processes is another batch
+        self._train_batch_size = self.args.train_batch_size
+        return super().get_train_dataloader()
+
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> DomainWeightedSampler:
         return self.domain_sampler
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """As `Trainer.train`; a resumed run goes on under the weights of the checkpoint, also those set on the way."""
+        if resume_from_checkpoint and self.domain_sampler is not None:
+            folder = resume_from_checkpoint
+            folder = get_last_checkpoint(self.args.output_dir) if folder is True else folder
+            if folder is not None and (Path(folder) / SAMPLER_FILE).exists():  # else it is the Trainer's to complain
+                self._load_sampler(Path(folder))
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the model; in a checkpoint, also what the stream of examples depends on."""
+        super().save_model(output_dir, _internal_call)
+        is_checkpoint = _internal_call and output_dir is not None  # `push_to_hub` names no folder
+        if is_checkpoint and self.args.should_save and self.domain_sampler is not None:
+            sampler, step_size = self.domain_sampler, examples_per_step(self.args)
+            epoch, position = divmod(self.state.global_step * step_size, sampler.num_samples)
+            # The sampler's own place is ahead of the training step, as far as its DataLoader is.
+            state = {**sampler.state_dict(), "epoch": epoch, "position": position, "examples_per_step": step_size}
+            (Path(output_dir) / SAMPLER_FILE).write_text(
+                json.dumps(state, indent=2)
+            )  # unsorted: domains have an order
+
+    def _load_sampler(self, checkpoint: Path) -> None:
+        """Take up the weights of a checkpoint, after a look at whether it is of the same stream."""
+        state, step_size = json.loads((checkpoint / SAMPLER_FILE).read_text()), examples_per_step(self.args)
+        if state["examples_per_step"] != step_size:
+            raise ValueError(
+                "A run must go on with as many examples a step as it began with, or it would skip some and repeat "
+                f"others, but {checkpoint} has {state['examples_per_step']} and these arguments make it {step_size}. "
+                "Set batch size, accumulation and number of processes so that the product is the same."
+            )
+        first, own = state["schedule"][0]["weights"], self.domain_sampler.state_dict()["schedule"][0]["weights"]
+        if first.keys() == own.keys() and first != own:
+            raise ValueError(
+                f"A run must go on under the weights it began with, but {checkpoint} began with {first} and this "
+                f"trainer has {own}, after `max_epochs_per_domain`. Give it the same, or start a new run from the "
+                "model of that checkpoint."
+            )
+        # The Trainer skips to the place inside the epoch by itself.
+        self.domain_sampler.load_state_dict({**state, "position": 0})
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Add how often each domain has been repeated to the training logs."""
@@ -105,10 +198,11 @@ class DomainWeightedMixin:
         super().log(logs, *args, **kwargs)
 
     def get_domain_epochs(self) -> dict[str, float]:
-        """How often each domain has been gone through so far, by name."""
-        args, domains = self.args, self.domain_sampler.domains
-        batch_size = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-        counts = self.domain_sampler.domain_counts(self.state.global_step * batch_size)
+        """How often each domain has been gone through so far, by name; empty for streams, whose length is unknown."""
+        if self.domain_sampler is None:
+            return {}
+        domains = self.domain_sampler.domains
+        counts = self.domain_sampler.domain_counts(self.state.global_step * examples_per_step(self.args))
         return {name: counts[name] / int(size) for name, size in zip(domains.names, domains.sizes, strict=True)}
 
 
