@@ -12,6 +12,7 @@ from trl import SFTConfig, SFTTrainer
 
 from hf_doge.training.config import DoGEConfig
 from hf_doge.training.trainer import DoGEMixin, DoGETrainer
+from tests.launch import end_process_group
 from tests.tiny import language_model_rows, tiny_gpt2, tiny_llama, tiny_tokenizer
 
 GLOBAL_BATCH = 16
@@ -127,3 +128,4 @@ def main(folder, num_processes, micro_batch, resume):
 if __name__ == "__main__":
     for job in json.loads(sys.argv[1]):
         main(**job)
+    end_process_group()
