@@ -493,7 +493,7 @@ def test_the_choice_of_alignment_follows_the_budget_and_is_logged(tmp_path, capl
     with caplog.at_level(logging.INFO, logger="hf_doge"):
         for options in ({}, {"gradient_memory_budget": 1e-6}):
             trainer = DoGETrainer(tiny_llama(), config(tmp_path, **options), train_dataset=three_domains())
-            plain.append(type(trainer._alignment.plain).__name__)
+            plain.append(type(trainer._learner.alignment.plain).__name__)
     lines = [record.getMessage() for record in caplog.records if record.getMessage().startswith("Alignment")]
     assert [line.partition(" (")[0] for line in lines] == ["Alignment: single_pass"] * 2
     assert "3 domains takes" in lines[1]

@@ -128,7 +128,7 @@ def test_one_backward_equals_one_per_domain_in_float64(tmp_path, kind, with_targ
         tmp_path, make_model(dtype=torch.float64), domains, alignment="single_pass", **options, **budget
     )
     assert_close(found, expected, tolerance=1e-10)
-    assert not trainer._alignment._step_is_plain
+    assert not trainer._learner.alignment._step_is_plain
 
 
 @pytest.mark.parametrize("kept", ["dense", "factors"])
@@ -141,7 +141,7 @@ def test_one_backward_equals_one_per_domain_in_float32(tmp_path, make_model, kep
     _, expected = take_step(tmp_path, make_model(), domains, alignment="per_domain")
     trainer, found = take_step(tmp_path, make_model(), domains, alignment="single_pass", **budget)
     assert_close(found, expected, tolerance=1e-5)
-    assert not trainer._alignment._step_is_plain
+    assert not trainer._learner.alignment._step_is_plain
 
 
 @pytest.mark.parametrize(
@@ -164,7 +164,7 @@ def test_every_option_gives_the_same_numbers(tmp_path, make_model, options):
     _, expected = take_step(tmp_path, make_model(), domains, alignment="per_domain", **options)
     trainer, found = take_step(tmp_path, make_model(), domains, alignment="single_pass", **options)
     assert_close(found, expected, tolerance=1e-2 if "bf16" in options else 1e-5)
-    assert not trainer._alignment._step_is_plain
+    assert not trainer._learner.alignment._step_is_plain
 
 
 @pytest.mark.parametrize("make_model", [tiny_llama, tiny_gpt2, tiny_gemma])
@@ -173,7 +173,7 @@ def test_checkpointed_layers_give_the_same_numbers(tmp_path, make_model):
     options = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
     trainer, found = take_step(tmp_path, make_model(), three_domains(), alignment="single_pass", **options)
     assert_close(found, expected, tolerance=1e-5)
-    assert not trainer._alignment._step_is_plain
+    assert not trainer._learner.alignment._step_is_plain
 
 
 def test_an_absent_domain_keeps_its_share_and_a_nan_is_left_out(tmp_path):
@@ -201,10 +201,10 @@ def test_a_step_with_a_loss_that_is_not_a_number_goes_the_plain_way_once(tmp_pat
     domains = three_domains()
     options = {"max_steps": 3, "loss_func": loss_func}
     trainer, found = take_step(tmp_path, tiny_llama(), domains, alignment="single_pass", **options)
-    assert trainer._learning.nonfinite_steps == 1
+    assert trainer._learner.state.nonfinite_steps == 1
     assert found["step"].isfinite().all()
-    assert not trainer._alignment._is_plain
-    assert not trainer._alignment._step_is_plain
+    assert not trainer._learner.alignment._is_plain
+    assert not trainer._learner.alignment._step_is_plain
     assert num_calls.count(4) >= 3  # the second step, domain by domain
 
 
@@ -286,4 +286,4 @@ def test_a_thousand_domains_run(tmp_path):
     weights = found["weights"][0]
     assert weights.sum() == pytest.approx(1)
     assert len(weights.unique()) > 900
-    assert not trainer._alignment._step_is_plain
+    assert not trainer._learner.alignment._step_is_plain

@@ -142,6 +142,9 @@ class DomainAlignment(Protocol):
             the others.
         """
 
+    def forget(self) -> None:
+        """Drop what is kept for [`write_gradient`], which is not going to be called."""
+
 
 class BackwardAlignment:
     """
@@ -205,6 +208,9 @@ class BackwardAlignment:
                 losses[domain] = source.backward(domain, weight=float(coefficients[domain])).double()
         self._sum_over_processes_in_place()
         return self._sum_numbers(losses)
+
+    def forget(self) -> None:
+        pass  # nothing is kept
 
     @property
     def _sums_each_domain(self) -> bool:
@@ -325,6 +331,9 @@ class PerDomainAlignment(BackwardAlignment):
         if domain not in self._kept:
             self._kept[domain] = super()._domain_gradient(source, domain, alignment)
         return self._kept[domain]
+
+    def forget(self) -> None:
+        self._kept = {}
 
     def write_gradient(self, source: GradientSource, coefficients: Tensor) -> None:
         total: Gradient = [None] * len(self.parameters)

@@ -93,6 +93,10 @@ class SinglePassAlignment(BackwardAlignment):
         for parameter, gradient in zip(self.parameters, total, strict=True):
             parameter.grad = gradient
 
+    def forget(self) -> None:
+        self._stores = []  # with their memory: the next alignment may be many steps away
+        self.plain.forget()
+
     def write_weighted_gradient(self, source: GradientSource, coefficients: Tensor) -> Tensor:
         """Between two updates of the weights: one ordinary step on the weighted loss."""
         if not self._is_plain:

@@ -118,6 +118,15 @@ class DomainWeightedSampler(Sampler[int]):
         """Number, in the whole stream, of the next draw to hand out. A `DataLoader` has taken those before."""
         return self.epoch * self.num_samples + self._position
 
+    @property
+    def num_planned(self) -> int:
+        """Draws in `num_epochs`, over which `max_epochs_per_domain` counts."""
+        return round(self.num_epochs * self.num_samples)
+
+    def weights_at(self, draw: int) -> dict[str, float]:
+        """The weights that `draw` of the whole stream is drawn by, summing to 1."""
+        return self._by_name(self._schedule.piece_at(draw).shares)
+
     def __len__(self) -> int:
         return self.num_samples
 
@@ -301,7 +310,7 @@ class DomainWeightedSampler(Sampler[int]):
         refuse_empty_domains(shares, self.domains.sizes, self.domains.names)
         if self.max_epochs_per_domain is None:
             return shares
-        num_planned = round(self.num_epochs * self.num_samples)
+        num_planned = self.num_planned
         if first_draw >= num_planned:
             raise ValueError(
                 f"With `max_epochs_per_domain`, weights must begin within the {num_planned} planned draws, but got "

@@ -83,6 +83,10 @@ class DrawSchedule:
                 ranks[first - start : end - start] = ranks_in_piece + piece.counts[domains]
         return domain_ids, ranks
 
+    def piece_at(self, draw: int) -> Piece:
+        """The stretch that a draw is in."""
+        return next(piece for piece in reversed(self.pieces) if piece.first_draw <= draw)
+
     def counts(self, draw: int) -> np.ndarray:
         """How often each domain is drawn before `draw`: `int64` of shape `(num_domains,)`."""
         number = max(number for number, piece in enumerate(self.pieces) if piece.first_draw <= draw)

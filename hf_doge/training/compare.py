@@ -23,6 +23,7 @@ from transformers import (
 from hf_doge._version import __version__
 from hf_doge.artifacts.domain_weights import DomainWeights
 from hf_doge.evaluation.comparison import Comparison, MixtureRun
+from hf_doge.training.global_batch import examples_per_step
 from hf_doge.training.mixture import DomainWeightedTrainer
 
 logger = logging.getLogger(__name__)
@@ -136,14 +137,14 @@ def _train(
         trainer.remove_callback(callback)  # one bar over all runs instead
     trainer.train()
     metrics = trainer.evaluate()
-    examples_per_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    step_size = examples_per_step(args)
     return MixtureRun(
         mixture=mixture,
         seed=args.seed,
         weights=dict(domain_weights),
         losses={name: metrics[f"eval_{name}_loss"] for name in eval_dataset},
         epochs=trainer.get_domain_epochs(),
-        train_tokens=trainer.state.global_step * examples_per_step * tokens_per_example,
+        train_tokens=trainer.state.global_step * step_size * tokens_per_example,
     )
 
 

@@ -9,6 +9,7 @@ from transformers import TrainingArguments
 
 from hf_doge.functional.doge import NORMALIZATIONS
 
+MODES = ("proxy", "online")
 RECIPES = ("paper", "official")
 ALIGNMENTS = ("auto", "single_pass", "per_domain", "streamed")
 _OPTIONAL_NUMBERS = ("score_min", "score_max", "domain_max_grad_norm", "per_device_target_batch_size")
@@ -117,6 +118,27 @@ class DoGEConfig(TrainingArguments):
     reweight_steps: int = field(
         default=1, metadata={"help": "Update the weights every this many optimizer steps. Must be >= 1."}
     )
+    mode: str = field(
+        default="proxy",
+        metadata={
+            "help": "'proxy' (the paper): every step sees every domain and the weights scale the loss. 'online': the weights "
+            "draw the examples of an ordinary training and are updated every `reweight_steps` on examples of their own."
+        },
+    )
+    sampler_lag_steps: int | None = field(
+        default=None,
+        metadata={
+            "help": "Online mode: steps from an update of the weights to the first examples drawn by them; at least as many "
+            "as the DataLoader runs ahead. Default: `reweight_steps`."
+        },
+    )
+    lagged_update: bool = field(
+        default=False,
+        metadata={
+            "help": "Step the model with the weights before the update instead of those after it (the paper steps with the "
+            "new ones). For comparison with methods that do so; it saves no time here."
+        },
+    )
     alignment: str = field(
         default="auto",
         metadata={
@@ -156,6 +178,7 @@ class DoGEConfig(TrainingArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        _require_choice("mode", self.mode, MODES)
         _require_choice("recipe", self.recipe, RECIPES)
         _require_choice("alignment", self.alignment, ALIGNMENTS)
         if self.normalization is not None:
@@ -182,6 +205,14 @@ class DoGEConfig(TrainingArguments):
                 raise ValueError(f"`{name}` must be at least 1, but got {getattr(self, name)}.")
         if self.burn_in_steps < 0:
             raise ValueError(f"`burn_in_steps` must not be negative, but got {self.burn_in_steps}.")
+        if self.sampler_lag_steps is None:
+            self.sampler_lag_steps = self.reweight_steps
+        if not isinstance(self.sampler_lag_steps, int) or self.sampler_lag_steps < 1:
+            raise ValueError(
+                f"`sampler_lag_steps` must be a whole number of at least 1, but got {self.sampler_lag_steps!r}."
+            )
+        if self.is_online and self.lagged_update:
+            raise ValueError("`lagged_update` is of the mode 'proxy'; in 'online' mode see `sampler_lag_steps`.")
         if self.per_device_target_batch_size is not None and self.per_device_target_batch_size < 1:
             raise ValueError(
                 f"`per_device_target_batch_size` must be at least 1, but got {self.per_device_target_batch_size}."
@@ -195,6 +226,11 @@ class DoGEConfig(TrainingArguments):
                 raise ValueError(
                     f"`alignment_parameters` must be a regular expression, but got {self.alignment_parameters!r}: {error}."
                 ) from error
+
+    @property
+    def is_online(self) -> bool:
+        """Whether the weights draw the examples, rather than scale the loss."""
+        return self.mode == "online"
 
     def get_recipe(self) -> Recipe:
         """The ingredients in force: the recipe's, where none was given beside it."""

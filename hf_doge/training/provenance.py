@@ -16,6 +16,7 @@ from transformers import Trainer
 import hf_doge
 from hf_doge._version import __version__
 from hf_doge.sampling.domains import DomainIndex
+from hf_doge.training.global_batch import examples_per_step
 
 LIBRARIES = ("torch", "transformers", "accelerate", "datasets", "huggingface_hub")
 
@@ -77,7 +78,7 @@ def describe_run(trainer: Trainer) -> dict[str, Any]:
         "training": {
             "max_steps": trainer.state.max_steps,
             "global_step": trainer.state.global_step,
-            "train_batch_size": trainer.args.train_batch_size * trainer.args.gradient_accumulation_steps,
+            "train_batch_size": examples_per_step(trainer.args),
             "learning_rate": trainer.args.learning_rate,
             "lr_scheduler_type": str(trainer.args.lr_scheduler_type.value),
             "seed": trainer.args.seed,

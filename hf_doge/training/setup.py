@@ -37,6 +37,10 @@ def refuse_unsupported(args: DoGEConfig, train_dataset: Any, *, has_target: bool
         "DataParallel over several GPUs": (args.n_gpu > 1, "Set CUDA_VISIBLE_DEVICES to one GPU."),
         "DeepSpeed": (args.deepspeed is not None, "Leave `deepspeed` unset."),
         "FSDP": (bool(args.fsdp), "Leave `fsdp` unset."),
+        "tensor, context or sequence parallelism": (
+            getattr(args, "parallelism_config", None) is not None,
+            "Leave `parallelism_config` unset: DDP over all processes is supported.",
+        ),
         "fp16 loss scaling": (args.fp16, "Use `bf16=True` or full precision."),
         "`auto_find_batch_size`": (args.auto_find_batch_size, "Set `per_device_train_batch_size` yourself."),
         "optimizers that step inside the backward pass": (

@@ -1,9 +1,7 @@
-"""Learning domain weights with a proxy model: [`DoGETrainer`]."""
+"""Learning domain weights: [`DoGETrainer`], and the mixin behind it."""
 
 import time
-import zlib
 from collections.abc import Mapping
-from functools import cached_property
 from math import ceil
 from pathlib import Path
 from typing import Any
@@ -14,40 +12,51 @@ from torch import Tensor, nn
 from transformers import Trainer
 
 from hf_doge.artifacts.domain_weights import DomainWeights
-from hf_doge.functional.doge import clamp_scores, normalize_scores, update_domain_weights
-from hf_doge.gradients.alignment import Alignment, DomainAlignment, RandomReplay
-from hf_doge.gradients.reduction import Reduction
 from hf_doge.sampling.domains import merge_domains
-from hf_doge.sampling.sampler import DomainWeightedSampler
 from hf_doge.training.checkpoints import resolve_checkpoint
 from hf_doge.training.collator import DOMAIN_IDS, DomainCollator, DomainLookup
 from hf_doge.training.config import DoGEConfig
-from hf_doge.training.domain_loss import DomainLoss
-from hf_doge.training.learning_state import LearningState, TrajectoryPoint
-from hf_doge.training.metrics import DomainMetrics
-from hf_doge.training.provenance import describe_domains, describe_run
-from hf_doge.training.sampler_guard import SamplerGuardCallback
-from hf_doge.training.setup import choose_alignment, refuse_unsupported, weights_in_order
-from hf_doge.training.step_gradients import MicroBatch, StepGradients
-from hf_doge.training.target_batches import TargetBatches
+from hf_doge.training.domain_batches import DomainBatches, TargetBatches
+from hf_doge.training.global_batch import examples_per_step, loader_lead
+from hf_doge.training.learner import DomainLearner
+from hf_doge.training.mixture import DomainWeightedMixin
+from hf_doge.training.setup import refuse_unsupported, weights_in_order
+from hf_doge.training.step_gradients import StepGradients
 
 DOMAIN_WEIGHTS_FOLDER = "domain_weights"
 
 
-class DoGETrainer(Trainer):
+class DoGEMixin(DomainWeightedMixin):
     """
-    A `Trainer` that learns domain weights while it trains a proxy model, by DoGE
-    (https://huggingface.co/papers/2310.15393, Algorithms 1 and 2).
+    Makes a `Trainer` learn domain weights while it trains, by DoGE (https://huggingface.co/papers/2310.15393,
+    Algorithms 1 and 2). Put it before the trainer it changes, and `DoGEConfig` before its arguments:
 
-    Every optimizer step draws the same number of examples from every domain, compares each domain's gradient `g_j` with
-    the target's, updates the weights by `alpha_j *= exp(lr * <g_j, G> / mu)`, and steps the model with
-    `sum_j alpha_j g_j`, the new weights. `g_j` is the gradient of the domain's mean loss over its own tokens of the
-    whole step, over all micro-batches. Departures from the paper, where one is not asked for in the arguments: none in
-    the formulas; a domain without a token in a step keeps its share and the others step the model in proportion.
+    ```python
+    class DoGESFTTrainer(DoGEMixin, SFTTrainer): ...
+    @dataclass
+    class DoGESFTConfig(DoGEConfig, SFTConfig): ...
+    ```
+
+    `args.mode="proxy"`, the paper's: every optimizer step draws the same number of examples from every domain, compares
+    each domain's gradient `g_j` with the target's, updates the weights by `alpha_j *= exp(lr * <g_j, G> / mu)`, and steps
+    the model with `sum_j alpha_j g_j`, the new weights. `g_j` is the gradient of the domain's mean loss over its own tokens
+    of the whole step, over all micro-batches and processes. Departures from the paper, where one is not asked for in the
+    arguments: none in the formulas; a domain without a token in a step keeps its share and the others step the model in
+    proportion.
+
+    `args.mode="online"`, ours, after the authors' later work (DGA, https://huggingface.co/papers/2410.02498; GRAPE): no
+    proxy. The model itself is trained by ordinary steps on examples that the weights draw. Every `args.reweight_steps`
+    steps the gradients of extra examples, as many of every domain, are compared with the target's and the weights are
+    updated; those examples move the weights and not the model. Weights learned before step `s` draw the examples from step
+    `s + args.sampler_lag_steps` on, whatever the DataLoader has taken ahead, so that the stream of examples is the same
+    with any number of workers and processes, and after a resume.
+
+    On several processes (DDP, `accelerate launch`) the weights, equal to the bit on all of them, and the steps are those
+    of one process with the same global batch, up to rounding. A checkpoint resumes on another number of processes.
 
     Args:
-        model (`PreTrainedModel` or `torch.nn.Module`): The proxy model. It is discarded after: train another one with
-            the learned weights.
+        model (`PreTrainedModel` or `torch.nn.Module`): The proxy model, which is discarded after: train another one with
+            the learned weights. In online mode, the model to train.
         args (`DoGEConfig`): The training arguments.
         train_dataset (`datasets.Dataset`, `datasets.DatasetDict` or `dict[str, datasets.Dataset]`):
             One dataset with a column `args.domain_column`, or one dataset per domain.
@@ -56,11 +65,12 @@ class DoGETrainer(Trainer):
             never trained on it. `None` means the training domains themselves (universal generalization).
         target_weights (`dict[str, float]`, *optional*): How much each target counts; all 1 by default.
         initial_weights (`DomainWeights` or `dict[str, float]`, *optional*): alpha_0; uniform by default.
-        kwargs: Everything else a `Trainer` takes.
+        max_epochs_per_domain (`float`, *optional*): Online mode: most times that a domain may be repeated.
+        kwargs: Everything else the trainer takes.
 
     Raises:
-        `ValueError`: for combinations that would give wrong weights (several processes, fp16, ...) and for data, names
-            or weights that do not fit together; the message says what to do.
+        `ValueError`: for combinations that would give wrong weights (FSDP, fp16, ...) and for data, names or weights that
+            do not fit together; the message says what to do.
     """
 
     def __init__(
@@ -72,269 +82,189 @@ class DoGETrainer(Trainer):
         target_dataset: Dataset | Mapping[str, Dataset] | None = None,
         target_weights: Mapping[str, float] | None = None,
         initial_weights: DomainWeights | Mapping[str, float] | None = None,
+        max_epochs_per_domain: float | None = None,
         **kwargs: Any,
     ) -> None:
         refuse_unsupported(args, train_dataset, has_target=target_dataset is not None)
-        train_dataset, self._domains = merge_domains(train_dataset, args.domain_column)
-        names = self._domains.names
-        batch_size = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-        if batch_size < len(names):
+        train_dataset, domains = merge_domains(train_dataset, args.domain_column)
+        names, batch_size = domains.names, examples_per_step(args)
+        if batch_size < len(names) and not args.is_online:
             raise ValueError(
                 f"Every step must hold every domain, but {batch_size} examples a step cannot hold {len(names)} domains. "
                 "Raise `per_device_train_batch_size`, `gradient_accumulation_steps` or the number of processes."
             )
-        super().__init__(model, args, train_dataset=train_dataset, **kwargs)
-
-        self.recipe = args.get_recipe()
-        seed = args.seed if args.data_seed is None else args.data_seed
-        self.data_collator = DomainCollator(
-            self.data_collator,
-            args.domain_column,
-            DomainLookup(train_dataset.features[args.domain_column], names),
-            seed=seed,
-        )
-        self._sampler = DomainWeightedSampler(
-            self._domains,
-            dict.fromkeys(names, 1.0),
-            num_samples=ceil(len(train_dataset) / batch_size) * batch_size,
-            seed=seed,
-        )
-        self.add_callback(SamplerGuardCallback(self._sampler))
-        self._targets = None
-        if target_dataset is not None:
-            self._targets = TargetBatches(
-                target_dataset,
-                target_weights,
-                examples_per_target=args.per_device_target_batch_size or ceil(batch_size / len(names)),
-                batch_size=args.train_batch_size,
-                seed=seed,
+        if max_epochs_per_domain is not None and not args.is_online:
+            raise ValueError(
+                "A proxy sees the same number of examples of every domain, so `max_epochs_per_domain` must be unset, but got "
+                f"{max_epochs_per_domain}. Cap the epochs where the learned weights are used, or set `mode='online'`."
             )
-        self._reduction = Reduction()
-        self._trained_parameters: list[int] = []
-        self._alignment = self._get_alignment()
-        self._initial_weights = weights_in_order(initial_weights, names)
-        self._learning = LearningState.fresh(names, self._initial_weights)
-        self._metrics = DomainMetrics(names)
-        self._domain_loss = DomainLoss(self)
+        first_weights = weights_in_order(initial_weights if args.is_online else None, names)
+        super().__init__(
+            model,
+            args,
+            train_dataset=train_dataset,
+            domain_weights=dict(zip(names, first_weights.tolist(), strict=True)),
+            domain_column=args.domain_column,
+            max_epochs_per_domain=max_epochs_per_domain,
+            **kwargs,
+        )
+        seed = args.seed if args.data_seed is None else args.data_seed
+        lookup = DomainLookup(self.train_dataset.features[args.domain_column], names)
+        self.data_collator = DomainCollator(self.data_collator, args.domain_column, lookup, seed=seed)
+        share = ceil(batch_size / len(names))
+        pieces = {"batch_size": args.train_batch_size}
+        self._alignment_batches = self._targets = None
+        if args.is_online:
+            self._refuse_short_lag()
+            self._alignment_batches = DomainBatches(
+                self.train_dataset, self.domain_sampler.domains, examples_per_domain=share, seed=seed + 1, **pieces
+            )
+        if target_dataset is not None:
+            share = args.per_device_target_batch_size or share
+            self._targets = TargetBatches(
+                target_dataset, target_weights, examples_per_domain=share, seed=seed, **pieces
+            )
+        self._learner = DomainLearner(
+            self,
+            self.domain_sampler.domains,
+            target_weights=None if self._targets is None else self._targets.weights,
+            initial_weights=initial_weights,
+        )
         self._micro_batches: list[dict[str, Any]] = []
 
     @property
     def domain_weights(self) -> DomainWeights:
         """What has been learned so far: mean and last weights, trajectory, recipe and provenance."""
-        state = self._learning
-        return DomainWeights(
-            dict(zip(state.names, state.mean.tolist(), strict=True)),
-            last=dict(zip(state.names, state.weights.tolist(), strict=True)),
-            trajectory=state.trajectory,
-            recipe={**self.recipe.to_dict(), "arguments": self.args.get_doge_arguments()},
-            domains=self._described_domains,
-            metadata=describe_run(self),
-        )
-
-    @property
-    def _identity(self) -> dict[str, Any]:
-        """What a resumed run must share with the one that wrote the checkpoint, or its artifact would lie."""
-        sizes = dict(zip(self._domains.names, self._domains.sizes.tolist(), strict=True))
-        return {"recipe": self.recipe.to_dict(), "num_rows": sizes, "seed": self._sampler.seed}
-
-    @cached_property
-    def _described_domains(self) -> dict[str, dict[str, Any]]:
-        return describe_domains(self.train_dataset, self._domains)
+        return self._learner.to_domain_weights()
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """As `Trainer.train`; `resume_from_checkpoint=True` takes the last checkpoint that was written whole."""
         checkpoint = resolve_checkpoint(resume_from_checkpoint, self.args.output_dir)
-        names = self._domains.names
-        if checkpoint is None:
-            self._learning = LearningState.fresh(names, self._initial_weights)
-        else:
-            self._learning = LearningState.load(checkpoint, names, run=self._identity)
-        self._metrics = DomainMetrics(names)
+        self._learner.begin(checkpoint)
         self._micro_batches = []
+        if checkpoint is None:
+            self._forget_schedule()
         return super().train(None if checkpoint is None else str(checkpoint), *args, **kwargs)
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
+        """A micro-batch of the step at hand; see [`_proxy_step`] and [`_online_step`]."""
+        if self.args.is_online:
+            return self._online_step(model, inputs, num_items_in_batch)
+        return self._proxy_step(model, inputs)
+
+    def _proxy_step(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
         """Collect the step's micro-batches; at the last one, update the weights and write the weighted gradient."""
-        self._micro_batches.append(inputs)
-        if not self.accelerator.sync_gradients:
+        micro_batches = self._collect(inputs)
+        if micro_batches is None:
             return torch.zeros((), device=self.args.device)
-        micro_batches, self._micro_batches = self._micro_batches, []
-        self._alignment = self._get_alignment()
+        learner = self._learner
         model.train()
         if callable(getattr(self.optimizer, "train", None)):  # schedule-free optimizers
             self.optimizer.train()
         start = time.perf_counter()
-        step = self._prepare_step(micro_batches)
+        step = learner.prepare(micro_batches, self._target_batches() if self._is_reweighting else [], trains=True)
         loss = self._reweighting_step(step) if self._is_reweighting and step.can_align else self._weighted_step(step)
-        self._metrics.record_time(step_seconds=time.perf_counter() - start, training_seconds=step.training_seconds)
+        learner.metrics.record_time(step_seconds=time.perf_counter() - start, training_seconds=step.training_seconds)
         return loss
 
-    def _get_alignment(self) -> DomainAlignment:
-        """Chosen anew when other parameters are trained: after `model_init`, or when a callback unfreezes some."""
-        trained = [id(parameter) for parameter in self.model.parameters() if parameter.requires_grad]
-        if trained and trained == self._trained_parameters:
-            return self._alignment
-        self._trained_parameters = trained
-        return choose_alignment(
-            self.model,
-            self.args,
-            self.recipe,
-            num_domains=len(self._domains.names),
-            is_universal=self._targets is None,
-        )
+    def _online_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None
+    ) -> Tensor:
+        """An ordinary step of the trainer, with a look at the gradients before it when one is due."""
+        learner, start = self._learner, time.perf_counter()
+        if self._is_reweighting and not self._micro_batches:
+            model.train()
+            self._reweight_sampler()
+        training_start = time.perf_counter()
+        micro_batches = self._collect(inputs)
+        if micro_batches is not None:
+            learner.count_consumed(micro_batches)
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        end = time.perf_counter()
+        learner.metrics.record_time(step_seconds=end - start, training_seconds=end - training_start)
+        return loss
+
+    def _collect(self, inputs: dict[str, Any]) -> list[dict[str, Any]] | None:
+        """The micro-batches of this optimizer step once all of them are there."""
+        self._micro_batches.append(inputs)
+        if not self.accelerator.sync_gradients:
+            return None
+        micro_batches, self._micro_batches = self._micro_batches, []
+        return micro_batches
 
     @property
     def _is_reweighting(self) -> bool:
-        return self.state.global_step % self.recipe.reweight_steps == 0
+        return self.state.global_step % self.args.reweight_steps == 0
 
     def _reweighting_step(self, step: StepGradients) -> Tensor:
-        """Align, update the weights, and step with the new ones."""
-        alignment = self._alignment.align(step)
-        self._update_domain_weights(alignment, set(step.present_domains))
-        coefficients = self._renormalize(self._learning.weights, alignment.usable) * alignment.step_scales
-        self._alignment.write_gradient(step, coefficients)
-        return self._report_loss(alignment.losses, alignment.usable)
+        """Align, update the weights, and step with the new ones (with `lagged_update`, with the old)."""
+        learner = self._learner
+        alignment = learner.alignment.align(step)
+        before = learner.shares(alignment.usable)
+        learner.update_weights(alignment, set(step.present_domains))
+        shares = before if self.args.lagged_update else learner.shares(alignment.usable)
+        learner.alignment.write_gradient(step, shares * alignment.step_scales)
+        return learner.weighted_loss(alignment.losses, alignment.usable)
 
     def _weighted_step(self, step: StepGradients) -> Tensor:
         """A plain step on the weighted loss, between two updates of the weights."""
-        usable = torch.zeros_like(self._learning.weights, dtype=torch.bool)
+        learner = self._learner
+        weights = learner.state.weights
+        usable = torch.zeros_like(weights, dtype=torch.bool)
         usable[list(step.present_domains)] = True
-        losses = self._alignment.write_weighted_gradient(step, self._renormalize(self._learning.weights, usable))
+        losses = learner.alignment.write_weighted_gradient(step, learner.shares(usable))
         finite = usable & losses.isfinite()
-        if not torch.equal(usable & (self._learning.weights > 0), finite):
+        if not torch.equal(usable & (weights > 0), finite):
             # A loss that is not a number has spoilt the sum: take it again without that domain.
             self.model.zero_grad()
-            self._alignment.write_weighted_gradient(step, self._renormalize(self._learning.weights, finite))
-        self._note_finiteness(bool((usable & ~finite & (self._learning.weights > 0)).any()))
-        self._metrics.record(losses=losses)
-        return self._report_loss(losses, finite)
+            learner.alignment.write_weighted_gradient(step, learner.shares(finite))
+        learner.note_finiteness(bool((usable & ~finite & (weights > 0)).any()))
+        learner.metrics.record(losses=losses)
+        return learner.weighted_loss(losses, finite)
 
-    def _update_domain_weights(self, alignment: Alignment, present: set[int]) -> None:
-        scores = alignment.inner_products
-        if self._targets is None and not self.recipe.self_term:
-            scores = scores - alignment.norms.square()
-        usable = alignment.usable
-        finite = len(present) == int(usable.sum()) and bool(scores[usable].isfinite().all())
-        self._note_finiteness(not finite)
-        learning_rate = self._get_learning_rate()
-        if finite:
-            scores = scores.clone()
-            scores[usable] = clamp_scores(
-                normalize_scores(
-                    scores[usable],
-                    alignment.norms[usable],
-                    alignment.target_norm,
-                    normalization=self.recipe.normalization,
-                ),
-                score_min=self.recipe.score_min,
-                score_max=self.recipe.score_max,
-            )
-            weights = update_domain_weights(
-                self._learning.weights,
-                scores,
-                learning_rate=learning_rate,
-                mu=self.recipe.mu,
-                smoothing=self.recipe.smoothing,
-                present=usable,
-            )
-            self._learning.update(weights, burn_in_steps=self.recipe.burn_in_steps)
-            if self._learning.num_updates % self.args.trajectory_steps == 0:
-                self._learning.points.append(
-                    TrajectoryPoint(self.state.global_step + 1, learning_rate, weights, scores, alignment.losses)
-                )
-        self._metrics.record(losses=alignment.losses, scores=scores)
-
-    def _note_finiteness(self, nonfinite: bool) -> None:
-        """Count a step in which a domain's loss or gradient was not finite, and stop when they do not end."""
-        state = self._learning
-        state.nonfinite_steps += nonfinite
-        state.nonfinite_in_a_row = state.nonfinite_in_a_row + 1 if nonfinite else 0
-        if state.nonfinite_in_a_row >= self.args.max_nonfinite_steps:
-            raise FloatingPointError(
-                f"Loss and gradient must be finite, but in the last {state.nonfinite_in_a_row} steps some domain's was "
-                "not. The weights were left alone meanwhile. Look at `domain_loss/...` in the logs, lower the learning "
-                "rate or clean the data of that domain (`max_nonfinite_steps` sets the patience)."
-            )
-
-    @staticmethod
-    def _renormalize(weights: Tensor, usable: Tensor) -> Tensor:
-        """Shares of the usable domains, summing to 1; where they hold no weight at all, they count alike."""
-        shares = torch.where(usable, weights, 0.0)
-        if shares.sum() == 0:
-            shares = usable.double()
-        return shares / shares.sum().clamp(min=torch.finfo(shares.dtype).tiny)
-
-    def _report_loss(self, losses: Tensor, usable: Tensor) -> Tensor:
-        """The weighted loss that the step minimises, for the Trainer's log."""
-        shares = self._renormalize(self._learning.weights, usable)
-        loss = torch.where(shares > 0, shares * losses, 0.0).sum()
-        return loss.to(device=self.args.device, dtype=torch.float32)
-
-    def _prepare_step(self, micro_batches: list[dict[str, Any]]) -> StepGradients:
-        """Move the step's train and target batches to the device, and count them over all processes."""
-        for inputs in micro_batches:
-            if (inputs[DOMAIN_IDS] < 0).any():
-                raise ValueError(
-                    f"Every train example must come with its {self.args.domain_column!r}, but some come without. Keep "
-                    "that column in the format or transform of the train dataset."
-                )
-        train = [self._prepare_batch(inputs, inputs[DOMAIN_IDS]) for inputs in micro_batches]
-        targets = []
-        if self._targets is not None and self._is_reweighting:
-            pieces = self._targets.batches(
-                self.state.global_step,
-                self._signature_columns,
-                process_index=self.args.process_index,
-                num_processes=self.args.world_size,
-            )
-            targets = [self._prepare_batch(self.data_collator(features), ids) for features, ids in pieces]
-        num_items, num_target_items = self._count(train, targets)
-        model = self.model  # not its DDP wrapper: sums over the processes are made once, of what a step needs
-        if labelled := [batch for batch in train if batch.items.any()]:
-            self._domain_loss.learn(model, next(iter(labelled[0].slices().values())))
-        return StepGradients(
-            train,
-            targets,
-            num_items=num_items,
-            target_items=num_target_items,
-            target_weights=None if self._targets is None else self._targets.weights,
-            compute_loss=lambda piece, num_items: self._domain_loss(model, piece, num_items),
-            backward=self.accelerator.backward,
-            replay=RandomReplay(self.args.device),
-            device=self.args.device,
+    def _reweight_sampler(self) -> None:
+        """Update the weights by examples of their own, and tell the sampler from which draw on they hold."""
+        learner, step = self._learner, self.state.global_step
+        shares = {"process_index": self.args.process_index, "num_processes": self.args.world_size}
+        pieces = self._alignment_batches.batches(step // self.args.reweight_steps, self._signature_columns, **shares)
+        gradients = learner.prepare(
+            [self.data_collator(features) for features, _ in pieces], self._target_batches(), trains=False
         )
+        if not gradients.can_align:
+            return
+        alignment = learner.alignment.align(gradients)
+        learner.alignment.forget()
+        learner.update_weights(alignment, set(gradients.present_domains))
+        weights = dict(zip(learner.state.names, learner.state.weights.tolist(), strict=True))
+        first_draw = (step + self.args.sampler_lag_steps) * examples_per_step(self.args)
+        if self.domain_sampler.max_epochs_per_domain is None or first_draw < self.domain_sampler.num_planned:
+            self.domain_sampler.set_weights(weights, first_draw=first_draw)
 
-    def _count(self, train: list[MicroBatch], targets: list[MicroBatch]) -> tuple[Tensor, Tensor]:
-        """
-        Labels of each domain and of each target in this step on all processes; what the domains consume is noted.
+    def _target_batches(self) -> list[tuple[dict[str, Any], Tensor]]:
+        """This process' share of the targets that the step at hand compares with."""
+        if self._targets is None:
+            return []
+        shares = {"process_index": self.args.process_index, "num_processes": self.args.world_size}
+        pieces = self._targets.batches(self.state.global_step, self._signature_columns, **shares)
+        return [(self.data_collator(features), ids) for features, ids in pieces]
 
-        The same message tells whether all processes hold the same weights.
-        """
-        num_domains, num_targets = len(self._domains.names), 0 if self._targets is None else len(self._targets.weights)
-        examples = sum(batch.count(torch.ones_like(batch.items), num_domains) for batch in train)
-        items = sum(batch.count(batch.items, num_domains) for batch in train)
-        target_items = torch.zeros(num_targets, dtype=torch.int64)
-        for batch in targets:
-            target_items += batch.count(batch.items, num_targets)
-        checksum = zlib.crc32(self._learning.weights.numpy().tobytes())
-        numbers = torch.cat([examples, items, target_items, torch.tensor([checksum])])
-        numbers = self._reduction.sum(numbers.to(self.args.device)).cpu()
-        if int(numbers[-1]) != checksum * self._reduction.num_processes:
-            raise RuntimeError(
-                f"All processes must hold the same domain weights, but at step {self.state.global_step} they differ. Start "
-                "all of them with the same code, arguments, data and checkpoint."
+    def _refuse_short_lag(self) -> None:
+        """Weights must not be due before a draw that the DataLoader has taken already."""
+        ahead, given = loader_lead(self.args), self.args.sampler_lag_steps * examples_per_step(self.args)
+        if given < ahead:
+            needed = ceil(ahead / examples_per_step(self.args))
+            raise ValueError(
+                f"`sampler_lag_steps` must be at least {needed}, since the DataLoader runs up to {ahead} examples ahead of "
+                f"the training step, but got {self.args.sampler_lag_steps}. Raise it (or `reweight_steps`, its default), or "
+                "lower `dataloader_num_workers` or `dataloader_prefetch_factor`."
             )
-        examples, items, target_items = numbers[:-1].split([num_domains, num_domains, num_targets])
-        self._learning.num_examples += examples
-        self._learning.num_tokens += items
-        return items, target_items
 
-    def _prepare_batch(self, inputs: dict[str, Any], domain_ids: Tensor) -> MicroBatch:
-        return MicroBatch(
-            self._prepare_inputs(inputs), domain_ids, labels_are_shifted=self._domain_loss.labels_are_shifted
-        )
+    def _forget_schedule(self) -> None:
+        """Draw by the first weights again, as a trainer that has not trained yet."""
+        state = self.domain_sampler.state_dict()
+        self.domain_sampler.load_state_dict({**state, "schedule": state["schedule"][:1], "epoch": 0, "position": 0})
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """The model does not take the domains."""
@@ -345,13 +275,15 @@ class DoGETrainer(Trainer):
             super()._set_signature_columns_if_needed()
             self._signature_columns.append(self.args.domain_column)  # otherwise the Trainer drops it
 
-    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> DomainWeightedSampler:
-        return self._sampler
-
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Add what each domain weighs, scored, lost and consumed to the training logs."""
         if "loss" in logs:
-            logs = {**logs, **self._metrics.collect(self._learning, self._domains.sizes)}
+            logs = {**logs, **self._learner.metrics.collect(self._learner.state, self._learner.domains.sizes)}
+            if self.args.is_online:
+                drawn_by = self.domain_sampler.weights_at(
+                    max(self.state.global_step - 1, 0) * examples_per_step(self.args)
+                )
+                logs |= {f"sampling_weight/{name}": weight for name, weight in drawn_by.items()}
         super().log(logs, *args, **kwargs)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -361,4 +293,8 @@ class DoGETrainer(Trainer):
             folder = Path(output_dir or self.args.output_dir)
             self.domain_weights.save_pretrained(folder / DOMAIN_WEIGHTS_FOLDER)
             if _internal_call:
-                self._learning.save(folder, step=self.state.global_step, run=self._identity)
+                self._learner.save(folder)
+
+
+class DoGETrainer(DoGEMixin, Trainer):
+    """A `Trainer` that learns domain weights; see [`DoGEMixin`] for what it does and takes."""
