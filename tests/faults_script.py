@@ -13,6 +13,7 @@ from hf_doge.training.config import DoGEConfig
 from hf_doge.training.lost_process import explaining_lost_process
 from hf_doge.training.preemption import PreemptionCallback
 from hf_doge.training.trainer import DoGETrainer
+from tests.launch import end_process_group
 from tests.tiny import three_domains, tiny_gpt2
 
 STEPS = 6
@@ -116,3 +117,4 @@ def note(trainer, path):
 if __name__ == "__main__":
     for job in json.loads(sys.argv[1]):
         main(**job)
+    end_process_group()
