@@ -31,10 +31,8 @@ WAYS = {
     "sharded_unevenly": {"accelerator": NOT_DISPATCHED, "num_shards": 2, "gradient_accumulation_steps": 2},
 }
 READ_AS_ONE = ("dispatched", "read_by_all", "split")
-RESUMED = ("dispatched", "read_by_all", "sharded")
 if not SPLITS_STREAMS:  # an older accelerate lets every process read everything
     WAYS = {name: options for name, options in WAYS.items() if "sharded" not in name}
-    RESUMED = tuple(name for name in RESUMED if name in WAYS)
 
 
 @pytest.fixture(scope="module")
@@ -43,9 +41,7 @@ def learned(tmp_path_factory):
     folder, plan = tmp_path_factory.mktemp("streams"), []
     for name, options in WAYS.items():
         run = {"folder": str(folder / name), **options}
-        plan.append(run)
-        if name in RESUMED:
-            plan.append({**run, "resume": str(folder / name / "checkpoint-2")})
+        plan += [run, {**run, "resume": str(folder / name / "checkpoint-2")}]
     launch(SCRIPT, json.dumps(plan), num_processes=2)
     return folder
 
@@ -134,7 +130,7 @@ def test_a_run_resumed_after_any_step_equals_one_that_was_not_interrupted(tmp_pa
     trainer.train()
     expected = outcome(trainer)
     for step in (2, 5) if "num_shards" in options else range(1, STEPS):
-        # The whole run saves as the interrupted one would, and a resumed run knows nothing of what came later.
+        # What an interrupted run would have left: a checkpoint knows nothing of the steps after it.
         resumed = make_trainer(tmp_path / str(step), save_strategy="no", **options)
         resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / f"checkpoint-{step}"))
         assert_same(outcome(resumed), expected)
@@ -223,28 +219,32 @@ def test_sft_trainer_learns_from_streams_of_text(tmp_path, tokenizer):
         ids = language_model_rows(12, low=low, high=low + 9)["input_ids"]
         return Dataset.from_dict({"text": [" ".join(f"w{i}" for i in row) for row in ids]}).to_iterable_dataset()
 
-    args = DoGESFTConfig(
-        str(tmp_path),
-        max_steps=3,
-        per_device_train_batch_size=4,
-        mu=0.001,
-        max_length=16,
-        learning_rate=0.05,
-        report_to="none",
-        use_cpu=True,
-        bf16=False,
-        gradient_checkpointing=False,
-        save_strategy="no",
-    )
+    options = {
+        "output_dir": str(tmp_path),
+        "max_steps": 3,
+        "per_device_train_batch_size": 4,
+        "mu": 0.001,
+        "max_length": 16,
+        "learning_rate": 0.05,
+        "report_to": "none",
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "save_strategy": "no",
+    }
+    streams = {"low": texts(0), "high": texts(18)}
     trainer = DoGESFTTrainer(
-        model=tiny_llama(), args=args, train_dataset={"low": texts(0), "high": texts(18)}, processing_class=tokenizer
+        model=tiny_llama(), args=DoGESFTConfig(**options), train_dataset=streams, processing_class=tokenizer
     )
     trainer.train()
     assert trainer._learner.state.num_examples.tolist() == [6, 6]
     assert trainer.domain_weights.last["high"] != 0.5
+    packing = DoGESFTConfig(**{**options, "packing": True})
+    packed = DoGESFTTrainer(model=tiny_llama(), args=packing, train_dataset=streams, processing_class=tokenizer)
+    with pytest.raises(ValueError, match=r"some come without.*do not pack examples"):
+        packed.train()
 
 
-@pytest.mark.parametrize("name", [name for name in READ_AS_ONE if name in WAYS])
+@pytest.mark.parametrize("name", READ_AS_ONE)
 def test_a_mixture_read_as_one_teaches_two_processes_what_it_teaches_one(learned, whole, name):
     assert (whole[1]["weights"][-1] - 1 / 3).abs().max() > 1e-3
     assert_same_learning(load(learned, name), whole[1])
@@ -271,7 +271,7 @@ def test_every_step_of_all_processes_holds_every_domain(learned, name):
     assert all(len(step) == 3 and all(abs(n - share) < 2 for n in step.values()) for step in counts)
 
 
-@pytest.mark.parametrize("name", RESUMED)
+@pytest.mark.parametrize("name", WAYS)
 def test_two_processes_resume_as_if_never_interrupted(learned, name):
     for rank in range(2):
         resumed, expected = (load(learned, name, rank, kind) for kind in ("resumed", "whole"))

@@ -133,7 +133,7 @@ class DomainLearner:
             if (inputs[DOMAIN_IDS] < 0).any():
                 raise ValueError(
                     f"Every train example must come with its {self.args.domain_column!r}, but some come without. Keep "
-                    "that column in the format or transform of the train dataset."
+                    "that column in the format or transform of the train dataset, and do not pack examples."
                 )
         train = [self._to_device(inputs, inputs[DOMAIN_IDS]) for inputs in batches]
         targets = [self._to_device(inputs, ids) for inputs, ids in target_batches]

@@ -57,8 +57,8 @@ class DoGEMixin(DomainWeightedMixin):
 
     A dict of streams (`IterableDataset`) serves a proxy; set `max_steps`. All domains are drawn in turns by
     [`interleave_domains`], examples of a domain in the order of its stream, and a stream that ends begins anew. All of the
-    above holds where the mixture is read as one: by the main process for all (the default), or by every process in full;
-    the batches then need one shape, so pad to a fixed length or set `split_batches`. Where processes (with
+    above holds where the mixture is read as one: by the main process for all (the default; the batches of a step then need
+    one shape, so pad to a fixed length or set `split_batches`), or by every process in full. Where processes (with
     `dispatch_batches=False`) or DataLoader workers read shards of their own, each draws the domains in turns by itself:
     the weights are still equal on all processes and resuming is exact, but a step holds other examples than on one
     process. It may then hold, for every part that is read apart, one example of a domain more or less than its share; if
