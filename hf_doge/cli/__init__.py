@@ -1,6 +1,8 @@
 """The command line, `hf-doge` or `python -m hf_doge`: one module per command, imported when it is called."""
 
+import atexit
 import logging
+import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -59,7 +61,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(format="%(message)s")
     logging.getLogger("hf_doge").setLevel(logging.INFO)
     try:
-        return import_module(f"hf_doge.cli.{command.replace('-', '_')}").main(argv[1:])
+        code = import_module(f"hf_doge.cli.{command.replace('-', '_')}").main(argv[1:])
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            atexit.register(_end_process_group)  # not before: a process can join one once
+        return code
     except SystemExit as stop:  # argparse, after --help or a flag it does not know
         return stop.code or 0
     except KeyboardInterrupt:
@@ -68,6 +73,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError, FloatingPointError) as error:
         logger.debug("What was refused:", exc_info=True)
         return _refuse(f"hf-doge {command}", " ".join(str(error).split()))
+
+
+def _end_process_group() -> None:
+    """Without it, a thread of gloo that is still busy when Python ends aborts a process that did all it should."""
+    distributed = sys.modules.get("torch.distributed")  # most commands on one process never load it
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
 def _refuse(prog: str, message: str) -> int:

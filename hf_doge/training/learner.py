@@ -158,7 +158,25 @@ class DomainLearner:
             backward=self.trainer.accelerator.backward,
             replay=RandomReplay(self.args.device),
             device=self.args.device,
+            num_calls=self._agree_on_calls(train, targets),
         )
+
+    def _agree_on_calls(
+        self, train: list[MicroBatch], targets: list[MicroBatch]
+    ) -> tuple[list[int], list[int]] | None:
+        """
+        How many slices of each domain and target some process has, where the loss may talk to the other processes (that of
+        trl's SFTTrainer gathers its metrics), so that all of them must call it equally often; `None` for the Trainer's.
+        """
+        if not self._reduction.is_needed or type(self.trainer).compute_loss is Trainer.compute_loss:
+            return None
+        num_domains, num_targets = len(self.domains.names), len(self.target_weights or ())
+        calls = torch.zeros(num_domains + num_targets, dtype=torch.int64)
+        for offset, batches in ((0, train), (num_domains, targets)):
+            for batch in batches:
+                calls[offset + batch.domain_ids[batch.items > 0].unique()] += 1
+        calls = self._reduction.max(calls.to(self.args.device)).tolist()
+        return calls[:num_domains], calls[num_domains:]
 
     def count_consumed(self, batches: list[dict[str, Any]]) -> None:
         """Note, over all processes, examples and labels of a step that the trainer takes by itself."""
