@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from importlib import import_module
 
 from hf_doge._version import __version__
-from hf_doge.cli.console import say
+from hf_doge.cli.console import is_main_process, say
 
 COMMANDS = {
     "demo": "learn weights on text found on this machine and see whether they help; no data, no network, minutes",
@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
         `int`: 0 if all went well, 2 if it was asked for something that cannot be, said in one line on standard error,
-            130 if it was interrupted.
+            130 if it was interrupted, 143 if SIGTERM stopped it after a checkpoint that it had been asked to save then.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     if not argv or argv[0] in ("-h", "--help"):
@@ -59,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if command not in COMMANDS:
         return _refuse("hf-doge", f"the command must be one of {', '.join(COMMANDS)}, but got {command!r}")
     logging.basicConfig(format="%(message)s")
-    logging.getLogger("hf_doge").setLevel(logging.INFO)
+    logging.getLogger("hf_doge").setLevel(logging.INFO if is_main_process() else logging.WARNING)
     try:
         code = import_module(f"hf_doge.cli.{command.replace('-', '_')}").main(argv[1:])
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
