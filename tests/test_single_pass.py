@@ -1,5 +1,6 @@
 """One backward of the mixed batch gives what one backward per domain gives."""
 
+import gc
 import logging
 
 import pytest
@@ -7,7 +8,15 @@ import torch
 import torch.nn.functional as F
 from datasets import Dataset
 from torch import nn
-from transformers import Gemma2Config, Gemma2ForCausalLM, MixtralConfig, MixtralForCausalLM
+from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    TrainerCallback,
+)
 
 from hf_doge.training.config import DoGEConfig
 from hf_doge.training.trainer import DoGETrainer
@@ -61,7 +70,7 @@ def tiny_lora():
     return model
 
 
-def take_step(tmp_path, model, domains, targets=None, loss_func=None, **options):
+def take_step(tmp_path, model, domains, targets=None, loss_func=None, callbacks=None, **options):
     defaults = {
         "per_device_train_batch_size": 12,
         "max_steps": 1,
@@ -76,7 +85,14 @@ def take_step(tmp_path, model, domains, targets=None, loss_func=None, **options)
         "disable_tqdm": True,
     }
     args = DoGEConfig(str(tmp_path), **{**defaults, **options})
-    trainer = DoGETrainer(model, args, train_dataset=domains, target_dataset=targets, compute_loss_func=loss_func)
+    trainer = DoGETrainer(
+        model,
+        args,
+        train_dataset=domains,
+        target_dataset=targets,
+        compute_loss_func=loss_func,
+        callbacks=callbacks,
+    )
     before = flat(model)
     trainer.train()
     point = trainer.domain_weights.trajectory
@@ -232,6 +248,177 @@ def test_a_module_that_mixes_examples_is_found_out_before_the_first_step(tmp_pat
     assert sum("From here on each domain is differentiated alone" in r.getMessage() for r in caplog.records) == 1
     _, expected = take_step(tmp_path, mixing(), three_domains(), alignment="per_domain")
     assert_close(found, expected, tolerance=0)
+
+
+class MeanOfBatchInTraining(MeanOfBatch):
+    """As above, where a look in evaluation mode does not see it."""
+
+    def forward(self, hidden):
+        return super().forward(hidden) if self.training else hidden * self.scale
+
+
+class ChangedInPlace(nn.Module):
+    """Goes on in the very memory that a module beneath it returned."""
+
+    class Product(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.matrix = nn.Parameter(0.1 * torch.eye(16))
+
+        def forward(self, hidden):
+            return torch.matmul(hidden, self.matrix)
+
+    def __init__(self):
+        super().__init__()
+        self.product = self.Product()
+
+    def forward(self, hidden):
+        output = self.product(hidden)
+        output += hidden
+        return output
+
+
+class ReadsWeightOfChild(nn.Module):
+    """Has a parameter of its own, and uses that of a module beneath it past that module."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(16, 16, bias=False)
+        self.gain = nn.Parameter(torch.ones(4, 4))
+
+    def forward(self, hidden):
+        return hidden + torch.matmul(hidden, self.linear.weight) * self.gain.sum()
+
+
+class DrawsNumbers(nn.Module):
+    """Noise that no list of dropout functions knows."""
+
+    def __init__(self):
+        super().__init__()
+        self.matrix = nn.Parameter(torch.eye(16))
+
+    def forward(self, hidden):
+        noise = torch.empty_like(hidden).uniform_(0.5, 1.5) if self.training else 1.0
+        return torch.matmul(hidden, self.matrix) * noise
+
+
+def with_last(module):
+    """A model whose last layer is `module`."""
+    model = tiny_llama()
+    model.model.norm = nn.Sequential(model.model.norm, module)
+    return model
+
+
+def one_domain():
+    return {"arxiv": three_domains(8)["arxiv"]}
+
+
+def tiny_mamba():
+    torch.manual_seed(0)
+    return MambaForCausalLM(
+        MambaConfig(vocab_size=VOCAB, hidden_size=16, num_hidden_layers=2, state_size=4, use_cache=False)
+    )
+
+
+def tiny_prompt_tuning():
+    from peft import PromptTuningConfig, get_peft_model
+
+    torch.manual_seed(0)
+    return get_peft_model(tiny_llama(), PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"))
+
+
+def tiny_weight_norm():
+    model = tiny_llama()
+    torch.nn.utils.parametrizations.weight_norm(model.model.layers[0].mlp.up_proj)
+    return model
+
+
+ONE_EXAMPLE_EACH = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 12}
+
+
+@pytest.mark.parametrize("options", [{}, ONE_EXAMPLE_EACH], ids=["batch", "one_example_each"])
+@pytest.mark.parametrize("make_domains", [one_domain, three_domains])
+@pytest.mark.parametrize(
+    ("make_model", "reason"),
+    [
+        (tiny_mamba, "uses a parameter of another module"),
+        (lambda: with_last(ReadsWeightOfChild()), "uses a parameter of another module"),
+        (tiny_prompt_tuning, None),
+        (tiny_weight_norm, None),
+    ],
+    ids=["mamba", "child", "prompt_tuning", "weight_norm"],
+)
+def test_what_cannot_be_taken_apart_is_exact_also_with_one_domain_or_one_example(
+    tmp_path, caplog, make_model, reason, make_domains, options
+):
+    options = {"max_steps": 2, **options}
+    _, expected = take_step(tmp_path, make_model(), make_domains(), alignment="per_domain", **options)
+    with caplog.at_level(logging.WARNING, logger="hf_doge"):
+        _, found = take_step(tmp_path, make_model(), make_domains(), alignment="auto", **options)
+    assert_close(found, expected, tolerance=1e-5)
+    assert reason is None or reason in caplog.text
+
+
+def hidden_term(outputs, labels, num_items_in_batch=None):
+    """A term in the gradient that leaves the value of the loss alone."""
+    term = outputs.logits.sum()
+    return float64_causal_loss(outputs, labels, num_items_in_batch) + 0.01 * (term - term.detach())
+
+
+@pytest.mark.parametrize("options", [{}, ONE_EXAMPLE_EACH], ids=["batch", "one_example_each"])
+@pytest.mark.parametrize("make_domains", [one_domain, three_domains])
+def test_a_term_that_the_value_of_the_loss_does_not_show_is_found_out(tmp_path, make_domains, options):
+    with pytest.raises(ValueError, match="All domains cannot be had from one backward: the gradient of"):
+        take_step(tmp_path, tiny_llama(), make_domains(), loss_func=hidden_term, alignment="single_pass", **options)
+
+
+def test_what_mixes_examples_in_training_only_is_found_out_before_the_first_step(tmp_path):
+    """The check fails in the very mode that is used, not in a later step."""
+    model = with_last(MeanOfBatchInTraining())
+    before = flat(model)
+    with pytest.raises(
+        ValueError, match=r"\(MeanOfBatchInTraining\) works on a tensor of shape \(1, 8, 16\).* the 3 ex"
+    ):
+        take_step(tmp_path, model, three_domains(), alignment="single_pass")
+    assert torch.equal(flat(model), before)
+
+
+def test_a_module_that_draws_random_numbers_is_named(tmp_path):
+    with pytest.raises(ValueError, match=r"'model.norm.1' \(DrawsNumbers\) draws random numbers"):
+        take_step(tmp_path, with_last(DrawsNumbers()), three_domains(), alignment="single_pass")
+
+
+def test_the_output_of_a_module_may_be_changed_in_place(tmp_path):
+    _, expected = take_step(tmp_path, with_last(ChangedInPlace()), three_domains(), alignment="per_domain")
+    _, found = take_step(tmp_path, with_last(ChangedInPlace()), three_domains(), alignment="single_pass")
+    assert_close(found, expected, tolerance=1e-5)
+
+
+def test_an_error_of_the_model_itself_comes_up_as_it_is(tmp_path):
+    class Broken(nn.Module):
+        def forward(self, hidden):
+            return hidden.view(-1, 7) if hidden.requires_grad else hidden
+
+    with pytest.raises(RuntimeError, match="shape '\\[-1, 7\\]' is invalid"):
+        take_step(tmp_path, with_last(Broken()), three_domains(), alignment="single_pass")
+
+
+def test_nothing_of_a_step_outlives_it(tmp_path):
+    """Not even until the garbage collector comes by: activations are large."""
+    graphs = []
+
+    class Count(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            graphs.append(sum(isinstance(thing, torch.autograd.graph.Node) for thing in gc.get_objects()))
+
+    gc.collect()
+    gc.disable()
+    try:
+        args = {"max_steps": 4, "callbacks": [Count()], "alignment": "single_pass"}
+        take_step(tmp_path, with_last(ChangedInPlace()), three_domains(), **args)
+    finally:
+        gc.enable()
+    assert graphs[1:] == graphs[:1] * 3
 
 
 def test_a_parameter_used_outside_of_its_module_is_named(tmp_path):

@@ -78,7 +78,7 @@ class GradientSource(Protocol):
         """Add the gradient of a loss to `.grad`."""
 
     def sample(self) -> "GradientSource | None":
-        """A few train examples of this process as a step of their own, in two domains; `None` if there are not two."""
+        """A few train examples of this process as a step of their own, in two domains if there are two; `None` without any."""
 
 
 @dataclass

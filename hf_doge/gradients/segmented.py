@@ -8,8 +8,8 @@ parameter to a [`DomainGradients`] instead of to autograd. A use that none of th
 vector-Jacobian product of that module alone, domain by domain.
 """
 
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -152,7 +152,7 @@ class _LocalProduct(torch.autograd.Function):
     def forward(ctx, output, call, *tensors):
         ctx.call = call
         ctx.save_for_backward(*tensors)
-        return output.view_as(output)
+        return output.clone()  # a view would forbid the model to change it in place
 
     @staticmethod
     @once_differentiable
@@ -172,13 +172,16 @@ class _ModuleCall:
         kwargs: Mapping[str, Any],
         recipient: _Recipient,
         stores: Mapping[str, DomainGradients],
+        quietly: Callable[[], AbstractContextManager],
     ) -> None:
-        self.module, self.recipient, self.stores = module, recipient, stores
+        """`quietly` makes a context in which the module can run without being caught again."""
+        self.module, self.recipient, self.stores, self._quietly = module, recipient, stores, quietly
         self._names = list(kwargs)
         values = [*args, *kwargs.values()]
         self._is_tensor = [torch.is_tensor(value) for value in values]
-        self._others = [None if torch.is_tensor(value) else value for value in values]
-        self.tensors = [value for value in values if torch.is_tensor(value)]
+        self._others = [
+            None if torch.is_tensor(value) else value for value in values
+        ]  # tensors are autograd's to keep
         device_type = next(module.parameters()).device.type
         self._autocast = {
             "device_type": device_type,
@@ -191,12 +194,15 @@ class _ModuleCall:
         segments = self.recipient.segments
         num_rows = len(grad)
         parameters = {name: p.detach().requires_grad_() for name, p in self.module.named_parameters(recurse=False)}
+        buffers = {
+            name: buffer.clone() for name, buffer in self.module.named_buffers()
+        }  # a second run is not to count
         wanted = [parameters[name] for name in self.stores]
         sums: dict[str, list[Tensor]] = {name: [] for name in self.stores}
         for _, start, stop in segments.bounds(num_rows // segments.num_examples):
-            with torch.enable_grad(), torch.autocast(**self._autocast):
+            with self._quietly(), torch.enable_grad(), torch.autocast(**self._autocast):
                 output = torch.func.functional_call(
-                    self.module, parameters, *self._arguments(tensors, num_rows, start, stop)
+                    self.module, {**parameters, **buffers}, *self._arguments(tensors, num_rows, start, stop)
                 )
             found = torch.autograd.grad(output, wanted, grad[start:stop].to(output.dtype), materialize_grads=True)
             for name, gradient in zip(self.stores, found, strict=True):
@@ -283,6 +289,9 @@ class SegmentedBackward(AbstractContextManager):
     def _differentiate_locally(
         self, module: nn.Module, args: tuple, kwargs: dict, output: Any, call: "_OpenCall"
     ) -> Any:
+        own = dict(module.named_parameters(recurse=False))
+        if not call.left_over <= set(own.values()):
+            raise HiddenBatchError(f"{call.name} uses a parameter of another module")
         if call.left_over & call.caught:
             raise HiddenBatchError(f"{call.name} uses one parameter in several ways")
         if call.is_random:
@@ -290,28 +299,20 @@ class SegmentedBackward(AbstractContextManager):
         if not torch.is_tensor(output) or output.dim() == 0:
             raise HiddenBatchError(f"{call.name} does not return one tensor")
         call.require_batch(output)
-        stores = {
-            name: self.stores[parameter]
-            for name, parameter in module.named_parameters(recurse=False)
-            if parameter in call.left_over
-        }
-        again = _ModuleCall(module, args, kwargs, self._recipient, stores)
-        again.differentiate = self._quietly(again.differentiate)
+        stores = {name: self.stores[parameter] for name, parameter in own.items() if parameter in call.left_over}
+        again = _ModuleCall(module, args, kwargs, self._recipient, stores, self._quietly)
         if not output.requires_grad:
             output = output.detach().requires_grad_()
-        return _LocalProduct.apply(output, again, *again.tensors)
+        return _LocalProduct.apply(output, again, *filter(torch.is_tensor, (*args, *kwargs.values())))
 
-    def _quietly(self, function: Callable) -> Callable:
-        """With our own hooks asleep: the module that runs again is not to be caught again."""
-
-        def run(*args: Any) -> None:
-            self._is_running_again = True
-            try:
-                function(*args)
-            finally:
-                self._is_running_again = False
-
-        return run
+    @contextmanager
+    def _quietly(self) -> Iterator[None]:
+        """With our own hooks asleep: a module that runs again is not to be caught again."""
+        self._is_running_again = True
+        try:
+            yield
+        finally:
+            self._is_running_again = False
 
 
 class _OpenCall(TorchFunctionMode):
@@ -328,8 +329,7 @@ class _OpenCall(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if func in _RANDOM:
-            self.is_random = self.is_random or (kwargs.get("p", 1.0) > 0 and kwargs.get("training", True))
+        self.is_random = self.is_random or _draws_numbers(func, args, kwargs)
         used = {
             value for value in (*args, *kwargs.values()) if isinstance(value, nn.Parameter) and value in self.stores
         }
@@ -427,6 +427,14 @@ def _autocast(x: Tensor) -> Tensor:
     return x
 
 
+def _draws_numbers(func: Callable, args: tuple, kwargs: Mapping[str, Any]) -> bool:
+    if func is F.scaled_dot_product_attention:
+        return kwargs.get("dropout_p", args[4] if len(args) > 4 else 0.0) > 0
+    if func in _RANDOM_IN_TRAINING:
+        return kwargs["training"] and kwargs.get("p", 1.0) > 0
+    return func in _RANDOM
+
+
 _HANDLERS = {
     F.linear: _OpenCall.linear,
     torch.addmm: _OpenCall.addmm,
@@ -437,5 +445,30 @@ _HANDLERS = {
     Tensor.__mul__: _OpenCall.mul,
     Tensor.__rmul__: _OpenCall.mul,
 }
-_RANDOM = {F.dropout, torch.dropout, torch.rand, torch.rand_like, torch.randn_like, torch.bernoulli, Tensor.bernoulli_}
+_RANDOM = {
+    F.gumbel_softmax,
+    *(
+        getattr(torch, name)
+        for name in (
+            "bernoulli", "dropout", "multinomial", "normal", "poisson", "rand", "rand_like", "randint", "randint_like",
+            "randn", "randn_like", "randperm", "rrelu",
+        )
+    ),
+    *(
+        getattr(Tensor, name)
+        for name in (
+            "bernoulli", "bernoulli_", "cauchy_", "exponential_", "geometric_", "log_normal_", "multinomial", "normal_",
+            "random_", "uniform_",
+        )
+    ),
+}  # fmt: skip
+_RANDOM_IN_TRAINING = {
+    F.dropout,
+    F.dropout1d,
+    F.dropout2d,
+    F.dropout3d,
+    F.alpha_dropout,
+    F.feature_alpha_dropout,
+    F.rrelu,
+}
 _HARMLESS = {Tensor.size, Tensor.dim, Tensor.numel, Tensor.is_floating_point, Tensor.stride, torch.is_floating_point}

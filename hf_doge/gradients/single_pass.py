@@ -67,13 +67,13 @@ class SinglePassAlignment(BackwardAlignment):
         self.is_required = is_required
         self._stores: list[DomainGradients] = []
         self._is_plain = False  # for good
-        self._is_verified = self.num_domains == 1
+        self._is_verified = False
+        self._num_compared = 0  # domains that the check has seen on this process
         self._step_is_plain = False
 
     def align(self, source: GradientSource) -> Alignment:
         alignment = None
-        if not self._is_verified and not self._is_plain:
-            self._verify(source)
+        self._verify(source)
         if not self._is_plain:
             target = None if source.target_weights is None else self._sum_of_targets(source)
             losses = self._run(source)
@@ -99,6 +99,7 @@ class SinglePassAlignment(BackwardAlignment):
 
     def write_weighted_gradient(self, source: GradientSource, coefficients: Tensor) -> Tensor:
         """Between two updates of the weights: one ordinary step on the weighted loss."""
+        self._verify(source)
         if not self._is_plain:
             losses = self._run_weighted(source, coefficients)
             if losses is not None:
@@ -262,35 +263,55 @@ class SinglePassAlignment(BackwardAlignment):
         """
         Before the first step: does one backward of a few examples give what each domain's own backward gives?
 
-        In evaluation mode, since dropout draws other numbers for a mixed batch than for its parts.
+        In training mode, as it will be used; in evaluation mode if that draws random numbers (dropout), which are others
+        for a mixed batch than for its parts. One example shows what is lost, two show what is mixed up: where no
+        micro-batch has two, the first step that has is looked at again.
         """
-        sample, trouble, is_conclusive = source.sample(), None, False
-        if sample is not None:
+        if self._is_verified or self._is_plain:
+            return
+        sample, trouble = source.sample(), None
+        if sample is not None and len(sample.present_domains) > self._num_compared:
             was_training = self.model.training
-            self.model.eval()
             try:
-                is_conclusive, trouble = self._find_difference(sample)
+                self._num_compared, trouble = self._compare_with_plain(sample)
             finally:
                 self.model.train(was_training)
                 self._clear_stores()
                 self._take_gradient()
+        is_conclusive = self._num_compared >= min(2, self.num_domains)
         found = torch.tensor([float(is_conclusive), float(trouble is not None)], dtype=torch.float64)
         num_conclusive, num_troubled = self._sum_numbers(found).tolist()
         if num_troubled:
             self._give_up(trouble or "another process met what it cannot take apart")
         self._is_verified = num_conclusive > 0
 
-    def _find_difference(self, sample: GradientSource) -> tuple[bool, str | None]:
-        """
-        Whether the sample can tell, and which parameter's gradient is another one in a mixed batch, in words; `None` if all
-        agree.
-        """
+    def _compare_with_plain(self, sample: GradientSource) -> tuple[int, str | None]:
+        """How many domains were compared, and in what the two ways differ, in words; leaves the random state alone."""
+        device = self.parameters[0].device
+        devices = [] if device.type == "cpu" else [device]
+        with torch.random.fork_rng(devices=devices, device_type=device.type if devices else "cuda"):
+            before = _random_state(devices)
+            losses, trouble = self._try(sample)
+            if trouble is None and not all(map(torch.equal, before, _random_state(devices))):
+                self.model.eval()
+                losses, trouble = self._try(sample)
+            if trouble is not None or not losses.isfinite().all():
+                return self._num_compared, trouble
+            return len(sample.present_domains), self._find_difference(sample)
+
+    def _try(self, sample: GradientSource) -> tuple[Tensor | None, str | None]:
+        """The mean losses of a backward of all domains, or why there is none."""
         try:
-            losses = self._backward_all(sample)
+            return self._backward_all(sample), None
         except (HiddenBatchError, UnsplittableLossError) as error:
-            return True, str(error)
-        if not losses.isfinite().all():
-            return False, None
+            return None, str(error)
+        except RuntimeError as error:  # torch's, of shapes and of what autograd forbids
+            for domain in sample.present_domains:
+                sample.backward(domain)  # the model's own error comes up here, as it is
+            return None, f"what works for one domain alone fails for all together ({str(error).splitlines()[0]})"
+
+    def _find_difference(self, sample: GradientSource) -> str | None:
+        """Which parameter's gradient in the stores is another one than its examples alone give, in words."""
         for domain in sample.present_domains:
             sample.backward(domain)
             alone = self._take_gradient()
@@ -306,8 +327,8 @@ class SinglePassAlignment(BackwardAlignment):
                 length = squared_norm(expected).sqrt().cpu()
                 if not error <= self.tolerance * (length + floor):
                     off = f"{error / length:.2g} of its length"
-                    return True, f"the gradient of {name!r} is off by {off} from that of its examples alone"
-        return True, None
+                    return f"the gradient of {name!r} is off by {off} from that of its examples alone"
+        return None
 
     def _clear_stores(self) -> None:
         for store in self._stores:
@@ -325,3 +346,8 @@ class SinglePassAlignment(BackwardAlignment):
             DomainGradients(p.shape, p.dtype, p.device, num_domains=self.num_domains, keeps_dense=keeps_dense)
             for p in self.parameters
         ]
+
+
+def _random_state(devices: Sequence[torch.device]) -> list[Tensor]:
+    """Of the CPU and of the devices."""
+    return [torch.get_rng_state(), *(torch.get_device_module(device).get_rng_state(device) for device in devices)]

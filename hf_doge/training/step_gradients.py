@@ -215,16 +215,16 @@ class StepGradients:
 
     def sample(self, num_examples: int = 3) -> "StepGradients | None":
         """
-        A few of this process' train examples as a step of their own, the first as domain 0 and the others as domain 1;
-        `None` if there are fewer than two with a label.
+        A few of this process' train examples as a step of their own, the first as domain 0 and the others as domain 1 (if
+        there is one); `None` if none has a label.
         """
-        for batch in self._micro_batches:
+        for batch in sorted(self._micro_batches, key=lambda batch: -min(int((batch.items > 0).sum()), 2)):
             rows = (batch.items > 0).nonzero().squeeze(1)[:num_examples]
-            if len(rows) < 2:
+            if len(rows) == 0:
                 continue
             few = copy(batch)
             few.inputs, few.items = batch.pick(rows).inputs, batch.items[rows]
-            few.domain_ids = torch.arange(len(rows)).clamp(max=1)
+            few.domain_ids = torch.arange(len(rows)).clamp(max=min(1, len(self._num_items) - 1))
             return StepGradients(
                 [few],
                 [],
