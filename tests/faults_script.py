@@ -10,8 +10,6 @@ from pathlib import Path
 import torch
 
 from hf_doge.training.config import DoGEConfig
-from hf_doge.training.lost_process import explaining_lost_process
-from hf_doge.training.preemption import PreemptionCallback
 from hf_doge.training.trainer import DoGETrainer
 from tests.launch import end_process_group
 from tests.tiny import three_domains, tiny_gpt2
@@ -32,10 +30,6 @@ class FaultyTrainer(DoGETrainer):
     def __init__(self, *args, fault=None, **kwargs):
         super().__init__(*args, **kwargs)
         self.fault = fault or {}
-
-    def train(self, *args, **kwargs):
-        with explaining_lost_process(self):
-            return super().train(*args, **kwargs)
 
     def is_at(self, *kinds, step):
         return self.fault.get("kind") in kinds and self.fault["rank"] == RANK and step == self.fault["step"]
@@ -88,7 +82,6 @@ def make_trainer(folder, *, fault=None, **options):
     }
     args = DoGEConfig(str(folder), **{**defaults, **options})
     trainer = FaultyTrainer(tiny_gpt2(dropout=0.2), args, train_dataset=three_domains(16), fault=fault)
-    PreemptionCallback.take_over(trainer)
     return trainer
 
 

@@ -14,8 +14,6 @@ from hf_doge.cli.console import save_plot, say
 from hf_doge.cli.data import load_shared_domain_data
 from hf_doge.cli.models import get_config, make_model
 from hf_doge.training.config import DoGEConfig
-from hf_doge.training.lost_process import explaining_lost_process
-from hf_doge.training.preemption import PreemptionCallback
 from hf_doge.training.trainer import DOMAIN_WEIGHTS_FOLDER, DoGETrainer
 
 HELDOUT_MIX = "heldout_mix"
@@ -89,9 +87,7 @@ def main(argv: Sequence[str]) -> int:
         data_collator=collate_blocks,
         processing_class=data.tokenizer,
     )
-    PreemptionCallback.take_over(trainer)
-    with explaining_lost_process(trainer):
-        trainer.train(resume_from_checkpoint=get_resume(args))
+    trainer.train(resume_from_checkpoint=get_resume(args))
     if trainer.state.global_step < trainer.state.max_steps:
         say(
             f"Stopped after step {trainer.state.global_step} of {trainer.state.max_steps}, with a checkpoint. Go on with "

@@ -20,7 +20,9 @@ from hf_doge.training.config import DoGEConfig
 from hf_doge.training.domain_batches import DomainBatches, TargetBatches
 from hf_doge.training.global_batch import examples_per_step, loader_lead
 from hf_doge.training.learner import DomainLearner
+from hf_doge.training.lost_process import explaining_lost_process
 from hf_doge.training.mixture import DomainWeightedMixin
+from hf_doge.training.preemption import PreemptionCallback
 from hf_doge.training.setup import refuse_unsupported, weights_in_order
 from hf_doge.training.step_gradients import StepGradients
 
@@ -150,6 +152,7 @@ class DoGEMixin(DomainWeightedMixin):
             initial_weights=initial_weights,
         )
         self._micro_batches: list[dict[str, Any]] = []
+        PreemptionCallback.take_over(self)
 
     @property
     def domain_weights(self) -> DomainWeights:
@@ -163,7 +166,8 @@ class DoGEMixin(DomainWeightedMixin):
         self._micro_batches = []
         if checkpoint is None and self.domain_sampler is not None:
             self._forget_schedule()
-        return super().train(None if checkpoint is None else str(checkpoint), *args, **kwargs)
+        with explaining_lost_process(self):
+            return super().train(None if checkpoint is None else str(checkpoint), *args, **kwargs)
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
@@ -304,6 +308,12 @@ class DoGEMixin(DomainWeightedMixin):
                 )
                 logs |= {f"sampling_weight/{name}": weight for name, weight in drawn_by.items()}
         super().log(logs, *args, **kwargs)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        """All processes have written theirs before the main one calls the checkpoint whole, and deletes older ones."""
+        super()._save_rng_state(output_dir)
+        if self.args.world_size > 1:
+            torch.distributed.barrier()
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the model with the domain weights beside it; in a checkpoint, also what a resumed run needs."""
