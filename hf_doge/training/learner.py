@@ -90,7 +90,8 @@ class DomainLearner:
         """What a resumed run must share with the one that wrote the checkpoint, or its artifact would lie."""
         sizes = dict(zip(self.domains.names, self.domains.sizes.tolist(), strict=True))
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        return {"recipe": self.recipe.to_dict(), "num_rows": sizes, "seed": seed}
+        lag = {"sampler_lag_steps": self.args.sampler_lag_steps} if self.args.is_online else {}
+        return {"recipe": self.recipe.to_dict(), "num_rows": sizes, "seed": seed, "mode": self.args.mode, **lag}
 
     def to_domain_weights(self) -> DomainWeights:
         """What has been learned so far, as an artifact."""

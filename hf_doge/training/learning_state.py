@@ -143,9 +143,9 @@ class LearningState:
                 f"The checkpoint {folder} must have been written for the domains {list(names)}, but was written for "
                 f"{saved} (gone: {missing}, new: {extra}). Train on the same domains or start anew."
             )
-        different = [name for name, value in run.items() if state["run"][name] != value]
+        different = [name for name, value in run.items() if state["run"].get(name) != value]
         if different:
-            before, now = ({name: found[name] for name in different} for found in (state["run"], run))
+            before, now = ({name: found.get(name) for name in different} for found in (state["run"], run))
             raise ValueError(
                 f"A resumed run must go on as it began, but the checkpoint {folder} has {before} and this run {now}. Set "
                 "them back or start anew."
