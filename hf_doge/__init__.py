@@ -18,10 +18,11 @@ if TYPE_CHECKING:
     from hf_doge.tracing.index import InfluenceIndex
     from hf_doge.training.config import DoGEConfig
     from hf_doge.training.mixture import DomainWeightedMixin, DomainWeightedTrainer
-    from hf_doge.training.trainer import DoGETrainer
+    from hf_doge.training.trainer import DoGEMixin, DoGETrainer
 
 _MODULES = {
     "DoGEConfig": "hf_doge.training.config",
+    "DoGEMixin": "hf_doge.training.trainer",
     "DoGETrainer": "hf_doge.training.trainer",
     "DomainWeightedMixin": "hf_doge.training.mixture",
     "DomainWeightedSampler": "hf_doge.sampling.sampler",
@@ -35,6 +36,7 @@ _MODULES = {
 
 __all__ = [
     "DoGEConfig",
+    "DoGEMixin",
     "DoGETrainer",
     "DomainWeightedMixin",
     "DomainWeightedSampler",

@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import torch.distributed as dist
+
 REPOSITORY = Path(__file__).parent.parent
 
 
@@ -14,6 +16,16 @@ def free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return free.getsockname()[1]
+
+
+def end_process_group() -> None:
+    """
+    The last thing that a launched script does.
+
+    A thread of gloo that still lets go of its last work while Python ends is aborted, and the process with it.
+    """
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def launch_command(script: Path, *arguments: object, num_processes: int, options: tuple[str, ...] = ()) -> list[str]:
@@ -72,3 +84,24 @@ def launch(
     if check:
         assert result.returncode == 0, result.stdout[-6000:]
     return result
+
+
+def start_without_launcher(script: Path, *arguments: object, num_processes: int = 2) -> list[subprocess.Popen]:
+    """
+    The same processes without a launcher, which would end all of them when one dies; by rank.
+
+    The caller waits for them, and kills those that are left.
+    """
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "ACCELERATE_USE_CPU": "true"}
+    size = {"WORLD_SIZE": str(num_processes), "LOCAL_WORLD_SIZE": str(num_processes)}
+    return [
+        subprocess.Popen(
+            [sys.executable, str(script), *map(str, arguments)],
+            cwd=REPOSITORY,
+            env=launch_environment(RANK=str(rank), LOCAL_RANK=str(rank), **address, **size),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(num_processes)
+    ]

@@ -2,14 +2,18 @@
 
 import json
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from datasets import Dataset
+from peft import LoraConfig
+from trl import SFTConfig, SFTTrainer
 
 from hf_doge.training.config import DoGEConfig
-from hf_doge.training.trainer import DoGETrainer
-from tests.tiny import language_model_rows, tiny_gpt2, tiny_llama
+from hf_doge.training.trainer import DoGEMixin, DoGETrainer
+from tests.launch import end_process_group
+from tests.tiny import language_model_rows, tiny_gpt2, tiny_llama, tiny_tokenizer
 
 GLOBAL_BATCH = 16
 
@@ -23,6 +27,7 @@ WAYS = {
     "cosine": {"normalization": "cosine", "self_term": False},
     "online": {"mode": "online", "reweight_steps": 2, "sampler_lag_steps": 2, "with_target": True},
     "silent": {"normalization": "cosine", "is_silent": True},
+    "sft": {"mode": "online", "reweight_steps": 3, "sft": True, "mu": 1e-4},
     "seldom": {"reweight_steps": 2, "lr_scheduler_type": "linear"},
 }
 
@@ -50,7 +55,7 @@ def make_domains(*, is_silent=False):
     return {name: Dataset.from_dict(rows) for name, rows in domains.items()}
 
 
-def make_trainer(folder, *, num_processes, micro_batch, with_target=False, is_silent=False, **options):
+def make_trainer(folder, *, num_processes, micro_batch, with_target=False, is_silent=False, sft=False, **options):
     defaults = {
         "per_device_train_batch_size": micro_batch,
         "gradient_accumulation_steps": GLOBAL_BATCH // (micro_batch * num_processes),
@@ -69,9 +74,31 @@ def make_trainer(folder, *, num_processes, micro_batch, with_target=False, is_si
         "ddp_backend": "gloo" if num_processes > 1 else None,
     }
     target = Dataset.from_dict(language_model_rows(20, low=5, high=30, seed=9)) if with_target else None
+    if sft:
+        return make_sft_trainer(str(folder), {**defaults, **options})
     args = DoGEConfig(str(folder), **{**defaults, **options})
     model = tiny_gpt2() if options.get("reweight_steps") else tiny_llama()
     return DoGETrainer(model, args, train_dataset=make_domains(is_silent=is_silent), target_dataset=target)
+
+
+@dataclass
+class DoGESFTConfig(DoGEConfig, SFTConfig):
+    pass
+
+
+class DoGESFTTrainer(DoGEMixin, SFTTrainer):
+    pass
+
+
+def make_sft_trainer(folder, options):
+    """trl's trainer, whose loss gathers metrics over the processes each time it is called."""
+    return DoGESFTTrainer(
+        tiny_llama(),
+        DoGESFTConfig(folder, **options, max_length=None),
+        train_dataset=make_domains(),
+        processing_class=tiny_tokenizer(),
+        peft_config=LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False),
+    )
 
 
 def note(trainer, path):
@@ -109,3 +136,4 @@ def main(folder, num_processes, micro_batch, resume):
 if __name__ == "__main__":
     for job in json.loads(sys.argv[1]):
         main(**job)
+    end_process_group()

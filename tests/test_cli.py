@@ -1,10 +1,14 @@
 import gzip
 import json
+import os
 import random
 import runpy
 import shutil
+import signal
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -130,6 +134,31 @@ def test_learn_resumes_from_the_last_checkpoint_to_the_same_weights(data_dir, le
     (tmp_path / "whole" / "checkpoint-3").rename(tmp_path / "later")
     assert main(["learn", *flags, "--resume_from_checkpoint=last"]) == 0
     assert DomainWeights.from_pretrained(tmp_path / "whole" / "domain_weights").mean == whole.mean
+
+
+def test_learn_stopped_by_sigterm_saves_a_checkpoint_and_goes_on_from_it(data_dir, learned, tmp_path, capsys):
+    run = tmp_path / "run"
+    flags = [*flags_of(data_dir, learned, run), "--save_steps=2", "--max_steps=40", "--enable_jit_checkpoint"]
+
+    def terminate_after_a_checkpoint():
+        while not (run / "checkpoint-2" / "trainer_state.json").exists():
+            time.sleep(0.001)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)  # should it come too late, the tests live on
+    watcher = threading.Thread(target=terminate_after_a_checkpoint)
+    try:
+        watcher.start()
+        assert main(["learn", *flags]) == 143
+    finally:
+        watcher.join(timeout=60)
+        signal.signal(signal.SIGTERM, before)
+    said = capsys.readouterr().out
+    assert "of 40, with a checkpoint. Go on with `--resume_from_checkpoint last`." in said
+    assert "Weights:" not in said
+    assert not (run / "domain_weights").exists()
+    assert main(["learn", *flags, "--resume_from_checkpoint=last"]) == 0
+    assert len(DomainWeights.from_pretrained(run / "domain_weights").trajectory.steps) == 40
 
 
 def test_flags_come_from_a_config_file_and_later_flags_win(data_dir, learned, tmp_path):

@@ -167,12 +167,6 @@ def test_a_blank_domain_name_is_refused_before_training(tmp_path):
         make_trainer(tmp_path, domains={" ": three_domains()["code"]})
 
 
-def test_a_dict_of_streams_is_refused(tmp_path):
-    streams = {name: data.to_iterable_dataset() for name, data in three_domains().items()}
-    with pytest.raises(ValueError, match=r"must be a `datasets\.Dataset`, but got \{'arxiv': 'IterableDataset'"):
-        make_trainer(tmp_path, domains=streams)
-
-
 def test_a_format_that_hides_the_domains_is_named(tmp_path):
     merged = concatenate_datasets([data.add_column("domain", [n] * 4) for n, data in three_domains().items()])
     trainer = make_trainer(tmp_path, domains=merged.with_format("torch", columns=["input_ids", "labels"]))

@@ -1,7 +1,4 @@
-import os
 import shutil
-import subprocess
-import sys
 from itertools import product
 from pathlib import Path
 
@@ -659,46 +656,3 @@ def test_an_adapter_is_loaded_with_its_base(tmp_path):
     assert index.reader.checkpoints[0]["model_class"].startswith("Peft")
     assert index.config["virtual"]
     assert close(np.diag(index.scores(dataset)), index.reader.self_influence(0))
-
-
-# Several processes
-
-LAUNCHED = """
-import sys
-import numpy as np
-from accelerate import PartialState
-from hf_doge import InfluenceIndex
-
-PartialState(cpu=True)
-index = InfluenceIndex.from_pretrained(sys.argv[1], cache_dir=sys.argv[2])
-texts = ["The runner is winning a match.", "Stocks of a rocket fund", "New moon"]
-hits = index.search(texts, top_k=3)
-np.savez(f"{sys.argv[3]}/{PartialState().process_index}.npz", scores=index.scores(texts), ids=hits["example_id"][:], queries=hits["query"][:])
-try:
-    index.scores([{"text": "moon"}, {"text": "goal", "label": "weather"}])
-except (ValueError, RuntimeError) as error:
-    print(type(error).__name__, flush=True)
-"""
-
-
-@pytest.mark.slow
-def test_processes_share_queries_and_all_get_all_hits(index, recorded, tmp_path):
-    script = tmp_path / "launched.py"
-    script.write_text(LAUNCHED)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29617"]
-    root = Path(__file__).parent.parent
-    result = subprocess.run(
-        [*launcher, str(script), str(recorded), str(tmp_path / "maps"), str(tmp_path)],
-        env={**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
-    assert result.returncode == 0, result.stderr[-2000:]
-    hits = index.search(TEXTS, top_k=3)
-    for rank in (0, 1):
-        found = np.load(tmp_path / f"{rank}.npz")
-        assert close(found["scores"], index.scores(TEXTS))
-        assert found["ids"].tolist() == hits["example_id"][:]
-        assert found["queries"].tolist() == hits["query"][:]
-    assert sorted(result.stdout.split()) == ["RuntimeError", "ValueError"]  # a failure reaches those who would wait

@@ -424,12 +424,11 @@ def test_bad_queries_are_refused(open_index, rows):
         reader.search([rows[0], random_rows(2)], [1.0, 1.0], 3)
 
 
-@pytest.mark.parametrize(
-    "name", ["gradients/checkpoint-1/segment-00001.parquet", "examples/train-00000-of-00001.parquet"]
-)
+@pytest.mark.parametrize("name", ["gradients/checkpoint-1/segment-*.parquet", "examples/train-00000-of-00001.parquet"])
 def test_an_altered_or_missing_file_is_named(open_index, rows, tmp_path, name):
     open_index(*rows)
-    path = tmp_path / "index" / name
+    path = max((tmp_path / "index").glob(name))
+    name = path.relative_to(tmp_path / "index").as_posix()
     content = path.read_bytes()
     for altered in (content[:-10], content[:50] + bytes([content[50] ^ 1]) + content[51:]):
         path.write_bytes(altered)

@@ -233,6 +233,17 @@ def test_a_named_checkpoint_that_is_not_whole_is_refused(tmp_path):
         make_trainer(tmp_path).train(resume_from_checkpoint=True)
 
 
+@pytest.mark.parametrize("cut", [True, False])
+def test_a_checkpoint_without_the_random_state_of_this_process_is_passed_over(tmp_path, cut):
+    make_trainer(tmp_path, stop_after=1).train()
+    random_state = tmp_path / "checkpoint-1" / "rng_state.pth"
+    random_state.write_bytes(random_state.read_bytes()[:-20]) if cut else random_state.unlink()
+    with pytest.raises(ValueError, match="No whole checkpoint found"):
+        make_trainer(tmp_path).train(resume_from_checkpoint=True)
+    with pytest.raises(ValueError, match=r"its rng_state\.pth is missing or cut off"):
+        make_trainer(tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+
+
 def test_a_checkpoint_with_a_cut_off_trajectory_is_refused(tmp_path):
     make_trainer(tmp_path, stop_after=1).train()
     trajectory = tmp_path / "checkpoint-1" / "doge_trajectory.parquet"

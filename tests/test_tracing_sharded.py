@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerState
 
 from hf_doge.tracing.callback import TracInWECallback
+from tests.launch import end_process_group
 from tests.online_training import arguments, classifier_dataset, pad
 from tests.tiny import tiny_classifier
 
@@ -40,7 +41,7 @@ for record in ("checkpoint", "online"):
     start = {"model": model, "train_dataloader": loader, "args": args, "state": TrainerState()}
     refused(f"model {record}", lambda: recording.start(**start))
     assert not (folder / record / "index").exists()
-dist.destroy_process_group()
+end_process_group()
 """
 
 

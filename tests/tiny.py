@@ -126,3 +126,17 @@ def classifier_domains(num_examples=4):
         )
         for name, dataset in domains.items()
     }
+
+
+def tiny_tokenizer():
+    """Thirty-two words, with padding, mask and end."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    specials = ["<pad>", "<mask>", "<eos>", "<unk>"]
+    vocab = {word: i for i, word in enumerate(specials + [f"w{i}" for i in range(28)])}
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", mask_token="<mask>", eos_token="<eos>", unk_token="<unk>"
+    )

@@ -1,12 +1,14 @@
 """The command line, `hf-doge` or `python -m hf_doge`: one module per command, imported when it is called."""
 
+import atexit
 import logging
+import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
 
 from hf_doge._version import __version__
-from hf_doge.cli.console import say
+from hf_doge.cli.console import is_main_process, say
 
 COMMANDS = {
     "demo": "learn weights on text found on this machine and see whether they help; no data, no network, minutes",
@@ -44,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
         `int`: 0 if all went well, 2 if it was asked for something that cannot be, said in one line on standard error,
-            130 if it was interrupted.
+            130 if it was interrupted, 143 if SIGTERM stopped it after a checkpoint that it had been asked to save then.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     if not argv or argv[0] in ("-h", "--help"):
@@ -57,9 +59,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     if command not in COMMANDS:
         return _refuse("hf-doge", f"the command must be one of {', '.join(COMMANDS)}, but got {command!r}")
     logging.basicConfig(format="%(message)s")
-    logging.getLogger("hf_doge").setLevel(logging.INFO)
+    logging.getLogger("hf_doge").setLevel(logging.INFO if is_main_process() else logging.WARNING)
     try:
-        return import_module(f"hf_doge.cli.{command.replace('-', '_')}").main(argv[1:])
+        code = import_module(f"hf_doge.cli.{command.replace('-', '_')}").main(argv[1:])
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            atexit.register(_end_process_group)  # not before: a process can join one once
+        return code
     except SystemExit as stop:  # argparse, after --help or a flag it does not know
         return stop.code or 0
     except KeyboardInterrupt:
@@ -68,6 +73,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError, FloatingPointError) as error:
         logger.debug("What was refused:", exc_info=True)
         return _refuse(f"hf-doge {command}", " ".join(str(error).split()))
+
+
+def _end_process_group() -> None:
+    """Without it, a thread of gloo that is still busy when Python ends aborts a process that did all it should."""
+    distributed = sys.modules.get("torch.distributed")  # most commands on one process never load it
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
 def _refuse(prog: str, message: str) -> int:

@@ -1,15 +1,22 @@
 """What the commands say, and the pictures they leave."""
 
 import logging
+import os
 from collections.abc import Callable
 from pathlib import Path
 
 logger = logging.getLogger(__name__)
 
 
+def is_main_process() -> bool:
+    """Whether this is the process that speaks for all of those that a launcher started, on all machines."""
+    return os.environ.get("RANK", "0") == "0"  # set by every launcher before any process group is there
+
+
 def say(text: str) -> None:
-    """Write to standard output: the one place where this package does."""
-    print(text, flush=True)
+    """Write to standard output, on the main process only: the one place where this package does."""
+    if is_main_process():
+        print(text, flush=True)
 
 
 def save_plot(plot: Callable[[Path], object], path: Path) -> Path | None:

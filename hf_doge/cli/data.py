@@ -3,9 +3,10 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from datasets import Dataset
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, TrainingArguments
 
 from hf_doge.cli.arguments import DataArguments
 from hf_doge.cli.blocks import BlockMaker
@@ -33,12 +34,30 @@ class DomainData:
     fingerprints: dict[str, str]
 
 
+def load_shared_domain_data(
+    data_args: DataArguments, output_dir: Path, *, args: TrainingArguments, **options: Any
+) -> DomainData:
+    """
+    As [`load_domain_data`], on all processes that a launcher started: the main one writes tokenizer and blocks, the
+    others wait, at most `ddp_timeout` seconds, and read them.
+
+    Args:
+        data_args (`DataArguments`): What to read, and with which tokenizer.
+        output_dir (`Path`): A folder that all machines see, unless `save_on_each_node` says that each has its own.
+        args (`TrainingArguments`): They know the processes.
+        options: Of [`load_domain_data`].
+    """
+    with args.main_process_first(local=args.save_on_each_node, desc="preparing the data"):
+        return load_domain_data(data_args, output_dir, is_prepared=not args.should_save, **options)
+
+
 def load_domain_data(
     data_args: DataArguments,
     output_dir: Path,
     *,
     targets: Sequence[str] = (),
     max_target_tokens: int | None = None,
+    is_prepared: bool = False,
 ) -> DomainData:
     """
     Find, tokenise and cut what the arguments ask for, or take it from `output_dir` where an earlier run left it.
@@ -48,6 +67,7 @@ def load_domain_data(
         output_dir (`Path`): Blocks are kept in its folder `blocks`, a tokenizer trained here in `tokenizer`.
         targets (`Sequence[str]`): Domains that are not trained on.
         max_target_tokens (`int`, *optional*): Use no more train tokens of each target.
+        is_prepared (`bool`): Whether another process of this run has done it just before.
     """
     files = find_domain_files(data_args.data_dir)
     domains, targets = select_domains(files, domains=data_args.domains, targets=targets)
@@ -56,6 +76,7 @@ def load_domain_data(
         data_args.train_tokenizer_vocab,
         files=[files[name]["train"] for name in domains],
         save_directory=output_dir / "tokenizer",
+        is_trained=is_prepared,
     )
     blocks = BlockMaker(tokenizer, data_args.block_size, output_dir / "blocks")
     limits = {

@@ -10,6 +10,7 @@ from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrained
 
 from hf_doge.cli.console import say
 from hf_doge.cli.records import read_records, select_fields
+from hf_doge.tracing.processes import process_index
 from hf_doge.tracing.queries import text_fields
 from hf_doge.tracing.recording import record_dataset
 from hf_doge.tracing.settings import DTYPES, SPECIAL_TOKENS, RecordingSettings
@@ -41,6 +42,8 @@ def main(argv: Sequence[str]) -> int:
         learning_rates=args.learning_rates,
         batch_size=args.batch_size,
     )
+    if process_index() > 0:
+        return 0
     say(f"Recorded {len(dataset)} examples at {len(args.checkpoints)} checkpoints: {args.output_dir}")
     say(f'Search it with: hf-doge search --index {args.output_dir} --query "..."')
     return 0
@@ -51,7 +54,8 @@ def _parse(argv: Sequence[str]) -> Namespace:
         prog="hf-doge index",
         description=(
             "Record the gradients of training examples at saved checkpoints, so that predictions can be traced to them "
-            "by `hf-doge search`. Run again after an interruption, it continues; with more checkpoints, it adds them."
+            "by `hf-doge search`. Run again after an interruption, it continues; with more checkpoints, it adds them. "
+            "Under `accelerate launch -m hf_doge index` all processes share the work, and must see the same files."
         ),
     )
     parser.add_argument(

@@ -2,19 +2,24 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from datasets import Dataset, concatenate_datasets
 from transformers import set_seed
 
+from hf_doge.artifacts import DomainWeights
 from hf_doge.cli.arguments import DataArguments, ModelArguments, get_output_dir, get_resume, parse
 from hf_doge.cli.blocks import collate_blocks
 from hf_doge.cli.console import save_plot, say
-from hf_doge.cli.data import load_domain_data
+from hf_doge.cli.data import load_shared_domain_data
 from hf_doge.cli.models import get_config, make_model
 from hf_doge.training.config import DoGEConfig
+from hf_doge.training.lost_process import explaining_lost_process
+from hf_doge.training.preemption import PreemptionCallback
 from hf_doge.training.trainer import DOMAIN_WEIGHTS_FOLDER, DoGETrainer
 
 HELDOUT_MIX = "heldout_mix"
+TERMINATED = 143  # what shells say of a program that SIGTERM ended
 
 
 @dataclass
@@ -62,9 +67,10 @@ def main(argv: Sequence[str]) -> int:
     )
     output_dir = get_output_dir(args)
     uses_heldout_mix = target_args.target == [HELDOUT_MIX]
-    data = load_domain_data(
+    data = load_shared_domain_data(
         data_args,
         output_dir,
+        args=args,
         targets=() if uses_heldout_mix else target_args.target or (),
         max_target_tokens=target_args.max_target_tokens,
     )
@@ -83,15 +89,27 @@ def main(argv: Sequence[str]) -> int:
         data_collator=collate_blocks,
         processing_class=data.tokenizer,
     )
-    trainer.train(resume_from_checkpoint=get_resume(args))
+    PreemptionCallback.take_over(trainer)
+    with explaining_lost_process(trainer):
+        trainer.train(resume_from_checkpoint=get_resume(args))
+    if trainer.state.global_step < trainer.state.max_steps:
+        say(
+            f"Stopped after step {trainer.state.global_step} of {trainer.state.max_steps}, with a checkpoint. Go on with "
+            "`--resume_from_checkpoint last`."
+        )
+        return TERMINATED
+    if args.should_save:
+        save_results(trainer.domain_weights, output_dir)
+    return 0
 
-    weights = trainer.domain_weights
+
+def save_results(weights: DomainWeights, output_dir: Path) -> None:
+    """Write the learned weights and their plot, and print both the weights and where they are."""
     folder = output_dir / DOMAIN_WEIGHTS_FOLDER
     weights.save_pretrained(folder)
     plot = save_plot(weights.plot, output_dir / "domain_weights.png")
     say(weights.summary())
     say(f"Weights: {folder}{f', plot: {plot}' if plot else ''}")
-    return 0
 
 
 def carve_heldout_mix(train: Mapping[str, Dataset], fraction: float) -> tuple[dict[str, Dataset], Dataset]:

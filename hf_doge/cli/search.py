@@ -10,6 +10,7 @@ from typing import Any
 from hf_doge.cli.console import say
 from hf_doge.cli.records import read_records
 from hf_doge.tracing.index import KERNELS, SPECIAL_TOKENS, InfluenceIndex
+from hf_doge.tracing.processes import process_index
 from hf_doge.tracing.queries import text_fields
 
 NUM_WORDS = 6
@@ -36,6 +37,8 @@ def main(argv: Sequence[str]) -> int:
         kernel=args.kernel,
         synonym_threshold=args.synonym_threshold,
     )
+    if process_index() > 0:
+        return 0  # all processes have all hits, and one says so
     if args.html is not None:
         index.to_html(hits, args.html)
     if args.json:

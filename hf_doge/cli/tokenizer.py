@@ -13,7 +13,12 @@ MAX_TRAINING_CHARS = 20_000_000
 
 
 def get_tokenizer(
-    name_or_path: str | None, train_vocab_size: int | None, *, files: Sequence[Path], save_directory: Path
+    name_or_path: str | None,
+    train_vocab_size: int | None,
+    *,
+    files: Sequence[Path],
+    save_directory: Path,
+    is_trained: bool = False,
 ) -> PreTrainedTokenizerBase:
     """
     Load the tokenizer, or train one on an equal share of each file and save it.
@@ -22,9 +27,11 @@ def get_tokenizer(
         name_or_path (`str`, *optional*): Folder or Hub name of a tokenizer.
         train_vocab_size (`int`, *optional*): Train a byte-level BPE of this many entries instead.
         files (`Sequence[Path]`): Train files, one per training domain.
-        save_directory (`Path`): Where a trained tokenizer is kept; the same request finds it there again.
+        save_directory (`Path`): Where a trained tokenizer is kept.
+        is_trained (`bool`): Whether another process of this run has just trained it, so that it is only read.
 
     Raises:
+        `FileNotFoundError`: if another process trained it in a folder that this one does not see.
         `ValueError`: unless exactly one of the first two is given, and for a tokenizer without an end-of-text token.
     """
     if (name_or_path is None) == (train_vocab_size is None):
@@ -34,6 +41,13 @@ def get_tokenizer(
         )
     if name_or_path is not None:
         tokenizer = AutoTokenizer.from_pretrained(name_or_path)
+    elif is_trained:
+        if not save_directory.is_dir():
+            raise FileNotFoundError(
+                f"All processes must see the output folder, but this one does not find {str(save_directory)!r}, which the "
+                "main process has just written. Put `--output_dir` on a file system that every machine mounts there."
+            )
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(save_directory)
     else:
         tokenizer = train_tokenizer(files, train_vocab_size)
         tokenizer.save_pretrained(save_directory)

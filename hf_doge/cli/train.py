@@ -10,7 +10,7 @@ from transformers import TrainingArguments, set_seed
 from hf_doge.cli.arguments import DataArguments, ModelArguments, get_output_dir, get_resume, parse
 from hf_doge.cli.blocks import collate_blocks
 from hf_doge.cli.console import say
-from hf_doge.cli.data import load_domain_data
+from hf_doge.cli.data import load_shared_domain_data
 from hf_doge.cli.mixtures import describe_blocks, load_weights
 from hf_doge.cli.models import get_config, make_model
 from hf_doge.training.mixture import DomainWeightedTrainer
@@ -51,7 +51,7 @@ def main(argv: Sequence[str]) -> int:
         defaults={"output_dir": "doge_model", "learning_rate": 5e-4},
     )
     output_dir = get_output_dir(args)
-    data = load_domain_data(data_args, output_dir, targets=mixture_args.target or ())
+    data = load_shared_domain_data(data_args, output_dir, args=args, targets=mixture_args.target or ())
     weights = load_weights(mixture_args.weights, describe_blocks(data.train, data_args.block_size))
     config = get_config(model_args, data.tokenizer, data_args.block_size)
     set_seed(args.seed)
@@ -74,7 +74,8 @@ def main(argv: Sequence[str]) -> int:
     epochs = trainer.get_domain_epochs()
     results = {"domain_weights": weights.mean, "perplexity": perplexities, "epochs": epochs}
     results_file = output_dir / "domain_results.json"
-    results_file.write_text(json.dumps(results, indent=2, sort_keys=True, ensure_ascii=False), encoding="utf-8")
+    if args.should_save:
+        results_file.write_text(json.dumps(results, indent=2, sort_keys=True, ensure_ascii=False), encoding="utf-8")
     width = max(map(len, perplexities))
     say(f"{'domain':<{width}}  weight  epochs  perplexity")
     for name, perplexity in perplexities.items():

@@ -45,9 +45,12 @@ class Reduction:
             dist.all_reduce(tensor)
         return tensor
 
-    def any(self, flag: bool, device: torch.device) -> bool:
-        """Whether the flag is set on some process."""
-        return bool(self.sum(torch.tensor(int(flag), device=device))) if self.is_needed else flag
+    def max(self, tensor: Tensor) -> Tensor:
+        """The largest of each entry of a small tensor over the processes."""
+        if self.is_needed:
+            tensor = tensor.clone()
+            dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+        return tensor
 
     def _sum_bucket(self, tensors: list[Tensor]) -> None:
         if len(tensors) == 1 and tensors[0].is_contiguous():

@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from numbers import Integral
 from typing import TYPE_CHECKING
 
@@ -30,15 +31,7 @@ class DomainIndex:
     def __init__(
         self, names: Sequence[str], sizes: np.ndarray, starts: np.ndarray, *, grouped_rows: np.ndarray | None = None
     ) -> None:
-        names = tuple(names)
-        not_names = [name for name in names if not isinstance(name, str)]
-        if not_names:
-            raise TypeError(f"Domain names must be strings, but got {not_names}.")
-        if not all(name.strip() for name in names):
-            raise ValueError(f"Domain names must not be blank, but got {list(names)}. Name them.")
-        duplicates = sorted({name for name in names if names.count(name) > 1}) if len(set(names)) < len(names) else []
-        if duplicates:
-            raise ValueError(f"Domain names must be different, but {duplicates} appear more than once. Rename them.")
+        names = check_names(names)
         if not sizes.any():
             raise ValueError(f"A dataset must have rows to draw from, but the domains {list(names)} have none.")
         self.names = names
@@ -138,6 +131,37 @@ class DomainIndex:
 
     def __repr__(self) -> str:
         return f"DomainIndex({dict(zip(self.names, self.sizes.tolist(), strict=True))})"
+
+
+@dataclass(frozen=True)
+class StreamDomains:
+    """
+    What is known of the domains of streams before they are read: their names.
+
+    Attributes:
+        names (`tuple[str, ...]`): Domain names, all different.
+        sizes (`None`): Rows of each domain; see [`DomainIndex`].
+    """
+
+    names: tuple[str, ...]
+    sizes: None = None
+
+    def __post_init__(self) -> None:
+        check_names(self.names)
+
+
+def check_names(names: Sequence[str]) -> tuple[str, ...]:
+    """The names of domains, if they are strings, not blank, and all different."""
+    names = tuple(names)
+    not_names = [name for name in names if not isinstance(name, str)]
+    if not_names:
+        raise TypeError(f"Domain names must be strings, but got {not_names}.")
+    if not all(name.strip() for name in names):
+        raise ValueError(f"Domain names must not be blank, but got {list(names)}. Name them.")
+    duplicates = sorted({name for name in names if names.count(name) > 1}) if len(set(names)) < len(names) else []
+    if duplicates:
+        raise ValueError(f"Domain names must be different, but {duplicates} appear more than once. Rename them.")
+    return names
 
 
 def merge_domains(

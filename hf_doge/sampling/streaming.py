@@ -135,6 +135,11 @@ def interleave_domains(
     return datasets.IterableDataset(examples, info=datasets.DatasetInfo(features=examples.features))
 
 
+def holds_streams(domains: Any) -> bool:
+    """Whether this is a mapping with a stream among its domains."""
+    return isinstance(domains, Mapping) and any(isinstance(d, datasets.IterableDataset) for d in domains.values())
+
+
 @functools.cache
 def warn_that_all_processes_read_everything() -> None:
     """Warn on one process that would have no need to read this stream if it were split; once."""

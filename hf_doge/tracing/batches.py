@@ -44,9 +44,13 @@ class SequentialBatches:
         """Number of examples."""
         return len(self.dataset)
 
-    def starting_at(self, example: int) -> Iterator[tuple[int, Mapping[str, Any]]]:
-        """The position of the first example of each batch, and the batch; the first one holds `example`."""
-        for start in range(example - example % self.batch_size, len(self), self.batch_size):
+    def between(self, first: int, last: int) -> Iterator[tuple[int, Mapping[str, Any]]]:
+        """
+        The position of the first example of each batch, and the batch: all that hold one of the examples `[first, last)`.
+
+        They are the same whatever the range: it cuts none, and moves no random number.
+        """
+        for start in range(first - first % self.batch_size, last, self.batch_size):
             yield start, self.collate(start, seed=self.seed)
 
     def collate(self, start: int, *, seed: int) -> Mapping[str, Any]:
@@ -75,11 +79,18 @@ class SequentialBatches:
 
 
 @contextmanager
-def preserved_random_state() -> Iterator[None]:
-    """Whatever is drawn inside, the user's random numbers (Python, NumPy, torch) go on as if nothing had been."""
+def preserved_random_state(seed: int | None = None) -> Iterator[None]:
+    """
+    Whatever is drawn inside, the user's random numbers (Python, NumPy, torch) go on as if nothing had been.
+
+    Args:
+        seed (`int`, *optional*): Where those inside begin.
+    """
     state, numpy_state, torch_state = random.getstate(), np.random.get_state(), torch.get_rng_state()
     cuda_states = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else None
     try:
+        if seed is not None:
+            _seed_everything(seed % 2**32)
         yield
     finally:
         random.setstate(state)

@@ -34,8 +34,9 @@ class TracInWECallback(TrainerCallback):
     dataset, the mode of the model, its gradients or any random number is touched. What is interrupted continues: rows are
     written in segments, and a training that is resumed from a checkpoint first finishes the recording of that checkpoint.
 
-    With several processes the main one records (`record="checkpoint"`) **while all others wait**, so recording takes as
-    long as on one device; for large datasets see `record="online"`, or record saved checkpoints by `hf-doge index`.
+    Several processes share the recording: each records some segments of `max_segment_bytes`, into one folder that all must
+    see, and the index is that of one process, file by file. If one fails or is killed, the others end within a minute with
+    an error that names it ([`run_on_all_processes`]); what is whole stays, and resuming finishes it, on any number.
 
     Args:
         output_dir (`str` or `os.PathLike`):
@@ -71,6 +72,7 @@ class TracInWECallback(TrainerCallback):
 
     Raises:
         ValueError: an argument is out of range. At train begin, where the training cannot be recorded: see the message.
+        ProcessFailedError: at train begin or a save, if another process failed or was killed.
     """
 
     def __init__(
@@ -249,13 +251,10 @@ class TracInWECallback(TrainerCallback):
 
     def _await_save(self, args: TrainingArguments, state: TrainerState) -> None:
         self._awaited_step = state.global_step if self.record_steps is not None else -1
-        if self.settings.record == "checkpoint":
-            path = self._own_path(state.global_step) if self._own_weights else _checkpoint_path(args, state)
-            self._recording.plan(
-                **self._facts(args, state),
-                learning_rate=self._learning_rate,
-                path=stored_path(path, self.output_dir),
-            )
+        path = self._own_path(state.global_step) if self._own_weights else _checkpoint_path(args, state)
+        self._recording.plan(
+            **self._facts(args, state), learning_rate=self._learning_rate, path=stored_path(path, self.output_dir)
+        )
 
     def _record(self, args: TrainingArguments, state: TrainerState, *, saved: bool = False, **kwargs: Any) -> None:
         path = self._keep_weights(args, state, saved=saved, **kwargs)
@@ -285,18 +284,15 @@ class TracInWECallback(TrainerCallback):
     ) -> str:
         """Where the weights of this step are, as the index says it; saved there if the Trainer does not keep them."""
         checkpoint, own = _checkpoint_path(args, state), self._own_path(state.global_step)
-        paths = []
 
-        def save_if_needed(sign_of_life: Callable[[], None]) -> None:
+        def save_if_needed(sign_of_life: Callable[[], None]) -> str:
             if saved and not self._own_weights and has_weights(checkpoint):
-                paths.append(checkpoint)
-                return
+                return stored_path(checkpoint, self.output_dir)
             if replace or not has_weights(own):
                 save_model(model, own, processing_class=processing_class)
-            paths.append(own)
+            return stored_path(own, self.output_dir)
 
-        run_on_main_process(save_if_needed)
-        return stored_path(paths[0] if paths else own, self.output_dir)
+        return run_on_main_process(save_if_needed)
 
     def _own_path(self, step: int) -> Path:
         return self.output_dir / MODELS / f"step-{step}"

@@ -13,13 +13,18 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import TrainerState, TrainingArguments
 
-from hf_doge.artifacts.influence import IndexWriter
 from hf_doge.gradients.embedding_uses import input_embedding_matrix
 from hf_doge.tracing.batches import SequentialBatches
 from hf_doge.tracing.examples import Examples
 from hf_doge.tracing.fingerprints import model_fingerprint, unwrap_model
-from hf_doge.tracing.processes import run_on_main_process
-from hf_doge.tracing.recording import check_first_batch, make_recorder, open_writer, record_checkpoint
+from hf_doge.tracing.processes import process_index, run_on_all_processes, run_on_main_process
+from hf_doge.tracing.recording import (
+    SharedIndex,
+    check_first_batch,
+    make_recorder,
+    open_shared_index,
+    record_checkpoint,
+)
 from hf_doge.tracing.settings import RecordingSettings
 from hf_doge.tracing.weights import logged_learning_rate
 
@@ -30,7 +35,7 @@ PLAN_FILE = "recording.json"  # the checkpoint that is being recorded, so that a
 
 class CheckpointRecording:
     """
-    Records all examples at each save. The main process works, the others wait.
+    Records all examples at each save, each process some segments of them.
 
     Args:
         folder (`str` or `os.PathLike`): Of the index.
@@ -63,7 +68,7 @@ class CheckpointRecording:
         self.collator = collator
         self.batch_size = batch_size
         self.seed = seed
-        self._writer: IndexWriter | None = None  # on the main process only
+        self._index: SharedIndex | None = None
 
     def start(
         self, *, model: nn.Module, train_dataloader: DataLoader, args: TrainingArguments, state: TrainerState
@@ -78,7 +83,19 @@ class CheckpointRecording:
         if self.options.second_moment:
             self._require_second_moments(model, started=state.global_step > 0)
         self._progress = not args.disable_tqdm
-        run_on_main_process(lambda sign_of_life: self._open(model, train_dataloader, state, sign_of_life))
+        collator = self.collator or train_dataloader.collate_fn
+        self._batches = SequentialBatches(self.dataset.recorded, collator, batch_size=self.batch_size, seed=self.seed)
+        self._index = open_shared_index(
+            self.folder,
+            model=model,
+            dataset=self.dataset,
+            tokenizer=self.tokenizer,
+            settings=self.options,
+            metadata={"collator_seed": self.seed},
+            seed=self.seed,
+        )
+        self._recorder = make_recorder(model, self.options, self.tokenizer)
+        run_on_all_processes(lambda sign_of_life: self._try(state))
 
     def before_optimizer_step(self, *, learning_rate: float, state: TrainerState) -> None:
         """Nothing: rows are made at saves."""
@@ -104,7 +121,7 @@ class CheckpointRecording:
             learning_rate (`float`): Of the last step.
         """
         facts = {"name": name, "step": step, "epoch": epoch, "learning_rate": learning_rate, "path": str(path)}
-        run_on_main_process(lambda sign_of_life: self._record(model, facts, sign_of_life))
+        self._record(model, run_on_main_process(lambda sign_of_life: self._plan_to_record(model, facts)))
 
     def finish_interrupted(self, *, model: nn.Module, facts: dict[str, Any], state: TrainerState) -> None:
         """
@@ -115,35 +132,23 @@ class CheckpointRecording:
             facts (`dict`): Its name, step, epoch and path. Path and learning rate are those planned, where they were.
             state ([`~transformers.TrainerState`]): With the log of the training so far.
         """
-        run_on_main_process(lambda sign_of_life: self._finish(model, facts, state, sign_of_life))
+        self._record(model, run_on_main_process(lambda sign_of_life: self._plan_to_finish(model, facts, state)))
 
     def stop(self) -> None:
         """Let go of the index."""
-        if self._writer is not None:
-            self._writer.close()
-        self._writer = None
+        if self._index is not None:
+            self._index.close()
+        self._index = None
 
-    def _open(
-        self, model: nn.Module, train_dataloader: DataLoader, state: TrainerState, sign_of_life: Callable[[], None]
-    ) -> None:
-        self._writer = open_writer(
-            self.folder,
-            model=model,
-            dataset=self.dataset,
-            tokenizer=self.tokenizer,
-            settings=self.options,
-            metadata={"collator_seed": self.seed},
-            sign_of_life=sign_of_life,
-        )
-        if state.global_step == 0 and self._writer.checkpoint_names:
+    def _try(self, state: TrainerState) -> None:
+        """A few examples on each process, so that all know of the model what recording teaches."""
+        names = self._index.writer.checkpoint_names
+        if state.global_step == 0 and names:
             raise ValueError(
-                f"{str(self.folder)!r} holds checkpoints {self._writer.checkpoint_names} of an earlier training, but this"
-                " one begins anew. Resume that one (`resume_from_checkpoint`), delete the folder, or choose another."
+                f"{str(self.folder)!r} holds checkpoints {names} of an earlier training, but this one begins anew. Resume"
+                " that one (`resume_from_checkpoint`), delete the folder, or choose another."
             )
-        collator = self.collator or train_dataloader.collate_fn
-        self._batches = SequentialBatches(self.dataset.recorded, collator, batch_size=self.batch_size, seed=self.seed)
-        self._recorder = make_recorder(model, self.options, self.tokenizer)
-        if check_first_batch(self._recorder, self._batches):
+        if check_first_batch(self._recorder, self._batches) and process_index() == 0:
             warnings.warn(
                 f"The collator or dataset draws at random (masked tokens?), so no recording sees exactly what training saw:"
                 f" each example is drawn once with `seed={self.seed}`, the same at every checkpoint. Pass a `collator=`"
@@ -151,40 +156,46 @@ class CheckpointRecording:
                 stacklevel=2,
             )
 
-    def _record(self, model: nn.Module, facts: dict[str, Any], sign_of_life: Callable[[], None]) -> None:
-        name = facts["name"]
-        if name in self._writer.checkpoint_names:
+    def _plan_to_record(self, model: nn.Module, facts: dict[str, Any]) -> dict[str, Any] | None:
+        """On the main process: what is to be recorded, if anything, noted on disk."""
+        name, writer = facts["name"], self._index.writer
+        if name in writer.checkpoint_names:
             if self._is_recorded(name, model):
                 logger.info("Checkpoint %s is in the index already.", name)
                 self._forget_plan()
-                return
+                return None
             logger.info("Training was set back and %s came out differently: it is recorded again.", name)
-            self._writer.forget(name)
+            writer.forget(name)
+        _write_json(self.folder / PLAN_FILE, facts)
+        return facts
+
+    def _record(self, model: nn.Module, facts: dict[str, Any] | None) -> None:
+        """On all processes: what the main one has planned."""
+        if facts is None:
+            return
         if input_embedding_matrix(unwrap_model(model)) is not self._recorder.matrix:
             self._recorder = make_recorder(model, self.options, self.tokenizer)  # resized: refused by its shape
-        _write_json(self.folder / PLAN_FILE, facts)
         record_checkpoint(
-            self._writer,
+            self._index,
             self._recorder,
             self._batches,
             **facts,
             second_moments=self._second_moments(model) if self.options.second_moment else None,
             progress=self._progress,
-            sign_of_life=sign_of_life,
         )
-        self._forget_plan()
+        if process_index() == 0:
+            self._forget_plan()
 
-    def _finish(
-        self, model: nn.Module, facts: dict[str, Any], state: TrainerState, sign_of_life: Callable[[], None]
-    ) -> None:
+    def _plan_to_finish(self, model: nn.Module, facts: dict[str, Any], state: TrainerState) -> dict[str, Any] | None:
+        """On the main process: what is left to record of the checkpoint that training resumes from."""
         name, step = facts["name"], facts["step"]
-        if name in self._writer.checkpoint_names:
+        if name in self._index.writer.checkpoint_names:
             if not self._is_recorded(name, model):
                 raise ValueError(
                     f"Training resumes at step {step} with other weights than {name!r} in {str(self.folder)!r} was recorded"
                     " of. Resume the recorded training, or record this one in another folder."
                 )
-            return
+            return None
         plan = _read_json(self.folder / PLAN_FILE) or {}
         if plan.get("step") == step:
             facts = plan
@@ -197,11 +208,13 @@ class CheckpointRecording:
                 " will be missing in the index. Record it afterwards with `hf-doge index` and its learning rate.",
                 stacklevel=2,
             )
-            return
-        self._record(model, {**facts, "learning_rate": learning_rate}, sign_of_life)
+            return None
+        return self._plan_to_record(model, {**facts, "learning_rate": learning_rate})
 
     def _is_recorded(self, name: str, model: nn.Module) -> bool:
-        recorded = {checkpoint["name"]: checkpoint["fingerprint"] for checkpoint in self._writer.config["checkpoints"]}
+        recorded = {
+            checkpoint["name"]: checkpoint["fingerprint"] for checkpoint in self._index.writer.config["checkpoints"]
+        }
         return recorded[name] == model_fingerprint(model)
 
     def _forget_plan(self) -> None:

@@ -192,6 +192,25 @@ def describe_examples(
     return pa.table(table)
 
 
+def count_tokens(dataset: Any, *, sign_of_life: Callable[[], None] = lambda: None) -> np.ndarray:
+    """
+    How many distinct tokens each example has.
+
+    Args:
+        dataset (`Dataset`): With `input_ids`.
+        sign_of_life (`Callable`): Called every now and then.
+
+    Returns:
+        `numpy.ndarray` of shape `(num_examples,)` and dtype int64.
+    """
+    counts = np.empty(len(dataset), dtype=np.int64)
+    for position, (ids, _) in enumerate(_unpadded_examples(dataset)):
+        counts[position] = len(set(ids.ravel().tolist()))
+        if position % _ROWS_AT_ONCE == 0:
+            sign_of_life()
+    return counts
+
+
 def _is_class(label: np.ndarray, num_classes: int) -> bool:
     return label.size == 1 and label.dtype.kind in "biu" and 0 <= label.item() < num_classes
 

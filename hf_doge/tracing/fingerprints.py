@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -35,11 +36,20 @@ def model_fingerprint(model: nn.Module) -> str:
     Returns:
         `str`: sha256 in hexadecimal.
     """
+    return _fingerprint(unwrap_model(model).named_parameters())
+
+
+def buffer_fingerprint(model: nn.Module) -> str:
+    """As [`model_fingerprint`], of what the model holds beside its parameters: batch norm's means, say."""
+    return _fingerprint(unwrap_model(model).named_buffers())
+
+
+def _fingerprint(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
     digest = hashlib.sha256()
-    for name, parameter in sorted(unwrap_model(model).named_parameters()):
-        header = [name, list(parameter.shape), str(parameter.dtype).removeprefix("torch.")]
+    for name, tensor in sorted(tensors, key=lambda named: named[0]):
+        header = [name, list(tensor.shape), str(tensor.dtype).removeprefix("torch.")]
         digest.update(json.dumps(header).encode())
-        digest.update(_evenly_spaced(parameter).astype("<f4").tobytes())
+        digest.update(_evenly_spaced(tensor).astype("<f4").tobytes())
     return digest.hexdigest()
 
 

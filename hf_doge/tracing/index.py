@@ -39,7 +39,7 @@ from hf_doge.tracing.queries import TEXT_FIELDS, Query, check_queries
 from hf_doge.tracing.query_rows import QueryRowMaker
 from hf_doge.tracing.recording import tokenizer_fingerprint
 from hf_doge.tracing.scoring import QueryScorer
-from hf_doge.tracing.shares import share_work
+from hf_doge.tracing.shares import build_on_each_machine, share_work
 
 SPECIAL_TOKENS = ("count", "drop")
 REDUCTIONS = ("mean", "sum")
@@ -66,8 +66,12 @@ class InfluenceIndex:
     A query without a label is traced for what the model predicts at the last checkpoint: its class, or for a language model
     the tokens of the text itself (padding left out).
 
-    Their gradients are computed at the recorded checkpoints, one of which is in memory at a time. Under `accelerate launch`
-    every process takes a share of the queries, and every process gets all results.
+    Their gradients are computed at the recorded checkpoints, one of which is in memory at a time.
+
+    Under `accelerate launch` all processes must call [`~InfluenceIndex.search`], [`~InfluenceIndex.scores`] and
+    [`~InfluenceIndex.self_influence`] alike: each takes a share of the queries (of the checkpoints for self-influence), and
+    each gets the whole answer, that of one process up to the rounding of float32. If one fails or is killed, the others
+    end with an error that names it, see [`run_on_all_processes`]. What else there is, each process does for itself.
 
     Attributes:
         reader ([`IndexReader`]): The files.
@@ -246,7 +250,7 @@ class InfluenceIndex:
         records = self._check(queries)
 
         def work(start: int, stop: int) -> list[dict[str, Any]]:
-            asked, scorer = self._ask(records[start:stop], **options)
+            asked, scorer = self._ask(records[start:stop], first_position=start, **options)
             found = []
             for first, block in scorer.blocks():
                 block[:, excluded] = 0
@@ -255,6 +259,7 @@ class InfluenceIndex:
                     found += self._hits(start + position, asked[position], parts)
             return found
 
+        self._build_maps()
         return make_hits(share_work(len(records), work), self.examples)
 
     def scores(
@@ -289,9 +294,10 @@ class InfluenceIndex:
         records = self._check(queries)
 
         def work(start: int, stop: int) -> list[np.ndarray]:
-            _, scorer = self._ask(records[start:stop], **options)
+            _, scorer = self._ask(records[start:stop], first_position=start, **options)
             return [block for _, block in scorer.blocks()]
 
+        self._build_maps()
         return np.concatenate(share_work(len(records), work))
 
     def iter_scores(
@@ -345,11 +351,15 @@ class InfluenceIndex:
                 "rates. Search with the examples as queries instead."
             )
         excluded = self._excluded_tokens(special_tokens)
-        scores = sum(
-            checkpoint["learning_rate"]
-            * self.reader.self_influence(position, exclude_tokens=excluded).astype(np.float64)
-            for position, checkpoint in enumerate(self.reader.checkpoints)
-        )
+
+        def work(start: int, stop: int) -> list[np.ndarray]:
+            return [
+                checkpoint["learning_rate"] * self.reader.self_influence(position, exclude_tokens=excluded)
+                for position, checkpoint in enumerate(self.reader.checkpoints[start:stop], start=start)
+            ]
+
+        self._build_maps()
+        scores = sum(share_work(len(self.reader.checkpoints), work))
         order = np.argsort(-scores, kind="stable")
         rows = {"rank": np.arange(1, len(order) + 1), "example_id": order, "score": scores[order]}
         return beside_examples(Dataset.from_dict(rows), self.examples)
@@ -426,6 +436,9 @@ class InfluenceIndex:
             Path(path).write_text(page, encoding="utf-8")
         return page
 
+    def _build_maps(self) -> None:
+        build_on_each_machine(len(self.reader.checkpoints), self.reader.build_map)
+
     def _ask(
         self,
         records: Sequence[dict[str, Any]],
@@ -435,6 +448,7 @@ class InfluenceIndex:
         cosine: bool,
         kernel: str,
         synonym_threshold: float,
+        first_position: int = 0,
     ) -> tuple[list[Query], QueryScorer]:
         """Queries with their rows at all checkpoints, ready to be scored."""
         excluded = self._excluded_tokens(special_tokens)
@@ -445,7 +459,9 @@ class InfluenceIndex:
             synonym_threshold=synonym_threshold if kernel == "synonym" else None,
             **self._loading,
         )
-        asked, rows = maker.record(records, batch_size=batch_size, drop_token_ids=excluded)
+        asked, rows = maker.record(
+            records, batch_size=batch_size, drop_token_ids=excluded, first_position=first_position
+        )
         return asked, QueryScorer(self.reader, rows, excluded_tokens=excluded, cosine=cosine, synonyms=maker.synonyms)
 
     def _hits(self, position: int, query: Query, parts: TokenParts) -> list[dict[str, Any]]:

@@ -21,7 +21,6 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from accelerate import PartialState
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase, TrainerState, TrainingArguments
@@ -33,13 +32,15 @@ from hf_doge.tracing.fingerprints import model_fingerprint, unwrap_model
 from hf_doge.tracing.online_capture import CaughtRows, TrainingCapture
 from hf_doge.tracing.online_identity import IdentifiedBatches
 from hf_doge.tracing.online_spill import RowSpill, Segment, merged_rows, read_journal, read_segments
-from hf_doge.tracing.processes import run_on_main_process
+from hf_doge.tracing.processes import require_shared_folder, run_on_all_processes, run_on_main_process
 from hf_doge.tracing.recording import open_writer, require_same_embeddings
 from hf_doge.tracing.settings import RecordingSettings
 
 logger = logging.getLogger(__name__)
 
 PARTIAL = "online.partial"
+
+_SAME_IN_JOURNALS = ("name", "step", "first_step", "num_processes")
 
 
 class OnlineRecording:
@@ -48,7 +49,9 @@ class OnlineRecording:
 
     Memory holds the rows of one step, of all its micro-batches, and `options.max_segment_bytes` of earlier ones. Between
     saves the rows lie in `<folder>/online.partial/`, each process's own; the folder must be one that all processes
-    see. Rows of steps that a resumed training repeats are dropped, those already in a whole checkpoint are not taken again.
+    see. A save that was interrupted is finished when training is resumed from it, on any number of processes: all of it
+    or, where the rows of one process are missing, nothing. Rows of steps that a resumed training repeats are dropped,
+    those already in a whole checkpoint are not taken again.
 
     Args:
         folder (`str` or `os.PathLike`): Of the index.
@@ -100,8 +103,8 @@ class OnlineRecording:
         self._require_same_examples(batches)
         self._args = args
         self._matrix = input_embedding_matrix(model)
-        self._distributed = PartialState()
         run_on_main_process(lambda sign_of_life: self._open_writer(model, sign_of_life))
+        require_shared_folder(self.folder)
         self._last_step = self._resume(model, state)
         vocabulary_size, width = self._matrix.shape
         self._spill = RowSpill(
@@ -111,6 +114,7 @@ class OnlineRecording:
             max_bytes=self.options.max_segment_bytes,
         )
         self._first_unsaved: int | None = None
+        self._closed_step: int | None = None  # whose rows are on disk, all of them
         self._saving = False
         self._stack.enter_context(batches)
         self._capture = self._stack.enter_context(
@@ -150,10 +154,20 @@ class OnlineRecording:
             )
         if step <= self._last_step or (self._args.fp16 and not self._has_finite_gradients()):
             return  # in a whole checkpoint already; or a step that the loss scaler will skip, which moves nothing
+        self._closed_step = None
         for rows in caught:
             self._spill.add(rows.examples, rows.tokens, rows.rows, factors=learning_rate * rows.factors)
         if self._first_unsaved is None:
             self._first_unsaved = step
+
+    def plan(self, *, name: str, step: int, epoch: float | None, learning_rate: float, path: str | Path) -> None:
+        """
+        Write down all rows before the Trainer saves, with what [`save`] is about to be called with; called by all processes.
+
+        Whatever is interrupted from here on: a training that is resumed from that save has its rows.
+        """
+        if step > self._last_step:
+            self._close({"name": name, "step": step, "epoch": epoch, "path": str(path)})
 
     def save(
         self, *, model: nn.Module, name: str, step: int, epoch: float | None, learning_rate: float, path: str | Path
@@ -170,21 +184,29 @@ class OnlineRecording:
             return
         facts = {"name": name, "step": step, "epoch": epoch, "path": str(path)}
         self._saving = True
-        try:
-            self._spill.close({**facts, "first_step": self._last_step + 1, "num_processes": self._args.world_size})
-        except ValueError:
-            self._stack.close()
-            raise
-        self._distributed.wait_for_everyone()
-        run_on_main_process(
-            lambda sign_of_life: self._write_checkpoint(
-                unwrap_model(model), facts, [*self._spill.read(), *self._segments(first_process=1)], sign_of_life
-            )
-        )
+        self._close(facts)
+
+        def write(sign_of_life: Callable[[], None]) -> None:
+            others = self._segments(first_process=1, num_processes=self._args.world_size)
+            self._write_checkpoint(unwrap_model(model), facts, [*self._spill.read(), *others], sign_of_life)
+
+        run_on_main_process(write)
         self._spill.discard()
         self._saving = False
         self._last_step = step
         self._first_unsaved = None
+
+    def _close(self, facts: dict[str, Any]) -> None:
+        """Bring the rows of all processes to disk, with journals that say that they are whole."""
+        if self._closed_step == facts["step"]:
+            return
+        journal = {**facts, "first_step": self._last_step + 1, "num_processes": self._args.world_size}
+        try:
+            run_on_all_processes(lambda sign_of_life: self._spill.close(journal))
+        except ValueError:
+            self._stack.close()
+            raise
+        self._closed_step = facts["step"]
 
     def stop(self) -> None:
         """Leave the model and the DataLoader as they were. Rows of steps after the last save are dropped, with a warning."""
@@ -238,18 +260,13 @@ class OnlineRecording:
                 f"{str(self.folder)!r} has recorded a training up to step {last_step}, but this one begins at step 0. "
                 "Resume that training, or record this one in another folder."
             )
-        folders = [self._rank_folder(rank) for rank in range(self._args.world_size)]
-        journals = [read_journal(folder) for folder in folders]
-        whole = {
-            (journal["first_step"], journal["step"], journal["num_processes"]) if journal else None
-            for journal in journals
-        } == {(last_step + 1, state.global_step, self._args.world_size)}
-        self._distributed.wait_for_everyone()  # all have read before one writes
-        if whole and state.global_step > last_step:
-            facts = {key: journals[0][key] for key in ("name", "step", "epoch", "path")}
+        found = run_on_main_process(lambda sign_of_life: self._read_journals())
+        asked = {"first_step": last_step + 1, "step": state.global_step}
+        if state.global_step > last_step and found is not None and asked.items() <= found.items():
+            facts = {key: found[key] for key in ("name", "step", "epoch", "path")}
             run_on_main_process(
                 lambda sign_of_life: self._write_checkpoint(
-                    model, facts, self._segments(first_process=0), sign_of_life
+                    model, facts, self._segments(num_processes=found["num_processes"]), sign_of_life
                 )
             )
             last_step = state.global_step
@@ -262,14 +279,19 @@ class OnlineRecording:
             last_step = state.global_step
         elif state.global_step < last_step:
             logger.info("Steps up to %d are in the index already and are not recorded again.", last_step)
-        if self._args.process_index == 0:
-            shutil.rmtree(self.folder / PARTIAL, ignore_errors=True)
-        self._distributed.wait_for_everyone()
+        run_on_main_process(lambda sign_of_life: shutil.rmtree(self.folder / PARTIAL, ignore_errors=True))
         return last_step
 
-    def _segments(self, *, first_process: int) -> list[Segment]:
+    def _read_journals(self) -> dict[str, Any] | None:
+        """What the processes of an interrupted save, as many as there were, agree on; None if a part is missing."""
+        first = read_journal(self._rank_folder(0))
+        journals = [read_journal(self._rank_folder(rank)) for rank in range((first or {}).get("num_processes", 0))]
+        facts = [journal and [journal[key] for key in _SAME_IN_JOURNALS] for journal in journals]
+        return first if facts and all(own == facts[0] for own in facts) else None
+
+    def _segments(self, *, first_process: int = 0, num_processes: int) -> list[Segment]:
         """What processes left on disk."""
-        ranks = range(first_process, self._args.world_size)
+        ranks = range(first_process, num_processes)
         return [segment for rank in ranks for segment in read_segments(self._rank_folder(rank))]
 
     def _write_checkpoint(

@@ -115,6 +115,7 @@ def make_queries(
     tokenizer: PreTrainedTokenizerBase | None,
     *,
     batch_size: int,
+    first_position: int = 0,
 ) -> list[Query]:
     """
     Tokenise texts, keep what the model takes, and give labels to queries that have none.
@@ -127,10 +128,11 @@ def make_queries(
         model (`nn.Module`): At the last checkpoint.
         tokenizer (`PreTrainedTokenizerBase`, *optional*): See [`check_queries`].
         batch_size (`int`): For predicting.
+        first_position (`int`): What errors call the first of them, where they are a part of what was asked.
     """
     accepted = accepted_arguments(model)
     queries = [_make_query(record, model, tokenizer, accepted) for record in records]
-    for position, query in enumerate(queries):
+    for position, query in enumerate(queries, start=first_position):
         _check_length(query, model, position)
         _check_label(query, model, position)
     unlabelled = [query for query in queries if "labels" not in query.features]

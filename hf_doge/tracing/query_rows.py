@@ -55,13 +55,19 @@ class QueryRowMaker:
             )
 
     def record(
-        self, records: Sequence[dict[str, Any]], *, batch_size: int, drop_token_ids: Sequence[int] = ()
+        self,
+        records: Sequence[dict[str, Any]],
+        *,
+        batch_size: int,
+        drop_token_ids: Sequence[int] = (),
+        first_position: int = 0,
     ) -> tuple[list[Query], list[TokenRows]]:
         """
         Args:
             records (`Sequence[dict]`): From [`check_queries`].
             batch_size (`int`): How many at once.
             drop_token_ids (`Sequence[int]`): Tokens whose rows are left out after all is done (top-k too).
+            first_position (`int`): What errors call the first query.
 
         Returns:
             `tuple[list[Query], list[TokenRows]]`: the queries, and their rows at each checkpoint.
@@ -76,7 +82,9 @@ class QueryRowMaker:
             self._check_embeddings(model, checkpoint["name"])
             verify = queries is None
             if queries is None:
-                queries = make_queries(records, model, self.tokenizer, batch_size=batch_size)
+                queries = make_queries(
+                    records, model, self.tokenizer, batch_size=batch_size, first_position=first_position
+                )
             rows.append(self._record_at(model, queries, batch_size, drop_token_ids, verify=verify))
             if self.synonym_threshold is not None:
                 self.synonyms.insert(0, self._find_synonyms(model, rows[-1].tokens))

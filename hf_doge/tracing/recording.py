@@ -5,26 +5,47 @@ Rows are those of each example alone, in evaluation mode and the precision of th
 `loss_fn`): whatever the batch, accumulation, autocast, label smoothing and dropout of training.
 """
 
+import hashlib
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from hf_doge.artifacts.influence import IndexWriter
+from hf_doge.artifacts.influence.checkpoint_writer import CheckpointWriter
 from hf_doge.functional.tracin_we import scale_by_second_moment
 from hf_doge.gradients.embedding import EmbeddingGradientRecorder
 from hf_doge.gradients.embedding_uses import input_embedding_matrix
 from hf_doge.gradients.token_rows import TokenRows
 from hf_doge.tracing.batches import SequentialBatches, preserved_random_state
-from hf_doge.tracing.examples import Examples, describe_examples, padding_collator, prune_columns
-from hf_doge.tracing.fingerprints import dataset_fingerprint, model_fingerprint, tokenizer_fingerprint, unwrap_model
+from hf_doge.tracing.examples import Examples, count_tokens, describe_examples, padding_collator, prune_columns
+from hf_doge.tracing.fingerprints import (
+    buffer_fingerprint,
+    dataset_fingerprint,
+    model_fingerprint,
+    tokenizer_fingerprint,
+    unwrap_model,
+)
 from hf_doge.tracing.limits import num_classes, num_positions
+from hf_doge.tracing.processes import (
+    default_device,
+    join_processes,
+    num_processes,
+    process_index,
+    require_shared_folder,
+    run_on_all_processes,
+    run_on_main_process,
+)
+from hf_doge.tracing.query_rows import slice_rows
+from hf_doge.tracing.ranges import Range, expected_rows, plan_borders, share_ranges
 from hf_doge.tracing.settings import RecordingSettings, text_tokenizer
 from hf_doge.tracing.weights import describe_checkpoint, load_model, stored_path
 
@@ -114,8 +135,104 @@ def make_recorder(model: nn.Module, settings: RecordingSettings, tokenizer: Any 
     return EmbeddingGradientRecorder(unwrap_model(model), **settings.recorder_options(tokenizer))
 
 
+@dataclass
+class SharedIndex:
+    """
+    An index that all processes record to, each some segments of every checkpoint.
+
+    Attributes:
+        writer (`IndexWriter`): On the main process from [`open_writer`]; on the others it writes segments only.
+        borders (`list[int]`): The examples that segments begin with, the same however many processes there are.
+    """
+
+    writer: IndexWriter
+    borders: list[int]
+
+    def has_whole(self, name: str) -> bool:
+        """Whether a checkpoint is whole, as the main process knows; all processes ask."""
+        return run_on_main_process(lambda sign_of_life: name in self.writer.checkpoint_names)
+
+    def close(self) -> None:
+        """Let others write the index; of the processes, the main one alone keeps them from it."""
+        self.writer.close()
+
+
+def open_shared_index(
+    folder: str | os.PathLike,
+    *,
+    model: nn.Module,
+    dataset: Examples,
+    tokenizer: Any | None,
+    settings: RecordingSettings,
+    metadata: Mapping[str, Any] | None = None,
+    seed: int = 0,
+) -> SharedIndex:
+    """
+    [`open_writer`] for all processes, each of which calls this: the main one opens the index, the others join.
+
+    Args:
+        folder, model, dataset, tokenizer, settings, metadata: See [`open_writer`].
+        seed (`int`): Of what a dataset draws while its tokens are counted.
+
+    Raises:
+        BlockingIOError: Somebody else is writing the index.
+        ValueError: As [`open_writer`]; or a process has another dataset or does not see the folder. It names itself.
+        ProcessFailedError: Another process raised an error.
+    """
+
+    def open_on_main(sign_of_life: Callable[[], None]) -> list[Any]:
+        nonlocal writer
+        writer = open_writer(
+            folder,
+            model=model,
+            dataset=dataset,
+            tokenizer=tokenizer,
+            settings=settings,
+            metadata=metadata,
+            sign_of_life=sign_of_life,
+        )
+        with preserved_random_state(seed):
+            num_tokens = count_tokens(dataset.recorded, sign_of_life=sign_of_life)
+        num_rows = expected_rows(num_tokens, settings, vocabulary_size=writer.config["vocabulary_size"])
+        capacity = settings.max_segment_bytes // (4 * writer.config["stored_width"])
+        return plan_borders(num_rows, max(1, capacity)), _some_examples(dataset.recorded, seed)
+
+    def join(sign_of_life: Callable[[], None]) -> None:
+        nonlocal writer
+        if process_index() > 0:
+            found = _some_examples(dataset.recorded, seed)
+            if found != expected:
+                raise ValueError(
+                    f"All processes must record the same dataset, but that of process {process_index()} differs from the"
+                    f" main one's: it has {found[0]} examples, not {expected[0]}, or other tokens. Give each process the"
+                    " whole dataset; recording shares it out."
+                )
+            writer = IndexWriter.join(folder, max_segment_bytes=settings.max_segment_bytes)
+
+    writer: IndexWriter | None = None
+    try:
+        borders, expected = run_on_main_process(open_on_main)
+        require_shared_folder(folder)
+        run_on_all_processes(join)
+    except BaseException:
+        if writer is not None:
+            writer.close()
+        raise
+    return SharedIndex(writer, borders)
+
+
+def _some_examples(dataset: Any, seed: int) -> list[Any]:
+    """How many there are, and a checksum of a few."""
+    positions = sorted({0, len(dataset) // 2, len(dataset) - 1})
+    digest = hashlib.sha256()
+    with preserved_random_state(seed):
+        for position in positions:
+            digest.update(np.asarray(dataset[position]["input_ids"], dtype=np.int64).tobytes())
+    return [len(dataset), digest.hexdigest()]
+
+
 def record_checkpoint(
-    writer: IndexWriter,
+    index: SharedIndex,
     recorder: EmbeddingGradientRecorder,
     batches: SequentialBatches,
     *,
@@ -127,60 +244,100 @@ def record_checkpoint(
     revision: str | None = None,
     second_moments: Tensor | None = None,
     progress: bool = True,
-    sign_of_life: Callable[[], None] = lambda: None,
 ) -> None:
     """
     Record all examples at the current weights; where an earlier recording of the same weights ended, if there is one.
 
+    All processes call this, each with the whole dataset and the same weights. Each records some of the segments that are
+    missing; when all are whole and their checksums right, the main one makes the checkpoint visible. The files are those
+    that one process writes, to the byte, on the same kind of device and with the same `batches.batch_size`.
+
     The model, its mode and gradients and all random numbers are afterwards as before. Interrupted, the segments that are
-    whole stay on disk, and the same call continues after them.
+    whole stay on disk, and the same call continues after them, on any number of processes.
 
     Args:
-        writer (`IndexWriter`): From [`open_writer`].
+        index ([`SharedIndex`]): From [`open_shared_index`].
         recorder ([`EmbeddingGradientRecorder`]): From [`make_recorder`].
         batches ([`SequentialBatches`]): Of all examples.
         name (`str`), step (`int`), epoch (`float`, *optional*), path (`str`), revision (`str`, *optional*): Of the checkpoint.
         learning_rate (`float`): The one that made the step that led here.
         second_moments (`torch.Tensor` of shape `(vocabulary_size, width)`, *optional*):
             Adam's bias-corrected `v` of the embedding matrix; rows are divided by `sqrt(v) + eps`.
-        progress (`bool`): Whether to show a progress bar.
-        sign_of_life (`Callable`): Called after each batch.
+        progress (`bool`): Whether to show a progress bar, of the main process's share.
 
     Raises:
-        ValueError: if the embeddings were resized since the index was opened, or an example cannot be recorded.
+        ValueError: if the embeddings were resized since the index was opened, an example cannot be recorded, or
+            processes have different weights.
+        ProcessFailedError: if another process raised an error or was killed, see [`run_on_all_processes`].
     """
-    model = recorder.model
-    require_same_embeddings(writer, model)
+    model, rank = recorder.model, process_index()
+    checkpoint: CheckpointWriter | None = None  # on the main process only
     facts = {"step": step, "epoch": epoch, "learning_rate": learning_rate, "path": path, "revision": revision}
-    checkpoint = writer.checkpoint(
-        name, **facts, model_class=type(model).__name__, fingerprint=model_fingerprint(model)
-    )
-    bar = tqdm(
-        total=len(batches),
-        initial=checkpoint.num_done,
-        desc=f"Recording {name}",
-        unit=" examples",
-        leave=False,
-        disable=not progress,
-    )
-    with checkpoint, bar, preserved_random_state(), full_precision(model), recorder:
-        for start, batch in batches.starting_at(checkpoint.num_done) if checkpoint.num_done < len(batches) else ():
-            rows = _after(recorder.record(batch), checkpoint.num_done - start)
-            if second_moments is not None:
-                metric = second_moments[rows.tokens].to(rows.rows.dtype)
-                rows.rows = scale_by_second_moment(rows.rows, metric, eps=SECOND_MOMENT_EPS, sides="one")
-            checkpoint.add(rows)
-            bar.update(len(rows))
-            sign_of_life()
-        checkpoint.finish()
+
+    def begin(sign_of_life: Callable[[], None]) -> dict[str, Any]:
+        nonlocal checkpoint
+        weights = {"weights": model_fingerprint(model), "buffers": buffer_fingerprint(model)}
+        if rank > 0:
+            return weights
+        require_same_embeddings(index.writer, model)
+        entry = {**facts, "model_class": type(model).__name__, "fingerprint": weights["weights"]}
+        checkpoint = opened.enter_context(index.writer.checkpoint(name, **entry, borders=index.borders))
+        return {**weights, "facts": checkpoint.facts, "missing": checkpoint.missing()}
+
+    def record(sign_of_life: Callable[[], None]) -> None:
+        part = checkpoint
+        if part is None:
+            own = index.writer.checkpoint_part(told[0]["facts"], part=rank, borders=index.borders)
+            part = opened.enter_context(own)
+        count = sum(last - first for first, last in shares[rank])
+        total = count if num_processes() > 1 else len(batches)
+        bar = tqdm(
+            total=total,
+            initial=total - count,
+            desc=f"Recording {name}",
+            unit=" examples",
+            leave=False,
+            disable=not progress or rank > 0,
+        )
+        with bar, preserved_random_state(), full_precision(model), recorder:
+            for first, last in shares[rank]:
+                part.begin(first, last)
+                for start, batch in batches.between(first, last):
+                    rows = _between(recorder.record(batch), first - start, last - start)
+                    if second_moments is not None:
+                        metric = second_moments[rows.tokens].to(rows.rows.dtype)
+                        rows.rows = scale_by_second_moment(rows.rows, metric, eps=SECOND_MOMENT_EPS, sides="one")
+                    part.add(rows)
+                    bar.update(len(rows))
+                    sign_of_life()
+
+    with ExitStack() as opened:
+        told = run_on_all_processes(begin)
+        able = _able(told)
+        shared_out = share_ranges([(first, last) for first, last in told[0]["missing"]], len(able))
+        shares: list[list[Range]] = [[] for _ in told]
+        for process, ranges in zip(able, shared_out, strict=True):
+            shares[process] = ranges
+        run_on_all_processes(record)
+        run_on_main_process(lambda sign_of_life: checkpoint.finish(sign_of_life=sign_of_life))
 
 
-def _after(rows: TokenRows, num_skipped: int) -> TokenRows:
-    """Without the first examples, which are on disk already."""
-    if num_skipped <= 0:
-        return rows
-    first = int(rows.offsets[num_skipped])
-    return TokenRows(rows.offsets[num_skipped:] - first, rows.tokens[first:], rows.rows[first:], rows.virtual)
+def _able(told: Sequence[Mapping[str, Any]]) -> list[int]:
+    """The processes that have what makes the same rows as on the main one: its weights and buffers."""
+    different = [rank for rank, own in enumerate(told) if own["weights"] != told[0]["weights"]]
+    if different:
+        raise ValueError(
+            f"All processes must have the same weights to record them, but those of processes {different} differ from the"
+            " main one's. Train with DistributedDataParallel, or load the same checkpoint on all."
+        )
+    # DDP sends buffers (batch norm's means) from the main process at the next forward; until then theirs may differ.
+    return [rank for rank, own in enumerate(told) if own["buffers"] == told[0]["buffers"]]
+
+
+def _between(rows: TokenRows, first: int, last: int) -> TokenRows:
+    """Examples `[first, last)` of a batch alone; the others are on disk already, or another process's."""
+    first, last = max(0, first), min(last, len(rows))
+    return rows if (first, last) == (0, len(rows)) else slice_rows(rows, first, last)
 
 
 def require_same_embeddings(writer: IndexWriter, model: nn.Module) -> None:
@@ -253,6 +410,9 @@ def record_dataset(
     """
     Record a dataset at checkpoints that a Trainer has saved before; those that the index has whole are left as they are.
 
+    Under `accelerate launch` each process records some segments, as [`record_checkpoint`] does. Then the whole dataset, the
+    checkpoints and the folder must be there on all.
+
     Args:
         folder (`str` or `os.PathLike`): Of the index, new or of the same dataset, model and settings.
         checkpoints (`Sequence`): Folders with a model or adapter of transformers, in the order of training.
@@ -268,14 +428,16 @@ def record_dataset(
         progress (`bool`): Whether to show progress bars.
 
     Returns:
-        `IndexWriter`: of the index, closed; its `checkpoint_names` say what it holds.
+        `IndexWriter`: of the index, closed; on the main process its `checkpoint_names` say what it holds.
 
     Raises:
         FileNotFoundError: if a checkpoint is no folder with a model.
         BlockingIOError: if another process is writing the index.
         ValueError: if a learning rate is unknown, the checkpoints' embeddings differ in shape, or an example cannot be
             recorded; what was recorded before stays.
+        ProcessFailedError: if another process raised an error or was killed.
     """
+    join_processes()
     settings = settings or RecordingSettings()
     if isinstance(checkpoints, str | os.PathLike):
         raise ValueError(f"`checkpoints` must be a list of folders, but got {str(checkpoints)!r} alone.")
@@ -285,30 +447,33 @@ def record_dataset(
         describe_checkpoint(path, learning_rate=None if learning_rates is None else learning_rates[position])
         for position, path in enumerate(paths)
     ]
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    writer = batches = None
+    device = device or default_device()
+    index: SharedIndex | None = None
+    batches: SequentialBatches | None = None
     try:
         for path, fact in zip(paths, facts, strict=True):
-            if writer is not None and fact["name"] in writer.checkpoint_names:
+            if index is not None and index.has_whole(fact["name"]):
                 continue
             model = load_model(path, device=device)
             recorder = make_recorder(model, settings, tokenizer)
-            if writer is None:
+            if index is None:
                 examples = (
                     dataset if isinstance(dataset, Examples) else Examples(prune_columns(dataset, model), dataset)
                 )
-                writer = open_writer(folder, model=model, dataset=examples, tokenizer=tokenizer, settings=settings)
                 collator = collator or padding_collator(tokenizer)
                 batches = SequentialBatches(examples.recorded, collator, batch_size=batch_size, seed=seed)
-            require_same_embeddings(writer, model)
-            if fact["name"] not in writer.checkpoint_names:
+                index = open_shared_index(
+                    folder, model=model, dataset=examples, tokenizer=tokenizer, settings=settings, seed=seed
+                )
+            require_same_embeddings(index.writer, model)
+            if not index.has_whole(fact["name"]):
                 record_checkpoint(
-                    writer, recorder, batches, **fact, path=stored_path(path, writer.folder), progress=progress
+                    index, recorder, batches, **fact, path=stored_path(path, index.writer.folder), progress=progress
                 )
     finally:
-        if writer is not None:
-            writer.close()
-    return writer
+        if index is not None:
+            index.close()
+    return index.writer
 
 
 def _require_after_training(

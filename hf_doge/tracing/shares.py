@@ -5,8 +5,8 @@ from collections.abc import Callable
 from typing import TypeVar
 
 import torch.distributed
-from accelerate import PartialState
-from accelerate.utils import gather_object
+
+from hf_doge.tracing.processes import join_processes, num_processes, process_index, run_on_all_processes
 
 Result = TypeVar("Result")
 
@@ -23,29 +23,44 @@ def share_work(count: int, work: Callable[[int, int], list[Result]]) -> list[Res
         `list`: the results of all processes in order, on every process.
 
     Raises:
-        RuntimeError: on every process, if the work of another one failed.
+        ProcessFailedError: if the work of another process failed or it was killed, see [`run_on_all_processes`]: on each
+            process when its own share is done.
+        ValueError: if processes were asked different numbers of things.
     """
-    if not _launched():
+    join_processes()
+    if num_processes() == 1:
         return work(0, count)
-    state = PartialState()
-    start, stop = (count * rank // state.num_processes for rank in (state.process_index, state.process_index + 1))
-    results, error = [], None
-    try:
-        results = work(start, stop) if start < stop else []
-    except Exception as failure:  # told to the others first, who would wait for ever
-        error = failure
-    told = gather_object([None if error is None else f"process {state.process_index}: {error}"])
-    if error is not None:
-        raise error
-    failed = [message for message in told if message is not None]
-    if failed:
-        raise RuntimeError(f"Another process failed at its share of the queries, {failed[0]}")
-    return gather_object(results)
+    rank, size = process_index(), num_processes()
+    start, stop = count * rank // size, count * (rank + 1) // size
+    results: list[Result] = []
+
+    def work_on_share(sign_of_life: Callable[[], None]) -> int:
+        if start < stop:
+            results.extend(work(start, stop))
+        return count
+
+    counts = run_on_all_processes(work_on_share)
+    if set(counts) != {count}:
+        raise ValueError(f"All processes must ask the same, but they asked for {counts} results. Ask alike on all.")
+    gathered: list[list[Result]] = [[] for _ in range(size)]
+    torch.distributed.all_gather_object(gathered, results)
+    return [result for share in gathered for result in share]
 
 
-def _launched() -> bool:
-    """Whether there are other processes to share with."""
-    distributed = torch.distributed
-    if distributed.is_available() and distributed.is_initialized():
-        return distributed.get_world_size() > 1
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+def build_on_each_machine(count: int, build: Callable[[int], None]) -> None:
+    """
+    Let each process call `build(number)` for some of `range(count)`, all of which are then there on every machine.
+
+    Raises:
+        ProcessFailedError: if another process failed.
+    """
+    join_processes()
+    rank, size = (int(os.environ.get(name, default)) for name, default in (("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1)))
+
+    def build_some(sign_of_life: Callable[[], None]) -> None:
+        for number in range(rank if size > 1 else 0, count, size):
+            build(number)
+            sign_of_life()
+
+    if num_processes() > 1:  # a process alone builds what it needs when it needs it
+        run_on_all_processes(build_some)

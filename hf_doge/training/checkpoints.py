@@ -1,19 +1,25 @@
-"""Which checkpoint a run resumes from: the last one that was written whole."""
+"""Which checkpoint a run resumes from: the last one that was written whole, the same on every process."""
 
 import json
 import logging
+import zipfile
 from pathlib import Path
+
+import torch.distributed as dist
 
 from hf_doge.training.learning_state import STATE_FILE
 
 logger = logging.getLogger(__name__)
 
-TRAINER_STATE_FILE = "trainer_state.json"  # the last file that the Trainer writes into a checkpoint
+TRAINER_STATE_FILE = "trainer_state.json"  # the last file that the main process writes into a checkpoint
 
 
 def resolve_checkpoint(resume_from_checkpoint: str | bool | None, output_dir: str) -> Path | None:
     """
     The checkpoint folder to resume from, or `None` to start anew.
+
+    With several processes every one of them must call this, and all get the same answer: a checkpoint counts as whole
+    when each process finds it so, from its own machine.
 
     Args:
         resume_from_checkpoint (`str`, `bool` or `None`): As in `Trainer.train`; `True` means the last one in
@@ -21,40 +27,78 @@ def resolve_checkpoint(resume_from_checkpoint: str | bool | None, output_dir: st
         output_dir (`str`): Where the run writes its checkpoints.
 
     Raises:
-        `ValueError`: if there is no whole checkpoint, or the one named is not.
+        `ValueError`: if there is no whole checkpoint, or the one named is not, or some processes resume and others do
+            not. All processes raise it, with the same message.
     """
-    if not resume_from_checkpoint:
+    num_processes = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    request, candidates = "none", []
+    if resume_from_checkpoint is True:
+        request, candidates = "the last", list(Path(output_dir).glob("checkpoint-*"))
+    elif resume_from_checkpoint:
+        request, candidates = str(resume_from_checkpoint), [Path(resume_from_checkpoint)]
+    found = {path.name: _find_problem(path, num_processes) for path in candidates}
+    problems = _merge(_gather((request, found), num_processes))
+    if request == "none":
         return None
-    if resume_from_checkpoint is not True:
-        checkpoint = Path(resume_from_checkpoint)
-        if problem := _find_problem(checkpoint):
-            raise ValueError(
-                f"{checkpoint} must be a whole checkpoint of DoGETrainer, but {problem}. Name another one."
-            )
-        return checkpoint
-    for checkpoint in sorted(Path(output_dir).glob("checkpoint-*"), key=_get_step, reverse=True):
-        problem = _find_problem(checkpoint)
-        if problem is None:
-            return checkpoint
-        logger.warning("Passing over %s: %s. Delete it.", checkpoint, problem)
+    if request != "the last":
+        ((_, problem),) = problems.items()
+        if problem is not None:
+            raise ValueError(f"{request} must be a whole checkpoint of DoGETrainer, but {problem}. Name another one.")
+        return Path(request)
+    for name in sorted(problems, key=_get_step, reverse=True):
+        if problems[name] is None:
+            return Path(output_dir) / name
+        logger.warning("Passing over %s: %s. Delete it.", Path(output_dir) / name, problems[name])
     raise ValueError(f"No whole checkpoint found in {output_dir}. Start anew without `resume_from_checkpoint`.")
 
 
-def _get_step(checkpoint: Path) -> int:
-    step = checkpoint.name.rpartition("-")[2]
+def _gather(own: tuple[str, dict[str, str | None]], num_processes: int) -> list[tuple[str, dict[str, str | None]]]:
+    """What every process was asked for and found, in the order of their ranks."""
+    if num_processes == 1:
+        return [own]
+    everywhere = [own] * num_processes
+    dist.all_gather_object(everywhere, own)
+    return everywhere
+
+
+def _merge(everywhere: list[tuple[str, dict[str, str | None]]]) -> dict[str, str | None]:
+    """What is wrong with each checkpoint, to the eyes of the first process that finds something."""
+    requests = [request for request, _ in everywhere]
+    if len(set(requests)) > 1:  # who starts anew while the others resume would wait for them in vain
+        raise ValueError(
+            f"All processes must resume from the same checkpoint, but in the order of their ranks they were asked for "
+            f"{requests}. Put the output folder where every machine sees it, and pass the same arguments to all."
+        )
+    problems: dict[str, str | None] = {}
+    for rank, (_, found) in enumerate(everywhere):
+        for name in set().union(*(names for _, names in everywhere)):
+            problem = found.get(name, f"process {rank} does not see it (do all machines share the output folder?)")
+            problems[name] = problems.get(name) or problem
+    return problems
+
+
+def _get_step(name: str) -> int:
+    step = name.rpartition("-")[2]
     return int(step) if step.isdigit() else -1
 
 
-def _find_problem(checkpoint: Path) -> str | None:
-    """What is wrong with a checkpoint folder, or `None`."""
+def _find_problem(checkpoint: Path, num_processes: int) -> str | None:
+    """What is wrong with a checkpoint folder for this process, or `None`."""
     for name in ("optimizer.pt", "scheduler.pt"):
         if not (checkpoint / name).exists():
             return f"it has no {name} (was it written with `save_only_model`?)"
+    states = {}
     for name in (STATE_FILE, TRAINER_STATE_FILE):
         try:
-            json.loads((checkpoint / name).read_text())
+            states[name] = json.loads((checkpoint / name).read_text())
         except FileNotFoundError:
             return f"it has no {name}"
         except json.JSONDecodeError:
             return f"its {name} is cut off"
+    if states[STATE_FILE].get("num_processes") != num_processes:
+        return None  # random states are only of use to as many processes
+    # Every process writes its own when it gets there, maybe long after the main one has written all its files.
+    random_state = "rng_state.pth" if num_processes == 1 else f"rng_state_{dist.get_rank()}.pth"
+    if not zipfile.is_zipfile(checkpoint / random_state):
+        return f"its {random_state} is missing or cut off"
     return None

@@ -1,7 +1,7 @@
 """Which examples a step looks at beside those it trains on."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from math import isfinite
+from math import ceil, isfinite
 from typing import Any
 
 import torch
@@ -45,7 +45,8 @@ class DomainBatches:
     ) -> Iterator[tuple[list[dict[str, Any]], Tensor]]:
         """
         Yield one process' share of the examples of one step in pieces, as a list of features and their domains, shape
-        `(len(features),)`. The pieces are the same for any number of processes, which take turns.
+        `(len(features),)`. The pieces are the same for any number of processes, which take turns, unless there are more
+        processes than pieces: then the pieces are smaller.
 
         Args:
             step (`int`): Steps that looked before this one.
@@ -53,9 +54,9 @@ class DomainBatches:
             process_index (`int`), num_processes (`int`): Which share.
         """
         start = step * self._examples_per_step
-        stride = self._batch_size * num_processes
-        for begin in range(start + process_index * self._batch_size, start + self._examples_per_step, stride):
-            end = min(begin + self._batch_size, start + self._examples_per_step)
+        size = min(self._batch_size, ceil(self._examples_per_step / num_processes))
+        for begin in range(start + process_index * size, start + self._examples_per_step, size * num_processes):
+            end = min(begin + size, start + self._examples_per_step)
             rows = self._sampler.indices(begin, end).tolist()
             features = [
                 {k: v for k, v in feature.items() if k != TARGET_COLUMN and (columns is None or k in columns)}

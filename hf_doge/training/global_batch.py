@@ -1,5 +1,7 @@
 """How many examples the processes take together: what a draw's number has to do with a training step."""
 
+from typing import Any
+
 from transformers import TrainingArguments
 
 from hf_doge.sampling.prefetch import prefetch_lead
@@ -28,6 +30,31 @@ def examples_per_batch(args: TrainingArguments) -> int:
 def examples_per_step(args: TrainingArguments) -> int:
     """Examples of one optimizer step, over all processes and micro-batches."""
     return examples_per_batch(args) * args.gradient_accumulation_steps
+
+
+def describe_reading(args: TrainingArguments, num_shards: int) -> dict[str, Any]:
+    """
+    What decides which examples of a mixed stream a step holds, in plain values, for a resumed run to share.
+
+    Where the mixture is read as one, by the main process for all or by all processes alike, that is the number of
+    examples of a step. Where processes or workers read shards of their own, it is how these are shared out too.
+
+    Args:
+        args (`TrainingArguments`): Of the run.
+        num_shards (`int`): Of the mixture.
+    """
+    config, reading = args.accelerator_config, {"examples_per_step": examples_per_step(args)}
+    is_split = config.dispatch_batches is False and not config.split_batches and 1 < args.world_size <= num_shards
+    if is_split or min(args.dataloader_num_workers, num_shards) > 1:
+        reading |= {
+            "num_shards": num_shards,
+            "num_processes": args.world_size,
+            "per_device_train_batch_size": args.train_batch_size,
+            "dataloader_num_workers": args.dataloader_num_workers,
+            "dispatch_batches": config.dispatch_batches is not False,
+            "split_batches": config.split_batches,
+        }
+    return reading
 
 
 def loader_lead(args: TrainingArguments) -> int:

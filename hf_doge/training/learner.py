@@ -14,9 +14,10 @@ from hf_doge.artifacts.domain_weights import DomainWeights
 from hf_doge.functional.doge import clamp_scores, normalize_scores, update_domain_weights
 from hf_doge.gradients.alignment import Alignment, DomainAlignment, RandomReplay
 from hf_doge.gradients.reduction import Reduction
-from hf_doge.sampling.domains import DomainIndex
+from hf_doge.sampling.domains import DomainIndex, StreamDomains
 from hf_doge.training.collator import DOMAIN_IDS
 from hf_doge.training.domain_loss import DomainLoss
+from hf_doge.training.global_batch import describe_reading
 from hf_doge.training.learning_state import LearningState, TrajectoryPoint
 from hf_doge.training.metrics import DomainMetrics
 from hf_doge.training.provenance import describe_domains, describe_run
@@ -30,7 +31,7 @@ class DomainLearner:
 
     Args:
         trainer (`Trainer`): With a `DoGEConfig`; its model, loss, collator and learning rate are read at every step.
-        domains (`DomainIndex`): Of its train set.
+        domains (`DomainIndex` or `StreamDomains`): Of its train set.
         target_weights (`dict[int, float]`, *optional*): Weight of each target; `None` if the training domains are the target.
         initial_weights (`DomainWeights` or `Mapping[str, float]`, *optional*): alpha_0; uniform by default.
     """
@@ -38,7 +39,7 @@ class DomainLearner:
     def __init__(
         self,
         trainer: Trainer,
-        domains: DomainIndex,
+        domains: DomainIndex | StreamDomains,
         *,
         target_weights: dict[int, float] | None,
         initial_weights: DomainWeights | Mapping[str, float] | None,
@@ -88,10 +89,16 @@ class DomainLearner:
     @property
     def _identity(self) -> dict[str, Any]:
         """What a resumed run must share with the one that wrote the checkpoint, or its artifact would lie."""
-        sizes = dict(zip(self.domains.names, self.domains.sizes.tolist(), strict=True))
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        lag = {"sampler_lag_steps": self.args.sampler_lag_steps} if self.args.is_online else {}
-        return {"recipe": self.recipe.to_dict(), "num_rows": sizes, "seed": seed, "mode": self.args.mode, **lag}
+        identity = {"recipe": self.recipe.to_dict(), "seed": seed, "mode": self.args.mode}
+        if self.args.is_online:
+            identity["sampler_lag_steps"] = self.args.sampler_lag_steps
+        if self.domains.sizes is None:
+            sizes = [None] * len(self.domains.names)
+            identity["reading"] = describe_reading(self.args, self.trainer.train_dataset.num_shards)
+        else:
+            sizes = self.domains.sizes.tolist()
+        return {**identity, "num_rows": dict(zip(self.domains.names, sizes, strict=True))}
 
     def to_domain_weights(self) -> DomainWeights:
         """What has been learned so far, as an artifact."""
@@ -128,7 +135,7 @@ class DomainLearner:
             if (inputs[DOMAIN_IDS] < 0).any():
                 raise ValueError(
                     f"Every train example must come with its {self.args.domain_column!r}, but some come without. Keep "
-                    "that column in the format or transform of the train dataset."
+                    "that column in the format or transform of the train dataset, and do not pack examples."
                 )
         train = [self._to_device(inputs, inputs[DOMAIN_IDS]) for inputs in batches]
         targets = [self._to_device(inputs, ids) for inputs, ids in target_batches]
@@ -153,7 +160,25 @@ class DomainLearner:
             backward=self.trainer.accelerator.backward,
             replay=RandomReplay(self.args.device),
             device=self.args.device,
+            num_calls=self._agree_on_calls(train, targets),
         )
+
+    def _agree_on_calls(
+        self, train: list[MicroBatch], targets: list[MicroBatch]
+    ) -> tuple[list[int], list[int]] | None:
+        """
+        How many slices of each domain and target some process has, where the loss may talk to the other processes (that of
+        trl's SFTTrainer gathers its metrics), so that all of them must call it equally often; `None` for the Trainer's.
+        """
+        if not self._reduction.is_needed or type(self.trainer).compute_loss is Trainer.compute_loss:
+            return None
+        num_domains, num_targets = len(self.domains.names), len(self.target_weights or ())
+        calls = torch.zeros(num_domains + num_targets, dtype=torch.int64)
+        for offset, batches in ((0, train), (num_domains, targets)):
+            for batch in batches:
+                calls[offset + batch.domain_ids[batch.items > 0].unique()] += 1
+        calls = self._reduction.max(calls.to(self.args.device)).tolist()
+        return calls[:num_domains], calls[num_domains:]
 
     def count_consumed(self, batches: list[dict[str, Any]]) -> None:
         """Note, over all processes, examples and labels of a step that the trainer takes by itself."""

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from hf_doge.artifacts.domain_weights import Trajectory
@@ -104,6 +105,7 @@ class LearningState:
             "format_version": FORMAT_VERSION,
             "step": step,
             "run": run,
+            "num_processes": dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1,
             "domains": {
                 name: {
                     "weight": float(self.weights[i]),

@@ -31,21 +31,22 @@ class DomainMetrics:
         self._step_seconds += step_seconds
         self._training_seconds += training_seconds
 
-    def collect(self, state: LearningState, sizes: np.ndarray) -> dict[str, float]:
+    def collect(self, state: LearningState, sizes: np.ndarray | None) -> dict[str, float]:
         """
         The metrics since the last call, and the totals.
 
         Args:
             state (`LearningState`): What has been learned so far.
-            sizes (`np.ndarray` of shape `(num_domains,)`): Examples that each domain has.
+            sizes (`np.ndarray` of shape `(num_domains,)` or `None`): Examples that each domain has, where that is known.
         """
         by_domain = {
             "domain_weight": state.weights.tolist(),
             "domain_loss": _mean_without_nan(self._losses, len(self.names)),
             "domain_score": _mean_without_nan(self._scores, len(self.names)),
             "domain_tokens": state.num_tokens.tolist(),
-            "domain_epochs": (state.num_examples.numpy() / sizes).tolist(),
         }
+        if sizes is not None:
+            by_domain["domain_epochs"] = (state.num_examples.numpy() / sizes).tolist()
         metrics = {
             f"{kind}/{name}": value
             for kind, values in by_domain.items()

@@ -14,7 +14,11 @@ from transformers.trainer_utils import get_last_checkpoint
 from hf_doge.artifacts.domain_weights import DomainWeights
 from hf_doge.sampling.domains import DomainIndex, merge_domains
 from hf_doge.sampling.sampler import DomainWeightedSampler
-from hf_doge.sampling.streaming import interleave_domains, warn_that_all_processes_read_everything
+from hf_doge.sampling.streaming import (
+    holds_streams,
+    interleave_domains,
+    warn_that_all_processes_read_everything,
+)
 from hf_doge.sampling.weights import to_shares
 from hf_doge.training.global_batch import examples_per_step
 from hf_doge.training.sampler_guard import SamplerGuardCallback, StreamGuardCallback
@@ -37,8 +41,8 @@ class DomainWeightedMixin:
 
     A dict of streams (`IterableDataset`) is mixed by [`interleave_domains`], which tells how processes and workers
     share a stream. The mixture has no end, so set `max_steps`. Resuming is exact, but by the Trainer's way: what was
-    trained on is read again and thrown away. Streams get no domain column, and how often they were repeated is not
-    known.
+    trained on is read again and thrown away. Streams get no domain column (unless weights are learned on them), and how
+    often they were repeated is not known.
 
     Args:
         model (`PreTrainedModel` or `torch.nn.Module`): The model to train.
@@ -60,6 +64,8 @@ class DomainWeightedMixin:
         `ValueError`: if weights and data do not name the same domains, the trainer's preprocessing (packing, say)
             dropped the domain column, or a run is resumed with another stream or batch than it was saved with.
     """
+
+    _labels_streams = False  # whether the examples of streams get the domain column
 
     def __init__(
         self,
@@ -86,7 +92,7 @@ class DomainWeightedMixin:
         if getattr(args, "train_sampling_strategy", "random") != "random" or getattr(args, "group_by_length", False):
             raise ValueError("The order is drawn by the weights, so `group_by_length` and the like must be off.")
         self.domain_sampler = None
-        if isinstance(train_dataset, Mapping) and any(isinstance(d, IterableDataset) for d in train_dataset.values()):
+        if holds_streams(train_dataset):
             if max_epochs_per_domain is not None:
                 raise ValueError(
                     "The length of a stream is not known, so `max_epochs_per_domain` must be unset for streams, but "
@@ -95,8 +101,17 @@ class DomainWeightedMixin:
             if getattr(args, "max_steps", -1) <= 0:
                 raise ValueError("A mixture of streams has no end, so `max_steps` must be positive. Set it.")
             seed = args.seed if args.data_seed is None else args.data_seed
-            mixed = interleave_domains(train_dataset, domain_weights, seed=seed, draw=draw, num_samples=_ENDLESS)
+            mixed = interleave_domains(
+                train_dataset,
+                domain_weights,
+                seed=seed,
+                draw=draw,
+                num_samples=_ENDLESS,
+                domain_column=domain_column if self._labels_streams else None,
+            )
             super().__init__(model=model, args=args, train_dataset=mixed, **kwargs)
+            if self._labels_streams:
+                self._refuse_lost_column(domain_column)
             self._warn_of_reading_everything(mixed)
             names = list(train_dataset)
             weights = dict(zip(names, to_shares(domain_weights, names).tolist(), strict=True))
@@ -104,16 +119,19 @@ class DomainWeightedMixin:
             return
         merged, _ = merge_domains(train_dataset, domain_column)
         super().__init__(model=model, args=args, train_dataset=merged, **kwargs)
-        prepared = self.train_dataset
-        if domain_column not in prepared.column_names:
-            raise ValueError(
-                f"The train set must keep its column {domain_column!r}, but {type(self).__name__} prepared it down to "
-                f"{prepared.column_names}. Packing mixes domains in one example: switch it off, or prepare the data of "
-                "each domain before."
-            )
-        _, domains = merge_domains(prepared, domain_column)
+        self._refuse_lost_column(domain_column)
+        _, domains = merge_domains(self.train_dataset, domain_column)
         self.domain_sampler = self._make_sampler(domains, domain_weights, max_epochs_per_domain, draw)
         self.add_callback(SamplerGuardCallback(self.domain_sampler))
+
+    def _refuse_lost_column(self, domain_column: str) -> None:
+        column_names = self.train_dataset.column_names  # `None` for streams that do not know
+        if column_names is not None and domain_column not in column_names:
+            raise ValueError(
+                f"The train set must keep its column {domain_column!r}, but {type(self).__name__} prepared it down to "
+                f"{column_names}. Packing mixes domains in one example: switch it off, or prepare the data of "
+                "each domain before."
+            )
 
     def _make_sampler(
         self,

@@ -10,23 +10,28 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from transformers import Trainer
 
 import hf_doge
 from hf_doge._version import __version__
-from hf_doge.sampling.domains import DomainIndex
+from hf_doge.sampling.domains import DomainIndex, StreamDomains
 from hf_doge.training.global_batch import examples_per_step
 
 LIBRARIES = ("torch", "transformers", "accelerate", "datasets", "huggingface_hub")
 
 
-def describe_domains(dataset: Dataset, domains: DomainIndex) -> dict[str, dict[str, Any]]:
+def describe_domains(
+    dataset: Dataset | IterableDataset, domains: DomainIndex | StreamDomains
+) -> dict[str, dict[str, Any]]:
     """
-    Rows and, where the dataset is tokenised, tokens of each domain, and the fingerprint of the dataset.
+    Rows and, where the dataset is tokenised, tokens of each domain, and the fingerprint of the dataset. All are `None`
+    for streams, of which no more is known than what was consumed.
 
     Tokens are entries of `input_ids`: padding counts if the dataset is padded already.
     """
+    if domains.sizes is None:
+        return {name: {"num_rows": None, "num_tokens": None, "fingerprint": None} for name in domains.names}
     tokens = _count_tokens(dataset)
     described = {}
     for position, name in enumerate(domains.names):

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from hf_doge.artifacts.domain_weights import DomainWeights
 from hf_doge.gradients.alignment import DomainAlignment, PerDomainAlignment, StreamedAlignment
 from hf_doge.gradients.single_pass import SinglePassAlignment
+from hf_doge.sampling.streaming import holds_streams
 from hf_doge.training.config import DoGEConfig, Recipe
 
 logger = logging.getLogger(__name__)
@@ -25,8 +26,14 @@ def refuse_unsupported(args: DoGEConfig, train_dataset: Any, *, has_target: bool
         train_dataset, (Dataset, Mapping)
     ):
         raise ValueError(
-            "`train_dataset` must be a `datasets.Dataset` or a dict of them, but got "
-            f"{type(train_dataset).__name__}. Load it without `streaming=True`, a sample of it is enough for a proxy."
+            "`train_dataset` must be a `datasets.Dataset` or a dict of datasets or streams, but got "
+            f"{type(train_dataset).__name__}. Load it without `streaming=True`, a sample of it is enough for a proxy, or "
+            "pass a dict with one stream per domain."
+        )
+    if args.is_online and holds_streams(train_dataset):
+        raise ValueError(
+            "`mode='online'` must be able to read any row by its number, so every domain must be a `datasets.Dataset`, "
+            "but got streams. Load them without `streaming=True`, or set `mode='proxy'`."
         )
     if args.recipe == "official" and not has_target:
         raise ValueError(

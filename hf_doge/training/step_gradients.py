@@ -131,6 +131,9 @@ class StepGradients:
         backward (`Callable[[Tensor], None]`): Differentiates a loss into `.grad`.
         replay (`RandomReplay`): Fresh for this step.
         device (`torch.device`): Of the losses.
+        num_calls (`tuple[list[int], list[int]]`, *optional*):
+            How often `compute_loss` is called at least for each domain and each target, for a trainer whose loss talks to
+            the other processes: all of them must call it equally often. Calls too many are made for nothing.
     """
 
     def __init__(
@@ -145,6 +148,7 @@ class StepGradients:
         backward: Callable[[Tensor], None],
         replay: RandomReplay,
         device: torch.device,
+        num_calls: tuple[list[int], list[int]] | None = None,
     ) -> None:
         self._micro_batches = micro_batches
         self._target_batches = target_batches
@@ -158,6 +162,7 @@ class StepGradients:
         self._backward = backward
         self._replay = replay
         self._device = device
+        self._num_calls = num_calls
         self._seen: set[tuple[str, int]] = set()
         self.training_seconds = 0.0  # in the first differentiation of each example: what training alone would take too
 
@@ -252,10 +257,20 @@ class StepGradients:
             loss = self._replayed_loss(piece, num_items, (kind, domain, position))
             self._backward(loss * weight)
             losses.append(loss.detach())
+        self._call_for_nothing(kind, domain, len(slices))
         if (kind, domain) not in self._seen:
             self._seen.add((kind, domain))
             self.training_seconds += time.perf_counter() - start if kind == "train" else 0.0
         return torch.stack([loss.to(losses[-1].dtype) for loss in losses]).sum()
+
+    def _call_for_nothing(self, kind: str, domain: int, num_made: int) -> None:
+        if self._num_calls is None:
+            return
+        needed = self._num_calls[kind == "target"][domain]
+        for _ in range(num_made, needed):
+            batch = (self._micro_batches + self._target_batches)[0]
+            with torch.no_grad():
+                self._replayed_loss(batch.pick(torch.tensor([0])), 1, "nothing")
 
 
 def _collect_slices(batches: list[MicroBatch]) -> dict[int, list[DomainSlice]]:

@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from torch import Tensor, nn
 from transformers import Trainer
 
 from hf_doge.artifacts.domain_weights import DomainWeights
-from hf_doge.sampling.domains import merge_domains
+from hf_doge.sampling.domains import StreamDomains, merge_domains
+from hf_doge.sampling.streaming import holds_streams
 from hf_doge.training.checkpoints import resolve_checkpoint
 from hf_doge.training.collator import DOMAIN_IDS, DomainCollator, DomainLookup
 from hf_doge.training.config import DoGEConfig
@@ -54,12 +55,23 @@ class DoGEMixin(DomainWeightedMixin):
     On several processes (DDP, `accelerate launch`) the weights, equal to the bit on all of them, and the steps are those
     of one process with the same global batch, up to rounding. A checkpoint resumes on another number of processes.
 
+    A dict of streams (`IterableDataset`) serves a proxy; set `max_steps`. All domains are drawn in turns by
+    [`interleave_domains`], examples of a domain in the order of its stream, and a stream that ends begins anew. All of the
+    above holds where the mixture is read as one: by the main process for all (the default; the batches of a step then need
+    one shape, so pad to a fixed length or set `split_batches`), or by every process in full. Where processes (with
+    `dispatch_batches=False`) or DataLoader workers read shards of their own, each draws the domains in turns by itself:
+    the weights are still equal on all processes and resuming is exact, but a step holds other examples than on one
+    process. It may then hold, for every part that is read apart, one example of a domain more or less than its share; if
+    a part of a step has fewer examples than there are domains, a step may even lack a domain, which keeps its share. A
+    checkpoint then resumes on the same number of processes and workers only. Resuming reads again what was trained on and
+    throws it away. There is no `domain_epochs/...` in the logs, and no number of rows in the artifact.
+
     Args:
         model (`PreTrainedModel` or `torch.nn.Module`): The proxy model, which is discarded after: train another one with
             the learned weights. In online mode, the model to train.
         args (`DoGEConfig`): The training arguments.
-        train_dataset (`datasets.Dataset`, `datasets.DatasetDict` or `dict[str, datasets.Dataset]`):
-            One dataset with a column `args.domain_column`, or one dataset per domain.
+        train_dataset (`datasets.Dataset`, or mapping of `str` to `datasets.Dataset` or `datasets.IterableDataset`):
+            One dataset with a column `args.domain_column`, one dataset per domain, or, for a proxy, one stream per domain.
         target_dataset (`datasets.Dataset` or `dict[str, datasets.Dataset]`, *optional*):
             What the weights should serve: a held-out mix, or data of a domain that is not trained on. The model is
             never trained on it. `None` means the training domains themselves (universal generalization).
@@ -73,12 +85,14 @@ class DoGEMixin(DomainWeightedMixin):
             do not fit together; the message says what to do.
     """
 
+    _labels_streams = True
+
     def __init__(
         self,
         model: nn.Module | None = None,
         args: DoGEConfig | None = None,
         *,
-        train_dataset: Dataset | Mapping[str, Dataset],
+        train_dataset: Dataset | Mapping[str, Dataset] | Mapping[str, IterableDataset],
         target_dataset: Dataset | Mapping[str, Dataset] | None = None,
         target_weights: Mapping[str, float] | None = None,
         initial_weights: DomainWeights | Mapping[str, float] | None = None,
@@ -86,7 +100,10 @@ class DoGEMixin(DomainWeightedMixin):
         **kwargs: Any,
     ) -> None:
         refuse_unsupported(args, train_dataset, has_target=target_dataset is not None)
-        train_dataset, domains = merge_domains(train_dataset, args.domain_column)
+        if is_streamed := holds_streams(train_dataset):
+            domains = StreamDomains(tuple(train_dataset))
+        else:
+            train_dataset, domains = merge_domains(train_dataset, args.domain_column)
         names, batch_size = domains.names, examples_per_step(args)
         if batch_size < len(names) and not args.is_online:
             raise ValueError(
@@ -109,7 +126,9 @@ class DoGEMixin(DomainWeightedMixin):
             **kwargs,
         )
         seed = args.seed if args.data_seed is None else args.data_seed
-        lookup = DomainLookup(self.train_dataset.features[args.domain_column], names)
+        if not is_streamed:
+            domains = self.domain_sampler.domains  # of the train set as the trainer prepared it
+        lookup = DomainLookup(None if is_streamed else self.train_dataset.features[args.domain_column], names)
         self.data_collator = DomainCollator(self.data_collator, args.domain_column, lookup, seed=seed)
         share = ceil(batch_size / len(names))
         pieces = {"batch_size": args.train_batch_size}
@@ -117,7 +136,7 @@ class DoGEMixin(DomainWeightedMixin):
         if args.is_online:
             self._refuse_short_lag()
             self._alignment_batches = DomainBatches(
-                self.train_dataset, self.domain_sampler.domains, examples_per_domain=share, seed=seed + 1, **pieces
+                self.train_dataset, domains, examples_per_domain=share, seed=seed + 1, **pieces
             )
         if target_dataset is not None:
             share = args.per_device_target_batch_size or share
@@ -126,7 +145,7 @@ class DoGEMixin(DomainWeightedMixin):
             )
         self._learner = DomainLearner(
             self,
-            self.domain_sampler.domains,
+            domains,
             target_weights=None if self._targets is None else self._targets.weights,
             initial_weights=initial_weights,
         )
@@ -142,7 +161,7 @@ class DoGEMixin(DomainWeightedMixin):
         checkpoint = resolve_checkpoint(resume_from_checkpoint, self.args.output_dir)
         self._learner.begin(checkpoint)
         self._micro_batches = []
-        if checkpoint is None:
+        if checkpoint is None and self.domain_sampler is not None:
             self._forget_schedule()
         return super().train(None if checkpoint is None else str(checkpoint), *args, **kwargs)
 

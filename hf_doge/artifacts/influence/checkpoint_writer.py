@@ -1,8 +1,16 @@
-"""Writing the gradient rows of one checkpoint, segment by segment, so that an interruption costs one segment at most."""
+"""
+Writing the gradient rows of one checkpoint, segment by segment, so that an interruption costs one segment at most.
+
+Several processes may write segments of one checkpoint into the same folder, each those of other examples and with a
+journal of its own, `journal.json` or `journal-<part>.json`; the one that finishes it takes them all together.
+"""
 
 import logging
 import shutil
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, suppress
+from itertools import pairwise
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -33,44 +41,110 @@ class CheckpointWriter(AbstractContextManager):
     What was interrupted continues after its last whole segment, at example `num_done`. Leaving the context without
     [`~CheckpointWriter.finish`] keeps the segments written so far and shows no checkpoint.
 
+    Several processes share the work so: one has the writer and asks it what is [`~CheckpointWriter.missing`]; the others
+    have parts of it, from [`IndexWriter.checkpoint_part`]; each calls [`~CheckpointWriter.begin`] for the ranges that it
+    takes over and adds their rows. When all have done so, the one with the writer calls `finish`.
+
     Attributes:
-        num_done (`int`): Examples `[0, num_done)` are on disk, or will be with the next segment.
+        num_done (`int`): The next example that is to be added. All before it are on disk, or will be with the next
+            segment, unless it was set by [`~CheckpointWriter.begin`].
+        facts (`dict`): What tells the checkpoint from others, for [`IndexWriter.checkpoint_part`].
     """
 
-    def __init__(self, index: "IndexWriter", facts: dict[str, Any], *, position: int) -> None:
+    def __init__(
+        self,
+        index: "IndexWriter",
+        facts: dict[str, Any],
+        *,
+        position: int,
+        borders: Sequence[int] | None = None,
+        part: int | None = None,
+    ) -> None:
         self._index = index
         self._config = index.config
-        self._facts = {**facts, "position": position}
+        self.facts = {**facts, "position": position}
         self._final = index.folder / GRADIENTS / facts["name"]
         self._partial = self._final.with_name(self._final.name + PARTIAL)
-        self._segments: list[dict[str, Any]] = self._continue()
+        self._borders = sorted({border for border in borders or () if 0 < border < self._config["num_examples"]})
+        self._in_order = borders is None
+        self._journal = self._partial / (JOURNAL if part is None else f"journal-{part:05d}.json")
+        self._segments: list[dict[str, Any]] = self._continue() if part is None else []
         self._capacity = max(1, index.max_segment_bytes // (4 * self._config["stored_width"]))
         self._closed = False
         self._clear()
-        self.num_done = self._flushed
+        missing = self.missing()
+        self._first, self._end = missing[0] if missing else (self._config["num_examples"],) * 2
+        self.num_done = self._first
+        self._is_range = False  # what is added last is written by `finish`
 
-    @property
-    def _flushed(self) -> int:
-        return sum(segment["num_examples"] for segment in self._segments)
+    def missing(self) -> list[tuple[int, int]]:
+        """The ranges `[first, last)` of examples that no segment holds yet, none of them across a border."""
+        num_examples = self._config["num_examples"]
+        covered = [(segment["first_example"], segment["num_examples"]) for segment in self._segments]
+        gaps, end = [], 0
+        for first, count in [*sorted(covered), (num_examples, 0)]:
+            between = slice(bisect_right(self._borders, end), bisect_left(self._borders, first))
+            cuts = [end, *self._borders[between], first]
+            gaps += [(begin, stop) for begin, stop in pairwise(cuts) if begin < stop]
+            end = first + count
+        return gaps
+
+    def begin(self, first: int, last: int) -> None:
+        """
+        The examples added next are `[first, last)`. A segment ends with `last` and at every border, filled or not.
+
+        Args:
+            first (`int`), last (`int`): One range of [`~CheckpointWriter.missing`], or several that follow each other.
+        """
+        self._require_open()
+        if not 0 <= first < last <= self._config["num_examples"]:
+            raise ValueError(
+                f"A range must lie in [0, {self._config['num_examples']}) and not be empty, but got [{first}, {last})."
+            )
+        if self._num_buffered:
+            raise ValueError(f"The range before must be added to its end first, example {self._end}.")
+        self._first = self.num_done = first
+        self._end, self._is_range = last, True
 
     def _continue(self) -> list[dict[str, Any]]:
         """The whole segments of an interrupted writing of the same checkpoint; what else lies there is removed."""
         if self._final.exists() and not self._partial.exists():  # interrupted between the last two steps of finish()
             self._final.rename(self._partial)
-        journal = self._partial / JOURNAL
-        kept: list[dict[str, Any]] = []
-        if journal.is_file():
-            with suppress(ValueError, KeyError, TypeError):  # a damaged journal is as good as none
-                written = parse_json(journal.read_bytes(), source=str(journal))
-                if written["checkpoint"] == self._facts:
-                    kept = _whole(self._partial, written["segments"])
-            if not kept:
-                logger.info("Starting %s anew: what is there is of other weights, or damaged.", self._partial)
+        kept = self._read_journals()
         self._partial.mkdir(parents=True, exist_ok=True)
-        names = {Path(segment["path"]).name for segment in kept} | {JOURNAL}
+        if kept:
+            write_atomically(self._journal, to_json({"checkpoint": self.facts, "segments": kept}))
+        names = {Path(segment["path"]).name for segment in kept if segment["path"] is not None} | (
+            {JOURNAL} if kept else set()
+        )
         for path in self._partial.iterdir():
             if path.name not in names:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
+        return kept
+
+    def _read_journals(
+        self, *, trusted: Iterable[dict[str, Any]] = (), sign_of_life: Callable[[], None] = lambda: None
+    ) -> list[dict[str, Any]]:
+        """The segments that all journals tell of and whose files are whole, by ascending example and without overlap."""
+        found, known = [], {segment["path"] for segment in trusted}
+        for journal in sorted(self._partial.glob("journal*.json")):
+            segments: list[dict[str, Any]] = []
+            with suppress(ValueError, KeyError, TypeError):  # a damaged journal is as good as none
+                written = parse_json(journal.read_bytes(), source=str(journal))
+                if written["checkpoint"] == self.facts:
+                    segments = [
+                        segment
+                        for segment in written["segments"]
+                        if segment["path"] in known or _is_whole(self._partial, segment, sign_of_life)
+                    ]
+            if not segments:
+                logger.info("%s is of other weights, or damaged: what it tells of is made anew.", journal)
+            found += segments
+        kept, end = [], 0
+        for segment in sorted(found, key=lambda segment: segment["first_example"]):
+            if segment["first_example"] == end or (segment["first_example"] > end and not self._in_order):
+                kept.append(segment)
+                end = segment["first_example"] + segment["num_examples"]
         return kept
 
     def add(self, token_rows: "TokenRows") -> None:
@@ -87,46 +161,58 @@ class CheckpointWriter(AbstractContextManager):
         lengths, tokens, rows = self._checked(token_rows)
         start = first = 0
         while first < len(lengths):
-            # A segment ends with the example that fills it, however the examples came in batches.
-            filled = np.cumsum(lengths[first:]) + self._num_rows >= self._capacity
+            # A segment ends with the example that fills it, or at a border, however the examples came in batches.
+            border = self._next_border() - self.num_done + first
+            filled = np.cumsum(lengths[first:border]) + self._num_rows >= self._capacity
             full = bool(filled.any())
-            last = first + int(filled.argmax()) + 1 if full else len(lengths)
+            last = first + int(filled.argmax()) + 1 if full else min(border, len(lengths))
             end = start + int(lengths[first:last].sum())
             self._buffer.append((lengths[first:last], tokens[start:end], rows[start:end]))
             self._num_rows += end - start
             self._num_buffered += last - first
-            if full:
+            self.num_done += last - first
+            if full or (last == border and (self._is_range or self.num_done < self._end)):
                 self._flush()
             first, start = last, end
-        self.num_done = self._flushed + self._num_buffered
 
-    def finish(self) -> None:
+    def _next_border(self) -> int:
+        """Where the segment that is being filled ends at the latest."""
+        following = bisect_right(self._borders, self.num_done)
+        border = self._borders[following] if following < len(self._borders) else self._end
+        return min(border, self._end)
+
+    def finish(self, *, sign_of_life: Callable[[], None] = lambda: None) -> None:
         """
-        Make the checkpoint visible.
+        Make the checkpoint visible, with the segments of all parts. The files of others are read and checked first.
+
+        Args:
+            sign_of_life (`Callable`): Called every now and then.
 
         Raises:
-            ValueError: Not all examples were added.
+            ValueError: Not all examples were added, or a file of another process is not what it wrote.
         """
         self._require_open()
-        if self.num_done != self._config["num_examples"]:
+        segments = self._read_journals(trusted=self._segments, sign_of_life=sign_of_life)
+        num_done = sum(segment["num_examples"] for segment in segments) + self._num_buffered
+        if num_done != self._config["num_examples"]:
             raise ValueError(
-                f"A checkpoint must hold all {self._config['num_examples']} examples, but {self.num_done} were added to"
-                f" {self._facts['name']!r}. Add the others before `finish`."
+                f"A checkpoint must hold all {self._config['num_examples']} examples, but {num_done} were added to"
+                f" {self.facts['name']!r}, and are whole. Add the others before `finish`."
             )
-        if self._num_rows or not self._segments:
+        if self._num_buffered:
             self._flush()
-        elif self._num_buffered:  # examples without rows need no file, which `datasets` would stumble over
-            self._segments[-1] = {
-                **self._segments[-1],
-                "num_examples": self._segments[-1]["num_examples"] + self._num_buffered,
-            }
+            segments.append(self._segments[-1])
         self._closed = True
+        segments = _with_files(sorted(segments, key=lambda segment: segment["first_example"]))
+        if not segments:
+            segments = [self._write_nothing()]
         sync_folder(self._partial)
         self._partial.rename(self._final)
         sync_folder(self._final.parent)
-        facts = {key: value for key, value in self._facts.items() if key != "position"}
-        self._index._register({**facts, "files": self._segments}, position=self._facts["position"])
-        (self._final / JOURNAL).unlink()
+        facts = {key: value for key, value in self.facts.items() if key != "position"}
+        self._index._register({**facts, "files": segments}, position=self.facts["position"])
+        for journal in self._final.glob("journal*.json"):
+            journal.unlink()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
@@ -141,18 +227,20 @@ class CheckpointWriter(AbstractContextManager):
     def _require_open(self) -> None:
         if self._closed:
             raise ValueError(
-                f"Checkpoint {self._facts['name']!r} is closed. Continue it by a new `IndexWriter.checkpoint`."
+                f"Checkpoint {self.facts['name']!r} is closed. Continue it by a new `IndexWriter.checkpoint`."
             )
         self._index.require_open()
 
     def _checked(self, token_rows: "TokenRows") -> tuple[np.ndarray, np.ndarray, Tensor]:
         """Lengths, tokens, and rows as float32 of the stored width."""
-        num_examples = self._config["num_examples"]
-        if self.num_done + len(token_rows) > num_examples:
-            raise ValueError(
-                f"The index was opened for {num_examples} examples, but {self.num_done + len(token_rows)} were added to"
-                f" {self._facts['name']!r}."
+        num_done = self.num_done + len(token_rows)
+        if num_done > self._end:
+            wanted = (
+                f"up to example {self._end}"
+                if self._end < self._config["num_examples"]
+                else f"for {self._end} examples"
             )
+            raise ValueError(f"The index was opened {wanted}, but {num_done} were added to {self.facts['name']!r}.")
         check_token_rows(token_rows, width=self._config["width"], vocabulary_size=self._config["vocabulary_size"])
         lengths = token_rows.offsets.diff().cpu().numpy()
         rows = self._index.project(token_rows.rows.detach().cpu()).float()
@@ -169,35 +257,47 @@ class CheckpointWriter(AbstractContextManager):
         """Write what is buffered as one segment, then the journal that makes it count."""
         lengths, tokens, rows = zip(*self._buffer, strict=True)
         lengths, tokens, rows = np.concatenate(lengths), np.concatenate(tokens), torch.cat(rows)
-        first = self._flushed
-        ids = np.arange(first, first + len(lengths), dtype=example_dtype(self._config))
-        name = f"segment-{len(self._segments):05d}.parquet"
-        facts = {"checkpoint": self._facts["name"], "first_example": first}
+        segment = {
+            "path": None,
+            "sha256": None,
+            "num_rows": len(tokens),
+            "first_example": self._first,
+            "num_examples": len(lengths),
+            "scale": 1.0,
+        }
         try:
-            content, scale = encode_segment(
-                tokens,
-                ids.repeat(lengths),
-                rows,
-                dtype=self._config["dtype"],
-                checkpoint=self._facts["position"],
-                facts=facts,
-            )
-            write_atomically(self._partial / name, content)
-            segment = {
-                "path": f"{GRADIENTS}/{self._final.name}/{name}",
-                "sha256": sha256(content),
-                "num_rows": len(tokens),
-                "first_example": first,
-                "num_examples": len(lengths),
-                "scale": scale,
-            }
+            if len(tokens):  # else it needs no file, which `datasets` would stumble over
+                segment |= self._write(lengths, tokens, rows)
             segments = [*self._segments, segment]
-            write_atomically(self._partial / JOURNAL, to_json({"checkpoint": self._facts, "segments": segments}))
+            write_atomically(self._journal, to_json({"checkpoint": self.facts, "segments": segments}))
         except BaseException:
             self._closed = True
             raise
         self._segments = segments
+        self._first = self.num_done
         self._clear()
+
+    def _write(self, lengths: np.ndarray, tokens: np.ndarray, rows: Tensor) -> dict[str, Any]:
+        """The file of a segment, named by its first example, so that no two processes write the same."""
+        ids = np.arange(self._first, self._first + len(lengths), dtype=example_dtype(self._config))
+        name = f"segment-{self._first:08d}.parquet"
+        content, scale = encode_segment(
+            tokens,
+            ids.repeat(lengths),
+            rows,
+            dtype=self._config["dtype"],
+            checkpoint=self.facts["position"],
+            facts={"checkpoint": self.facts["name"], "first_example": self._first},
+        )
+        write_atomically(self._partial / name, content)
+        return {"path": f"{GRADIENTS}/{self._final.name}/{name}", "sha256": sha256(content), "scale": scale}
+
+    def _write_nothing(self) -> dict[str, Any]:
+        """One file without rows, where no example has any: a checkpoint has one file at least."""
+        self._first, num_examples = 0, self._config["num_examples"]
+        no_rows = torch.empty(0, self._config["stored_width"])
+        written = self._write(np.zeros(num_examples, dtype=np.int64), np.zeros(0, dtype=np.int64), no_rows)
+        return {**written, "num_rows": 0, "first_example": 0, "num_examples": num_examples}
 
 
 def check_token_rows(token_rows: "TokenRows", *, width: int, vocabulary_size: int) -> None:
@@ -229,10 +329,27 @@ def check_token_rows(token_rows: "TokenRows", *, width: int, vocabulary_size: in
         )
 
 
-def _whole(folder: Path, segments: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The leading segments whose files are what the journal says."""
-    for number, segment in enumerate(segments):
-        path = folder / Path(segment["path"]).name
-        if not path.is_file() or file_sha256(path) != segment["sha256"]:
-            return segments[:number]
-    return segments
+def _is_whole(folder: Path, segment: dict[str, Any], sign_of_life: Callable[[], None]) -> bool:
+    """Whether the file of a segment is what the journal says."""
+    sign_of_life()
+    if segment["path"] is None:
+        return True
+    path = folder / Path(segment["path"]).name
+    return path.is_file() and file_sha256(path) == segment["sha256"]
+
+
+def _with_files(segments: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Examples of segments without a file, as none of them has a row, counted to the segment before or the first one."""
+    merged: list[dict[str, Any]] = []
+    num_leading = 0
+    for segment in segments:
+        count = segment["num_examples"]
+        if segment["path"] is not None:
+            first = segment["first_example"] - num_leading
+            merged.append({**segment, "first_example": first, "num_examples": count + num_leading})
+            num_leading = 0
+        elif merged:
+            merged[-1] = {**merged[-1], "num_examples": merged[-1]["num_examples"] + count}
+        else:
+            num_leading += count
+    return merged

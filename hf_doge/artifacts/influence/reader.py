@@ -95,6 +95,10 @@ class IndexReader:
             self._examples = Dataset(read_table(self.folder / EXAMPLES_FILE))
         return self._examples
 
+    def build_map(self, checkpoint: int) -> None:
+        """Make the memory map of a checkpoint now, if it is not there, and not when it is first needed."""
+        self._map(checkpoint)
+
     def project(self, rows: Tensor | np.ndarray) -> Tensor:
         """The shared random projection, `(n, width) -> (n, stored_width)`; `rows` themselves without one."""
         rows = torch.as_tensor(rows)

@@ -7,13 +7,13 @@ README.md                               makes `load_dataset(folder, "gradients" 
 examples/train-*.parquet                one row for each training example
 checkpoints/train-*.parquet             one row for each checkpoint
 gradients/<checkpoint>/segment-*.parquet    the gradient rows of a range of examples, sorted by token
-gradients/<checkpoint>.partial/         a checkpoint that is not whole yet, with a journal of its segments
+gradients/<checkpoint>.partial/         a checkpoint that is not whole yet, with a journal of the segments of each process
 ```
 """
 
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from hf_doge.artifacts.checks import require_json
 from hf_doge.artifacts.files import replace_files, require_own_folder, sha256
 from hf_doge.artifacts.influence.card import renewed_card
 from hf_doge.artifacts.influence.checkpoint_writer import PARTIAL, CheckpointWriter
-from hf_doge.artifacts.influence.encoding import projection_matrix, projection_sha256
+from hf_doge.artifacts.influence.encoding import projection_matrix, projection_sha256, recorded_projection
 from hf_doge.artifacts.influence.examples import ordered_examples
 from hf_doge.artifacts.influence.lock import WriterLock
 from hf_doge.artifacts.influence.manifest import (
@@ -139,7 +139,7 @@ class IndexWriter:
         require_own_folder(self.folder, manifest=MANIFEST, subfolders=("examples", "checkpoints", GRADIENTS))
         self.folder.mkdir(parents=True, exist_ok=True)
         self._ticket = object()  # not the writer itself, which nobody but its user should keep alive
-        self._lock = WriterLock.take(self.folder, self._ticket)
+        self._lock: WriterLock | None = WriterLock.take(self.folder, self._ticket)  # `None` of one that joined
         try:
             if (self.folder / MANIFEST).exists():
                 self.config = self._continued(asked)
@@ -150,6 +150,26 @@ class IndexWriter:
         except BaseException:
             self.close()
             raise
+
+    @classmethod
+    def join(cls, folder: str | os.PathLike, *, max_segment_bytes: int) -> "IndexWriter":
+        """
+        The index that another process has opened, to write parts of its checkpoints: [`~IndexWriter.checkpoint_part`].
+
+        The other keeps the index from being written by anybody else; here, [`~IndexWriter.close`] does nothing.
+
+        Args:
+            folder (`str` or `os.PathLike`), max_segment_bytes (`int`): As the other has them.
+
+        Raises:
+            FileNotFoundError: There is no index.
+        """
+        writer = cls.__new__(cls)
+        writer.folder, writer.max_segment_bytes = Path(folder), max_segment_bytes
+        writer.config = read_config(writer.folder)
+        writer._lock = None
+        writer._projection = None if writer.config["projection"] is None else recorded_projection(writer.config)
+        return writer
 
     def _continued(self, asked: dict[str, Any]) -> dict[str, Any]:
         config = read_config(self.folder)
@@ -167,14 +187,15 @@ class IndexWriter:
 
     def close(self) -> None:
         """Let other processes write the index. What is not finished is continued by a new writer."""
-        self._lock.release(self._ticket)
+        if self._lock is not None:
+            self._lock.release(self._ticket)
 
     def require_open(self) -> None:
         """
         Raises:
             ValueError: The writer was closed, or the index was opened for writing again, and may be another by now.
         """
-        if self._lock.holder is not self._ticket:
+        if self._lock is not None and self._lock.holder is not self._ticket:
             raise ValueError(
                 f"The index in {str(self.folder)!r} was closed, or opened anew since. Continue it by a new `IndexWriter`."
             )
@@ -229,6 +250,7 @@ class IndexWriter:
         revision: str | None = None,
         model_class: str,
         fingerprint: str,
+        borders: Sequence[int] | None = None,
     ) -> CheckpointWriter:
         """
         Begin a checkpoint, or continue an interrupted one: if all arguments agree with its own; else it starts anew.
@@ -239,6 +261,8 @@ class IndexWriter:
             learning_rate (`float`): In force then, `>= 0`.
             path (`str` or `os.PathLike`), revision (`str`, *optional*): Where the model can be loaded from.
             model_class (`str`), fingerprint (`str`): Which model that must be.
+            borders (`Sequence[int]`, *optional*): Examples that a segment begins with, however full the one before is.
+                With the same borders any number of processes writes the same files, in any order of their ranges.
 
         Raises:
             ValueError: It is whole already, or an argument cannot be kept; or there are no examples yet.
@@ -260,7 +284,19 @@ class IndexWriter:
         values = (name, step, epoch, learning_rate, str(path), revision, model_class, fingerprint)
         self.require_open()
         facts = require_json("checkpoint", dict(zip(CHECKPOINT_FACTS, values, strict=True)))
-        return CheckpointWriter(self, facts, position=len(self.config["checkpoints"]))
+        return CheckpointWriter(self, facts, position=len(self.config["checkpoints"]), borders=borders)
+
+    def checkpoint_part(self, facts: Mapping[str, Any], *, part: int, borders: Sequence[int] = ()) -> CheckpointWriter:
+        """
+        To write some ranges of a checkpoint that another process has begun, and will finish.
+
+        Args:
+            facts (`Mapping`): The other's `CheckpointWriter.facts`.
+            part (`int`): At least 1, and no other process's.
+            borders (`Sequence[int]`): The other's.
+        """
+        facts = dict(facts)
+        return CheckpointWriter(self, facts, position=facts.pop("position"), borders=borders, part=part)
 
     def _register(self, checkpoint: dict[str, Any], *, position: int) -> None:
         """The moment at which a checkpoint begins to exist."""
@@ -292,6 +328,7 @@ class IndexWriter:
         self._replace(config, {CHECKPOINTS_FILE: table, **renewed_card(self.folder, config)})
 
     def _replace(self, config: dict[str, Any], files: dict[str, bytes]) -> None:
+        assert self._lock is not None, "only the writer that opened the index changes what all of them read"
         self.require_open()
         replace_files(self.folder, {**files, MANIFEST: to_json(config)}, manifest=MANIFEST)
         self.config = config
