@@ -26,6 +26,7 @@ WAYS = {
     "official_plain": {"recipe": "official", "with_target": True, "alignment": "streamed"},
     "cosine": {"normalization": "cosine", "self_term": False},
     "online": {"mode": "online", "reweight_steps": 2, "sampler_lag_steps": 2, "with_target": True},
+    "silent": {"normalization": "cosine", "is_silent": True},
     "sft": {"mode": "online", "reweight_steps": 3, "sft": True, "mu": 1e-4},
     "seldom": {"reweight_steps": 2, "lr_scheduler_type": "linear"},
 }
@@ -34,8 +35,11 @@ WAYS = {
 RESUMED = ("single_pass", "official", "online")
 
 
-def make_domains():
-    """Of unequal sizes and lengths; the last one has no label in most of its examples."""
+def make_domains(*, is_silent=False):
+    """
+    Of unequal sizes and lengths; the last one has no label in most of its examples. With `is_silent` that is so of all
+    domains, and some steps have no label at all on one process or on any.
+    """
     sizes = {"arxiv": 40, "books": 23, "code": 12}
     domains = {
         name: language_model_rows(size, low=1 + 9 * i, high=13 + 9 * i, masked=0.3, seed=i)
@@ -44,10 +48,14 @@ def make_domains():
     for row, labels in enumerate(domains["code"]["labels"]):
         if row % 3:
             domains["code"]["labels"][row] = [-100] * len(labels)
+    for rows in domains.values() if is_silent else ():
+        rows["labels"] = [
+            labels if row % 20 == 0 else [-100] * len(labels) for row, labels in enumerate(rows["labels"])
+        ]
     return {name: Dataset.from_dict(rows) for name, rows in domains.items()}
 
 
-def make_trainer(folder, *, num_processes, micro_batch, with_target=False, sft=False, **options):
+def make_trainer(folder, *, num_processes, micro_batch, with_target=False, is_silent=False, sft=False, **options):
     defaults = {
         "per_device_train_batch_size": micro_batch,
         "gradient_accumulation_steps": GLOBAL_BATCH // (micro_batch * num_processes),
@@ -70,7 +78,7 @@ def make_trainer(folder, *, num_processes, micro_batch, with_target=False, sft=F
         return make_sft_trainer(str(folder), {**defaults, **options})
     args = DoGEConfig(str(folder), **{**defaults, **options})
     model = tiny_gpt2() if options.get("reweight_steps") else tiny_llama()
-    return DoGETrainer(model, args, train_dataset=make_domains(), target_dataset=target)
+    return DoGETrainer(model, args, train_dataset=make_domains(is_silent=is_silent), target_dataset=target)
 
 
 @dataclass

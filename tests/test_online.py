@@ -146,6 +146,21 @@ def test_a_run_stopped_at_any_step_and_resumed_equals_one_that_was_not(tmp_path,
     assert torch.equal(whole._learner.state.num_tokens, resumed._learner.state.num_tokens)
 
 
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ({}, {"mode": "proxy"}),
+        ({"mode": "proxy"}, {}),
+        ({"sampler_lag_steps": 7}, {"sampler_lag_steps": 3}),
+    ],
+    ids=["online_as_proxy", "proxy_as_online", "another_lag"],
+)
+def test_a_run_goes_on_in_its_mode_and_with_its_lag(tmp_path, before, after):
+    online(tmp_path, save_strategy="steps", save_steps=4, **{**before, "max_steps": 4})
+    with pytest.raises(ValueError, match="A resumed run must go on as it began, but the checkpoint"):
+        online(tmp_path, resume=str(tmp_path / "checkpoint-4"), **after)
+
+
 def test_a_second_training_begins_with_the_first_weights(tmp_path):
     trainer = online(tmp_path)
     trainer.train()
@@ -173,7 +188,7 @@ def test_a_limit_on_epochs_holds_for_learned_weights(tmp_path):
             "`sampler_lag_steps` must be at least 2, since the DataLoader runs up to 8 examples ahead",
         ),
         ({"dataloader_num_workers": 4}, "`sampler_lag_steps` must be at least 10"),
-        ({"sampler_lag_steps": 0}, "`sampler_lag_steps` must be a whole number of at least 1"),
+        ({"sampler_lag_steps": 0}, "`sampler_lag_steps` must be at least 1, but got 0"),
         ({"lagged_update": True}, "`lagged_update` is of the mode 'proxy'"),
     ],
 )

@@ -224,6 +224,23 @@ def test_a_step_with_a_loss_that_is_not_a_number_goes_the_plain_way_once(tmp_pat
     assert num_calls.count(4) >= 3  # the second step, domain by domain
 
 
+def test_a_loss_that_is_not_a_number_beside_its_tokens_is_not_overlooked(tmp_path):
+    num_calls = []
+
+    def loss_func(outputs, labels, num_items_in_batch=None):
+        num_calls.append(len(labels))
+        is_spoilt = num_calls.count(12) >= 2 and bool(
+            (labels >= 29).any()
+        )  # the domain "code", from the second step on
+        loss = float64_causal_loss(outputs, labels, num_items_in_batch)
+        return loss * torch.nan if is_spoilt else loss
+
+    options = {"max_steps": 2, "loss_func": loss_func}
+    trainer, found = take_step(tmp_path, tiny_llama(), three_domains(), alignment="single_pass", **options)
+    assert trainer._learner.state.nonfinite_steps == 1
+    assert found["step"].isfinite().all()
+
+
 class MeanOfBatch(nn.Module):
     """Mixes the examples of a batch, which nobody notices who looks at layers one by one."""
 

@@ -166,7 +166,7 @@ class SinglePassAlignment(BackwardAlignment):
 
     def _sum_domains_over_processes(self, present: list[int]) -> None:
         """Every domain's own gradient, summed over the processes: K x P numbers, for the sake of its norm."""
-        for position, store in enumerate(self._stores):
+        for position, store in enumerate(self._stores if present else []):
             gradients = [store.of_domain(domain) for domain in present]
             gradients = [torch.zeros_like(self.parameters[position]) if g is None else g for g in gradients]
             self.reduction.sum_(gradients)
@@ -231,7 +231,9 @@ class SinglePassAlignment(BackwardAlignment):
         counts = [max(source.num_items(domain), 1) for domain in range(self.num_domains)]
         items = torch.tensor(counts, dtype=torch.float64)
         found = caught.by_domain(batch.segments).cpu() / items
-        if found.isfinite().all():
+        if not loss.isfinite():  # perhaps in a term that was not caught
+            found = found.masked_fill(found != 0, torch.nan)
+        elif found.isfinite().all():
             require_same_total(by_row, loss, batch.num_items)
         factors = (1.0 if coefficients is None else coefficients) / items
         factors = factors.to(device, by_row.dtype)[batch.segments.row_domains(len(by_row), device)]

@@ -12,7 +12,15 @@ from hf_doge.functional.doge import NORMALIZATIONS
 MODES = ("proxy", "online")
 RECIPES = ("paper", "official")
 ALIGNMENTS = ("auto", "single_pass", "per_domain", "streamed")
-_OPTIONAL_NUMBERS = ("score_min", "score_max", "domain_max_grad_norm", "per_device_target_batch_size")
+_OPTIONAL_NUMBERS = ("score_min", "score_max", "domain_max_grad_norm")
+_COUNTS = {  # whole numbers, with the smallest one allowed
+    "reweight_steps": 1,
+    "max_nonfinite_steps": 1,
+    "trajectory_steps": 1,
+    "burn_in_steps": 0,
+    "sampler_lag_steps": 1,
+    "per_device_target_batch_size": 1,
+}
 
 
 @dataclass(frozen=True)
@@ -193,36 +201,27 @@ class DoGEConfig(TrainingArguments):
             raise ValueError(f"`gradient_memory_budget` must be >= 0 GiB, but got {self.gradient_memory_budget}.")
         if self.domain_max_grad_norm is not None and not self.domain_max_grad_norm >= 0:
             raise ValueError(f"`domain_max_grad_norm` must be >= 0, but got {self.domain_max_grad_norm}.")
-        for name in ("reweight_steps", "max_nonfinite_steps", "trajectory_steps", "burn_in_steps"):
-            if not isinstance(getattr(self, name), int):
-                raise ValueError(f"`{name}` must be a whole number, but got {getattr(self, name)}.")
+        if self.sampler_lag_steps is None:
+            self.sampler_lag_steps = self.reweight_steps
+        for name, least in _COUNTS.items():
+            _require_count(name, getattr(self, name), least=least, optional=name == "per_device_target_batch_size")
+        for name in ("self_term", "lagged_update"):
+            if not isinstance(getattr(self, name), bool):  # any text would count as yes
+                raise ValueError(f"`{name}` must be True or False, but got {getattr(self, name)!r}.")
+        if not isinstance(self.domain_column, str):
+            raise ValueError(f"`domain_column` must be the name of a column, but got {self.domain_column!r}.")
         for name, useless in (("score_min", math.inf), ("score_max", -math.inf)):
             value = getattr(self, name)
             if value is not None and (math.isnan(value) or value == useless):
                 raise ValueError(f"`{name}` must leave room for scores, but got {value}.")
-        for name in ("reweight_steps", "max_nonfinite_steps", "trajectory_steps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"`{name}` must be at least 1, but got {getattr(self, name)}.")
-        if self.burn_in_steps < 0:
-            raise ValueError(f"`burn_in_steps` must not be negative, but got {self.burn_in_steps}.")
-        if self.sampler_lag_steps is None:
-            self.sampler_lag_steps = self.reweight_steps
-        if not isinstance(self.sampler_lag_steps, int) or self.sampler_lag_steps < 1:
-            raise ValueError(
-                f"`sampler_lag_steps` must be a whole number of at least 1, but got {self.sampler_lag_steps!r}."
-            )
         if self.is_online and self.lagged_update:
             raise ValueError("`lagged_update` is of the mode 'proxy'; in 'online' mode see `sampler_lag_steps`.")
-        if self.per_device_target_batch_size is not None and self.per_device_target_batch_size < 1:
-            raise ValueError(
-                f"`per_device_target_batch_size` must be at least 1, but got {self.per_device_target_batch_size}."
-            )
         if self.score_min is not None and self.score_max is not None and self.score_min > self.score_max:
             raise ValueError(f"`score_min` must not exceed `score_max`, but got {self.score_min} > {self.score_max}.")
         if self.alignment_parameters is not None:
             try:
                 re.compile(self.alignment_parameters)
-            except re.error as error:
+            except (re.error, TypeError) as error:
                 raise ValueError(
                     f"`alignment_parameters` must be a regular expression, but got {self.alignment_parameters!r}: {error}."
                 ) from error
@@ -267,6 +266,16 @@ def _require_number(name: str, value: object, *, optional: bool) -> None:
     if isinstance(value, Real) or (optional and value is None):
         return
     raise ValueError(f"`{name}` must be a number, but got {value!r}.")
+
+
+def _require_count(name: str, value: object, *, least: int, optional: bool) -> None:
+    """A whole number from `least` on; `True` is none."""
+    if optional and value is None:
+        return
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise ValueError(f"`{name}` must be a whole number, but got {value!r}.")
+    if value < least:
+        raise ValueError(f"`{name}` must be at least {least}, but got {value}.")
 
 
 def _require_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
