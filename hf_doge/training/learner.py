@@ -70,8 +70,17 @@ class DomainLearner:
                 self.recipe,
                 num_domains=len(self.domains.names),
                 is_universal=self.target_weights is None,
+                loss_may_talk=self._loss_may_talk,
             )
         return self._alignment
+
+    @property
+    def _loss_may_talk(self) -> bool:
+        """
+        Whether the loss may talk to the other processes, as that of trl's SFTTrainer does to gather its metrics: then all
+        of them must call it equally often, whatever examples they have.
+        """
+        return self._reduction.is_needed and type(self.trainer).compute_loss is not Trainer.compute_loss
 
     def begin(self, checkpoint: Path | None) -> None:
         """Start anew, or from where a checkpoint stands."""
@@ -148,7 +157,11 @@ class DomainLearner:
             self.state.num_tokens += items
             self.state.num_examples += examples[0]
         model = self.trainer.model  # not its DDP wrapper: sums over the processes are made once, of what a step needs
-        if labelled := [batch for batch in train if batch.items.any()]:
+        labelled = [batch for batch in train if batch.items.any()]
+        is_ready = bool(labelled)
+        if self._loss_may_talk:
+            is_ready = not self._reduction.max(torch.tensor(int(not labelled), device=self.args.device))
+        if is_ready:
             self._loss.learn(model, next(iter(labelled[0].slices().values())))
         return StepGradients(
             train,
@@ -166,11 +179,8 @@ class DomainLearner:
     def _agree_on_calls(
         self, train: list[MicroBatch], targets: list[MicroBatch]
     ) -> tuple[list[int], list[int]] | None:
-        """
-        How many slices of each domain and target some process has, where the loss may talk to the other processes (that of
-        trl's SFTTrainer gathers its metrics), so that all of them must call it equally often; `None` for the Trainer's.
-        """
-        if not self._reduction.is_needed or type(self.trainer).compute_loss is Trainer.compute_loss:
+        """The most slices of each domain and target that some process has, if all must call the loss that often."""
+        if not self._loss_may_talk:
             return None
         num_domains, num_targets = len(self.domains.names), len(self.target_weights or ())
         calls = torch.zeros(num_domains + num_targets, dtype=torch.int64)

@@ -75,9 +75,19 @@ def refuse_batch_statistics(model: nn.Module) -> None:
 
 
 def choose_alignment(
-    model: nn.Module, args: DoGEConfig, recipe: Recipe, *, num_domains: int, is_universal: bool
+    model: nn.Module,
+    args: DoGEConfig,
+    recipe: Recipe,
+    *,
+    num_domains: int,
+    is_universal: bool,
+    loss_may_talk: bool = False,
 ) -> DomainAlignment:
-    """The way to the scores: as asked, or the fastest that is exact; the choice and its reason are logged."""
+    """
+    The way to the scores: as asked, or the fastest that is exact; the choice and its reason are logged.
+
+    A loss that may talk to other processes is left to the plain ways, which call it equally often on all of them.
+    """
     refuse_batch_statistics(model)
     parameters = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     if not parameters:
@@ -100,7 +110,10 @@ def choose_alignment(
     needed = num_domains * sum(p.numel() * p.element_size() for _, p in parameters) / 2**30
     fits = needed <= args.gradient_memory_budget
     choice, reason = args.alignment, "as asked for"
-    if choice == "auto":
+    if choice == "auto" and loss_may_talk:
+        choice = "per_domain" if fits else "streamed"
+        reason = "the trainer's own `compute_loss` may talk to the other processes, which must call it equally often"
+    elif choice == "auto":
         choice, reason = "single_pass", "the default; 'per_domain' or 'streamed' take over where it cannot be exact"
     plain = PerDomainAlignment if choice == "per_domain" or (fits and choice != "streamed") else StreamedAlignment
     logger.info(
