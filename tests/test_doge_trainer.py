@@ -18,6 +18,7 @@ from hf_doge.training.trainer import DoGETrainer
 from tests.reference import domain_loss, flat_gradient, reference_step
 from tests.tiny import (
     classifier_domains,
+    float64_causal_loss,
     language_model_rows,
     three_domains,
     tiny_bert,
@@ -51,12 +52,6 @@ def train(model, args, domains, targets=None, **kwargs):
     trainer = DoGETrainer(model, args, train_dataset=domains, target_dataset=targets, **kwargs)
     trainer.train()
     return trainer
-
-
-def float64_causal_loss(outputs, labels, num_items_in_batch=None):
-    """The causal loss without the cast to float32 that transformers puts into its own."""
-    logits = outputs.logits[:, :-1].flatten(0, 1)
-    return F.cross_entropy(logits, labels[:, 1:].flatten(), reduction="sum") / num_items_in_batch
 
 
 def mean_causal_loss(outputs, labels, num_items_in_batch=None):

@@ -23,6 +23,7 @@ from hf_doge.training.trainer import DoGETrainer
 from tests.tiny import (
     VOCAB,
     classifier_domains,
+    float64_causal_loss,
     language_model_rows,
     three_domains,
     tiny_bert,
@@ -31,12 +32,6 @@ from tests.tiny import (
     tiny_llama,
     tiny_t5,
 )
-
-
-def float64_causal_loss(outputs, labels, num_items_in_batch=None):
-    """The causal loss without the cast to float32 that transformers puts into its own."""
-    logits = outputs.logits[:, :-1].flatten(0, 1)
-    return F.cross_entropy(logits, labels[:, 1:].flatten(), reduction="sum") / num_items_in_batch
 
 
 def float64_masked_loss(outputs, labels, num_items_in_batch=None):

@@ -1,6 +1,7 @@
 """Tiny models and data for the tests: built from configs, no download."""
 
 import torch
+import torch.nn.functional as F
 from datasets import Dataset
 from transformers import (
     BertConfig,
@@ -140,3 +141,9 @@ def tiny_tokenizer():
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token="<pad>", mask_token="<mask>", eos_token="<eos>", unk_token="<unk>"
     )
+
+
+def float64_causal_loss(outputs, labels, num_items_in_batch=None):
+    """The causal loss without the cast to float32 that transformers puts into its own."""
+    logits = outputs.logits[:, :-1].flatten(0, 1)
+    return F.cross_entropy(logits, labels[:, 1:].flatten(), reduction="sum") / num_items_in_batch

@@ -179,9 +179,8 @@ class _ModuleCall:
         self._names = list(kwargs)
         values = [*args, *kwargs.values()]
         self._is_tensor = [torch.is_tensor(value) for value in values]
-        self._others = [
-            None if torch.is_tensor(value) else value for value in values
-        ]  # tensors are autograd's to keep
+        # tensors are autograd's to keep
+        self._others = [None if torch.is_tensor(value) else value for value in values]
         device_type = next(module.parameters()).device.type
         self._autocast = {
             "device_type": device_type,
@@ -194,9 +193,8 @@ class _ModuleCall:
         segments = self.recipient.segments
         num_rows = len(grad)
         parameters = {name: p.detach().requires_grad_() for name, p in self.module.named_parameters(recurse=False)}
-        buffers = {
-            name: buffer.clone() for name, buffer in self.module.named_buffers()
-        }  # a second run is not to count
+        # what a module counts in its buffers is not to be counted again
+        buffers = {name: buffer.clone() for name, buffer in self.module.named_buffers()}
         wanted = [parameters[name] for name in self.stores]
         sums: dict[str, list[Tensor]] = {name: [] for name in self.stores}
         for _, start, stop in segments.bounds(num_rows // segments.num_examples):
@@ -333,9 +331,8 @@ class _OpenCall(TorchFunctionMode):
         used = {
             value for value in (*args, *kwargs.values()) if isinstance(value, nn.Parameter) and value in self.stores
         }
-        if (
-            not used or not torch.is_grad_enabled()
-        ):  # off inside the functions above, which another module may surround
+        # gradients are off inside the functions above, around which another module's call may be open
+        if not used or not torch.is_grad_enabled():
             return func(*args, **kwargs)
         handler = _HANDLERS.get(func)
         if handler is not None:
