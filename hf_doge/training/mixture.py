@@ -117,10 +117,11 @@ class DomainWeightedMixin:
             weights = dict(zip(names, to_shares(domain_weights, names).tolist(), strict=True))
             self.add_callback(StreamGuardCallback({"seed": seed, "draw": draw, "domains": names}, weights))
             return
-        merged, _ = merge_domains(train_dataset, domain_column)
+        merged, domains = merge_domains(train_dataset, domain_column)
         super().__init__(model=model, args=args, train_dataset=merged, **kwargs)
         self._refuse_lost_column(domain_column)
-        _, domains = merge_domains(self.train_dataset, domain_column)
+        if self.train_dataset is not merged:  # the trainer has prepared another
+            _, domains = merge_domains(self.train_dataset, domain_column)
         self.domain_sampler = self._make_sampler(domains, domain_weights, max_epochs_per_domain, draw)
         self.add_callback(SamplerGuardCallback(self.domain_sampler))
 
