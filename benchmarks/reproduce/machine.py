@@ -1,0 +1,36 @@
+"""Where numbers come from: the commit and the machine."""
+
+import functools
+import os
+import platform
+import subprocess
+from pathlib import Path
+
+import torch
+
+
+@functools.cache
+def describe_commit() -> str:
+    """
+    The commit of this checkout when it was first asked for, with `-changed` where tracked files differ from it.
+
+    It is asked once: commits made during a run are not what runs.
+    """
+    folder = Path(__file__).parent
+    try:
+        result = subprocess.run(
+            ["git", "describe", "--always", "--dirty=-changed", "--exclude=*", "--abbrev=12"],
+            cwd=folder,
+            capture_output=True,
+            text=True,
+            timeout=10,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return "unknown"
+    return result.stdout.strip() or "unknown"
+
+
+def describe_machine() -> str:
+    """Processor, cores and threads used, and the accelerator where there is one."""
+    accelerator = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
+    return f"{platform.machine()} CPU, {os.cpu_count()} cores, {torch.get_num_threads()} thread(s){accelerator}"
