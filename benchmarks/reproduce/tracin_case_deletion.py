@@ -22,20 +22,19 @@ Decided before the first result was seen:
   stand among the ten strongest proponents of five points, of 50 places: few if some examples are proponents of everything.
 """
 
-import argparse
-import json
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
-import torch
 from torch import nn
 
+from benchmarks.reproduce.arguments import Arguments
 from benchmarks.reproduce.layer_gradients import layer_gradients, weight_layers
+from benchmarks.reproduce.report import Results, Table, new_figure
 from benchmarks.reproduce.tracin_scorers import make_experiment_scorer
+from hf_doge.evaluation.influence.bootstrap import bootstrap_interval
 from hf_doge.evaluation.influence.case_deletion import case_deletion
 from hf_doge.evaluation.influence.deletion_result import CaseDeletionResult
 from hf_doge.functional.tracin_we import cancellation_ratio
@@ -144,7 +143,6 @@ def deletion_part(
     data_dir: Path, output_dir: Path, task_name: str, architecture: str, block: int, sizes: Sizes, seed: int
 ) -> dict:
     """One block of test points of one table: every probability after every retraining, and what the scores look like."""
-    start = time.perf_counter(), time.process_time()
     explained = train_explained(data_dir, task_name, architecture, sizes)
     task = explained.task
     order = np.random.default_rng(0).permutation(len(task.test["labels"]))
@@ -176,7 +174,7 @@ def deletion_part(
         ks=sizes.ks,
         seeds=[seed],
         noise_seeds=[seed + 100],
-        journal_path=output_dir / "tracin_case_deletion" / f"{name}.retrainings.jsonl",
+        journal_path=output_dir / "retrainings" / f"{name}.retrainings.jsonl",
         identity={
             "task": task_name,
             "architecture": architecture,
@@ -195,13 +193,11 @@ def deletion_part(
             name: float((labels[top] == queries["labels"].numpy()[:, None]).mean()) for name, top in strongest.items()
         },
         "distinct": {name: len(np.unique(top)) for name, top in strongest.items()},
-        "wall_seconds": time.perf_counter() - start[0],
-        "cpu_seconds": time.process_time() - start[1],
     }
 
 
-def layers_part(data_dir: Path, task_name: str, architecture: str, sizes: Sizes, seeds: Sequence[int]) -> dict:
-    """Cancellation ratio of every layer at every checkpoint over the training examples, and accuracy by seed."""
+def layers_part(data_dir: Path, task_name: str, architecture: str, sizes: Sizes) -> dict:
+    """Cancellation ratio of every layer at every checkpoint over the training examples, and test accuracy."""
     explained = train_explained(data_dir, task_name, architecture, sizes)
     batches = to_batches(explained.task.train)
     ratios: dict[str, list[float]] = {}
@@ -216,15 +212,11 @@ def layers_part(data_dir: Path, task_name: str, architecture: str, sizes: Sizes,
         for name, ratio in found.items():
             ratios.setdefault(name, []).append(ratio)
     test = explained.task.test
-    accuracy = []
-    for seed in seeds:
-        model = explained.model
-        if seed != 1:
-            model, _ = train_classifier(explained.make_model, explained.task.train, explained.recipe, seed=seed)
-        accuracy.append(float((predict_probabilities(model, test).argmax(dim=1) == test["labels"]).float().mean()))
     return {
-        "cancellation": ratios,
-        "accuracy": accuracy,
+        "cancellation": list(ratios.items()),  # pairs, for the store sorts by name and these are from input to output
+        "accuracy": float(
+            (predict_probabilities(explained.model, test).argmax(dim=1) == test["labels"]).float().mean()
+        ),
         "majority": float(test["labels"].bincount().max() / len(test["labels"])),
     }
 
@@ -245,23 +237,221 @@ def pool(parts: Sequence[dict], sizes: Sizes) -> CaseDeletionResult:
     )
 
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--data_dir", type=Path)
-    parser.add_argument("--output_dir", type=Path)
-    parser.add_argument("--scale", default="small")
-    parser.add_argument("--rounds", type=int, nargs="+")
-    args = parser.parse_args()
-    torch.set_num_threads(1)
+def run(args: Arguments) -> Results:
+    """All rounds, or those among `--stages` (`round0`, `round1`, ...)."""
     sizes = SIZES[args.scale]
-    for block in args.rounds:
-        for task in sizes.tasks:
-            for architecture in sizes.architectures:
-                part = deletion_part(args.data_dir, args.output_dir, task, architecture, block, sizes, 2 + block)
-                print(
-                    block,
-                    task,
-                    architecture,
-                    json.dumps({k: v for k, v in part.items() if "seconds" in k or k.startswith("num")}),
-                    flush=True,
+    seeds = args.seeds or tuple(range(2, 2 + sizes.num_blocks))
+    rounds = tuple(f"round{block}" for block in range(sizes.num_blocks))
+    blocks = [rounds.index(stage) for stage in args.choose_stages(rounds)]
+    data_dir = args.data_dir / "classification"
+    arguments = {
+        key: value for key, value in asdict(sizes).items() if key not in ("num_blocks", "tasks", "architectures")
+    }
+    pairs = [(task, architecture) for task in sizes.tasks for architecture in sizes.architectures]
+    parts: dict[tuple[str, str], list[dict]] = {pair: [] for pair in pairs}
+    for block in blocks:
+        seed = seeds[block % len(seeds)]
+        for task, architecture in pairs:
+            part = args.store.get(
+                f"block{block}-{task}-{architecture}",
+                {**arguments, "task": task, "architecture": architecture, "block": block, "seed": seed},
+                partial(deletion_part, data_dir, args.output_dir, task, architecture, block, sizes, seed),
+            )
+            parts[task, architecture].append({**part, "block": block, "seed": seed})
+    layers = {
+        (task, architecture): args.store.get(
+            f"layers-{task}-{architecture}",
+            {**arguments, "task": task, "architecture": architecture},
+            partial(layers_part, data_dir, task, architecture, sizes),
+        )
+        for task, architecture in pairs
+    }
+    pooled = {", ".join(pair): pool(parts[pair], sizes) for pair in pairs}
+    pooled["all"] = pool([part for pair in pairs for part in parts[pair]], sizes)
+    rows = [row for pair in pairs for part in parts[pair] for row in _records(*pair, part, sizes)]
+    return Results(
+        tables={
+            "auc_del": _auc_table(pooled, sizes, rows),
+            "less_tracin_we": _difference_table(pooled, sizes),
+            "proponents": _proponents_table(parts, sizes),
+            "layers": _layers_table(layers),
+        },
+        figures=_figures(pooled, sizes),
+        plot=partial(_plot, pooled, sizes),
+        notes=[f"{len(blocks)} round(s) of {sizes.points_per_block} test points in each of {len(pairs)} tables."],
+    )
+
+
+def _records(task: str, architecture: str, part: dict, sizes: Sizes) -> list[dict]:
+    """One row per retraining and its test point: the change of the probability."""
+    return [
+        {
+            "task": task,
+            "architecture": architecture,
+            "block": part["block"],
+            "seed": part["seed"],
+            "point": point,
+            "scorer": scorer,
+            "sign": sign,
+            "k": k,
+            "full": part["full"][point][0],
+            "change": of_point[position][0] - part["full"][point][0],
+        }
+        for scorer, sign, values in part["removed"]
+        for point, of_point in enumerate(values)
+        for position, k in enumerate(sizes.ks)
+    ]
+
+
+def percent(values: np.ndarray) -> str:
+    """Mean in percentage points with the 95 % bootstrap interval over points."""
+    low, high = bootstrap_interval(values)
+    return f"{100 * values.mean():+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
+
+
+def _auc_table(pooled: dict[str, CaseDeletionResult], sizes: Sizes, rows: list[dict]) -> Table:
+    cells = [
+        [f"DEL{sign}", scorer, *(percent(result.auc(scorer, sign)) for result in pooled.values())]
+        for sign in "+-"
+        for scorer in sizes.scorers
+    ]
+    cells.append(["", "retraining noise", *(percent(result.noise()) for result in pooled.values())])
+    return Table(
+        "AUC-DEL in percentage points, mean over test points and k, with 95 % bootstrap intervals over points. Without "
+        "proponents (DEL+) lower is better, without opponents (DEL-) higher. `all` pools the points of all tables; retraining "
+        "noise is another seed with nothing removed.",
+        ["", "scorer", *pooled],
+        cells,
+        rows,
+    )
+
+
+def _difference_table(pooled: dict[str, CaseDeletionResult], sizes: Sizes) -> Table:
+    reference = "tracin_we"
+    cells, rows = [], []
+    for sign in "+-":
+        for scorer in sizes.scorers:
+            if scorer == reference:
+                continue
+            line = [f"DEL{sign}", scorer]
+            for name, result in pooled.items():
+                values = result.auc(scorer, sign) - result.auc(reference, sign)
+                low, high = bootstrap_interval(values)
+                line.append(percent(values) + (" *" if low > 0 or high < 0 else ""))
+                rows.append(
+                    {
+                        "table": name,
+                        "sign": sign,
+                        "scorer": scorer,
+                        "mean": float(values.mean()),
+                        "low": low,
+                        "high": high,
+                        "num_points": len(values),
+                    }
                 )
+            cells.append(line)
+    return Table(
+        f"AUC-DEL less that of `{reference}` on the same points, percentage points with 95 % bootstrap intervals over points; "
+        "* where 0 is outside. In DEL+ above 0, in DEL- below 0: `tracin_we` is better. Nothing is corrected for the number "
+        "of comparisons.",
+        ["", "scorer", *pooled],
+        cells,
+        rows,
+    )
+
+
+def _proponents_table(parts: dict[tuple[str, str], list[dict]], sizes: Sizes) -> Table:
+    rows = [
+        {
+            "task": task,
+            "architecture": architecture,
+            "scorer": scorer,
+            "same_label": float(np.mean([part["same_label"][scorer] for part in found])),
+            "distinct": float(np.mean([part["distinct"][scorer] for part in found])),
+        }
+        for (task, architecture), found in parts.items()
+        for scorer in sizes.scorers
+    ]
+    cells = [
+        [scorer]
+        + [f"{100 * row['same_label']:.0f} %, {row['distinct']:.0f}" for row in rows if row["scorer"] == scorer]
+        for scorer in sizes.scorers
+    ]
+    return Table(
+        "Ten strongest proponents: share with the explained class, and how many different examples hold the "
+        f"{10 * sizes.points_per_block} places of the {sizes.points_per_block} points of a block (mean over blocks).",
+        ["scorer", *(", ".join(pair) for pair in parts)],
+        cells,
+        rows,
+    )
+
+
+def _layers_table(layers: dict[tuple[str, str], dict]) -> Table:
+    rows = [
+        {"task": task, "architecture": architecture, "layer": layer, "checkpoint": position, "cancellation": ratio}
+        for (task, architecture), part in layers.items()
+        for layer, ratios in part["cancellation"]
+        for position, ratio in enumerate(ratios, start=1)
+    ]
+    cells = [
+        [f"{task}, {architecture}", f"{part['accuracy']:.3f} ({part['majority']:.3f})", layer]
+        + [f"{ratio:.1f}" for ratio in ratios]
+        for (task, architecture), part in layers.items()
+        for layer, ratios in part["cancellation"]
+    ]
+    num_checkpoints = max(row["checkpoint"] for row in rows)
+    return Table(
+        "Cancellation ratio of each layer's weight over the training examples at each checkpoint of the explained run, and that "
+        "run's test accuracy (largest class in brackets).",
+        ["table", "accuracy", "layer", *(f"checkpoint {position}" for position in range(1, num_checkpoints + 1))],
+        cells,
+        rows,
+    )
+
+
+def _figures(pooled: dict[str, CaseDeletionResult], sizes: Sizes) -> dict:
+    """AUC-DEL of all points together, by sign and scorer: mean and interval in percentage points."""
+    figures: dict = {"num_points": {name: len(result.full) for name, result in pooled.items()}}
+    for sign in "+-":
+        figures[f"auc_del{sign}"] = {
+            scorer: [
+                round(100 * value, 2)
+                for values in [pooled["all"].auc(scorer, sign)]
+                for value in (values.mean(), *bootstrap_interval(values))
+            ]
+            for scorer in sizes.scorers
+        }
+    return figures
+
+
+def _plot(pooled: dict[str, CaseDeletionResult], sizes: Sizes, path: Path) -> None:
+    """One line per scorer: all points together with the interval, and the mean of each table beside it."""
+    figure = new_figure(10.0, 1.2 + 0.34 * len(sizes.scorers))
+    panels = figure.subplots(1, 2, sharey=True)
+    markers = ["o", "s", "^", "D", "v", "P"]
+    tables = [name for name in pooled if name != "all"]
+    for axes, sign in zip(panels, "+-", strict=True):
+        for place, scorer in enumerate(reversed(sizes.scorers)):
+            values = pooled["all"].auc(scorer, sign)
+            low, high = bootstrap_interval(values)
+            axes.plot([100 * low, 100 * high], [place, place], color="black", linewidth=2.2)
+            axes.plot(100 * values.mean(), place, "|", color="black", markersize=13, markeredgewidth=2)
+            for table, marker in zip(tables, markers, strict=False):
+                axes.plot(
+                    100 * pooled[table].auc(scorer, sign).mean(),
+                    place,
+                    marker,
+                    markersize=4.5,
+                    color="#0072b2" if "cnn" in table else "#d55e00",
+                    markerfacecolor="none",
+                    label=table if place == 0 else None,
+                )
+        axes.axvline(0, color="grey", linewidth=0.8, zorder=0)
+        axes.set_yticks(range(len(sizes.scorers)), list(reversed(sizes.scorers)))
+        axes.set_xlabel("change of probability, percentage points")
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[0].set_title("without proponents (further left is better)", loc="left", fontsize="medium")
+    panels[1].set_title("without opponents (further right is better)", loc="left", fontsize="medium")
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=len(tables), frameon=False, fontsize="small")
+    figure.savefig(path)
