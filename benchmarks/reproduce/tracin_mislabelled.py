@@ -20,8 +20,8 @@ Decided before the first result was seen:
 - Causes looked for: the area at each checkpoint alone (is it the time?), cosine (is it the length of gradients?).
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
@@ -29,18 +29,34 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from benchmarks.reproduce.arguments import Arguments
+from benchmarks.reproduce.intervals import Interval, t_interval
 from benchmarks.reproduce.layer_gradients import layer_gradients, weight_layers
+from benchmarks.reproduce.report import Results, Table, new_figure
+from benchmarks.reproduce.tracin_case_deletion import MIDDLE_LAYERS
 from benchmarks.reproduce.tracin_scorers import record_rows
 from hf_doge.evaluation.influence.mislabelled import flip_labels
-from hf_doge.evaluation.influence.rank_metrics import area_under_roc, recall_at
+from hf_doge.evaluation.influence.rank_metrics import area_under_roc, recall_at, spearman
 from hf_doge.functional.tracin_we import cancellation_ratio
 from hf_doge.tracing.influence_evaluation import RECIPES
-from hf_doge.tracing.scorers import SCORERS, make_scorer
+from hf_doge.tracing.scorers import make_scorer
 from hf_doge.tracing.small_classifiers import make_classifier
 from hf_doge.tracing.small_tasks import SPECIAL_TOKENS, load_small_task
 from hf_doge.tracing.small_training import predict_probabilities, to_batches, train_classifier
 
 FRACTIONS = (0.1, 0.2, 0.3)
+
+# Names in the tables; `middle` and `last` are layers of the model at hand.
+METHODS = (
+    *(f"self: {name}" for name in ("tracin_we", "tracin_we_topk", "middle", "last", "influence_last", "representer")),
+    *(f"clean: {name}" for name in ("tracin_we", "tracin_we_topk", "middle", "last", "influence_last", "representer")),
+    *(f"clean, cosine: {name}" for name in ("tracin_we", "middle", "last")),
+    "clean: bm25_signed",
+    "loss",
+    "loss, mean",
+    "random",
+)
+REFERENCES = ("self: tracin_we", "clean: tracin_we")
 
 
 @dataclass(frozen=True)
@@ -101,9 +117,8 @@ def detection_part(data_dir: Path, task_name: str, architecture: str, share: flo
         scorer = make_scorer(name, models, rates)
         suspicions[f"self: {name}"] = scorer.scores(to_batches(train), to_batches(train)).diagonal()
         suspicions[f"clean: {name}"] = -scorer.scores(to_batches(train), to_batches(task.test)).mean(axis=0)
-    if "bm25_signed" in SCORERS:
-        scorer = make_scorer("bm25_signed", models, rates, special_token_ids=range(len(SPECIAL_TOKENS)))
-        suspicions["clean: bm25_signed"] = -scorer.scores(to_batches(train), to_batches(task.test)).mean(axis=0)
+    scorer = make_scorer("bm25_signed", models, rates, special_token_ids=range(len(SPECIAL_TOKENS)))
+    suspicions["clean: bm25_signed"] = -scorer.scores(to_batches(train), to_batches(task.test)).mean(axis=0)
     suspicions["random"] = np.random.default_rng(seed).random(len(flipped))
     return {
         "areas": {name: detection_area(values, flipped) for name, values in suspicions.items()},
@@ -115,7 +130,7 @@ def detection_part(data_dir: Path, task_name: str, architecture: str, share: flo
             name: [recall_at(values, flipped, fraction) for fraction in FRACTIONS]
             for name, values in suspicions.items()
         },
-        "cancellation": cancellation,
+        "cancellation": list(cancellation.items()),  # pairs, for the store sorts by name
         "train_accuracy": float((predict_probabilities(model, train).argmax(dim=1) == train["labels"]).float().mean()),
         "clean_accuracy": float(
             (predict_probabilities(model, task.test).argmax(dim=1) == task.test["labels"]).float().mean()
@@ -175,7 +190,263 @@ def _make_model(
     return make_classifier(architecture, vocabulary_size, num_classes, width=width, max_length=max_length, seed=seed)
 
 
-def spearman(first: Sequence[float], second: Sequence[float]) -> float:
-    """Rank correlation of a few values without ties."""
-    ranks = [np.argsort(np.argsort(values)) for values in (first, second)]
-    return float(np.corrcoef(*ranks)[0, 1])
+def run(args: Arguments) -> Results:
+    """Everything, seed by seed, so that what a stopped run has is of all tables."""
+    sizes = SIZES[args.scale]
+    seeds = args.seeds or sizes.seeds
+    tables = [
+        (task, architecture, share)
+        for share in sizes.shares
+        for task in sizes.tasks
+        for architecture in sizes.architectures
+    ]
+    settings = {name: value for name, value in asdict(sizes).items() if name.startswith(("num_", "max_", "width"))}
+    parts: dict[tuple[str, str, float], list[dict]] = {table: [] for table in tables}
+    for seed in seeds:
+        for task, architecture, share in tables:
+            part = args.store.get(
+                f"{task}-{architecture}-{round(100 * share)}-seed{seed}",
+                {**settings, "task": task, "architecture": architecture, "share": share, "seed": seed},
+                partial(detection_part, args.data_dir / "classification", task, architecture, share, seed, sizes),
+            )
+            parts[task, architecture, share].append(part)
+    rows = [
+        {
+            "task": task,
+            "architecture": architecture,
+            "share": share,
+            "seed": seed,
+            "method": method,
+            "area": area,
+            **{
+                f"recall_at_{round(100 * f)}": value
+                for f, value in zip(FRACTIONS, part["recalls"][method], strict=True)
+            },
+        }
+        for (task, architecture, share), found in parts.items()
+        for seed, part in zip(seeds, found, strict=True)
+        for method, area in part["areas"].items()
+    ]
+    return Results(
+        tables={
+            "areas": _area_table(parts, rows),
+            "differences": _difference_table(parts),
+            "layers": _layer_table(parts),
+            "checkpoints": _checkpoint_table(parts),
+        },
+        figures={
+            "mean_area": {method: _rounded(_mean_over_tables(parts, method)) for method in METHODS},
+            "spearman_cancellation_area": {
+                kind: _rounded(_layer_correlation(parts, kind)) for kind in ("self", "clean", "clean, cosine")
+            },
+        },
+        plot=partial(_plot, parts),
+    )
+
+
+def _area(part: dict, architecture: str, method: str) -> float:
+    """The area of a method of the tables."""
+    return part["areas"][_resolve(architecture, method)]
+
+
+def _resolve(architecture: str, method: str) -> str:
+    """The name among a part's areas of a method of the tables."""
+    return method.replace(": middle", f": {MIDDLE_LAYERS[architecture]}").replace(": last", ": classifier")
+
+
+def _by_seed(parts: Mapping[tuple[str, str, float], list[dict]], method: str) -> np.ndarray:
+    """Area of each table and seed, `(num_tables, num_seeds)`."""
+    return np.array(
+        [[_area(part, architecture, method) for part in found] for (_, architecture, _), found in parts.items()]
+    )
+
+
+def _mean_over_tables(parts: Mapping[tuple[str, str, float], list[dict]], method: str) -> Interval:
+    return t_interval(_by_seed(parts, method).mean(axis=0))
+
+
+def _area_table(parts: Mapping[tuple[str, str, float], list[dict]], rows: list[dict]) -> Table:
+    cells = [
+        [
+            method,
+            *(t_interval(values).format(3) for values in _by_seed(parts, method)),
+            _mean_over_tables(parts, method).format(3),
+        ]
+        for method in METHODS
+    ]
+    return Table(
+        "Area under the detection curve (higher is better; chance 0.5), mean and 95 % interval over seeds (Student's t). "
+        "`mean` is over all tables, its interval over seeds too.",
+        ["method", *_table_names(parts), "mean"],
+        cells,
+        rows,
+    )
+
+
+def _table_names(parts: Mapping[tuple[str, str, float], list[dict]]) -> list[str]:
+    return [f"{task}, {architecture}, {100 * share:.0f} %" for task, architecture, share in parts]
+
+
+def _difference_table(parts: Mapping[tuple[str, str, float], list[dict]]) -> Table:
+    cells, rows = [], []
+    for method in METHODS:
+        line = [method]
+        for reference in REFERENCES:
+            differences = _by_seed(parts, method) - _by_seed(parts, reference)
+            overall = t_interval(differences.mean(axis=0))
+            intervals = [t_interval(values) for values in differences]
+            better = sum(interval.excludes_zero and interval.mean > 0 for interval in intervals)
+            worse = sum(interval.excludes_zero and interval.mean < 0 for interval in intervals)
+            line += [overall.format(3, signed=True) + (" *" if overall.excludes_zero else ""), f"{better} : {worse}"]
+            rows += [
+                {
+                    "method": method,
+                    "reference": reference,
+                    "table": name,
+                    "mean": interval.mean,
+                    "low": interval.low,
+                    "high": interval.high,
+                }
+                for name, interval in zip(["mean", *_table_names(parts)], [overall, *intervals], strict=True)
+            ]
+        cells.append(line)
+    header = ["method"]
+    for reference in REFERENCES:
+        header += [f"less `{reference}`", "better : worse"]
+    return Table(
+        "Area less that of TracIn-WE on the same models, mean over tables with its 95 % interval over seeds (Student's t; * where "
+        "0 is outside), and in how many tables the method is better or worse with an interval that leaves 0 out. Nothing is "
+        "corrected for the number of comparisons.",
+        header,
+        cells,
+        rows,
+    )
+
+
+def _layers_of(part: dict) -> list[tuple[str, float]]:
+    """The layers from input to output with their cancellation ratio, its logarithm averaged over the checkpoints."""
+    layers = {layer: float(np.exp(np.log(ratios).mean())) for layer, ratios in part["cancellation"]}
+    return [("tracin_we", layers.pop("tracin_we")), *layers.items()]
+
+
+def _layer_correlation(parts: Mapping[tuple[str, str, float], list[dict]], kind: str) -> Interval:
+    """Spearman over the layers of each model between cancellation and area; mean over tables, interval over seeds."""
+    found = []
+    for models in parts.values():
+        line = []
+        for part in models:
+            layers = _layers_of(part)
+            areas = [part["areas"][f"{kind}: {layer}"] for layer, _ in layers]
+            line.append(float(spearman(np.array([ratio for _, ratio in layers]), np.array(areas))))
+        found.append(line)
+    return t_interval(np.array(found).mean(axis=0))
+
+
+def _layer_table(parts: Mapping[tuple[str, str, float], list[dict]]) -> Table:
+    kinds = ("self", "clean", "clean, cosine")
+    rows = [
+        {
+            "task": task,
+            "architecture": architecture,
+            "share": share,
+            "model": position,
+            "layer": layer,
+            "cancellation": ratio,
+            **{kind.replace(", ", "_"): part["areas"][f"{kind}: {layer}"] for kind in kinds},
+        }
+        for (task, architecture, share), models in parts.items()
+        for position, part in enumerate(models)
+        for layer, ratio in _layers_of(part)
+    ]
+    cells = []
+    for architecture in dict.fromkeys(row["architecture"] for row in rows):
+        for layer in dict.fromkeys(row["layer"] for row in rows if row["architecture"] == architecture):
+            chosen = [row for row in rows if (row["architecture"], row["layer"]) == (architecture, layer)]
+            cells.append([architecture, layer])
+            for name, digits in (("cancellation", 1), *((kind.replace(", ", "_"), 3) for kind in kinds)):
+                by_model: dict[int, list[float]] = {}
+                for row in chosen:
+                    by_model.setdefault(row["model"], []).append(row[name])
+                cells[-1].append(t_interval([float(np.mean(values)) for values in by_model.values()]).format(digits))
+    return Table(
+        "Every layer from input to output: cancellation ratio (geometric mean over checkpoints) and area under the detection "
+        "curve, mean over sets and shares with the 95 % interval over seeds (Student's t).",
+        ["architecture", "layer", "cancellation", *kinds],
+        cells,
+        rows,
+    )
+
+
+def _checkpoint_table(parts: Mapping[tuple[str, str, float], list[dict]]) -> Table:
+    chosen = [method for method in METHODS if _is_of_checkpoints(method)]
+    rows = [
+        {
+            "task": task,
+            "architecture": architecture,
+            "share": share,
+            "model": position,
+            "method": method,
+            "checkpoint": number,
+            "area": area,
+        }
+        for (task, architecture, share), models in parts.items()
+        for position, part in enumerate(models)
+        for method in chosen
+        for number, area in enumerate(part["areas_at_checkpoints"][_resolve(architecture, method)], start=1)
+    ]
+    num_checkpoints = max(row["checkpoint"] for row in rows)
+    cells = []
+    for method in chosen:
+        line = [method]
+        for number in range(1, num_checkpoints + 1):
+            by_model: dict[int, list[float]] = {}
+            for row in rows:
+                if (row["method"], row["checkpoint"]) == (method, number):
+                    by_model.setdefault(row["model"], []).append(row["area"])
+            line.append(t_interval([float(np.mean(values)) for values in by_model.values()]).format(3))
+        cells.append([*line, _mean_over_tables(parts, method).format(3)])
+    return Table(
+        "Area under the detection curve from one checkpoint alone, and from all of them weighted by the learning rate (`loss`: "
+        "the last); mean over all tables with the 95 % interval over seeds (Student's t).",
+        ["method", *(f"checkpoint {number}" for number in range(1, num_checkpoints + 1)), "all"],
+        cells,
+        rows,
+    )
+
+
+def _is_of_checkpoints(method: str) -> bool:
+    return method == "loss" or method.split(": ")[-1] in ("tracin_we", "tracin_we_topk", "middle", "last")
+
+
+def _rounded(interval: Interval) -> list[float | None]:
+    return [None if value is None else round(value, 4) for value in (interval.mean, interval.low, interval.high)]
+
+
+def _plot(parts: Mapping[tuple[str, str, float], list[dict]], path: Path) -> None:
+    """One line per method: mean over tables with its interval, and each table's mean beside it."""
+    figure = new_figure(8.0, 1.2 + 0.3 * len(METHODS))
+    axes = figure.subplots()
+    tasks = list(dict.fromkeys(task for task, _, _ in parts))
+    for place, method in enumerate(reversed(METHODS)):
+        interval = _mean_over_tables(parts, method)
+        if interval.low is not None:
+            axes.plot([interval.low, interval.high], [place, place], color="black", linewidth=2.2)
+        axes.plot(interval.mean, place, "|", color="black", markersize=12, markeredgewidth=2)
+        for (task, architecture, share), values in zip(parts, _by_seed(parts, method), strict=True):
+            axes.plot(
+                values.mean(),
+                place,
+                "os^"[tasks.index(task) % 3],
+                markersize=4.5 if share > 0.15 else 3,
+                color="#0072b2" if architecture == "cnn" else "#d55e00",
+                markerfacecolor="none",
+                label=f"{task}, {architecture}"
+                if place == 0 and share == max(share for _, _, share in parts)
+                else None,
+            )
+    axes.axvline(0.5, color="grey", linewidth=0.8, zorder=0)
+    axes.set_yticks(range(len(METHODS)), list(reversed(METHODS)))
+    axes.set_xlabel("area under the detection curve (0.5: chance); small marks: fewer flipped")
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="outside upper center", ncols=3, frameon=False, fontsize="small")
+    figure.savefig(path)
