@@ -3,8 +3,8 @@ A small language model: does removing the documents that TracIn names, and retra
 
 Decided before the first result was seen:
 
-- Documents are the first 48 tokens of texts of the eight English domains; 600 to train on, 75 of each domain. WordPiece of
-  768 tokens trained on them. A Llama of 2 layers of width 48 whose output matrix is tied to the embedding (83,184
+- Documents are the first 48 tokens of texts of the eight English domains; 600 to train on, 75 of each domain. Byte-level BPE of
+  768 tokens. A Llama of 2 layers of width 48 whose output matrix is tied to the embedding (83,184
   parameters), 8 epochs of Adam, batches of 32, learning rate from 5e-3 to 0, four checkpoints. (800 documents
   before one training was timed; the learning rate by the training loss of one run each at 3e-3, 5e-3 and 1e-2.)
 - A query is a held-out document, one of each domain in a round: 24 tokens are context and the loss is that of the 24 that
@@ -14,7 +14,7 @@ Decided before the first result was seen:
   the clock stop it, whole rounds count and no others. Intervals: 95 % bootstrap over queries.
 - Scorers: TracIn on the input side of the embedding matrix (`tracin_we`, plain and cosine), on its output side (`tracin_last`),
   on the whole matrix, as its own gradient is (`tracin_full`), on the attention of the second of two layers (`tracin_middle`);
-  BM25 by the whole query; `same_domain`, drawn at random from the query's own domain; `random`.
+  BM25 over the words of the whole query; `same_domain`, drawn at random from the query's own domain; `random`.
 - The claim holds if `tracin_we` raises the loss more than `bm25` with an interval of the paired difference that leaves 0 out.
   What it says of documents rather than of domains is its difference from `same_domain`.
 """
@@ -35,12 +35,13 @@ from benchmarks.reproduce.arguments import Arguments
 from benchmarks.reproduce.layer_gradients import layer_gradients
 from benchmarks.reproduce.report import Results, Table, new_figure
 from benchmarks.reproduce.tracin_scorers import record_rows
-from benchmarks.small_tokenizer import train_wordpiece
 from hf_doge.cli.domain_files import find_domain_files, read_documents
+from hf_doge.cli.tokenizer import train_tokenizer
 from hf_doge.evaluation.influence.bootstrap import bootstrap_interval
 from hf_doge.evaluation.influence.case_deletion import strongest
 from hf_doge.evaluation.influence.journal import removal_digest
 from hf_doge.tracing.scorers import BM25Scorer
+from hf_doge.tracing.small_tasks import split_words
 from hf_doge.tracing.small_training import TrainingRecipe, to_batches, train_classifier
 
 DOMAINS = ("arxiv_latex", "books", "code", "legal", "news", "qa", "web", "wikipedia")
@@ -97,7 +98,7 @@ SIZES = {
         num_rounds=1,
         num_tokens=16,
         num_context=8,
-        vocab_size=200,
+        vocab_size=300,
         width=16,
         num_epochs=4,
         batch_size=8,
@@ -125,11 +126,13 @@ class Corpus:
     train_domains: np.ndarray
     queries: Tensor
     vocab_size: int
+    train_words: list[list[str]]
+    query_words: list[list[str]]  # by round and domain
 
 
 @cache
 def load_corpus(data_dir: Path, tokenizer_dir: Path, sizes: Sizes) -> Corpus:
-    """Tokenise; the tokenizer is trained once and kept, for training it again can break ties in another way."""
+    """Draw, tokenise and cut; the tokenizer is trained once and kept."""
     generator = np.random.default_rng(0)
     texts = {
         (domain, split): _read_texts(data_dir, domain, split, generator)
@@ -137,18 +140,18 @@ def load_corpus(data_dir: Path, tokenizer_dir: Path, sizes: Sizes) -> Corpus:
         for split in ("train", "validation")
     }
     if not tokenizer_dir.exists():
-        chosen = [text[:1000] for domain in sizes.domains for text in texts[domain, "train"][: sizes.num_documents]]
-        train_wordpiece(chosen, vocab_size=sizes.vocab_size).save_pretrained(tokenizer_dir)
+        files = find_domain_files(data_dir)
+        train_tokenizer([files[domain]["train"] for domain in sizes.domains], sizes.vocab_size).save_pretrained(
+            tokenizer_dir
+        )
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir)
 
     def documents(domain: str, split: str, count: int) -> Tensor:
         lines = []
         for text in texts[domain, split]:
-            ids = tokenizer(text[: 20 * sizes.num_tokens], truncation=True, max_length=sizes.num_tokens + 1)[
-                "input_ids"
-            ]
-            if len(ids) == sizes.num_tokens + 1:  # the last is [SEP]
-                lines.append(ids[:-1])
+            ids = tokenizer(text[: 20 * sizes.num_tokens])["input_ids"][: sizes.num_tokens]
+            if len(ids) == sizes.num_tokens:
+                lines.append(ids)
             if len(lines) == count:
                 return torch.tensor(lines)
         raise ValueError(
@@ -156,11 +159,16 @@ def load_corpus(data_dir: Path, tokenizer_dir: Path, sizes: Sizes) -> Corpus:
             "Choose another `--scale` or other data."
         )
 
+    train = torch.cat([documents(domain, "train", sizes.num_documents) for domain in sizes.domains])
+    queries = torch.stack([documents(domain, "validation", sizes.num_rounds) for domain in sizes.domains], dim=1)
+    words = [split_words(tokenizer.decode(ids)) for ids in [*train, *queries.flatten(0, 1)]]
     return Corpus(
-        train=torch.cat([documents(domain, "train", sizes.num_documents) for domain in sizes.domains]),
+        train=train,
         train_domains=np.repeat(np.arange(len(sizes.domains)), sizes.num_documents),
-        queries=torch.stack([documents(domain, "validation", sizes.num_rounds) for domain in sizes.domains], dim=1),
+        queries=queries,
         vocab_size=len(tokenizer),
+        train_words=words[: len(train)],
+        query_words=words[len(train) :],
     )
 
 
@@ -179,7 +187,7 @@ def make_model(sizes: Sizes, vocab_size: int, seed: int) -> NextTokens:
         num_attention_heads=sizes.num_heads,
         max_position_embeddings=sizes.num_tokens,
         tie_word_embeddings=True,
-        pad_token_id=0,
+        pad_token_id=None,
         bos_token_id=None,
         eos_token_id=None,
     )
@@ -272,12 +280,26 @@ def document_scores(data_dir: Path, tokenizer_dir: Path, round_number: int, size
             cosines = directions @ F.normalize(ours["input"], dim=1).T
             scores["tracin_we_cosine"][:, place] += rate * cosines.double().numpy()
             start = place.stop
-    scores["bm25"] = BM25Scorer(ignore_tokens=(0, 1, 2, 3)).scores(train_batches, [query_batch])
+    first = round_number * len(queries)
+    scores["bm25"] = BM25Scorer().scores(
+        *_word_batches(corpus.train_words, corpus.query_words[first : first + len(queries)])
+    )
     generator = np.random.default_rng(round_number)
     scores["random"] = generator.random(scores["bm25"].shape)
     same = np.arange(len(sizes.domains))[:, None] == corpus.train_domains[None]
     scores["same_domain"] = generator.random(scores["bm25"].shape) + same
     return scores
+
+
+def _word_batches(train: list[list[str]], queries: list[list[str]]) -> tuple[Sequence[dict[str, Tensor]], ...]:
+    """Words as token ids of their own, so that BM25 compares words and not pieces of them."""
+    ids = {word: number for number, word in enumerate(sorted({word for text in [*train, *queries] for word in text}))}
+    batches = []
+    for texts in (train, queries):
+        lines = [torch.tensor([ids[word] for word in text], dtype=torch.long) for text in texts]
+        input_ids = nn.utils.rnn.pad_sequence(lines, batch_first=True, padding_value=-1)
+        batches.append([{"input_ids": input_ids, "attention_mask": (input_ids >= 0).long()}])
+    return tuple(batches)
 
 
 def middle_layers(sizes: Sizes) -> list[str]:
@@ -379,7 +401,7 @@ def run(args: Arguments) -> Results:
     seeds = args.seeds or tuple(range(2, 2 + sizes.num_rounds))
     rounds = tuple(f"round{number}" for number in range(sizes.num_rounds))
     chosen = [rounds.index(stage) for stage in args.choose_stages(rounds)]
-    places = (args.data_dir / "lm", args.output_dir / "tokenizer")
+    places = (args.data_dir / "lm", args.output_dir / f"tokenizer-{sizes.vocab_size}-{len(sizes.domains)}")
     settings = {name: value for name, value in asdict(sizes).items() if name != "num_rounds"}
     parts = [finish_round(args, places, settings, number, seeds[number % len(seeds)], sizes) for number in chosen]
     layers = args.store.get("layers", settings, partial(layers_part, *places, sizes))
