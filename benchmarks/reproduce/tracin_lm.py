@@ -341,13 +341,17 @@ def finish_round(
     arguments = {**settings, "round": number}
     removed = args.store.get(f"removals-round{number}", arguments, partial(removals_part, *places, number, sizes))
 
+    known: dict[str, list[float]] = {}  # scorers may agree; a part is asked for once
+
     def losses(without: Sequence[int]) -> list[float]:
         digest = removal_digest(without)
-        return args.store.get(
-            f"retraining-round{number}-{digest[:6]}",
-            {**arguments, "seed": seed, "removed": digest},
-            partial(losses_without, *places, number, without, seed, sizes),
-        )
+        if digest not in known:
+            known[digest] = args.store.get(
+                f"retraining-round{number}-{digest[:6]}",
+                {**arguments, "seed": seed, "removed": digest},
+                partial(losses_without, *places, number, without, seed, sizes),
+            )
+        return known[digest]
 
     domains = load_corpus(*places, sizes).train_domains
     by_words = [set(chosen) for chosen in removed["bm25"]]
