@@ -10,16 +10,21 @@ _COLORS = ("#000000", "#d55e00", "#0072b2", "#009e73")
 
 
 def plot_changes(
-    changes: Mapping[str, Mapping[str, Mapping[str, list[float | None]]]], path: Path, *, yardstick: str
+    changes: Mapping[str, Mapping[str, Mapping[str, list[float | None]]]],
+    path: Path,
+    *,
+    yardstick: str,
+    unit: str = "%",
 ) -> None:
     """
     Change against the baseline with its 95 % interval: one line per arm, one mark per group.
 
     Args:
-        changes (`Mapping`): group -> arm -> yardstick -> mean, low and high, in percent. Only the first word of
+        changes (`Mapping`): group -> arm -> yardstick -> mean, low and high. Only the first word of
             `yardstick` names the entry.
         path (`Path`): PNG file.
         yardstick (`str`): What changed, for the axis.
+        unit (`str`): Of the changes.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -52,7 +57,9 @@ def plot_changes(
         )
     axes.set_yticks(range(len(arms)), arms, fontsize="small", parse_math=False)
     axes.set_ylim(len(arms) - 0.5, -0.5)
-    axes.set_xlabel(f"change in {yardstick} against uniform, %, with 95 % intervals; left is better", fontsize="small")
+    axes.set_xlabel(
+        f"change in {yardstick} against uniform, {unit}, with 95 % intervals; left is better", fontsize="small"
+    )
     axes.spines[["top", "right"]].set_visible(False)
     if len(changes) > 1:
         axes.legend(frameon=False, fontsize="small")
