@@ -132,7 +132,7 @@ class FineTuning:
                 settings.pretraining,
                 train=data.train,
                 validation=data.validation,
-                weights=DomainWeights.uniform(data.train).mean,
+                weights=DomainWeights.uniform(list(data.train)).mean,
                 seed=0,
                 folder=self.base_folder,
                 saves_model=True,

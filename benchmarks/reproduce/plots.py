@@ -15,6 +15,7 @@ def plot_changes(
     *,
     yardstick: str,
     unit: str = "%",
+    better: str = "left",
 ) -> None:
     """
     Change against the baseline with its 95 % interval: one line per arm, one mark per group.
@@ -25,6 +26,7 @@ def plot_changes(
         path (`Path`): PNG file.
         yardstick (`str`): What changed, for the axis.
         unit (`str`): Of the changes.
+        better (`str`): Which side is better, left or right.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -58,7 +60,7 @@ def plot_changes(
     axes.set_yticks(range(len(arms)), arms, fontsize="small", parse_math=False)
     axes.set_ylim(len(arms) - 0.5, -0.5)
     axes.set_xlabel(
-        f"change in {yardstick} against uniform, {unit}, with 95 % intervals; left is better", fontsize="small"
+        f"change in {yardstick} against uniform, {unit}, with 95 % intervals; {better} is better", fontsize="small"
     )
     axes.spines[["top", "right"]].set_visible(False)
     if len(changes) > 1:
