@@ -14,9 +14,10 @@ Written before any run of this module at this scale:
   each source and 6 of the target, the authors' recipe at mu 0.01 (what `benchmarks/RESULTS.md` settled on for Catalan; not tuned here).
   Base: the same shape, 200 steps of 16 blocks (204,800 tokens). Three seeds, each with weights of its own.
 - **Measure.** Perplexity on 32,768 tokens of the target's validation split. The method *helps* on a target if the 95 % t interval over
-  seeds of the change against uniform lies below 0; over all targets, if that of the mean log ratio does.
+  seeds of the change against uniform lies below 0; over all targets of a folder, if the interval over *targets* of the log ratio, mean over
+  seeds, does.
 
-Last line: by target and arm the change against uniform in percent, `[mean, low, high]`, the mean over targets, the
+Last line: by target and arm the change against uniform in percent, `[mean, low, high]`, the means over targets, the
 nearest source, and the learned weights.
 """
 
@@ -30,7 +31,7 @@ from datasets import Dataset
 
 from benchmarks.reproduce.arguments import Arguments
 from benchmarks.reproduce.doge_universal import format_change, round_figures
-from benchmarks.reproduce.intervals import t_interval
+from benchmarks.reproduce.intervals import Interval, t_interval
 from benchmarks.reproduce.language_models import (
     TextSettings,
     TrainingSettings,
@@ -112,12 +113,14 @@ def run(args: Arguments) -> Results:
     losses: dict[tuple[str, str, int], float] = {}
     learned: dict[tuple[str, int], dict[str, float]] = {}
     nearest: dict[str, str] = {}
+    targets_of: dict[str, list[str]] = {}
     for stage in stages:
         data = load_text(args.data_dir / FOLDERS[stage], settings.text, args.output_dir.parent / "text")
         names = tuple(data.train)
         targets = [name for name in names if stage == "english" or name in LANGUAGE_TARGETS]
         if stage == "languages" and args.scale == "tiny":
             targets = targets or [names[0]]  # the generated text of the tests has no languages
+        targets_of[stage] = targets
         for target in targets:
             nearest[target] = find_nearest(data, target, settings.max_target_tokens)
         for seed in seeds:
@@ -127,9 +130,10 @@ def run(args: Arguments) -> Results:
                     weights = weights_of(arm, data, target, nearest[target], learned[target, seed], settings)
                     losses[target, arm, seed] = train_on(args, data, target, arm, weights, seed)
     targets = list(nearest)
+    means = {f"mean of {len(group)} ({stage})": group for stage, group in targets_of.items() if len(group) > 1}
     by_arm = {
-        arm: {target: change(losses, [target], arm, seeds) for target in targets}
-        | {"mean": change(losses, targets, arm, seeds)}
+        arm: {target: change(losses, target, arm, seeds) for target in targets}
+        | {name: mean_change(losses, group, arm, seeds) for name, group in means.items()}
         for arm in ARMS
         if arm != "uniform"
     }
@@ -255,16 +259,22 @@ def train_on(
     return result["losses"][target]
 
 
-def change(losses: Mapping, targets: list[str], arm: str, seeds: tuple[int, ...]) -> list[float | None]:
-    """Change in perplexity against uniform in percent, by the mean log ratio over targets: mean, low, high over seeds."""
-    interval = t_interval(
-        [
-            math.fsum(losses[target, arm, seed] - losses[target, "uniform", seed] for target in targets) / len(targets)
-            for seed in seeds
-        ]
-    )
-    values = (interval.mean, interval.low, interval.high)
-    return [None if value is None else 100 * math.expm1(value) for value in values]
+def change(losses: Mapping, target: str, arm: str, seeds: tuple[int, ...]) -> list[float | None]:
+    """Change in perplexity against uniform in percent: mean, low and high of the 95 % interval over seeds."""
+    return to_percent(t_interval([losses[target, arm, seed] - losses[target, "uniform", seed] for seed in seeds]))
+
+
+def mean_change(losses: Mapping, targets: list[str], arm: str, seeds: tuple[int, ...]) -> list[float | None]:
+    """The same over targets, each by its mean over seeds: where it would lie for other targets of the kind."""
+    ratios = [[losses[target, arm, seed] - losses[target, "uniform", seed] for seed in seeds] for target in targets]
+    return to_percent(t_interval([math.fsum(found) / len(found) for found in ratios]))
+
+
+def to_percent(interval: Interval) -> list[float | None]:
+    """A log ratio and its interval as changes in percent."""
+    return [
+        None if value is None else 100 * math.expm1(value) for value in (interval.mean, interval.low, interval.high)
+    ]
 
 
 def tabulate_perplexity(
@@ -280,7 +290,8 @@ def tabulate_perplexity(
         ]
         for target in targets
     ]
-    cells.append([f"mean of {len(targets)}", "", *[format_change(by_arm[arm]["mean"]) for arm in by_arm], ""])
+    names = [name for name in next(iter(by_arm.values())) if name not in targets]
+    cells += [[name, "", *[format_change(by_arm[arm][name]) for arm in by_arm], ""] for name in names]
     rows = [
         {
             "target": target,
@@ -296,7 +307,7 @@ def tabulate_perplexity(
     return Table(
         title=(
             f"Perplexity on a target that is not trained on, lower is better: uniform, mean [95 % t interval] over {len(seeds)} "
-            "seeds, and the change against it in percent, seed against seed (bold: the interval excludes 0)."
+            "seeds, and the change against it in percent, seed against seed (bold: the interval excludes 0). Means: over targets, with the interval over targets."
         ),
         header=["target", "uniform", *[f"{arm}, change" for arm in by_arm], "nearest source"],
         cells=cells,
