@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from benchmarks.reproduce.store import PartStore
 
 SCALES = ("tiny", "small", "gpu")
@@ -30,6 +32,11 @@ class Arguments:
     store: PartStore
     seeds: tuple[int, ...] | None = None
     stages: tuple[str, ...] | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """Where a Trainer puts its models."""
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
     def choose_stages(self, known: tuple[str, ...]) -> tuple[str, ...]:
         """

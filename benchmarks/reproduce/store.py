@@ -59,5 +59,5 @@ class PartStore:
             print(f"{part}: {contents['seconds']:.1f} s", flush=True)
         contents = json.loads(path.read_text(encoding="utf-8"))
         facts = {name: contents[name] for name in ("seconds", "cpu_seconds", "commit")}
-        self.used[path.name] = {**facts, "was_finished": was_finished}
+        self.used.setdefault(path.name, {**facts, "was_finished": was_finished})  # a part may be asked for again
         return contents["result"]
