@@ -424,7 +424,7 @@ def _rounded(interval: Interval) -> list[float | None]:
 
 def _plot(parts: Mapping[tuple[str, str, float], list[dict]], path: Path) -> None:
     """One line per method: mean over tables with its interval, and each table's mean beside it."""
-    figure = new_figure(8.0, 1.2 + 0.3 * len(METHODS))
+    figure = new_figure(7.5, 1.2 + 0.28 * len(METHODS))
     axes = figure.subplots()
     tasks = list(dict.fromkeys(task for task, _, _ in parts))
     for place, method in enumerate(reversed(METHODS)):
