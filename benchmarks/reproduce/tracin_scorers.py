@@ -123,7 +123,8 @@ def make_experiment_scorer(
     special_token_ids: Sequence[int],
     seed: int,
 ) -> Scorer:
-    """A scorer of `hf_doge` by its name there, or `tracin_we_cosine`, `tracin_we_syn`, `tracin_middle`, `..._cosine`."""
+    """A scorer of `hf_doge` by its name there, or `tracin_we_cosine`, `tracin_we_syn`, `tracin_middle`, `tracin_middle_cosine`,
+    `tracin_last_cosine`."""
     if name in SCORERS:
         return make_scorer(name, models, learning_rates, special_token_ids=special_token_ids, seed=seed)
     return {
@@ -131,4 +132,5 @@ def make_experiment_scorer(
         "tracin_we_syn": lambda: TracInWESynScorer(models, learning_rates),
         "tracin_middle": lambda: TracInLayerScorer(models, learning_rates, layer=middle_layer),
         "tracin_middle_cosine": lambda: TracInLayerScorer(models, learning_rates, layer=middle_layer, cosine=True),
+        "tracin_last_cosine": lambda: TracInLayerScorer(models, learning_rates, layer="classifier", cosine=True),
     }[name]()
