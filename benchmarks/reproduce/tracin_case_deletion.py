@@ -20,10 +20,13 @@ Decided before the first result was seen:
   The middle is fixed as the second of three convolutions, and the attention of the second of two layers.
 - A cause looked for: `tracin_we_cosine` shows what the length of gradients does. `distinct` is how many different examples
   stand among the ten strongest proponents of five points, of 50 places: few if some examples are proponents of everything.
+
+Added after the first round was seen, where cosine was the best of all without proponents: stages `cosine0`, ..., the cosine on
+the middle and on the last layer for the same points, which tell what cosine does from what the embedding does.
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 
@@ -65,6 +68,7 @@ SCORERS = (
     "bm25",
     "random",
 )
+COSINES = ("tracin_middle_cosine", "tracin_last_cosine")  # of the stages that were added later
 
 
 @dataclass(frozen=True)
@@ -91,7 +95,7 @@ SIZES = {
     "tiny": Sizes(
         tasks=("ag_news",),
         architectures=("cnn",),
-        scorers=("tracin_we", "tracin_we_syn", "tracin_middle", "random"),
+        scorers=("tracin_we", "tracin_we_syn", "tracin_we_cosine", "tracin_middle", "tracin_last", "random"),
         num_train=40,
         num_test=20,
         width=8,
@@ -238,48 +242,70 @@ def pool(parts: Sequence[dict], sizes: Sizes) -> CaseDeletionResult:
 
 
 def run(args: Arguments) -> Results:
-    """All rounds, or those among `--stages` (`round0`, `round1`, ...)."""
+    """All rounds, or those among `--stages` (`round0`, `round1`, ...; `cosine0`, ... for the later scorers on the same points)."""
     sizes = SIZES[args.scale]
     seeds = args.seeds or tuple(range(2, 2 + sizes.num_blocks))
     rounds = tuple(f"round{block}" for block in range(sizes.num_blocks))
-    blocks = [rounds.index(stage) for stage in args.choose_stages(rounds)]
+    cosines = tuple(f"cosine{block}" for block in range(sizes.num_blocks))
+    stages = args.choose_stages((*rounds, *cosines))
+    blocks = [block for block, name in enumerate(rounds) if name in stages]
     data_dir = args.data_dir / "classification"
-    arguments = {
-        key: value for key, value in asdict(sizes).items() if key not in ("num_blocks", "tasks", "architectures")
-    }
     pairs = [(task, architecture) for task in sizes.tasks for architecture in sizes.architectures]
-    parts: dict[tuple[str, str], list[dict]] = {pair: [] for pair in pairs}
-    for block in blocks:
-        seed = seeds[block % len(seeds)]
-        for task, architecture in pairs:
-            part = args.store.get(
-                f"block{block}-{task}-{architecture}",
-                {**arguments, "task": task, "architecture": architecture, "block": block, "seed": seed},
-                partial(deletion_part, data_dir, args.output_dir, task, architecture, block, sizes, seed),
-            )
-            parts[task, architecture].append({**part, "block": block, "seed": seed})
+
+    def finish(name: str, chosen: Sequence[int], sizes: Sizes, output_dir: Path) -> dict[tuple[str, str], list[dict]]:
+        found: dict[tuple[str, str], list[dict]] = {pair: [] for pair in pairs}
+        for block in chosen:
+            seed = seeds[block % len(seeds)]
+            for task, architecture in pairs:
+                part = args.store.get(
+                    f"{name}{block}-{task}-{architecture}",
+                    {**_settings(sizes), "task": task, "architecture": architecture, "block": block, "seed": seed},
+                    partial(deletion_part, data_dir, output_dir, task, architecture, block, sizes, seed),
+                )
+                found[task, architecture].append({**part, "block": block, "seed": seed})
+        return found
+
+    parts = finish("block", blocks, sizes, args.output_dir)
+    of_cosines = replace(sizes, scorers=COSINES)
+    # Both need the points of the same blocks: a difference is one on the same points.
+    later = [block for block in blocks if cosines[block] in stages]
+    cosine_parts = finish("cosine", later, of_cosines, args.output_dir / "cosine")
     layers = {
         (task, architecture): args.store.get(
             f"layers-{task}-{architecture}",
-            {**arguments, "task": task, "architecture": architecture},
+            {**_settings(sizes), "task": task, "architecture": architecture},
             partial(layers_part, data_dir, task, architecture, sizes),
         )
         for task, architecture in pairs
     }
-    pooled = {", ".join(pair): pool(parts[pair], sizes) for pair in pairs}
-    pooled["all"] = pool([part for pair in pairs for part in parts[pair]], sizes)
+    pooled = _pool_all(parts, sizes)
     rows = [row for pair in pairs for part in parts[pair] for row in _records(*pair, part, sizes)]
+    tables = {
+        "auc_del": _auc_table(pooled, sizes, rows),
+        "less_tracin_we": _difference_table(pooled, sizes),
+        "proponents": _proponents_table(parts, sizes),
+        "layers": _layers_table(layers),
+    }
+    if later:
+        same_blocks = {pair: [part for part in found if part["block"] in later] for pair, found in parts.items()}
+        tables["cosine"] = _cosine_table(_pool_all(same_blocks, sizes), _pool_all(cosine_parts, of_cosines))
     return Results(
-        tables={
-            "auc_del": _auc_table(pooled, sizes, rows),
-            "less_tracin_we": _difference_table(pooled, sizes),
-            "proponents": _proponents_table(parts, sizes),
-            "layers": _layers_table(layers),
-        },
+        tables=tables,
         figures=_figures(pooled, sizes),
         plot=partial(_plot, pooled, sizes),
         notes=[f"{len(blocks)} round(s) of {sizes.points_per_block} test points in each of {len(pairs)} tables."],
     )
+
+
+def _settings(sizes: Sizes) -> dict:
+    """What a part's result depends on besides its table, block and seed."""
+    return {key: value for key, value in asdict(sizes).items() if key not in ("num_blocks", "tasks", "architectures")}
+
+
+def _pool_all(parts: dict[tuple[str, str], list[dict]], sizes: Sizes) -> dict[str, CaseDeletionResult]:
+    """Each table by name, and `all` of them."""
+    pooled = {", ".join(pair): pool(found, sizes) for pair, found in parts.items()}
+    return {**pooled, "all": pool([part for found in parts.values() for part in found], sizes)}
 
 
 def _records(task: str, architecture: str, part: dict, sizes: Sizes) -> list[dict]:
@@ -354,6 +380,48 @@ def _difference_table(pooled: dict[str, CaseDeletionResult], sizes: Sizes) -> Ta
         f"AUC-DEL less that of `{reference}` on the same points, percentage points with 95 % bootstrap intervals over points; "
         "* where 0 is outside. In DEL+ above 0, in DEL- below 0: `tracin_we` is better. Nothing is corrected for the number "
         "of comparisons.",
+        ["", "scorer", *pooled],
+        cells,
+        rows,
+    )
+
+
+def _cosine_table(pooled: dict[str, CaseDeletionResult], later: dict[str, CaseDeletionResult]) -> Table:
+    """Plain and cosine on three layers, and the difference between the cosines."""
+    names = {
+        "tracin_we": "tracin_we_cosine",
+        "tracin_middle": "tracin_middle_cosine",
+        "tracin_last": "tracin_last_cosine",
+    }
+    cells, rows = [], []
+    for sign in "+-":
+        for plain, cosine in names.items():
+            lines: list[list[str]] = [
+                [f"DEL{sign}", name] for name in (cosine, f"  less {plain}", "  less tracin_we_cosine")
+            ]
+            for table, result in pooled.items():
+                values = result.auc(cosine, sign) if plain == "tracin_we" else later[table].auc(cosine, sign)
+                changes = (values, values - result.auc(plain, sign), values - result.auc("tracin_we_cosine", sign))
+                for line, change in zip(lines, changes, strict=True):
+                    low, high = bootstrap_interval(change)
+                    line.append(percent(change) + (" *" if low > 0 or high < 0 else ""))
+                    rows.append(
+                        {
+                            "table": table,
+                            "sign": sign,
+                            "scorer": cosine,
+                            "what": line[1].strip(),
+                            "mean": float(change.mean()),
+                            "low": low,
+                            "high": high,
+                            "num_points": len(change),
+                        }
+                    )
+            cells += lines if plain != "tracin_we" else lines[:2]
+    return Table(
+        "Cosine on three layers: AUC-DEL in percentage points with 95 % bootstrap intervals over points, less that of the plain inner "
+        "product on the same layer, and less that of cosine on the words, on the same points; * where 0 is outside. Added after the "
+        "first round was seen.",
         ["", "scorer", *pooled],
         cells,
         rows,

@@ -123,8 +123,7 @@ def make_experiment_scorer(
     special_token_ids: Sequence[int],
     seed: int,
 ) -> Scorer:
-    """A scorer of `hf_doge` by its name there, or `tracin_we_cosine`, `tracin_we_syn`, `tracin_middle`, `tracin_middle_cosine`,
-    `tracin_last_cosine`."""
+    """A scorer of `hf_doge` by its name there, or one of this module: `tracin_we_syn`, `tracin_middle`, `..._cosine`."""
     if name in SCORERS:
         return make_scorer(name, models, learning_rates, special_token_ids=special_token_ids, seed=seed)
     return {
