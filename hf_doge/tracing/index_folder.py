@@ -5,10 +5,10 @@ import shutil
 from pathlib import Path
 
 from hf_doge.artifacts.influence.lock import LOCK_FILE
-from hf_doge.artifacts.influence.manifest import CARD_FILE, GRADIENTS, MANIFEST, read_config
+from hf_doge.artifacts.influence.manifest import CARD_FILE, GRADIENTS, MANIFEST, OFFSETS, read_config
 from hf_doge.tracing.weights import MODELS
 
-_ENTRIES = (CARD_FILE, "examples", "checkpoints", GRADIENTS, MODELS, MANIFEST)
+_ENTRIES = (CARD_FILE, "examples", "checkpoints", GRADIENTS, OFFSETS, MODELS, MANIFEST)
 _STAGED, _REPLACED = ".hf_doge-{name}.new", ".hf_doge-{name}.old"
 
 

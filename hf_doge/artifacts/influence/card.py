@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_doge.artifacts.card import is_edited, seal
-from hf_doge.artifacts.influence.manifest import CARD_FILE, CHECKPOINTS_FILE, EXAMPLES_FILE, GRADIENTS
+from hf_doge.artifacts.influence.manifest import CARD_FILE, data_files
 
 _CARD = """\
 ---
@@ -46,9 +46,7 @@ Descent](https://huggingface.co/papers/2002.08484) (Pruthi et al., 2020). Please
 
 def configs_header(config: Mapping[str, Any]) -> str:
     """The YAML that makes `gradients` (by default), `examples` and `checkpoints` configurations of `load_dataset`."""
-    # Folder by folder, as a pattern over all would find checkpoints that are not whole.
-    gradients = [f"{GRADIENTS}/{checkpoint['name']}/*.parquet" for checkpoint in config["checkpoints"]]
-    parts = {"gradients": gradients, "examples": [EXAMPLES_FILE], "checkpoints": [CHECKPOINTS_FILE]}
+    parts = data_files(config)
     lines = ["configs:"]
     for name, paths in parts.items():
         lines += [f"- config_name: {name}", *["  default: true"] * (name == "gradients")]

@@ -17,6 +17,7 @@ EXAMPLES_FILE = "examples/train-00000-of-00001.parquet"
 CHECKPOINTS_FILE = "checkpoints/train-00000-of-00001.parquet"
 CARD_FILE = "README.md"
 GRADIENTS = "gradients"
+OFFSETS = "offsets"
 DTYPES = ("float16", "float32", "int8")
 
 # What a recording says about itself, with the value where it says nothing.
@@ -57,6 +58,7 @@ _FILE_KINDS = {
     "num_examples": int,
     "scale": (int, float),
 }
+_OFFSETS_KINDS = {"offsets_path": str, "offsets_sha256": str}
 
 
 def to_json(content: Mapping[str, Any]) -> bytes:
@@ -95,9 +97,10 @@ def read_config(folder: Path) -> dict[str, Any]:
         source = f"{path}: checkpoint {position}"
         _check_kinds(checkpoint, {"name": str, "learning_rate": (int, float), "files": list}, source)
         for file in checkpoint["files"]:
-            _check_kinds(file, _FILE_KINDS, source)
-            if os.path.isabs(file["path"]) or ".." in Path(file["path"]).parts:
-                raise ValueError(f"Files in {source!r} must lie in the folder, but got {file['path']!r}.")
+            _check_kinds(file, _FILE_KINDS if config["dtype"] == "int8" else _FILE_KINDS | _OFFSETS_KINDS, source)
+            for path in (file["path"], file.get("offsets_path")):
+                if path is not None and (os.path.isabs(path) or ".." in Path(path).parts):
+                    raise ValueError(f"Files in {source!r} must lie in the folder, but got {path!r}.")
         _check_coverage(checkpoint, config["num_examples"], str(path))
     return config
 
@@ -130,14 +133,47 @@ def example_dtype(config: Mapping[str, Any]) -> str:
     return "int32" if config["num_examples"] <= 2**31 else "int64"
 
 
+def recorded_checksums(config: Mapping[str, Any]) -> dict[str, str | None]:
+    """Path -> sha256 of every file that a reader needs, without config.json itself."""
+    # What people read of the checkpoints stands in config.json too, which may be newer for a moment.
+    checksums = {EXAMPLES_FILE: config["files"].get(EXAMPLES_FILE)}
+    checksums |= {path: checksum for path, checksum in config["files"].items() if path != CHECKPOINTS_FILE}
+    for checkpoint in config["checkpoints"]:
+        for file in checkpoint["files"]:
+            checksums[file["path"]] = file["sha256"]
+            if file.get("offsets_path") is not None:
+                checksums[file["offsets_path"]] = file["offsets_sha256"]
+    return checksums
+
+
+def data_files(config: Mapping[str, Any]) -> dict[str, list[str]]:
+    """
+    Configuration of `load_dataset` -> its files, or patterns of them: `gradients`, `examples`, `checkpoints`, and
+    `offsets`, which int8 has not.
+    """
+    files = [file for checkpoint in config["checkpoints"] for file in checkpoint["files"]]
+    # Folder by folder, as a pattern over all would find checkpoints that are not whole.
+    folders = {
+        name: list(dict.fromkeys(f"{file[key].rpartition('/')[0]}/*.parquet" for file in files if file.get(key)))
+        for name, key in ((GRADIENTS, "path"), (OFFSETS, "offsets_path"))
+    }
+    examples = sorted(path for path in config["files"] if path.startswith("examples/"))
+    found = {
+        GRADIENTS: folders[GRADIENTS],
+        "examples": examples or [EXAMPLES_FILE],
+        "checkpoints": [CHECKPOINTS_FILE],
+        OFFSETS: folders[OFFSETS],
+    }
+    return found if folders[OFFSETS] else {name: paths for name, paths in found.items() if name != OFFSETS}
+
+
 def require_files(folder: Path, config: Mapping[str, Any], *, verify: bool) -> None:
     """
     Raises:
         FileNotFoundError: A file is missing.
         ValueError: `verify`, and a file is not what it was.
     """
-    checksums = {file["path"]: file["sha256"] for one in config["checkpoints"] for file in one["files"]}
-    checksums[EXAMPLES_FILE] = config["files"].get(EXAMPLES_FILE)
+    checksums = recorded_checksums(config)
     missing = [path for path in checksums if not (folder / path).is_file()]
     if missing:
         raise FileNotFoundError(
