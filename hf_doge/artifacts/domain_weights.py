@@ -188,19 +188,24 @@ class DomainWeights:
 
         return plot_domain_weights(self, path)
 
-    def save_pretrained(self, save_directory: str | os.PathLike) -> None:
+    def save_pretrained(self, save_directory: str | os.PathLike, *, plot: bool = False) -> None:
         """
         Save as a dataset folder: `domain_weights.json`, `weights/` and `trajectory/` in Parquet, `README.md`.
 
         `datasets.load_dataset(save_directory, "weights")` and `"trajectory"` open it. An artifact in the folder is
         replaced as one: a crash at any point leaves the old or the new one to [`~DomainWeights.from_pretrained`], and
-        saving again completes it. Other files stay, and so does a `README.md` that somebody has edited.
+        saving again completes it. Other files stay, and so does what a person wrote into `README.md`: only the block between
+        our markers and our keys of its YAML are written anew, and without markers it is kept whole, with a warning.
+
+        Args:
+            save_directory (`str` or `os.PathLike`): New, empty, or an artifact to replace.
+            plot (`bool`): Also draw `plot.png` for the card, where matplotlib is installed.
 
         Raises:
             FileExistsError: The folder holds something else than an artifact.
             NotADirectoryError: `save_directory` is a file.
         """
-        write_folder(self, Path(save_directory))
+        write_folder(self, Path(save_directory), plot=plot)
 
     @classmethod
     def from_pretrained(
