@@ -156,27 +156,6 @@ def recorded_checksums(config: Mapping[str, Any]) -> dict[str, str | None]:
     return checksums
 
 
-def data_files(config: Mapping[str, Any]) -> dict[str, list[str]]:
-    """
-    Configuration of `load_dataset` -> its files, or patterns of them: `gradients`, `examples`, `checkpoints`, and
-    `offsets`, which int8 has not.
-    """
-    files = [file for checkpoint in config["checkpoints"] for file in checkpoint["files"]]
-    # Folder by folder, as a pattern over all would find checkpoints that are not whole.
-    folders = {
-        name: list(dict.fromkeys(f"{file[key].rpartition('/')[0]}/*.parquet" for file in files if file.get(key)))
-        for name, key in ((GRADIENTS, "path"), (OFFSETS, "offsets_path"))
-    }
-    examples = sorted(path for path in config["files"] if path.startswith("examples/"))
-    found = {
-        GRADIENTS: folders[GRADIENTS],
-        "examples": examples or [EXAMPLES_FILE],
-        "checkpoints": [CHECKPOINTS_FILE],
-        OFFSETS: folders[OFFSETS],
-    }
-    return found if folders[OFFSETS] else {name: paths for name, paths in found.items() if name != OFFSETS}
-
-
 def require_files(folder: Path, config: Mapping[str, Any], *, verify: bool) -> None:
     """
     Raises:
