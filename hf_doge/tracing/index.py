@@ -21,6 +21,7 @@ from torch import nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from hf_doge.artifacts.influence import IndexReader
+from hf_doge.artifacts.influence.remote import RemoteIndexReader
 from hf_doge.gradients.example_losses import LossFunction
 from hf_doge.tracing.hits import (
     HIT_FEATURES,
@@ -114,6 +115,7 @@ class InfluenceIndex:
         load_model: LoadModel | None = None,
         processing_class: Any | None = None,
         loss_fn: LossFunction | None = None,
+        streaming: bool = False,
     ) -> "InfluenceIndex":
         """
         Open an index.
@@ -132,13 +134,21 @@ class InfluenceIndex:
             processing_class (`PreTrainedTokenizerBase`, *optional*):
                 Tokenizer of the model. By default the one saved with the checkpoints.
             loss_fn (`Callable`, *optional*): The one the index was recorded with, if any.
+            streaming (`bool`):
+                Leave an index of the Hub there, and read of it what each query needs: the rows of its tokens, by ranges of
+                bytes, once; and the examples and models when first needed. The answers are the same. A folder is read
+                in place in any case. What needs all rows (`self_influence`, `cosine`) needs the download.
 
         Raises:
             FileNotFoundError: There is no such folder or repository, or a file of it is missing.
-            ValueError: A file was altered, no checkpoint is whole, or the tokenizer is another than the recorded one.
+            ValueError: A file was altered, no checkpoint is whole, or the tokenizer is another than the recorded one; or
+                `streaming`, and the rows are int8.
         """
-        folder = fetch_index(name_or_path, revision=revision, token=token, cache_dir=cache_dir)
-        reader = IndexReader.open(folder, cache_dir=cache_dir, verify=verify)
+        if streaming and not Path(name_or_path).exists():
+            reader = RemoteIndexReader.open(str(name_or_path), revision=revision, token=token, cache_dir=cache_dir)
+        else:
+            folder = fetch_index(name_or_path, revision=revision, token=token, cache_dir=cache_dir)
+            reader = IndexReader.open(folder, cache_dir=cache_dir, verify=verify)
         return cls(
             reader,
             model=model,
@@ -156,6 +166,7 @@ class InfluenceIndex:
             save_directory (`str` or `os.PathLike`):
                 New, empty, or an index to replace. An interrupted copy leaves what was there before.
         """
+        self.reader.require_whole("`save_pretrained`")
         copy_index(self.reader.folder, Path(save_directory))
 
     def __len__(self) -> int:
@@ -176,7 +187,8 @@ class InfluenceIndex:
         """The tokenizer that was given, or the one saved with the checkpoints; `None` if there is none."""
         if self._given_tokenizer is not None:
             return self._given_tokenizer
-        for checkpoint in reversed(self.reader.checkpoints):
+        for position, checkpoint in reversed(list(enumerate(self.reader.checkpoints))):
+            self.reader.fetch_model(position)
             for path in checkpoint_folders(checkpoint, self.reader.folder):
                 if (path / "tokenizer_config.json").is_file():
                     tokenizer = AutoTokenizer.from_pretrained(path)
@@ -345,6 +357,7 @@ class InfluenceIndex:
         """
         self._check_choice("special_tokens", special_tokens, SPECIAL_TOKENS)
         self._refuse_metric("Self-influence")
+        self.reader.require_whole("Self-influence")
         if self.config.get("record") == "online":
             raise ValueError(
                 "Self-influence needs an index with `record='checkpoint'`: online rows are sums of gradients times learning "
@@ -457,6 +470,7 @@ class InfluenceIndex:
             self.reader.folder,
             tokenizer=self.processing_class,
             synonym_threshold=synonym_threshold if kernel == "synonym" else None,
+            fetch_model=self.reader.fetch_model,
             **self._loading,
         )
         asked, rows = maker.record(
@@ -495,6 +509,7 @@ class InfluenceIndex:
             raise ValueError(f"`synonym_threshold` must be in [-1, 1], but got {synonym_threshold!r}.")
         if cosine:
             self._refuse_metric("`cosine`")
+            self.reader.require_whole("`cosine`")
         if kernel == "synonym":  # Adam's metric is one of each token; between two there is none
             self._refuse_metric("`kernel='synonym'`")
 
