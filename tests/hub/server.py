@@ -294,7 +294,7 @@ def main() -> None:
     signer = Signer(signing_secret(options.root))
     hub = Hub(store, signer, page_size=options.page_size)
     control = Control(store, traffic)
-    traffic.other_commit = control.commit
+    traffic.other_commit = lambda commit: control.commit(**commit)
     storage = Server(options.storage_port, "storage", Storage(store, signer).answer, traffic)
     front = Server(options.port, "hub", hub.answer, traffic, control)
     hub.storage_origin = f"http://127.0.0.1:{storage.server_port}"

@@ -49,7 +49,7 @@ _KINDS = {
     "checkpoints": list,
     "files": dict,
 }
-_KEYS = {*_KINDS, *SETTINGS, "format_version", "hf_doge_version", "projection"}
+_KEYS = {*_KINDS, *SETTINGS, "format_version", "hf_doge_version", "projection", "redacted"}
 _FILE_KINDS = {
     "path": str,
     "sha256": str,
@@ -77,31 +77,41 @@ def read_config(folder: Path) -> dict[str, Any]:
     path = folder / MANIFEST
     if not path.is_file():
         raise FileNotFoundError(f"A folder of an influence index must hold {MANIFEST}, but {str(folder)!r} does not.")
-    config = parse_json(path.read_bytes(), source=str(path))
+    return parse_config(path.read_bytes(), source=str(path))
+
+
+def parse_config(content: bytes, *, source: str) -> dict[str, Any]:
+    """
+    The content of a `config.json`.
+
+    Raises:
+        ValueError: As [`read_config`]. Names `source`.
+    """
+    config = parse_json(content, source=source)
     version = config.get("format_version") if isinstance(config, dict) else None
     major = version.partition(".")[0] if isinstance(version, str) else ""
     if not major.isdecimal():
         raise ValueError(
-            f"{str(path)!r} must have a `format_version` such as {FORMAT_VERSION!r}, but got {version!r}: it does not"
+            f"{source!r} must have a `format_version` such as {FORMAT_VERSION!r}, but got {version!r}: it does not"
             " belong to an influence index. Choose another folder."
         )
     if int(major) > int(FORMAT_VERSION.partition(".")[0]):
         raise ValueError(
-            f"{str(path)!r} has format {version}, but hf_doge {__version__} reads up to {FORMAT_VERSION}. Update with"
+            f"{source!r} has format {version}, but hf_doge {__version__} reads up to {FORMAT_VERSION}. Update with"
             " `pip install -U hf-doge`."
         )
-    _check_kinds(config, _KINDS, str(path))
+    _check_kinds(config, _KINDS, source)
     if config["dtype"] not in DTYPES:
-        raise ValueError(f"`dtype` in {str(path)!r} must be one of {list(DTYPES)}, but got {config['dtype']!r}.")
+        raise ValueError(f"`dtype` in {source!r} must be one of {list(DTYPES)}, but got {config['dtype']!r}.")
     for position, checkpoint in enumerate(config["checkpoints"]):
-        source = f"{path}: checkpoint {position}"
-        _check_kinds(checkpoint, {"name": str, "learning_rate": (int, float), "files": list}, source)
+        place = f"{source}: checkpoint {position}"
+        _check_kinds(checkpoint, {"name": str, "learning_rate": (int, float), "files": list}, place)
         for file in checkpoint["files"]:
-            _check_kinds(file, _FILE_KINDS if config["dtype"] == "int8" else _FILE_KINDS | _OFFSETS_KINDS, source)
+            _check_kinds(file, _FILE_KINDS if config["dtype"] == "int8" else _FILE_KINDS | _OFFSETS_KINDS, place)
             for path in (file["path"], file.get("offsets_path")):
                 if path is not None and (os.path.isabs(path) or ".." in Path(path).parts):
-                    raise ValueError(f"Files in {source!r} must lie in the folder, but got {path!r}.")
-        _check_coverage(checkpoint, config["num_examples"], str(path))
+                    raise ValueError(f"Files in {place!r} must lie in the folder, but got {path!r}.")
+        _check_coverage(checkpoint, config["num_examples"], source)
     return config
 
 

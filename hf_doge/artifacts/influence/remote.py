@@ -9,6 +9,7 @@ import numpy as np
 
 from hf_doge.artifacts.hub.fetch import fetch_folder
 from hf_doge.artifacts.hub.ranges import RangedFile
+from hf_doge.artifacts.hub.retries import Patience
 from hf_doge.artifacts.influence.manifest import (
     MANIFEST,
     check_files,
@@ -48,10 +49,12 @@ class RemoteIndexReader(IndexReader):
         repo_id: str,
         token: str | bool | None = None,
         hub_cache_dir: Path | None = None,
+        patience: Patience | None = None,
     ) -> None:
         super().__init__(folder, config, cache_dir=cache_dir)
         self.repo_id, self.commit = repo_id, folder.name
         self._token, self._hub_cache_dir = token, hub_cache_dir
+        self._patience = patience or Patience()
         self._remote: dict[int, RemoteMap] = {}
 
     @classmethod
@@ -62,6 +65,7 @@ class RemoteIndexReader(IndexReader):
         revision: str | None = None,
         token: str | bool | None = None,
         cache_dir: str | os.PathLike | None = None,
+        patience: Patience | None = None,
     ) -> "RemoteIndexReader":
         """
         Open an index on the Hub: fetches its config.json.
@@ -72,6 +76,7 @@ class RemoteIndexReader(IndexReader):
             token (`str` or `bool`, *optional*): For private repositories.
             cache_dir (`str` or `os.PathLike`, *optional*):
                 Where files and rows go; by default the Hub's cache and `$HF_HOME/hf_doge`.
+            patience ([`Patience`], *optional*): How long to keep trying to read rows.
 
         Raises:
             FileNotFoundError: There is no such repository, or it holds no index.
@@ -95,6 +100,7 @@ class RemoteIndexReader(IndexReader):
             repo_id=repo_id,
             token=token,
             hub_cache_dir=hub_cache_dir,
+            patience=patience,
         )
 
     @property
@@ -139,7 +145,14 @@ class RemoteIndexReader(IndexReader):
             paths = [file["offsets_path"] for file in files]
             self._fetch({file["offsets_path"]: file["offsets_sha256"] for file in files})
             segments = [
-                RangedFile(self.repo_id, file["path"], commit=self.commit, token=self._token, sha256=file["sha256"])
+                RangedFile(
+                    self.repo_id,
+                    file["path"],
+                    commit=self.commit,
+                    token=self._token,
+                    sha256=file["sha256"],
+                    patience=self._patience,
+                )
                 for file in files
             ]
             self._remote[checkpoint] = RemoteMap(

@@ -13,6 +13,7 @@ fetched.bin        (vocabulary_size,): of each token 0, or 1 + the crc32 of its 
 import os
 import threading
 import zlib
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +36,7 @@ _LONG = 2**20  # bytes, from which on a bar shows progress
 class _Piece:
     """A run of values of one token: bytes of a segment file, and their place in a file of the map."""
 
+    token: int
     name: str
     file: int
     range: ByteRange
@@ -141,6 +143,7 @@ class RemoteMap:
         total = sum(one.stop - one.start for _, one in wanted)
         bar = tqdm(total=total, desc="Reading rows", unit="B", unit_scale=True, leave=False, disable=total < _LONG)
         writing = threading.Lock()
+        left = Counter(piece.token for piece in pieces)
         names = ("rows", "examples")
         sinks = {name: (self._place / f"{name}.bin").open("r+b") for name in names}
 
@@ -153,6 +156,7 @@ class RemoteMap:
                 with writing:
                     sinks[piece.name].seek(piece.place)
                     sinks[piece.name].write(values)
+                    left[piece.token] -= 1
 
         def progress(num_bytes: int) -> None:
             with writing:
@@ -161,13 +165,12 @@ class RemoteMap:
         try:
             with bar:
                 read_all(wanted, receive, progress=progress)
-            for sink in sinks.values():  # before a token is called fetched
-                sink.flush()
-                os.fsync(sink.fileno())
         finally:
             for sink in sinks.values():
-                sink.close()
-        self._note(tokens)
+                with sink:
+                    sink.flush()
+                    os.fsync(sink.fileno())  # before a token is called fetched
+            self._note([token for token in tokens.tolist() if left[token] == 0])
 
     def _pieces(self, tokens: np.ndarray) -> Iterator[_Piece]:
         """What to read, by segment."""
@@ -187,7 +190,7 @@ class RemoteMap:
                 for name, column in (("rows", "grad_byte"), ("examples", "example_byte")):
                     start = int(runs[column][run])
                     whole = ByteRange(start, start + count * sizes[name])
-                    yield _Piece(name, position, whole, free[token] * sizes[name])
+                    yield _Piece(token, name, position, whole, free[token] * sizes[name])
                 free[token] += count
 
     def _check(self, position: int, piece: _Piece, values: memoryview) -> None:
@@ -206,9 +209,9 @@ class RemoteMap:
                 " fetched do not. Its author must push it again."
             )
 
-    def _note(self, tokens: np.ndarray) -> None:
-        """Call tokens fetched."""
-        for token in tokens.tolist():
+    def _note(self, tokens: Sequence[int]) -> None:
+        """Call tokens fetched: also when others could not be."""
+        for token in tokens:
             start, end = self.row_map.offsets[token : token + 2].tolist()
             if (np.diff(self.row_map.examples[start:end]) <= 0).any():
                 raise ValueError(

@@ -324,8 +324,7 @@ class IndexWriter:
                 shutil.rmtree(self.folder / place / name, ignore_errors=True)
 
     def _replace_checkpoints(self, checkpoints: list[dict[str, Any]]) -> None:
-        rows = [{key: entry[key] for key in CHECKPOINT_FACTS} for entry in checkpoints]
-        table = to_parquet(pa.Table.from_pylist(rows, schema=_CHECKPOINTS_SCHEMA))
+        table = checkpoints_table(checkpoints)
         files = {**self.config["files"], CHECKPOINTS_FILE: sha256(table)}
         config = {**self.config, "checkpoints": checkpoints, "files": files}
         self._replace(config, {CHECKPOINTS_FILE: table, **renewed_card(self.folder, config)})
@@ -335,3 +334,9 @@ class IndexWriter:
         self.require_open()
         replace_files(self.folder, {**files, MANIFEST: to_json(config)}, manifest=MANIFEST)
         self.config = config
+
+
+def checkpoints_table(checkpoints: Sequence[Mapping[str, Any]]) -> bytes:
+    """The table of the checkpoints, in Parquet: the facts that config.json has of each."""
+    rows = [{key: entry[key] for key in CHECKPOINT_FACTS} for entry in checkpoints]
+    return to_parquet(pa.Table.from_pylist(rows, schema=_CHECKPOINTS_SCHEMA))
