@@ -22,6 +22,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from hf_doge.artifacts.hub.fetch import fetch_folder
 from hf_doge.artifacts.influence import IndexReader
+from hf_doge.artifacts.influence.remote import RemoteIndexReader
 from hf_doge.gradients.example_losses import LossFunction
 from hf_doge.tracing.hits import (
     HIT_FEATURES,
@@ -120,6 +121,7 @@ class InfluenceIndex:
         load_model: LoadModel | None = None,
         processing_class: Any | None = None,
         loss_fn: LossFunction | None = None,
+        streaming: bool = False,
     ) -> "InfluenceIndex":
         """
         Open an index.
@@ -141,23 +143,37 @@ class InfluenceIndex:
             processing_class (`PreTrainedTokenizerBase`, *optional*):
                 Tokenizer of the model. By default the one saved with the checkpoints.
             loss_fn (`Callable`, *optional*): The one the index was recorded with, if any.
+            streaming (`bool`):
+                Leave an index of the Hub there, and read of it what each query needs: the rows of its tokens, by ranges of
+                bytes, once; and the examples and models when first needed. The answers are the same. A folder is read
+                in place in any case. What needs all rows (`self_influence`, `cosine`) needs the download.
 
         Raises:
             FileNotFoundError: There is no such folder or repository, or a file of it is missing.
             PermissionError: The repository is private or gated, and the token may not read it.
             OSError: The disk is full, or the Hub could not be reached for too long.
-            ValueError: A file was altered, no checkpoint is whole, or the tokenizer is another than the recorded one.
+            ValueError: A file was altered, no checkpoint is whole, or the tokenizer is another than the recorded one; or
+                `streaming`, and the rows are int8, or it is asked for together with `local_files_only` or `force_download`.
         """
-        folder = fetch_folder(
-            name_or_path,
-            allow_patterns=FETCHED_FILES,
-            revision=revision,
-            token=token,
-            cache_dir=cache_dir,
-            local_files_only=local_files_only,
-            force_download=force_download,
-        )
-        reader = IndexReader.open(folder, cache_dir=cache_dir, verify=verify)
+        reader: IndexReader
+        if streaming and (local_files_only or force_download):
+            raise ValueError(
+                "`streaming=True` reads from the Hub what is not in the cache, so it does not go with `local_files_only` or"
+                " `force_download`. Leave one of them out."
+            )
+        if streaming and not Path(name_or_path).exists():
+            reader = RemoteIndexReader.open(str(name_or_path), revision=revision, token=token, cache_dir=cache_dir)
+        else:
+            folder = fetch_folder(
+                name_or_path,
+                allow_patterns=FETCHED_FILES,
+                revision=revision,
+                token=token,
+                cache_dir=cache_dir,
+                local_files_only=local_files_only,
+                force_download=force_download,
+            )
+            reader = IndexReader.open(folder, cache_dir=cache_dir, verify=verify)
         return cls(
             reader,
             model=model,
@@ -175,6 +191,7 @@ class InfluenceIndex:
             save_directory (`str` or `os.PathLike`):
                 New, empty, or an index to replace. An interrupted copy leaves what was there before.
         """
+        self.reader.require_whole("`save_pretrained`")
         copy_index(self.reader.folder, Path(save_directory))
 
     def push_to_hub(
@@ -219,6 +236,7 @@ class InfluenceIndex:
             PermissionError, FileExistsError, PushError: See [`DomainWeights.push_to_hub`].
             ValueError: As there; or a file of the index was altered, or `keep_columns` names no column.
         """
+        self.reader.require_whole("`push_to_hub`")
         # Only here: a folder needs no client of the Hub.
         from hf_doge.tracing.publication import push_index_folder
 
@@ -255,7 +273,8 @@ class InfluenceIndex:
         """The tokenizer that was given, or the one saved with the checkpoints; `None` if there is none."""
         if self._given_tokenizer is not None:
             return self._given_tokenizer
-        for checkpoint in reversed(self.reader.checkpoints):
+        for position, checkpoint in reversed(list(enumerate(self.reader.checkpoints))):
+            self.reader.fetch_model(position)
             for path in checkpoint_folders(checkpoint, self.reader.folder):
                 if (path / "tokenizer_config.json").is_file():
                     tokenizer = AutoTokenizer.from_pretrained(path)
@@ -424,6 +443,7 @@ class InfluenceIndex:
         """
         self._check_choice("special_tokens", special_tokens, SPECIAL_TOKENS)
         self._refuse_metric("Self-influence")
+        self.reader.require_whole("Self-influence")
         if self.config.get("record") == "online":
             raise ValueError(
                 "Self-influence needs an index with `record='checkpoint'`: online rows are sums of gradients times learning "
@@ -536,6 +556,7 @@ class InfluenceIndex:
             self.reader.folder,
             tokenizer=self.processing_class,
             synonym_threshold=synonym_threshold if kernel == "synonym" else None,
+            fetch_model=self.reader.fetch_model,
             **self._loading,
         )
         asked, rows = maker.record(
@@ -574,6 +595,7 @@ class InfluenceIndex:
             raise ValueError(f"`synonym_threshold` must be in [-1, 1], but got {synonym_threshold!r}.")
         if cosine:
             self._refuse_metric("`cosine`")
+            self.reader.require_whole("`cosine`")
         if kernel == "synonym":  # Adam's metric is one of each token; between two there is none
             self._refuse_metric("`kernel='synonym'`")
 

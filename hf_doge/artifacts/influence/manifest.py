@@ -143,11 +143,18 @@ def example_dtype(config: Mapping[str, Any]) -> str:
     return "int32" if config["num_examples"] <= 2**31 else "int64"
 
 
+def examples_files(config: Mapping[str, Any]) -> dict[str, str | None]:
+    """Path -> sha256 of the files of the examples, in their order."""
+    paths = sorted(path for path in config["files"] if path.startswith("examples/"))
+    # The first file has the oldest name; those added later are named by their first example.
+    paths.sort(key=lambda path: path != EXAMPLES_FILE)
+    return {path: config["files"][path] for path in paths} or {EXAMPLES_FILE: None}
+
+
 def recorded_checksums(config: Mapping[str, Any]) -> dict[str, str | None]:
     """Path -> sha256 of every file that a reader needs, without config.json itself."""
     # What people read of the checkpoints stands in config.json too, which may be newer for a moment.
-    checksums = {EXAMPLES_FILE: config["files"].get(EXAMPLES_FILE)}
-    checksums |= {path: checksum for path, checksum in config["files"].items() if path != CHECKPOINTS_FILE}
+    checksums = examples_files(config)
     for checkpoint in config["checkpoints"]:
         for file in checkpoint["files"]:
             checksums[file["path"]] = file["sha256"]
@@ -156,13 +163,26 @@ def recorded_checksums(config: Mapping[str, Any]) -> dict[str, str | None]:
     return checksums
 
 
-def require_files(folder: Path, config: Mapping[str, Any], *, verify: bool) -> None:
+def require_checkpoints(config: Mapping[str, Any], source: str) -> None:
     """
+    Raises:
+        ValueError: The index has none yet.
+    """
+    if not config["checkpoints"]:
+        raise ValueError(f"{source!r} has no whole checkpoint yet. Let the recording finish.")
+
+
+def check_files(folder: Path, checksums: Mapping[str, str | None], *, verify: bool) -> None:
+    """
+    Args:
+        folder (`Path`): Of the index.
+        checksums (`Mapping`): Path -> sha256 of the files that must be there.
+        verify (`bool`): Whether to compare the checksums.
+
     Raises:
         FileNotFoundError: A file is missing.
         ValueError: `verify`, and a file is not what it was.
     """
-    checksums = recorded_checksums(config)
     missing = [path for path in checksums if not (folder / path).is_file()]
     if missing:
         raise FileNotFoundError(

@@ -32,8 +32,8 @@ _ROW_GROUP_SIZE = 16_384  # what DuckDB and the Hub's viewer read fastest
 _GRAD = "grad.list.element"
 _VALUES = {"float16": pa.float16(), "float32": pa.float32(), "int8": pa.int8()}
 _EXAMPLE = "example_id"
-_LARGEST_PAGE = 2**30  # Parquet counts the bytes of a page in 31 bits
-_OFFSETS_SCHEMA = pa.schema(
+LARGEST_PAGE = 2**30  # Parquet counts the bytes of a page in 31 bits
+OFFSETS_SCHEMA = pa.schema(
     {
         "checkpoint": pa.int32(),
         "first_example": pa.int64(),
@@ -95,7 +95,7 @@ def encode_segment(
     table = table.replace_schema_metadata(metadata)
     ordering = pq.SortingColumn.from_ordering(table.schema, [("token_id", "ascending"), ("example_id", "ascending")])
     row_bytes = width * stored.element_size()
-    group_rows = min(_ROW_GROUP_SIZE, max(1, _LARGEST_PAGE // row_bytes))
+    group_rows = min(_ROW_GROUP_SIZE, max(1, LARGEST_PAGE // row_bytes))
     readable = dtype != "int8"
     content = to_parquet(
         table,
@@ -160,7 +160,7 @@ def _run_ends(tokens: np.ndarray, group_rows: int) -> np.ndarray:
 
 
 def _encode_offsets(runs: dict[str, np.ndarray]) -> bytes:
-    table = pa.table({field.name: pa.array(runs[field.name], field.type) for field in _OFFSETS_SCHEMA})
+    table = pa.table({field.name: pa.array(runs[field.name], field.type) for field in OFFSETS_SCHEMA})
     constant = ["checkpoint", "first_example"]
     return to_parquet(
         table,
