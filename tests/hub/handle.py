@@ -194,6 +194,10 @@ class HubControl:
 
     # The state
 
+    def reset(self) -> None:
+        """As a new Hub: no faults, no log, no repositories, no contents. The tokens and ports stay."""
+        self.control("reset")
+
     def repository(self, repo_id: str, *, repo_type: str = "dataset") -> dict | None:
         """`refs` (full name to commit), `private`, `gated`, `discussions`; `None` if there is no such repository."""
         return self.control("repository", kind=repo_type, repo_id=repo_id)

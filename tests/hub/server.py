@@ -30,6 +30,7 @@ from tests.hub.tokens import USERS
 from tests.hub.traffic import Fault, LogEntry, Traffic
 
 PIECE = 1 << 16
+TCP_ESTABLISHED = 1  # of the states in Linux' tcp_info
 OPPOSITE = bytes(range(255, -1, -1))
 
 
@@ -107,10 +108,11 @@ class Handler(BaseHTTPRequestHandler):
             time.sleep(fault.delay)
             if fault.hold == "before":
                 fault.released.wait()
+                self._check_client()
             if fault.cut == "before":
                 raise Cut
             if fault.other_commit is not None:
-                self.server.traffic.other_commit(fault.other_commit)
+                self.server.traffic.other_commit(**fault.other_commit)
             if fault.cut == "body" and self._has_body():
                 self._cut_at = int(self.headers.get("Content-Length", 0)) // 2
             if fault.status is not None:
@@ -150,6 +152,12 @@ class Handler(BaseHTTPRequestHandler):
                 raise Cut
         cut = fault is not None and (fault.cut == "reply" or (fault.cut == "body" and self._cut_at is None))
         self._send(reply, cut=cut, corrupt=fault is not None and fault.corrupt)
+
+    def _check_client(self) -> None:
+        """A client that died while it was held is not served, though all it sent may still be there to read."""
+        state = self.connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0]
+        if state != TCP_ESTABLISHED:
+            raise ConnectionError("The client went away")
 
     # The body of the request
 
