@@ -257,7 +257,58 @@ def datasets_session(hub, folder):
     return facts
 
 
+def xet_session(hub, folder):
+    """The same by xet: float32 (grouped by bytes), text (compressed) and noise; a change; faults."""
+    import random
+
+    import numpy as np
+
+    api = HfApi()
+    repo, kind = "doge/xet", {"repo_type": "dataset"}
+    api.create_repo(repo, **kind)
+    noise = random.Random(0).randbytes(1_500_001)
+    walk = np.cumsum(np.random.default_rng(0).normal(size=200_000)).astype(np.float32).tobytes()
+    files = {"noise.bin": noise, "walk.bin": walk, "text.bin": b"the same words again, " * 20_000}
+    hub.clear_log()
+    first = api.create_commit(
+        repo, [added(name, content) for name, content in files.items()], commit_message="First", **kind
+    )
+    facts = {"push": [[one.name, one.status] for one in hub.requests()]}
+    facts["uploaded"] = hub.bytes_received("/v1/xorbs/")
+    facts["hub_token_went_to_storage"] = any(one.authorization for one in hub.requests(server="storage"))
+
+    hub.clear_log()
+    files["noise.bin"] = noise[:700_000] + b"inserted" + noise[700_000:]
+    api.upload_file(path_or_fileobj=files["noise.bin"], path_in_repo="noise.bin", repo_id=repo, **kind)
+    facts["uploaded_of_change"] = hub.bytes_received("/v1/xorbs/")
+
+    hub.clear_log()
+    hub.fail("GET", "^/xorbs/", status=503)
+    hub.fail("GET", "^/xorbs/", cut="body", nth=2)
+    snapshot = Path(snapshot_download(repo, **kind))
+    facts["same"] = {name: (snapshot / name).read_bytes() == content for name, content in files.items()}
+    facts["download_faults"] = [one.fault for one in hub.requests("GET", "^/xorbs/") if one.fault]
+    facts["plain_downloads"] = len(hub.requests("GET", "^/lfs/"))
+    old = hf_hub_download(repo, "noise.bin", revision=first.oid, **kind)
+    facts["old"] = Path(old).read_bytes() == noise
+    facts["by_http"] = HfFileSystem().cat_file(f"datasets/{repo}/walk.bin", start=1000, end=2000) == walk[1000:2000]
+
+    fault = hub.fail("POST", "/v1/xorbs/", status=503)
+    again = hub.fail("POST", "/v1/shards", lost_reply=True)
+    data = random.Random(1).randbytes(100_000)
+    api.upload_file(path_or_fileobj=data, path_in_repo="retried.bin", repo_id=repo, **kind)
+    facts["retried"] = [hub.hits(fault), hub.hits(again), hub.files(repo)["retried.bin"] == data]
+    hub.fail("POST", "/v1/xorbs/", status=403, times=None)
+    data = random.Random(2).randbytes(100_000)
+    upload = {"path_or_fileobj": data, "path_in_repo": "refused.bin", "repo_id": repo}
+    facts["refused"] = outcome(api.upload_file, **upload, **kind)
+    hub.clear_faults()
+    facts["reader"] = outcome(HfApi(token=READ_TOKEN).upload_file, **upload, **kind)
+    facts["commits"] = [one["title"] for one in hub.commits(repo)]
+    return facts
+
+
 if __name__ == "__main__":
     session, url, folder = sys.argv[1:]
-    sessions = {"hub": hub_session, "datasets": datasets_session}
+    sessions = {"hub": hub_session, "datasets": datasets_session, "xet": xet_session}
     print(json.dumps(sessions[session](HubControl(url), Path(folder))))

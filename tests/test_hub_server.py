@@ -184,6 +184,46 @@ def test_datasets_and_models_are_pushed_and_loaded(shared_hub, tmp_path):
     assert not facts["storage_saw_a_token"]
 
 
+# xet, by an unmodified hf_xet
+
+
+@pytest.fixture(scope="module")
+def xet_facts(shared_hub, tmp_path_factory):
+    home = tmp_path_factory.mktemp("xet") / "home"
+    return last_json(run_client(shared_hub, SCRIPT, "xet", shared_hub.url, home, xet=True, home=home))
+
+
+def test_xet_uploads_xorbs_and_a_shard(xet_facts):
+    steps = [name for name, status in xet_facts["push"] if status == 200]
+    assert steps == [
+        "POST /api/datasets/doge/xet/preupload/main",
+        "GET /api/datasets/doge/xet/xet-write-token/main",
+        "POST /v1/xorbs/default/{sha256}",
+        "POST /v1/shards",
+        "POST /api/datasets/doge/xet/commit/main",
+    ]
+    # noise as it is, the text next to nothing
+    assert 1_500_000 < xet_facts["uploaded"] < 1_500_000 + 800_000
+    assert not xet_facts["hub_token_went_to_storage"]
+    assert xet_facts["uploaded_of_change"] < 400_000
+
+
+def test_xet_gives_back_what_was_pushed_also_through_faults(xet_facts):
+    assert xet_facts["same"] == {"noise.bin": True, "walk.bin": True, "text.bin": True}
+    assert xet_facts["download_faults"] == ["status=503", "cut=body"]
+    assert xet_facts["plain_downloads"] == 0
+    assert xet_facts["old"]
+    assert xet_facts["by_http"]
+
+
+def test_xet_retries_and_refuses(xet_facts):
+    assert xet_facts["retried"] == [1, 1, True]
+    error_of(xet_facts["refused"], status=None, text="403 Forbidden", name="ConnectionError")
+    error_of(xet_facts["reader"], status=403, text="you must use a write token")
+    uploads = [f"Upload {name}.bin with huggingface_hub" for name in ("retried", "noise")]
+    assert xet_facts["commits"] == [*uploads, "First", "initial commit"]
+
+
 # Faults, one by one
 
 

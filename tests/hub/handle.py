@@ -24,7 +24,8 @@ class LoggedRequest:
     One request that the Hub got.
 
     `sent` and `received` are the bytes of the bodies, as far as they went; `status` is `None` while there is no answer,
-    and stays so if the connection was cut before one. `server` is `hub` or `storage`.
+    and stays so if the connection was cut before one. `server` is `hub` or `storage`; `authorization` is whether a token
+    of the Hub (not one of xet) came along.
     """
 
     index: int

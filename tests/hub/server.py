@@ -28,6 +28,7 @@ from tests.hub.routes import Hub, Reply, Request, Signer, Storage, as_json, erro
 from tests.hub.store import HubError, Store, User, write_atomically
 from tests.hub.tokens import USERS
 from tests.hub.traffic import Fault, LogEntry, Traffic
+from tests.hub.xet import XetStore
 
 PIECE = 1 << 16
 TCP_ESTABLISHED = 1  # of the states in Linux' tcp_info
@@ -96,7 +97,7 @@ class Handler(BaseHTTPRequestHandler):
             path=parts.path,
             query=parts.query,
             user=user.name if user else None,
-            authorization=given is not None,
+            authorization="hf_" in (given or ""),
             user_agent=self.headers.get("User-Agent", ""),
             range=self.headers.get("Range"),
         )
@@ -300,10 +301,11 @@ def main() -> None:
 
     store, traffic = Store(options.root), Traffic()
     signer = Signer(signing_secret(options.root))
-    hub = Hub(store, signer, page_size=options.page_size)
+    xet = XetStore(store)
+    hub = Hub(store, xet, signer, page_size=options.page_size)
     control = Control(store, traffic)
     traffic.other_commit = control.commit
-    storage = Server(options.storage_port, "storage", Storage(store, signer).answer, traffic)
+    storage = Server(options.storage_port, "storage", Storage(store, xet, signer).answer, traffic)
     front = Server(options.port, "hub", hub.answer, traffic, control)
     hub.storage_origin = f"http://127.0.0.1:{storage.server_port}"
     if options.end_with_parent:
