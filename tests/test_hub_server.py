@@ -17,16 +17,34 @@ REPO = "doge/mixture"
 
 
 @pytest.fixture(scope="module")
-def shared_hub(tmp_path_factory):
-    with HubServer(tmp_path_factory.mktemp("hub") / "state", page_size=3) as hub:
-        yield hub
+def sessions(tmp_path_factory):
+    """Clients at work, each against a Hub of its own; all at once, for they wait a lot."""
+    running = {}
+    for name in ("hub", "datasets", "xet"):
+        folder = tmp_path_factory.mktemp(name)
+        # small pages, so that listings have several
+        hub = HubServer(folder / "state", page_size=3).start()
+        client = start_client(hub, SCRIPT, name, hub.url, folder, xet=name == "xet", home=folder / "home")
+        running[name] = hub, client, folder
+    yield running
+    for hub, client, _ in running.values():
+        client.kill()
+        client.communicate()
+        hub.stop()
+
+
+def facts_of(session):
+    """What a client found, when it is done."""
+    _, client, _ = session
+    output, errors = client.communicate(timeout=120)
+    assert client.returncode == 0, errors[-6000:]
+    return json.loads(output.splitlines()[-1])
 
 
 @pytest.fixture(scope="module")
-def facts(shared_hub, tmp_path_factory):
-    """What the calls of huggingface_hub gave, in one process."""
-    local = tmp_path_factory.mktemp("local")
-    return last_json(run_client(shared_hub, SCRIPT, "hub", shared_hub.url, local))
+def facts(sessions):
+    """What the calls of huggingface_hub gave."""
+    return facts_of(sessions["hub"])
 
 
 @pytest.fixture(scope="module")
@@ -174,8 +192,8 @@ def test_clients_meet_the_faults(facts):
 # datasets and transformers
 
 
-def test_datasets_and_models_are_pushed_and_loaded(shared_hub, tmp_path):
-    facts = last_json(run_client(shared_hub, SCRIPT, "datasets", shared_hub.url, tmp_path))
+def test_datasets_and_models_are_pushed_and_loaded(sessions):
+    facts = facts_of(sessions["datasets"])
     assert facts["weights"] == {"domain": ["a", "b"], "weight": [0.25, 0.75]}
     assert (facts["trajectory"], facts["trajectory_before"]) == (1, 100)
     assert facts["streamed"] == [{"domain": "a", "weight": 0.25}, {"domain": "b", "weight": 0.75}]
@@ -188,9 +206,8 @@ def test_datasets_and_models_are_pushed_and_loaded(shared_hub, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def xet_facts(shared_hub, tmp_path_factory):
-    home = tmp_path_factory.mktemp("xet") / "home"
-    return last_json(run_client(shared_hub, SCRIPT, "xet", shared_hub.url, home, xet=True, home=home))
+def xet_facts(sessions):
+    return facts_of(sessions["xet"])
 
 
 def test_xet_uploads_xorbs_and_a_shard(xet_facts):
@@ -224,6 +241,15 @@ def test_xet_retries_and_refuses(xet_facts):
     assert xet_facts["commits"] == [*uploads, "First", "initial commit"]
 
 
+@pytest.mark.usefixtures("xet_facts")
+def test_xet_knows_a_content_from_another_machine(sessions, tmp_path):
+    hub, _, _ = sessions["xet"]
+    client = run_client(hub, SCRIPT, "other_machine", hub.url, tmp_path, xet=True, home=tmp_path / "home")
+    facts = last_json(client)
+    assert facts["same"]
+    assert facts["uploaded"] < 150_000, "two chunks have changed since"
+
+
 # Faults, one by one
 
 
@@ -255,6 +281,20 @@ def test_a_status_is_answered_in_place_and_nothing_is_done(repository):
     assert hub.hits(fault) == 2
     assert {"0.txt", "3.txt"} == hub.files(REPO).keys() - {".gitattributes"}
     assert [one.fault for one in hub.requests()] == [None, "status=429", "status=429", None]
+
+
+def test_a_fault_can_be_ordered_for_requests_like_one_that_was_seen(repository):
+    hub = repository
+    commit, digest = hub.commits(REPO)[0]["id"], "ab" * 32
+    for target in (COMMIT, f"/api/datasets/{REPO}/revision/{commit}?blobs=true", f"/x/{digest}"):
+        ask(hub, "GET", target)
+    names = [one.name for one in hub.requests()]
+    assert names == [f"GET {COMMIT}", f"GET /api/datasets/{REPO}/revision/{{commit}}", "GET /x/{sha256}"]
+    for seen in hub.requests():
+        hub.fail(seen.method, seen.pattern, status=418)
+    for target in (COMMIT, f"/api/datasets/{REPO}/revision/{commit[::-1]}?blobs=true", f"/x/{digest[::-1]}"):
+        assert ask(hub, "GET", target)[0] == 418
+        assert ask(hub, "GET", f"{target.split('?')[0]}0")[0] != 418
 
 
 @pytest.mark.parametrize("cut", ["before", "body"])

@@ -62,6 +62,12 @@ class LoggedRequest:
         path = re.sub(r"\b[0-9a-f]{40}\b", "{commit}", path)
         return f"{self.method} {path}"
 
+    @property
+    def pattern(self) -> str:
+        """A pattern for `fail` that finds this request and those like it, with whatever hashes."""
+        path = re.sub(r"\b[0-9a-f]{64}\b", "[0-9a-f]{64}", re.escape(self.path))
+        return f"^{re.sub(r'(?<![0-9a-f])[0-9a-f]{40}(?![0-9a-f])', '[0-9a-f]{40}', path)}(\\?|$)"
+
 
 class HubControl:
     """
@@ -196,7 +202,11 @@ class HubControl:
     # The state
 
     def reset(self) -> None:
-        """As a new Hub: no faults, no log, no repositories, no contents. The tokens and ports stay."""
+        """
+        As a new Hub: no faults, no log, no repositories, no contents. The tokens and ports stay.
+
+        A client that goes by xet needs a new `home` after it: hf_xet remembers there what it has uploaded.
+        """
         self.control("reset")
 
     def repository(self, repo_id: str, *, repo_type: str = "dataset") -> dict | None:
@@ -311,6 +321,9 @@ def client_environment(
     settings = {
         "HF_ENDPOINT": hub.url,
         "HF_HOME": str(home),
+        # said, and not only left out, for `tests.launch` sets them for those who say nothing
+        "HF_HUB_OFFLINE": "0",
+        "HF_DATASETS_OFFLINE": "0",
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
         "OMP_NUM_THREADS": "1",

@@ -802,6 +802,12 @@ class Storage:
                 self.signer.check_token(request, "write")
                 self.xet.add_shard(request.body())
                 return as_json({"result": 1})
+            case ["GET", "v1", "chunks", _, name] if HASH.match(name):
+                self.signer.check_token(request, "read")
+                shard = self.xet.shard_with(name)
+                if shard is None:
+                    raise HubError(404, "No shard has this chunk")
+                return Reply(200, shard, {"Content-Type": "application/octet-stream"})
             case ["GET", "v1", "reconstructions", name] if HASH.match(name):
                 self.signer.check_token(request, "read")
                 return self.reconstruction(request, name)

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-FOLDERS = ("repositories", "commits", "blobs", "lfs", "incoming", "xet/xorbs", "xet/files")
+FOLDERS = ("repositories", "commits", "blobs", "lfs", "incoming", "xet/xorbs", "xet/files", "xet/shards")
 KINDS = ("model", "dataset", "space")
 # The largest content that a commit may carry inline, and from which on the Hub asks for LFS.
 REGULAR_LIMIT = 10 * 1024 * 1024

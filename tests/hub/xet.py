@@ -20,6 +20,7 @@ from pathlib import Path
 from tests.hub.store import HubError, Store, write_atomically
 
 HEADER = struct.Struct("<32sQQ")
+FOOTER = struct.Struct("<9Q32sQQ72sQ")
 HASH_AND_FOUR = struct.Struct("<32sIIII")
 END_OF_SECTION = b"\xff" * 32
 WITH_VERIFICATION, WITH_METADATA = 1 << 31, 1 << 30
@@ -101,12 +102,25 @@ def unpack(chunk: Chunk, data: bytes) -> bytes:
     return bytes(plain)
 
 
-def read_shard(data: bytes) -> list[XetFile]:
-    """The files that a shard tells of. Raises `HubError` if it is none, or lacks what an upload needs."""
+@dataclass(frozen=True)
+class XorbBlock:
+    """What a shard tells of a xorb: `raw` is that piece of the shard, `chunks` the hashes of its chunks."""
+
+    xorb: str
+    chunks: list[str]
+    raw: bytes
+
+
+def read_shard(data: bytes) -> tuple[list[XetFile], list[XorbBlock]]:
+    """
+    The files and the new xorbs that a shard tells of.
+
+    Raises `HubError` if it is none, or lacks what an upload needs.
+    """
     _, version, _ = HEADER.unpack_from(data)
     if version != 2:
         raise HubError(400, f"Unknown version of a shard: {version}")
-    position, files = HEADER.size, []
+    position, files, blocks = HEADER.size, [], []
 
     def following() -> tuple:
         nonlocal position
@@ -119,7 +133,7 @@ def read_shard(data: bytes) -> list[XetFile]:
     while True:
         raw, flags, number, _, _ = following()
         if raw == END_OF_SECTION:
-            return files
+            break
         entries = [following() for _ in range(number)]
         terms = [Term(hash_name(xorb), start, end, size) for xorb, _, size, start, end in entries]
         if not flags & WITH_VERIFICATION or not flags & WITH_METADATA:
@@ -128,6 +142,27 @@ def read_shard(data: bytes) -> list[XetFile]:
             following()
         sha256 = hash_name(following()[0])
         files.append(XetFile(hash_name(raw), sha256, sum(term.size for term in terms), terms))
+    while True:
+        start = position
+        raw, _, number, _, _ = following()
+        if raw == END_OF_SECTION:
+            return files, blocks
+        chunks = [hash_name(following()[0]) for _ in range(number)]
+        blocks.append(XorbBlock(hash_name(raw), chunks, data[start:position]))
+
+
+def deduplication_shard(tag: bytes, block: bytes) -> bytes:
+    """A shard that tells a client of one xorb, for the chunks of it that it has too."""
+    end = END_OF_SECTION + bytes(16)
+    head = HEADER.pack(tag, 2, FOOTER.size) + end
+    body = head + block + end
+    # three tables for look-up, all empty, which must nevertheless lie behind the sections: hf_xet takes the number
+    # of chunks from their places
+    tables = (len(body), 0) * 3
+    moment, no_key = int(time.time()), bytes(32)
+    times = (moment, moment + 86_400)
+    footer = FOOTER.pack(1, HEADER.size, len(head), *tables, no_key, *times, bytes(72), len(body))
+    return body + footer
 
 
 class XetStore:
@@ -136,6 +171,13 @@ class XetStore:
     def __init__(self, store: Store) -> None:
         self._store = store
         self._chunks: dict[str, list[Chunk]] = {}
+        self._xorb_of_chunk: dict[str, str] = {}
+        for path in (store.root / "xet" / "shards").iterdir():
+            self._index(read_shard(path.read_bytes())[1])
+
+    def _index(self, blocks: list[XorbBlock]) -> None:
+        for block in blocks:
+            self._xorb_of_chunk |= dict.fromkeys(block.chunks, block.xorb)
 
     def xorb_path(self, name: str) -> Path:
         """Where a xorb is, or will be when it is uploaded."""
@@ -160,7 +202,7 @@ class XetStore:
 
     def add_shard(self, data: bytes) -> None:
         """Keep the files of a shard, when all of them are what it says."""
-        files = read_shard(data)
+        files, blocks = read_shard(data)
         for file in files:
             incoming = self._store.root / "incoming" / f"{file.sha256}.{time.monotonic_ns()}"
             try:
@@ -178,6 +220,18 @@ class XetStore:
             for key in (file.sha256, file.hash):
                 path = self._store.root / "xet" / "files" / key
                 write_atomically(path, json.dumps(asdict(file)).encode())
+        for block in blocks:
+            if len(self.chunks(block.xorb)) != len(block.chunks):
+                raise HubError(400, f"The xorb {block.xorb} has other chunks")
+            path = self._store.root / "xet" / "shards" / block.xorb
+            write_atomically(path, deduplication_shard(data[:32], block.raw))
+        self._index(blocks)
+
+    def shard_with(self, chunk: str) -> bytes | None:
+        """A shard that tells of a xorb with this chunk, if there is one that is here."""
+        xorb = self._xorb_of_chunk.get(chunk)
+        path = self._store.root / "xet" / "shards" / str(xorb)
+        return path.read_bytes() if path.exists() else None
 
     def _content(self, file: XetFile) -> Iterator[bytes]:
         for term in file.terms:
