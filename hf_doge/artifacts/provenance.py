@@ -14,6 +14,7 @@ from hf_doge._version import __version__
 
 LIBRARIES = ("torch", "transformers", "accelerate", "datasets", "huggingface_hub")
 
+_HUB_FILE = re.compile(r"hf://datasets/([^/@]+/[^/@]+|[^/@]+)@([0-9A-Za-z._-]+)/")
 _HUB_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)?(@[A-Za-z0-9._/-]+)?")
 _TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{8,}")
 _SECRET_FLAG = re.compile(
@@ -90,6 +91,27 @@ def describe_process() -> dict[str, Any]:
         "versions": {"hf_doge": __version__, **{library: version(library) for library in LIBRARIES}},
         "hf_doge_commit": _get_commit(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def describe_dataset(dataset: Any) -> dict[str, Any]:
+    """
+    Which datasets of the Hub it was read from, each `datasets/name@commit`, as far as `load_dataset` noted it; empty for
+    others.
+    """
+    noted = getattr(getattr(dataset, "info", None), "download_checksums", None) or {}
+    found = (_HUB_FILE.match(str(address)) for address in noted)
+    return {"sources": sorted({f"datasets/{match[1]}@{match[2]}" for match in found if match is not None})}
+
+
+def describe_model(model: Any) -> dict[str, Any]:
+    """Class, where its weights began and at which commit of the Hub, and size of a model of torch."""
+    config = getattr(model, "config", None)
+    return {
+        "class": type(model).__name__,
+        "name_or_path": public_name(getattr(config, "name_or_path", None)) or "",
+        "revision": getattr(config, "_commit_hash", None),
+        "num_parameters": sum(parameter.numel() for parameter in model.parameters()),
     }
 
 

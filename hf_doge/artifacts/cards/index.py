@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from hf_doge.artifacts.cards.facts import counted, hub_link, join, run_facts
+from hf_doge.artifacts.cards.facts import counted, hub_link, join, part_of, run_facts
 from hf_doge.artifacts.cards.markdown import escape, json_block, table
 from hf_doge.artifacts.cards.merge import Card
 from hf_doge.artifacts.cards.rendering import listing, place_of, render
@@ -134,20 +134,21 @@ def _render(
 def _facts(config: Mapping[str, Any]) -> str:
     dataset, tokenizer = config.get("dataset") or {}, config.get("tokenizer") or {}
     metadata = config["metadata"]
+    model, sources = part_of(metadata, "model"), part_of(metadata, "dataset").get("sources") or ()
     classes = sorted({str(one["model_class"]) for one in config["checkpoints"]})
-    revisions = {one["name"]: one["revision"] for one in config["checkpoints"] if one.get("revision")}
-    model = metadata.get("model") if isinstance(metadata.get("model"), Mapping) else {}
+    name = model.get("name_or_path") or ""
     return listing(
         {
             "Data": join(
-                ", ".join(hub_link(name) for name in dataset.get("sources") or ()),
+                *map(hub_link, sources),
                 counted(dataset.get("num_rows"), "examples"),
                 f"fingerprint {escape(dataset['fingerprint'])}" if dataset.get("fingerprint") else None,
             ),
             "Model": join(
                 *map(escape, classes),
-                f"begun from {hub_link(model['name_or_path'])}" if model.get("name_or_path") else None,
-                *(f"{escape(name)} at revision {escape(revision)}" for name, revision in revisions.items()),
+                counted(model.get("num_parameters"), "parameters"),
+                f"begun from {hub_link(name)}" if "/" in name else None,
+                f"revision {escape(model['revision'])}" if model.get("revision") else None,
             ),
             "Tokenizer": join(
                 hub_link(tokenizer.get("name")),

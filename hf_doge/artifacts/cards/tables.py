@@ -11,6 +11,17 @@ import pyarrow.parquet as pq
 
 from hf_doge.artifacts.cards.header import size_category
 
+_INTEGERS = {getattr(pa, name)(): name for name in ("int8", "int16", "int32", "int64", "uint8", "uint16")}
+_NAMES = {
+    **_INTEGERS,
+    pa.float16(): "float16",
+    pa.float32(): "float32",
+    pa.float64(): "float64",
+    pa.bool_(): "bool",
+    pa.string(): "string",
+    pa.large_string(): "large_string",
+}
+
 
 @dataclass(frozen=True)
 class TableFacts:
@@ -46,30 +57,47 @@ class TableFacts:
         return size_category(self.num_rows)
 
     def to_dataset_info(self, config_name: str) -> dict[str, Any]:
-        """The entry of `dataset_info`, in terms of YAML."""
-        from datasets import (
-            Features,
-            SplitDict,
-            SplitInfo,
-        )  # takes half a second; a reader of weights needs none of it
-        from datasets.info import DatasetInfo, DatasetInfosDict
-        from huggingface_hub import DatasetCardData
-
-        info = DatasetInfo(
-            features=Features.from_arrow_schema(self.schema),
-            splits=SplitDict({"train": SplitInfo("train", num_bytes=self.num_bytes, num_examples=self.num_rows)}),
-            download_size=self.file_bytes,
-            dataset_size=self.num_bytes,
-        )
-        card = DatasetCardData()
-        DatasetInfosDict({config_name: info}).to_dataset_card_data(card)
-        return dict(card["dataset_info"])
+        """The entry of `dataset_info`, in terms of YAML, as `Dataset.push_to_hub` would write it."""
+        return {
+            "config_name": config_name,
+            "features": _features(self.schema),
+            "splits": [{"name": "train", "num_bytes": self.num_bytes, "num_examples": self.num_rows}],
+            "download_size": self.file_bytes,
+            "dataset_size": self.num_bytes,
+        }
 
 
 def config_entry(config_name: str, paths: list[str], *, default: bool = False) -> dict[str, Any]:
     """The entry of `configs` for files of one split."""
     files = {"split": "train", "path": paths[0] if len(paths) == 1 else paths}
     return {"config_name": config_name, **({"default": True} if default else {}), "data_files": [files]}
+
+
+def _features(schema: pa.Schema) -> list[dict[str, Any]]:
+    """The columns as `datasets` names them."""
+    described = [_feature(field.type) for field in schema]
+    if None in described or b"huggingface" in (schema.metadata or {}):  # labels and the like
+        from datasets import Features  # takes half a second, which plain columns need not wait for
+        from datasets.info import DatasetInfo, DatasetInfosDict
+        from huggingface_hub import DatasetCardData
+
+        card = DatasetCardData()
+        info = DatasetInfo(features=Features.from_arrow_schema(schema))
+        DatasetInfosDict({"default": info}).to_dataset_card_data(card)
+        return card["dataset_info"]["features"]
+    return [{"name": field.name, **one} for field, one in zip(schema, described, strict=True)]
+
+
+def _feature(kind: pa.DataType) -> dict[str, Any] | None:
+    """A plain value or a list of them; `None` of anything else."""
+    if kind in _NAMES:
+        return {"dtype": _NAMES[kind]}
+    if not pa.types.is_list(kind) and not pa.types.is_fixed_size_list(kind):
+        return None
+    if kind.value_type not in _NAMES:
+        return None
+    length = {"length": kind.list_size} if pa.types.is_fixed_size_list(kind) else {}
+    return {"list": _NAMES[kind.value_type], **length}
 
 
 def _of_content(content: bytes) -> TableFacts:
