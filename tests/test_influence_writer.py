@@ -212,7 +212,7 @@ def test_an_edited_card_is_kept(tmp_path, rows):
     write_checkpoint(writer, rows)
     card = tmp_path / "index" / "README.md"
     card.write_text("# Mine")
-    with pytest.warns(UserWarning, match="was edited, so it is kept"):
+    with pytest.warns(UserWarning, match="(?s)was edited.*it is kept as it is"):
         write_checkpoint(writer, rows, name="checkpoint-2", step=2)
     assert card.read_text() == "# Mine"
 

@@ -190,24 +190,30 @@ class DomainWeights:
 
         return plot_domain_weights(self, path)
 
-    def save_pretrained(self, save_directory: str | os.PathLike) -> None:
+    def save_pretrained(self, save_directory: str | os.PathLike, *, plot: bool = False) -> None:
         """
         Save as a dataset folder: `domain_weights.json`, `weights/` and `trajectory/` in Parquet, `README.md`.
 
         `datasets.load_dataset(save_directory, "weights")` and `"trajectory"` open it. An artifact in the folder is
         replaced as one: a crash at any point leaves the old or the new one to [`~DomainWeights.from_pretrained`], and
-        saving again completes it. Other files stay, and so does a `README.md` that somebody has edited.
+        saving again completes it. Other files stay, and so does what a person wrote into `README.md`: only the block between
+        our markers and our keys of its YAML are written anew, and without markers it is kept whole, with a warning.
+
+        Args:
+            save_directory (`str` or `os.PathLike`): New, empty, or an artifact to replace.
+            plot (`bool`): Also draw `plot.png` for the card, where matplotlib is installed.
 
         Raises:
             FileExistsError: The folder holds something else than an artifact.
             NotADirectoryError: `save_directory` is a file.
         """
-        write_folder(self, Path(save_directory))
+        write_folder(self, Path(save_directory), plot=plot)
 
     def push_to_hub(
         self,
         repo_id: str,
         *,
+        model_id: str | None = None,
         commit_message: str | None = None,
         commit_description: str | None = None,
         private: bool | None = None,
@@ -225,6 +231,7 @@ class DomainWeights:
 
         Args:
             repo_id (`str`): `"user/name"`, or `"name"` of your own. Made if it does not exist.
+            model_id (`str`, *optional*): Repository of the model that the weights were learned with, for the card.
             commit_message (`str`, *optional*), commit_description (`str`, *optional*): Of the commit.
             private (`bool`, *optional*): Whether a new repository is private. One that exists stays as it is.
             token (`str` or `bool`, *optional*): Access token with the write role; by default the one you logged in with.
@@ -249,6 +256,7 @@ class DomainWeights:
         return push_weights(
             self,
             repo_id,
+            model_id=model_id,
             commit_message=commit_message,
             commit_description=commit_description,
             private=private,

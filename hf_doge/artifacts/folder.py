@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from hf_doge._version import __version__
-from hf_doge.artifacts.card import configs_header, is_edited, write_card
+from hf_doge.artifacts.cards import PLOT_FILE, card_bytes, draw_plot, read_card, weights_card
 from hf_doge.artifacts.files import read_verified, remove_file, replace_files, require_own_folder, sha256
 from hf_doge.artifacts.readers import parse_json
 from hf_doge.artifacts.trajectory import Trajectory
@@ -47,35 +47,37 @@ _KEYS = dict.fromkeys(("mean", "last", "recipe", "domains", "metadata", "files")
 _VERSION_KEYS = ("format_version", "hf_doge_version")
 
 
-def write_folder(weights: "DomainWeights", folder: Path) -> None:
+def write_folder(weights: "DomainWeights", folder: Path, *, plot: bool = False) -> None:
     """See [`DomainWeights.save_pretrained`]."""
-    files = artifact_files(weights)
-    tables = [name for name in files if name != MANIFEST]
+    files = artifact_files(weights, plot=plot)
+    tables = [name for name in files if name.endswith(".parquet")]
 
     require_own_folder(folder, manifest=MANIFEST, subfolders=("weights", "trajectory"))
+    replaced = {}
     if (folder / MANIFEST).exists():
-        read_manifest(folder)  # a file of this name that is not ours is not ours to replace
-    card = folder / CARD_FILE
-    written = card.read_text(encoding="utf-8", errors="replace") if card.exists() else None
-    if written is None or not is_edited(written):
-        files[CARD_FILE] = write_card(weights, tables).encode()
-    elif configs_header(tables) not in written:
-        warnings.warn(
-            f"{str(card)!r} was edited, so it is kept. For `load_dataset`, let its header say\n"
-            f"{configs_header(tables)}",
-            stacklevel=3,
+        replaced = read_manifest(folder)["files"]  # a file of this name that is not ours is not ours to replace
+    existing = read_card(folder / CARD_FILE)
+    files[CARD_FILE] = card_bytes(
+        weights_card(
+            weights, data_files={name: files[name] for name in tables}, plot=PLOT_FILE in files, existing=existing
         )
+    )
     replace_files(folder, files, manifest=MANIFEST)
     if weights.trajectory is None:
         remove_file(folder / TRAJECTORY_FILE)
+    if PLOT_FILE in replaced and PLOT_FILE not in files:
+        remove_file(folder / PLOT_FILE)
 
 
-def artifact_files(weights: "DomainWeights") -> dict[str, bytes]:
-    """The tables, and the manifest with their checksums."""
-    tables = {WEIGHTS_FILE: _to_parquet(_weights_table(weights))}
+def artifact_files(weights: "DomainWeights", *, plot: bool) -> dict[str, bytes]:
+    """The tables, the picture if asked for and matplotlib is there, and the manifest with their checksums."""
+    files = {WEIGHTS_FILE: _to_parquet(_weights_table(weights))}
     if weights.trajectory is not None:
-        tables[TRAJECTORY_FILE] = _to_parquet(weights.trajectory.to_table())
-    return {**tables, MANIFEST: _to_manifest(weights, tables)}
+        files[TRAJECTORY_FILE] = _to_parquet(weights.trajectory.to_table())
+    picture = draw_plot(weights) if plot else None
+    if picture is not None:
+        files[PLOT_FILE] = picture
+    return {**files, MANIFEST: _to_manifest(weights, files)}
 
 
 def read_folder(folder: Path) -> dict[str, Any]:

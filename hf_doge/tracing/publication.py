@@ -10,10 +10,10 @@ from typing import Any
 import pyarrow as pa
 from huggingface_hub import CommitInfo
 
+from hf_doge.artifacts.cards import index_card
 from hf_doge.artifacts.files import sha256
 from hf_doge.artifacts.hub.publication import Publication
 from hf_doge.artifacts.hub.push import ensure_repository, push_publication
-from hf_doge.artifacts.influence.card import index_card
 from hf_doge.artifacts.influence.manifest import (
     CHECKPOINTS_FILE,
     GRADIENTS,
@@ -83,12 +83,18 @@ def index_publication(
     published = public_content({**config, "checkpoints": checkpoints, "files": recorded})
     published["redacted"] = redact_text or bool(config.get("redacted"))
     files |= {**rewritten, MANIFEST: to_json(published)}
+
+    def card(existing: str | None) -> str:
+        return index_card(
+            published, folder, files=rewritten, repo_id=repo_id, redacted=published["redacted"], existing=existing
+        )
+
     return Publication(
         files,
         manifest=MANIFEST,
         owned=lambda path: path.partition("/")[0] in _FOLDERS and "/" in path,
         check_manifest=partial(parse_config, source=f"{MANIFEST} of {repo_id}"),
-        card=lambda existing: index_card(published, repo_id=repo_id, existing=existing),
+        card=card,
         checksums={path: checksum for path, checksum in checksums.items() if path not in rewritten},
     )
 

@@ -21,6 +21,7 @@ from tqdm.auto import tqdm
 
 from hf_doge.artifacts.influence import IndexWriter
 from hf_doge.artifacts.influence.checkpoint_writer import CheckpointWriter
+from hf_doge.artifacts.provenance import describe_dataset, describe_model, describe_process, public_name
 from hf_doge.functional.tracin_we import scale_by_second_moment
 from hf_doge.gradients.embedding import EmbeddingGradientRecorder
 from hf_doge.gradients.embedding_uses import input_embedding_matrix
@@ -108,7 +109,12 @@ def open_writer(
                 "fingerprint": dataset_fingerprint(table.column("content_hash").to_pylist()),
                 "num_rows": len(dataset),
             },
-            "metadata": dict(metadata or {}),
+            "metadata": {
+                **describe_process(),
+                "model": describe_model(model),
+                "dataset": describe_dataset(dataset.described),
+                **(metadata or {}),
+            },
         },
     )
     try:
@@ -124,7 +130,7 @@ def _describe_tokenizer(processing_class: Any | None) -> dict[str, Any] | None:
     if not hasattr(tokenizer, "get_vocab"):
         return None
     return {
-        "name": getattr(tokenizer, "name_or_path", None) or None,
+        "name": public_name(getattr(tokenizer, "name_or_path", None)),
         "vocabulary_size": len(tokenizer),
         "fingerprint": tokenizer_fingerprint(tokenizer),
     }

@@ -1,9 +1,8 @@
 """The learned weights beside the model on the Hub, and the cards of both that name each other."""
 
 from pathlib import Path
-from typing import Any
 
-from huggingface_hub import CommitInfo, ModelCard
+from huggingface_hub import ModelCard
 from transformers import Trainer
 
 from hf_doge.artifacts.domain_weights import DomainWeights
@@ -19,22 +18,6 @@ def weights_repository(trainer: Trainer) -> str | None:
         return trainer.args.hub_weights_id
     model_id = getattr(trainer, "hub_model_id", None)
     return None if model_id is None else model_id + _SUFFIX
-
-
-def push_weights(
-    trainer: Trainer, weights: DomainWeights, *, commit_message: str | None, **options: Any
-) -> CommitInfo | None:
-    """Push the weights, with the model's repository in their metadata."""
-    model = {**weights.metadata.get("model", {}), "hub_model_id": trainer.hub_model_id}
-    linked = DomainWeights(
-        weights.mean,
-        last=weights.last,
-        trajectory=weights.trajectory,
-        recipe=weights.recipe,
-        domains=weights.domains,
-        metadata={**weights.metadata, "model": model},
-    )
-    return linked.push_to_hub(weights_repository(trainer), commit_message=commit_message, **options)
 
 
 def link_weights(card_file: Path, repo_id: str, weights: DomainWeights) -> None:

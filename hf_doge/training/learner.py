@@ -1,5 +1,6 @@
 """What learns the domain weights, apart from when: [`DomainLearner`], driven by a trainer."""
 
+import time
 import zlib
 from collections.abc import Mapping
 from functools import cached_property
@@ -52,6 +53,7 @@ class DomainLearner:
         self.initial_weights = weights_in_order(initial_weights, domains.names)
         self.metrics = DomainMetrics(domains.names)
         self.state = LearningState.fresh(domains.names, self.initial_weights)
+        self._clock = time.monotonic()
         self._loss = DomainLoss(trainer)
         self._reduction = Reduction()
         self._trained_parameters: list[int] = []
@@ -90,9 +92,17 @@ class DomainLearner:
             self.state = LearningState.fresh(names, self.initial_weights)
         else:
             self.state = LearningState.load(checkpoint, names, run=self._identity)
+        self._clock = time.monotonic()
+
+    def _note_time(self) -> None:
+        """Count the time since training began, or since this was last called."""
+        now = time.monotonic()
+        self.state.seconds += now - self._clock
+        self._clock = now
 
     def save(self, checkpoint: Path) -> None:
         """Write what a resumed run needs."""
+        self._note_time()
         self.state.save(checkpoint, step=self.trainer.state.global_step, run=self._identity)
 
     @property
@@ -118,8 +128,14 @@ class DomainLearner:
             trajectory=state.trajectory,
             recipe={**self.recipe.to_dict(), "arguments": self.args.get_doge_arguments()},
             domains=self._described_domains,
-            metadata=describe_run(self.trainer),
+            metadata=self._describe_run(),
         )
+
+    def _describe_run(self) -> dict[str, Any]:
+        described = describe_run(self.trainer)
+        cost = {"seconds": round(self.state.seconds, 1), "num_tokens_seen": int(self.state.num_tokens.sum())}
+        objective = "universal" if self.target_weights is None else "target"
+        return {**described, "objective": objective, "training": {**described["training"], **cost}}
 
     @cached_property
     def _described_domains(self) -> dict[str, dict[str, Any]]:
@@ -153,6 +169,7 @@ class DomainLearner:
         if trains:
             counts.append(_count_examples(train, num_domains))
         items, target_items, *examples = self._sum_counts(counts)
+        self._note_time()
         if trains:
             self.state.num_tokens += items
             self.state.num_examples += examples[0]
@@ -203,6 +220,7 @@ class DomainLearner:
         num_domains = len(self.domains.names)
         counts = [_count_items(micro_batches, num_domains), _count_examples(micro_batches, num_domains)]
         items, examples = self._sum_counts(counts)
+        self._note_time()
         self.state.num_tokens += items
         self.state.num_examples += examples
 

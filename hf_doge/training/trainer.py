@@ -19,7 +19,7 @@ from hf_doge.training.collator import DOMAIN_IDS, DomainCollator, DomainLookup
 from hf_doge.training.config import DoGEConfig
 from hf_doge.training.domain_batches import DomainBatches, TargetBatches
 from hf_doge.training.global_batch import examples_per_step, loader_lead
-from hf_doge.training.hub import link_weights, push_weights, weights_repository
+from hf_doge.training.hub import link_weights, weights_repository
 from hf_doge.training.learner import DomainLearner
 from hf_doge.training.lost_process import explaining_lost_process
 from hf_doge.training.mixture import DomainWeightedMixin
@@ -354,9 +354,9 @@ class DoGEMixin(DomainWeightedMixin):
             return super().push_to_hub(commit_message, blocking, token, revision, private, **kwargs)
         finally:
             if self.is_world_process_zero() and getattr(self, "hub_model_id", None) is not None:
-                push_weights(
-                    self,
-                    self.domain_weights,
+                self.domain_weights.push_to_hub(
+                    weights_repository(self),
+                    model_id=self.hub_model_id,
                     commit_message=commit_message,
                     token=token if token is not None else self.args.hub_token,
                     revision=revision if revision is not None else getattr(self.args, "hub_revision", None),

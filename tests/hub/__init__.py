@@ -10,6 +10,14 @@ transformers against it. `HubControl(url)` is the same handle from within such a
         hub.commits("doge/mixture")
 """
 
-from tests.hub.handle import HubControl, HubServer, LoggedRequest, client_environment, last_json, run_client
+from tests.hub.handle import (
+    HubControl,
+    HubServer,
+    LoggedRequest,
+    client_environment,
+    last_json,
+    run_client,
+    start_client,
+)
 
-__all__ = ["HubControl", "HubServer", "LoggedRequest", "client_environment", "last_json", "run_client"]
+__all__ = ["HubControl", "HubServer", "LoggedRequest", "client_environment", "last_json", "run_client", "start_client"]

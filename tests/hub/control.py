@@ -53,6 +53,12 @@ class Control:
 
     # State
 
+    def reset(self) -> None:
+        """As new: no faults, no log, no repositories, no contents."""
+        self._traffic.clear()
+        self._traffic.log(clear=True)
+        self._store.clear()
+
     def _repository(self, kind: str, repo_id: str):
         repository = self._store.find(kind, repo_id)
         if repository is None:

@@ -24,7 +24,8 @@ class LoggedRequest:
     One request that the Hub got.
 
     `sent` and `received` are the bytes of the bodies, as far as they went; `status` is `None` while there is no answer,
-    and stays so if the connection was cut before one. `server` is `hub` or `storage`.
+    and stays so if the connection was cut before one. `server` is `hub` or `storage`; `authorization` is whether a token
+    of the Hub (not one of xet) came along.
     """
 
     index: int
@@ -60,6 +61,12 @@ class LoggedRequest:
         path = re.sub(r"\b[0-9a-f]{64}\b", "{sha256}", self.path)
         path = re.sub(r"\b[0-9a-f]{40}\b", "{commit}", path)
         return f"{self.method} {path}"
+
+    @property
+    def pattern(self) -> str:
+        """A pattern for `fail` that finds this request and those like it, with whatever hashes."""
+        path = re.sub(r"\b[0-9a-f]{64}\b", "[0-9a-f]{64}", re.escape(self.path))
+        return f"^{re.sub(r'(?<![0-9a-f])[0-9a-f]{40}(?![0-9a-f])', '[0-9a-f]{40}', path)}(\\?|$)"
 
 
 class HubControl:
@@ -194,6 +201,14 @@ class HubControl:
 
     # The state
 
+    def reset(self) -> None:
+        """
+        As a new Hub: no faults, no log, no repositories, no contents. The tokens and ports stay.
+
+        A client that goes by xet needs a new `home` after it: hf_xet remembers there what it has uploaded.
+        """
+        self.control("reset")
+
     def repository(self, repo_id: str, *, repo_type: str = "dataset") -> dict | None:
         """`refs` (full name to commit), `private`, `gated`, `discussions`; `None` if there is no such repository."""
         return self.control("repository", kind=repo_type, repo_id=repo_id)
@@ -306,6 +321,9 @@ def client_environment(
     settings = {
         "HF_ENDPOINT": hub.url,
         "HF_HOME": str(home),
+        # said, and not only left out, for `tests.launch` sets them for those who say nothing
+        "HF_HUB_OFFLINE": "0",
+        "HF_DATASETS_OFFLINE": "0",
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
         "OMP_NUM_THREADS": "1",

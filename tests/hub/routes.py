@@ -7,7 +7,8 @@ import hmac
 import json
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import parse_qs, quote, unquote, urlsplit
@@ -29,7 +30,9 @@ from tests.hub.store import (
     lfs_pointer,
     now,
 )
+from tests.hub.xet import XetStore
 
+HASH = re.compile(r"^[0-9a-f]{64}$")
 PREFIX = {"model": "", "dataset": "datasets/", "space": "spaces/"}
 NOT_FOUND = "Repository not found"
 LINK_SECONDS = 3600
@@ -137,12 +140,26 @@ class Signer:
         if not right or not expires.isdigit() or int(expires) < time.time():
             raise HubError(403, "SignatureDoesNotMatch")
 
+    def token(self, scope: str, expires: int) -> str:
+        """A token of the xet storage: `read` or `write`."""
+        return f"xet_{scope}_{expires}_{self._signature('xet', scope, str(expires))}"
+
+    def check_token(self, request: Request, scope: str) -> None:
+        """Raises 401 without a token of ours that is still good, 403 if it does not reach that far."""
+        given = request.headers.get("authorization", "").removeprefix("Bearer ")
+        found = re.fullmatch(r"xet_(read|write)_(\d+)_[0-9a-f]+", given)
+        if found is None or int(found[2]) < time.time() or self.token(found[1], int(found[2])) != given:
+            raise HubError(401, "Unauthorized")
+        if scope == "write" and found[1] == "read":
+            raise HubError(403, "Forbidden")
+
 
 class Hub:
     """The API and the pages of the Hub."""
 
-    def __init__(self, store: Store, signer: Signer, *, page_size: int = 1000) -> None:
+    def __init__(self, store: Store, xet: XetStore, signer: Signer, *, page_size: int = 1000) -> None:
         self.store = store
+        self.xet = xet
         self.signer = signer
         self.page_size = page_size
         self.storage_origin = ""
@@ -296,8 +313,16 @@ class Hub:
                 return self.delete_reference(self.writable(request, kind, repository_id), rest[0], name)
             case [_, "discussions", *action]:
                 return self.discussions(request, kind, repository_id, action)
-            case ["GET", "xet-write-token" | "xet-read-token", _]:
-                raise HubError(404, "This Hub has no xet storage")
+            case ["GET", "xet-read-token", revision]:
+                repository = self.open_for_reading(request, kind, repository_id)
+                self.store.resolve(repository, revision)
+                return self.xet_token("read")
+            case ["GET", "xet-write-token", revision]:
+                as_pr = request.flag("create_pr") or revision.startswith("refs/pr/")
+                repository = self.writable(request, kind, repository_id, as_pr=as_pr)
+                if not as_pr:
+                    self.store.branch(repository, revision)
+                return self.xet_token("write")
         raise HubError(404, f"Sorry, we can't find the page you are looking for: {request.method} {request.target}")
 
     def repository_info(self, repository: Repository, commit: Commit, *, blobs: bool = False) -> dict:
@@ -395,6 +420,8 @@ class Hub:
         info = {"type": "file", "path": path, "size": entry.size, "oid": entry.oid}
         if entry.sha256:
             info["lfs"] = self._lfs(entry)
+            if (xet := self.xet.file(entry.sha256)) is not None:
+                info["xetHash"] = xet.hash
         if expand:
             last = self.store.last_change(commit, path)
             info["lastCommit"] = {"id": last.id, "title": last.title, "date": last.date}
@@ -478,8 +505,19 @@ class Hub:
         if not entry.sha256:
             return file_reply(self.store.content(entry), request, {**headers, "ETag": f'"{entry.oid}"'})
         headers |= {"X-Linked-Size": str(entry.size), "X-Linked-ETag": f'"{entry.sha256}"'}
+        if (xet := self.xet.file(entry.sha256)) is not None:
+            token_url = f"{request.origin}/api/{kind}s/{repository_id}/xet-read-token/{commit.id}"
+            headers |= {"X-Xet-Hash": xet.hash, "Link": f'<{token_url}>; rel="xet-auth"'}
         link = self.signer.link(self.storage_origin, f"/lfs/{entry.sha256}", "GET")
         return Reply(302, f"Found. Redirecting to {link}".encode(), {**headers, "Location": link})
+
+    def xet_token(self, scope: str) -> Reply:
+        """Where the xet storage is, and a token of its own for it."""
+        expires = int(time.time()) + LINK_SECONDS
+        token = self.signer.token(scope, expires)
+        headers = {"X-Xet-Cas-Url": self.storage_origin, "X-Xet-Access-Token": token}
+        body = {"casUrl": self.storage_origin, "accessToken": token, "exp": expires}
+        return as_json(body, **headers, **{"X-Xet-Token-Expiration": str(expires)})
 
     # Writing
 
@@ -536,7 +574,7 @@ class Hub:
             self.store.branch(repository, payload["ref"]["name"])
         objects = []
         for wanted in payload["objects"]:
-            if not re.fullmatch(r"[0-9a-f]{64}", wanted["oid"]):
+            if not HASH.match(wanted["oid"]):
                 raise HubError(422, f"Invalid oid: {wanted['oid']}")
             answer = {"oid": wanted["oid"], "size": wanted["size"]}
             if not self.store.lfs_path(wanted["oid"]).exists():
@@ -599,7 +637,7 @@ class Hub:
             case "file":
                 files[path] = self._regular_file(path, value, attributes, kind)
             case "lfsFile":
-                if value.get("algo") != "sha256" or not re.fullmatch(r"[0-9a-f]{64}", value.get("oid", "")):
+                if value.get("algo") != "sha256" or not HASH.match(value.get("oid", "")):
                     raise HubError(400, f"Invalid LFS object for {path}")
                 if not self.store.lfs_path(value["oid"]).exists():
                     raise HubError(400, f"LFS pointer pointed to a file that does not exist: {path}")
@@ -734,34 +772,77 @@ class Hub:
 
 
 class Storage:
-    """The storage behind the Hub, on an origin of its own: it takes signed links and sees no token."""
+    """
+    The storage behind the Hub, on an origin of its own, for LFS contents and for xet.
 
-    def __init__(self, store: Store, signer: Signer) -> None:
+    It takes signed links and tokens of its own; no token of the Hub gets here.
+    """
+
+    def __init__(self, store: Store, xet: XetStore, signer: Signer) -> None:
         self.store = store
+        self.xet = xet
         self.signer = signer
 
     def answer(self, request: Request) -> Reply:
         """Give or take a content."""
-        match request.path:
-            case ["lfs", oid] if re.fullmatch(r"[0-9a-f]{64}", oid):
+        match [request.method, *request.path]:
+            case ["GET" | "HEAD", "lfs" | "xorbs" as kind, name] if HASH.match(name):
                 self.signer.check(request)
-                return self.put(request, oid) if request.method == "PUT" else self.get(request, oid)
+                path = self.store.lfs_path(name) if kind == "lfs" else self.xet.xorb_path(name)
+                if not path.exists():
+                    raise HubError(404, "NoSuchKey")
+                return file_reply(path, request, {"ETag": f'"{name}"'})
+            case ["PUT", "lfs", oid] if HASH.match(oid):
+                self.signer.check(request)
+                return self.put(request, oid)
+            case ["POST", "v1", "xorbs", "default", name] if HASH.match(name):
+                self.signer.check_token(request, "write")
+                return self.put_xorb(request, name)
+            case ["POST", "v1", "shards"]:
+                self.signer.check_token(request, "write")
+                self.xet.add_shard(request.body())
+                return as_json({"result": 1})
+            case ["GET", "v1", "chunks", _, name] if HASH.match(name):
+                self.signer.check_token(request, "read")
+                shard = self.xet.shard_with(name)
+                if shard is None:
+                    raise HubError(404, "No shard has this chunk")
+                return Reply(200, shard, {"Content-Type": "application/octet-stream"})
+            case ["GET", "v1", "reconstructions", name] if HASH.match(name):
+                self.signer.check_token(request, "read")
+                return self.reconstruction(request, name)
         raise HubError(404, "NoSuchKey")
 
-    def get(self, request: Request, oid: str) -> Reply:
-        path = self.store.lfs_path(oid)
-        if not path.exists():
-            raise HubError(404, "NoSuchKey")
-        return file_reply(path, request, {"ETag": f'"{oid}"'})
+    @contextmanager
+    def _incoming(self, name: str) -> Iterator[Path]:
+        """A file that is gone afterwards, unless it was moved to its place."""
+        path = self.store.root / "incoming" / f"{name}.{time.monotonic_ns()}"
+        try:
+            yield path
+        finally:
+            path.unlink(missing_ok=True)
 
     def put(self, request: Request, oid: str) -> Reply:
-        """All of a content, or nothing."""
-        incoming = self.store.root / "incoming" / f"{oid}.{time.monotonic_ns()}"
-        try:
-            digest = request.receive(incoming)
-            if digest != oid:
+        """All of a LFS content, or nothing."""
+        with self._incoming(oid) as incoming:
+            if request.receive(incoming) != oid:
                 raise HubError(400, "BadDigest: the content is not what its oid says")
             incoming.replace(self.store.lfs_path(oid))
-        finally:
-            incoming.unlink(missing_ok=True)
         return Reply(200, headers={"ETag": f'"{oid}"'})
+
+    def put_xorb(self, request: Request, name: str) -> Reply:
+        """All of a xorb, or nothing."""
+        with self._incoming(name) as incoming:
+            request.receive(incoming)
+            return as_json({"was_inserted": self.xet.add_xorb(name, incoming)})
+
+    def reconstruction(self, request: Request, name: str) -> Reply:
+        """What a file is made of."""
+        file = self.xet.file(name)
+        if file is None:
+            raise HubError(404, "File not found")
+
+        def link(xorb: str) -> str:
+            return self.signer.link(request.origin, f"/xorbs/{xorb}", "GET")
+
+        return as_json(self.xet.reconstruction(file, request.headers.get("range"), link))

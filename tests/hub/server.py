@@ -28,8 +28,10 @@ from tests.hub.routes import Hub, Reply, Request, Signer, Storage, as_json, erro
 from tests.hub.store import HubError, Store, User, write_atomically
 from tests.hub.tokens import USERS
 from tests.hub.traffic import Fault, LogEntry, Traffic
+from tests.hub.xet import XetStore
 
 PIECE = 1 << 16
+TCP_ESTABLISHED = 1  # of the states in Linux' tcp_info
 OPPOSITE = bytes(range(255, -1, -1))
 
 
@@ -95,7 +97,7 @@ class Handler(BaseHTTPRequestHandler):
             path=parts.path,
             query=parts.query,
             user=user.name if user else None,
-            authorization=given is not None,
+            authorization="hf_" in (given or ""),
             user_agent=self.headers.get("User-Agent", ""),
             range=self.headers.get("Range"),
         )
@@ -107,10 +109,11 @@ class Handler(BaseHTTPRequestHandler):
             time.sleep(fault.delay)
             if fault.hold == "before":
                 fault.released.wait()
+                self._check_client()
             if fault.cut == "before":
                 raise Cut
             if fault.other_commit is not None:
-                self.server.traffic.other_commit(fault.other_commit)
+                self.server.traffic.other_commit(**fault.other_commit)
             if fault.cut == "body" and self._has_body():
                 self._cut_at = int(self.headers.get("Content-Length", 0)) // 2
             if fault.status is not None:
@@ -150,6 +153,12 @@ class Handler(BaseHTTPRequestHandler):
                 raise Cut
         cut = fault is not None and (fault.cut == "reply" or (fault.cut == "body" and self._cut_at is None))
         self._send(reply, cut=cut, corrupt=fault is not None and fault.corrupt)
+
+    def _check_client(self) -> None:
+        """A client that died while it was held is not served, though all it sent may still be there to read."""
+        state = self.connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0]
+        if state != TCP_ESTABLISHED:
+            raise ConnectionError("The client went away")
 
     # The body of the request
 
@@ -292,10 +301,11 @@ def main() -> None:
 
     store, traffic = Store(options.root), Traffic()
     signer = Signer(signing_secret(options.root))
-    hub = Hub(store, signer, page_size=options.page_size)
+    xet = XetStore(store)
+    hub = Hub(store, xet, signer, page_size=options.page_size)
     control = Control(store, traffic)
-    traffic.other_commit = lambda commit: control.commit(**commit)
-    storage = Server(options.storage_port, "storage", Storage(store, signer).answer, traffic)
+    traffic.other_commit = control.commit
+    storage = Server(options.storage_port, "storage", Storage(store, xet, signer).answer, traffic)
     front = Server(options.port, "hub", hub.answer, traffic, control)
     hub.storage_origin = f"http://127.0.0.1:{storage.server_port}"
     if options.end_with_parent:

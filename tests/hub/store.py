@@ -5,12 +5,14 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import threading
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+FOLDERS = ("repositories", "commits", "blobs", "lfs", "incoming", "xet/xorbs", "xet/files", "xet/shards")
 KINDS = ("model", "dataset", "space")
 # The largest content that a commit may carry inline, and from which on the Hub asks for LFS.
 REGULAR_LIMIT = 10 * 1024 * 1024
@@ -179,13 +181,25 @@ class Store:
         self.lock = threading.RLock()
         self._commits: dict[str, Commit] = {}
         self._repositories: dict[tuple[str, str], Repository] = {}
-        for folder in ("repositories", "commits", "blobs", "lfs", "incoming"):
-            (root / folder).mkdir(parents=True, exist_ok=True)
+        self._make_folders()
         for path in sorted((root / "repositories").rglob("*.json")):
             state = json.loads(path.read_text())
             state["discussions"] = [Discussion(**discussion) for discussion in state["discussions"]]
             repository = Repository(**state)
             self._repositories[repository.kind, repository.id] = repository
+
+    def _make_folders(self) -> None:
+        for folder in FOLDERS:
+            (self.root / folder).mkdir(parents=True, exist_ok=True)
+
+    def clear(self) -> None:
+        """Forget everything."""
+        with self.lock:
+            self._commits.clear()
+            self._repositories.clear()
+            for folder in FOLDERS:
+                shutil.rmtree(self.root / folder)
+            self._make_folders()
 
     # Repositories
 

@@ -4,6 +4,7 @@ import itertools
 import re
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
 
 
@@ -96,6 +97,8 @@ class Traffic:
         self.lock = threading.Lock()
         self.entries: list[LogEntry] = []
         self.faults: list[Fault] = []
+        # makes the commits of `Fault.other_commit`; set by the server
+        self.other_commit: Callable[..., str] | None = None
         self._index = itertools.count()
         self._fault_id = itertools.count(1)
 

@@ -171,26 +171,6 @@ def require_checkpoints(config: Mapping[str, Any], source: str) -> None:
         raise ValueError(f"{source!r} has no whole checkpoint yet. Let the recording finish.")
 
 
-def data_files(config: Mapping[str, Any]) -> dict[str, list[str]]:
-    """
-    Configuration of `load_dataset` -> its files, or patterns of them: `gradients`, `examples`, `checkpoints`, and
-    `offsets`, which int8 has not.
-    """
-    files = [file for checkpoint in config["checkpoints"] for file in checkpoint["files"]]
-    # Folder by folder, as a pattern over all would find checkpoints that are not whole.
-    folders = {
-        name: list(dict.fromkeys(f"{file[key].rpartition('/')[0]}/*.parquet" for file in files if file.get(key)))
-        for name, key in ((GRADIENTS, "path"), (OFFSETS, "offsets_path"))
-    }
-    found = {
-        GRADIENTS: folders[GRADIENTS],
-        "examples": list(examples_files(config)),
-        "checkpoints": [CHECKPOINTS_FILE],
-        OFFSETS: folders[OFFSETS],
-    }
-    return found if folders[OFFSETS] else {name: paths for name, paths in found.items() if name != OFFSETS}
-
-
 def check_files(folder: Path, checksums: Mapping[str, str | None], *, verify: bool) -> None:
     """
     Args:

@@ -327,7 +327,8 @@ class IndexWriter:
         table = checkpoints_table(checkpoints)
         files = {**self.config["files"], CHECKPOINTS_FILE: sha256(table)}
         config = {**self.config, "checkpoints": checkpoints, "files": files}
-        self._replace(config, {CHECKPOINTS_FILE: table, **renewed_card(self.folder, config)})
+        written = {CHECKPOINTS_FILE: table}
+        self._replace(config, {**written, **renewed_card(self.folder, config, written)})
 
     def _replace(self, config: dict[str, Any], files: dict[str, bytes]) -> None:
         assert self._lock is not None, "only the writer that opened the index changes what all of them read"

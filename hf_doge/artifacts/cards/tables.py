@@ -1,0 +1,153 @@
+"""What the YAML of a card says of Parquet files, so that `load_dataset` need not look and can check what it loads."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from hf_doge.artifacts.cards.header import size_category
+
+_INTEGERS = {getattr(pa, name)(): name for name in ("int8", "int16", "int32", "int64", "uint8", "uint16")}
+_NAMES = {
+    **_INTEGERS,
+    pa.float16(): "float16",
+    pa.float32(): "float32",
+    pa.float64(): "float64",
+    pa.bool_(): "bool",
+    pa.string(): "string",
+    pa.large_string(): "large_string",
+}
+
+
+@dataclass(frozen=True)
+class TableFacts:
+    """
+    Of the files of one configuration together.
+
+    Attributes:
+        schema (`pyarrow.Schema`): Of all files.
+        num_rows (`int`): In all files.
+        num_bytes (`int`): In memory, as Arrow.
+        file_bytes (`int`): On disk.
+    """
+
+    schema: pa.Schema
+    num_rows: int
+    num_bytes: int
+    file_bytes: int
+
+    @classmethod
+    def of(cls, files: Iterable[Path | bytes]) -> "TableFacts":
+        """Facts of at least one Parquet file, given by where it is or by its content."""
+        facts = [_of_content(file) if isinstance(file, bytes) else _of_file(file) for file in files]
+        return cls(
+            facts[0].schema,
+            sum(one.num_rows for one in facts),
+            sum(one.num_bytes for one in facts),
+            sum(one.file_bytes for one in facts),
+        )
+
+    @property
+    def size_category(self) -> str:
+        """The Hub's name for a number of rows."""
+        return size_category(self.num_rows)
+
+    def to_dataset_info(self, config_name: str) -> dict[str, Any]:
+        """The entry of `dataset_info`, in terms of YAML, as `Dataset.push_to_hub` would write it."""
+        return {
+            "config_name": config_name,
+            "features": _features(self.schema),
+            "splits": [{"name": "train", "num_bytes": self.num_bytes, "num_examples": self.num_rows}],
+            "download_size": self.file_bytes,
+            "dataset_size": self.num_bytes,
+        }
+
+
+def config_entry(config_name: str, paths: list[str], *, default: bool = False) -> dict[str, Any]:
+    """The entry of `configs` for files of one split."""
+    files = {"split": "train", "path": paths[0] if len(paths) == 1 else paths}
+    return {"config_name": config_name, **({"default": True} if default else {}), "data_files": [files]}
+
+
+def _features(schema: pa.Schema) -> list[dict[str, Any]]:
+    """The columns as `datasets` names them."""
+    described = [_feature(field.type) for field in schema]
+    if None in described or b"huggingface" in (schema.metadata or {}):  # labels and the like
+        from datasets import Features  # takes half a second, which plain columns need not wait for
+        from datasets.info import DatasetInfo, DatasetInfosDict
+        from huggingface_hub import DatasetCardData
+
+        card = DatasetCardData()
+        info = DatasetInfo(features=Features.from_arrow_schema(schema))
+        DatasetInfosDict({"default": info}).to_dataset_card_data(card)
+        return card["dataset_info"]["features"]
+    return [{"name": field.name, **one} for field, one in zip(schema, described, strict=True)]
+
+
+def _feature(kind: pa.DataType) -> dict[str, Any] | None:
+    """A plain value or a list of them; `None` of anything else."""
+    if kind in _NAMES:
+        return {"dtype": _NAMES[kind]}
+    if not pa.types.is_list(kind) and not pa.types.is_fixed_size_list(kind):
+        return None
+    if kind.value_type not in _NAMES:
+        return None
+    length = {"length": kind.list_size} if pa.types.is_fixed_size_list(kind) else {}
+    return {"list": _NAMES[kind.value_type], **length}
+
+
+def _of_content(content: bytes) -> TableFacts:
+    return _read(pq.ParquetFile(pa.BufferReader(content)), len(content))
+
+
+def _of_file(path: Path) -> TableFacts:
+    status = path.stat()
+    return _of_version(path, status.st_size, status.st_mtime_ns)
+
+
+@lru_cache(maxsize=4096)
+def _of_version(path: Path, size: int, mtime: int) -> TableFacts:
+    """Read once, as an index writes its card anew with each checkpoint."""
+    with pq.ParquetFile(path) as file:
+        return _read(file, size)
+
+
+def _read(file: pq.ParquetFile, size: int) -> TableFacts:
+    schema, num_rows = file.schema_arrow, file.metadata.num_rows
+    widths = [_byte_width(field.type) for field in schema]
+    if None not in widths and not _may_have_nulls(file):
+        num_bytes = num_rows * sum(widths)
+    else:
+        # On this thread: a process that ends soon after pyarrow started its reading threads may be aborted at exit.
+        num_bytes = sum(batch.nbytes for batch in file.iter_batches(batch_size=65_536, use_threads=False))
+    return TableFacts(schema, num_rows, num_bytes, size)
+
+
+def _byte_width(kind: pa.DataType) -> int | None:
+    """Bytes of one value, where all have as many."""
+    if pa.types.is_fixed_size_list(kind):
+        width = _byte_width(kind.value_type)
+        return None if width is None else width * kind.list_size
+    if pa.types.is_boolean(kind) or not pa.types.is_primitive(kind):
+        return None
+    return kind.bit_width // 8
+
+
+def _may_have_nulls(file: pq.ParquetFile) -> bool:
+    """By the statistics; columns of lists have none that count, and ours hold no null."""
+    metadata = file.metadata
+    flat = [
+        number
+        for number in range(metadata.num_columns)
+        if "." not in metadata.schema.column(number).path  # of lists, the path has the names of levels
+    ]
+    for group in range(metadata.num_row_groups):
+        for number in flat:
+            statistics = metadata.row_group(group).column(number).statistics
+            if statistics is None or not statistics.has_null_count or statistics.null_count > 0:
+                return True
+    return False
