@@ -27,7 +27,7 @@ def table(columns: Mapping[str, Sequence[Any]]) -> str:
 
 def json_block(content: Any) -> str:
     """A fenced block of readable JSON, that no text in it can end."""
-    text = json.dumps(content, indent=2, ensure_ascii=False)
+    text = json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False)
     return f"```json\n{text.replace('<!--', chr(92) + 'u003c!--')}\n```"
 
 
