@@ -461,23 +461,6 @@ def test_a_folder_without_weights_and_a_single_file_are_refused(tmp_path):
         DomainWeights.from_pretrained(tmp_path / "weights.json")
 
 
-def test_a_name_that_is_no_folder_is_fetched_from_the_hub_as_a_dataset(tmp_path, monkeypatch):
-    make_weights().save_pretrained(tmp_path / "snapshot")
-    calls = []
-
-    def snapshot_download(repo_id, **arguments):
-        calls.append((repo_id, arguments))
-        return str(tmp_path / "snapshot")
-
-    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
-    assert DomainWeights.from_pretrained("me/weights", revision="v1", token="hf_x") == make_weights()
-    ((repo_id, arguments),) = calls
-    assert repo_id == "me/weights"
-    assert arguments == {
-        "repo_type": "dataset", "revision": "v1", "token": "hf_x", "allow_patterns": ["domain_weights.json", *TABLES],
-    }  # fmt: skip
-
-
 def test_a_name_that_is_neither_folder_nor_repository_says_both(tmp_path):
     with pytest.raises(
         FileNotFoundError, match="must be a folder or a dataset repository on the Hub, but there is no"

@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_doge.artifacts.checks import require_json, require_names, require_ratios, require_same_domains, require_simplex
-from hf_doge.artifacts.folder import read_folder, resolve_folder, write_folder
+from hf_doge.artifacts.folder import FETCHED_FILES, read_folder, write_folder
+from hf_doge.artifacts.hub.fetch import fetch_folder
 from hf_doge.artifacts.readers import read_ratios
 from hf_doge.artifacts.summary import summarize
 from hf_doge.artifacts.trajectory import Trajectory
 
 if TYPE_CHECKING:
+    from huggingface_hub import CommitInfo
     from matplotlib.figure import Figure
 
 
@@ -207,23 +209,103 @@ class DomainWeights:
         """
         write_folder(self, Path(save_directory), plot=plot)
 
-    @classmethod
-    def from_pretrained(
-        cls, name_or_path: str | os.PathLike, *, revision: str | None = None, token: str | bool | None = None
-    ) -> "DomainWeights":
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        model_id: str | None = None,
+        commit_message: str | None = None,
+        commit_description: str | None = None,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+        tag: str | None = None,
+    ) -> "CommitInfo | None":
         """
-        Load what [`~DomainWeights.save_pretrained`] wrote.
+        Push to a dataset repository on the Hub, in one commit that everybody sees whole or not at all.
+
+        What the repository holds already is not sent again, and where it holds everything nothing is committed; so a push
+        that failed or was killed is repeated by the same call. Requests that fail are tried again for about a minute, or as
+        long as the Hub asks for. Files of others in the repository stay, and so does what a person wrote into its card.
 
         Args:
-            name_or_path (`str` or `os.PathLike`): A local folder, else the name of a dataset repository on the Hub.
+            repo_id (`str`): `"user/name"`, or `"name"` of your own. Made if it does not exist.
+            model_id (`str`, *optional*): Repository of the model that the weights were learned with, for the card.
+            commit_message (`str`, *optional*), commit_description (`str`, *optional*): Of the commit.
+            private (`bool`, *optional*): Whether a new repository is private. One that exists stays as it is.
+            token (`str` or `bool`, *optional*): Access token with the write role; by default the one you logged in with.
+            revision (`str`, *optional*): Branch to push to, made if it does not exist. By default `main`.
+            create_pr (`bool`): Open a pull request instead.
+            tag (`str`, *optional*): Tag to put on the commit, so that others can pin it.
+
+        Returns:
+            `huggingface_hub.CommitInfo`: The commit; of a repository that held everything already, its head. `None` on all
+                processes but the first of those that `accelerate launch` or `torchrun` started.
+
+        Raises:
+            PermissionError: There is no token, or it may not write there. Says what to do.
+            ValueError: The name is not valid, or a file holds an access token.
+            FileExistsError: The repository holds something else, or `tag` is taken.
+            PushError: The Hub could not be reached for too long. What it held is untouched.
+        """
+        from hf_doge.artifacts.weights_publication import (
+            push_weights,
+        )  # needs the Hub's client, which a folder does not
+
+        return push_weights(
+            self,
+            repo_id,
+            model_id=model_id,
+            commit_message=commit_message,
+            commit_description=commit_description,
+            private=private,
+            token=token,
+            revision=revision,
+            create_pr=create_pr,
+            tag=tag,
+        )
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_path: str | os.PathLike,
+        *,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | os.PathLike | None = None,
+        local_files_only: bool = False,
+        force_download: bool = False,
+    ) -> "DomainWeights":
+        """
+        Load what [`~DomainWeights.save_pretrained`] or [`~DomainWeights.push_to_hub`] wrote.
+
+        Args:
+            name_or_path (`str` or `os.PathLike`):
+                A local folder, else the name of a dataset repository on the Hub. When offline, its last download is read.
             revision (`str`, *optional*): Branch, tag or commit of the repository.
             token (`str` or `bool`, *optional*): Access token, as in `huggingface_hub`.
+            cache_dir (`str` or `os.PathLike`, *optional*): Of downloads; the Hub's own cache by default.
+            local_files_only (`bool`): Ask nobody, read the last download.
+            force_download (`bool`): Fetch again what is in the cache.
 
         Raises:
             FileNotFoundError: There is no such folder and no such repository, or no artifact in it.
+            PermissionError: The repository is private or gated, and the token may not read it.
             ValueError: A file is malformed, was altered or cut short, or is from a newer version that cannot be read.
+            OSError: The disk is full, or the Hub could not be reached for too long.
         """
-        return cls(**read_folder(resolve_folder(name_or_path, revision=revision, token=token)))
+        folder = fetch_folder(
+            name_or_path,
+            file_hint=" Read a single file by `DomainWeights.from_file`.",
+            allow_patterns=FETCHED_FILES,
+            revision=revision,
+            token=token,
+            cache_dir=cache_dir,
+            local_files_only=local_files_only,
+            force_download=force_download,
+        )
+        return cls(**read_folder(folder))
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, DomainWeights):

@@ -10,7 +10,6 @@ README.md                                  makes `load_dataset(folder, "weights"
 """
 
 import json
-import os
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,6 +31,7 @@ MANIFEST = "domain_weights.json"
 WEIGHTS_FILE = "weights/train-00000-of-00001.parquet"
 TRAJECTORY_FILE = "trajectory/train-00000-of-00001.parquet"
 CARD_FILE = "README.md"
+FETCHED_FILES = (MANIFEST, WEIGHTS_FILE, TRAJECTORY_FILE)
 
 _WEIGHTS_SCHEMA = pa.schema(
     {
@@ -49,12 +49,8 @@ _VERSION_KEYS = ("format_version", "hf_doge_version")
 
 def write_folder(weights: "DomainWeights", folder: Path, *, plot: bool = False) -> None:
     """See [`DomainWeights.save_pretrained`]."""
-    tables = {WEIGHTS_FILE: _to_parquet(_weights_table(weights))}
-    if weights.trajectory is not None:
-        tables[TRAJECTORY_FILE] = _to_parquet(weights.trajectory.to_table())
-    picture = draw_plot(weights) if plot else None
-    listed = tables if picture is None else {**tables, PLOT_FILE: picture}
-    files = {**listed, MANIFEST: _to_manifest(weights, listed)}
+    files = artifact_files(weights, plot=plot)
+    tables = [name for name in files if name.endswith(".parquet")]
 
     require_own_folder(folder, manifest=MANIFEST, subfolders=("weights", "trajectory"))
     replaced = {}
@@ -62,13 +58,26 @@ def write_folder(weights: "DomainWeights", folder: Path, *, plot: bool = False) 
         replaced = read_manifest(folder)["files"]  # a file of this name that is not ours is not ours to replace
     existing = read_card(folder / CARD_FILE)
     files[CARD_FILE] = card_bytes(
-        weights_card(weights, data_files=tables, plot=picture is not None, existing=existing)
+        weights_card(
+            weights, data_files={name: files[name] for name in tables}, plot=PLOT_FILE in files, existing=existing
+        )
     )
     replace_files(folder, files, manifest=MANIFEST)
     if weights.trajectory is None:
         remove_file(folder / TRAJECTORY_FILE)
-    if PLOT_FILE in replaced and picture is None:
+    if PLOT_FILE in replaced and PLOT_FILE not in files:
         remove_file(folder / PLOT_FILE)
+
+
+def artifact_files(weights: "DomainWeights", *, plot: bool) -> dict[str, bytes]:
+    """The tables, the picture if asked for and matplotlib is there, and the manifest with their checksums."""
+    files = {WEIGHTS_FILE: _to_parquet(_weights_table(weights))}
+    if weights.trajectory is not None:
+        files[TRAJECTORY_FILE] = _to_parquet(weights.trajectory.to_table())
+    picture = draw_plot(weights) if plot else None
+    if picture is not None:
+        files[PLOT_FILE] = picture
+    return {**files, MANIFEST: _to_manifest(weights, files)}
 
 
 def read_folder(folder: Path) -> dict[str, Any]:
@@ -113,58 +122,35 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     path = folder / MANIFEST
     if not path.is_file():
         raise FileNotFoundError(f"A folder of domain weights must hold {MANIFEST}, but {str(folder)!r} does not.")
-    manifest = parse_json(path.read_bytes(), source=str(path))
+    return parse_manifest(path.read_bytes(), source=str(path))
+
+
+def parse_manifest(content: bytes, *, source: str) -> dict[str, Any]:
+    """
+    The content of a `domain_weights.json`.
+
+    Raises:
+        ValueError: As [`read_manifest`]. Names `source`.
+    """
+    manifest = parse_json(content, source=source)
     version = manifest.get("format_version") if isinstance(manifest, dict) else None
     major = version.partition(".")[0] if isinstance(version, str) else ""
     if not major.isdecimal():
         raise ValueError(
-            f"{str(path)!r} must have a `format_version` such as {FORMAT_VERSION!r}, but got {version!r}. If it holds"
+            f"{source!r} must have a `format_version` such as {FORMAT_VERSION!r}, but got {version!r}. If it holds"
             " plain weights, read it by `DomainWeights.from_file`."
         )
     if int(major) > int(FORMAT_VERSION.partition(".")[0]):
         raise ValueError(
-            f"{str(path)!r} has format {version}, but hf_doge {__version__} reads up to {FORMAT_VERSION}. Update with"
+            f"{source!r} has format {version}, but hf_doge {__version__} reads up to {FORMAT_VERSION}. Update with"
             " `pip install -U hf-doge`."
         )
     for key, kind in _KEYS.items():
         if not isinstance(manifest.get(key), kind):
             raise ValueError(
-                f"{str(path)!r} must have a {kind.__name__} under {key!r}, but got {manifest.get(key)!r:.80}."
+                f"{source!r} must have a {kind.__name__} under {key!r}, but got {manifest.get(key)!r:.80}."
             )
     return manifest
-
-
-def resolve_folder(name_or_path: str | os.PathLike, *, revision: str | None, token: str | bool | None) -> Path:
-    """
-    A local folder as it is; any other name is fetched from the Hub, into its cache.
-
-    Raises:
-        FileNotFoundError: It is neither a folder nor a dataset repository that can be read or is cached.
-    """
-    folder = Path(name_or_path)
-    if folder.is_dir():
-        return folder
-    if folder.is_file():
-        raise NotADirectoryError(
-            f"`name_or_path` must be a folder or a name on the Hub, but {str(folder)!r} is a file. Read a single file by"
-            " `DomainWeights.from_file`."
-        )
-    # Only here: a folder needs no Hub, and importing its client takes longer than reading one.
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
-
-    try:
-        files = [MANIFEST, WEIGHTS_FILE, TRAJECTORY_FILE]
-        return Path(
-            snapshot_download(
-                str(name_or_path), repo_type="dataset", revision=revision, token=token, allow_patterns=files
-            )
-        )
-    except (HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError) as error:
-        raise FileNotFoundError(
-            f"{str(name_or_path)!r} must be a folder or a dataset repository on the Hub, but there is no such folder, and"
-            f" the Hub says: {error}"
-        ) from error
 
 
 def _to_manifest(weights: "DomainWeights", tables: dict[str, bytes]) -> bytes:

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 def to_parquet(table: pa.Table, **options: Any) -> bytes:
     """A table as the content of a Parquet file, the same on every run."""
     sink = pa.BufferOutputStream()
-    pq.write_table(table, sink, compression="zstd", write_page_index=True, **options)
+    pq.write_table(table, sink, **{"compression": "zstd", "write_page_index": True, **options})
     return sink.getvalue().to_pybytes()
 
 

@@ -7,6 +7,7 @@ README.md                               makes `load_dataset(folder, "gradients" 
 examples/train-*.parquet                one row for each training example
 checkpoints/train-*.parquet             one row for each checkpoint
 gradients/<checkpoint>/segment-*.parquet    the gradient rows of a range of examples, sorted by token
+offsets/<checkpoint>/segment-*.parquet      where in that file the rows of each token lie
 gradients/<checkpoint>.partial/         a checkpoint that is not whole yet, with a journal of the segments of each process
 ```
 """
@@ -36,6 +37,7 @@ from hf_doge.artifacts.influence.manifest import (
     FORMAT_VERSION,
     GRADIENTS,
     MANIFEST,
+    OFFSETS,
     SETTINGS,
     file_sha256,
     read_config,
@@ -136,7 +138,7 @@ class IndexWriter:
             "num_examples": num_examples,
             **require_json("settings", {**SETTINGS, **(settings or {})}),
         }
-        require_own_folder(self.folder, manifest=MANIFEST, subfolders=("examples", "checkpoints", GRADIENTS))
+        require_own_folder(self.folder, manifest=MANIFEST, subfolders=("examples", "checkpoints", GRADIENTS, OFFSETS))
         self.folder.mkdir(parents=True, exist_ok=True)
         self._ticket = object()  # not the writer itself, which nobody but its user should keep alive
         self._lock: WriterLock | None = WriterLock.take(self.folder, self._ticket)  # `None` of one that joined
@@ -318,11 +320,11 @@ class IndexWriter:
         forgotten = self.checkpoint_names[position:]
         self._replace_checkpoints(self.config["checkpoints"][:position])
         for name in forgotten:
-            shutil.rmtree(self.folder / GRADIENTS / name, ignore_errors=True)
+            for place in (GRADIENTS, OFFSETS):
+                shutil.rmtree(self.folder / place / name, ignore_errors=True)
 
     def _replace_checkpoints(self, checkpoints: list[dict[str, Any]]) -> None:
-        rows = [{key: entry[key] for key in CHECKPOINT_FACTS} for entry in checkpoints]
-        table = to_parquet(pa.Table.from_pylist(rows, schema=_CHECKPOINTS_SCHEMA))
+        table = checkpoints_table(checkpoints)
         files = {**self.config["files"], CHECKPOINTS_FILE: sha256(table)}
         config = {**self.config, "checkpoints": checkpoints, "files": files}
         written = {CHECKPOINTS_FILE: table}
@@ -333,3 +335,9 @@ class IndexWriter:
         self.require_open()
         replace_files(self.folder, {**files, MANIFEST: to_json(config)}, manifest=MANIFEST)
         self.config = config
+
+
+def checkpoints_table(checkpoints: Sequence[Mapping[str, Any]]) -> bytes:
+    """The table of the checkpoints, in Parquet: the facts that config.json has of each."""
+    rows = [{key: entry[key] for key in CHECKPOINT_FACTS} for entry in checkpoints]
+    return to_parquet(pa.Table.from_pylist(rows, schema=_CHECKPOINTS_SCHEMA))
