@@ -19,7 +19,7 @@ from huggingface_hub import DatasetCardData
 from hf_doge.artifacts import DomainWeights
 from hf_doge.artifacts.cards import draw_plot, index_card, weights_card
 from hf_doge.artifacts.cards.header import dump_header, parse_header, size_category, update_header
-from hf_doge.artifacts.cards.markdown import code_block, escape, inline_code, table
+from hf_doge.artifacts.cards.markdown import code_block, escape, table
 from hf_doge.artifacts.cards.merge import BEGIN, END, Card, block_of, split_card
 from hf_doge.artifacts.cards.tables import TableFacts
 from hf_doge.artifacts.influence.manifest import read_config
@@ -299,7 +299,6 @@ def test_markup_of_others_is_shown_as_text():
     assert escape(" a \n\t b ") == "a b"
     assert table({"x": ["a|b"], "y": [1]}) == "| x | y |\n| --- | ---: |\n| a\\|b | 1 |"
     assert code_block("a\n```\nb", "bash") == "````bash\na\n```\nb\n````"
-    assert inline_code("a`b") == "`` a`b ``"
     assert END not in code_block(END)
 
 

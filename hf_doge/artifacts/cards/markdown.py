@@ -38,15 +38,6 @@ def code_block(text: str, language: str = "text") -> str:
     return f"{fence}{language}\n{escape_markers(text)}\n{fence}"
 
 
-def inline_code(text: Any) -> str:
-    """Text on one line between backticks, more of them than stand in it."""
-    line = escape_markers(re.sub(r"\s+", " ", str(text)).strip())
-    longest = max((len(run) for run in re.findall(r"`+", line)), default=0)
-    fence = "`" * (longest + 1)
-    pad = " " if longest else ""
-    return f"{fence}{pad}{line}{pad}{fence}"
-
-
 def seconds(number: float) -> str:
     """A duration as a person says it."""
     if number < 120:
