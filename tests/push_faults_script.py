@@ -92,9 +92,9 @@ def main():
     hub = HubControl(os.environ["HF_ENDPOINT"])
     scenarios = json.loads(Path(sys.argv[1]).read_text())
     outcomes = {}
-    # What is asked before a repository has a name of its own in the request comes one after the other.
+    # Whose requests do not tell the repository come one after the other.
     for number, scenario in enumerate(scenarios):
-        if scenario["first"]:
+        if scenario["alone"]:
             outcomes[number] = run(hub, number, scenario)
     with ThreadPoolExecutor(32) as pool:
         left = [number for number in range(len(scenarios)) if number not in outcomes]

@@ -44,6 +44,23 @@ EXTRA = [
     ("upload", "403", {"status": 403}),
     ("read the tree", "401", {"status": 401}),
 ]
+# By xet, which brings the chunks of files to a store of their own; its client tries again by itself.
+XET_REQUESTS = {
+    "ask for the store": ("GET", "{repo}/xet-write-token/"),
+    "upload chunks": ("POST", "/v1/xorbs/"),
+    "register the files": ("POST", "/v1/shards"),
+    "commit": ("POST", "{repo}/commit/"),
+}
+XET_CASES = [
+    (request, name, FAULTS[name])
+    for request, names in (
+        ("ask for the store", ["503", "cut before"]),
+        ("upload chunks", ["503", "cut in the body", "answer lost"]),
+        ("register the files", ["503", "answer lost"]),
+        ("commit", ["503", "answer lost"]),
+    )
+    for name in names
+]
 FAILS = {"503 for good": "PushError", "403": "PermissionError", "400": "ValueError", "401": "PermissionError"} | {
     "Retry-After 1 h": "PushError"
 }
@@ -53,31 +70,45 @@ def scenario(request, fault):
     method, pattern, more = REQUESTS[request]
     first = more.get("first", False)
     nth = {"nth": more["nth"]} if "nth" in more else {}
-    return {"method": method, "pattern": pattern, "first": first, "fault": {**nth, **fault}}
+    return {"method": method, "pattern": pattern, "first": first, "alone": first, "fault": {**nth, **fault}}
+
+
+def xet_scenario(request, fault):
+    method, pattern = XET_REQUESTS[request]
+    return {"method": method, "pattern": pattern, "first": False, "alone": "{repo}" not in pattern, "fault": fault}
 
 
 CASES = [(request, name, fault) for request in REQUESTS for name, fault in FAULTS.items()] + EXTRA
 
 
-@pytest.fixture(scope="module")
-def outcomes(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("faults")
-    scenarios = folder / "scenarios.json"
-    scenarios.write_text(json.dumps([scenario(request, fault) for request, _, fault in CASES]))
+def push_into_trouble(folder, cases, scenarios, *, xet):
+    """Outcome by request and fault, after a table of them."""
+    file = folder / "scenarios.json"
+    file.write_text(json.dumps(scenarios))
     started = time.monotonic()
     with HubServer(folder / "hub") as hub:
-        found = last_json(run_client(hub, SCRIPT, scenarios, timeout=240))
-    print(f"\n{len(CASES)} pushes into trouble in {time.monotonic() - started:.0f} s")
+        found = last_json(run_client(hub, SCRIPT, file, timeout=240, xet=xet))
+    print(f"\n{len(cases)} pushes into trouble in {time.monotonic() - started:.0f} s{', by xet' if xet else ''}")
     print(f"{'request':<26}{'fault':<34}{'ended with':<18}{'commits':>8}{'hits':>6}")
-    for (request, fault, _), outcome in zip(CASES, found, strict=True):
+    for (request, fault, _), outcome in zip(cases, found, strict=True):
         ended = outcome["error"] or "the commit"
         print(f"{request:<26}{fault:<34}{ended:<18}{outcome['new_commits']:>8}{outcome['hits']:>6}")
-    return dict(zip([(request, fault) for request, fault, _ in CASES], found, strict=True))
+    return dict(zip([(request, fault) for request, fault, _ in cases], found, strict=True))
 
 
-@pytest.mark.parametrize(("request_name", "fault"), [case[:2] for case in CASES], ids=lambda part: part)
-def test_a_push_commits_once_or_changes_nothing_and_then_completes(outcomes, request_name, fault):
-    outcome = outcomes[request_name, fault]
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory):
+    scenarios = [scenario(request, fault) for request, _, fault in CASES]
+    return push_into_trouble(tmp_path_factory.mktemp("faults"), CASES, scenarios, xet=False)
+
+
+@pytest.fixture(scope="module")
+def xet_outcomes(tmp_path_factory):
+    scenarios = [xet_scenario(request, fault) for request, _, fault in XET_CASES]
+    return push_into_trouble(tmp_path_factory.mktemp("xet"), XET_CASES, scenarios, xet=True)
+
+
+def check_outcome(outcome, fault):
     assert outcome["hits"] > 0, "the fault never met a request"
     assert outcome["right"], outcome
     assert outcome["new_commits"] == 1, outcome
@@ -89,3 +120,13 @@ def test_a_push_commits_once_or_changes_nothing_and_then_completes(outcomes, req
         assert outcome["untouched"], outcome
     else:
         assert outcome["is_head"], outcome
+
+
+@pytest.mark.parametrize(("request_name", "fault"), [case[:2] for case in CASES], ids=lambda part: part)
+def test_a_push_commits_once_or_changes_nothing_and_then_completes(outcomes, request_name, fault):
+    check_outcome(outcomes[request_name, fault], fault)
+
+
+@pytest.mark.parametrize(("request_name", "fault"), [case[:2] for case in XET_CASES], ids=lambda part: part)
+def test_a_push_by_xet_commits_once_or_changes_nothing_and_then_completes(xet_outcomes, request_name, fault):
+    check_outcome(xet_outcomes[request_name, fault], fault)
