@@ -76,3 +76,18 @@ def write_index(folder, *checkpoints, **options):
     for number, rows in enumerate(checkpoints):
         write_checkpoint(writer, rows, name=f"checkpoint-{number}", step=number)
     return folder
+
+
+def some(rows, first, last):
+    """Examples `[first, last)` alone."""
+    start, end = int(rows.offsets[first]), int(rows.offsets[last])
+    return TokenRows(rows.offsets[first : last + 1] - start, rows.tokens[start:end], rows.rows[start:end], False)
+
+
+def grow_index(folder, *checkpoints, **options):
+    """Add to an index of [`write_index`] the examples that `checkpoints` have more than it has."""
+    writer = open_writer(folder, **{"num_examples": len(checkpoints[0]), "add_examples": True, **options})
+    for number, rows in enumerate(checkpoints):
+        new = some(rows, writer.first_example, len(rows))
+        write_checkpoint(writer, new, name=f"checkpoint-{number}", step=number)
+    return folder

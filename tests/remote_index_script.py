@@ -21,7 +21,16 @@ from hf_doge.artifacts.influence import IndexReader, segments
 from hf_doge.artifacts.influence.remote import RemoteIndexReader
 from hf_doge.functional.synonyms import synonym_neighbours
 from tests.hub import HubControl
-from tests.influence_rows import NUM_EXAMPLES, VOCABULARY_SIZE, WIDTH, batches, random_rows, write_index
+from tests.influence_rows import (
+    NUM_EXAMPLES,
+    VOCABULARY_SIZE,
+    WIDTH,
+    batches,
+    grow_index,
+    random_rows,
+    some,
+    write_index,
+)
 
 WORK = Path(sys.argv[1])
 hub = HubControl(os.environ["HF_ENDPOINT"])
@@ -52,7 +61,8 @@ def error_of(action: Callable) -> str:
 
 def same_numbers(dtype: str, **options) -> dict:
     """Scores, searches, words and synonyms of both readers, compared."""
-    folder = write_index(WORK / f"index-{dtype}", *checkpoints, dtype=dtype, **options)
+    folder = write_index(WORK / f"index-{dtype}", *(some(rows, 0, 30) for rows in checkpoints), dtype=dtype, **options)
+    grow_index(folder, *checkpoints, dtype=dtype, **options)
     name = push(f"index-{dtype}", folder)
     local = IndexReader.open(folder, cache_dir=WORK / "local")
     remote = RemoteIndexReader.open(name, cache_dir=WORK / f"remote-{dtype}")
