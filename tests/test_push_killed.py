@@ -60,7 +60,9 @@ def test_after_sigkill_the_second_push_uploads_only_the_rest(index, tmp_path, xe
         before = hub.bytes_received(upload[1], method=upload[0])
         run_client(hub, PUSH, index, "doge/large", xet=xet, home=tmp_path / "home", timeout=240)
         after = hub.bytes_received(upload[1], method=upload[0])
-        print(f"killed after {before / MEGABYTE:.0f} MB of {total / MEGABYTE:.0f}, then {(after - before) / MEGABYTE:.0f}")
+        print(
+            f"killed after {before / MEGABYTE:.0f} MB of {total / MEGABYTE:.0f}, then {(after - before) / MEGABYTE:.0f}"
+        )
         # What was on its way when it was killed comes again: of files at a time, or a batch of 64 MiB by xet.
         assert after - total < (100 if xet else 160) * MEGABYTE
         assert after - before < total * 0.7

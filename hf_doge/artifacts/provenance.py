@@ -15,7 +15,7 @@ from hf_doge._version import __version__
 LIBRARIES = ("torch", "transformers", "accelerate", "datasets", "huggingface_hub")
 
 _HUB_FILE = re.compile(r"hf://datasets/([^/@]+/[^/@]+|[^/@]+)@([0-9A-Za-z._-]+)/")
-_HUB_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)?(@[A-Za-z0-9._/-]+)?")
+_HUB_NAME = re.compile(r"(datasets/)?[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)?(@[A-Za-z0-9._/-]+)?")
 _TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{8,}")
 _SECRET_FLAG = re.compile(
     r"-{1,2}(?:\w+[_-])?(?:(?:hub|hf|api|access|auth|bearer)[_-]?token|token|password|secret|api[_-]?key|secret[_-]?key)",

@@ -25,7 +25,7 @@ from hf_doge.training.global_batch import examples_per_step
 # Where things go and how they are shown, which changes no number, and differs from machine to machine.
 _UNTOLD = re.compile(
     r"^(output_dir|logging_.*|log_.*|report_to|run_name|project|trackio_.*|disable_tqdm|hub_.*|push_to_hub.*|save_.*|"
-    r"eval_(strategy|steps|delay|on_start)|do_.*|local_rank|_n_gpu|deepspeed_plugin|resume_from_checkpoint|ddp_.*)$"
+    r"eval_(strategy|steps|delay|on_start)|do_.*|dataloader_(pin|num|prefetch|persistent)_.*|local_rank|_n_gpu|deepspeed_plugin|resume_from_checkpoint|ddp_.*)$"
 )
 
 
@@ -109,9 +109,15 @@ def describe_arguments(args: TrainingArguments) -> dict[str, Any]:
     for argument in fields(TrainingArguments):
         value = getattr(args, argument.name)
         default = argument.default if argument.default_factory is MISSING else argument.default_factory()
-        if not argument.init or value == default or _UNTOLD.match(argument.name) or value is None:
-            continue
-        described[argument.name] = public_content(_to_plain(value.value if isinstance(value, Enum) else value))
+        if hasattr(value, "to_dict"):  # made of the default by the arguments themselves
+            default = type(value)().to_dict()
+            value = {key: part for key, part in value.to_dict().items() if part != default[key]}
+            default = {}
+        is_set = (
+            argument.init and value != default and (value or default)
+        )  # False, 0, "", [] in place of None is nothing
+        if is_set and not _UNTOLD.match(argument.name):
+            described[argument.name] = public_content(_to_plain(value.value if isinstance(value, Enum) else value))
     return described
 
 

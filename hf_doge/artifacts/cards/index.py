@@ -126,6 +126,7 @@ def _render(
         columns=", ".join(f"`{name}`" for name in tables["examples"].schema.names) if columns else "",
         has_offsets="offsets" in tables,
         redacted=redacted,
+        computation=_computation(config),
         facts=_facts(config),
         settings=json_block(public_content({key: config[key] for key in _SETTINGS if key in config})),
     )
@@ -157,6 +158,13 @@ def _facts(config: Mapping[str, Any]) -> str:
             ),
         }
     ) + run_facts(metadata, written_by=config.get("hf_doge_version"))
+
+
+def _computation(config: Mapping[str, Any]) -> str:
+    if config["record"] == "online":
+        return "what the training itself took; gradients were taken from its own backward"
+    passes = config["num_examples"] * len(config["checkpoints"])
+    return f"one forward and backward of each example at each checkpoint, {passes:,} in all"
 
 
 def _size(num_bytes: int) -> str:

@@ -27,7 +27,7 @@ def table(columns: Mapping[str, Sequence[Any]]) -> str:
 
 def json_block(content: Any) -> str:
     """A fenced block of readable JSON, that no text in it can end."""
-    text = json.dumps(content, indent=2, ensure_ascii=False)
+    text = json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False)
     return f"```json\n{text.replace('<!--', chr(92) + 'u003c!--')}\n```"
 
 
@@ -36,15 +36,6 @@ def code_block(text: str, language: str = "text") -> str:
     longest = max((len(run) for run in re.findall(r"`{3,}", text)), default=2)
     fence = "`" * (longest + 1)
     return f"{fence}{language}\n{escape_markers(text)}\n{fence}"
-
-
-def inline_code(text: Any) -> str:
-    """Text on one line between backticks, more of them than stand in it."""
-    line = escape_markers(re.sub(r"\s+", " ", str(text)).strip())
-    longest = max((len(run) for run in re.findall(r"`+", line)), default=0)
-    fence = "`" * (longest + 1)
-    pad = " " if longest else ""
-    return f"{fence}{pad}{line}{pad}{fence}"
 
 
 def seconds(number: float) -> str:

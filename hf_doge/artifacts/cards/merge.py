@@ -132,4 +132,4 @@ def _levels_to_caller() -> int:
     level, frame = 1, sys._getframe(1)
     while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] == "hf_doge":
         level, frame = level + 1, frame.f_back
-    return level - 1
+    return level

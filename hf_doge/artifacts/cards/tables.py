@@ -31,7 +31,7 @@ class TableFacts:
     Attributes:
         schema (`pyarrow.Schema`): Of all files.
         num_rows (`int`): In all files.
-        num_bytes (`int`): In memory, as Arrow.
+        num_bytes (`int`): In memory, as Arrow reads it; of files with several row groups as many as the first lets expect.
         file_bytes (`int`): On disk.
     """
 
@@ -117,37 +117,11 @@ def _of_version(path: Path, size: int, mtime: int) -> TableFacts:
 
 
 def _read(file: pq.ParquetFile, size: int) -> TableFacts:
-    schema, num_rows = file.schema_arrow, file.metadata.num_rows
-    widths = [_byte_width(field.type) for field in schema]
-    if None not in widths and not _may_have_nulls(file):
-        num_bytes = num_rows * sum(widths)
-    else:
-        # On this thread: a process that ends soon after pyarrow started its reading threads may be aborted at exit.
-        num_bytes = sum(batch.nbytes for batch in file.iter_batches(batch_size=65_536, use_threads=False))
-    return TableFacts(schema, num_rows, num_bytes, size)
-
-
-def _byte_width(kind: pa.DataType) -> int | None:
-    """Bytes of one value, where all have as many."""
-    if pa.types.is_fixed_size_list(kind):
-        width = _byte_width(kind.value_type)
-        return None if width is None else width * kind.list_size
-    if pa.types.is_boolean(kind) or not pa.types.is_primitive(kind):
-        return None
-    return kind.bit_width // 8
-
-
-def _may_have_nulls(file: pq.ParquetFile) -> bool:
-    """By the statistics; columns of lists have none that count, and ours hold no null."""
     metadata = file.metadata
-    flat = [
-        number
-        for number in range(metadata.num_columns)
-        if "." not in metadata.schema.column(number).path  # of lists, the path has the names of levels
-    ]
-    for group in range(metadata.num_row_groups):
-        for number in flat:
-            statistics = metadata.row_group(group).column(number).statistics
-            if statistics is None or not statistics.has_null_count or statistics.null_count > 0:
-                return True
-    return False
+    num_bytes = 0
+    if metadata.num_row_groups:
+        first = metadata.row_group(0).num_rows
+        # On this thread: a process that ends soon after pyarrow started its reading threads may be aborted at exit.
+        measured = file.read_row_group(0, use_threads=False).nbytes
+        num_bytes = round(measured * metadata.num_rows / max(1, first))
+    return TableFacts(file.schema_arrow, metadata.num_rows, num_bytes, size)

@@ -2,7 +2,7 @@
 
 import io
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -209,20 +209,22 @@ def _revision(facts: Mapping[str, Any]) -> str | None:
 
 
 def _cost(run: Mapping[str, Any]) -> str:
+    def told(key: str, sentence: Callable[[Any], str]) -> str | None:
+        value = run.get(key)
+        return sentence(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
+
     facts = {
-        "Time": f"{seconds(run['seconds'])} of training" if isinstance(run.get("seconds"), int | float) else None,
-        "Data read": counted(run.get("num_tokens_seen"), "tokens with a loss"),
-        "Computation": f"{run['total_flos']:.3g} FLOPs, as the Trainer counts them (6 for each parameter and token)"
-        if run.get("total_flos")
-        else None,
-        "Processes": counted(run.get("num_processes"), None),
+        "Time": told("seconds", lambda number: f"{seconds(number)} of training"),
+        "Data read": told("num_tokens_seen", lambda number: f"{number:,} tokens with a loss"),
+        "Computation": told("total_flos", lambda number: f"{number:.3g} FLOPs, as the Trainer counts them"),
+        "Processes": told("num_processes", lambda number: f"{number:,}"),
         "Device": escape(run["device"]) if run.get("device") else None,
     }
     return listing(facts) or "Not recorded."
 
 
 def _arguments(arguments: Any, run: Mapping[str, Any]) -> str | None:
-    merged = {**(run.get("arguments") or {}), **(arguments if isinstance(arguments, Mapping) else {})}
+    merged = {**part_of(run, "arguments"), **(arguments if isinstance(arguments, Mapping) else {})}
     return json_block(public_content(merged)) if merged else None
 
 
