@@ -91,3 +91,13 @@ def grow_index(folder, *checkpoints, **options):
         new = some(rows, writer.first_example, len(rows))
         write_checkpoint(writer, new, name=f"checkpoint-{number}", step=number)
     return folder
+
+
+def equal_rows(num_examples, *, num_tokens, width, vocabulary_size):
+    """Examples of equally many tokens."""
+    generator = torch.Generator().manual_seed(0)
+    tokens = [
+        torch.randperm(vocabulary_size, generator=generator)[:num_tokens].sort().values for _ in range(num_examples)
+    ]
+    rows = torch.randn(num_examples * num_tokens, width, generator=generator)
+    return TokenRows(torch.arange(num_examples + 1) * num_tokens, torch.cat(tokens), rows, False)

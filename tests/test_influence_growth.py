@@ -19,6 +19,7 @@ from tests.influence_rows import (
     FACTS,
     NUM_EXAMPLES,
     dense_scores,
+    equal_rows,
     examples_table,
     grow_index,
     open_writer,
@@ -73,14 +74,8 @@ def test_a_grown_index_scores_as_one_made_at_once(tmp_path, rows, dtype):
 
 
 def test_1_percent_more_examples_are_about_1_percent_more_bytes_and_no_file_changes(tmp_path):
-    generator = torch.Generator().manual_seed(0)
-    num_examples, num_tokens, width = 2020, 25, 64
-    tokens = torch.cat(
-        [torch.randperm(400, generator=generator)[:num_tokens].sort().values for _ in range(num_examples)]
-    )
-    values = torch.randn(len(tokens), width, generator=generator)
-    rows = TokenRows(torch.arange(num_examples + 1) * num_tokens, tokens, values, False)
-    options = {"width": width, "vocabulary_size": 400, "max_segment_bytes": 2**22}
+    options = {"width": 64, "vocabulary_size": 400, "max_segment_bytes": 2**22}
+    rows = equal_rows(2020, num_tokens=25, width=64, vocabulary_size=400)
     folder = write_index(tmp_path / "index", some(rows, 0, 2000), some(rows, 0, 2000), **options)
     before = contents(folder)
     grow_index(folder, rows, rows, **options)
