@@ -21,7 +21,17 @@ from hf_doge.artifacts.influence import IndexReader, segments
 from hf_doge.artifacts.influence.remote import RemoteIndexReader
 from hf_doge.functional.synonyms import synonym_neighbours
 from tests.hub import HubControl
-from tests.influence_rows import NUM_EXAMPLES, VOCABULARY_SIZE, WIDTH, batches, random_rows, write_index
+from tests.influence_rows import (
+    NUM_EXAMPLES,
+    VOCABULARY_SIZE,
+    WIDTH,
+    batches,
+    equal_rows,
+    grow_index,
+    random_rows,
+    some,
+    write_index,
+)
 
 WORK = Path(sys.argv[1])
 hub = HubControl(os.environ["HF_ENDPOINT"])
@@ -52,7 +62,8 @@ def error_of(action: Callable) -> str:
 
 def same_numbers(dtype: str, **options) -> dict:
     """Scores, searches, words and synonyms of both readers, compared."""
-    folder = write_index(WORK / f"index-{dtype}", *checkpoints, dtype=dtype, **options)
+    folder = write_index(WORK / f"index-{dtype}", *(some(rows, 0, 30) for rows in checkpoints), dtype=dtype, **options)
+    grow_index(folder, *checkpoints, dtype=dtype, **options)
     name = push(f"index-{dtype}", folder)
     local = IndexReader.open(folder, cache_dir=WORK / "local")
     remote = RemoteIndexReader.open(name, cache_dir=WORK / f"remote-{dtype}")
@@ -231,6 +242,31 @@ def manipulated() -> dict:
     }
 
 
+def growth() -> dict:
+    """What is uploaded when an index that was pushed has got 1 % more examples."""
+    from hf_doge.tracing.publication import push_index_folder
+
+    options = {"width": 64, "vocabulary_size": 400, "max_segment_bytes": 2**22}
+    rows = equal_rows(2020, num_tokens=25, width=64, vocabulary_size=400)
+    folder = write_index(WORK / "growing", some(rows, 0, 2000), **options)
+    sent = []
+    for _ in range(2):
+        hub.clear_log()
+        push_index_folder(folder, "doge/growing")
+        sent.append(hub.bytes_received(method="PUT") + hub.bytes_received("/commit/"))
+        if len(sent) == 1:
+            grow_index(folder, rows, **options)
+    remote = RemoteIndexReader.open("doge/growing", cache_dir=WORK / "growing-cache")
+    asked = some(rows, 2010, 2011)
+    return {
+        "sent": sent,
+        "finds the new": int(remote.search(asked, [1.0], 1).proponent_ids[0, 0]),
+        "numbers": np.array_equal(
+            remote.scores(0, asked), IndexReader.open(folder, cache_dir=WORK / "local").scores(0, asked)
+        ),
+    }
+
+
 def whole_journey() -> dict:
     """A trained and pushed index with its models, opened twice: downloaded, and read in parts."""
     from hf_doge import InfluenceIndex
@@ -273,6 +309,7 @@ PARTS = {
     "faults": faults,
     "damaged": damaged_cache,
     "manipulated": manipulated,
+    "growth": growth,
     "journey": whole_journey,
 }
 print(json.dumps({name: part() for name, part in PARTS.items()}))

@@ -89,6 +89,13 @@ def test_what_cannot_be_read_in_parts_is_refused(seen, what):
         raise ValueError(seen["refusals"][what])
 
 
+def test_1_percent_more_examples_upload_about_1_percent_more_bytes(seen):
+    first, second = seen["growth"]["sent"]
+    assert 0.009 <= second / first <= 0.015
+    assert seen["growth"]["finds the new"] == 2010
+    assert seen["growth"]["numbers"]
+
+
 def test_an_index_and_its_models_are_used_from_the_hub(seen):
     journey = seen["journey"]
     assert journey["models at opening"] == 0

@@ -70,9 +70,12 @@ class CheckpointWriter(AbstractContextManager):
         self._index = index
         self._config = index.config
         self.facts = {**facts, "position": position}
-        self._gradients = _Place(index.folder, f"{GRADIENTS}/{facts['name']}")
-        self._offsets = _Place(index.folder, f"{OFFSETS}/{facts['name']}")
-        self._borders = sorted({border for border in borders or () if 0 < border < self._config["num_examples"]})
+        # Of an index that grows, only the examples that are new.
+        self._start, self._stop = index.first_example, index.num_examples
+        folder = facts["name"] if self._start == 0 else f"{facts['name']}/{self._start:08d}"
+        self._gradients = _Place(index.folder, f"{GRADIENTS}/{folder}")
+        self._offsets = _Place(index.folder, f"{OFFSETS}/{folder}")
+        self._borders = sorted({border for border in borders or () if self._start < border < self._stop})
         self._in_order = borders is None
         self._journal = self._gradients.partial / (JOURNAL if part is None else f"journal-{part:05d}.json")
         self._segments: list[dict[str, Any]] = self._continue() if part is None else []
@@ -80,16 +83,15 @@ class CheckpointWriter(AbstractContextManager):
         self._closed = False
         self._clear()
         missing = self.missing()
-        self._first, self._end = missing[0] if missing else (self._config["num_examples"],) * 2
+        self._first, self._end = missing[0] if missing else (self._stop,) * 2
         self.num_done = self._first
         self._is_range = False  # what is added last is written by `finish`
 
     def missing(self) -> list[tuple[int, int]]:
         """The ranges `[first, last)` of examples that no segment holds yet, none of them across a border."""
-        num_examples = self._config["num_examples"]
         covered = [(segment["first_example"], segment["num_examples"]) for segment in self._segments]
-        gaps, end = [], 0
-        for first, count in [*sorted(covered), (num_examples, 0)]:
+        gaps, end = [], self._start
+        for first, count in [*sorted(covered), (self._stop, 0)]:
             between = slice(bisect_right(self._borders, end), bisect_left(self._borders, first))
             cuts = [end, *self._borders[between], first]
             gaps += [(begin, stop) for begin, stop in pairwise(cuts) if begin < stop]
@@ -104,9 +106,9 @@ class CheckpointWriter(AbstractContextManager):
             first (`int`), last (`int`): One range of [`~CheckpointWriter.missing`], or several that follow each other.
         """
         self._require_open()
-        if not 0 <= first < last <= self._config["num_examples"]:
+        if not self._start <= first < last <= self._stop:
             raise ValueError(
-                f"A range must lie in [0, {self._config['num_examples']}) and not be empty, but got [{first}, {last})."
+                f"A range must lie in [{self._start}, {self._stop}) and not be empty, but got [{first}, {last})."
             )
         if self._num_buffered:
             raise ValueError(f"The range before must be added to its end first, example {self._end}.")
@@ -144,7 +146,7 @@ class CheckpointWriter(AbstractContextManager):
             if not segments:
                 logger.info("%s is of other weights, or damaged: what it tells of is made anew.", journal)
             found += segments
-        kept, end = [], 0
+        kept, end = [], self._start
         for segment in sorted(found, key=lambda segment: segment["first_example"]):
             if segment["first_example"] == end or (segment["first_example"] > end and not self._in_order):
                 kept.append(segment)
@@ -198,23 +200,29 @@ class CheckpointWriter(AbstractContextManager):
         self._require_open()
         segments = self._read_journals(trusted=self._segments, sign_of_life=sign_of_life)
         num_done = sum(segment["num_examples"] for segment in segments) + self._num_buffered
-        if num_done != self._config["num_examples"]:
+        if num_done != self._stop - self._start:
             raise ValueError(
-                f"A checkpoint must hold all {self._config['num_examples']} examples, but {num_done} were added to"
+                f"A checkpoint must hold all {self._stop - self._start} examples, but {num_done} were added to"
                 f" {self.facts['name']!r}, and are whole. Add the others before `finish`."
             )
         if self._num_buffered:
             self._flush()
             segments.append(self._segments[-1])
         self._closed = True
-        segments = _with_files(sorted(segments, key=lambda segment: segment["first_example"]))
-        if not segments:
-            segments = [self._write_nothing()]
+        self._index.take_over(self, sorted(segments, key=lambda segment: segment["first_example"]))
+
+    def files(self, before: Sequence[dict[str, Any]], segments: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+        """What config.json says of the segments of this checkpoint; `before` are those of the examples before."""
+        return _with_files([*before, *segments]) or [self._write_nothing()]
+
+    def settle(self) -> None:
+        """Give the finished files their places."""
         if self._config["dtype"] != "int8":
             self._offsets.settle()
         self._gradients.settle()
-        facts = {key: value for key, value in self.facts.items() if key != "position"}
-        self._index._register({**facts, "files": segments}, position=self.facts["position"])
+
+    def clean(self) -> None:
+        """Remove what only an interruption would have needed."""
         for journal in self._gradients.final.glob("journal*.json"):
             journal.unlink()
 
@@ -239,11 +247,7 @@ class CheckpointWriter(AbstractContextManager):
         """Lengths, tokens, and rows as float32 of the stored width."""
         num_done = self.num_done + len(token_rows)
         if num_done > self._end:
-            wanted = (
-                f"up to example {self._end}"
-                if self._end < self._config["num_examples"]
-                else f"for {self._end} examples"
-            )
+            wanted = f"up to example {self._end}" if self._end < self._stop else f"for {self._end} examples"
             raise ValueError(f"The index was opened {wanted}, but {num_done} were added to {self.facts['name']!r}.")
         check_token_rows(token_rows, width=self._config["width"], vocabulary_size=self._config["vocabulary_size"])
         lengths = token_rows.offsets.diff().cpu().numpy()
@@ -315,10 +319,10 @@ class CheckpointWriter(AbstractContextManager):
 
     def _write_nothing(self) -> dict[str, Any]:
         """One file without rows, where no example has any: a checkpoint has one file at least."""
-        self._first, num_examples = 0, self._config["num_examples"]
+        self._first, num_examples = self._start, self._stop - self._start
         no_rows = torch.empty(0, self._config["stored_width"])
         written = self._write(np.zeros(num_examples, dtype=np.int64), np.zeros(0, dtype=np.int64), no_rows)
-        return {**written, "num_rows": 0, "first_example": 0, "num_examples": num_examples}
+        return {**written, "num_rows": 0, "first_example": self._first, "num_examples": num_examples}
 
 
 def check_token_rows(token_rows: "TokenRows", *, width: int, vocabulary_size: int) -> None:

@@ -142,11 +142,19 @@ def example_dtype(config: Mapping[str, Any]) -> str:
     return "int32" if config["num_examples"] <= 2**31 else "int64"
 
 
+def added_examples_file(first_example: int) -> str:
+    """Path of the file of examples that were added later, whose name comes after those of the ones before."""
+    return f"examples/train-{first_example:012d}.parquet"
+
+
+def first_added_example(path: str) -> int:
+    """What [`added_examples_file`] was given."""
+    return int(path.rpartition("-")[2].removesuffix(".parquet"))
+
+
 def examples_files(config: Mapping[str, Any]) -> dict[str, str | None]:
     """Path -> sha256 of the files of the examples, in their order."""
     paths = sorted(path for path in config["files"] if path.startswith("examples/"))
-    # The first file has the oldest name; those added later are named by their first example.
-    paths.sort(key=lambda path: path != EXAMPLES_FILE)
     return {path: config["files"][path] for path in paths} or {EXAMPLES_FILE: None}
 
 
