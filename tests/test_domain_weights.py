@@ -417,14 +417,15 @@ def test_a_newer_major_format_is_refused_with_what_to_do(tmp_path):
         DomainWeights.from_pretrained(tmp_path / "artifact")
 
 
-def test_unknown_keys_of_a_newer_minor_format_are_dropped_with_one_warning(tmp_path):
-    make_weights().save_pretrained(tmp_path / "artifact")
-    _edit_manifest(tmp_path / "artifact", format_version="1.7", hf_doge_version="9.9", temperature=1, budget={})
-    with pytest.warns(UserWarning, match=r"keys \['budget', 'temperature'\].*dropped.*hf_doge 9.9") as caught:
-        loaded = DomainWeights.from_pretrained(tmp_path / "artifact")
-    assert len(caught) == 1
-    assert caught[0].filename == __file__
-    assert loaded == make_weights()
+def test_unknown_keys_of_a_newer_minor_format_are_kept(tmp_path):
+    make_weights().save_pretrained(tmp_path / "newer")
+    _edit_manifest(tmp_path / "newer", format_version="1.9", budget=3, temperature={"t": 1})
+    weights = DomainWeights.from_pretrained(tmp_path / "newer")
+    assert weights.mean == make_weights().mean
+    weights.save_pretrained(tmp_path / "again")
+    manifest = json.loads((tmp_path / "again" / "domain_weights.json").read_text())
+    assert (manifest["budget"], manifest["temperature"]) == (3, {"t": 1})
+    assert DomainWeights.from_pretrained(tmp_path / "again") == weights
 
 
 @pytest.mark.parametrize(

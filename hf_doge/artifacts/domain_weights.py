@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_doge.artifacts.checks import require_json, require_names, require_ratios, require_same_domains, require_simplex
-from hf_doge.artifacts.folder import FETCHED_FILES, read_folder, write_folder
+from hf_doge.artifacts.folder import FETCHED_FILES, read_folder, unknown_keys, write_folder
 from hf_doge.artifacts.hub.fetch import fetch_folder
 from hf_doge.artifacts.readers import read_ratios
 from hf_doge.artifacts.summary import summarize
@@ -39,6 +39,7 @@ class DomainWeights:
         trajectory (`Trajectory` or `None`).
         recipe, metadata (`dict`).
         domains (`dict[str, dict]`): One entry for every domain, empty where nothing is known.
+        unknown_keys (`dict`): What a newer version of this package has written beside these; saved again as it is.
 
     Raises:
         ValueError: Weights off the simplex, or domains that differ; the message names the domain.
@@ -67,6 +68,7 @@ class DomainWeights:
         self.domains = require_json("domains", {name: (domains or {}).get(name, {}) for name in self.mean})
         self.recipe = require_json("recipe", recipe or {})
         self.metadata = require_json("metadata", metadata or {})
+        self.unknown_keys: dict[str, Any] = {}
         for name, facts in self.domains.items():
             for key in ("num_rows", "num_tokens"):
                 count = facts.get(key)
@@ -305,7 +307,9 @@ class DomainWeights:
             local_files_only=local_files_only,
             force_download=force_download,
         )
-        return cls(**read_folder(folder))
+        weights = cls(**read_folder(folder))
+        weights.unknown_keys = unknown_keys(folder)
+        return weights
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, DomainWeights):

@@ -10,7 +10,6 @@ README.md                                  makes `load_dataset(folder, "weights"
 """
 
 import json
-import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +30,7 @@ MANIFEST = "domain_weights.json"
 WEIGHTS_FILE = "weights/train-00000-of-00001.parquet"
 TRAJECTORY_FILE = "trajectory/train-00000-of-00001.parquet"
 CARD_FILE = "README.md"
+_LARGEST_TABLE = 2**32
 FETCHED_FILES = (MANIFEST, WEIGHTS_FILE, TRAJECTORY_FILE)
 
 _WEIGHTS_SCHEMA = pa.schema(
@@ -83,13 +83,6 @@ def artifact_files(weights: "DomainWeights", *, plot: bool) -> dict[str, bytes]:
 def read_folder(folder: Path) -> dict[str, Any]:
     """The arguments of [`DomainWeights`], checked against their checksums. See [`DomainWeights.from_pretrained`]."""
     manifest = read_manifest(folder)
-    unknown = sorted(set(manifest) - set(_KEYS) - set(_VERSION_KEYS))
-    if unknown:
-        warnings.warn(
-            f"{MANIFEST} has keys {unknown} that hf_doge {__version__} does not know; they are dropped. It was written"
-            f" by hf_doge {manifest.get('hf_doge_version')}: install that version to have them.",
-            stacklevel=3,
-        )
     contents = {
         name: read_verified(folder, name, checksum=manifest["files"][name])
         for name in (WEIGHTS_FILE, TRAJECTORY_FILE)
@@ -97,7 +90,7 @@ def read_folder(folder: Path) -> dict[str, Any]:
     }
     trajectory = None
     if TRAJECTORY_FILE in contents:
-        trajectory = Trajectory.from_table(_from_parquet(contents[TRAJECTORY_FILE]))
+        trajectory = Trajectory.from_table(_from_parquet(contents[TRAJECTORY_FILE], TRAJECTORY_FILE))
     names = manifest["domain_names"]
     if sorted(names) != sorted(manifest["mean"]):
         raise ValueError(f"`domain_names` of {MANIFEST} must be the domains of `mean`, but is {names}.")
@@ -109,6 +102,12 @@ def read_folder(folder: Path) -> dict[str, Any]:
         "domains": manifest["domains"],
         "metadata": manifest["metadata"],
     }
+
+
+def unknown_keys(folder: Path) -> dict[str, Any]:
+    """What a newer version wrote into the manifest beside what this one knows: to be kept, not to be understood."""
+    manifest = read_manifest(folder)
+    return {key: value for key, value in manifest.items() if key not in {*_KEYS, *_VERSION_KEYS}}
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -155,6 +154,7 @@ def parse_manifest(content: bytes, *, source: str) -> dict[str, Any]:
 
 def _to_manifest(weights: "DomainWeights", tables: dict[str, bytes]) -> bytes:
     manifest = {
+        **weights.unknown_keys,
         "format_version": FORMAT_VERSION,
         "hf_doge_version": __version__,
         "domain_names": list(weights.names),  # sorted keys forget their order
@@ -191,6 +191,16 @@ def _to_parquet(table: pa.Table) -> bytes:
     return sink.getvalue().to_pybytes()
 
 
-def _from_parquet(content: bytes) -> pa.Table:
+def _from_parquet(content: bytes, name: str) -> pa.Table:
     # On this thread: a process that ends soon after pyarrow started its reading threads may be aborted at exit.
-    return pq.ParquetFile(pa.BufferReader(content)).read(use_threads=False)
+    try:
+        file = pq.ParquetFile(pa.BufferReader(content))
+        groups = [file.metadata.row_group(number) for number in range(file.metadata.num_row_groups)]
+        size = sum(group.total_byte_size for group in groups)
+        if size > _LARGEST_TABLE:  # a few bytes of Parquet can claim any number of rows
+            raise ValueError(
+                f"{name!r} must need at most {_LARGEST_TABLE / 2**30:g} GiB of memory, but claims {size / 2**30:.3g} GiB."
+            )
+        return file.read(use_threads=False)
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(f"{name!r} must be a table in Parquet, but it is not: {error}") from error

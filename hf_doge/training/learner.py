@@ -54,6 +54,7 @@ class DomainLearner:
         self.metrics = DomainMetrics(domains.names)
         self.state = LearningState.fresh(domains.names, self.initial_weights)
         self._clock = time.monotonic()
+        self._dated: tuple[int, str] | None = None  # since when it is known what was learned up to a step
         self._loss = DomainLoss(trainer)
         self._reduction = Reduction()
         self._trained_parameters: list[int] = []
@@ -93,16 +94,17 @@ class DomainLearner:
         else:
             self.state = LearningState.load(checkpoint, names, run=self._identity)
         self._clock = time.monotonic()
+        self._dated: tuple[int, str] | None = None  # since when it is known what was learned up to a step
 
-    def _note_time(self) -> None:
-        """Count the time since training began, or since this was last called."""
+    def record_time(self, *, step_seconds: float, training_seconds: float) -> None:
+        """At the end of a step: what it took, and the time since training or the last step began, for what it costs."""
+        self.metrics.record_time(step_seconds=step_seconds, training_seconds=training_seconds)
         now = time.monotonic()
         self.state.seconds += now - self._clock
         self._clock = now
 
     def save(self, checkpoint: Path) -> None:
         """Write what a resumed run needs."""
-        self._note_time()
         self.state.save(checkpoint, step=self.trainer.state.global_step, run=self._identity)
 
     @property
@@ -133,6 +135,10 @@ class DomainLearner:
 
     def _describe_run(self) -> dict[str, Any]:
         described = describe_run(self.trainer)
+        step = self.trainer.state.global_step
+        if self._dated is None or self._dated[0] != step:
+            self._dated = step, described["date"]
+        described["date"] = self._dated[1]  # asked for again, what was learned is the same artifact to the byte
         cost = {"seconds": round(self.state.seconds, 1), "num_tokens_seen": int(self.state.num_tokens.sum())}
         objective = "universal" if self.target_weights is None else "target"
         return {**described, "objective": objective, "training": {**described["training"], **cost}}
@@ -169,7 +175,6 @@ class DomainLearner:
         if trains:
             counts.append(_count_examples(train, num_domains))
         items, target_items, *examples = self._sum_counts(counts)
-        self._note_time()
         if trains:
             self.state.num_tokens += items
             self.state.num_examples += examples[0]
@@ -220,7 +225,6 @@ class DomainLearner:
         num_domains = len(self.domains.names)
         counts = [_count_items(micro_batches, num_domains), _count_examples(micro_batches, num_domains)]
         items, examples = self._sum_counts(counts)
-        self._note_time()
         self.state.num_tokens += items
         self.state.num_examples += examples
 

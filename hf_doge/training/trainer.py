@@ -190,7 +190,7 @@ class DoGEMixin(DomainWeightedMixin):
         start = time.perf_counter()
         step = learner.prepare(micro_batches, self._target_batches() if self._is_reweighting else [], trains=True)
         loss = self._reweighting_step(step) if self._is_reweighting and step.can_align else self._weighted_step(step)
-        learner.metrics.record_time(step_seconds=time.perf_counter() - start, training_seconds=step.training_seconds)
+        learner.record_time(step_seconds=time.perf_counter() - start, training_seconds=step.training_seconds)
         return loss
 
     def _online_step(
@@ -207,7 +207,7 @@ class DoGEMixin(DomainWeightedMixin):
             learner.count_consumed(micro_batches)
         loss = super().training_step(model, inputs, num_items_in_batch)
         end = time.perf_counter()
-        learner.metrics.record_time(step_seconds=end - start, training_seconds=end - training_start)
+        learner.record_time(step_seconds=end - start, training_seconds=end - training_start)
         return loss
 
     def _collect(self, inputs: dict[str, Any]) -> list[dict[str, Any]] | None:

@@ -73,7 +73,7 @@ def explain(error: Exception, repo_id: str, *, action: str) -> Exception:
     Args:
         error (`Exception`): From `huggingface_hub`.
         repo_id (`str`): The dataset repository.
-        action (`str`): `"push"` or `"read"`.
+        action (`str`): `"push to"` or `"read"`.
     """
     status, said = status_of(error), _server_message(error)
     url = f"the dataset repository {repo_id!r}"
@@ -100,7 +100,7 @@ def explain(error: Exception, repo_id: str, *, action: str) -> Exception:
             f" HF_TOKEN. {said}"
         )
     if status == 403:
-        need = "a token with the *write* role for it" if action == "push" else "a token that may read it"
+        need = "a token with the *write* role for it" if action == "push to" else "a token that may read it"
         return PermissionError(
             f"Your token may not {action} {url}. Use {need} (https://huggingface.co/settings/tokens), or a name of your own."
             f" {said}"

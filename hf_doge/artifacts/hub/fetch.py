@@ -67,16 +67,22 @@ def fetch_folder(
     try:
         return Path(Patience().call(fetch))
     except (HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError) as error:
+        reasons = {
+            HFValidationError: "it is no name of a repository, 'user/name'.",
+            RepositoryNotFoundError: "no dataset repository of this name that your token can see. A repository of a model is"
+            " none; for a private one log in by `hf auth login`, or set HF_TOKEN.",
+            LocalEntryNotFoundError: "it is not in the cache, and the Hub could not be asked.",
+        }
+        reason = next(text for kind, text in reasons.items() if isinstance(error, kind))
         raise FileNotFoundError(
-            f"{name!r} must be a folder or a dataset repository on the Hub, but there is no such folder, and"
-            f" the Hub says: {error}"
+            f"{name!r} must be a folder or a dataset repository on the Hub, but there is no such folder, and {reason}"
         ) from error
     except Exception as error:  # what the Hub answered, or did not: from four libraries
-        if getattr(error, "errno", None) == errno.ENOSPC:
+        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise OSError(
-                errno.ENOSPC,
-                f"The disk was full before {name!r} was fetched. What came is kept: free some space, or choose another"
-                " `cache_dir`, and call again",
+                error.errno,
+                f"The disk did not take all of {name!r} ({error.strerror}). What came is kept: free some space, or choose"
+                " another `cache_dir`, and call again",
             ) from error
         if is_transient(error):
             raise FetchError(

@@ -129,7 +129,7 @@ class _Push:
         try:
             validate_repo_id(repo_id)
         except ValueError as error:
-            raise explain(error, repo_id, action="push") from error
+            raise explain(error, repo_id, action="push to") from error
         if token is False or (not isinstance(token, str) and get_token() is None):
             raise PermissionError(
                 f"To push to {repo_id!r} the Hub needs an access token with the *write* role. Log in by `hf auth login`, set"
@@ -370,7 +370,7 @@ class _Push:
                 f"The push to {self.repo_id!r} did not end: {shortly(error)}. What the repository held is as it was. Push again"
                 " later: only what is missing will be sent."
             ) from error
-        explained = explain(error, self.repo_id, action="push")
+        explained = explain(error, self.repo_id, action="push to")
         if explained is error:
             raise error
         raise explained from error

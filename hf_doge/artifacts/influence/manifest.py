@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_doge._version import __version__
+from hf_doge.artifacts.influence.claims import check_claims
 from hf_doge.artifacts.readers import parse_json
 
 FORMAT_VERSION = "1.0"  # a newer major number tells older readers that they would misread the files
@@ -108,10 +109,8 @@ def parse_config(content: bytes, *, source: str) -> dict[str, Any]:
         _check_kinds(checkpoint, {"name": str, "learning_rate": (int, float), "files": list}, place)
         for file in checkpoint["files"]:
             _check_kinds(file, _FILE_KINDS if config["dtype"] == "int8" else _FILE_KINDS | _OFFSETS_KINDS, place)
-            for path in (file["path"], file.get("offsets_path")):
-                if path is not None and (os.path.isabs(path) or ".." in Path(path).parts):
-                    raise ValueError(f"Files in {place!r} must lie in the folder, but got {path!r}.")
         _check_coverage(checkpoint, config["num_examples"], source)
+    check_claims(config, source=source)
     return config
 
 

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from hf_doge.artifacts.influence.manifest import example_dtype
-from hf_doge.artifacts.influence.segments import LARGEST_PAGE, OFFSETS_SCHEMA
+from hf_doge.artifacts.influence.segments import LARGEST_PAGE, OFFSETS_SCHEMA, describe_schema
 
 _MAGIC_BYTES = 4  # that a Parquet file begins with
 
@@ -50,12 +50,14 @@ def read_offsets(
             names, schema = table_file.schema_arrow.names, table_file.schema_arrow
             require(
                 names == OFFSETS_SCHEMA.names and schema.types == OFFSETS_SCHEMA.types,
-                f"columns must be {_describe(OFFSETS_SCHEMA)}, but are {_describe(schema)}",
+                f"columns must be {describe_schema(OFFSETS_SCHEMA)}, but are {describe_schema(schema)}",
             )
             num_runs = table_file.metadata.num_rows
             require(num_runs <= file["num_rows"], f"{num_runs} runs cannot share {file['num_rows']} rows")
             table = table_file.read(use_threads=False)
-    except pa.ArrowException as error:
+    except (pa.ArrowException, OSError) as error:
+        if getattr(error, "errno", None) is not None:  # of the system, not of Parquet
+            raise
         raise ValueError(
             f"{str(path)!r} must be a Parquet file, but cannot be read: {error}. Fetch it again."
         ) from error
@@ -90,7 +92,3 @@ def read_offsets(
             segment_bytes is None or end <= segment_bytes, f"`{name}` must lie in the file of {segment_bytes} bytes"
         )
     return runs
-
-
-def _describe(schema: pa.Schema) -> str:
-    return ", ".join(f"{field.name} {field.type}" for field in schema)

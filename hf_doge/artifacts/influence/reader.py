@@ -6,15 +6,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-import pyarrow as pa
 import torch
 from torch import Tensor
 
 from hf_doge.artifacts.influence.checkpoint_writer import check_token_rows
 from hf_doge.artifacts.influence.encoding import decode_rows, recorded_projection
+from hf_doge.artifacts.influence.examples import check_number_of_examples, read_examples
 from hf_doge.artifacts.influence.manifest import (
     check_files,
-    examples_files,
     read_config,
     recorded_checksums,
     require_checkpoints,
@@ -23,7 +22,6 @@ from hf_doge.artifacts.influence.manifest import (
 from hf_doge.artifacts.influence.row_map import RowMap, default_cache_dir
 from hf_doge.artifacts.influence.search import add_scores, ends
 from hf_doge.artifacts.influence.synonym_search import Neighbours, synonym_matches
-from hf_doge.artifacts.influence.tables import read_table
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -80,7 +78,9 @@ class IndexReader:
             folder (`str` or `os.PathLike`): As written by [`IndexWriter`].
             cache_dir (`str` or `os.PathLike`, *optional*):
                 Where the memory maps go, about as large as the rows. `$HF_HOME/hf_doge` when left out.
-            verify (`bool`): Whether to check the sha256 of every file. That they are there is always checked.
+            verify (`bool`):
+                Whether to check the sha256 of every file. That they are there is always checked, and rows when the memory
+                maps are made.
 
         Raises:
             FileNotFoundError: A file is missing. Names it.
@@ -91,6 +91,8 @@ class IndexReader:
         require_checkpoints(config, str(folder))
         warn_of_unknown(config)
         check_files(folder, recorded_checksums(config), verify=verify)
+        if verify:
+            check_number_of_examples(folder, config)
         return cls(folder, config, cache_dir=default_cache_dir() if cache_dir is None else Path(cache_dir))
 
     @property
@@ -99,8 +101,7 @@ class IndexReader:
         if self._examples is None:
             from datasets import Dataset  # only here: searching needs none, and importing it takes a second
 
-            tables = [read_table(self.folder / path) for path in examples_files(self.config)]
-            self._examples = Dataset(pa.concat_tables(tables))
+            self._examples = Dataset(read_examples(self.folder, self.config))
         return self._examples
 
     def build_map(self, checkpoint: int) -> None:

@@ -10,6 +10,7 @@ import numpy as np
 from hf_doge.artifacts.hub.fetch import fetch_folder
 from hf_doge.artifacts.hub.ranges import RangedFile
 from hf_doge.artifacts.hub.retries import Patience
+from hf_doge.artifacts.influence.examples import check_number_of_examples
 from hf_doge.artifacts.influence.manifest import (
     MANIFEST,
     check_files,
@@ -111,7 +112,7 @@ class RemoteIndexReader(IndexReader):
         return super().examples
 
     def build_map(self, checkpoint: int) -> None:
-        """Fetch the offsets of a checkpoint now, and not when its rows are first needed."""
+        """Fetch the examples and the offsets of a checkpoint now, and not when its rows are first needed."""
         self._open_map(checkpoint)
 
     def fetch_model(self, checkpoint: int) -> None:
@@ -143,7 +144,8 @@ class RemoteIndexReader(IndexReader):
         if checkpoint not in self._remote:
             files = self.config["checkpoints"][checkpoint]["files"]
             paths = [file["offsets_path"] for file in files]
-            self._fetch({file["offsets_path"]: file["offsets_sha256"] for file in files})
+            self._fetch({file["offsets_path"]: file["offsets_sha256"] for file in files} | examples_files(self.config))
+            check_number_of_examples(self.folder, self.config)  # scores take memory for each
             segments = [
                 RangedFile(
                     self.repo_id,

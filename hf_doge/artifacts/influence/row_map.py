@@ -32,7 +32,8 @@ import torch
 from tqdm.auto import tqdm
 
 from hf_doge.artifacts.influence.manifest import example_dtype, to_json
-from hf_doge.artifacts.influence.segments import read_segment, read_tokens
+from hf_doge.artifacts.influence.offsets import read_offsets
+from hf_doge.artifacts.influence.segments import SegmentReader
 
 _LAYOUT = 1  # changes whenever the files do
 _MAP = "map.json"
@@ -73,7 +74,7 @@ class RowMap:
         """The map of a checkpoint of the index in `folder`; built in `cache_dir` unless it is there, and whole."""
         entry = config["checkpoints"][checkpoint]
         place = cache_dir / map_name(config, entry)
-        found = open_place(place, lambda building: _build(building, folder, config, entry))
+        found = open_place(place, lambda building: _build(building, folder, config, checkpoint))
         return cls(**found, num_examples=config["num_examples"])
 
 
@@ -196,17 +197,24 @@ def _size_on_disk(path: Path) -> int:
     return getattr(found, "st_blocks", 0) * 512 or found.st_size
 
 
-def _build(building: Path, folder: Path, config: Mapping[str, Any], entry: Mapping[str, Any]) -> Arrays:
+def _build(building: Path, folder: Path, config: Mapping[str, Any], checkpoint: int) -> Arrays:
     """Merge the segments: count the rows of each token, then put each segment's rows to their places."""
+    entry = config["checkpoints"][checkpoint]
     files = sorted(entry["files"], key=lambda file: file["first_example"])
     counts = np.zeros(config["vocabulary_size"], dtype=np.int64)
+    segments = []
     for file in files:
-        for tokens in read_tokens(folder / file["path"]):
-            counts += np.bincount(tokens, minlength=len(counts))
+        segments.append(SegmentReader(folder / file["path"], config=config, checkpoint=checkpoint, file=file))
+        own = np.zeros_like(counts)
+        for tokens in segments[-1].tokens():
+            own += np.bincount(tokens, minlength=len(counts))
+        if file.get("offsets_path") is not None:
+            _check_offsets(folder, config, checkpoint, file, own)
+        counts += own
     offsets = np.concatenate([[0], np.cumsum(counts)])
     arrays = map_arrays(config, int(offsets[-1]))
     free = offsets[:-1].copy()  # where the next row of each token goes
-    pieces = (piece for file in files for piece in read_segment(folder / file["path"]))
+    pieces = (piece for segment in segments for piece in segment.rows())
     with ExitStack() as stack:
         # By writing, not through a map: its pages would count as memory, and a full disk would end the process.
         sinks = {name: stack.enter_context((building / f"{name}.bin").open("wb")) for name in arrays}
@@ -225,6 +233,22 @@ def _build(building: Path, folder: Path, config: Mapping[str, Any], entry: Mappi
             progress.update(len(tokens))
     np.save(building / "offsets.npy", offsets)
     return arrays
+
+
+def _check_offsets(
+    folder: Path, config: Mapping[str, Any], checkpoint: int, file: Mapping[str, Any], counts: np.ndarray
+) -> None:
+    """Nobody reads them here, but who reads the same index in parts does."""
+    path = folder / file["offsets_path"]
+    size = (folder / file["path"]).stat().st_size
+    runs = read_offsets(path, config=config, checkpoint=checkpoint, file=file, segment_bytes=size)
+    told = np.zeros_like(counts)
+    np.add.at(told, runs["token_id"], runs["num_rows"])
+    if (told != counts).any():
+        raise ValueError(
+            f"The offsets in {str(path)!r} are damaged or were manipulated: they must tell of the rows that"
+            f" {file['path']!r} has of each token. Fetch the index again."
+        )
 
 
 def _grouped(

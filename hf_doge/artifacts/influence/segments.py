@@ -13,7 +13,7 @@ read by its place in bytes, over HTTP say, without a Parquet reader. A second fi
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from hf_doge.artifacts.influence.encoding import encode_rows
+from hf_doge.artifacts.influence.manifest import example_dtype
 from hf_doge.artifacts.influence.tables import to_parquet
 
 _ROW_GROUP_SIZE = 16_384  # what DuckDB and the Hub's viewer read fastest
@@ -171,24 +172,123 @@ def _encode_offsets(runs: dict[str, np.ndarray]) -> bytes:
     )
 
 
-def read_tokens(path: Path) -> Iterator[np.ndarray]:
-    """The tokens of a segment, piece by piece."""
-    for batch in _batches(path, ["token_id"]):
-        yield batch.column("token_id").to_numpy()
+class SegmentReader:
+    """
+    Reads a segment file piece by piece, and believes nothing of it: also not when its checksum is right.
+
+    Args:
+        path (`Path`): The file.
+        config (`Mapping`): The content of config.json.
+        checkpoint (`int`): Position of the checkpoint.
+        file (`Mapping`): The entry of the segment in `config`.
+    """
+
+    def __init__(self, path: Path, *, config: Mapping[str, Any], checkpoint: int, file: Mapping[str, Any]) -> None:
+        self._path, self._config, self._checkpoint, self._file = path, config, checkpoint, file
+
+    def tokens(self) -> Iterator[np.ndarray]:
+        """
+        The tokens, ascending.
+
+        Raises:
+            ValueError: The file is no Parquet, or not of this segment. Names it and what is wrong.
+        """
+        last = 0
+        for batch in self._batches(["token_id"]):
+            tokens = batch.column("token_id").to_numpy()
+            ascending = len(tokens) == 0 or (tokens[0] >= last and (np.diff(tokens) >= 0).all())
+            self._require(
+                ascending and (len(tokens) == 0 or tokens[-1] < self._config["vocabulary_size"]),
+                f"`token_id` must ascend within [0, {self._config['vocabulary_size']})",
+            )
+            last = tokens[-1] if len(tokens) else last
+            yield tokens
+
+    def rows(self) -> Iterator[tuple[np.ndarray, dict[str, np.ndarray]]]:
+        """Tokens and, piece by piece, the stored `rows`, their `examples`, and for int8 their `scales`."""
+        first, end = self._file["first_example"], self._file["first_example"] + self._file["num_examples"]
+        last = -1
+        for batch in self._batches(None):
+            grad = batch.column("grad")
+            rows = grad.flatten().to_numpy(zero_copy_only=True).reshape(len(batch), grad.type.list_size)
+            tokens, examples = batch.column("token_id").to_numpy(), batch.column(_EXAMPLE).to_numpy()
+            self._require(
+                len(examples) == 0 or first <= examples.min() <= examples.max() < end,
+                f"`{_EXAMPLE}` must be in [{first}, {end})",
+            )
+            places = tokens.astype(np.int64) * (end - first) + (examples - first)
+            self._require(
+                len(places) == 0 or (places[0] > last and (np.diff(places) > 0).all()),
+                "rows must be sorted by `token_id` and `example_id`, none twice",
+            )
+            last = places[-1] if len(places) else last
+            self._require(
+                (batch.column("checkpoint").to_numpy() == self._checkpoint).all(), "`checkpoint` must be its own"
+            )
+            columns = {"rows": rows, "examples": examples}
+            if rows.dtype == np.int8:
+                columns["scales"] = batch.column("scale").to_numpy()
+                good = np.isfinite(columns["scales"]) & (columns["scales"] > 0)
+                self._require(good.all(), "`scale` must be finite and above 0")
+            else:
+                self._require(np.isfinite(rows).all(), "`grad` must be finite")
+            yield tokens, columns
+
+    def _batches(self, columns: list[str] | None) -> Iterator[pa.RecordBatch]:
+        try:
+            # On this thread: a process that ends soon after pyarrow started its reading threads may be aborted at exit.
+            with pq.ParquetFile(self._path) as file:
+                self._check_schema(file)
+                for batch in file.iter_batches(batch_size=_ROW_GROUP_SIZE, columns=columns, use_threads=False):
+                    has_null = any(column.null_count for column in batch.columns)
+                    if columns is None:
+                        has_null |= batch.column("grad").flatten().null_count > 0
+                    self._require(not has_null, "no value may be null")
+                    yield batch
+        except (pa.ArrowException, OSError) as error:
+            if getattr(error, "errno", None) is not None:  # of the system, not of Parquet
+                raise
+            raise ValueError(
+                f"{str(self._path)!r} must be a Parquet file, but cannot be read: {error}. Fetch it again."
+            ) from error
+
+    def _check_schema(self, file: pq.ParquetFile) -> None:
+        """What the end of the file says, before anything else is read."""
+        config = self._config
+        expected = segment_schema(config["dtype"], config["stored_width"], example_dtype(config))
+        schema, num_rows = file.schema_arrow, file.metadata.num_rows
+        self._require(
+            schema.names == expected.names and schema.types == expected.types,
+            f"columns must be {describe_schema(expected)}, but are {describe_schema(schema)}",
+        )
+        self._require(
+            num_rows == self._file["num_rows"], f"it must have {self._file['num_rows']} rows, but has {num_rows}"
+        )
+        groups = [file.metadata.row_group(number).num_rows for number in range(file.metadata.num_row_groups)]
+        self._require(max(groups, default=0) <= _ROW_GROUP_SIZE, f"groups must have at most {_ROW_GROUP_SIZE} rows")
+        if config["dtype"] != "int8":
+            needed = num_rows * config["stored_width"] * np.dtype(config["dtype"]).itemsize
+            size = self._path.stat().st_size
+            self._require(needed <= size, f"{num_rows} rows take {needed} bytes, but it has {size}")
+
+    def _require(self, holds: Any, law: str) -> None:
+        if not holds:
+            raise ValueError(
+                f"The gradients in {str(self._path)!r} are damaged or were manipulated: {law}. Fetch the index again."
+            )
 
 
-def read_segment(path: Path) -> Iterator[tuple[np.ndarray, dict[str, np.ndarray]]]:
-    """Tokens and, piece by piece, the stored `rows`, their `examples`, and for int8 their `scales`."""
-    for batch in _batches(path, None):
-        grad = batch.column("grad")
-        rows = grad.flatten().to_numpy(zero_copy_only=True).reshape(len(batch), grad.type.list_size)
-        columns = {"rows": rows, "examples": batch.column("example_id").to_numpy()}
-        if rows.dtype == np.int8:
-            columns["scales"] = batch.column("scale").to_numpy()
-        yield batch.column("token_id").to_numpy(), columns
+def segment_schema(dtype: str, width: int, example_type: str) -> pa.Schema:
+    """The columns of a segment file."""
+    fields = {
+        "checkpoint": pa.int32(),
+        "token_id": pa.int32(),
+        _EXAMPLE: pa.type_for_alias(example_type),
+        "grad": pa.list_(_VALUES[dtype], width),
+    }
+    return pa.schema(fields if dtype == "float32" else fields | {"scale": pa.float32()})
 
 
-def _batches(path: Path, columns: list[str] | None) -> Iterator[pa.RecordBatch]:
-    # On this thread: a process that ends soon after pyarrow started its reading threads may be aborted at exit.
-    with pq.ParquetFile(path) as file:
-        yield from file.iter_batches(batch_size=_ROW_GROUP_SIZE, columns=columns, use_threads=False)
+def describe_schema(schema: pa.Schema) -> str:
+    """Names and types, on one line."""
+    return ", ".join(f"{field.name} {field.type}" for field in schema)
