@@ -97,8 +97,13 @@ class Card:
 
 
 def read_card(path: Path) -> str | None:
-    """The card that is there, whoever wrote it; bytes that are no UTF-8 come back by [`card_bytes`]."""
-    return path.read_bytes().decode("utf-8", errors="surrogateescape") if path.exists() else None
+    """The card that is there, whoever wrote it."""
+    return card_text(path.read_bytes()) if path.exists() else None
+
+
+def card_text(content: bytes) -> str:
+    """A card from the content of a file; bytes that are no UTF-8 come back by [`card_bytes`]."""
+    return content.decode("utf-8", errors="surrogateescape")
 
 
 def card_bytes(card: str) -> bytes:
