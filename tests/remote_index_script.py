@@ -4,6 +4,7 @@ Run against the Hub of the tests, by tests/test_remote_index.py: indices are pus
 Prints what was seen as one line of JSON.
 """
 
+import hashlib
 import json
 import os
 import shutil
@@ -12,12 +13,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from huggingface_hub import HfApi
 
 from hf_doge.artifacts.hub.retries import Patience
-from hf_doge.artifacts.influence import IndexReader, segments
+from hf_doge.artifacts.influence import IndexReader, segments, tables
+from hf_doge.artifacts.influence import remote as remote_module
 from hf_doge.artifacts.influence.remote import RemoteIndexReader
 from hf_doge.functional.synonyms import synonym_neighbours
 from tests.hub import HubControl
@@ -28,8 +31,10 @@ from tests.influence_rows import (
     batches,
     equal_rows,
     grow_index,
+    open_writer,
     random_rows,
     some,
+    write_checkpoint,
     write_index,
 )
 
@@ -187,9 +192,6 @@ def damaged_cache() -> dict:
 
 def manipulated() -> dict:
     """Files that are what config.json says, but no gradients of these examples."""
-    import hashlib
-
-    import pyarrow as pa
 
     def of(change: Callable[[Path, dict], None]) -> str:
         folder = WORK / "manipulated"
@@ -240,6 +242,40 @@ def manipulated() -> dict:
         "offsets not ascending": of(offsets(grad_byte=swapped)),
         "tokens not ascending": of(offsets(token_id=swapped)),
     }
+
+
+def many_examples() -> dict:
+    """The examples of an index with more of them than are worth fetching at once: those of hits alone."""
+    texts = [np.random.default_rng(number).bytes(600).hex() for number in range(2020)]
+    tables._GROUP_ROWS = 64
+    folder = WORK / "many"
+    writer = open_writer(folder, examples=False, num_examples=2020)
+    writer.write_examples(pa.table({"example_id": range(2020), "text": texts}))
+    rows = random_rows(2020, seed=4)
+    write_checkpoint(writer, rows)
+    name = push("many", folder)
+    local = IndexReader.open(folder, cache_dir=WORK / "local")
+    remote_module._FEW_BYTES = 1000
+    seen = {}
+    try:
+        for attempt in ("first", "again", "damaged"):
+            hub.clear_log()
+            remote = RemoteIndexReader.open(name, cache_dir=WORK / "many-cache")
+            same = [
+                remote.examples_of(ids).to_dict() == local.examples_of(ids).to_dict()
+                for ids in ([2019, 3, 3, 1500], [], [4])
+            ]
+            same.append(np.array_equal(remote.scores(0, queries), local.scores(0, queries)))
+            sent = sum(one.sent for one in read() if one.server == "storage")
+            path = next((WORK / "many-cache").glob("examples-*.parquet"))
+            seen[attempt] = {"same": all(same), "whole": len(hub.requests("GET", "examples/")), "sent": sent}
+            if attempt == "again":
+                path.write_bytes(bytes(path.stat().st_size))
+        seen["size"] = (folder / "examples/train-00000-of-00001.parquet").stat().st_size
+        seen["all"] = remote.examples.to_dict() == local.examples.to_dict()
+    finally:
+        remote_module._FEW_BYTES = 4 * 2**20
+    return seen
 
 
 def growth() -> dict:
@@ -310,6 +346,7 @@ PARTS = {
     "damaged": damaged_cache,
     "manipulated": manipulated,
     "growth": growth,
+    "many examples": many_examples,
     "journey": whole_journey,
 }
 print(json.dumps({name: part() for name, part in PARTS.items()}))

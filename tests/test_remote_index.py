@@ -89,6 +89,17 @@ def test_what_cannot_be_read_in_parts_is_refused(seen, what):
         raise ValueError(seen["refusals"][what])
 
 
+def test_of_many_examples_only_those_that_are_asked_for_are_fetched(seen):
+    many = seen["many examples"]
+    for attempt in ("first", "again", "damaged"):
+        assert many[attempt]["same"]
+        assert many[attempt]["whole"] == 0
+    assert 0 < many["first"]["sent"] < many["size"] / 2
+    assert many["again"]["sent"] == 0
+    assert many["damaged"]["sent"] > 0
+    assert many["all"]
+
+
 def test_1_percent_more_examples_upload_about_1_percent_more_bytes(seen):
     first, second = seen["growth"]["sent"]
     assert 0.009 <= second / first <= 0.015

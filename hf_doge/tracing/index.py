@@ -358,7 +358,8 @@ class InfluenceIndex:
             return found
 
         self._build_maps()
-        return make_hits(share_work(len(records), work), self.examples)
+        hits = share_work(len(records), work)
+        return make_hits(hits, self.reader.examples_of([hit["example_id"] for hit in hits]))
 
     def scores(
         self,
@@ -461,7 +462,7 @@ class InfluenceIndex:
         scores = sum(share_work(len(self.reader.checkpoints), work))
         order = np.argsort(-scores, kind="stable")
         rows = {"rank": np.arange(1, len(order) + 1), "example_id": order, "score": scores[order]}
-        return beside_examples(Dataset.from_dict(rows), self.examples)
+        return beside_examples(Dataset.from_dict(rows), self.reader.examples_of(order))
 
     def domain_influence(
         self,
@@ -637,7 +638,7 @@ class InfluenceIndex:
 
     def _text_fields(self) -> list[str]:
         """Columns of the examples that hold what the model read."""
-        features = self.examples.features
+        features = self.reader.examples_of([]).features
         strings = [name for name in features if getattr(features[name], "dtype", None) in ("string", "large_string")]
         for names in TEXT_FIELDS:
             if set(names) <= set(strings):

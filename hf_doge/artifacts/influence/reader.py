@@ -104,6 +104,13 @@ class IndexReader:
             self._examples = Dataset(read_examples(self.folder, self.config))
         return self._examples
 
+    def examples_of(self, ids: Iterable[int]) -> "Dataset":
+        """What is known of some examples: one row for each of `ids`, in their order."""
+        from datasets import Dataset, DatasetInfo
+
+        ids = self._checked_ids(ids).tolist()
+        return Dataset(self.examples.with_format("arrow")[ids], info=DatasetInfo(features=self.examples.features))
+
     def build_map(self, checkpoint: int) -> None:
         """Make the memory map of a checkpoint now, if it is not there, and not when it is first needed."""
         self._map(checkpoint, None)

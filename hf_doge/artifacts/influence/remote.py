@@ -1,7 +1,7 @@
 """Reading an index that stays on the Hub: a query fetches the rows of its own tokens, by ranges of bytes."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
@@ -20,11 +20,14 @@ from hf_doge.artifacts.influence.manifest import (
     warn_of_unknown,
 )
 from hf_doge.artifacts.influence.reader import IndexReader
+from hf_doge.artifacts.influence.remote_examples import RemoteExamples
 from hf_doge.artifacts.influence.remote_map import RemoteMap
 from hf_doge.artifacts.influence.row_map import RowMap, default_cache_dir
 
 if TYPE_CHECKING:
     from datasets import Dataset
+
+_FEW_BYTES = 4 * 2**20  # so much of examples is fetched at once
 
 
 class RemoteIndexReader(IndexReader):
@@ -57,6 +60,8 @@ class RemoteIndexReader(IndexReader):
         self._token, self._hub_cache_dir = token, hub_cache_dir
         self._patience = patience or Patience()
         self._remote: dict[int, RemoteMap] = {}
+        self._few_examples: RemoteExamples | None = None
+        self._has_examples = False
 
     @classmethod
     def open(
@@ -106,13 +111,23 @@ class RemoteIndexReader(IndexReader):
 
     @property
     def examples(self) -> "Dataset":
-        """What is known of the training examples, row `i` being example `i`. Fetched when first asked for."""
+        """What is known of the training examples, row `i` being example `i`. All is fetched when first asked for."""
         if self._examples is None:
             self._fetch(examples_files(self.config))
         return super().examples
 
+    def examples_of(self, ids: Iterable[int]) -> "Dataset":
+        """What is known of some examples: one row for each of `ids`, in their order. Of many, only those are fetched."""
+        if self._examples is None:
+            few = self._open_examples()
+            if few is not None:
+                from datasets import Dataset
+
+                return Dataset(few.take(self._checked_ids(ids)))
+        return super().examples_of(ids)
+
     def build_map(self, checkpoint: int) -> None:
-        """Fetch the examples and the offsets of a checkpoint now, and not when its rows are first needed."""
+        """Fetch the offsets of a checkpoint now, and not when its rows are first needed."""
         self._open_map(checkpoint)
 
     def fetch_model(self, checkpoint: int) -> None:
@@ -144,19 +159,9 @@ class RemoteIndexReader(IndexReader):
         if checkpoint not in self._remote:
             files = self.config["checkpoints"][checkpoint]["files"]
             paths = [file["offsets_path"] for file in files]
-            self._fetch({file["offsets_path"]: file["offsets_sha256"] for file in files} | examples_files(self.config))
-            check_number_of_examples(self.folder, self.config)  # scores take memory for each
-            segments = [
-                RangedFile(
-                    self.repo_id,
-                    file["path"],
-                    commit=self.commit,
-                    token=self._token,
-                    sha256=file["sha256"],
-                    patience=self._patience,
-                )
-                for file in files
-            ]
+            self._open_examples()
+            self._fetch({file["offsets_path"]: file["offsets_sha256"] for file in files})
+            segments = [self._ranged(file["path"], file["sha256"]) for file in files]
             self._remote[checkpoint] = RemoteMap(
                 self.config,
                 checkpoint,
@@ -165,6 +170,36 @@ class RemoteIndexReader(IndexReader):
                 cache_dir=self._cache_dir,
             )
         return self._remote[checkpoint]
+
+    def _open_examples(self) -> RemoteExamples | None:
+        """
+        The examples, to be fetched in parts; `None` if they are few, and all here.
+
+        Raises:
+            ValueError: There are not as many as config.json claims. Scores take memory for each.
+        """
+        if self._few_examples is None and not self._has_examples:
+            checksums = examples_files(self.config)
+            files = [self._ranged(path, checksum) for path, checksum in checksums.items()]
+            here = all((self.folder / path).is_file() for path in checksums)
+            if here or sum(file.size for file in files) <= _FEW_BYTES:
+                self._fetch(checksums)
+                check_number_of_examples(self.folder, self.config)
+                self._has_examples = True
+            else:
+                few = RemoteExamples(files, list(checksums.values()), cache_dir=self._cache_dir)
+                if few.num_examples != self.num_examples:
+                    raise ValueError(
+                        f"{self.repo_id!r} must have {self.num_examples} examples, as its config.json says, but its files"
+                        f" {list(checksums)} have {few.num_examples}. Its author must push it again."
+                    )
+                self._few_examples = few
+        return self._few_examples
+
+    def _ranged(self, path: str, sha256: str | None) -> RangedFile:
+        return RangedFile(
+            self.repo_id, path, commit=self.commit, token=self._token, sha256=sha256, patience=self._patience
+        )
 
     def _fetch(self, checksums: Mapping[str, str | None]) -> None:
         """Fetch whole files, and check them."""

@@ -28,6 +28,7 @@ from hf_doge.artifacts.influence.manifest import example_dtype
 from hf_doge.artifacts.influence.tables import to_parquet
 
 _ROW_GROUP_SIZE = 16_384  # what DuckDB and the Hub's viewer read fastest
+_OFFSETS_GROUP_SIZE = 2**20
 # Plain float16: split into streams of bytes it would be 6 % smaller, but neither DuckDB nor Polars reads that
 # (https://github.com/duckdb/duckdb/issues/17114, https://github.com/pola-rs/polars/issues/21803).
 _GRAD = "grad.list.element"
@@ -165,6 +166,7 @@ def _encode_offsets(runs: dict[str, np.ndarray]) -> bytes:
     constant = ["checkpoint", "first_example"]
     return to_parquet(
         table,
+        row_group_size=_OFFSETS_GROUP_SIZE,
         use_dictionary=constant,
         # Differences are small and alike: a seventh of the size.
         column_encoding={name: "DELTA_BINARY_PACKED" for name in table.column_names if name not in constant},
