@@ -228,6 +228,11 @@ class IndexWriter:
             raise ValueError(
                 f"The influence index in {str(self.folder)!r} has another configuration: {'; '.join(differing)}."
                 " Continue it with the same, or choose another folder."
+                + (
+                    " To add the examples behind those it has, pass `add_examples=True` (`hf-doge index --add_examples`)."
+                    if asked["num_examples"] > config["num_examples"] and config["checkpoints"]
+                    else ""
+                )
             )
         return config
 
