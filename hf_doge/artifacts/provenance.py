@@ -5,6 +5,7 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ LIBRARIES = ("torch", "transformers", "accelerate", "datasets", "huggingface_hub
 
 _HUB_FILE = re.compile(r"hf://datasets/([^/@]+/[^/@]+|[^/@]+)@([0-9A-Za-z._-]+)/")
 _HUB_NAME = re.compile(r"(datasets/)?[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)?(@[A-Za-z0-9._/-]+)?")
-_TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{8,}")
+_TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{20,}")
 _SECRET_FLAG = re.compile(
     r"-{1,2}(?:\w+[_-])?(?:(?:hub|hf|api|access|auth|bearer)[_-]?token|token|password|secret|api[_-]?key|secret[_-]?key)",
     flags=re.IGNORECASE,
@@ -150,8 +151,9 @@ def _program(path: str) -> str:
     return name or "python"
 
 
+@cache
 def _get_commit() -> str | None:
-    """The commit of hf_doge where it runs from a git checkout of its own."""
+    """The commit of hf_doge where it runs from a git checkout of its own; asked for once."""
     checkout = Path(hf_doge.__file__).parent.parent
     if not (checkout / ".git").exists():
         return None

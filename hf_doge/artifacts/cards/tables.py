@@ -31,7 +31,8 @@ class TableFacts:
     Attributes:
         schema (`pyarrow.Schema`): Of all files.
         num_rows (`int`): In all files.
-        num_bytes (`int`): In memory, as Arrow reads it; of files with several row groups as many as the first lets expect.
+        num_bytes (`int`): In memory, as Arrow reads it. Measured on the first row group, for columns of numbers on that of the
+            first file alone, and so of larger tables within a few bytes for each file.
         file_bytes (`int`): On disk.
     """
 
@@ -43,7 +44,16 @@ class TableFacts:
     @classmethod
     def of(cls, files: Iterable[Path | bytes]) -> "TableFacts":
         """Facts of at least one Parquet file, given by where it is or by its content."""
-        facts = [_of_content(file) if isinstance(file, bytes) else _of_file(file) for file in files]
+        facts, row_bytes = [], None
+        for file in files:
+            if isinstance(file, bytes):
+                one = _read(pq.ParquetFile(pa.BufferReader(file)), len(file), row_bytes)
+            else:
+                status = file.stat()
+                one = _read_once(file, status.st_size, status.st_mtime_ns, row_bytes)
+            facts.append(one)
+            if row_bytes is None and one.num_rows and all(map(_has_fixed_width, one.schema.types)):
+                row_bytes = one.num_bytes / one.num_rows
         return cls(
             facts[0].schema,
             sum(one.num_rows for one in facts),
@@ -100,28 +110,20 @@ def _feature(kind: pa.DataType) -> dict[str, Any] | None:
     return {"list": _NAMES[kind.value_type], **length}
 
 
-def _of_content(content: bytes) -> TableFacts:
-    return _read(pq.ParquetFile(pa.BufferReader(content)), len(content))
-
-
-def _of_file(path: Path) -> TableFacts:
-    status = path.stat()
-    return _of_version(path, status.st_size, status.st_mtime_ns)
-
-
 @lru_cache(maxsize=4096)
-def _of_version(path: Path, size: int, mtime: int) -> TableFacts:
-    """Read once, as an index writes its card anew with each checkpoint."""
+def _read_once(path: Path, size: int, mtime: int, row_bytes: float | None) -> TableFacts:
+    """An index writes its card anew with each checkpoint; the files of earlier ones are as they were."""
     with pq.ParquetFile(path) as file:
-        return _read(file, size)
+        return _read(file, size, row_bytes)
 
 
-def _read(file: pq.ParquetFile, size: int) -> TableFacts:
+def _read(file: pq.ParquetFile, size: int, row_bytes: float | None) -> TableFacts:
     metadata = file.metadata
-    num_bytes = 0
-    if metadata.num_row_groups:
-        first = metadata.row_group(0).num_rows
+    if row_bytes is None and metadata.num_rows:
         # On this thread: a process that ends soon after pyarrow started its reading threads may be aborted at exit.
-        measured = file.read_row_group(0, use_threads=False).nbytes
-        num_bytes = round(measured * metadata.num_rows / max(1, first))
-    return TableFacts(file.schema_arrow, metadata.num_rows, num_bytes, size)
+        row_bytes = file.read_row_group(0, use_threads=False).nbytes / max(1, metadata.row_group(0).num_rows)
+    return TableFacts(file.schema_arrow, metadata.num_rows, round((row_bytes or 0) * metadata.num_rows), size)
+
+
+def _has_fixed_width(kind: pa.DataType) -> bool:
+    return _has_fixed_width(kind.value_type) if pa.types.is_fixed_size_list(kind) else pa.types.is_primitive(kind)
