@@ -6,8 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from accelerate.state import PartialState
+from accelerate.utils import DistributedType
 from datasets import Dataset
 from peft import LoraConfig
+from torch.distributed.tensor import DTensor
 from trl import SFTConfig, SFTTrainer
 
 from hf_doge.training.config import DoGEConfig
@@ -33,6 +36,7 @@ WAYS = {
 
 
 RESUMED = ("single_pass", "official", "online")
+SHARDED = tuple(name for name in WAYS if name != "factors")  # all but a single pass that is insisted on
 
 
 def make_domains(*, is_silent=False):
@@ -55,7 +59,26 @@ def make_domains(*, is_silent=False):
     return {name: Dataset.from_dict(rows) for name, rows in domains.items()}
 
 
-def make_trainer(folder, *, num_processes, micro_batch, with_target=False, is_silent=False, sft=False, **options):
+def shard_on_cpus(args):
+    """
+    Let accelerate shard the model by FSDP2 on CPUs: by itself it does on accelerators only, and goes by this one word.
+    """
+    assert args.device.type == "cpu"  # which sets its state up, too
+    PartialState().distributed_type = DistributedType.MULTI_GPU
+    return args
+
+
+def make_trainer(
+    folder,
+    *,
+    num_processes,
+    micro_batch,
+    state_dict=None,
+    with_target=False,
+    is_silent=False,
+    sft=False,
+    **options,
+):
     defaults = {
         "per_device_train_batch_size": micro_batch,
         "gradient_accumulation_steps": GLOBAL_BATCH // (micro_batch * num_processes),
@@ -73,10 +96,14 @@ def make_trainer(folder, *, num_processes, micro_batch, with_target=False, is_si
         "disable_tqdm": True,
         "ddp_backend": "gloo" if num_processes > 1 else None,
     }
+    if state_dict is not None:
+        defaults |= {"fsdp": True, "fsdp_config": {"fsdp_version": 2, "state_dict_type": f"{state_dict}_STATE_DICT"}}
     target = Dataset.from_dict(language_model_rows(20, low=5, high=30, seed=9)) if with_target else None
     if sft:
         return make_sft_trainer(str(folder), {**defaults, **options})
     args = DoGEConfig(str(folder), **{**defaults, **options})
+    if state_dict is not None:
+        shard_on_cpus(args)
     model = tiny_gpt2() if options.get("reweight_steps") else tiny_llama()
     return DoGETrainer(model, args, train_dataset=make_domains(is_silent=is_silent), target_dataset=target)
 
@@ -92,13 +119,21 @@ class DoGESFTTrainer(DoGEMixin, SFTTrainer):
 
 def make_sft_trainer(folder, options):
     """trl's trainer, whose loss gathers metrics over the processes each time it is called."""
+    args = DoGESFTConfig(folder, **options, max_length=None)
+    if args.fsdp:
+        shard_on_cpus(args)
     return DoGESFTTrainer(
         tiny_llama(),
-        DoGESFTConfig(folder, **options, max_length=None),
+        args,
         train_dataset=make_domains(),
         processing_class=tiny_tokenizer(),
         peft_config=LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False),
     )
+
+
+def whole(parameter):
+    parameter = parameter.detach()
+    return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
 
 
 def note(trainer, path):
@@ -109,7 +144,7 @@ def note(trainer, path):
             "weights": torch.from_numpy(trajectory.weights),
             "scores": torch.from_numpy(trajectory.scores),
             "losses": torch.from_numpy(trajectory.losses),
-            "parameters": torch.cat([p.detach().flatten() for p in trainer.model.parameters()]),
+            "parameters": torch.cat([whole(p).flatten() for p in trainer.model.parameters()]),
             "logged": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
             "tokens": trainer._learner.state.num_tokens,
             "examples": trainer._learner.state.num_examples,
@@ -118,18 +153,21 @@ def note(trainer, path):
     )
 
 
-def main(folder, num_processes, micro_batch, resume):
+def main(folder, num_processes, micro_batch, resume, state_dict=None):
     """Train every way into `folder`, or those that are resumed from the checkpoints that lie there."""
     folder = Path(folder)
     for name, options in WAYS.items():
-        if resume and name not in RESUMED:
+        if (resume and name not in RESUMED) or (state_dict is not None and name not in SHARDED):
             continue
         run = folder / "runs" / name
-        trainer = make_trainer(run, num_processes=num_processes, micro_batch=micro_batch, **options)
+        trainer = make_trainer(
+            run, num_processes=num_processes, micro_batch=micro_batch, state_dict=state_dict, **options
+        )
         assert trainer.args.world_size == num_processes
         trainer.train(resume_from_checkpoint=str(run / "checkpoint-2") if resume else None)
         note(trainer, folder / f"{name}-{trainer.args.process_index}.pt")
-        if name == "single_pass":
+        assert (state_dict is not None) == any(isinstance(p, DTensor) for p in trainer.model.parameters())
+        if name == "single_pass" and state_dict is None:
             assert not trainer._learner.alignment._step_is_plain, "the single pass was not used"
 
 

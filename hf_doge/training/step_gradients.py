@@ -132,8 +132,11 @@ class StepGradients:
         replay (`RandomReplay`): Fresh for this step.
         device (`torch.device`): Of the losses.
         num_calls (`tuple[list[int], list[int]]`, *optional*):
-            How often `compute_loss` is called at least for each domain and each target, for a trainer whose loss talks to
-            the other processes: all of them must call it equally often. Calls too many are made for nothing.
+            How often `compute_loss` is called at least for each domain and each target, where it talks to the other
+            processes: all of them must call it equally often. Calls too many are made for nothing.
+        spare (`MicroBatch`, *optional*): What those calls take on a process that has no example of its own.
+        differentiates_all (`bool`):
+            Whether calls for nothing are differentiated too, with weight 0, because a backward talks as well (FSDP).
     """
 
     def __init__(
@@ -149,6 +152,8 @@ class StepGradients:
         replay: RandomReplay,
         device: torch.device,
         num_calls: tuple[list[int], list[int]] | None = None,
+        spare: MicroBatch | None = None,
+        differentiates_all: bool = False,
     ) -> None:
         self._micro_batches = micro_batches
         self._target_batches = target_batches
@@ -163,6 +168,9 @@ class StepGradients:
         self._replay = replay
         self._device = device
         self._num_calls = num_calls
+        self._spare = spare
+        self._differentiates_all = differentiates_all
+        self._finite_piece: DomainSlice | None = None
         self._seen: set[tuple[str, int]] = set()
         self.training_seconds = 0.0  # in the first differentiation of each example: what training alone would take too
 
@@ -257,6 +265,8 @@ class StepGradients:
             loss = self._replayed_loss(piece, num_items, (kind, domain, position))
             self._backward(loss * weight)
             losses.append(loss.detach())
+            if self._differentiates_all and losses[-1].isfinite():
+                self._finite_piece = piece
         self._call_for_nothing(kind, domain, len(slices))
         if (kind, domain) not in self._seen:
             self._seen.add((kind, domain))
@@ -268,9 +278,22 @@ class StepGradients:
             return
         needed = self._num_calls[kind == "target"][domain]
         for _ in range(num_made, needed):
-            batch = (self._micro_batches + self._target_batches)[0]
-            with torch.no_grad():
-                self._replayed_loss(batch.pick(torch.tensor([0])), 1, "nothing")
+            piece = self._piece_for_nothing()
+            if self._differentiates_all:
+                self._backward(self._replayed_loss(piece, 1, "nothing") * 0.0)
+            else:
+                with torch.no_grad():
+                    self._replayed_loss(piece, 1, "nothing")
+
+    def _piece_for_nothing(self) -> DomainSlice:
+        """Examples with a label and, as far as is known, a finite loss: 0 times what is not a number would not be 0."""
+        if self._finite_piece is not None:
+            return self._finite_piece
+        spares = [] if self._spare is None else [self._spare]
+        piece = (self._micro_batches + self._target_batches + spares)[0].pick(torch.tensor([0]))
+        for name in {"labels", "shift_labels"} & piece.inputs.keys():
+            piece.inputs[name] = piece.inputs[name].masked_fill(piece.inputs[name] == -100, 0)
+        return piece
 
 
 def _collect_slices(batches: list[MicroBatch]) -> dict[int, list[DomainSlice]]:

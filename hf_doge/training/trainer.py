@@ -23,7 +23,7 @@ from hf_doge.training.learner import DomainLearner
 from hf_doge.training.lost_process import explaining_lost_process
 from hf_doge.training.mixture import DomainWeightedMixin
 from hf_doge.training.preemption import PreemptionCallback
-from hf_doge.training.setup import refuse_unsupported, weights_in_order
+from hf_doge.training.setup import refuse_unsupported, refuse_unsupported_engine, weights_in_order
 from hf_doge.training.step_gradients import StepGradients
 
 DOMAIN_WEIGHTS_FOLDER = "domain_weights"
@@ -127,6 +127,7 @@ class DoGEMixin(DomainWeightedMixin):
             max_epochs_per_domain=max_epochs_per_domain,
             **kwargs,
         )
+        refuse_unsupported_engine(self)
         seed = args.seed if args.data_seed is None else args.data_seed
         if not is_streamed:
             domains = self.domain_sampler.domains  # of the train set as the trainer prepared it
@@ -199,7 +200,7 @@ class DoGEMixin(DomainWeightedMixin):
         learner, start = self._learner, time.perf_counter()
         if self._is_reweighting and not self._micro_batches:
             model.train()
-            self._reweight_sampler()
+            self._reweight_sampler(inputs)
         training_start = time.perf_counter()
         micro_batches = self._collect(inputs)
         if micro_batches is not None:
@@ -247,13 +248,16 @@ class DoGEMixin(DomainWeightedMixin):
         learner.metrics.record(losses=losses)
         return learner.weighted_loss(losses, finite)
 
-    def _reweight_sampler(self) -> None:
+    def _reweight_sampler(self, inputs: dict[str, Any]) -> None:
         """Update the weights by examples of their own, and tell the sampler from which draw on they hold."""
         learner, step = self._learner, self.state.global_step
         shares = {"process_index": self.args.process_index, "num_processes": self.args.world_size}
         pieces = self._alignment_batches.batches(step // self.args.reweight_steps, self._signature_columns, **shares)
         gradients = learner.prepare(
-            [self.data_collator(features) for features, _ in pieces], self._target_batches(), trains=False
+            [self.data_collator(features) for features, _ in pieces],
+            self._target_batches(),
+            trains=False,
+            spare=inputs,
         )
         if not gradients.can_align:
             return
