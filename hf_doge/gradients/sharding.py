@@ -5,10 +5,15 @@ every process holds a part, and so are their gradients, which are sums over the 
 All functions leave other models and tensors as they are.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from math import ceil, prod
+from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 
 def is_sharded(model: nn.Module) -> bool:
@@ -78,6 +83,25 @@ def sum_every_backward(model: nn.Module) -> None:
     """Sum the gradients over the processes at the end of each backward, also inside of `accelerator.no_sync`."""
     for module in _sharded_modules(model):
         module.set_requires_gradient_sync(True, recurse=False)
+
+
+@contextmanager
+def without_gradient(model: nn.Module) -> Iterator[None]:
+    """
+    Let a backward through a model add 0 to the gradients, whatever the loss made of its outputs: 0 times what is not a
+    number would not be 0.
+    """
+
+    def cut(_module: nn.Module, _inputs: Any, outputs: Any) -> None:
+        for output in tree_leaves(outputs):
+            if torch.is_tensor(output) and output.requires_grad:
+                output.register_hook(torch.zeros_like)
+
+    handle = model.register_forward_hook(cut)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def _sharded_modules(model: nn.Module) -> list[nn.Module]:

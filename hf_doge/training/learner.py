@@ -14,7 +14,7 @@ from hf_doge.artifacts.domain_weights import DomainWeights
 from hf_doge.functional.doge import clamp_scores, normalize_scores, update_domain_weights
 from hf_doge.gradients.alignment import Alignment, DomainAlignment, RandomReplay
 from hf_doge.gradients.reduction import Reduction
-from hf_doge.gradients.sharding import is_sharded, reshard, sum_every_backward
+from hf_doge.gradients.sharding import is_sharded, reshard, sum_every_backward, without_gradient
 from hf_doge.sampling.domains import DomainIndex, StreamDomains
 from hf_doge.training.collator import DOMAIN_IDS
 from hf_doge.training.domain_loss import DomainLoss
@@ -23,7 +23,7 @@ from hf_doge.training.learning_state import LearningState, TrajectoryPoint
 from hf_doge.training.metrics import DomainMetrics
 from hf_doge.training.provenance import describe_domains, describe_run
 from hf_doge.training.setup import choose_alignment, uses_fsdp, weights_in_order
-from hf_doge.training.step_gradients import MicroBatch, StepGradients
+from hf_doge.training.step_gradients import DomainSlice, MicroBatch, StepGradients
 
 
 class DomainLearner:
@@ -180,8 +180,8 @@ class DomainLearner:
             replay=RandomReplay(self.args.device),
             device=self.args.device,
             num_calls=self._agree_on_calls(train, targets),
+            call_for_nothing=self._call_for_nothing,
             spare=None if spare is None else self._to_device(spare, spare[DOMAIN_IDS]),
-            differentiates_all=is_sharded(model),
         )
 
     def _learn_loss(self, model: nn.Module, train: list[MicroBatch]) -> None:
@@ -193,6 +193,16 @@ class DomainLearner:
             is_ready, is_learned = (not lack for lack in self._reduction.max(lacks).tolist())
         if is_ready and not is_learned:
             self._loss.learn(model, next(iter(labelled[0].slices().values())))
+
+    def _call_for_nothing(self, piece: DomainSlice) -> None:
+        """Take part in what the other processes do, and add nothing; of a sharded model, the backward is a part of it."""
+        model = self.trainer.model
+        if is_sharded(model):
+            with without_gradient(model):
+                self._backward(0.0 * self._loss(model, piece, 1))
+        else:
+            with torch.no_grad():
+                self._loss(model, piece, 1)
 
     def _backward(self, loss: Tensor) -> None:
         """Add what this process has to the sum over all; FSDP adds the mean over them."""

@@ -105,6 +105,14 @@ def refuse_unsupported_engine(trainer: Trainer) -> None:
             "`alignment='single_pass'` needs whole gradients of all domains on each process, but FSDP shards the model. "
             "Use `alignment='auto'`, which makes one backward per domain there."
         )
+    is_resumable = args.save_strategy != "no" and not args.save_only_model
+    has_no_state = args.optim == "sgd" and "momentum" not in (args.optim_args or "")
+    if plugin is not None and is_resumable and has_no_state and "FULL" in str(plugin.state_dict_type):
+        raise ValueError(
+            "A run must be able to resume, but torch does not load an optimizer that keeps nothing, such as SGD without "
+            "momentum, from a checkpoint of `FULL_STATE_DICT`. Set `fsdp_config={'state_dict_type': "
+            "'SHARDED_STATE_DICT'}` (or `accelerate launch --fsdp_state_dict_type SHARDED_STATE_DICT`)."
+        )
 
 
 def uses_fsdp(trainer: Trainer) -> bool:
