@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers.distributed import DistributedConfig
 
 from tests.launch import launch
 from tests.learning_script import RESUMED, SHARDED, WAYS
@@ -31,6 +32,8 @@ def learned(tmp_path_factory):
 @pytest.fixture(scope="module")
 def sharded(tmp_path_factory):
     """Folders of what two processes learned on a sharded model, by how it was sharded, and of what resumed runs made of it."""
+    if "dp_replicate_size" not in DistributedConfig.__dataclass_fields__:
+        pytest.skip("older torch and transformers shard no model on CPUs")
     names = [*SHARDED, *(f"{sharding} resumed" for sharding in SAVED)]
     folders = {name: tmp_path_factory.mktemp(name.replace(" ", "_")) for name in names}
     jobs = [job(folders[sharding], 2, sharding=sharding) for sharding in SHARDED]
@@ -101,8 +104,7 @@ def test_processes_with_parts_of_a_model_hold_the_same_weights_to_the_bit(sharde
     assert torch.equal(first["parameters"], other["parameters"])
 
 
-@pytest.mark.parametrize("way", RESUMED)
-@pytest.mark.parametrize("sharding", SAVED)
+@pytest.mark.parametrize(("sharding", "way"), [(s, way) for s in SAVED for way in SHARDED[s] if way in RESUMED])
 def test_a_sharded_run_resumes_to_the_bit(sharded, sharding, way):
     expected, found = load(sharded[sharding], way), load(sharded[f"{sharding} resumed"], way)
     for name in ("weights", "scores", "losses", "parameters"):
@@ -113,7 +115,7 @@ def test_a_sharded_run_resumes_to_the_bit(sharded, sharding, way):
 @pytest.mark.parametrize(
     ("what", "message"),
     [
-        ("CPUs", "FSDP on CPUs yet. Accelerate shards models on accelerators only"),
+        ("CPUs", "accelerate does so on accelerators only, and here would train a whole copy"),
         ("FSDP1", "FSDP1 yet. Its flat parameters"),
         ("offloading", "FSDP's CPU offloading yet. It was not tried"),
         ("single pass", "`alignment='single_pass'` needs whole gradients of all domains on each process"),

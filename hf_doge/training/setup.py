@@ -75,12 +75,12 @@ def refuse_unsupported_engine(trainer: Trainer) -> None:
     plugin = getattr(state, "fsdp_plugin", None)
     loading = getattr(getattr(trainer.model, "config", None), "distributed_config", None)
     sizes = {name: getattr(loading, name, None) or 1 for name in ("tp_size", "pp_size", "ep_size")}
+    if args.fsdp and plugin is None:
+        raise ValueError(
+            "`fsdp` must shard the model, but accelerate does so on accelerators only, and here would train a whole copy on "
+            "every process. Leave `fsdp` unset, which does the same by DDP."
+        )
     refused = {
-        "FSDP on CPUs": (
-            bool(args.fsdp) and plugin is None,
-            "Accelerate shards models on accelerators only, and would train a whole copy on every process. Leave `fsdp` "
-            "unset to do that.",
-        ),
         "FSDP1": (
             plugin is not None and plugin.fsdp_version != 2,
             "Its flat parameters cut across the ones that are compared: use FSDP2, `fsdp_config={'fsdp_version': 2}` or "

@@ -57,6 +57,13 @@ class DoGEMixin(DomainWeightedMixin):
     On several processes (DDP, `accelerate launch`) the weights, equal to the bit on all of them, and the steps are those
     of one process with the same global batch, up to rounding. A checkpoint resumes on another number of processes.
 
+    The same holds for a model that FSDP2 shards, by accelerate (`fsdp=True, fsdp_config={"fsdp_version": 2, ...}` or
+    `accelerate launch --use_fsdp --fsdp_version 2`) or while transformers loads it (`DistributedConfig(fsdp_size=...)`,
+    which does not resume). There every domain has a forward and a backward of its own, as with
+    `alignment="per_domain"`, each process keeps its part of every domain's gradient, and a process without an example of
+    a domain goes along with one that counts nothing. The model's parameters must all be sharded, as far as they are
+    trained. A checkpoint resumes under FSDP only.
+
     A dict of streams (`IterableDataset`) serves a proxy; set `max_steps`. All domains are drawn in turns by
     [`interleave_domains`], examples of a domain in the order of its stream, and a stream that ends begins anew. All of the
     above holds where the mixture is read as one: by the main process for all (the default; the batches of a step then need
@@ -83,7 +90,7 @@ class DoGEMixin(DomainWeightedMixin):
         kwargs: Everything else the trainer takes.
 
     Raises:
-        `ValueError`: for combinations that would give wrong weights (FSDP, fp16, ...) and for data, names or weights that
+        `ValueError`: for combinations that would give wrong weights (FSDP1, fp16, ...) and for data, names or weights that
             do not fit together; the message says what to do.
     """
 
