@@ -127,7 +127,6 @@ def test_combinations_that_would_learn_wrong_weights_are_refused(tmp_path, optio
     ("attribute", "value", "message"),
     [
         ("deepspeed", "zero2.json", "DeepSpeed yet. Leave `deepspeed` unset"),
-        ("fsdp", "full_shard", "FSDP yet. Leave `fsdp` unset"),
         ("optim", "lomo", "optimizers that step inside the backward pass yet"),
         ("optim", "galore_adamw_layerwise", "optimizers that step inside the backward pass yet"),
         ("_n_gpu", 2, "DataParallel over several GPUs yet. Set CUDA_VISIBLE_DEVICES"),

@@ -153,8 +153,8 @@ class DoGEConfig(TrainingArguments):
         metadata={
             "help": "How gradients are compared, always exactly: 'single_pass' takes all domains from one backward of the "
             "mixed batch; 'per_domain' makes one backward per domain and keeps every gradient; 'streamed' keeps one at a "
-            "time and computes each again. 'auto' is 'single_pass' where the model allows it, else 'per_domain' while "
-            "`gradient_memory_budget` allows, else 'streamed'."
+            "time and computes each again. 'auto' is 'single_pass' where the model allows it (never where FSDP shards it), "
+            "else 'per_domain' while `gradient_memory_budget` allows (of each process' parts), else 'streamed'."
         },
     )
     gradient_memory_budget: float = field(

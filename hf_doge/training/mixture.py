@@ -187,9 +187,9 @@ class DomainWeightedMixin:
             epoch, position = divmod(self.state.global_step * step_size, sampler.num_samples)
             # The sampler's own place is ahead of the training step, as far as its DataLoader is.
             state = {**sampler.state_dict(), "epoch": epoch, "position": position, "examples_per_step": step_size}
-            (Path(output_dir) / SAMPLER_FILE).write_text(
-                json.dumps(state, indent=2)
-            )  # unsorted: domains have an order
+            folder = Path(output_dir)
+            folder.mkdir(parents=True, exist_ok=True)  # where FSDP saves shards, the model comes later
+            (folder / SAMPLER_FILE).write_text(json.dumps(state, indent=2))  # unsorted: domains have an order
 
     def _load_sampler(self, checkpoint: Path) -> None:
         """Take up the weights of a checkpoint, after a look at whether it is of the same stream."""

@@ -24,7 +24,7 @@ from hf_doge.training.learner import DomainLearner
 from hf_doge.training.lost_process import explaining_lost_process
 from hf_doge.training.mixture import DomainWeightedMixin
 from hf_doge.training.preemption import PreemptionCallback
-from hf_doge.training.setup import refuse_unsupported, weights_in_order
+from hf_doge.training.setup import refuse_unsupported, refuse_unsupported_engine, weights_in_order
 from hf_doge.training.step_gradients import StepGradients
 
 DOMAIN_WEIGHTS_FOLDER = "domain_weights"
@@ -58,6 +58,13 @@ class DoGEMixin(DomainWeightedMixin):
     On several processes (DDP, `accelerate launch`) the weights, equal to the bit on all of them, and the steps are those
     of one process with the same global batch, up to rounding. A checkpoint resumes on another number of processes.
 
+    The same holds for a model that FSDP2 shards, by accelerate (`fsdp=True, fsdp_config={"fsdp_version": 2, ...}` or
+    `accelerate launch --use_fsdp --fsdp_version 2`) or while transformers loads it (`DistributedConfig(fsdp_size=...)`,
+    which does not resume). There every domain has a forward and a backward of its own, as with
+    `alignment="per_domain"`, each process keeps its part of every domain's gradient, and a process without an example of
+    a domain goes along with one that counts nothing. The model's parameters must all be sharded, as far as they are
+    trained. A checkpoint resumes under FSDP only.
+
     A dict of streams (`IterableDataset`) serves a proxy; set `max_steps`. All domains are drawn in turns by
     [`interleave_domains`], examples of a domain in the order of its stream, and a stream that ends begins anew. All of the
     above holds where the mixture is read as one: by the main process for all (the default; the batches of a step then need
@@ -84,7 +91,7 @@ class DoGEMixin(DomainWeightedMixin):
         kwargs: Everything else the trainer takes.
 
     Raises:
-        `ValueError`: for combinations that would give wrong weights (FSDP, fp16, ...) and for data, names or weights that
+        `ValueError`: for combinations that would give wrong weights (FSDP1, fp16, ...) and for data, names or weights that
             do not fit together; the message says what to do.
     """
 
@@ -128,6 +135,7 @@ class DoGEMixin(DomainWeightedMixin):
             max_epochs_per_domain=max_epochs_per_domain,
             **kwargs,
         )
+        refuse_unsupported_engine(self)
         seed = args.seed if args.data_seed is None else args.data_seed
         if not is_streamed:
             domains = self.domain_sampler.domains  # of the train set as the trainer prepared it
@@ -200,7 +208,7 @@ class DoGEMixin(DomainWeightedMixin):
         learner, start = self._learner, time.perf_counter()
         if self._is_reweighting and not self._micro_batches:
             model.train()
-            self._reweight_sampler()
+            self._reweight_sampler(inputs)
         training_start = time.perf_counter()
         micro_batches = self._collect(inputs)
         if micro_batches is not None:
@@ -248,13 +256,16 @@ class DoGEMixin(DomainWeightedMixin):
         learner.metrics.record(losses=losses)
         return learner.weighted_loss(losses, finite)
 
-    def _reweight_sampler(self) -> None:
+    def _reweight_sampler(self, inputs: dict[str, Any]) -> None:
         """Update the weights by examples of their own, and tell the sampler from which draw on they hold."""
         learner, step = self._learner, self.state.global_step
         shares = {"process_index": self.args.process_index, "num_processes": self.args.world_size}
         pieces = self._alignment_batches.batches(step // self.args.reweight_steps, self._signature_columns, **shares)
         gradients = learner.prepare(
-            [self.data_collator(features) for features, _ in pieces], self._target_batches(), trains=False
+            [self.data_collator(features) for features, _ in pieces],
+            self._target_batches(),
+            trains=False,
+            spare=inputs,
         )
         if not gradients.can_align:
             return
