@@ -1,6 +1,6 @@
 """DoGEConfig: what the recipes mean, and what is refused."""
 
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import pytest
 import torch
@@ -199,6 +199,21 @@ def test_a_model_that_mixes_examples_is_refused(tmp_path):
     model.norm = torch.nn.BatchNorm1d(16)
     with pytest.raises(ValueError, match=r"the module 'norm' \(BatchNorm1d\) mixes the examples of a batch"):
         make_trainer(tmp_path, model=model)
+
+
+def test_sparse_embeddings_are_refused_by_name(tmp_path):
+    model = tiny_llama()
+    model.get_input_embeddings().sparse = True
+    with pytest.raises(
+        ValueError, match=r"Gradients must be dense, but the module 'model.embed_tokens' \(Embedding\)"
+    ):
+        DoGETrainer(model, DoGEConfig(str(tmp_path), max_steps=1), train_dataset=three_domains()).train()
+
+
+def test_the_default_lag_follows_the_interval_also_in_a_changed_copy(tmp_path):
+    args = DoGEConfig(str(tmp_path), mode="online", reweight_steps=4)
+    assert (args.lag_steps, replace(args, reweight_steps=9).lag_steps) == (4, 9)
+    assert replace(args, sampler_lag_steps=6, reweight_steps=9).lag_steps == 6
 
 
 def test_a_frozen_model_is_refused(tmp_path):

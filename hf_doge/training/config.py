@@ -14,6 +14,7 @@ MODES = ("proxy", "online")
 RECIPES = ("paper", "official")
 ALIGNMENTS = ("auto", "single_pass", "per_domain", "streamed")
 _OPTIONAL_NUMBERS = ("score_min", "score_max", "domain_max_grad_norm")
+_OPTIONAL_COUNTS = ("sampler_lag_steps", "per_device_target_batch_size")
 _COUNTS = {  # whole numbers, with the smallest one allowed
     "reweight_steps": 1,
     "max_nonfinite_steps": 1,
@@ -210,10 +211,8 @@ class DoGEConfig(TrainingArguments):
             raise ValueError(f"`gradient_memory_budget` must be >= 0 GiB, but got {self.gradient_memory_budget}.")
         if self.domain_max_grad_norm is not None and not self.domain_max_grad_norm >= 0:
             raise ValueError(f"`domain_max_grad_norm` must be >= 0, but got {self.domain_max_grad_norm}.")
-        if self.sampler_lag_steps is None:
-            self.sampler_lag_steps = self.reweight_steps
         for name, least in _COUNTS.items():
-            _require_count(name, getattr(self, name), least=least, optional=name == "per_device_target_batch_size")
+            _require_count(name, getattr(self, name), least=least, optional=name in _OPTIONAL_COUNTS)
         for name in ("self_term", "lagged_update"):
             if not isinstance(getattr(self, name), bool):  # any text would count as yes
                 raise ValueError(f"`{name}` must be True or False, but got {getattr(self, name)!r}.")
@@ -246,6 +245,11 @@ class DoGEConfig(TrainingArguments):
     def is_online(self) -> bool:
         """Whether the weights draw the examples, rather than scale the loss."""
         return self.mode == "online"
+
+    @property
+    def lag_steps(self) -> int:
+        """Steps from an update of the weights to the first examples drawn by them, in force in online mode."""
+        return self.reweight_steps if self.sampler_lag_steps is None else self.sampler_lag_steps
 
     def get_recipe(self) -> Recipe:
         """The ingredients in force: the recipe's, where none was given beside it."""

@@ -121,7 +121,7 @@ class DomainLearner:
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         identity = {"recipe": self.recipe.to_dict(), "seed": seed, "mode": self.args.mode}
         if self.args.is_online:
-            identity["sampler_lag_steps"] = self.args.sampler_lag_steps
+            identity["sampler_lag_steps"] = self.args.lag_steps
         if self.domains.sizes is None:
             sizes = [None] * len(self.domains.names)
             identity["reading"] = describe_reading(self.args, self.trainer.train_dataset.num_shards)

@@ -120,6 +120,16 @@ def uses_fsdp(trainer: Trainer) -> bool:
     return trainer.is_fsdp_enabled or is_sharded(trainer.model)
 
 
+def refuse_sparse_gradients(model: nn.Module) -> None:
+    """Gradients of domains are compared and added as dense tensors."""
+    for name, module in model.named_modules():
+        if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.sparse and module.weight.requires_grad:
+            raise ValueError(
+                f"Gradients must be dense, but the module {name!r} ({type(module).__name__}) has `sparse=True`. Set "
+                f"`model.get_submodule({name!r}).sparse = False` before training, or freeze it."
+            )
+
+
 def refuse_batch_statistics(model: nn.Module) -> None:
     """A domain's gradient must not depend on which other domains share the batch, nor the model on the target."""
     for name, module in model.named_modules():
@@ -147,6 +157,7 @@ def choose_alignment(
     model that FSDP `shards`, or will when training starts.
     """
     refuse_batch_statistics(model)
+    refuse_sparse_gradients(model)
     parameters = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     if not parameters:
         raise ValueError("The model must have trainable parameters, but all of them have `requires_grad=False`.")

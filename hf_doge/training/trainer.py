@@ -52,7 +52,7 @@ class DoGEMixin(DomainWeightedMixin):
     proxy. The model itself is trained by ordinary steps on examples that the weights draw. Every `args.reweight_steps`
     steps the gradients of extra examples, as many of every domain, are compared with the target's and the weights are
     updated; those examples move the weights and not the model. Weights learned before step `s` draw the examples from step
-    `s + args.sampler_lag_steps` on, whatever the DataLoader has taken ahead, so that the stream of examples is the same
+    `s + args.lag_steps` on, whatever the DataLoader has taken ahead, so that the stream of examples is the same
     with any number of workers and processes, and after a resume.
 
     On several processes (DDP, `accelerate launch`) the weights, equal to the bit on all of them, and the steps are those
@@ -273,7 +273,7 @@ class DoGEMixin(DomainWeightedMixin):
         learner.alignment.forget()
         learner.update_weights(alignment, set(gradients.present_domains))
         weights = dict(zip(learner.state.names, learner.state.weights.tolist(), strict=True))
-        first_draw = (step + self.args.sampler_lag_steps) * examples_per_step(self.args)
+        first_draw = (step + self.args.lag_steps) * examples_per_step(self.args)
         if self.domain_sampler.max_epochs_per_domain is None or first_draw < self.domain_sampler.num_planned:
             self.domain_sampler.set_weights(weights, first_draw=first_draw)
 
@@ -287,12 +287,12 @@ class DoGEMixin(DomainWeightedMixin):
 
     def _refuse_short_lag(self) -> None:
         """Weights must not be due before a draw that the DataLoader has taken already."""
-        ahead, given = loader_lead(self.args), self.args.sampler_lag_steps * examples_per_step(self.args)
+        ahead, given = loader_lead(self.args), self.args.lag_steps * examples_per_step(self.args)
         if given < ahead:
             needed = ceil(ahead / examples_per_step(self.args))
             raise ValueError(
                 f"`sampler_lag_steps` must be at least {needed}, since the DataLoader runs up to {ahead} examples ahead of "
-                f"the training step, but got {self.args.sampler_lag_steps}. Raise it (or `reweight_steps`, its default), or "
+                f"the training step, but got {self.args.lag_steps}. Raise it (or `reweight_steps`, its default), or "
                 "lower `dataloader_num_workers` or `dataloader_prefetch_factor`."
             )
 
