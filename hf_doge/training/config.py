@@ -5,6 +5,7 @@ import re
 from dataclasses import asdict, dataclass, field, fields
 from numbers import Real
 
+from huggingface_hub.utils import validate_repo_id
 from transformers import TrainingArguments
 
 from hf_doge.functional.doge import NORMALIZATIONS
@@ -184,6 +185,14 @@ class DoGEConfig(TrainingArguments):
         default=1, metadata={"help": "Keep every this many-th weight update in the trajectory. Must be >= 1."}
     )
 
+    hub_weights_id: str | None = field(
+        default=None,
+        metadata={
+            "help": "Dataset repository that `push_to_hub` pushes the domain weights to, 'user/name'. Default: the model's "
+            "repository with '-domain-weights' behind its name."
+        },
+    )
+
     def __post_init__(self) -> None:
         super().__post_init__()
         _require_choice("mode", self.mode, MODES)
@@ -218,6 +227,13 @@ class DoGEConfig(TrainingArguments):
             raise ValueError("`lagged_update` is of the mode 'proxy'; in 'online' mode see `sampler_lag_steps`.")
         if self.score_min is not None and self.score_max is not None and self.score_min > self.score_max:
             raise ValueError(f"`score_min` must not exceed `score_max`, but got {self.score_min} > {self.score_max}.")
+        if self.hub_weights_id is not None:
+            try:
+                validate_repo_id(self.hub_weights_id)
+            except (ValueError, AttributeError, TypeError) as error:
+                raise ValueError(
+                    f"`hub_weights_id` must be like 'user/name', but got {self.hub_weights_id!r}: {error}"
+                ) from error
         if self.alignment_parameters is not None:
             try:
                 re.compile(self.alignment_parameters)

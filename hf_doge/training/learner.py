@@ -1,5 +1,6 @@
 """What learns the domain weights, apart from when: [`DomainLearner`], driven by a trainer."""
 
+import time
 import zlib
 from collections.abc import Mapping
 from functools import cached_property
@@ -53,6 +54,8 @@ class DomainLearner:
         self.initial_weights = weights_in_order(initial_weights, domains.names)
         self.metrics = DomainMetrics(domains.names)
         self.state = LearningState.fresh(domains.names, self.initial_weights)
+        self._clock = time.monotonic()
+        self._dated: tuple[int, str] | None = None  # since when it is known what was learned up to a step
         self._loss = DomainLoss(trainer)
         self._reduction = Reduction()
         self._trained_parameters: list[int] = []
@@ -98,6 +101,15 @@ class DomainLearner:
             self.state = LearningState.fresh(names, self.initial_weights)
         else:
             self.state = LearningState.load(checkpoint, names, run=self._identity)
+        self._clock = time.monotonic()
+        self._dated: tuple[int, str] | None = None  # since when it is known what was learned up to a step
+
+    def record_time(self, *, step_seconds: float, training_seconds: float) -> None:
+        """At the end of a step: what it took, and the time since training or the last step began, for what it costs."""
+        self.metrics.record_time(step_seconds=step_seconds, training_seconds=training_seconds)
+        now = time.monotonic()
+        self.state.seconds += now - self._clock
+        self._clock = now
 
     def save(self, checkpoint: Path) -> None:
         """Write what a resumed run needs."""
@@ -126,8 +138,18 @@ class DomainLearner:
             trajectory=state.trajectory,
             recipe={**self.recipe.to_dict(), "arguments": self.args.get_doge_arguments()},
             domains=self._described_domains,
-            metadata=describe_run(self.trainer),
+            metadata=self._describe_run(),
         )
+
+    def _describe_run(self) -> dict[str, Any]:
+        described = describe_run(self.trainer)
+        step = self.trainer.state.global_step
+        if self._dated is None or self._dated[0] != step:
+            self._dated = step, described["date"]
+        described["date"] = self._dated[1]  # asked for again, what was learned is the same artifact to the byte
+        cost = {"seconds": round(self.state.seconds, 1), "num_tokens_seen": int(self.state.num_tokens.sum())}
+        objective = "universal" if self.target_weights is None else "target"
+        return {**described, "objective": objective, "training": {**described["training"], **cost}}
 
     @cached_property
     def _described_domains(self) -> dict[str, dict[str, Any]]:

@@ -19,6 +19,7 @@ from hf_doge.training.collator import DOMAIN_IDS, DomainCollator, DomainLookup
 from hf_doge.training.config import DoGEConfig
 from hf_doge.training.domain_batches import DomainBatches, TargetBatches
 from hf_doge.training.global_batch import examples_per_step, loader_lead
+from hf_doge.training.hub import link_weights, weights_repository
 from hf_doge.training.learner import DomainLearner
 from hf_doge.training.lost_process import explaining_lost_process
 from hf_doge.training.mixture import DomainWeightedMixin
@@ -197,7 +198,7 @@ class DoGEMixin(DomainWeightedMixin):
         start = time.perf_counter()
         step = learner.prepare(micro_batches, self._target_batches() if self._is_reweighting else [], trains=True)
         loss = self._reweighting_step(step) if self._is_reweighting and step.can_align else self._weighted_step(step)
-        learner.metrics.record_time(step_seconds=time.perf_counter() - start, training_seconds=step.training_seconds)
+        learner.record_time(step_seconds=time.perf_counter() - start, training_seconds=step.training_seconds)
         return loss
 
     def _online_step(
@@ -214,7 +215,7 @@ class DoGEMixin(DomainWeightedMixin):
             learner.count_consumed(micro_batches)
         loss = super().training_step(model, inputs, num_items_in_batch)
         end = time.perf_counter()
-        learner.metrics.record_time(step_seconds=end - start, training_seconds=end - training_start)
+        learner.record_time(step_seconds=end - start, training_seconds=end - training_start)
         return loss
 
     def _collect(self, inputs: dict[str, Any]) -> list[dict[str, Any]] | None:
@@ -334,6 +335,44 @@ class DoGEMixin(DomainWeightedMixin):
             self.domain_weights.save_pretrained(folder / DOMAIN_WEIGHTS_FOLDER)
             if _internal_call:
                 self._learner.save(folder)
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """As the Trainer's, with a link to the weights where they are pushed."""
+        super().create_model_card(*args, **kwargs)
+        card_file, repo_id = Path(self.args.output_dir) / "README.md", weights_repository(self)
+        if repo_id is not None and self.is_world_process_zero() and card_file.is_file():
+            link_weights(card_file, repo_id, self.domain_weights)
+
+    def push_to_hub(
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """
+        Push the model as any Trainer does, and the domain weights to a dataset repository beside it: `hub_weights_id`, or
+        the model's name with `-domain-weights` behind it. The cards of both name each other.
+
+        Should one of the two fail, the other is pushed nevertheless, and the error raised then.
+
+        Returns:
+            What `Trainer.push_to_hub` returns.
+        """
+        try:
+            return super().push_to_hub(commit_message, blocking, token, revision, private, **kwargs)
+        finally:
+            if self.is_world_process_zero() and getattr(self, "hub_model_id", None) is not None:
+                self.domain_weights.push_to_hub(
+                    weights_repository(self),
+                    model_id=self.hub_model_id,
+                    commit_message=commit_message,
+                    token=token if token is not None else self.args.hub_token,
+                    revision=revision if revision is not None else getattr(self.args, "hub_revision", None),
+                    private=private if private is not None else self.args.hub_private_repo,
+                )
 
 
 class DoGETrainer(DoGEMixin, Trainer):
