@@ -27,7 +27,7 @@ WAYS = {
     "streamed": {"alignment": "streamed", "with_target": True},
     "official": {"recipe": "official", "with_target": True},
     "official_plain": {"recipe": "official", "with_target": True, "alignment": "streamed"},
-    "cosine": {"normalization": "cosine", "self_term": False},
+    "cosine": {"normalization": "cosine", "self_term": False, "alignment_parameters": "mlp"},
     "online": {"mode": "online", "reweight_steps": 2, "sampler_lag_steps": 2, "with_target": True},
     "silent": {"normalization": "cosine", "is_silent": True},
     "sft": {"mode": "online", "reweight_steps": 3, "sft": True, "mu": 1e-4},
