@@ -5,6 +5,7 @@ Prints for each attempt the class and the words of its error, or `null` if there
 """
 
 import json
+import os
 import resource
 import sys
 import warnings
@@ -17,7 +18,12 @@ from huggingface_hub import HfApi
 from hf_doge import DomainWeights, InfluenceIndex
 from hf_doge.artifacts.files import sha256
 from hf_doge.artifacts.hub.publication import Publication
+from hf_doge.artifacts.hub.push import push_publication
+from hf_doge.artifacts.hub.retries import Patience
+from hf_doge.artifacts.weights_publication import weights_publication
+from tests.hub.handle import HubControl
 from tests.hub.tokens import BAD_TOKEN, OTHER_TOKEN, READ_TOKEN
+from tests.hub.tokens import TOKEN as WRITE_TOKEN
 from tests.influence_rows import random_rows, write_index
 from tests.test_domain_weights import make_weights
 
@@ -60,6 +66,12 @@ def pushing(folder):
     attempt("no token", lambda: push(token=False))
     attempt("unknown token", lambda: push(token=BAD_TOKEN))
     attempt("read-only token", lambda: push(token=READ_TOKEN))
+    attempt("empty token", lambda: push(token=""))
+    attempt("token with a line break", lambda: push(token=WRITE_TOKEN + "\n"))
+    attempt("no name", lambda: push(None))
+    attempt("branch of no name", lambda: push(revision=""))
+    attempt("tag with a space", lambda: push(tag="v 1"))
+    attempt("proposal to a branch", lambda: push(revision="wide", create_pr=True))
     attempt("not ours", lambda: push("stranger/refused"))
     attempt("bad name", lambda: push("doge/a name/of three parts"))
     attempt("tag of a proposal", lambda: push(tag="v1", create_pr=True))
@@ -74,6 +86,14 @@ def pushing(folder):
         lambda: InfluenceIndex.from_pretrained(index, cache_dir=folder / "maps").push_to_hub("doge/weights"),
     )
     attempt("tag is taken", lambda: make_weights(seed=5).push_to_hub("doge/weights", tag="v1"))
+    attempt("push to a tag", lambda: make_weights(seed=5).push_to_hub("doge/weights", revision="v1"))
+    hub = HubControl(os.environ["HF_ENDPOINT"])
+    hub.fail("POST", "/tag/", times=None, status=503)
+    once = {"commit_message": "Upload", "patience": Patience(tries=0)}
+    tagless = weights_publication(make_weights(), "doge/tagless")
+    attempt("tag alone fails", lambda: push_publication(tagless, "doge/tagless", tag="v1", **once))
+    hub.clear_faults()
+    attempt("then tag", lambda: push("doge/tagless", tag="v1"))
     attempt("same tag, same content", lambda: push("doge/weights", tag="v1"))
     newer = manifest({"domain_weights.json": (b"{}")}, format_version="2.0")
     upload("doge/newer", newer)
@@ -105,6 +125,7 @@ def reading(folder):
     push("doge/private", private=True)
     attempt("private", lambda: DomainWeights.from_pretrained("doge/private", token=OTHER_TOKEN))
     attempt("unknown revision", lambda: DomainWeights.from_pretrained("doge/weights", revision="v9"))
+    attempt("token with a line break reads", lambda: DomainWeights.from_pretrained("doge/private", token=" hf_a\n"))
     attempt("unknown token reads", lambda: DomainWeights.from_pretrained("doge/private", token=BAD_TOKEN))
     attempt("an index read as weights", lambda: DomainWeights.from_pretrained("doge/index"))
     attempt("weights read as an index", lambda: InfluenceIndex.from_pretrained("doge/weights"))

@@ -61,6 +61,19 @@ def test_a_push_that_failed_is_told_at_the_end_and_one_that_mended_it_is_not():
         background.finish()
 
 
+def test_a_panic_of_native_code_is_told_too_and_nobody_waits_for_ever():
+    class Panic(BaseException):
+        pass
+
+    def push():
+        raise Panic("the chunk was poisoned")
+
+    background = BackgroundPush(push, advice="Push it again.")
+    background.request()
+    with pytest.warns(UserWarning, match="not pushed: the chunk was poisoned"):
+        background.finish()
+
+
 def test_redaction_without_a_repository_is_refused(tmp_path):
     with pytest.raises(ValueError, match="`hub_index_id` is None"):
         TracInWECallback(tmp_path, redact_text=True)

@@ -247,3 +247,10 @@ def test_a_single_dataset_names_its_domains_in_its_column(tmp_path):
         {"input_ids": [[1, 2, 3]] * 4, "labels": [[1, 2, 3]] * 4, "domain": ["b", "a", "b", "a"]}
     )
     assert list(make_trainer(tmp_path, domains=dataset).domain_weights.mean) == ["a", "b"]
+
+
+def test_a_name_that_the_weights_could_not_have_on_the_hub_is_refused_before_training(tmp_path):
+    options = {"push_to_hub": True, "hub_model_id": "doge/" + "n" * 90, "use_cpu": True}
+    with pytest.raises(ValueError, match=r"-domain-weights', which is no name of a repository.*Pass `hub_weights_id`"):
+        DoGEConfig(str(tmp_path), **options)
+    DoGEConfig(str(tmp_path), **options, hub_weights_id="doge/short")

@@ -13,7 +13,9 @@ SCRIPT = Path(__file__).with_name("hub_refusals_script.py")
 def errors(tmp_path_factory):
     with HubServer(tmp_path_factory.mktemp("hub") / "state") as hub:
         errors = last_json(run_client(hub, SCRIPT, tmp_path_factory.mktemp("client")))
-        errors["token in a message"] = [text for _, text in filter(None, errors.values()) if hub.read_token in text]
+        errors["token in a message"] = [
+            text for _, text in filter(None, errors.values()) if hub.read_token in text or hub.token in text
+        ]
         yield errors
 
 
@@ -23,6 +25,13 @@ def errors(tmp_path_factory):
         ("no token", "PermissionError", ["needs an access token", "hf auth login"]),
         ("unknown token", "PermissionError", ["does not know the access token", "hf auth login"]),
         ("read-only token", "PermissionError", ["may not push to", "*write* role"]),
+        ("empty token", "ValueError", ["must be one word", "settings/tokens"]),
+        ("token with a line break", "ValueError", ["must be one word", "line breaks"]),
+        ("no name", "ValueError", ["named like 'user/name'", "None"]),
+        ("branch of no name", "ValueError", ["`revision` must be a name that git allows", "''"]),
+        ("tag with a space", "ValueError", ["`tag` must be a name that git allows", "'v 1'"]),
+        ("proposal to a branch", "ValueError", ["made to `main`", "'wide'"]),
+        ("push to a tag", "FileNotFoundError", ["`revision` must be a branch", "tags and commits"]),
         ("not ours", "PermissionError", ["may not push to", "'stranger/refused'", "a name of your own"]),
         ("bad name", "ValueError", ["named like 'user/name'", "'doge/a name/of three parts'"]),
         ("tag of a proposal", "ValueError", ["cannot be tagged before it is merged"]),
@@ -30,6 +39,7 @@ def errors(tmp_path_factory):
         ("weights over an index", "FileExistsError", ["no domain_weights.json", "config.json"]),
         ("index over weights", "FileExistsError", ["no config.json", "domain_weights.json"]),
         ("tag is taken", "FileExistsError", ["a tag 'v1' already", "Nothing was pushed"]),
+        ("tag alone fails", "PushError", ["artifact is there, but without its tag 'v1'", "Push again"]),
         ("over a newer format", "FileExistsError", ["format 2.0", "pip install -U hf-doge"]),
         ("a token inside", "ValueError", ["looks like an access token", "not pushed"]),
         ("a path that leaves", "ValueError", ["must stay within the repository", "'../m'"]),
@@ -39,6 +49,7 @@ def errors(tmp_path_factory):
         ("a model", "FileNotFoundError", ["A repository of a model is none"]),
         ("private", "FileNotFoundError", ["your token can see", "HF_TOKEN"]),
         ("unknown revision", "FileNotFoundError", ["no such branch, tag or commit", "v9"]),
+        ("token with a line break reads", "ValueError", ["must be one word"]),
         ("unknown token reads", "PermissionError", ["does not know the access token"]),
         ("an index read as weights", "FileNotFoundError", ["must hold domain_weights.json"]),
         ("weights read as an index", "FileNotFoundError", ["must hold config.json"]),
@@ -58,7 +69,7 @@ def test_what_cannot_be_is_refused_with_what_to_do(errors, attempt, kind, words)
         assert part in errors[attempt][1]
 
 
-@pytest.mark.parametrize("attempt", ["same tag, same content", "unknown keys", "after it"])
+@pytest.mark.parametrize("attempt", ["then tag", "same tag, same content", "unknown keys", "after it"])
 def test_what_can_be_is_done(errors, attempt):
     assert errors[attempt] is None
 

@@ -48,7 +48,7 @@ def weights_publication(weights: "DomainWeights", repo_id: str, *, model_id: str
     return Publication(
         files,
         manifest=MANIFEST,
-        owned=lambda path: path.partition("/")[0] in _FOLDERS or path == PLOT_FILE,
+        owned=lambda path: path == PLOT_FILE or (path.partition("/")[0] in _FOLDERS and path.endswith(".parquet")),
         check_manifest=partial(parse_manifest, source=f"{MANIFEST} of {repo_id}"),
         card=card,
     )

@@ -24,7 +24,7 @@ class BackgroundPush:
         self._push, self._advice = push, advice
         self._state = threading.Condition()
         self._is_wanted = self._is_running = False
-        self._error: Exception | None = None
+        self._error: BaseException | None = None
 
     def request(self) -> None:
         """There is something new. Returns at once."""
@@ -57,7 +57,9 @@ class BackgroundPush:
             error = None
             try:
                 self._push()
-            except Exception as problem:  # whatever it was, training goes on
+            # Whatever it was, training goes on, and whoever waits is told: a panic of the client's native code is no
+            # `Exception`, and no key stroke comes to this thread.
+            except BaseException as problem:
                 logger.info("A push of the influence index failed: %s", problem, exc_info=True)
                 error = problem
             with self._state:

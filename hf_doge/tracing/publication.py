@@ -2,8 +2,9 @@
 
 import json
 import logging
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from functools import partial
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -18,20 +19,22 @@ from hf_doge.artifacts.influence.manifest import (
     CHECKPOINTS_FILE,
     GRADIENTS,
     MANIFEST,
+    file_sha256,
     parse_config,
     read_config,
     to_json,
 )
 from hf_doge.artifacts.influence.tables import read_table, to_parquet
 from hf_doge.artifacts.influence.writer import checkpoints_table
-from hf_doge.artifacts.provenance import public_content
+from hf_doge.artifacts.provenance import hide_tokens, public_content, public_name
+from hf_doge.tracing.examples import LABEL_COLUMNS
 from hf_doge.tracing.models import checkpoint_folders
 from hf_doge.tracing.weights import MODELS
 
 logger = logging.getLogger(__name__)
 
 EXAMPLES = "examples"
-_FOLDERS = (EXAMPLES, "checkpoints", GRADIENTS, "offsets", MODELS)
+_TABLES = (EXAMPLES, "checkpoints", GRADIENTS, "offsets")
 # What a search needs of a saved model. Optimizer, random states and arguments stay behind: they are pickles, or have paths.
 _MODEL_FILES = (
     *("*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json", "adapter_config.json"),
@@ -64,6 +67,7 @@ def index_publication(
     Raises:
         ValueError: `keep_columns` names no column, or is given without `redact_text`.
     """
+    keep_columns = [keep_columns] if isinstance(keep_columns, str) else list(keep_columns)
     if keep_columns and not redact_text:
         raise ValueError(f"`keep_columns` goes with `redact_text=True`, but got {list(keep_columns)} without it.")
     files: dict[str, bytes | Path] = {}
@@ -89,11 +93,20 @@ def index_publication(
             published, folder, files=rewritten, repo_id=repo_id, redacted=published["redacted"], existing=existing
         )
 
+    def check_manifest(content: bytes) -> None:
+        found = parse_config(content, source=f"{MANIFEST} of {repo_id}")
+        if published["redacted"] and not found.get("redacted"):
+            warnings.warn(
+                f"This push takes the texts out of the examples, but earlier commits of {repo_id!r} still hold the texts."
+                " Delete the repository and push again, if nobody is to read them.",
+                stacklevel=2,
+            )
+
     return Publication(
         files,
         manifest=MANIFEST,
-        owned=lambda path: path.partition("/")[0] in _FOLDERS and "/" in path,
-        check_manifest=partial(parse_config, source=f"{MANIFEST} of {repo_id}"),
+        owned=_is_owned,
+        check_manifest=check_manifest,
         card=card,
         checksums={path: checksum for path, checksum in checksums.items() if path not in rewritten},
     )
@@ -146,6 +159,15 @@ def _row_files(checkpoint: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
             yield file["offsets_path"], file["offsets_sha256"]
 
 
+def _is_owned(path: str) -> bool:
+    """Whether a path in the repository is of an index: a table, or what we publish of a model. All else is of others."""
+    top, _, rest = path.partition("/")
+    if top in _TABLES:
+        return rest.endswith(".parquet")
+    name = rest.rpartition("/")[2]
+    return top == MODELS and any(fnmatchcase(name, pattern) for pattern in _MODEL_FILES)
+
+
 def _published_models(
     checkpoint: Mapping[str, Any], folder: Path, *, include_models: bool
 ) -> tuple[str | None, dict[str, bytes | Path]]:
@@ -162,8 +184,9 @@ def _published_models(
         return None, {}
     if not include_models:
         return None, {}
-    inside = source.resolve().is_relative_to(folder.resolve())
-    place = source.resolve().relative_to(folder.resolve()).as_posix() if inside else f"{MODELS}/{checkpoint['name']}"
+    models = (folder / MODELS).resolve()  # where readers look; a Trainer may save elsewhere in the folder
+    inside = source.resolve().is_relative_to(models) and source.resolve() != models
+    place = f"{MODELS}/{source.resolve().relative_to(models).as_posix() if inside else checkpoint['name']}"
     found = sorted({path for pattern in _MODEL_FILES for path in source.glob(pattern) if path.is_file()})
     return place, {f"{place}/{path.name}": _model_file(path) for path in found}
 
@@ -173,20 +196,49 @@ def _model_file(path: Path) -> bytes | Path:
     if path.name not in ("config.json", "adapter_config.json", "tokenizer_config.json"):
         return path
     content = json.loads(path.read_text(encoding="utf-8"))
-    cleaned = public_content(content)
+    cleaned = _without_paths(content)
+    base = content.get("base_model_name_or_path")
+    if base and cleaned["base_model_name_or_path"] != base:
+        logger.warning(
+            "The adapter %r was trained on a model that is a folder of this machine, and is not published with it. Who"
+            " searches the index must pass `load_model`.",
+            path.parent.name,
+        )
     return path if cleaned == content else (json.dumps(cleaned, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def _without_paths(content: Any, key: str = "") -> Any:
+    """
+    What a model's JSON says, with local paths cut to their last part where the key tells of one, or it leads into the home
+    of who pushes. Any other text may be a label or a token that only looks like a path.
+    """
+    if isinstance(content, Mapping):
+        return {name: _without_paths(value, str(name)) for name, value in content.items()}
+    if isinstance(content, list):
+        return [_without_paths(value, key) for value in content]
+    if not isinstance(content, str):
+        return content
+    if key.endswith("name_or_path"):
+        return public_name(content) or ""
+    is_local = key.endswith(("_path", "_file", "_dir", "_folder")) or f"{Path.home()}/" in content
+    return public_content(content) if is_local else hide_tokens(content)
 
 
 def _redacted_examples(folder: Path, config: Mapping[str, Any], keep_columns: Iterable[str]) -> dict[str, bytes]:
     """The tables of the examples without what a person could read, or a tokenizer could make readable."""
     kept, redacted = set(keep_columns), {}
     for path in (path for path in config["files"] if path.startswith(f"{EXAMPLES}/")):
+        if file_sha256(folder / path) != config["files"][path]:  # afterwards nobody could tell
+            raise ValueError(
+                f"{str(folder / path)!r} was altered since it was written: its sha256 is not the recorded one. Nothing was"
+                " pushed. Record it again."
+            )
         table = read_table(folder / path)
         unknown = sorted(kept - set(table.column_names))
         if unknown:
             raise ValueError(f"`keep_columns` must be among {table.column_names}, but got {unknown}.")
         harmless = {field.name for field in table.schema if not _can_hold_text(field.type)}
-        harmless |= {f"{name}_name" for name in harmless}  # of a label, see `describe_examples`
+        harmless |= {f"{name}_name" for name in harmless & {*LABEL_COLUMNS}}  # see `describe_examples`
         names = [name for name in table.column_names if name in kept | harmless]
         redacted[path] = to_parquet(_select(table, names))
     return redacted

@@ -23,6 +23,7 @@ _COUNTS = {  # whole numbers, with the smallest one allowed
     "sampler_lag_steps": 1,
     "per_device_target_batch_size": 1,
 }
+WEIGHTS_SUFFIX = "-domain-weights"  # of the repository of the weights, behind the name of the model's
 
 
 @dataclass(frozen=True)
@@ -232,6 +233,14 @@ class DoGEConfig(TrainingArguments):
             except (ValueError, AttributeError, TypeError) as error:
                 raise ValueError(
                     f"`hub_weights_id` must be like 'user/name', but got {self.hub_weights_id!r}: {error}"
+                ) from error
+        elif self.push_to_hub and self.hub_model_id is not None:
+            try:
+                validate_repo_id(self.hub_model_id + WEIGHTS_SUFFIX)
+            except ValueError as error:
+                raise ValueError(
+                    f"The domain weights are to be pushed to {self.hub_model_id + WEIGHTS_SUFFIX!r}, which is no name of a"
+                    f" repository: {error} Pass `hub_weights_id`."
                 ) from error
         if self.alignment_parameters is not None:
             try:

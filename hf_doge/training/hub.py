@@ -5,9 +5,10 @@ from pathlib import Path
 from huggingface_hub import ModelCard
 from transformers import Trainer
 
+from hf_doge.artifacts.cards.markdown import code_block
 from hf_doge.artifacts.domain_weights import DomainWeights
+from hf_doge.training.config import WEIGHTS_SUFFIX
 
-_SUFFIX = "-domain-weights"
 _TAG = "hf_doge"
 _SECTION = "## Domain weights"
 
@@ -17,7 +18,7 @@ def weights_repository(trainer: Trainer) -> str | None:
     if trainer.args.hub_weights_id is not None:
         return trainer.args.hub_weights_id
     model_id = getattr(trainer, "hub_model_id", None)
-    return None if model_id is None else model_id + _SUFFIX
+    return None if model_id is None else model_id + WEIGHTS_SUFFIX
 
 
 def link_weights(card_file: Path, repo_id: str, weights: DomainWeights) -> None:
@@ -32,6 +33,6 @@ def link_weights(card_file: Path, repo_id: str, weights: DomainWeights) -> None:
         card.text = (
             f"{card.text.rstrip()}\n\n{_SECTION}\n\nTraining this model learned domain weights with DoGE"
             f" (https://huggingface.co/papers/2310.15393): [{repo_id}](https://huggingface.co/datasets/{repo_id}).\n\n"
-            f"```text\n{weights.summary()}\n```\n"
+            f"{code_block(weights.summary())}\n"
         )
     card.save(card_file)

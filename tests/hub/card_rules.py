@@ -32,6 +32,15 @@ def metadata(content: str) -> dict | None:
     return yaml.safe_load(found.group(1)) if found else None
 
 
+def readable_metadata(content: str) -> dict:
+    """As `metadata`, and empty where it cannot be read: git takes any README, and the page of it is shown nevertheless."""
+    try:
+        found = metadata(content)
+    except yaml.YAMLError:
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
 def check_card(content: str, kind: str) -> tuple[list[str], list[str]]:
     """
     Check the metadata of a README.

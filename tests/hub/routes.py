@@ -335,8 +335,8 @@ class Hub:
                     siblings[-1]["lfs"] = self._lfs(entry)
         card = {}
         if "README.md" in commit.files:
-            readme = self.store.content(commit.files["README.md"]).read_text()
-            card = card_rules.metadata(readme) or {}
+            readme = self.store.content(commit.files["README.md"]).read_text(errors="replace")
+            card = card_rules.readable_metadata(readme)
         return {
             "_id": git_oid(repository.id.encode())[:24],
             "id": repository.id,

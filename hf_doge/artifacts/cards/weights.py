@@ -27,6 +27,7 @@ _OBJECTIVES = {
     "universal": "They serve the mean loss of the training domains themselves, as a small step of training lowers it.",
     "target": "They serve the loss on the target that they were learned for, as a small step of training lowers it.",
 }
+_MOST_DRAWN = 300  # domains, each a row of the picture; with 10,000 it took minutes and 25 MB
 
 
 def weights_card(
@@ -72,8 +73,11 @@ def weights_card(
 
 
 def draw_plot(weights: "DomainWeights") -> bytes | None:
-    """The content of `plot.png`, the same for the same weights; `None` where matplotlib is not installed."""
-    if find_spec("matplotlib") is None:
+    """
+    The content of `plot.png`, the same for the same weights; `None` where matplotlib is not installed, or there are so many
+    domains that nobody could look at it.
+    """
+    if find_spec("matplotlib") is None or len(weights.names) > _MOST_DRAWN:
         return None
     from hf_doge.plots import plot_domain_weights
 

@@ -12,6 +12,9 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from huggingface_hub.utils import get_token
+
+from hf_doge.artifacts.provenance import hide_tokens
 
 # httpx in huggingface_hub 1, httpx2 in 2: whichever it is, its errors of transport have this class.
 TransportError: type[Exception] = HfHubHTTPError.__mro__[1]
@@ -26,6 +29,24 @@ class PushError(ConnectionError):
 
 class FetchError(ConnectionError):
     """A download did not end, after all tries. What came is kept; the same call again goes on."""
+
+
+def check_token(token: str | bool | None) -> None:
+    """
+    Refuse a token that no request can carry, before an error of the network's repeats it.
+
+    Args:
+        token (`str` or `bool`, *optional*): As in `huggingface_hub`; unless it is text, the one of this machine is looked at.
+
+    Raises:
+        ValueError: It is empty, or not one word of plain letters.
+    """
+    found = token if isinstance(token, str) else None if token is False else get_token()
+    if found is not None and (found.split() != [found] or not found.isascii() or not found.isprintable()):
+        raise ValueError(
+            "An access token of the Hub must be one word, like 'hf_...', but the one given is empty or has spaces, line breaks"
+            " or other letters in it. Copy it again from https://huggingface.co/settings/tokens."
+        )
 
 
 def status_of(error: BaseException) -> int | None:
@@ -87,6 +108,11 @@ def explain(error: Exception, repo_id: str, *, action: str) -> Exception:
         return PermissionError(
             f"Access to {url} must be asked for on its page, and given, before you can {action} it. {said}"
         )
+    if isinstance(error, RevisionNotFoundError) and action == "push to":
+        return FileNotFoundError(
+            f"`revision` must be a branch of {url}, or an open pull request as 'refs/pr/1': tags and commits stay what they"
+            f" are. {said}"
+        )
     if isinstance(error, RevisionNotFoundError):
         return FileNotFoundError(f"There is no such branch, tag or commit in {url}. {said}")
     if isinstance(error, RepositoryNotFoundError):
@@ -120,7 +146,9 @@ def shortly(error: BaseException) -> str:
     """An error in less than a line."""
     status = status_of(error)
     return (
-        f"HTTP status {status}" if status is not None else f"{type(error).__name__}: {_on_one_line(str(error))[:200]}"
+        f"HTTP status {status}"
+        if status is not None
+        else f"{type(error).__name__}: {hide_tokens(_on_one_line(str(error)))[:200]}"
     )
 
 

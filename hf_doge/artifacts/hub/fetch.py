@@ -32,6 +32,7 @@ def fetch_folder(
         FileNotFoundError: It is neither a folder nor a dataset repository that can be read or is cached.
         NotADirectoryError: It is a file.
         PermissionError: The token may not read it.
+        ValueError: `token` cannot be one.
         OSError: The disk is full, or the download did not end.
     """
     folder = Path(name_or_path)
@@ -45,9 +46,10 @@ def fetch_folder(
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
 
-    from hf_doge.artifacts.hub.errors import FetchError, explain, is_transient, shortly
+    from hf_doge.artifacts.hub.errors import FetchError, check_token, explain, is_transient, shortly
     from hf_doge.artifacts.hub.retries import Patience
 
+    check_token(token)
     name = str(name_or_path)
 
     def fetch() -> str:

@@ -2,6 +2,7 @@
 
 import hashlib
 import re
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -65,6 +66,25 @@ def refuse_token(path: str, content: bytes) -> None:
             f"{path!r} holds what looks like an access token of the Hub, and is not pushed. Remove it from the metadata of"
             " the artifact, and revoke the token if the file was shared before."
         )
+
+
+def merge_card(make: Callable[[str | None], str], written: bytes | None) -> bytes:
+    """
+    The card to push.
+
+    Args:
+        make (`Callable`): As [`Publication.card`].
+        written (`bytes`, *optional*):
+            The one in the repository. If it is not in UTF-8 it stays, with a warning: neither the Hub nor its client reads it.
+    """
+    try:
+        return make(None if written is None else written.decode()).encode()
+    except UnicodeDecodeError:
+        warnings.warn(
+            "README.md in the repository is not in UTF-8, so it is kept as it is. Save it as UTF-8, and push again.",
+            stacklevel=2,
+        )
+        return written
 
 
 def size(source: bytes | Path) -> int:

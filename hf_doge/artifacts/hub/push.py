@@ -9,9 +9,11 @@ committed twice.
 
 import logging
 import os
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import NoReturn
 
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, hf_hub_download
@@ -20,8 +22,8 @@ from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import get_token, validate_repo_id
 
 from hf_doge._version import __version__
-from hf_doge.artifacts.hub.errors import PushError, explain, is_moved, is_transient, shortly
-from hf_doge.artifacts.hub.publication import Publication, content_sha256, git_blob_id, refuse_token, size
+from hf_doge.artifacts.hub.errors import PushError, check_token, explain, is_moved, is_transient, shortly
+from hf_doge.artifacts.hub.publication import Publication, content_sha256, git_blob_id, merge_card, refuse_token, size
 from hf_doge.artifacts.hub.retries import Patience, Result
 
 logger = logging.getLogger(__name__)
@@ -30,6 +32,8 @@ CARD_FILE = "README.md"
 _REPO_TYPE = "dataset"
 _BATCH_BYTES = 64 * 2**20  # uploaded between two points that a killed push can go on from
 _BATCH_FILES = 100
+# What git refuses in the name of a branch or a tag.
+_NOT_IN_GIT_NAMES = re.compile(r"[\s~^:?*\[\\\x00-\x1f\x7f]|\.\.|@\{|//|(^|/)\.|\.lock(/|$)|^[-/@]$|^[-/]|[/.]$|^$")
 # What may be in a repository before the artifact is: made by the Hub itself, or a licence.
 _NEUTRAL_FILES = {".gitattributes", ".gitignore", CARD_FILE, "LICENSE", "LICENSE.md", "LICENSE.txt"}
 
@@ -126,10 +130,16 @@ class _Push:
         create_pr: bool = False,
         tag: str | None = None,
     ) -> None:
+        if not isinstance(repo_id, str):
+            raise ValueError(f"A repository must be named like 'user/name', but got {repo_id!r}.")
         try:
             validate_repo_id(repo_id)
         except ValueError as error:
             raise explain(error, repo_id, action="push to") from error
+        for name, value in (("revision", revision), ("tag", tag)):
+            if value is not None and not _is_git_name(value):
+                raise ValueError(f"`{name}` must be a name that git allows, such as 'v1.0', but got {value!r}.")
+        check_token(token)
         if token is False or (not isinstance(token, str) and get_token() is None):
             raise PermissionError(
                 f"To push to {repo_id!r} the Hub needs an access token with the *write* role. Log in by `hf auth login`, set"
@@ -139,6 +149,11 @@ class _Push:
             raise ValueError(
                 f"A proposal cannot be tagged before it is merged: drop `tag={tag!r}` or `create_pr=True`."
             )
+        if create_pr and revision not in (None, "main"):
+            raise ValueError(
+                f"A proposal is made to `main`: drop `revision={revision!r}` or `create_pr=True`. To add to one that is open,"
+                " push to its own branch, as `revision='refs/pr/1'`."
+            )
         self.publication, self.repo_id, self.revision = publication, repo_id, revision
         self.create_pr, self.tag, self.patience = create_pr, tag, patience
         self.api = HfApi(
@@ -146,6 +161,7 @@ class _Push:
         )
         self._operations: dict[str, CommitOperationAdd] = {}
         self._proposals: set[str] = set()
+        self._is_committed = False
 
     def run(self, *, message: str, description: str | None, private: bool | None) -> CommitInfo:
         """From the name to the tag."""
@@ -154,6 +170,7 @@ class _Push:
             self._proposals = self._list_proposals()
         commit = self._commit(message, description or "")
         if self.tag is not None:
+            self._is_committed = True
             self._set_tag(commit.oid)
         logger.info("%s holds the artifact at commit %s.", commit.commit_url.partition("/commit/")[0], commit.oid[:12])
         return commit
@@ -247,7 +264,7 @@ class _Push:
         files = dict(publication.files)
         if publication.card is not None:
             written = self._download(head, CARD_FILE) if CARD_FILE in head.paths else None
-            card = publication.card(None if written is None else written.decode(errors="replace")).encode()
+            card = merge_card(publication.card, written)
             refuse_token(CARD_FILE, card)
             files[CARD_FILE] = card
         changed = {path: source for path, source in files.items() if not head.holds(path, source)}
@@ -294,10 +311,18 @@ class _Push:
 
     def _download(self, head: _Head, path: str) -> bytes:
         def fetch() -> bytes:
-            local = hf_hub_download(
-                self.repo_id, path, repo_type=_REPO_TYPE, revision=head.commit, token=self.api.token
-            )
-            return Path(local).read_bytes()
+            with (
+                TemporaryDirectory() as folder
+            ):  # not into the cache, which may be read-only, and would have a commit of a file
+                local = hf_hub_download(
+                    self.repo_id,
+                    path,
+                    repo_type=_REPO_TYPE,
+                    revision=head.commit,
+                    token=self.api.token,
+                    local_dir=folder,
+                )
+                return Path(local).read_bytes()
 
         return self._try(fetch)
 
@@ -366,11 +391,20 @@ class _Push:
 
     def _give_up(self, error: Exception) -> NoReturn:
         if is_transient(error) or is_moved(error):
+            state = (
+                f"The artifact is there, but without its tag {self.tag!r}"
+                if self._is_committed
+                else "What the repository held is as it was"
+            )
             raise PushError(
-                f"The push to {self.repo_id!r} did not end: {shortly(error)}. What the repository held is as it was. Push again"
-                " later: only what is missing will be sent."
+                f"The push to {self.repo_id!r} did not end: {shortly(error)}. {state}. Push again later: only what is missing"
+                " will be sent."
             ) from error
         explained = explain(error, self.repo_id, action="push to")
         if explained is error:
             raise error
         raise explained from error
+
+
+def _is_git_name(name: object) -> bool:
+    return isinstance(name, str) and _NOT_IN_GIT_NAMES.search(name) is None

@@ -144,7 +144,7 @@ class RemoteIndexReader(IndexReader):
         """
         raise ValueError(
             f"{what} needs all rows of the index, but {self.repo_id!r} was opened with `streaming=True`. Download it:"
-            f" `from_pretrained({self.repo_id!r}, revision={self.commit[:12]!r})`."
+            f" `from_pretrained({self.repo_id!r}, revision={self.commit!r})`."
         )
 
     def _map(self, checkpoint: int, tokens: np.ndarray | None) -> RowMap:

@@ -109,6 +109,12 @@ def open_place(place: Path, build: Callable[[Path], Arrays], *, mode: str = "c")
             (building / _MAP).write_bytes(to_json({"arrays": arrays, "sizes": sizes}))
             os.rename(building, place)
             _prune(place.parent)
+        except PermissionError as error:
+            raise PermissionError(
+                error.errno,
+                f"The memory map of the index cannot be written ({error.strerror}). Pass `cache_dir`",
+                str(place),
+            ) from error
         except OSError:
             if not place.exists():
                 raise
