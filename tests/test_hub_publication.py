@@ -127,3 +127,13 @@ def test_a_push_needs_no_cache(tmp_path):
     with HubServer(tmp_path / "state") as hub:
         run_client(hub, script, HF_HUB_CACHE=str(tmp_path / "file" / "cache"))
         assert len(hub.commits("doge/mixture")) == 3
+
+
+def test_what_a_person_wrote_into_the_card_of_the_folder_goes_along_to_a_new_repository(folder, tmp_path):
+    edited = tmp_path / "index"
+    InfluenceIndex.from_pretrained(folder, cache_dir=tmp_path / "maps").save_pretrained(edited)
+    card = edited / "README.md"
+    card.write_text(card.read_text() + "\nAsk Ada before you use it.\n")
+    publication = publish(edited)
+    assert "Ask Ada before you use it." in publication.card(None)
+    assert "Ask Ada" not in publication.card("---\n{}\n---\nWhat is in the repository goes first.\n")

@@ -11,11 +11,12 @@ from typing import Any
 import pyarrow as pa
 from huggingface_hub import CommitInfo
 
-from hf_doge.artifacts.cards import index_card
+from hf_doge.artifacts.cards import index_card, read_card
 from hf_doge.artifacts.files import sha256
 from hf_doge.artifacts.hub.publication import Publication
 from hf_doge.artifacts.hub.push import ensure_repository, push_publication
 from hf_doge.artifacts.influence.manifest import (
+    CARD_FILE,
     CHECKPOINTS_FILE,
     GRADIENTS,
     MANIFEST,
@@ -89,6 +90,8 @@ def index_publication(
     files |= {**rewritten, MANIFEST: to_json(published)}
 
     def card(existing: str | None) -> str:
+        # Of a new repository, what a person wrote into the card of the folder.
+        existing = read_card(folder / CARD_FILE) if existing is None else existing
         return index_card(
             published, folder, files=rewritten, repo_id=repo_id, redacted=published["redacted"], existing=existing
         )
