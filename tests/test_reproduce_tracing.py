@@ -9,6 +9,7 @@ import torch
 
 from benchmarks.reproduce.__main__ import main
 from benchmarks.reproduce.layer_gradients import layer_gradients, weight_layers
+from benchmarks.reproduce.tracin_index import write_index
 from benchmarks.reproduce.tracin_lm import SIZES, gradients_by_side, make_model, middle_layers
 from benchmarks.reproduce.tracin_mislabelled import detection_area
 from benchmarks.reproduce.tracin_scorers import CosineTracInWEScorer, TracInLayerScorer, TracInWESynScorer
@@ -59,6 +60,11 @@ def test_a_second_run_takes_the_finished_parts_and_gives_the_same_tables(name, d
     assert second["num_parts_computed_now"] == 1
     assert second["figures"] == first["figures"]
     assert (tmp_path / "results" / name / "plot.png").stat().st_size < 80_000
+
+
+def test_the_index_of_the_explained_run_has_the_scores_that_case_deletion_used(data_dir, tmp_path):
+    figures = write_index(data_dir / "classification", tmp_path / "index", "ag_news", "cnn", "tiny")
+    assert figures["largest_difference"] < 1e-3  # float16 rows
 
 
 @pytest.fixture(params=["cnn", "transformer"])
