@@ -8,8 +8,8 @@ Decided before the first result was seen:
 - Test points in blocks of 5, from one permutation of the test examples; a round is one block of each of the six tables.
   Six rounds are planned at small scale. Should the clock stop it, whole rounds count and no others, whatever they show.
 - k = 10 and 40 of 500. Scores are of seed 1's run; each block retrains under one seed of its own, never 1: a retraining costs
-  the same whether it serves another seed or another point, and other points say more. So an interval over points holds the
-  seeds' noise too. (First planned: two seeds for every point. Changed for time alone, when 53 of 382 retrainings of the first
+  the same whether it serves another seed or another point, and other points say more. With several
+  blocks an interval over points holds the seeds' noise too; with one it does not. (First planned: two seeds for every point. Changed for time alone, when 53 of 382 retrainings of the first
   block were done and no probability had been looked at.)
 - f is the probability of the class that seed 1's model predicts. AUC-DEL+ (without proponents, lower is better) and AUC-DEL-
   (without opponents, higher is better) are means over k; intervals are 95 % bootstrap over points; `less tracin_we` are
@@ -34,6 +34,7 @@ import numpy as np
 from torch import nn
 
 from benchmarks.reproduce.arguments import Arguments
+from benchmarks.reproduce.intervals import t_interval
 from benchmarks.reproduce.layer_gradients import layer_gradients, weight_layers
 from benchmarks.reproduce.report import Results, Table, new_figure
 from benchmarks.reproduce.tracin_scorers import make_experiment_scorer
@@ -360,8 +361,10 @@ def _difference_table(pooled: dict[str, CaseDeletionResult], sizes: Sizes) -> Ta
             if scorer == reference:
                 continue
             line = [f"DEL{sign}", scorer]
-            for name, result in pooled.items():
-                values = result.auc(scorer, sign) - result.auc(reference, sign)
+            differences = {
+                name: result.auc(scorer, sign) - result.auc(reference, sign) for name, result in pooled.items()
+            }
+            for name, values in differences.items():
                 low, high = bootstrap_interval(values)
                 line.append(percent(values) + (" *" if low > 0 or high < 0 else ""))
                 rows.append(
@@ -375,12 +378,14 @@ def _difference_table(pooled: dict[str, CaseDeletionResult], sizes: Sizes) -> Ta
                         "num_points": len(values),
                     }
                 )
-            cells.append(line)
+            means = [100 * float(values.mean()) for name, values in differences.items() if name != "all"]
+            interval = t_interval(means)
+            cells.append([*line, interval.format(1, signed=True) + (" *" if interval.excludes_zero else "")])
     return Table(
         f"AUC-DEL less that of `{reference}` on the same points, percentage points with 95 % bootstrap intervals over points; "
         "* where 0 is outside. In DEL+ above 0, in DEL- below 0: `tracin_we` is better. Nothing is corrected for the number "
-        "of comparisons.",
-        ["", "scorer", *pooled],
+        "of comparisons. Points of a table share their model; the last column takes the tables as the units (Student's t).",
+        ["", "scorer", *pooled, "over tables"],
         cells,
         rows,
     )
