@@ -8,9 +8,9 @@ Decided before the first result was seen:
 - Test points in blocks of 5, from one permutation of the test examples; a round is one block of each of the six tables.
   Six rounds are planned at small scale. Should the clock stop it, whole rounds count and no others, whatever they show.
 - k = 10 and 40 of 500. Scores are of seed 1's run; each block retrains under one seed of its own, never 1: a retraining costs
-  the same whether it serves another seed or another point, and other points say more. With several
-  blocks an interval over points holds the seeds' noise too; with one it does not. (First planned: two seeds for every point. Changed for time alone, when 53 of 382 retrainings of the first
-  block were done and no probability had been looked at.)
+  the same whether it serves another seed or another point, and other points say more. With several blocks an interval over
+  points holds the seeds' noise too; with one it does not. (First planned: two seeds for every point. Changed for time alone,
+  when 53 of 382 retrainings of the first block were done and no probability had been looked at.)
 - f is the probability of the class that seed 1's model predicts. AUC-DEL+ (without proponents, lower is better) and AUC-DEL-
   (without opponents, higher is better) are means over k; intervals are 95 % bootstrap over points; `less tracin_we` are
   differences on the same points.
