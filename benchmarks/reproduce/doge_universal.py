@@ -181,7 +181,9 @@ class Universal:
         """DoReMi's weights; its reference is trained as its proxy is, on uniform."""
         settings, size = self.settings, self.settings.proxy_size
         reference = self.args.output_dir / "models" / f"reference-seed{seed}"
-        self._train("uniform", seed, size=size, training=settings.proxy, folder=reference, saves_model=True)
+        self._train(
+            f"reference-{size}-seed{seed}", "uniform", seed, size=size, training=settings.proxy, folder=reference
+        )
         key = {**self.key, "size": size, "training": plain(settings.proxy), "reference": plain(settings.proxy)}
         return self.args.store.get(
             f"proxy-doremi-{size}-seed{seed}",
@@ -218,17 +220,19 @@ class Universal:
     def base(self, arm: str, seed: int, *, size: str) -> dict[str, Any]:
         """A base model trained on an arm's mixture: losses by domain, and more."""
         settings = self.settings
-        is_smaller = size == settings.base_sizes[0]
-        folder = self.model_folder(arm, seed)
-        return self._train(arm, seed, size=size, training=settings.base, folder=folder, saves_model=is_smaller)
+        folder = self.model_folder(arm, seed) if size == settings.base_sizes[0] else None
+        return self._train(
+            f"base-{size}-{arm}-seed{seed}", arm, seed, size=size, training=settings.base, folder=folder
+        )
 
     def _train(
-        self, arm: str, seed: int, *, size: str, training: TrainingSettings, folder: Path, saves_model: bool
+        self, part: str, arm: str, seed: int, *, size: str, training: TrainingSettings, folder: Path | None
     ) -> dict[str, Any]:
+        """Train one model on an arm's mixture; it is saved where a folder is given."""
         weights = self.weights(arm, seed)
         key = {**self.key, "size": size, "training": plain(training), "weights": weights, "seed": seed}
         return self.args.store.get(
-            f"base-{size}-{arm}-seed{seed}",
+            part,
             key,
             lambda: train_base(
                 new_model(size, self.data, self.block_size, seed=seed),
@@ -237,8 +241,8 @@ class Universal:
                 validation=self.data.validation,
                 weights=weights,
                 seed=seed,
-                folder=folder,
-                saves_model=saves_model,
+                folder=folder or self.args.output_dir / "base",
+                saves_model=folder is not None,
             ),
         )
 
