@@ -21,9 +21,9 @@ What was decided when:
   1.4 and 1.2).
 - **Measure.** Perplexity per domain; average (the paper's), geometric mean and worst domain. An arm *helps* if the 95 % t interval over
   seeds of its change in average perplexity against uniform (same seed, same initial model) lies below 0, *harms* if above.
-- **Stages.** `core`: uniform, `paper_sum` and `official_mix` at the smaller base. `arms`: the other four. `size`: four arms at the larger base. `causes`: `paper_sum` with
-  each domain's gradient clipped to norm 1, by cosine, and without the self term: does it mend what `paper_sum` does?
-  `stability`: the weights with a larger proxy and other mu (three seeds).
+- **Stages.** `core`: uniform, `paper_sum` and `official_mix` at the smaller base. `arms`: the other four. `size`: four arms at the larger base. `variants`: the weights
+  that `paper_sum` learns with each domain's gradient clipped to norm 1, by cosine, and without the self term (three seeds): which of them takes
+  its bias away? `causes`: base models on these. `stability`: the weights with a larger proxy and other mu (three seeds).
 
 Learned weights are saved as artifacts in `OUTPUT_DIR/doge_universal/proxy/<arm>-<size>-seed<seed>/domain_weights`, base
 models of the smaller size in `OUTPUT_DIR/doge_universal/models` (for `few_shot`).
@@ -63,7 +63,7 @@ from hf_doge.artifacts.domain_weights import DomainWeights
 from hf_doge.cli.data import DomainData
 from hf_doge.cli.learn import carve_heldout_mix
 
-STAGES = ("core", "arms", "size", "causes", "stability")
+STAGES = ("core", "variants", "arms", "size", "causes", "stability")
 CORE_ARMS = ("uniform", "paper_sum", "official_mix")
 OTHER_ARMS = ("natural", "random", "paper_mix", "doremi")
 ARMS = (*CORE_ARMS, *OTHER_ARMS)
@@ -282,6 +282,9 @@ def run(args: Arguments) -> Results:
             arm: [universal.doremi(seed) if arm == "doremi" else _proxy_of(universal, arm, seed) for seed in seeds]
             for arm in learned
         }
+        if "variants" in stages:
+            for arm in CAUSES:
+                by_variant.setdefault(arm, [_proxy_of(universal, arm, seed) for seed in settings.stability_seeds])
         if "stability" in stages:
             by_variant |= stability_variants(universal, settings.stability_seeds)
         if by_variant:
