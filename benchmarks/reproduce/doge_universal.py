@@ -273,6 +273,7 @@ def run(args: Arguments) -> Results:
     tables, figures = {}, {}
     if runs:
         tables["perplexity"] = tabulate_perplexity(runs, arms_by_size, seeds)
+        tables["domains"] = tabulate_domains(runs, arms_by_size, seeds)
         figures["change_percent"] = {
             size: {arm: changes(runs, size, arm, seeds) for arm in arms if arm != "uniform"}
             for size, arms in arms_by_size.items()
@@ -386,6 +387,40 @@ def tabulate_perplexity(runs: Mapping, arms_by_size: Mapping[str, tuple[str, ...
             "in percent, seed against seed."
         ),
         header=["base", "arm", "average", "change", "geometric, change", "worst domain", "change", *names],
+        cells=cells,
+        rows=rows,
+    )
+
+
+def tabulate_domains(runs: Mapping, arms_by_size: Mapping[str, tuple[str, ...]], seeds: tuple[int, ...]) -> Table:
+    """One line per base size and arm: the change of each domain's perplexity against uniform."""
+    names = list(next(iter(runs.values()))["losses"])
+    cells, rows = [], []
+    for size, arms in arms_by_size.items():
+        for arm in arms:
+            if arm == "uniform":
+                continue
+            found = {
+                name: [
+                    100
+                    * math.expm1(runs[size, arm, seed]["losses"][name] - runs[size, "uniform", seed]["losses"][name])
+                    for seed in seeds
+                ]
+                for name in names
+            }
+            intervals = [t_interval(found[name]) for name in names]
+            cells.append([size, arm, *[format_change([i.mean, i.low, i.high]) for i in intervals]])
+            rows += [
+                {"base_size": size, "arm": arm, "seed": seed, "domain": name, "change_percent": value}
+                for name in names
+                for seed, value in zip(seeds, found[name], strict=True)
+            ]
+    return Table(
+        title=(
+            f"Change of each domain's perplexity against uniform in percent, seed against seed: mean [95 % t interval] over "
+            f"{len(seeds)} seeds (bold: the interval excludes 0)."
+        ),
+        header=["base", "arm", *names],
         cells=cells,
         rows=rows,
     )
