@@ -60,8 +60,8 @@ def _search(
         peak = _peak_anonymous_mb(lambda: [reader.search(query, [1.0], TOP_K) for query in queries[:5]])
         matched = [_num_matched(reader, query) for query in queries]
         return figures | {
-            "num_rows": len(reader._map(0).rows),
-            "tokens_per_example": round(len(reader._map(0).rows) / num_examples, 1),
+            "num_rows": len(reader._map(0, None).rows),
+            "tokens_per_example": round(len(reader._map(0, None).rows) / num_examples, 1),
             "matched_rows": statistics.median(matched),
             "median_ms": round(statistics.median(times), 1),
             "min_ms": round(min(times), 1),
@@ -106,7 +106,7 @@ def _random_rows(
 
 
 def _num_matched(reader: IndexReader, query: TokenRows) -> int:
-    return int(np.diff(reader._map(0).offsets)[query.tokens.numpy()].sum())
+    return int(np.diff(reader._map(0, None).offsets)[query.tokens.numpy()].sum())
 
 
 def _timed(name: str, function) -> dict[str, float]:

@@ -54,6 +54,7 @@ def main() -> None:
     parser.add_argument("--block_size", type=int, default=128)  # authors' config/doge.json: 512
     parser.add_argument("--examples_per_domain", type=int, default=4)  # about 16 in the authors' runs on 4 GPUs
     parser.add_argument("--mu", type=float, default=0.01)  # authors' config/doge.json
+    parser.add_argument("--push_to", default=None, metavar="USER/NAME")  # a dataset repository on the Hub
     args = parser.parse_args()
 
     # Load.
@@ -101,6 +102,8 @@ def main() -> None:
     print(weights.summary())
     weights.save_pretrained(args.output_dir / "domain_weights")
     print(f"Saved to {args.output_dir / 'domain_weights'}: DomainWeights.from_pretrained reads it.")
+    if args.push_to is not None:
+        print(weights.push_to_hub(args.push_to).commit_url)
 
 
 if __name__ == "__main__":

@@ -76,3 +76,28 @@ def write_index(folder, *checkpoints, **options):
     for number, rows in enumerate(checkpoints):
         write_checkpoint(writer, rows, name=f"checkpoint-{number}", step=number)
     return folder
+
+
+def some(rows, first, last):
+    """Examples `[first, last)` alone."""
+    start, end = int(rows.offsets[first]), int(rows.offsets[last])
+    return TokenRows(rows.offsets[first : last + 1] - start, rows.tokens[start:end], rows.rows[start:end], False)
+
+
+def grow_index(folder, *checkpoints, **options):
+    """Add to an index of [`write_index`] the examples that `checkpoints` have more than it has."""
+    writer = open_writer(folder, **{"num_examples": len(checkpoints[0]), "add_examples": True, **options})
+    for number, rows in enumerate(checkpoints):
+        new = some(rows, writer.first_example, len(rows))
+        write_checkpoint(writer, new, name=f"checkpoint-{number}", step=number)
+    return folder
+
+
+def equal_rows(num_examples, *, num_tokens, width, vocabulary_size):
+    """Examples of equally many tokens."""
+    generator = torch.Generator().manual_seed(0)
+    tokens = [
+        torch.randperm(vocabulary_size, generator=generator)[:num_tokens].sort().values for _ in range(num_examples)
+    ]
+    rows = torch.randn(num_examples * num_tokens, width, generator=generator)
+    return TokenRows(torch.arange(num_examples + 1) * num_tokens, torch.cat(tokens), rows, False)

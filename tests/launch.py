@@ -1,5 +1,6 @@
 """Starting a script under `accelerate launch`: real processes, gloo, loopback."""
 
+import gc
 import os
 import socket
 import subprocess
@@ -22,8 +23,10 @@ def end_process_group() -> None:
     """
     The last thing that a launched script does.
 
-    A thread of gloo that still lets go of its last work while Python ends is aborted, and the process with it.
+    A thread of gloo that still lets go of its last work while Python ends is aborted, and the process with it. Its
+    threads end with the group, which sharded models hold on to.
     """
+    gc.collect()
     if dist.is_initialized():
         dist.destroy_process_group()
 

@@ -86,6 +86,18 @@ def test_index_continues_and_takes_options(trained, tmp_path, capsys):
     assert config["num_examples"] == 15
 
 
+def test_examples_behind_those_of_an_index_are_added(trained, indexed, tmp_path, capsys):
+    grown = shutil.copytree(indexed, tmp_path / "influence")
+    rows = [{**row, "label": TOPICS[row["label"]]} for row in sentences(18)]
+    (tmp_path / "more.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    argv = ["index", *flags(trained)[:3], "--data", str(tmp_path / "more.jsonl"), f"--output_dir={grown}"]
+    assert "`num_examples` is 15, not 18" in refusal(capsys, *argv, "--learning_rates", "0.1", "0.05")
+    assert main([*argv, "--add_examples"]) == 0
+    assert main(["search", "--index", str(grown), "--query", rows[17]["text"], "--top_k=18", "--json"]) == 0
+    hits = [json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
+    assert {15, 16, 17} & {hit["example_id"] for hit in hits}
+
+
 def test_refusals_are_one_line(trained, indexed, tmp_path, capsys):
     search = ["search", "--index", indexed]
     assert "Give either `--query`" in refusal(capsys, *search)

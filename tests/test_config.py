@@ -1,6 +1,6 @@
 """DoGEConfig: what the recipes mean, and what is refused."""
 
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import pytest
 import torch
@@ -127,7 +127,6 @@ def test_combinations_that_would_learn_wrong_weights_are_refused(tmp_path, optio
     ("attribute", "value", "message"),
     [
         ("deepspeed", "zero2.json", "DeepSpeed yet. Leave `deepspeed` unset"),
-        ("fsdp", "full_shard", "FSDP yet. Leave `fsdp` unset"),
         ("optim", "lomo", "optimizers that step inside the backward pass yet"),
         ("optim", "galore_adamw_layerwise", "optimizers that step inside the backward pass yet"),
         ("_n_gpu", 2, "DataParallel over several GPUs yet. Set CUDA_VISIBLE_DEVICES"),
@@ -202,6 +201,21 @@ def test_a_model_that_mixes_examples_is_refused(tmp_path):
         make_trainer(tmp_path, model=model)
 
 
+def test_sparse_embeddings_are_refused_by_name(tmp_path):
+    model = tiny_llama()
+    model.get_input_embeddings().sparse = True
+    with pytest.raises(
+        ValueError, match=r"Gradients must be dense, but the module 'model.embed_tokens' \(Embedding\)"
+    ):
+        DoGETrainer(model, DoGEConfig(str(tmp_path), max_steps=1), train_dataset=three_domains()).train()
+
+
+def test_the_default_lag_follows_the_interval_also_in_a_changed_copy(tmp_path):
+    args = DoGEConfig(str(tmp_path), mode="online", reweight_steps=4)
+    assert (args.lag_steps, replace(args, reweight_steps=9).lag_steps) == (4, 9)
+    assert replace(args, sampler_lag_steps=6, reweight_steps=9).lag_steps == 6
+
+
 def test_a_frozen_model_is_refused(tmp_path):
     model = tiny_llama().requires_grad_(False)
     with pytest.raises(ValueError, match="must have trainable parameters"):
@@ -233,3 +247,10 @@ def test_a_single_dataset_names_its_domains_in_its_column(tmp_path):
         {"input_ids": [[1, 2, 3]] * 4, "labels": [[1, 2, 3]] * 4, "domain": ["b", "a", "b", "a"]}
     )
     assert list(make_trainer(tmp_path, domains=dataset).domain_weights.mean) == ["a", "b"]
+
+
+def test_a_name_that_the_weights_could_not_have_on_the_hub_is_refused_before_training(tmp_path):
+    options = {"push_to_hub": True, "hub_model_id": "doge/" + "n" * 90, "use_cpu": True}
+    with pytest.raises(ValueError, match=r"-domain-weights', which is no name of a repository.*Pass `hub_weights_id`"):
+        DoGEConfig(str(tmp_path), **options)
+    DoGEConfig(str(tmp_path), **options, hub_weights_id="doge/short")

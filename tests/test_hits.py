@@ -137,7 +137,9 @@ def test_examples_stand_beside_their_rows_whatever_their_columns_are_called():
         {"example_id": [0, 1], "content_hash": ["a", "b"], "text": ["x", "y"], "score": [7, 8], "label": [0, 1]}
     )
     examples = examples.cast_column("label", ClassLabel(names=["no", "yes"]))
-    rows = beside_examples(Dataset.from_dict({"example_id": [1, 0, 1], "score": [0.5, 0.25, 0.125]}), examples)
+    rows = beside_examples(
+        Dataset.from_dict({"example_id": [1, 0, 1], "score": [0.5, 0.25, 0.125]}), examples.select([1, 0, 1])
+    )
     assert rows["text"][:] == ["y", "x", "y"]
     assert rows["example_score"][:] == [8, 7, 8]
     assert rows["score"][:] == [0.5, 0.25, 0.125]
@@ -148,7 +150,7 @@ def test_examples_stand_beside_their_rows_whatever_their_columns_are_called():
 def test_columns_of_examples_get_a_free_name():
     columns = {"score": [7], "example_score": ["a"], "example_example_score": ["b"], "rank": [3]}
     examples = Dataset.from_dict({"example_id": [0], **columns})
-    rows = beside_examples(Dataset.from_dict({"example_id": [0], "score": [0.5], "rank": [1]}), examples)
+    rows = beside_examples(Dataset.from_dict({"example_id": [0], "score": [0.5], "rank": [1]}), examples.select([0]))
     expected = {"example_id": 0, "score": 0.5, "rank": 1, "example_score": "a", "example_example_score": "b"}
     assert rows[0] == {**expected, "example_example_example_score": 7, "example_rank": 3}
 

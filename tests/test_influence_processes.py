@@ -4,10 +4,13 @@ import json
 
 import numpy as np
 import pytest
+from transformers import AutoTokenizer
 
 from hf_doge import InfluenceIndex
 from hf_doge.artifacts.influence import IndexReader
 from hf_doge.cli import main
+from hf_doge.tracing.recording import record_dataset
+from hf_doge.tracing.settings import RecordingSettings
 from tests.influence_tools import TOPICS, classifier, sentences, tokenised, train, wordpiece_tokenizer
 from tests.launch import launch
 
@@ -32,7 +35,7 @@ from hf_doge.artifacts.influence.lock import LOCK_FILE
 from hf_doge.tracing.recording import record_dataset
 from tests.influence_tools import sentences, tokenised
 from tests.launch import end_process_group
-from tests.test_influence_processes import SEARCH, SYNONYMS, TEXTS, index_flags
+from tests.test_influence_processes import SEARCH, SYNONYMS, TEXTS, grow, index_flags
 
 
 def command(*argv):
@@ -86,9 +89,17 @@ for name, row, wrong in (("wrong label", 5, {"label": -1}), ("wrong token", 0, {
 good, other = tokenised(sentences(8), tokenizer), tokenised(sentences(9), tokenizer)
 tell("other data", lambda: record_dataset(folder / "wrong", [checkpoint], good if rank == 0 else other, **again))
 require_free(folder / "wrong")
+grow(folder / "grown-by-two", checkpoint, tokenizer)
 np.savez(folder / f"found-{rank}.npz", **found)
 end_process_group()
 """
+
+
+def grow(folder, checkpoint, tokenizer):
+    """An index of 8 examples, then of 24."""
+    options = {"tokenizer": tokenizer, "progress": False, "settings": RecordingSettings(max_segment_bytes=4000)}
+    record_dataset(folder, [checkpoint], tokenised(sentences(8), tokenizer), learning_rates=[0.1], **options)
+    record_dataset(folder, [checkpoint], tokenised(sentences(24), tokenizer), add_examples=True, **options)
 
 
 def index_flags(folder):
@@ -198,3 +209,22 @@ def test_the_command_says_and_writes_things_once(searched, capsys):
         assert one["example_id"] == other["example_id"]
         assert one["score"] == pytest.approx(other["score"], rel=1e-4)
     assert (folder / "page.html").read_text(encoding="utf-8").startswith("<!DOCTYPE html>")
+
+
+def test_examples_added_by_two_processes_are_the_files_of_one(searched):
+    folder, _ = searched
+    checkpoint = sorted((folder / "run").glob("checkpoint-*"))[0]
+    grow(folder / "grown-by-one", checkpoint, AutoTokenizer.from_pretrained(checkpoint))
+    by_one, by_two = (
+        {
+            str(path.relative_to(folder / name)): path.read_bytes()
+            for path in sorted((folder / name).rglob("*"))
+            if path.is_file()
+        }
+        for name in ("grown-by-one", "grown-by-two")
+    )
+    assert list(by_one) == list(by_two)
+    assert len([path for path in by_one if path.startswith("gradients/") and "/00000008/" in path]) > 2
+    for path in by_one:
+        if path not in ("config.json", "README.md"):  # which say when and how they were made
+            assert by_one[path] == by_two[path], path

@@ -305,9 +305,10 @@ def test_who_loses_the_race_to_build_takes_the_winners_map(open_index, rows, tmp
     reader, build = open_index(rows[0]), row_map._build
 
     def build_second(building, *arguments):
-        build(building, *arguments)
+        arrays = build(building, *arguments)
         monkeypatch.setattr(row_map, "_build", build)
         IndexReader.open(tmp_path / "index", cache_dir=tmp_path / "cache").self_influence(0)  # another process
+        return arrays
 
     monkeypatch.setattr(row_map, "_build", build_second)
     assert_near(reader.scores(0, rows[1]), dense_scores(rows[1], rows[0]), 1e-3)

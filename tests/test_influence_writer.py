@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from hf_doge.artifacts.influence import IndexReader
+from hf_doge.artifacts.influence import IndexReader, segments
 from hf_doge.gradients.token_rows import TokenRows
 from tests.influence_rows import (
     FACTS,
@@ -62,7 +62,7 @@ def test_load_dataset_opens_every_configuration(tmp_path, rows, dtype, recwarn):
     (folder / "gradients/checkpoint-2.partial/segment-00000.parquet").write_bytes(b"half")
     loaded = {
         name: datasets.load_dataset(str(folder), name, split="train", cache_dir=str(tmp_path / "datasets"))
-        for name in ("gradients", "examples", "checkpoints")
+        for name in ("gradients", "examples", "checkpoints", *(["offsets"] if dtype != "int8" else []))
     }
     assert loaded["examples"][3] == {"example_id": 3, "text": "text 3"}
     assert loaded["checkpoints"]["name"] == ["checkpoint-0", "checkpoint-1"]
@@ -97,6 +97,38 @@ def test_segments_are_sorted_by_token_and_hold_ranges_of_examples(tmp_path, rows
         metadata = pq.read_metadata(folder / file["path"])
         assert json.loads(metadata.metadata[b"hf_doge"])["scale"] == file["scale"]
         assert [column.column_index for column in metadata.row_group(0).sorting_columns] == [1, 2]
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_offsets_tell_where_in_the_file_the_rows_of_each_token_lie(tmp_path, rows, dtype, monkeypatch):
+    monkeypatch.setattr(segments, "_ROW_GROUP_SIZE", 16)  # tokens whose rows lie in several groups
+    folder = write_index(tmp_path / "index", rows, dtype=dtype, max_segment_bytes=4000)
+    for file in config_of(folder)["checkpoints"][0]["files"]:
+        content = (folder / file["path"]).read_bytes()
+        table = pq.read_table(folder / file["path"], use_threads=False)
+        assert pq.read_metadata(folder / file["path"]).num_row_groups > 1
+        offsets = pq.read_table(folder / file["offsets_path"], use_threads=False)
+        assert file["offsets_path"] == file["path"].replace("gradients", "offsets")
+        assert offsets["first_example"].unique().to_pylist() == [file["first_example"]]
+        covered = 0
+        for run in offsets.to_pylist():
+            first, last = run["first_row"], run["first_row"] + run["num_rows"]
+            assert first == covered
+            piece = table.slice(first, last - first)
+            assert piece["token_id"].unique().to_pylist() == [run["token_id"]]
+            grads = np.frombuffer(content, dtype, (last - first) * WIDTH, run["grad_byte"]).reshape(-1, WIDTH)
+            np.testing.assert_array_equal(grads, np.stack(piece["grad"].to_numpy()))
+            examples = np.frombuffer(content, np.int32, last - first, run["example_byte"])
+            np.testing.assert_array_equal(examples, piece["example_id"].to_numpy())
+            covered = last
+        assert covered == table.num_rows
+        assert offsets["token_id"].to_pylist() == sorted(offsets["token_id"].to_pylist())
+
+
+def test_an_int8_index_has_no_offsets(tmp_path, rows):
+    folder = write_index(tmp_path / "index", rows, dtype="int8")
+    assert not (folder / "offsets").exists()
+    assert "offsets" not in (folder / "README.md").read_text()
 
 
 def test_the_scale_is_a_power_of_two_that_fills_float16(tmp_path):
@@ -180,7 +212,7 @@ def test_an_edited_card_is_kept(tmp_path, rows):
     write_checkpoint(writer, rows)
     card = tmp_path / "index" / "README.md"
     card.write_text("# Mine")
-    with pytest.warns(UserWarning, match="was edited, so it is kept"):
+    with pytest.warns(UserWarning, match="(?s)was edited.*it is kept as it is"):
         write_checkpoint(writer, rows, name="checkpoint-2", step=2)
     assert card.read_text() == "# Mine"
 

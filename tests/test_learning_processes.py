@@ -1,16 +1,17 @@
 """Learning the weights under `accelerate launch`: the same on any number of processes."""
 
 import json
-import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from transformers.distributed import DistributedConfig
 
 from tests.launch import launch
-from tests.learning_script import RESUMED, WAYS
+from tests.learning_script import RESUMED, SHARDED, WAYS
 
 SCRIPT = Path(__file__).parent / "learning_script.py"
+SAVED = ("shards", "gathered")  # the state dicts that FSDP2 writes
 
 
 @pytest.fixture(scope="module")
@@ -21,21 +22,30 @@ def learned(tmp_path_factory):
     """
     folders = {name: tmp_path_factory.mktemp(f"run{name}") for name in (1, 2, 4, "large", "resumed1", "resumed4")}
 
-    def job(name, num_processes, micro_batch=2, resume=False):
-        return {
-            "folder": str(folders[name]),
-            "num_processes": num_processes,
-            "micro_batch": micro_batch,
-            "resume": resume,
-        }
-
-    launch(SCRIPT, json.dumps([job(2, 2), job("large", 2, 8)]), num_processes=2)
+    launch(SCRIPT, json.dumps([job(folders[2], 2), job(folders["large"], 2, micro_batch=8)]), num_processes=2)
     for num_processes in (1, 4):
-        resumed = f"resumed{num_processes}"
-        shutil.copytree(folders[2] / "runs", folders[resumed] / "runs")
-        jobs = [job(num_processes, num_processes), job(resumed, num_processes, resume=True)]
-        launch(SCRIPT, json.dumps(jobs), num_processes=num_processes)
+        resumed = job(folders[f"resumed{num_processes}"], num_processes, resume=str(folders[2] / "runs"))
+        launch(SCRIPT, json.dumps([job(folders[num_processes], num_processes), resumed]), num_processes=num_processes)
     return folders
+
+
+@pytest.fixture(scope="module")
+def sharded(tmp_path_factory):
+    """Folders of what two processes learned on a sharded model, by how it was sharded, and of what resumed runs made of it."""
+    if "dp_replicate_size" not in DistributedConfig.__dataclass_fields__:
+        pytest.skip("older torch and transformers shard no model on CPUs")
+    names = [*SHARDED, *(f"{sharding} resumed" for sharding in SAVED)]
+    folders = {name: tmp_path_factory.mktemp(name.replace(" ", "_")) for name in names}
+    jobs = [job(folders[sharding], 2, sharding=sharding) for sharding in SHARDED]
+    for sharding in SAVED:
+        resumed = folders[f"{sharding} resumed"]
+        jobs.append(job(resumed, 2, sharding=sharding, resume=str(folders[sharding] / "runs")))
+    launch(SCRIPT, json.dumps(jobs), num_processes=2)
+    return folders
+
+
+def job(folder, num_processes, *, micro_batch=2, **options):
+    return {"folder": str(folder), "num_processes": num_processes, "micro_batch": micro_batch, **options}
 
 
 def load(folder, way, rank=0):
@@ -78,3 +88,41 @@ def test_a_run_saved_on_two_processes_resumes_on_one_and_on_four(learned, way, n
 @pytest.mark.parametrize("way", WAYS)
 def test_micro_batches_of_any_size_give_the_same(learned, way):
     assert_same_learning(load(learned["large"], way), load(learned[1], way))
+
+
+@pytest.mark.parametrize(("sharding", "way"), [(s, way) for s in SHARDED if s != "gathered" for way in SHARDED[s]])
+def test_sharding_the_model_changes_nothing(learned, sharded, sharding, way):
+    expected, found = load(learned[1], way), load(sharded[sharding], way)
+    assert_same_learning(found, expected)
+    assert found["nonfinite_steps"] == expected["nonfinite_steps"] == (5 if way == "broken" else 0)
+
+
+@pytest.mark.parametrize(("sharding", "way"), [(sharding, way) for sharding in SHARDED for way in SHARDED[sharding]])
+def test_processes_with_parts_of_a_model_hold_the_same_weights_to_the_bit(sharded, sharding, way):
+    first, other = [load(sharded[sharding], way, rank) for rank in range(2)]
+    assert torch.equal(first["weights"], other["weights"])
+    assert torch.equal(first["parameters"], other["parameters"])
+
+
+@pytest.mark.parametrize(("sharding", "way"), [(s, way) for s in SAVED for way in SHARDED[s] if way in RESUMED])
+def test_a_sharded_run_resumes_to_the_bit(sharded, sharding, way):
+    expected, found = load(sharded[sharding], way), load(sharded[f"{sharding} resumed"], way)
+    for name in ("weights", "scores", "losses", "parameters"):
+        torch.testing.assert_close(found[name], expected[name], rtol=0, atol=0, equal_nan=True)
+    assert found["logged"] == expected["logged"]
+
+
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        ("CPUs", "accelerate does so on accelerators only, and here would train a whole copy"),
+        ("FSDP1", "FSDP1 yet. Its flat parameters"),
+        ("offloading", "FSDP's CPU offloading yet. It was not tried"),
+        ("single pass", "`alignment='single_pass'` needs whole gradients of all domains on each process"),
+        ("no state", "SGD without momentum, from a checkpoint of `FULL_STATE_DICT`. Set `fsdp_config="),
+        ("tensor parallelism", "tensor, pipeline, expert or context parallelism yet. Use DDP or FSDP2"),
+    ],
+)
+def test_ways_of_spreading_a_model_that_are_not_right_yet_are_refused(sharded, what, message):
+    for rank in range(2):
+        assert message in torch.load(sharded["shards"] / f"refusals-{rank}.pt")[what]

@@ -170,6 +170,29 @@ def test_resuming_another_stream_is_refused(tmp_path, args, changes, message):
         trainer.train(resume_from_checkpoint=True)
 
 
+@pytest.mark.parametrize(
+    ("args", "changes", "message"),
+    [
+        ({"gradient_accumulation_steps": 2}, {}, "`examples_per_step` was 4 and is 8"),
+        ({"data_seed": 7}, {}, "`seed` was 42 and is 7"),
+        ({}, {"draw": "iid"}, "`draw` was 'quota' and is 'iid'"),
+        ({}, {"domain_weights": {**WEIGHTS, "books": 0.1}}, "`weights` was"),
+    ],
+)
+def test_resuming_streams_that_are_read_in_another_way_is_refused(tmp_path, args, changes, message):
+    options = {**save_a_run(tmp_path, train_dataset=streams()), **changes}
+    trainer = DomainWeightedTrainer(tiny_llama(), arguments(tmp_path, **args), **options)
+    with pytest.raises(ValueError, match=message):
+        trainer.train(resume_from_checkpoint=True)
+
+
+def test_streams_that_are_read_in_the_same_way_are_resumed(tmp_path):
+    options = save_a_run(tmp_path, train_dataset=streams())
+    trainer = DomainWeightedTrainer(tiny_llama(), arguments(tmp_path, max_steps=4), **options)
+    trainer.train(resume_from_checkpoint=True)
+    assert trainer.state.global_step == 4
+
+
 def test_the_place_in_a_checkpoint_is_behind_what_was_trained_on(tmp_path):
     save_a_run(tmp_path)
     state = json.loads((tmp_path / "checkpoint-2" / SAMPLER_FILE).read_text())

@@ -42,9 +42,9 @@ class Seen:
             def _is_training_on(self, inputs):
                 return len(inputs["input_ids"]) == 4 and not getattr(self, "_is_looking", False)
 
-            def _reweight_sampler(self):
+            def _reweight_sampler(self, inputs):
                 self._is_looking = True
-                super()._reweight_sampler()
+                super()._reweight_sampler(inputs)
                 self._is_looking = False
 
         self.trainer_class = Noting

@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_doge.artifacts.checks import require_json, require_names, require_ratios, require_same_domains, require_simplex
-from hf_doge.artifacts.folder import read_folder, resolve_folder, write_folder
+from hf_doge.artifacts.folder import FETCHED_FILES, read_folder, unknown_keys, write_folder
+from hf_doge.artifacts.hub.fetch import fetch_folder
 from hf_doge.artifacts.readers import read_ratios
 from hf_doge.artifacts.summary import summarize
 from hf_doge.artifacts.trajectory import Trajectory
 
 if TYPE_CHECKING:
+    from huggingface_hub import CommitInfo
     from matplotlib.figure import Figure
 
 
@@ -37,6 +39,7 @@ class DomainWeights:
         trajectory (`Trajectory` or `None`).
         recipe, metadata (`dict`).
         domains (`dict[str, dict]`): One entry for every domain, empty where nothing is known.
+        unknown_keys (`dict`): What a newer version of this package has written beside these; saved again as it is.
 
     Raises:
         ValueError: Weights off the simplex, or domains that differ; the message names the domain.
@@ -65,6 +68,7 @@ class DomainWeights:
         self.domains = require_json("domains", {name: (domains or {}).get(name, {}) for name in self.mean})
         self.recipe = require_json("recipe", recipe or {})
         self.metadata = require_json("metadata", metadata or {})
+        self.unknown_keys: dict[str, Any] = {}
         for name, facts in self.domains.items():
             for key in ("num_rows", "num_tokens"):
                 count = facts.get(key)
@@ -188,37 +192,124 @@ class DomainWeights:
 
         return plot_domain_weights(self, path)
 
-    def save_pretrained(self, save_directory: str | os.PathLike) -> None:
+    def save_pretrained(self, save_directory: str | os.PathLike, *, plot: bool = False) -> None:
         """
         Save as a dataset folder: `domain_weights.json`, `weights/` and `trajectory/` in Parquet, `README.md`.
 
         `datasets.load_dataset(save_directory, "weights")` and `"trajectory"` open it. An artifact in the folder is
         replaced as one: a crash at any point leaves the old or the new one to [`~DomainWeights.from_pretrained`], and
-        saving again completes it. Other files stay, and so does a `README.md` that somebody has edited.
+        saving again completes it. Other files stay, and so does what a person wrote into `README.md`: only the block between
+        our markers and our keys of its YAML are written anew, and without markers it is kept whole, with a warning.
+
+        Args:
+            save_directory (`str` or `os.PathLike`): New, empty, or an artifact to replace.
+            plot (`bool`): Also draw `plot.png` for the card, where matplotlib is installed.
 
         Raises:
             FileExistsError: The folder holds something else than an artifact.
             NotADirectoryError: `save_directory` is a file.
         """
-        write_folder(self, Path(save_directory))
+        write_folder(self, Path(save_directory), plot=plot)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        model_id: str | None = None,
+        commit_message: str | None = None,
+        commit_description: str | None = None,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+        tag: str | None = None,
+    ) -> "CommitInfo | None":
+        """
+        Push to a dataset repository on the Hub, in one commit that everybody sees whole or not at all.
+
+        What the repository holds already is not sent again, and where it holds everything nothing is committed; so a push
+        that failed or was killed is repeated by the same call. Requests that fail are tried again for about a minute, or as
+        long as the Hub asks for. Files of others in the repository stay, and so does what a person wrote into its card.
+
+        Args:
+            repo_id (`str`): `"user/name"`, or `"name"` of your own. Made if it does not exist.
+            model_id (`str`, *optional*): Repository of the model that the weights were learned with, for the card.
+            commit_message (`str`, *optional*), commit_description (`str`, *optional*): Of the commit.
+            private (`bool`, *optional*): Whether a new repository is private. One that exists stays as it is.
+            token (`str` or `bool`, *optional*): Access token with the write role; by default the one you logged in with.
+            revision (`str`, *optional*): Branch to push to, made if it does not exist. By default `main`.
+            create_pr (`bool`): Open a pull request instead.
+            tag (`str`, *optional*): Tag to put on the commit, so that others can pin it.
+
+        Returns:
+            `huggingface_hub.CommitInfo`: The commit; of a repository that held everything already, its head. `None` on all
+                processes but the first of those that `accelerate launch` or `torchrun` started.
+
+        Raises:
+            PermissionError: There is no token, or it may not write there. Says what to do.
+            ValueError: The name is not valid, or a file holds an access token.
+            FileExistsError: The repository holds something else, or `tag` is taken.
+            PushError: The Hub could not be reached for too long. What it held is untouched.
+        """
+        from hf_doge.artifacts.weights_publication import (
+            push_weights,
+        )  # needs the Hub's client, which a folder does not
+
+        return push_weights(
+            self,
+            repo_id,
+            model_id=model_id,
+            commit_message=commit_message,
+            commit_description=commit_description,
+            private=private,
+            token=token,
+            revision=revision,
+            create_pr=create_pr,
+            tag=tag,
+        )
 
     @classmethod
     def from_pretrained(
-        cls, name_or_path: str | os.PathLike, *, revision: str | None = None, token: str | bool | None = None
+        cls,
+        name_or_path: str | os.PathLike,
+        *,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | os.PathLike | None = None,
+        local_files_only: bool = False,
+        force_download: bool = False,
     ) -> "DomainWeights":
         """
-        Load what [`~DomainWeights.save_pretrained`] wrote.
+        Load what [`~DomainWeights.save_pretrained`] or [`~DomainWeights.push_to_hub`] wrote.
 
         Args:
-            name_or_path (`str` or `os.PathLike`): A local folder, else the name of a dataset repository on the Hub.
+            name_or_path (`str` or `os.PathLike`):
+                A local folder, else the name of a dataset repository on the Hub. When offline, its last download is read.
             revision (`str`, *optional*): Branch, tag or commit of the repository.
             token (`str` or `bool`, *optional*): Access token, as in `huggingface_hub`.
+            cache_dir (`str` or `os.PathLike`, *optional*): Of downloads; the Hub's own cache by default.
+            local_files_only (`bool`): Ask nobody, read the last download.
+            force_download (`bool`): Fetch again what is in the cache.
 
         Raises:
             FileNotFoundError: There is no such folder and no such repository, or no artifact in it.
+            PermissionError: The repository is private or gated, and the token may not read it.
             ValueError: A file is malformed, was altered or cut short, or is from a newer version that cannot be read.
+            OSError: The disk is full, or the Hub could not be reached for too long.
         """
-        return cls(**read_folder(resolve_folder(name_or_path, revision=revision, token=token)))
+        folder = fetch_folder(
+            name_or_path,
+            file_hint=" Read a single file by `DomainWeights.from_file`.",
+            allow_patterns=FETCHED_FILES,
+            revision=revision,
+            token=token,
+            cache_dir=cache_dir,
+            local_files_only=local_files_only,
+            force_download=force_download,
+        )
+        weights = cls(**read_folder(folder))
+        weights.unknown_keys = unknown_keys(folder)
+        return weights
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, DomainWeights):

@@ -10,8 +10,6 @@ README.md                                  makes `load_dataset(folder, "weights"
 """
 
 import json
-import os
-import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from hf_doge._version import __version__
-from hf_doge.artifacts.card import configs_header, is_edited, write_card
+from hf_doge.artifacts.cards import PLOT_FILE, card_bytes, draw_plot, read_card, weights_card
 from hf_doge.artifacts.files import read_verified, remove_file, replace_files, require_own_folder, sha256
 from hf_doge.artifacts.readers import parse_json
 from hf_doge.artifacts.trajectory import Trajectory
@@ -32,6 +30,8 @@ MANIFEST = "domain_weights.json"
 WEIGHTS_FILE = "weights/train-00000-of-00001.parquet"
 TRAJECTORY_FILE = "trajectory/train-00000-of-00001.parquet"
 CARD_FILE = "README.md"
+_LARGEST_TABLE = 2**32
+FETCHED_FILES = (MANIFEST, WEIGHTS_FILE, TRAJECTORY_FILE)
 
 _WEIGHTS_SCHEMA = pa.schema(
     {
@@ -47,41 +47,42 @@ _KEYS = dict.fromkeys(("mean", "last", "recipe", "domains", "metadata", "files")
 _VERSION_KEYS = ("format_version", "hf_doge_version")
 
 
-def write_folder(weights: "DomainWeights", folder: Path) -> None:
+def write_folder(weights: "DomainWeights", folder: Path, *, plot: bool = False) -> None:
     """See [`DomainWeights.save_pretrained`]."""
-    tables = {WEIGHTS_FILE: _to_parquet(_weights_table(weights))}
-    if weights.trajectory is not None:
-        tables[TRAJECTORY_FILE] = _to_parquet(weights.trajectory.to_table())
-    files = {**tables, MANIFEST: _to_manifest(weights, tables)}
+    files = artifact_files(weights, plot=plot)
+    tables = [name for name in files if name.endswith(".parquet")]
 
     require_own_folder(folder, manifest=MANIFEST, subfolders=("weights", "trajectory"))
+    replaced = {}
     if (folder / MANIFEST).exists():
-        read_manifest(folder)  # a file of this name that is not ours is not ours to replace
-    card = folder / CARD_FILE
-    written = card.read_text(encoding="utf-8", errors="replace") if card.exists() else None
-    if written is None or not is_edited(written):
-        files[CARD_FILE] = write_card(weights, list(tables)).encode()
-    elif configs_header(list(tables)) not in written:
-        warnings.warn(
-            f"{str(card)!r} was edited, so it is kept. For `load_dataset`, let its header say\n"
-            f"{configs_header(list(tables))}",
-            stacklevel=3,
+        replaced = read_manifest(folder)["files"]  # a file of this name that is not ours is not ours to replace
+    existing = read_card(folder / CARD_FILE)
+    files[CARD_FILE] = card_bytes(
+        weights_card(
+            weights, data_files={name: files[name] for name in tables}, plot=PLOT_FILE in files, existing=existing
         )
+    )
     replace_files(folder, files, manifest=MANIFEST)
     if weights.trajectory is None:
         remove_file(folder / TRAJECTORY_FILE)
+    if PLOT_FILE in replaced and PLOT_FILE not in files:
+        remove_file(folder / PLOT_FILE)
+
+
+def artifact_files(weights: "DomainWeights", *, plot: bool) -> dict[str, bytes]:
+    """The tables, the picture if asked for and matplotlib is there, and the manifest with their checksums."""
+    files = {WEIGHTS_FILE: _to_parquet(_weights_table(weights))}
+    if weights.trajectory is not None:
+        files[TRAJECTORY_FILE] = _to_parquet(weights.trajectory.to_table())
+    picture = draw_plot(weights) if plot else None
+    if picture is not None:
+        files[PLOT_FILE] = picture
+    return {**files, MANIFEST: _to_manifest(weights, files)}
 
 
 def read_folder(folder: Path) -> dict[str, Any]:
     """The arguments of [`DomainWeights`], checked against their checksums. See [`DomainWeights.from_pretrained`]."""
     manifest = read_manifest(folder)
-    unknown = sorted(set(manifest) - set(_KEYS) - set(_VERSION_KEYS))
-    if unknown:
-        warnings.warn(
-            f"{MANIFEST} has keys {unknown} that hf_doge {__version__} does not know; they are dropped. It was written"
-            f" by hf_doge {manifest.get('hf_doge_version')}: install that version to have them.",
-            stacklevel=3,
-        )
     contents = {
         name: read_verified(folder, name, checksum=manifest["files"][name])
         for name in (WEIGHTS_FILE, TRAJECTORY_FILE)
@@ -89,7 +90,7 @@ def read_folder(folder: Path) -> dict[str, Any]:
     }
     trajectory = None
     if TRAJECTORY_FILE in contents:
-        trajectory = Trajectory.from_table(_from_parquet(contents[TRAJECTORY_FILE]))
+        trajectory = Trajectory.from_table(_from_parquet(contents[TRAJECTORY_FILE], TRAJECTORY_FILE))
     names = manifest["domain_names"]
     if sorted(names) != sorted(manifest["mean"]):
         raise ValueError(f"`domain_names` of {MANIFEST} must be the domains of `mean`, but is {names}.")
@@ -103,6 +104,12 @@ def read_folder(folder: Path) -> dict[str, Any]:
     }
 
 
+def unknown_keys(folder: Path) -> dict[str, Any]:
+    """What a newer version wrote into the manifest beside what this one knows: to be kept, not to be understood."""
+    manifest = read_manifest(folder)
+    return {key: value for key, value in manifest.items() if key not in {*_KEYS, *_VERSION_KEYS}}
+
+
 def read_manifest(folder: Path) -> dict[str, Any]:
     """
     Read `domain_weights.json`.
@@ -114,62 +121,40 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     path = folder / MANIFEST
     if not path.is_file():
         raise FileNotFoundError(f"A folder of domain weights must hold {MANIFEST}, but {str(folder)!r} does not.")
-    manifest = parse_json(path.read_bytes(), source=str(path))
+    return parse_manifest(path.read_bytes(), source=str(path))
+
+
+def parse_manifest(content: bytes, *, source: str) -> dict[str, Any]:
+    """
+    The content of a `domain_weights.json`.
+
+    Raises:
+        ValueError: As [`read_manifest`]. Names `source`.
+    """
+    manifest = parse_json(content, source=source)
     version = manifest.get("format_version") if isinstance(manifest, dict) else None
     major = version.partition(".")[0] if isinstance(version, str) else ""
     if not major.isdecimal():
         raise ValueError(
-            f"{str(path)!r} must have a `format_version` such as {FORMAT_VERSION!r}, but got {version!r}. If it holds"
+            f"{source!r} must have a `format_version` such as {FORMAT_VERSION!r}, but got {version!r}. If it holds"
             " plain weights, read it by `DomainWeights.from_file`."
         )
     if int(major) > int(FORMAT_VERSION.partition(".")[0]):
         raise ValueError(
-            f"{str(path)!r} has format {version}, but hf_doge {__version__} reads up to {FORMAT_VERSION}. Update with"
+            f"{source!r} has format {version}, but hf_doge {__version__} reads up to {FORMAT_VERSION}. Update with"
             " `pip install -U hf-doge`."
         )
     for key, kind in _KEYS.items():
         if not isinstance(manifest.get(key), kind):
             raise ValueError(
-                f"{str(path)!r} must have a {kind.__name__} under {key!r}, but got {manifest.get(key)!r:.80}."
+                f"{source!r} must have a {kind.__name__} under {key!r}, but got {manifest.get(key)!r:.80}."
             )
     return manifest
 
 
-def resolve_folder(name_or_path: str | os.PathLike, *, revision: str | None, token: str | bool | None) -> Path:
-    """
-    A local folder as it is; any other name is fetched from the Hub, into its cache.
-
-    Raises:
-        FileNotFoundError: It is neither a folder nor a dataset repository that can be read or is cached.
-    """
-    folder = Path(name_or_path)
-    if folder.is_dir():
-        return folder
-    if folder.is_file():
-        raise NotADirectoryError(
-            f"`name_or_path` must be a folder or a name on the Hub, but {str(folder)!r} is a file. Read a single file by"
-            " `DomainWeights.from_file`."
-        )
-    # Only here: a folder needs no Hub, and importing its client takes longer than reading one.
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
-
-    try:
-        files = [MANIFEST, WEIGHTS_FILE, TRAJECTORY_FILE]
-        return Path(
-            snapshot_download(
-                str(name_or_path), repo_type="dataset", revision=revision, token=token, allow_patterns=files
-            )
-        )
-    except (HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError) as error:
-        raise FileNotFoundError(
-            f"{str(name_or_path)!r} must be a folder or a dataset repository on the Hub, but there is no such folder, and"
-            f" the Hub says: {error}"
-        ) from error
-
-
 def _to_manifest(weights: "DomainWeights", tables: dict[str, bytes]) -> bytes:
     manifest = {
+        **weights.unknown_keys,
         "format_version": FORMAT_VERSION,
         "hf_doge_version": __version__,
         "domain_names": list(weights.names),  # sorted keys forget their order
@@ -206,6 +191,16 @@ def _to_parquet(table: pa.Table) -> bytes:
     return sink.getvalue().to_pybytes()
 
 
-def _from_parquet(content: bytes) -> pa.Table:
+def _from_parquet(content: bytes, name: str) -> pa.Table:
     # On this thread: a process that ends soon after pyarrow started its reading threads may be aborted at exit.
-    return pq.ParquetFile(pa.BufferReader(content)).read(use_threads=False)
+    try:
+        file = pq.ParquetFile(pa.BufferReader(content))
+        groups = [file.metadata.row_group(number) for number in range(file.metadata.num_row_groups)]
+        size = sum(group.total_byte_size for group in groups)
+        if size > _LARGEST_TABLE:  # a few bytes of Parquet can claim any number of rows
+            raise ValueError(
+                f"{name!r} must need at most {_LARGEST_TABLE / 2**30:g} GiB of memory, but claims {size / 2**30:.3g} GiB."
+            )
+        return file.read(use_threads=False)
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(f"{name!r} must be a table in Parquet, but it is not: {error}") from error

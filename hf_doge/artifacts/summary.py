@@ -9,6 +9,11 @@ if TYPE_CHECKING:
 
 def summarize(weights: "DomainWeights") -> str:
     """The recipe, the entropy and a table of the domains, heaviest first; columns without any value are left out."""
+    return "\n".join([*_headline(weights), "", format_table(summary_columns(weights))])
+
+
+def summary_columns(weights: "DomainWeights") -> dict[str, list[str]]:
+    """Title -> cells, heaviest domain first; columns without any value are left out."""
     natural = weights.natural_proportions
     names = sorted(weights.names, key=weights.mean.get, reverse=True)
 
@@ -26,8 +31,7 @@ def summarize(weights: "DomainWeights") -> str:
         "rows": fact("num_rows"),
         "tokens": fact("num_tokens"),
     }
-    table = format_table({title: cells for title, cells in columns.items() if any(cells)})
-    return "\n".join([*_headline(weights), "", table])
+    return {title: cells for title, cells in columns.items() if any(cells)}
 
 
 def format_table(columns: dict[str, list[str]]) -> str:

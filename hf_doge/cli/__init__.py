@@ -18,6 +18,7 @@ COMMANDS = {
     "index": "record what each training example pushed, at saved checkpoints",
     "search": "trace predictions to training examples and words",
     "evaluate-influence": "delete what scorers blame, retrain, and see what becomes of predictions",
+    "push": "bring domain weights or an influence index to the Hub",
     "report": "show again what a folder of results holds",
 }
 USAGE = "\n".join(

@@ -41,6 +41,7 @@ def main(argv: Sequence[str]) -> int:
         settings=settings,
         learning_rates=args.learning_rates,
         batch_size=args.batch_size,
+        add_examples=args.add_examples,
     )
     if process_index() > 0:
         return 0
@@ -54,7 +55,8 @@ def _parse(argv: Sequence[str]) -> Namespace:
         prog="hf-doge index",
         description=(
             "Record the gradients of training examples at saved checkpoints, so that predictions can be traced to them "
-            "by `hf-doge search`. Run again after an interruption, it continues; with more checkpoints, it adds them. "
+            "by `hf-doge search`. Run again after an interruption, it continues; with more checkpoints, it adds them; "
+            "with --add_examples, it adds examples. "
             "Under `accelerate launch -m hf_doge index` all processes share the work, and must see the same files."
         ),
     )
@@ -67,6 +69,14 @@ def _parse(argv: Sequence[str]) -> Namespace:
     )
     parser.add_argument(
         "--data", type=Path, required=True, help="The training examples: JSONL (.gz or not), one record on a line."
+    )
+    parser.add_argument(
+        "--add_examples",
+        action="store_true",
+        help=(
+            "Add what --data holds behind the examples of the index, at all of its checkpoints; --data begins with those it "
+            "was made of, and the other options are as they were then."
+        ),
     )
     parser.add_argument("--output_dir", type=Path, default=Path("influence"), help="The index. Default: influence.")
     parser.add_argument(

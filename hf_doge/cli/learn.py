@@ -102,7 +102,7 @@ def main(argv: Sequence[str]) -> int:
 def save_results(weights: DomainWeights, output_dir: Path) -> None:
     """Write the learned weights and their plot, and print both the weights and where they are."""
     folder = output_dir / DOMAIN_WEIGHTS_FOLDER
-    weights.save_pretrained(folder)
+    weights.save_pretrained(folder, plot=True)
     plot = save_plot(weights.plot, output_dir / "domain_weights.png")
     say(weights.summary())
     say(f"Weights: {folder}{f', plot: {plot}' if plot else ''}")

@@ -27,7 +27,9 @@ def main(argv: Sequence[str]) -> int:
         from transformers import AutoTokenizer
 
         processing_class = AutoTokenizer.from_pretrained(args.tokenizer)
-    index = InfluenceIndex.from_pretrained(args.index, revision=args.revision, processing_class=processing_class)
+    index = InfluenceIndex.from_pretrained(
+        args.index, revision=args.revision, streaming=args.streaming, processing_class=processing_class
+    )
     hits = index.search(
         queries,
         top_k=args.top_k,
@@ -63,6 +65,9 @@ def _parse(argv: Sequence[str]) -> Namespace:
     )
     parser.add_argument("--index", required=True, help="Folder of `hf-doge index` or TracInWECallback, or a Hub name.")
     parser.add_argument("--revision", default=None, help="Branch, tag or commit of an index on the Hub.")
+    parser.add_argument(
+        "--streaming", action="store_true", help="Fetch from the Hub only the rows that the queries touch."
+    )
     parser.add_argument("--query", nargs="+", default=None, help="Texts to trace the predictions of.")
     parser.add_argument(
         "--queries",

@@ -23,8 +23,10 @@ from torch import Tensor, nn
 from hf_doge.functional.doge import clip_scale
 from hf_doge.gradients.domain_gradients import Segments
 from hf_doge.gradients.reduction import Reduction
+from hf_doge.gradients.sharding import as_part_of, is_counted_here, is_spread, own_part
 
-Gradient = list[Tensor | None]  # one entry per trainable parameter; None where the loss does not reach it
+# One entry per trainable parameter, `None` where the loss does not reach it; of a sharded parameter, this process' part.
+Gradient = list[Tensor | None]
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,8 @@ class GradientSource(Protocol):
 
     Each backward adds `weight` times the gradient of the mean loss of one domain (over all micro-batches of the step, on
     all processes) to `.grad` of the parameters, and returns that mean loss as a detached scalar. What is returned and
-    added is this process' part: the sum over the processes is the whole. Calling it again gives the same.
+    added is this process' share: the sum over the processes is the whole. Calling it again gives the same. To sharded
+    parameters the sum is added, and all processes must make the same calls.
     """
 
     @property
@@ -153,6 +156,9 @@ class BackwardAlignment:
     Everything asked for is linear in each process' own gradients: once the target's gradient is summed over the
     processes (P numbers), the inner products are sums of K numbers, and the step is one more sum of P. Only a norm is not
     linear: where norms are needed (clipping, normalization, `self_term=False`), each domain's gradient is summed, K x P.
+
+    Of a model sharded by FSDP2 every backward leaves each process its part of the *summed* gradient. Inner products and
+    norms are then sums over the parts, K numbers, and the step is a combination of parts.
     """
 
     def __init__(
@@ -179,6 +185,8 @@ class BackwardAlignment:
         self.max_norm = max_norm
         self.needs_norms = needs_norms or max_norm is not None
         self.reduction = Reduction()
+        self.is_sharded = any(map(is_spread, self.parameters))
+        self.is_counted = [is_counted_here(parameter) for parameter in self.parameters]
 
     def align(self, source: GradientSource) -> Alignment:
         alignment = Alignment.empty(self.num_domains)
@@ -186,16 +194,23 @@ class BackwardAlignment:
         target = self._sum_of_domains(source, alignment) if universal else self._sum_of_targets(source)
         if universal and not self._sums_each_domain:
             self._sum_over_processes(target)
-        alignment.target_norm = self._inner_product(target, target).sqrt()
+        target_square, squares = self._inner_product(target, target), alignment.norms
         for domain in source.present_domains:
             gradient = self._domain_gradient(source, domain, alignment)
             scale = alignment.step_scales[domain]
             if scale > 0:
                 alignment.inner_products[domain] = scale * self._inner_product(gradient, target)
                 if self.needs_norms:
-                    alignment.norms[domain] = scale * self._inner_product(gradient, gradient).sqrt()
-        if not self._sums_each_domain:
+                    squares[domain] = self._inner_product(gradient, gradient)
+        if self.is_sharded:
+            numbers = torch.cat([alignment.inner_products, squares, target_square[None]])
+            alignment.inner_products, squares, target_square = self._sum_numbers(numbers).split(
+                [self.num_domains, self.num_domains, 1]
+            )
+        elif not self._sums_each_domain:
             alignment.inner_products = self._sum_numbers(alignment.inner_products)
+        alignment.norms = alignment.step_scales * squares.sqrt()
+        alignment.target_norm = target_square.sqrt().squeeze()
         return alignment
 
     def write_gradient(self, source: GradientSource, coefficients: Tensor) -> None:
@@ -215,7 +230,7 @@ class BackwardAlignment:
     @property
     def _sums_each_domain(self) -> bool:
         """Whether each domain's gradient is summed over the processes before anything else."""
-        return self.reduction.is_needed and self.needs_norms
+        return self.is_sharded or (self.reduction.is_needed and self.needs_norms)
 
     def _domain_gradient(self, source: GradientSource, domain: int, alignment: Alignment) -> Gradient:
         """The unclipped gradient of one domain; notes its loss and clip factor."""
@@ -231,9 +246,11 @@ class BackwardAlignment:
     ) -> tuple[float, float]:
         """A domain's or target's loss and the factor that clips its gradient; 0 where either is not finite."""
         is_summed = self._sums_each_domain if is_summed is None else is_summed
-        norm = self._inner_product(gradient, gradient, scored_only=False).sqrt()
-        found = torch.stack([loss.double().cpu(), (~norm.isfinite()).double()])
-        total, num_broken = self._sum_numbers(found).tolist()
+        square = self._inner_product(gradient, gradient, scored_only=False)
+        found = torch.stack([loss.double().cpu(), (~square.isfinite()).double(), square])
+        total, num_broken, sum_of_squares = self._sum_numbers(found)
+        norm = (sum_of_squares if self.is_sharded else square).sqrt()
+        total, num_broken = float(total), float(num_broken)
         if num_broken or not isfinite(total):
             return total, 0.0
         if self.max_norm is None:
@@ -260,7 +277,7 @@ class BackwardAlignment:
             _, scale = self._loss_and_scale(loss, gradient, is_summed=self.max_norm is not None)
             if scale == 0.0:
                 # A target that is not a number leaves nothing to compare with.
-                return [torch.full_like(parameter, torch.nan) for parameter in self.parameters]
+                return [torch.full_like(own_part(parameter), torch.nan) for parameter in self.parameters]
             self._add_to(total, gradient, scale=weight * scale)
         if self.max_norm is None:
             self._sum_over_processes(total)
@@ -268,21 +285,25 @@ class BackwardAlignment:
 
     def _take_gradient(self) -> Gradient:
         """Move the gradients off the parameters."""
-        gradient = [parameter.grad for parameter in self.parameters]
+        gradient = [None if parameter.grad is None else own_part(parameter.grad) for parameter in self.parameters]
         for parameter in self.parameters:
             parameter.grad = None
         return gradient
+
+    def _put_gradient(self, gradient: Gradient) -> None:
+        """Into `.grad` of the parameters."""
+        for parameter, part in zip(self.parameters, gradient, strict=True):
+            parameter.grad = None if part is None else as_part_of(parameter, part)
 
     def _sum_over_processes_in_place(self) -> None:
         """Sum `.grad` of the parameters over the processes."""
         gradient = self._take_gradient()
         self._sum_over_processes(gradient)
-        for parameter, grad in zip(self.parameters, gradient, strict=True):
-            parameter.grad = grad
+        self._put_gradient(gradient)
 
     def _sum_over_processes(self, gradient: Gradient) -> None:
         """In place; a parameter that some process reaches is one that all have a gradient of."""
-        if not self.reduction.is_needed:
+        if self.is_sharded or not self.reduction.is_needed:
             return
         device = self.parameters[0].device
         reached = self.reduction.sum(torch.tensor([grad is not None for grad in gradient], device=device).int())
@@ -298,12 +319,15 @@ class BackwardAlignment:
         return self.reduction.sum(numbers.to(self.parameters[0].device)).cpu()
 
     def _inner_product(self, left: Gradient, right: Gradient, *, scored_only: bool = True) -> Tensor:
-        """Inner product over the parameters, summed in float64: one flat float32 sum is off by 1e-3."""
+        """
+        Inner product over the parameters, summed in float64: one flat float32 sum is off by 1e-3. Of sharded parameters,
+        what the parts of this process add to it.
+        """
         device = self.parameters[0].device
         dtype = torch.float64 if device.type != "mps" else torch.float32  # MPS has no float64
         total = torch.zeros((), dtype=dtype, device=device)
-        for a, b, scored in zip(left, right, self.scored, strict=True):
-            if a is not None and b is not None and (scored or not scored_only):
+        for a, b, scored, counted in zip(left, right, self.scored, self.is_counted, strict=True):
+            if a is not None and b is not None and counted and (scored or not scored_only):
                 total += (a.float() * b.float() if a.dtype.itemsize < 4 else a * b).sum(dtype=dtype).to(device)
         return total.cpu().double()
 
@@ -342,8 +366,7 @@ class PerDomainAlignment(BackwardAlignment):
         self._kept = {}
         if not self._sums_each_domain:
             self._sum_over_processes(total)
-        for parameter, gradient in zip(self.parameters, total, strict=True):
-            parameter.grad = gradient
+        self._put_gradient(total)
 
 
 class StreamedAlignment(BackwardAlignment):

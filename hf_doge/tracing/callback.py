@@ -11,9 +11,10 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
 
 from hf_doge.gradients.example_losses import LossFunction
+from hf_doge.tracing.background_push import BackgroundPush
 from hf_doge.tracing.checkpoint_recording import CheckpointRecording, find_group
 from hf_doge.tracing.examples import choose_examples
-from hf_doge.tracing.processes import run_on_main_process
+from hf_doge.tracing.processes import process_index, run_on_main_process
 from hf_doge.tracing.settings import DEFAULT_MAX_SEGMENT_BYTES, RecordingSettings
 from hf_doge.tracing.weights import MODELS, has_weights, save_model, stored_path
 
@@ -69,6 +70,11 @@ class TracInWECallback(TrainerCallback):
         batch_size (`int`, *optional*): Examples at once; changes no row. That of training if left out.
         max_segment_bytes (`int`): Bound of the rows held in memory.
         seed (`int`): Of whatever dataset and collator draw while recording.
+        hub_index_id (`str`, *optional*):
+            Dataset repository to push each finished checkpoint to, in the background, while training goes on. Made at
+            train begin if it does not exist, private if `hub_private_repo` of the arguments says so; `hub_token` is used.
+            A push that fails never stops a training: a warning at its end says so, and how to repeat it.
+        redact_text (`bool`): What is pushed has no text of the examples, see [`InfluenceIndex.push_to_hub`].
 
     Raises:
         ValueError: an argument is out of range. At train begin, where the training cannot be recorded: see the message.
@@ -97,6 +103,8 @@ class TracInWECallback(TrainerCallback):
         batch_size: int | None = None,
         max_segment_bytes: int = DEFAULT_MAX_SEGMENT_BYTES,
         seed: int = 0,
+        hub_index_id: str | None = None,
+        redact_text: bool = False,
     ) -> None:
         self.output_dir = Path(output_dir)
         self.dataset = dataset
@@ -121,6 +129,11 @@ class TracInWECallback(TrainerCallback):
         self.save_weights = save_weights
         self.batch_size = batch_size
         self.seed = seed
+        if redact_text and hub_index_id is None:
+            raise ValueError("`redact_text` is about what is pushed, but `hub_index_id` is None. Name a repository.")
+        self.hub_index_id = hub_index_id
+        self.redact_text = redact_text
+        self._push: BackgroundPush | None = None
         self._recording: Any | None = None
 
     def on_train_begin(
@@ -128,6 +141,7 @@ class TracInWECallback(TrainerCallback):
     ) -> None:
         """Check what can be checked, and finish what an interruption left."""
         self._require_recordable(args, state)
+        self._prepare_push(args)
         if self._recording is not None:
             self._recording.stop()  # a training that failed has not ended
         self._learning_rate: float | None = None
@@ -151,6 +165,7 @@ class TracInWECallback(TrainerCallback):
         if state.global_step > 0 and self._is_due(state.global_step) and self.settings.record == "checkpoint":
             facts = {**self._facts(args, state), "path": self._keep_weights(args, state, replace=False, **kwargs)}
             self._recording.finish_interrupted(model=model, facts=facts, state=state)
+            self._request_push()
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -203,6 +218,8 @@ class TracInWECallback(TrainerCallback):
         if recording is None:
             return
         recording.stop()
+        if self._push is not None:
+            self._push.finish()
         if self._num_recorded == 0 and self._started:
             warnings.warn(
                 f"Nothing was recorded in {str(self.output_dir)!r}: the Trainer did not save. Set `save_strategy`, or pass"
@@ -263,6 +280,29 @@ class TracInWECallback(TrainerCallback):
         )
         self._recorded_step, self._awaited_step = state.global_step, -1
         self._num_recorded += 1
+        self._request_push()
+
+    def _prepare_push(self, args: TrainingArguments) -> None:
+        """The repository is there, and may be written: told before the training, not after it."""
+        if self.hub_index_id is None:
+            return
+        # Only here: without `hub_index_id` no client of the Hub is needed.
+        from hf_doge.tracing.publication import prepare_index_push, push_index_folder
+
+        options = {"token": args.hub_token, "private": args.hub_private_repo}
+        run_on_main_process(lambda sign_of_life: prepare_index_push(self.hub_index_id, **options))
+        if process_index() > 0:
+            return
+        redact = ", redact_text=True" if self.redact_text else ""
+        self._push = BackgroundPush(
+            lambda: push_index_folder(self.output_dir, self.hub_index_id, redact_text=self.redact_text, **options),
+            advice=f"Push it by `InfluenceIndex.from_pretrained({str(self.output_dir)!r}).push_to_hub("
+            f"{self.hub_index_id!r}{redact})`.",
+        )
+
+    def _request_push(self) -> None:
+        if self._push is not None:
+            self._push.request()
 
     def _facts(self, args: TrainingArguments, state: TrainerState) -> dict[str, Any]:
         return {

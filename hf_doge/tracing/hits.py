@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from datasets import Dataset, DatasetInfo, Features, List, Value, concatenate_datasets
+from datasets import Dataset, Features, List, Value, concatenate_datasets
 from transformers import PreTrainedTokenizerBase
 
 from hf_doge.tracing.queries import Query
@@ -120,17 +120,16 @@ def query_hits(
 
 
 def make_hits(rows: Sequence[Mapping[str, Any]], examples: Dataset) -> Dataset:
-    """Hits, with whatever the index knows of their examples beside them."""
+    """Hits, with whatever the index knows of their examples, one row for each hit, beside them."""
     columns = {name: [row[name] for row in rows] for name in HIT_FEATURES}
     return beside_examples(Dataset.from_dict(columns, features=HIT_FEATURES), examples)
 
 
 def beside_examples(rows: Dataset, examples: Dataset) -> Dataset:
-    """Add the examples' columns to rows that have an `example_id`; where a name is taken, `example_` goes before it."""
+    """Add the columns of as many examples to rows; where a name is taken, `example_` goes before it."""
     shown = examples.select_columns([name for name in examples.column_names if name not in NOT_SHOWN])
     if not shown.column_names:
         return rows
-    table = shown.with_format("arrow")[rows["example_id"][:]]
     names = {*rows.column_names, *shown.column_names}
     taken = {}
     for name in sorted(set(shown.column_names) & set(rows.column_names)):
@@ -139,8 +138,7 @@ def beside_examples(rows: Dataset, examples: Dataset) -> Dataset:
             free = f"example_{free}"
         taken[name] = free
         names.add(free)
-    shown = Dataset(table, info=DatasetInfo(features=shown.features)).rename_columns(taken)
-    return concatenate_datasets([rows, shown], axis=1)
+    return concatenate_datasets([rows, shown.rename_columns(taken)], axis=1)
 
 
 def query_reading(hit: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase | None) -> Reading:

@@ -12,7 +12,7 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow.compute as pc
@@ -20,7 +20,9 @@ from datasets import ClassLabel, Dataset
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from hf_doge.artifacts.hub.fetch import fetch_folder
 from hf_doge.artifacts.influence import IndexReader
+from hf_doge.artifacts.influence.remote import RemoteIndexReader
 from hf_doge.gradients.example_losses import LossFunction
 from hf_doge.tracing.hits import (
     HIT_FEATURES,
@@ -33,13 +35,16 @@ from hf_doge.tracing.hits import (
     select_extremes,
 )
 from hf_doge.tracing.html import render_page
-from hf_doge.tracing.index_folder import copy_index, fetch_index
+from hf_doge.tracing.index_folder import FETCHED_FILES, copy_index
 from hf_doge.tracing.models import LoadModel, checkpoint_folders
 from hf_doge.tracing.queries import TEXT_FIELDS, Query, check_queries
 from hf_doge.tracing.query_rows import QueryRowMaker
 from hf_doge.tracing.recording import tokenizer_fingerprint
 from hf_doge.tracing.scoring import QueryScorer
 from hf_doge.tracing.shares import build_on_each_machine, share_work
+
+if TYPE_CHECKING:
+    from huggingface_hub import CommitInfo
 
 SPECIAL_TOKENS = ("count", "drop")
 REDUCTIONS = ("mean", "sum")
@@ -109,21 +114,27 @@ class InfluenceIndex:
         revision: str | None = None,
         token: str | bool | None = None,
         cache_dir: str | os.PathLike | None = None,
+        local_files_only: bool = False,
+        force_download: bool = False,
         verify: bool = True,
         model: nn.Module | None = None,
         load_model: LoadModel | None = None,
         processing_class: Any | None = None,
         loss_fn: LossFunction | None = None,
+        streaming: bool = False,
     ) -> "InfluenceIndex":
         """
         Open an index.
 
         Args:
-            name_or_path (`str` or `os.PathLike`): Folder, or name of a dataset repository on the Hub.
+            name_or_path (`str` or `os.PathLike`):
+                Folder, or name of a dataset repository on the Hub. When offline, its last download is opened.
             revision (`str`, *optional*): Branch, tag or commit on the Hub.
             token (`str` or `bool`, *optional*): For private repositories.
             cache_dir (`str` or `os.PathLike`, *optional*):
                 Where a download and the memory maps go; by default the Hub's cache and `$HF_HOME/hf_doge`.
+            local_files_only (`bool`): Ask nobody, open the last download.
+            force_download (`bool`): Fetch again what is in the cache.
             verify (`bool`): Whether to check the sha256 of every file.
             model (`nn.Module`, *optional*):
                 A model to take where it is the recorded one; where it is not, a copy of it gets each checkpoint's weights.
@@ -132,13 +143,37 @@ class InfluenceIndex:
             processing_class (`PreTrainedTokenizerBase`, *optional*):
                 Tokenizer of the model. By default the one saved with the checkpoints.
             loss_fn (`Callable`, *optional*): The one the index was recorded with, if any.
+            streaming (`bool`):
+                Leave an index of the Hub there, and read of it what each query needs: the rows of its tokens, by ranges of
+                bytes, once; and the examples and models when first needed. The answers are the same. A folder is read
+                in place in any case. What needs all rows (`self_influence`, `cosine`) needs the download.
 
         Raises:
             FileNotFoundError: There is no such folder or repository, or a file of it is missing.
-            ValueError: A file was altered, no checkpoint is whole, or the tokenizer is another than the recorded one.
+            PermissionError: The repository is private or gated, and the token may not read it.
+            OSError: The disk is full, or the Hub could not be reached for too long.
+            ValueError: A file was altered, no checkpoint is whole, or the tokenizer is another than the recorded one; or
+                `streaming`, and the rows are int8, or it is asked for together with `local_files_only` or `force_download`.
         """
-        folder = fetch_index(name_or_path, revision=revision, token=token, cache_dir=cache_dir)
-        reader = IndexReader.open(folder, cache_dir=cache_dir, verify=verify)
+        reader: IndexReader
+        if streaming and (local_files_only or force_download):
+            raise ValueError(
+                "`streaming=True` reads from the Hub what is not in the cache, so it does not go with `local_files_only` or"
+                " `force_download`. Leave one of them out."
+            )
+        if streaming and not Path(name_or_path).exists():
+            reader = RemoteIndexReader.open(str(name_or_path), revision=revision, token=token, cache_dir=cache_dir)
+        else:
+            folder = fetch_folder(
+                name_or_path,
+                allow_patterns=FETCHED_FILES,
+                revision=revision,
+                token=token,
+                cache_dir=cache_dir,
+                local_files_only=local_files_only,
+                force_download=force_download,
+            )
+            reader = IndexReader.open(folder, cache_dir=cache_dir, verify=verify)
         return cls(
             reader,
             model=model,
@@ -156,7 +191,69 @@ class InfluenceIndex:
             save_directory (`str` or `os.PathLike`):
                 New, empty, or an index to replace. An interrupted copy leaves what was there before.
         """
+        self.reader.require_whole("`save_pretrained`")
         copy_index(self.reader.folder, Path(save_directory))
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        redact_text: bool = False,
+        keep_columns: Sequence[str] = (),
+        include_models: bool = True,
+        commit_message: str | None = None,
+        commit_description: str | None = None,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+        tag: str | None = None,
+    ) -> "CommitInfo | None":
+        """
+        Push to a dataset repository on the Hub, in one commit that everybody sees whole or not at all.
+
+        An index reveals its training examples: the table of examples holds their text, and the gradient rows tell which
+        tokens each of them has, also after `redact_text`. Share it only as you would share those.
+
+        What the repository holds already is not sent again: a push that failed or was killed goes on by the same call, and
+        further checkpoints or examples are further files. See [`DomainWeights.push_to_hub`] for the rest.
+
+        Args:
+            repo_id (`str`): `"user/name"`, or `"name"` of your own. Made if it does not exist.
+            redact_text (`bool`):
+                Leave out every column of the examples that can hold text: strings, token ids and whatever nests them,
+                `content_hash` among them. Numbers, dates, labels and the names of labels stay.
+            keep_columns (`Sequence[str]`): Columns to publish nevertheless, such as the domain.
+            include_models (`bool`):
+                Publish the weights and the tokenizer of each checkpoint that is on this machine, under `models/`, so that
+                others can search at once. Otherwise they must pass `load_model` or `model`.
+            commit_message, commit_description, private, token, revision, create_pr, tag: See [`DomainWeights.push_to_hub`].
+
+        Returns:
+            `huggingface_hub.CommitInfo` or `None`: See [`DomainWeights.push_to_hub`].
+
+        Raises:
+            PermissionError, FileExistsError, PushError: See [`DomainWeights.push_to_hub`].
+            ValueError: As there; or a file of the index was altered, or `keep_columns` names no column.
+        """
+        self.reader.require_whole("`push_to_hub`")
+        # Only here: a folder needs no client of the Hub.
+        from hf_doge.tracing.publication import push_index_folder
+
+        return push_index_folder(
+            self.reader.folder,
+            repo_id,
+            redact_text=redact_text,
+            keep_columns=keep_columns,
+            include_models=include_models,
+            commit_message=commit_message,
+            commit_description=commit_description,
+            private=private,
+            token=token,
+            revision=revision,
+            create_pr=create_pr,
+            tag=tag,
+        )
 
     def __len__(self) -> int:
         """Number of training examples."""
@@ -176,7 +273,8 @@ class InfluenceIndex:
         """The tokenizer that was given, or the one saved with the checkpoints; `None` if there is none."""
         if self._given_tokenizer is not None:
             return self._given_tokenizer
-        for checkpoint in reversed(self.reader.checkpoints):
+        for position, checkpoint in reversed(list(enumerate(self.reader.checkpoints))):
+            self.reader.fetch_model(position)
             for path in checkpoint_folders(checkpoint, self.reader.folder):
                 if (path / "tokenizer_config.json").is_file():
                     tokenizer = AutoTokenizer.from_pretrained(path)
@@ -260,7 +358,8 @@ class InfluenceIndex:
             return found
 
         self._build_maps()
-        return make_hits(share_work(len(records), work), self.examples)
+        hits = share_work(len(records), work)
+        return make_hits(hits, self.reader.examples_of([hit["example_id"] for hit in hits]))
 
     def scores(
         self,
@@ -345,6 +444,7 @@ class InfluenceIndex:
         """
         self._check_choice("special_tokens", special_tokens, SPECIAL_TOKENS)
         self._refuse_metric("Self-influence")
+        self.reader.require_whole("Self-influence")
         if self.config.get("record") == "online":
             raise ValueError(
                 "Self-influence needs an index with `record='checkpoint'`: online rows are sums of gradients times learning "
@@ -362,7 +462,7 @@ class InfluenceIndex:
         scores = sum(share_work(len(self.reader.checkpoints), work))
         order = np.argsort(-scores, kind="stable")
         rows = {"rank": np.arange(1, len(order) + 1), "example_id": order, "score": scores[order]}
-        return beside_examples(Dataset.from_dict(rows), self.examples)
+        return beside_examples(Dataset.from_dict(rows), self.reader.examples_of(order))
 
     def domain_influence(
         self,
@@ -457,6 +557,7 @@ class InfluenceIndex:
             self.reader.folder,
             tokenizer=self.processing_class,
             synonym_threshold=synonym_threshold if kernel == "synonym" else None,
+            fetch_model=self.reader.fetch_model,
             **self._loading,
         )
         asked, rows = maker.record(
@@ -495,6 +596,7 @@ class InfluenceIndex:
             raise ValueError(f"`synonym_threshold` must be in [-1, 1], but got {synonym_threshold!r}.")
         if cosine:
             self._refuse_metric("`cosine`")
+            self.reader.require_whole("`cosine`")
         if kernel == "synonym":  # Adam's metric is one of each token; between two there is none
             self._refuse_metric("`kernel='synonym'`")
 
@@ -536,7 +638,7 @@ class InfluenceIndex:
 
     def _text_fields(self) -> list[str]:
         """Columns of the examples that hold what the model read."""
-        features = self.examples.features
+        features = self.reader.examples_of([]).features
         strings = [name for name in features if getattr(features[name], "dtype", None) in ("string", "large_string")]
         for names in TEXT_FIELDS:
             if set(names) <= set(strings):

@@ -1,52 +1,20 @@
-"""The folder of an index: fetching it from the Hub and copying it."""
+"""The folder of an index: what belongs to it, and copying it."""
 
 import os
 import shutil
 from pathlib import Path
 
 from hf_doge.artifacts.influence.lock import LOCK_FILE
-from hf_doge.artifacts.influence.manifest import CARD_FILE, GRADIENTS, MANIFEST, read_config
+from hf_doge.artifacts.influence.manifest import CARD_FILE, GRADIENTS, MANIFEST, OFFSETS, read_config
 from hf_doge.tracing.weights import MODELS
 
-_ENTRIES = (CARD_FILE, "examples", "checkpoints", GRADIENTS, MODELS, MANIFEST)
+_ENTRIES = (CARD_FILE, "examples", "checkpoints", GRADIENTS, OFFSETS, MODELS, MANIFEST)
+FETCHED_FILES = (
+    MANIFEST,
+    CARD_FILE,
+    *(f"{name}/*" for name in ("examples", "checkpoints", GRADIENTS, OFFSETS, MODELS)),
+)
 _STAGED, _REPLACED = ".hf_doge-{name}.new", ".hf_doge-{name}.old"
-
-
-def fetch_index(
-    name_or_path: str | os.PathLike,
-    *,
-    revision: str | None = None,
-    token: str | bool | None = None,
-    cache_dir: str | os.PathLike | None = None,
-) -> Path:
-    """
-    A local folder as it is; any other name is fetched from the Hub, into its cache.
-
-    Raises:
-        FileNotFoundError: It is neither a folder nor a dataset repository that can be read or is cached.
-        NotADirectoryError: It is a file.
-    """
-    folder = Path(name_or_path)
-    if folder.is_dir():
-        return folder
-    if folder.is_file():
-        raise NotADirectoryError(
-            f"`name_or_path` must be a folder or a name on the Hub, but {str(folder)!r} is a file."
-        )
-    # Only here: a folder needs no Hub.
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
-
-    try:
-        fetched = snapshot_download(
-            str(name_or_path), repo_type="dataset", revision=revision, token=token, cache_dir=cache_dir
-        )
-    except (HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError) as error:
-        raise FileNotFoundError(
-            f"{str(name_or_path)!r} must be a folder or a dataset repository on the Hub, but there is no such folder, and"
-            f" the Hub says: {error}"
-        ) from error
-    return Path(fetched)
 
 
 def copy_index(folder: Path, save_directory: Path) -> None:

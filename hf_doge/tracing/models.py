@@ -25,6 +25,7 @@ def load_checkpoint(
     model: nn.Module | None = None,
     load_model: LoadModel | None = None,
     token: str | bool | None = None,
+    fetch: Callable[[], None] = lambda: None,
 ) -> nn.Module:
     """
     The model as it was when a checkpoint was recorded.
@@ -37,6 +38,7 @@ def load_checkpoint(
             from the `model.safetensors` of the checkpoint's folder.
         load_model (`Callable`, *optional*): `load_model(path)` makes the model instead, for classes of your own.
         token (`str` or `bool`, *optional*): For a private repository on the Hub.
+        fetch (`Callable`): Called before the folder is looked into.
 
     Raises:
         FileNotFoundError: The checkpoint is nowhere to be found. Names it.
@@ -48,6 +50,7 @@ def load_checkpoint(
         )
     if model is not None and model_fingerprint(model) == checkpoint["fingerprint"]:
         return model
+    fetch()
     path = _find(checkpoint, folder)
     if load_model is not None:
         loaded = load_model(path)

@@ -1,8 +1,9 @@
 """Gradient rows of queries at every recorded checkpoint, made as the rows of the index were."""
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ class QueryRowMaker:
         model, load_model, token: See [`load_checkpoint`].
         loss_fn (`Callable`, *optional*): What the index was recorded with, if it was not the model's own loss.
         synonym_threshold (`float`, *optional*): Look for synonyms of the queries' tokens, of at least this cosine.
+        fetch_model (`Callable[[int], None]`): Called with the position of a checkpoint whose model is about to be loaded.
         synonyms (`list[Neighbours]`): What was found at each checkpoint, after [`~QueryRowMaker.record`].
     """
 
@@ -44,6 +46,7 @@ class QueryRowMaker:
     loss_fn: LossFunction | None = None
     token: str | bool | None = None
     synonym_threshold: float | None = None
+    fetch_model: Callable[[int], None] = lambda position: None
     synonyms: list[Neighbours] = field(default_factory=list, init=False)
 
     def __post_init__(self) -> None:
@@ -75,9 +78,16 @@ class QueryRowMaker:
         checkpoints = self.config["checkpoints"]
         rows: list[TokenRows] = []
         queries: list[Query] | None = None
-        for checkpoint in reversed(checkpoints):  # what the last one predicts is the label of a query without one
+        for position, checkpoint in reversed(
+            list(enumerate(checkpoints))
+        ):  # what the last one predicts is the label of a query without one
             model = load_checkpoint(
-                checkpoint, folder=self.folder, model=self.model, load_model=self.load_model, token=self.token
+                checkpoint,
+                folder=self.folder,
+                model=self.model,
+                load_model=self.load_model,
+                token=self.token,
+                fetch=partial(self.fetch_model, position),
             )
             self._check_embeddings(model, checkpoint["name"])
             verify = queries is None

@@ -21,6 +21,8 @@ from tqdm.auto import tqdm
 
 from hf_doge.artifacts.influence import IndexWriter
 from hf_doge.artifacts.influence.checkpoint_writer import CheckpointWriter
+from hf_doge.artifacts.influence.manifest import read_config
+from hf_doge.artifacts.provenance import describe_dataset, describe_model, describe_process, public_name
 from hf_doge.functional.tracin_we import scale_by_second_moment
 from hf_doge.gradients.embedding import EmbeddingGradientRecorder
 from hf_doge.gradients.embedding_uses import input_embedding_matrix
@@ -60,6 +62,7 @@ def open_writer(
     tokenizer: Any | None,
     settings: RecordingSettings,
     metadata: Mapping[str, Any] | None = None,
+    add_examples: bool = False,
     sign_of_life: Callable[[], None] = lambda: None,
 ) -> IndexWriter:
     """
@@ -72,6 +75,7 @@ def open_writer(
         tokenizer (`PreTrainedTokenizerBase`, *optional*): What turned text into these tokens; a processor will do.
         settings ([`RecordingSettings`]): How rows are made and stored.
         metadata (`Mapping`, *optional*): Anything else worth knowing, in terms of JSON.
+        add_examples (`bool`): Whether the index is there, and is to have the examples behind its own in `dataset` as well.
         sign_of_life (`Callable`): Called every now and then.
 
     Raises:
@@ -100,6 +104,7 @@ def open_writer(
         projection_width=settings.projection_width,
         projection_seed=settings.projection_seed,
         max_segment_bytes=settings.max_segment_bytes,
+        add_examples=add_examples,
         settings={
             **settings.to_manifest(tokenizer),
             "virtual": not matrix.requires_grad,
@@ -108,7 +113,12 @@ def open_writer(
                 "fingerprint": dataset_fingerprint(table.column("content_hash").to_pylist()),
                 "num_rows": len(dataset),
             },
-            "metadata": dict(metadata or {}),
+            "metadata": {
+                **describe_process(),
+                "model": describe_model(model),
+                "dataset": describe_dataset(dataset.described),
+                **(metadata or {}),
+            },
         },
     )
     try:
@@ -124,7 +134,7 @@ def _describe_tokenizer(processing_class: Any | None) -> dict[str, Any] | None:
     if not hasattr(tokenizer, "get_vocab"):
         return None
     return {
-        "name": getattr(tokenizer, "name_or_path", None) or None,
+        "name": public_name(getattr(tokenizer, "name_or_path", None)),
         "vocabulary_size": len(tokenizer),
         "fingerprint": tokenizer_fingerprint(tokenizer),
     }
@@ -150,7 +160,7 @@ class SharedIndex:
 
     def has_whole(self, name: str) -> bool:
         """Whether a checkpoint is whole, as the main process knows; all processes ask."""
-        return run_on_main_process(lambda sign_of_life: name in self.writer.checkpoint_names)
+        return run_on_main_process(lambda sign_of_life: self.writer.has_whole(name))
 
     def close(self) -> None:
         """Let others write the index; of the processes, the main one alone keeps them from it."""
@@ -166,6 +176,7 @@ def open_shared_index(
     settings: RecordingSettings,
     metadata: Mapping[str, Any] | None = None,
     seed: int = 0,
+    add_examples: bool = False,
 ) -> SharedIndex:
     """
     [`open_writer`] for all processes, each of which calls this: the main one opens the index, the others join.
@@ -173,6 +184,7 @@ def open_shared_index(
     Args:
         folder, model, dataset, tokenizer, settings, metadata: See [`open_writer`].
         seed (`int`): Of what a dataset draws while its tokens are counted.
+        add_examples (`bool`): See [`open_writer`].
 
     Raises:
         BlockingIOError: Somebody else is writing the index.
@@ -189,13 +201,16 @@ def open_shared_index(
             tokenizer=tokenizer,
             settings=settings,
             metadata=metadata,
+            add_examples=add_examples,
             sign_of_life=sign_of_life,
         )
         with preserved_random_state(seed):
             num_tokens = count_tokens(dataset.recorded, sign_of_life=sign_of_life)
         num_rows = expected_rows(num_tokens, settings, vocabulary_size=writer.config["vocabulary_size"])
         capacity = settings.max_segment_bytes // (4 * writer.config["stored_width"])
-        return plan_borders(num_rows, max(1, capacity)), _some_examples(dataset.recorded, seed)
+        first = writer.first_example
+        borders = [first + border for border in plan_borders(num_rows[first:], max(1, capacity))]
+        return borders, _some_examples(dataset.recorded, seed)
 
     def join(sign_of_life: Callable[[], None]) -> None:
         nonlocal writer
@@ -207,7 +222,11 @@ def open_shared_index(
                     f" main one's: it has {found[0]} examples, not {expected[0]}, or other tokens. Give each process the"
                     " whole dataset; recording shares it out."
                 )
-            writer = IndexWriter.join(folder, max_segment_bytes=settings.max_segment_bytes)
+            writer = IndexWriter.join(
+                folder,
+                max_segment_bytes=settings.max_segment_bytes,
+                num_examples=len(dataset) if add_examples else None,
+            )
 
     writer: IndexWriter | None = None
     try:
@@ -406,6 +425,7 @@ def record_dataset(
     device: str | torch.device | None = None,
     seed: int = 0,
     progress: bool = True,
+    add_examples: bool = False,
 ) -> IndexWriter:
     """
     Record a dataset at checkpoints that a Trainer has saved before; those that the index has whole are left as they are.
@@ -426,6 +446,10 @@ def record_dataset(
         device (`str` or `torch.device`, *optional*): Where to compute; a GPU if there is one.
         seed (`int`): Of whatever the collator draws.
         progress (`bool`): Whether to show progress bars.
+        add_examples (`bool`):
+            Add to a whole index the examples of `dataset` that come behind its own, with the settings that it was made with
+            and at all of its checkpoints, in any order. They are written to further files, which show all at once when
+            the last checkpoint has them; after an interruption the same call goes on.
 
     Returns:
         `IndexWriter`: of the index, closed; on the main process its `checkpoint_names` say what it holds.
@@ -434,7 +458,8 @@ def record_dataset(
         FileNotFoundError: if a checkpoint is no folder with a model.
         BlockingIOError: if another process is writing the index.
         ValueError: if a learning rate is unknown, the checkpoints' embeddings differ in shape, or an example cannot be
-            recorded; what was recorded before stays.
+            recorded; what was recorded before stays. With `add_examples` also if `dataset` begins with other examples
+            than the index, or `checkpoints` are not those of the index.
         ProcessFailedError: if another process raised an error or was killed.
     """
     join_processes()
@@ -443,8 +468,11 @@ def record_dataset(
         raise ValueError(f"`checkpoints` must be a list of folders, but got {str(checkpoints)!r} alone.")
     paths = [Path(checkpoint) for checkpoint in checkpoints]
     _require_after_training(settings, paths, learning_rates)
-    facts = [
-        describe_checkpoint(path, learning_rate=None if learning_rates is None else learning_rates[position])
+    recorded = _checkpoints_to_grow(Path(folder), paths, learning_rates) if add_examples else []
+    facts: list[dict[str, Any] | None] = [
+        None  # known from the index, once it is seen which one it is
+        if add_examples
+        else describe_checkpoint(path, learning_rate=None if learning_rates is None else learning_rates[position])
         for position, path in enumerate(paths)
     ]
     device = device or default_device()
@@ -452,9 +480,11 @@ def record_dataset(
     batches: SequentialBatches | None = None
     try:
         for path, fact in zip(paths, facts, strict=True):
-            if index is not None and index.has_whole(fact["name"]):
+            if index is not None and fact is not None and index.has_whole(fact["name"]):
                 continue
             model = load_model(path, device=device)
+            if fact is None:
+                fact = _recorded_facts(recorded, model, path)
             recorder = make_recorder(model, settings, tokenizer)
             if index is None:
                 examples = (
@@ -463,17 +493,53 @@ def record_dataset(
                 collator = collator or padding_collator(tokenizer)
                 batches = SequentialBatches(examples.recorded, collator, batch_size=batch_size, seed=seed)
                 index = open_shared_index(
-                    folder, model=model, dataset=examples, tokenizer=tokenizer, settings=settings, seed=seed
+                    folder,
+                    model=model,
+                    dataset=examples,
+                    tokenizer=tokenizer,
+                    settings=settings,
+                    seed=seed,
+                    add_examples=add_examples,
                 )
             require_same_embeddings(index.writer, model)
             if not index.has_whole(fact["name"]):
                 record_checkpoint(
                     index, recorder, batches, **fact, path=stored_path(path, index.writer.folder), progress=progress
                 )
+        run_on_main_process(lambda sign_of_life: index.writer.require_grown())
     finally:
         if index is not None:
             index.close()
     return index.writer
+
+
+def _checkpoints_to_grow(
+    folder: Path, paths: Sequence[Path], learning_rates: Sequence[float] | None
+) -> list[dict[str, Any]]:
+    """The checkpoints of the index that examples are to be added to."""
+    recorded = read_config(folder)["checkpoints"]
+    if learning_rates is not None:
+        raise ValueError("`learning_rates` are known where examples are added: the index has them. Leave them out.")
+    if len(paths) != len(recorded):
+        names = [entry["name"] for entry in recorded]
+        raise ValueError(
+            f"Examples are added at all checkpoints of the index, {names}, but {len(paths)} folders were given:"
+            f" {[str(path) for path in paths]}. Name the folder of each."
+        )
+    return recorded
+
+
+def _recorded_facts(recorded: Sequence[Mapping[str, Any]], model: nn.Module, path: Path) -> dict[str, Any]:
+    """What the index says of the checkpoint that has these weights; of several the one that is called like the folder."""
+    fingerprint = model_fingerprint(model)
+    same = [entry for entry in recorded if entry["fingerprint"] == fingerprint]
+    same.sort(key=lambda entry: entry["name"] != path.name)
+    if not same:
+        raise ValueError(
+            f"The weights in {str(path)!r} are not those of any checkpoint of the index,"
+            f" {[entry['name'] for entry in recorded]}. Name the folders that it was recorded from."
+        )
+    return {key: same[0][key] for key in ("name", "step", "epoch", "learning_rate")}
 
 
 def _require_after_training(

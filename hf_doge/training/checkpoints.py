@@ -11,6 +11,8 @@ from hf_doge.training.learning_state import STATE_FILE
 
 logger = logging.getLogger(__name__)
 
+# By the Trainer alone; by FSDP, whole; by FSDP, in shards, of which this file is the last.
+OPTIMIZER_FILES = ("optimizer.pt", "optimizer.bin", "optimizer_0/.metadata")
 TRAINER_STATE_FILE = "trainer_state.json"  # the last file that the main process writes into a checkpoint
 
 
@@ -84,9 +86,9 @@ def _get_step(name: str) -> int:
 
 def _find_problem(checkpoint: Path, num_processes: int) -> str | None:
     """What is wrong with a checkpoint folder for this process, or `None`."""
-    for name in ("optimizer.pt", "scheduler.pt"):
-        if not (checkpoint / name).exists():
-            return f"it has no {name} (was it written with `save_only_model`?)"
+    for names in (OPTIMIZER_FILES, ("scheduler.pt",)):
+        if not any((checkpoint / name).exists() for name in names):
+            return f"it has no {' or '.join(names)} (was it written with `save_only_model`?)"
     states = {}
     for name in (STATE_FILE, TRAINER_STATE_FILE):
         try:

@@ -5,6 +5,7 @@ import re
 from dataclasses import asdict, dataclass, field, fields
 from numbers import Real
 
+from huggingface_hub.utils import validate_repo_id
 from transformers import TrainingArguments
 
 from hf_doge.functional.doge import NORMALIZATIONS
@@ -13,6 +14,7 @@ MODES = ("proxy", "online")
 RECIPES = ("paper", "official")
 ALIGNMENTS = ("auto", "single_pass", "per_domain", "streamed")
 _OPTIONAL_NUMBERS = ("score_min", "score_max", "domain_max_grad_norm")
+_OPTIONAL_COUNTS = ("sampler_lag_steps", "per_device_target_batch_size")
 _COUNTS = {  # whole numbers, with the smallest one allowed
     "reweight_steps": 1,
     "max_nonfinite_steps": 1,
@@ -21,6 +23,7 @@ _COUNTS = {  # whole numbers, with the smallest one allowed
     "sampler_lag_steps": 1,
     "per_device_target_batch_size": 1,
 }
+WEIGHTS_SUFFIX = "-domain-weights"  # of the repository of the weights, behind the name of the model's
 
 
 @dataclass(frozen=True)
@@ -152,8 +155,8 @@ class DoGEConfig(TrainingArguments):
         metadata={
             "help": "How gradients are compared, always exactly: 'single_pass' takes all domains from one backward of the "
             "mixed batch; 'per_domain' makes one backward per domain and keeps every gradient; 'streamed' keeps one at a "
-            "time and computes each again. 'auto' is 'single_pass' where the model allows it, else 'per_domain' while "
-            "`gradient_memory_budget` allows, else 'streamed'."
+            "time and computes each again. 'auto' is 'single_pass' where the model allows it (never where FSDP shards it), "
+            "else 'per_domain' while `gradient_memory_budget` allows (of each process' parts), else 'streamed'."
         },
     )
     gradient_memory_budget: float = field(
@@ -184,6 +187,14 @@ class DoGEConfig(TrainingArguments):
         default=1, metadata={"help": "Keep every this many-th weight update in the trajectory. Must be >= 1."}
     )
 
+    hub_weights_id: str | None = field(
+        default=None,
+        metadata={
+            "help": "Dataset repository that `push_to_hub` pushes the domain weights to, 'user/name'. Default: the model's "
+            "repository with '-domain-weights' behind its name."
+        },
+    )
+
     def __post_init__(self) -> None:
         super().__post_init__()
         _require_choice("mode", self.mode, MODES)
@@ -201,10 +212,8 @@ class DoGEConfig(TrainingArguments):
             raise ValueError(f"`gradient_memory_budget` must be >= 0 GiB, but got {self.gradient_memory_budget}.")
         if self.domain_max_grad_norm is not None and not self.domain_max_grad_norm >= 0:
             raise ValueError(f"`domain_max_grad_norm` must be >= 0, but got {self.domain_max_grad_norm}.")
-        if self.sampler_lag_steps is None:
-            self.sampler_lag_steps = self.reweight_steps
         for name, least in _COUNTS.items():
-            _require_count(name, getattr(self, name), least=least, optional=name == "per_device_target_batch_size")
+            _require_count(name, getattr(self, name), least=least, optional=name in _OPTIONAL_COUNTS)
         for name in ("self_term", "lagged_update"):
             if not isinstance(getattr(self, name), bool):  # any text would count as yes
                 raise ValueError(f"`{name}` must be True or False, but got {getattr(self, name)!r}.")
@@ -218,6 +227,21 @@ class DoGEConfig(TrainingArguments):
             raise ValueError("`lagged_update` is of the mode 'proxy'; in 'online' mode see `sampler_lag_steps`.")
         if self.score_min is not None and self.score_max is not None and self.score_min > self.score_max:
             raise ValueError(f"`score_min` must not exceed `score_max`, but got {self.score_min} > {self.score_max}.")
+        if self.hub_weights_id is not None:
+            try:
+                validate_repo_id(self.hub_weights_id)
+            except (ValueError, AttributeError, TypeError) as error:
+                raise ValueError(
+                    f"`hub_weights_id` must be like 'user/name', but got {self.hub_weights_id!r}: {error}"
+                ) from error
+        elif self.push_to_hub and self.hub_model_id is not None:
+            try:
+                validate_repo_id(self.hub_model_id + WEIGHTS_SUFFIX)
+            except ValueError as error:
+                raise ValueError(
+                    f"The domain weights are to be pushed to {self.hub_model_id + WEIGHTS_SUFFIX!r}, which is no name of a"
+                    f" repository: {error} Pass `hub_weights_id`."
+                ) from error
         if self.alignment_parameters is not None:
             try:
                 re.compile(self.alignment_parameters)
@@ -230,6 +254,11 @@ class DoGEConfig(TrainingArguments):
     def is_online(self) -> bool:
         """Whether the weights draw the examples, rather than scale the loss."""
         return self.mode == "online"
+
+    @property
+    def lag_steps(self) -> int:
+        """Steps from an update of the weights to the first examples drawn by them, in force in online mode."""
+        return self.reweight_steps if self.sampler_lag_steps is None else self.sampler_lag_steps
 
     def get_recipe(self) -> Recipe:
         """The ingredients in force: the recipe's, where none was given beside it."""

@@ -40,15 +40,20 @@ class DomainLoss:
         loss = self._compute(model, piece, num_items)
         return loss if is_divided else loss * (piece.num_items / num_items)
 
+    @property
+    def is_learned(self) -> bool:
+        """Whether [`learn`] has found out."""
+        return self._is_divided is not None
+
     def learn(self, model: nn.Module, piece: DomainSlice) -> None:
         """
-        Find out on a slice, once, what the loss is divided by.
+        Find out on a slice what the loss is divided by.
 
         Raises:
             `ValueError`: if it is neither divided by `num_items_in_batch` nor a mean over the labels.
         """
-        if self._is_divided is None:
-            self._is_divided = self._probe(model, piece)
+        found = self._probe(model, piece)
+        self._is_divided = self._is_divided if found is None else found
 
     def _compute(self, model: nn.Module, piece: DomainSlice, num_items: int) -> Tensor:
         trainer = self.trainer

@@ -1,5 +1,6 @@
 """What learns the domain weights, apart from when: [`DomainLearner`], driven by a trainer."""
 
+import time
 import zlib
 from collections.abc import Mapping
 from functools import cached_property
@@ -7,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import Trainer
 
 from hf_doge.artifacts.domain_weights import DomainWeights
 from hf_doge.functional.doge import clamp_scores, normalize_scores, update_domain_weights
 from hf_doge.gradients.alignment import Alignment, DomainAlignment, RandomReplay
 from hf_doge.gradients.reduction import Reduction
+from hf_doge.gradients.sharding import is_sharded, reshard, sum_every_backward, without_gradient
 from hf_doge.sampling.domains import DomainIndex, StreamDomains
 from hf_doge.training.collator import DOMAIN_IDS
 from hf_doge.training.domain_loss import DomainLoss
@@ -21,8 +23,8 @@ from hf_doge.training.global_batch import describe_reading
 from hf_doge.training.learning_state import LearningState, TrajectoryPoint
 from hf_doge.training.metrics import DomainMetrics
 from hf_doge.training.provenance import describe_domains, describe_run
-from hf_doge.training.setup import choose_alignment, weights_in_order
-from hf_doge.training.step_gradients import MicroBatch, StepGradients
+from hf_doge.training.setup import choose_alignment, uses_fsdp, weights_in_order
+from hf_doge.training.step_gradients import DomainSlice, MicroBatch, StepGradients
 
 
 class DomainLearner:
@@ -52,6 +54,8 @@ class DomainLearner:
         self.initial_weights = weights_in_order(initial_weights, domains.names)
         self.metrics = DomainMetrics(domains.names)
         self.state = LearningState.fresh(domains.names, self.initial_weights)
+        self._clock = time.monotonic()
+        self._dated: tuple[int, str] | None = None  # since when it is known what was learned up to a step
         self._loss = DomainLoss(trainer)
         self._reduction = Reduction()
         self._trained_parameters: list[int] = []
@@ -59,8 +63,12 @@ class DomainLearner:
 
     @property
     def alignment(self) -> DomainAlignment:
-        """Chosen anew when other parameters are trained: after `model_init`, or when a callback unfreezes some."""
+        """
+        Chosen anew when other parameters are trained: after `model_init`, when a callback unfreezes some, or when FSDP has
+        sharded them.
+        """
         model = self.trainer.model
+        reshard(model)
         trained = [id(parameter) for parameter in model.parameters() if parameter.requires_grad]
         if not trained or trained != self._trained_parameters:
             self._trained_parameters = trained
@@ -71,16 +79,19 @@ class DomainLearner:
                 num_domains=len(self.domains.names),
                 is_universal=self.target_weights is None,
                 loss_may_talk=self._loss_may_talk,
+                shards=uses_fsdp(self.trainer),
             )
         return self._alignment
 
     @property
     def _loss_may_talk(self) -> bool:
         """
-        Whether the loss may talk to the other processes, as that of trl's SFTTrainer does to gather its metrics: then all
-        of them must call it equally often, whatever examples they have.
+        Whether the loss may talk to the other processes, as that of trl's SFTTrainer does to gather its metrics, and any
+        loss of a sharded model to gather its parameters: then all of them must call it equally often, whatever examples
+        they have.
         """
-        return self._reduction.is_needed and type(self.trainer).compute_loss is not Trainer.compute_loss
+        has_own_loss = type(self.trainer).compute_loss is not Trainer.compute_loss
+        return self._reduction.is_needed and (has_own_loss or is_sharded(self.trainer.model))
 
     def begin(self, checkpoint: Path | None) -> None:
         """Start anew, or from where a checkpoint stands."""
@@ -90,6 +101,15 @@ class DomainLearner:
             self.state = LearningState.fresh(names, self.initial_weights)
         else:
             self.state = LearningState.load(checkpoint, names, run=self._identity)
+        self._clock = time.monotonic()
+        self._dated: tuple[int, str] | None = None  # since when it is known what was learned up to a step
+
+    def record_time(self, *, step_seconds: float, training_seconds: float) -> None:
+        """At the end of a step: what it took, and the time since training or the last step began, for what it costs."""
+        self.metrics.record_time(step_seconds=step_seconds, training_seconds=training_seconds)
+        now = time.monotonic()
+        self.state.seconds += now - self._clock
+        self._clock = now
 
     def save(self, checkpoint: Path) -> None:
         """Write what a resumed run needs."""
@@ -101,7 +121,7 @@ class DomainLearner:
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         identity = {"recipe": self.recipe.to_dict(), "seed": seed, "mode": self.args.mode}
         if self.args.is_online:
-            identity["sampler_lag_steps"] = self.args.sampler_lag_steps
+            identity["sampler_lag_steps"] = self.args.lag_steps
         if self.domains.sizes is None:
             sizes = [None] * len(self.domains.names)
             identity["reading"] = describe_reading(self.args, self.trainer.train_dataset.num_shards)
@@ -118,8 +138,18 @@ class DomainLearner:
             trajectory=state.trajectory,
             recipe={**self.recipe.to_dict(), "arguments": self.args.get_doge_arguments()},
             domains=self._described_domains,
-            metadata=describe_run(self.trainer),
+            metadata=self._describe_run(),
         )
+
+    def _describe_run(self) -> dict[str, Any]:
+        described = describe_run(self.trainer)
+        step = self.trainer.state.global_step
+        if self._dated is None or self._dated[0] != step:
+            self._dated = step, described["date"]
+        described["date"] = self._dated[1]  # asked for again, what was learned is the same artifact to the byte
+        cost = {"seconds": round(self.state.seconds, 1), "num_tokens_seen": int(self.state.num_tokens.sum())}
+        objective = "universal" if self.target_weights is None else "target"
+        return {**described, "objective": objective, "training": {**described["training"], **cost}}
 
     @cached_property
     def _described_domains(self) -> dict[str, dict[str, Any]]:
@@ -131,6 +161,7 @@ class DomainLearner:
         target_batches: list[tuple[dict[str, Any], Tensor]],
         *,
         trains: bool,
+        spare: dict[str, Any] | None = None,
     ) -> StepGradients:
         """
         Move this process' examples to the device, and count them over all processes.
@@ -139,6 +170,7 @@ class DomainLearner:
             batches (`list[dict[str, Any]]`): Micro-batches of train examples, with their domains.
             target_batches (`list[tuple[dict[str, Any], torch.Tensor]]`): Batches of targets, and the target of each example.
             trains (`bool`): Whether the model is trained on the train examples, and not only compared.
+            spare (`dict[str, Any]`, *optional*): A micro-batch that this process has in any case.
         """
         for inputs in batches:
             if (inputs[DOMAIN_IDS] < 0).any():
@@ -157,12 +189,8 @@ class DomainLearner:
             self.state.num_tokens += items
             self.state.num_examples += examples[0]
         model = self.trainer.model  # not its DDP wrapper: sums over the processes are made once, of what a step needs
-        labelled = [batch for batch in train if batch.items.any()]
-        is_ready = bool(labelled)
-        if self._loss_may_talk:
-            is_ready = not self._reduction.max(torch.tensor(int(not labelled), device=self.args.device))
-        if is_ready:
-            self._loss.learn(model, next(iter(labelled[0].slices().values())))
+        self._learn_loss(model, train)
+        sum_every_backward(model)
         return StepGradients(
             train,
             targets,
@@ -170,11 +198,38 @@ class DomainLearner:
             target_items=target_items,
             target_weights=self.target_weights,
             compute_loss=lambda piece, num_items: self._loss(model, piece, num_items),
-            backward=self.trainer.accelerator.backward,
+            backward=self._backward,
             replay=RandomReplay(self.args.device),
             device=self.args.device,
             num_calls=self._agree_on_calls(train, targets),
+            call_for_nothing=self._call_for_nothing,
+            spare=None if spare is None else self._to_device(spare, spare[DOMAIN_IDS]),
         )
+
+    def _learn_loss(self, model: nn.Module, train: list[MicroBatch]) -> None:
+        """On a slice of this process; where the loss may talk, on all processes or on none."""
+        labelled = [batch for batch in train if batch.items.any()]
+        is_ready, is_learned = bool(labelled), self._loss.is_learned
+        if self._loss_may_talk:
+            lacks = torch.tensor([not is_ready, not is_learned], dtype=torch.int64, device=self.args.device)
+            is_ready, is_learned = (not lack for lack in self._reduction.max(lacks).tolist())
+        if is_ready and not is_learned:
+            self._loss.learn(model, next(iter(labelled[0].slices().values())))
+
+    def _call_for_nothing(self, piece: DomainSlice) -> None:
+        """Take part in what the other processes do, and add nothing; of a sharded model, the backward is a part of it."""
+        model = self.trainer.model
+        if is_sharded(model):
+            with without_gradient(model):
+                self._backward(0.0 * self._loss(model, piece, 1))
+        else:
+            with torch.no_grad():
+                self._loss(model, piece, 1)
+
+    def _backward(self, loss: Tensor) -> None:
+        """Add what this process has to the sum over all; FSDP adds the mean over them."""
+        scale = self._reduction.num_processes if is_sharded(self.trainer.model) else 1
+        self.trainer.accelerator.backward(loss * scale)
 
     def _agree_on_calls(
         self, train: list[MicroBatch], targets: list[MicroBatch]

@@ -44,6 +44,7 @@ class LearningState:
         num_tokens (`torch.Tensor`, int64): Labels consumed.
         nonfinite_steps (`int`): Steps in which some domain's loss or gradient was not finite.
         nonfinite_in_a_row (`int`): How many of these ended in the step just taken.
+        seconds (`float`): Wall clock seconds of training, of this run and those it resumed, up to its last step.
         points (`list[TrajectoryPoint]`): The recorded updates.
     """
 
@@ -56,6 +57,7 @@ class LearningState:
     num_tokens: Tensor = None
     nonfinite_steps: int = 0
     nonfinite_in_a_row: int = 0
+    seconds: float = 0.0
     points: list[TrajectoryPoint] = field(default_factory=list)
 
     @classmethod
@@ -121,6 +123,7 @@ class LearningState:
             "num_trajectory_points": len(self.points),
             "nonfinite_steps": self.nonfinite_steps,
             "nonfinite_in_a_row": self.nonfinite_in_a_row,
+            "seconds": self.seconds,
         }
         (folder / STATE_FILE).write_text(json.dumps(state, indent=2, sort_keys=True))
 
@@ -167,6 +170,7 @@ class LearningState:
             num_tokens=torch.tensor([d["num_tokens"] for d in by_domain]),
             nonfinite_steps=state["nonfinite_steps"],
             nonfinite_in_a_row=state["nonfinite_in_a_row"],
+            seconds=state.get("seconds", 0.0),
             points=points,
         )
 

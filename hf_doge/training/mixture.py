@@ -20,10 +20,11 @@ from hf_doge.sampling.streaming import (
     warn_that_all_processes_read_everything,
 )
 from hf_doge.sampling.weights import to_shares
-from hf_doge.training.global_batch import examples_per_step
+from hf_doge.training.global_batch import describe_reading, examples_per_step
 from hf_doge.training.sampler_guard import SamplerGuardCallback, StreamGuardCallback
 
 SAMPLER_FILE = "domain_sampler.json"  # in a checkpoint
+READING_FILE = "domain_streams.json"  # likewise, of a mixture of streams
 _ENDLESS = 2**62  # examples of a stream that the training ends, not the data
 
 
@@ -115,7 +116,9 @@ class DomainWeightedMixin:
             self._warn_of_reading_everything(mixed)
             names = list(train_dataset)
             weights = dict(zip(names, to_shares(domain_weights, names).tolist(), strict=True))
-            self.add_callback(StreamGuardCallback({"seed": seed, "draw": draw, "domains": names}, weights))
+            settings = {"seed": seed, "draw": draw, "domains": names}
+            self._stream_settings = {**settings, "weights": weights}
+            self.add_callback(StreamGuardCallback(settings, weights))
             return
         merged, domains = merge_domains(train_dataset, domain_column)
         super().__init__(model=model, args=args, train_dataset=merged, **kwargs)
@@ -171,25 +174,47 @@ class DomainWeightedMixin:
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """As `Trainer.train`; a resumed run goes on under the weights of the checkpoint, also those set on the way."""
-        if resume_from_checkpoint and self.domain_sampler is not None:
+        if resume_from_checkpoint:
             folder = resume_from_checkpoint
             folder = get_last_checkpoint(self.args.output_dir) if folder is True else folder
-            if folder is not None and (Path(folder) / SAMPLER_FILE).exists():  # else it is the Trainer's to complain
+            is_mixed = self.domain_sampler is not None
+            # Without a file of ours it is the Trainer's to complain.
+            if is_mixed and folder is not None and (Path(folder) / SAMPLER_FILE).exists():
                 self._load_sampler(Path(folder))
+            elif not is_mixed and folder is not None and (Path(folder) / READING_FILE).exists():
+                self._refuse_other_reading(Path(folder))
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the model; in a checkpoint, also what the stream of examples depends on."""
         super().save_model(output_dir, _internal_call)
         is_checkpoint = _internal_call and output_dir is not None  # `push_to_hub` names no folder
-        if is_checkpoint and self.args.should_save and self.domain_sampler is not None:
-            sampler, step_size = self.domain_sampler, examples_per_step(self.args)
-            epoch, position = divmod(self.state.global_step * step_size, sampler.num_samples)
-            # The sampler's own place is ahead of the training step, as far as its DataLoader is.
-            state = {**sampler.state_dict(), "epoch": epoch, "position": position, "examples_per_step": step_size}
-            (Path(output_dir) / SAMPLER_FILE).write_text(
-                json.dumps(state, indent=2)
-            )  # unsorted: domains have an order
+        if not is_checkpoint or not self.args.should_save:
+            return
+        folder = Path(output_dir)
+        folder.mkdir(parents=True, exist_ok=True)  # where FSDP saves shards, the model comes later
+        if self.domain_sampler is None:
+            (folder / READING_FILE).write_text(json.dumps(self._describe_reading(), indent=2))
+            return
+        sampler, step_size = self.domain_sampler, examples_per_step(self.args)
+        epoch, position = divmod(self.state.global_step * step_size, sampler.num_samples)
+        # The sampler's own place is ahead of the training step, as far as its DataLoader is.
+        state = {**sampler.state_dict(), "epoch": epoch, "position": position, "examples_per_step": step_size}
+        (folder / SAMPLER_FILE).write_text(json.dumps(state, indent=2))  # unsorted: domains have an order
+
+    def _describe_reading(self) -> dict[str, Any]:
+        return {**self._stream_settings, **describe_reading(self.args, self.train_dataset.num_shards)}
+
+    def _refuse_other_reading(self, checkpoint: Path) -> None:
+        """The Trainer reads again what was trained on and throws it away, which must be the same examples."""
+        saved, own = json.loads((checkpoint / READING_FILE).read_text()), self._describe_reading()
+        names = [name for name in {**saved, **own} if saved.get(name) != own.get(name)]
+        if names:
+            differing = "; ".join(f"`{name}` was {saved.get(name)!r} and is {own.get(name)!r}" for name in names)
+            raise ValueError(
+                f"A run on streams must go on reading as it began, or it would skip some examples and repeat others, but in"
+                f" {checkpoint} {differing}. Set them as they were, or start a new run from the model of that checkpoint."
+            )
 
     def _load_sampler(self, checkpoint: Path) -> None:
         """Take up the weights of a checkpoint, after a look at whether it is of the same stream."""

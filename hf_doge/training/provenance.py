@@ -1,24 +1,32 @@
 """Where learned weights come from: data, model and software, as the artifact records them."""
 
-import subprocess
-from datetime import UTC, datetime
-from importlib.metadata import version
+import re
+from dataclasses import MISSING, fields
+from enum import Enum
 from math import isfinite
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset, IterableDataset
-from transformers import Trainer
+from transformers import Trainer, TrainingArguments
 
-import hf_doge
-from hf_doge._version import __version__
+from hf_doge.artifacts.provenance import (
+    describe_dataset,
+    describe_model,
+    describe_process,
+    public_content,
+    public_name,
+)
 from hf_doge.sampling.domains import DomainIndex, StreamDomains
 from hf_doge.training.global_batch import examples_per_step
 
-LIBRARIES = ("torch", "transformers", "accelerate", "datasets", "huggingface_hub")
+# Where things go and how they are shown, which changes no number, and differs from machine to machine.
+_UNTOLD = re.compile(
+    r"^(output_dir|logging_.*|log_.*|report_to|run_name|project|trackio_.*|disable_tqdm|hub_.*|push_to_hub.*|save_.*|"
+    r"eval_(strategy|steps|delay|on_start)|do_.*|dataloader_(pin|num|prefetch|persistent)_.*|local_rank|_n_gpu|deepspeed_plugin|resume_from_checkpoint|ddp_.*)$"
+)
 
 
 def describe_domains(
@@ -63,23 +71,22 @@ def _count_tokens(dataset: Dataset) -> np.ndarray | None:
 
 
 def describe_run(trainer: Trainer) -> dict[str, Any]:
-    """Identity of model and tokenizer, what was run, and the versions of what ran it."""
+    """Identity of model and tokenizer, what was run, and the versions of what ran it; of local paths the last part only."""
     model, tokenizer = trainer.model, trainer.processing_class
     config = getattr(model, "config", None)
     return {
         "model": {
-            "class": type(model).__name__,
-            "name_or_path": getattr(config, "name_or_path", ""),
-            "num_parameters": sum(parameter.numel() for parameter in model.parameters()),
-            "config": _to_plain(config.to_diff_dict()) if hasattr(config, "to_diff_dict") else None,
+            **describe_model(model),
+            "config": public_content(_to_plain(config.to_diff_dict())) if hasattr(config, "to_diff_dict") else None,
         },
         "tokenizer": None
         if tokenizer is None
         else {
             "class": type(tokenizer).__name__,
-            "name_or_path": getattr(tokenizer, "name_or_path", ""),
+            "name_or_path": public_name(getattr(tokenizer, "name_or_path", None)) or "",
             "vocab_size": len(tokenizer) if hasattr(tokenizer, "__len__") else None,
         },
+        "dataset": describe_dataset(trainer.train_dataset),
         "training": {
             "max_steps": trainer.state.max_steps,
             "global_step": trainer.state.global_step,
@@ -87,11 +94,31 @@ def describe_run(trainer: Trainer) -> dict[str, Any]:
             "learning_rate": trainer.args.learning_rate,
             "lr_scheduler_type": str(trainer.args.lr_scheduler_type.value),
             "seed": trainer.args.seed,
+            "arguments": describe_arguments(trainer.args),
+            "num_processes": trainer.args.world_size,
+            "device": trainer.args.device.type,
+            "total_flos": float(trainer.state.total_flos) or None,
         },
-        "versions": {"hf_doge": __version__, **{library: version(library) for library in LIBRARIES}},
-        "hf_doge_commit": _get_commit(),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        **describe_process(),
     }
+
+
+def describe_arguments(args: TrainingArguments) -> dict[str, Any]:
+    """The arguments of the Trainer itself that are not its defaults, but for those that change no number."""
+    described = {}
+    for argument in fields(TrainingArguments):
+        value = getattr(args, argument.name)
+        default = argument.default if argument.default_factory is MISSING else argument.default_factory()
+        if hasattr(value, "to_dict"):  # made of the default by the arguments themselves
+            default = type(value)().to_dict()
+            value = {key: part for key, part in value.to_dict().items() if part != default[key]}
+            default = {}
+        is_set = (
+            argument.init and value != default and (value or default)
+        )  # False, 0, "", [] in place of None is nothing
+        if is_set and not _UNTOLD.match(argument.name):
+            described[argument.name] = public_content(_to_plain(value.value if isinstance(value, Enum) else value))
+    return described
 
 
 def _to_plain(value: Any) -> Any:
@@ -102,15 +129,3 @@ def _to_plain(value: Any) -> Any:
         return [_to_plain(entry) for entry in value]
     is_plain = value is None or isinstance(value, (bool, int, str)) or (isinstance(value, float) and isfinite(value))
     return value if is_plain else str(value)
-
-
-def _get_commit() -> str | None:
-    """The commit of hf_doge where it runs from a git checkout of its own."""
-    checkout = Path(hf_doge.__file__).parent.parent
-    if not (checkout / ".git").exists():
-        return None
-    try:
-        result = subprocess.run(["git", "rev-parse", "HEAD"], cwd=checkout, capture_output=True, text=True, timeout=5)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return result.stdout.strip() or None

@@ -6,11 +6,14 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from accelerate.utils import DistributedType
 from datasets import Dataset
 from torch import Tensor, nn
+from transformers import Trainer
 
 from hf_doge.artifacts.domain_weights import DomainWeights
 from hf_doge.gradients.alignment import DomainAlignment, PerDomainAlignment, StreamedAlignment
+from hf_doge.gradients.sharding import is_sharded, is_spread, num_own_elements
 from hf_doge.gradients.single_pass import SinglePassAlignment
 from hf_doge.sampling.streaming import holds_streams
 from hf_doge.training.config import DoGEConfig, Recipe
@@ -42,8 +45,7 @@ def refuse_unsupported(args: DoGEConfig, train_dataset: Any, *, has_target: bool
         )
     refused = {
         "DataParallel over several GPUs": (args.n_gpu > 1, "Set CUDA_VISIBLE_DEVICES to one GPU."),
-        "DeepSpeed": (args.deepspeed is not None, "Leave `deepspeed` unset."),
-        "FSDP": (bool(args.fsdp), "Leave `fsdp` unset."),
+        "DeepSpeed": (args.deepspeed is not None, "Leave `deepspeed` unset, and use DDP or FSDP2."),
         "tensor, context or sequence parallelism": (
             getattr(args, "parallelism_config", None) is not None,
             "Leave `parallelism_config` unset: DDP over all processes is supported.",
@@ -64,6 +66,70 @@ def refuse_unsupported(args: DoGEConfig, train_dataset: Any, *, has_target: bool
             raise ValueError(f"DoGETrainer does not learn the right weights with {what} yet. {advice}")
 
 
+def refuse_unsupported_engine(trainer: Trainer) -> None:
+    """
+    Raise a `ValueError` if the model is going to be spread over the processes in a way that is not right yet, whoever asked
+    for it: the arguments, `accelerate launch`, or how the model was loaded.
+    """
+    args, state = trainer.args, trainer.accelerator.state
+    plugin = getattr(state, "fsdp_plugin", None)
+    loading = getattr(getattr(trainer.model, "config", None), "distributed_config", None)
+    sizes = {name: getattr(loading, name, None) or 1 for name in ("tp_size", "pp_size", "ep_size")}
+    if args.fsdp and plugin is None:
+        raise ValueError(
+            "`fsdp` must shard the model, but accelerate does so on accelerators only, and here would train a whole copy on "
+            "every process. Leave `fsdp` unset, which does the same by DDP."
+        )
+    refused = {
+        "FSDP1": (
+            plugin is not None and plugin.fsdp_version != 2,
+            "Its flat parameters cut across the ones that are compared: use FSDP2, `fsdp_config={'fsdp_version': 2}` or "
+            "`accelerate launch --fsdp_version 2`.",
+        ),
+        "FSDP's CPU offloading": (
+            plugin is not None and type(plugin.cpu_offload).__name__ == "CPUOffloadPolicy",
+            "It was not tried. Leave `cpu_offload` off.",
+        ),
+        "DeepSpeed": (trainer.is_deepspeed_enabled, "Use DDP or FSDP2."),
+        "Megatron-LM": (state.distributed_type == DistributedType.MEGATRON_LM, "Use DDP or FSDP2."),
+        "tensor, pipeline, expert or context parallelism": (
+            bool(getattr(trainer.accelerator, "parallelism_config", None)) or any(size > 1 for size in sizes.values()),
+            "Use DDP or FSDP2 over all processes.",
+        ),
+    }
+    for what, (is_used, advice) in refused.items():
+        if is_used:
+            raise ValueError(f"DoGETrainer does not learn the right weights with {what} yet. {advice}")
+    if args.alignment == "single_pass" and uses_fsdp(trainer):
+        raise ValueError(
+            "`alignment='single_pass'` needs whole gradients of all domains on each process, but FSDP shards the model. "
+            "Use `alignment='auto'`, which makes one backward per domain there."
+        )
+    is_resumable = args.save_strategy != "no" and not args.save_only_model
+    has_no_state = args.optim == "sgd" and "momentum" not in (args.optim_args or "")
+    if plugin is not None and is_resumable and has_no_state and "FULL" in str(plugin.state_dict_type):
+        raise ValueError(
+            "A run must be able to resume, but torch does not load an optimizer that keeps nothing, such as SGD without "
+            "momentum, from a checkpoint of `FULL_STATE_DICT`. Set `fsdp_config={'state_dict_type': "
+            "'SHARDED_STATE_DICT'}` (or `accelerate launch --fsdp_state_dict_type SHARDED_STATE_DICT`)."
+        )
+
+
+def uses_fsdp(trainer: Trainer) -> bool:
+    """Whether the model is sharded, or will be when training starts."""
+    return trainer.is_fsdp_enabled or is_sharded(trainer.model)
+
+
+def refuse_sparse_gradients(model: nn.Module) -> None:
+    """Gradients of domains are compared and added as dense tensors."""
+    for name, module in model.named_modules():
+        if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.sparse and module.weight.requires_grad:
+            raise ValueError(
+                f"Gradients must be dense, but the module {name!r} ({type(module).__name__}) has `sparse=True`. Set "
+                f"`model.get_submodule({name!r}).sparse = False` before training, or freeze it."
+            )
+
+
 def refuse_batch_statistics(model: nn.Module) -> None:
     """A domain's gradient must not depend on which other domains share the batch, nor the model on the target."""
     for name, module in model.named_modules():
@@ -82,13 +148,16 @@ def choose_alignment(
     num_domains: int,
     is_universal: bool,
     loss_may_talk: bool = False,
+    shards: bool = False,
 ) -> DomainAlignment:
     """
     The way to the scores: as asked, or the fastest that is exact; the choice and its reason are logged.
 
-    A loss that may talk to other processes is left to the plain ways, which call it equally often on all of them.
+    A loss that may talk to other processes is left to the plain ways, which call it equally often on all of them. So is a
+    model that FSDP `shards`, or will when training starts.
     """
     refuse_batch_statistics(model)
+    refuse_sparse_gradients(model)
     parameters = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     if not parameters:
         raise ValueError("The model must have trainable parameters, but all of them have `requires_grad=False`.")
@@ -107,12 +176,20 @@ def choose_alignment(
         "max_norm": recipe.domain_max_grad_norm,
         "needs_norms": needs_norms,
     }
-    needed = num_domains * sum(p.numel() * p.element_size() for _, p in parameters) / 2**30
+    whole = [name for name, parameter in parameters if not is_spread(parameter)]
+    if is_sharded(model) and whole:
+        raise ValueError(
+            "FSDP must shard every parameter that is trained, or their gradients are not summed over the processes alike, "
+            f"but {whole[:8]} ... are whole on each process. Freeze them, or let FSDP shard them too (`ignored_modules`)."
+        )
+    needed = num_domains * sum(num_own_elements(p) * p.element_size() for _, p in parameters) / 2**30
     fits = needed <= args.gradient_memory_budget
     choice, reason = args.alignment, "as asked for"
-    if choice == "auto" and loss_may_talk:
+    if choice == "auto" and (loss_may_talk or shards):
         choice = "per_domain" if fits else "streamed"
         reason = "the trainer's own `compute_loss` may talk to the other processes, which must call it equally often"
+        if shards:
+            reason = "FSDP shards the model, whose gradients 'single_pass' needs whole"
     elif choice == "auto":
         choice, reason = "single_pass", "the default; 'per_domain' or 'streamed' take over where it cannot be exact"
     plain = PerDomainAlignment if choice == "per_domain" or (fits and choice != "streamed") else StreamedAlignment

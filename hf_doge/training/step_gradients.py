@@ -132,8 +132,11 @@ class StepGradients:
         replay (`RandomReplay`): Fresh for this step.
         device (`torch.device`): Of the losses.
         num_calls (`tuple[list[int], list[int]]`, *optional*):
-            How often `compute_loss` is called at least for each domain and each target, for a trainer whose loss talks to
-            the other processes: all of them must call it equally often. Calls too many are made for nothing.
+            How often `compute_loss` is called at least for each domain and each target, where it talks to the other
+            processes: all of them must call it equally often.
+        call_for_nothing (`Callable[[DomainSlice], None]`, *optional*):
+            Makes up for a call that other processes make and this one does not, with an example that does not matter.
+        spare (`MicroBatch`, *optional*): Where that example comes from on a process that has none in this step.
     """
 
     def __init__(
@@ -149,6 +152,8 @@ class StepGradients:
         replay: RandomReplay,
         device: torch.device,
         num_calls: tuple[list[int], list[int]] | None = None,
+        call_for_nothing: Callable[[DomainSlice], None] | None = None,
+        spare: MicroBatch | None = None,
     ) -> None:
         self._micro_batches = micro_batches
         self._target_batches = target_batches
@@ -163,6 +168,8 @@ class StepGradients:
         self._replay = replay
         self._device = device
         self._num_calls = num_calls
+        self._call = call_for_nothing
+        self._spare = spare
         self._seen: set[tuple[str, int]] = set()
         self.training_seconds = 0.0  # in the first differentiation of each example: what training alone would take too
 
@@ -257,20 +264,21 @@ class StepGradients:
             loss = self._replayed_loss(piece, num_items, (kind, domain, position))
             self._backward(loss * weight)
             losses.append(loss.detach())
-        self._call_for_nothing(kind, domain, len(slices))
+        self._keep_up(kind, domain, len(slices))
         if (kind, domain) not in self._seen:
             self._seen.add((kind, domain))
             self.training_seconds += time.perf_counter() - start if kind == "train" else 0.0
         return torch.stack([loss.to(losses[-1].dtype) for loss in losses]).sum()
 
-    def _call_for_nothing(self, kind: str, domain: int, num_made: int) -> None:
+    def _keep_up(self, kind: str, domain: int, num_made: int) -> None:
+        """Call the loss as often as the other processes do."""
         if self._num_calls is None:
             return
         needed = self._num_calls[kind == "target"][domain]
         for _ in range(num_made, needed):
-            batch = (self._micro_batches + self._target_batches)[0]
-            with torch.no_grad():
-                self._replayed_loss(batch.pick(torch.tensor([0])), 1, "nothing")
+            batch = next(iter(self._micro_batches + self._target_batches), self._spare)
+            with self._replay("nothing"):
+                self._call(batch.pick(torch.tensor([0])))
 
 
 def _collect_slices(batches: list[MicroBatch]) -> dict[int, list[DomainSlice]]:

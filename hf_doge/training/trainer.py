@@ -19,11 +19,12 @@ from hf_doge.training.collator import DOMAIN_IDS, DomainCollator, DomainLookup
 from hf_doge.training.config import DoGEConfig
 from hf_doge.training.domain_batches import DomainBatches, TargetBatches
 from hf_doge.training.global_batch import examples_per_step, loader_lead
+from hf_doge.training.hub import link_weights, weights_repository
 from hf_doge.training.learner import DomainLearner
 from hf_doge.training.lost_process import explaining_lost_process
 from hf_doge.training.mixture import DomainWeightedMixin
 from hf_doge.training.preemption import PreemptionCallback
-from hf_doge.training.setup import refuse_unsupported, weights_in_order
+from hf_doge.training.setup import refuse_unsupported, refuse_unsupported_engine, weights_in_order
 from hf_doge.training.step_gradients import StepGradients
 
 DOMAIN_WEIGHTS_FOLDER = "domain_weights"
@@ -51,11 +52,18 @@ class DoGEMixin(DomainWeightedMixin):
     proxy. The model itself is trained by ordinary steps on examples that the weights draw. Every `args.reweight_steps`
     steps the gradients of extra examples, as many of every domain, are compared with the target's and the weights are
     updated; those examples move the weights and not the model. Weights learned before step `s` draw the examples from step
-    `s + args.sampler_lag_steps` on, whatever the DataLoader has taken ahead, so that the stream of examples is the same
+    `s + args.lag_steps` on, whatever the DataLoader has taken ahead, so that the stream of examples is the same
     with any number of workers and processes, and after a resume.
 
     On several processes (DDP, `accelerate launch`) the weights, equal to the bit on all of them, and the steps are those
     of one process with the same global batch, up to rounding. A checkpoint resumes on another number of processes.
+
+    The same holds for a model that FSDP2 shards, by accelerate (`fsdp=True, fsdp_config={"fsdp_version": 2, ...}` or
+    `accelerate launch --use_fsdp --fsdp_version 2`) or while transformers loads it (`DistributedConfig(fsdp_size=...)`,
+    which does not resume). There every domain has a forward and a backward of its own, as with
+    `alignment="per_domain"`, each process keeps its part of every domain's gradient, and a process without an example of
+    a domain goes along with one that counts nothing. The model's parameters must all be sharded, as far as they are
+    trained. A checkpoint resumes under FSDP only.
 
     A dict of streams (`IterableDataset`) serves a proxy; set `max_steps`. All domains are drawn in turns by
     [`interleave_domains`], examples of a domain in the order of its stream, and a stream that ends begins anew. All of the
@@ -83,7 +91,7 @@ class DoGEMixin(DomainWeightedMixin):
         kwargs: Everything else the trainer takes.
 
     Raises:
-        `ValueError`: for combinations that would give wrong weights (FSDP, fp16, ...) and for data, names or weights that
+        `ValueError`: for combinations that would give wrong weights (FSDP1, fp16, ...) and for data, names or weights that
             do not fit together; the message says what to do.
     """
 
@@ -127,6 +135,7 @@ class DoGEMixin(DomainWeightedMixin):
             max_epochs_per_domain=max_epochs_per_domain,
             **kwargs,
         )
+        refuse_unsupported_engine(self)
         seed = args.seed if args.data_seed is None else args.data_seed
         if not is_streamed:
             domains = self.domain_sampler.domains  # of the train set as the trainer prepared it
@@ -189,7 +198,7 @@ class DoGEMixin(DomainWeightedMixin):
         start = time.perf_counter()
         step = learner.prepare(micro_batches, self._target_batches() if self._is_reweighting else [], trains=True)
         loss = self._reweighting_step(step) if self._is_reweighting and step.can_align else self._weighted_step(step)
-        learner.metrics.record_time(step_seconds=time.perf_counter() - start, training_seconds=step.training_seconds)
+        learner.record_time(step_seconds=time.perf_counter() - start, training_seconds=step.training_seconds)
         return loss
 
     def _online_step(
@@ -199,14 +208,14 @@ class DoGEMixin(DomainWeightedMixin):
         learner, start = self._learner, time.perf_counter()
         if self._is_reweighting and not self._micro_batches:
             model.train()
-            self._reweight_sampler()
+            self._reweight_sampler(inputs)
         training_start = time.perf_counter()
         micro_batches = self._collect(inputs)
         if micro_batches is not None:
             learner.count_consumed(micro_batches)
         loss = super().training_step(model, inputs, num_items_in_batch)
         end = time.perf_counter()
-        learner.metrics.record_time(step_seconds=end - start, training_seconds=end - training_start)
+        learner.record_time(step_seconds=end - start, training_seconds=end - training_start)
         return loss
 
     def _collect(self, inputs: dict[str, Any]) -> list[dict[str, Any]] | None:
@@ -247,13 +256,16 @@ class DoGEMixin(DomainWeightedMixin):
         learner.metrics.record(losses=losses)
         return learner.weighted_loss(losses, finite)
 
-    def _reweight_sampler(self) -> None:
+    def _reweight_sampler(self, inputs: dict[str, Any]) -> None:
         """Update the weights by examples of their own, and tell the sampler from which draw on they hold."""
         learner, step = self._learner, self.state.global_step
         shares = {"process_index": self.args.process_index, "num_processes": self.args.world_size}
         pieces = self._alignment_batches.batches(step // self.args.reweight_steps, self._signature_columns, **shares)
         gradients = learner.prepare(
-            [self.data_collator(features) for features, _ in pieces], self._target_batches(), trains=False
+            [self.data_collator(features) for features, _ in pieces],
+            self._target_batches(),
+            trains=False,
+            spare=inputs,
         )
         if not gradients.can_align:
             return
@@ -261,7 +273,7 @@ class DoGEMixin(DomainWeightedMixin):
         learner.alignment.forget()
         learner.update_weights(alignment, set(gradients.present_domains))
         weights = dict(zip(learner.state.names, learner.state.weights.tolist(), strict=True))
-        first_draw = (step + self.args.sampler_lag_steps) * examples_per_step(self.args)
+        first_draw = (step + self.args.lag_steps) * examples_per_step(self.args)
         if self.domain_sampler.max_epochs_per_domain is None or first_draw < self.domain_sampler.num_planned:
             self.domain_sampler.set_weights(weights, first_draw=first_draw)
 
@@ -275,12 +287,12 @@ class DoGEMixin(DomainWeightedMixin):
 
     def _refuse_short_lag(self) -> None:
         """Weights must not be due before a draw that the DataLoader has taken already."""
-        ahead, given = loader_lead(self.args), self.args.sampler_lag_steps * examples_per_step(self.args)
+        ahead, given = loader_lead(self.args), self.args.lag_steps * examples_per_step(self.args)
         if given < ahead:
             needed = ceil(ahead / examples_per_step(self.args))
             raise ValueError(
                 f"`sampler_lag_steps` must be at least {needed}, since the DataLoader runs up to {ahead} examples ahead of "
-                f"the training step, but got {self.args.sampler_lag_steps}. Raise it (or `reweight_steps`, its default), or "
+                f"the training step, but got {self.args.lag_steps}. Raise it (or `reweight_steps`, its default), or "
                 "lower `dataloader_num_workers` or `dataloader_prefetch_factor`."
             )
 
@@ -323,6 +335,44 @@ class DoGEMixin(DomainWeightedMixin):
             self.domain_weights.save_pretrained(folder / DOMAIN_WEIGHTS_FOLDER)
             if _internal_call:
                 self._learner.save(folder)
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """As the Trainer's, with a link to the weights where they are pushed."""
+        super().create_model_card(*args, **kwargs)
+        card_file, repo_id = Path(self.args.output_dir) / "README.md", weights_repository(self)
+        if repo_id is not None and self.is_world_process_zero() and card_file.is_file():
+            link_weights(card_file, repo_id, self.domain_weights)
+
+    def push_to_hub(
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """
+        Push the model as any Trainer does, and the domain weights to a dataset repository beside it: `hub_weights_id`, or
+        the model's name with `-domain-weights` behind it. The cards of both name each other.
+
+        Should one of the two fail, the other is pushed nevertheless, and the error raised then.
+
+        Returns:
+            What `Trainer.push_to_hub` returns.
+        """
+        try:
+            return super().push_to_hub(commit_message, blocking, token, revision, private, **kwargs)
+        finally:
+            if self.is_world_process_zero() and getattr(self, "hub_model_id", None) is not None:
+                self.domain_weights.push_to_hub(
+                    weights_repository(self),
+                    model_id=self.hub_model_id,
+                    commit_message=commit_message,
+                    token=token if token is not None else self.args.hub_token,
+                    revision=revision if revision is not None else getattr(self.args, "hub_revision", None),
+                    private=private if private is not None else self.args.hub_private_repo,
+                )
 
 
 class DoGETrainer(DoGEMixin, Trainer):

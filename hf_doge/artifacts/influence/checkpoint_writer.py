@@ -20,7 +20,14 @@ import torch
 from torch import Tensor
 
 from hf_doge.artifacts.files import sha256, sync_folder
-from hf_doge.artifacts.influence.manifest import GRADIENTS, example_dtype, file_sha256, to_json, write_atomically
+from hf_doge.artifacts.influence.manifest import (
+    GRADIENTS,
+    OFFSETS,
+    example_dtype,
+    file_sha256,
+    to_json,
+    write_atomically,
+)
 from hf_doge.artifacts.influence.segments import encode_segment
 from hf_doge.artifacts.readers import parse_json
 
@@ -63,26 +70,28 @@ class CheckpointWriter(AbstractContextManager):
         self._index = index
         self._config = index.config
         self.facts = {**facts, "position": position}
-        self._final = index.folder / GRADIENTS / facts["name"]
-        self._partial = self._final.with_name(self._final.name + PARTIAL)
-        self._borders = sorted({border for border in borders or () if 0 < border < self._config["num_examples"]})
+        # Of an index that grows, only the examples that are new.
+        self._start, self._stop = index.first_example, index.num_examples
+        folder = facts["name"] if self._start == 0 else f"{facts['name']}/{self._start:08d}"
+        self._gradients = _Place(index.folder, f"{GRADIENTS}/{folder}")
+        self._offsets = _Place(index.folder, f"{OFFSETS}/{folder}")
+        self._borders = sorted({border for border in borders or () if self._start < border < self._stop})
         self._in_order = borders is None
-        self._journal = self._partial / (JOURNAL if part is None else f"journal-{part:05d}.json")
+        self._journal = self._gradients.partial / (JOURNAL if part is None else f"journal-{part:05d}.json")
         self._segments: list[dict[str, Any]] = self._continue() if part is None else []
         self._capacity = max(1, index.max_segment_bytes // (4 * self._config["stored_width"]))
         self._closed = False
         self._clear()
         missing = self.missing()
-        self._first, self._end = missing[0] if missing else (self._config["num_examples"],) * 2
+        self._first, self._end = missing[0] if missing else (self._stop,) * 2
         self.num_done = self._first
         self._is_range = False  # what is added last is written by `finish`
 
     def missing(self) -> list[tuple[int, int]]:
         """The ranges `[first, last)` of examples that no segment holds yet, none of them across a border."""
-        num_examples = self._config["num_examples"]
         covered = [(segment["first_example"], segment["num_examples"]) for segment in self._segments]
-        gaps, end = [], 0
-        for first, count in [*sorted(covered), (num_examples, 0)]:
+        gaps, end = [], self._start
+        for first, count in [*sorted(covered), (self._stop, 0)]:
             between = slice(bisect_right(self._borders, end), bisect_left(self._borders, first))
             cuts = [end, *self._borders[between], first]
             gaps += [(begin, stop) for begin, stop in pairwise(cuts) if begin < stop]
@@ -97,9 +106,9 @@ class CheckpointWriter(AbstractContextManager):
             first (`int`), last (`int`): One range of [`~CheckpointWriter.missing`], or several that follow each other.
         """
         self._require_open()
-        if not 0 <= first < last <= self._config["num_examples"]:
+        if not self._start <= first < last <= self._stop:
             raise ValueError(
-                f"A range must lie in [0, {self._config['num_examples']}) and not be empty, but got [{first}, {last})."
+                f"A range must lie in [{self._start}, {self._stop}) and not be empty, but got [{first}, {last})."
             )
         if self._num_buffered:
             raise ValueError(f"The range before must be added to its end first, example {self._end}.")
@@ -108,18 +117,15 @@ class CheckpointWriter(AbstractContextManager):
 
     def _continue(self) -> list[dict[str, Any]]:
         """The whole segments of an interrupted writing of the same checkpoint; what else lies there is removed."""
-        if self._final.exists() and not self._partial.exists():  # interrupted between the last two steps of finish()
-            self._final.rename(self._partial)
+        places = [self._gradients] if self._config["dtype"] == "int8" else [self._gradients, self._offsets]
+        for place in places:
+            place.reopen()
         kept = self._read_journals()
-        self._partial.mkdir(parents=True, exist_ok=True)
         if kept:
             write_atomically(self._journal, to_json({"checkpoint": self.facts, "segments": kept}))
-        names = {Path(segment["path"]).name for segment in kept if segment["path"] is not None} | (
-            {JOURNAL} if kept else set()
-        )
-        for path in self._partial.iterdir():
-            if path.name not in names:
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        names = {Path(segment["path"]).name for segment in kept if segment["path"] is not None}
+        for place in places:
+            place.remove_others(names | {JOURNAL} if kept and place is self._gradients else names)
         return kept
 
     def _read_journals(
@@ -127,7 +133,7 @@ class CheckpointWriter(AbstractContextManager):
     ) -> list[dict[str, Any]]:
         """The segments that all journals tell of and whose files are whole, by ascending example and without overlap."""
         found, known = [], {segment["path"] for segment in trusted}
-        for journal in sorted(self._partial.glob("journal*.json")):
+        for journal in sorted(self._gradients.partial.glob("journal*.json")):
             segments: list[dict[str, Any]] = []
             with suppress(ValueError, KeyError, TypeError):  # a damaged journal is as good as none
                 written = parse_json(journal.read_bytes(), source=str(journal))
@@ -135,12 +141,12 @@ class CheckpointWriter(AbstractContextManager):
                     segments = [
                         segment
                         for segment in written["segments"]
-                        if segment["path"] in known or _is_whole(self._partial, segment, sign_of_life)
+                        if segment["path"] in known or self._is_whole(segment, sign_of_life)
                     ]
             if not segments:
                 logger.info("%s is of other weights, or damaged: what it tells of is made anew.", journal)
             found += segments
-        kept, end = [], 0
+        kept, end = [], self._start
         for segment in sorted(found, key=lambda segment: segment["first_example"]):
             if segment["first_example"] == end or (segment["first_example"] > end and not self._in_order):
                 kept.append(segment)
@@ -194,24 +200,30 @@ class CheckpointWriter(AbstractContextManager):
         self._require_open()
         segments = self._read_journals(trusted=self._segments, sign_of_life=sign_of_life)
         num_done = sum(segment["num_examples"] for segment in segments) + self._num_buffered
-        if num_done != self._config["num_examples"]:
+        if num_done != self._stop - self._start:
             raise ValueError(
-                f"A checkpoint must hold all {self._config['num_examples']} examples, but {num_done} were added to"
+                f"A checkpoint must hold all {self._stop - self._start} examples, but {num_done} were added to"
                 f" {self.facts['name']!r}, and are whole. Add the others before `finish`."
             )
         if self._num_buffered:
             self._flush()
             segments.append(self._segments[-1])
         self._closed = True
-        segments = _with_files(sorted(segments, key=lambda segment: segment["first_example"]))
-        if not segments:
-            segments = [self._write_nothing()]
-        sync_folder(self._partial)
-        self._partial.rename(self._final)
-        sync_folder(self._final.parent)
-        facts = {key: value for key, value in self.facts.items() if key != "position"}
-        self._index._register({**facts, "files": segments}, position=self.facts["position"])
-        for journal in self._final.glob("journal*.json"):
+        self._index.take_over(self, sorted(segments, key=lambda segment: segment["first_example"]))
+
+    def files(self, before: Sequence[dict[str, Any]], segments: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+        """What config.json says of the segments of this checkpoint; `before` are those of the examples before."""
+        return _with_files([*before, *segments]) or [self._write_nothing()]
+
+    def settle(self) -> None:
+        """Give the finished files their places."""
+        if self._config["dtype"] != "int8":
+            self._offsets.settle()
+        self._gradients.settle()
+
+    def clean(self) -> None:
+        """Remove what only an interruption would have needed."""
+        for journal in self._gradients.final.glob("journal*.json"):
             journal.unlink()
 
     def __exit__(
@@ -235,11 +247,7 @@ class CheckpointWriter(AbstractContextManager):
         """Lengths, tokens, and rows as float32 of the stored width."""
         num_done = self.num_done + len(token_rows)
         if num_done > self._end:
-            wanted = (
-                f"up to example {self._end}"
-                if self._end < self._config["num_examples"]
-                else f"for {self._end} examples"
-            )
+            wanted = f"up to example {self._end}" if self._end < self._stop else f"for {self._end} examples"
             raise ValueError(f"The index was opened {wanted}, but {num_done} were added to {self.facts['name']!r}.")
         check_token_rows(token_rows, width=self._config["width"], vocabulary_size=self._config["vocabulary_size"])
         lengths = token_rows.offsets.diff().cpu().numpy()
@@ -260,6 +268,8 @@ class CheckpointWriter(AbstractContextManager):
         segment = {
             "path": None,
             "sha256": None,
+            "offsets_path": None,
+            "offsets_sha256": None,
             "num_rows": len(tokens),
             "first_example": self._first,
             "num_examples": len(lengths),
@@ -281,7 +291,7 @@ class CheckpointWriter(AbstractContextManager):
         """The file of a segment, named by its first example, so that no two processes write the same."""
         ids = np.arange(self._first, self._first + len(lengths), dtype=example_dtype(self._config))
         name = f"segment-{self._first:08d}.parquet"
-        content, scale = encode_segment(
+        encoded = encode_segment(
             tokens,
             ids.repeat(lengths),
             rows,
@@ -289,15 +299,30 @@ class CheckpointWriter(AbstractContextManager):
             checkpoint=self.facts["position"],
             facts={"checkpoint": self.facts["name"], "first_example": self._first},
         )
-        write_atomically(self._partial / name, content)
-        return {"path": f"{GRADIENTS}/{self._final.name}/{name}", "sha256": sha256(content), "scale": scale}
+        written = {"scale": encoded.scale}
+        kinds = {"": (self._gradients, encoded.content), "offsets_": (self._offsets, encoded.offsets)}
+        for kind, (place, content) in kinds.items():
+            written |= {f"{kind}path": None, f"{kind}sha256": None}
+            if content is not None:
+                write_atomically(place.partial / name, content)
+                written |= {f"{kind}path": place.path_of(name), f"{kind}sha256": sha256(content)}
+        return written
+
+    def _is_whole(self, segment: dict[str, Any], sign_of_life: Callable[[], None]) -> bool:
+        """Whether the files of a segment are what the journal says."""
+        sign_of_life()
+        return all(
+            segment[f"{kind}path"] is None
+            or _has_content(place.partial, segment[f"{kind}path"], segment[f"{kind}sha256"])
+            for kind, place in (("", self._gradients), ("offsets_", self._offsets))
+        )
 
     def _write_nothing(self) -> dict[str, Any]:
         """One file without rows, where no example has any: a checkpoint has one file at least."""
-        self._first, num_examples = 0, self._config["num_examples"]
+        self._first, num_examples = self._start, self._stop - self._start
         no_rows = torch.empty(0, self._config["stored_width"])
         written = self._write(np.zeros(num_examples, dtype=np.int64), np.zeros(0, dtype=np.int64), no_rows)
-        return {**written, "num_rows": 0, "first_example": 0, "num_examples": num_examples}
+        return {**written, "num_rows": 0, "first_example": self._first, "num_examples": num_examples}
 
 
 def check_token_rows(token_rows: "TokenRows", *, width: int, vocabulary_size: int) -> None:
@@ -329,13 +354,38 @@ def check_token_rows(token_rows: "TokenRows", *, width: int, vocabulary_size: in
         )
 
 
-def _is_whole(folder: Path, segment: dict[str, Any], sign_of_life: Callable[[], None]) -> bool:
-    """Whether the file of a segment is what the journal says."""
-    sign_of_life()
-    if segment["path"] is None:
-        return True
-    path = folder / Path(segment["path"]).name
-    return path.is_file() and file_sha256(path) == segment["sha256"]
+class _Place:
+    """A folder of the index that appears as a whole: until then it is called `*.partial`."""
+
+    def __init__(self, index: Path, path: str) -> None:
+        self._path = path
+        self.final = index / path
+        self.partial = self.final.with_name(self.final.name + PARTIAL)
+
+    def path_of(self, name: str) -> str:
+        """A file of it as the index will know it."""
+        return f"{self._path}/{name}"
+
+    def reopen(self) -> None:
+        if self.final.exists() and not self.partial.exists():  # interrupted between the last steps of finish()
+            self.final.rename(self.partial)
+        self.partial.mkdir(parents=True, exist_ok=True)
+
+    def remove_others(self, names: set[str]) -> None:
+        for path in self.partial.iterdir():
+            if path.name not in names:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+    def settle(self) -> None:
+        sync_folder(self.partial)
+        shutil.rmtree(self.final, ignore_errors=True)  # of a checkpoint that was forgotten
+        self.partial.rename(self.final)
+        sync_folder(self.final.parent)
+
+
+def _has_content(folder: Path, recorded: str, checksum: str) -> bool:
+    path = folder / Path(recorded).name
+    return path.is_file() and file_sha256(path) == checksum
 
 
 def _with_files(segments: list[dict[str, Any]]) -> list[dict[str, Any]]:

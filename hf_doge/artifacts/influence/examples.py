@@ -1,8 +1,16 @@
 """What is to be known of the training examples."""
 
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from hf_doge.artifacts.influence.manifest import examples_files
+from hf_doge.artifacts.influence.tables import read_table
 
 
 def ordered_examples(table: pa.Table, num_examples: int) -> pa.Table:
@@ -28,3 +36,53 @@ def ordered_examples(table: pa.Table, num_examples: int) -> pa.Table:
                 f" {problem}."
             )
     return table if (np.diff(ids) > 0).all() else table.take(pa.array(np.argsort(ids)))
+
+
+def check_number_of_examples(folder: Path, config: Mapping[str, Any]) -> None:
+    """
+    Raises:
+        ValueError: The files of the examples hold another number of them than config.json claims. Scores take memory for
+            each.
+    """
+    found = 0
+    for path in examples_files(config):
+        try:
+            found += pq.read_metadata(folder / path).num_rows
+        except (pa.ArrowException, OSError) as error:
+            if getattr(error, "errno", None) is not None:  # of the system, not of Parquet
+                raise
+            raise ValueError(
+                f"{str(folder / path)!r} must be a Parquet file, but cannot be read: {error}. Fetch it again."
+            ) from error
+    if found != config["num_examples"]:
+        raise ValueError(
+            f"The index in {str(folder)!r} must have {config['num_examples']} examples, as its config.json says, but its"
+            f" files {list(examples_files(config))} have {found}. Fetch it again."
+        )
+
+
+def read_examples(folder: Path, config: Mapping[str, Any]) -> pa.Table:
+    """
+    All examples, row `i` being example `i`.
+
+    Raises:
+        ValueError: They are not those that config.json claims.
+    """
+    check_number_of_examples(folder, config)
+    first, tables = 0, []
+    for path in examples_files(config):
+        table = read_table(folder / path)
+        ids = table["example_id"].to_numpy() if "example_id" in table.column_names else None
+        if ids is None or not np.array_equal(ids, np.arange(first, first + len(table))):
+            raise ValueError(
+                f"{str(folder / path)!r} must have the examples {first} to {first + len(table) - 1} in this order, but does"
+                " not. It is damaged or was manipulated: fetch the index again."
+            )
+        if tables and table.schema != tables[0].schema:
+            raise ValueError(
+                f"{str(folder / path)!r} must have the columns of the other examples, but differs. It is damaged or was"
+                " manipulated: fetch the index again."
+            )
+        tables.append(table)
+        first += len(table)
+    return pa.concat_tables(tables)

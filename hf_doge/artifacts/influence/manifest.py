@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_doge._version import __version__
+from hf_doge.artifacts.influence.claims import check_claims
 from hf_doge.artifacts.readers import parse_json
 
 FORMAT_VERSION = "1.0"  # a newer major number tells older readers that they would misread the files
@@ -17,6 +18,7 @@ EXAMPLES_FILE = "examples/train-00000-of-00001.parquet"
 CHECKPOINTS_FILE = "checkpoints/train-00000-of-00001.parquet"
 CARD_FILE = "README.md"
 GRADIENTS = "gradients"
+OFFSETS = "offsets"
 DTYPES = ("float16", "float32", "int8")
 
 # What a recording says about itself, with the value where it says nothing.
@@ -48,7 +50,7 @@ _KINDS = {
     "checkpoints": list,
     "files": dict,
 }
-_KEYS = {*_KINDS, *SETTINGS, "format_version", "hf_doge_version", "projection"}
+_KEYS = {*_KINDS, *SETTINGS, "format_version", "hf_doge_version", "projection", "redacted"}
 _FILE_KINDS = {
     "path": str,
     "sha256": str,
@@ -57,6 +59,7 @@ _FILE_KINDS = {
     "num_examples": int,
     "scale": (int, float),
 }
+_OFFSETS_KINDS = {"offsets_path": str, "offsets_sha256": str}
 
 
 def to_json(content: Mapping[str, Any]) -> bytes:
@@ -75,30 +78,39 @@ def read_config(folder: Path) -> dict[str, Any]:
     path = folder / MANIFEST
     if not path.is_file():
         raise FileNotFoundError(f"A folder of an influence index must hold {MANIFEST}, but {str(folder)!r} does not.")
-    config = parse_json(path.read_bytes(), source=str(path))
+    return parse_config(path.read_bytes(), source=str(path))
+
+
+def parse_config(content: bytes, *, source: str) -> dict[str, Any]:
+    """
+    The content of a `config.json`.
+
+    Raises:
+        ValueError: As [`read_config`]. Names `source`.
+    """
+    config = parse_json(content, source=source)
     version = config.get("format_version") if isinstance(config, dict) else None
     major = version.partition(".")[0] if isinstance(version, str) else ""
     if not major.isdecimal():
         raise ValueError(
-            f"{str(path)!r} must have a `format_version` such as {FORMAT_VERSION!r}, but got {version!r}: it does not"
+            f"{source!r} must have a `format_version` such as {FORMAT_VERSION!r}, but got {version!r}: it does not"
             " belong to an influence index. Choose another folder."
         )
     if int(major) > int(FORMAT_VERSION.partition(".")[0]):
         raise ValueError(
-            f"{str(path)!r} has format {version}, but hf_doge {__version__} reads up to {FORMAT_VERSION}. Update with"
+            f"{source!r} has format {version}, but hf_doge {__version__} reads up to {FORMAT_VERSION}. Update with"
             " `pip install -U hf-doge`."
         )
-    _check_kinds(config, _KINDS, str(path))
+    _check_kinds(config, _KINDS, source)
     if config["dtype"] not in DTYPES:
-        raise ValueError(f"`dtype` in {str(path)!r} must be one of {list(DTYPES)}, but got {config['dtype']!r}.")
+        raise ValueError(f"`dtype` in {source!r} must be one of {list(DTYPES)}, but got {config['dtype']!r}.")
     for position, checkpoint in enumerate(config["checkpoints"]):
-        source = f"{path}: checkpoint {position}"
-        _check_kinds(checkpoint, {"name": str, "learning_rate": (int, float), "files": list}, source)
+        place = f"{source}: checkpoint {position}"
+        _check_kinds(checkpoint, {"name": str, "learning_rate": (int, float), "files": list}, place)
         for file in checkpoint["files"]:
-            _check_kinds(file, _FILE_KINDS, source)
-            if os.path.isabs(file["path"]) or ".." in Path(file["path"]).parts:
-                raise ValueError(f"Files in {source!r} must lie in the folder, but got {file['path']!r}.")
-        _check_coverage(checkpoint, config["num_examples"], str(path))
+            _check_kinds(file, _FILE_KINDS if config["dtype"] == "int8" else _FILE_KINDS | _OFFSETS_KINDS, place)
+        _check_coverage(checkpoint, config["num_examples"], source)
+    check_claims(config, source=source)
     return config
 
 
@@ -130,14 +142,54 @@ def example_dtype(config: Mapping[str, Any]) -> str:
     return "int32" if config["num_examples"] <= 2**31 else "int64"
 
 
-def require_files(folder: Path, config: Mapping[str, Any], *, verify: bool) -> None:
+def added_examples_file(first_example: int) -> str:
+    """Path of the file of examples that were added later, whose name comes after those of the ones before."""
+    return f"examples/train-{first_example:012d}.parquet"
+
+
+def first_added_example(path: str) -> int:
+    """What [`added_examples_file`] was given."""
+    return int(path.rpartition("-")[2].removesuffix(".parquet"))
+
+
+def examples_files(config: Mapping[str, Any]) -> dict[str, str | None]:
+    """Path -> sha256 of the files of the examples, in their order."""
+    paths = sorted(path for path in config["files"] if path.startswith("examples/"))
+    return {path: config["files"][path] for path in paths} or {EXAMPLES_FILE: None}
+
+
+def recorded_checksums(config: Mapping[str, Any]) -> dict[str, str | None]:
+    """Path -> sha256 of every file that a reader needs, without config.json itself."""
+    # What people read of the checkpoints stands in config.json too, which may be newer for a moment.
+    checksums = examples_files(config)
+    for checkpoint in config["checkpoints"]:
+        for file in checkpoint["files"]:
+            checksums[file["path"]] = file["sha256"]
+            if file.get("offsets_path") is not None:
+                checksums[file["offsets_path"]] = file["offsets_sha256"]
+    return checksums
+
+
+def require_checkpoints(config: Mapping[str, Any], source: str) -> None:
     """
+    Raises:
+        ValueError: The index has none yet.
+    """
+    if not config["checkpoints"]:
+        raise ValueError(f"{source!r} has no whole checkpoint yet. Let the recording finish.")
+
+
+def check_files(folder: Path, checksums: Mapping[str, str | None], *, verify: bool) -> None:
+    """
+    Args:
+        folder (`Path`): Of the index.
+        checksums (`Mapping`): Path -> sha256 of the files that must be there.
+        verify (`bool`): Whether to compare the checksums.
+
     Raises:
         FileNotFoundError: A file is missing.
         ValueError: `verify`, and a file is not what it was.
     """
-    checksums = {file["path"]: file["sha256"] for one in config["checkpoints"] for file in one["files"]}
-    checksums[EXAMPLES_FILE] = config["files"].get(EXAMPLES_FILE)
     missing = [path for path in checksums if not (folder / path).is_file()]
     if missing:
         raise FileNotFoundError(

@@ -11,11 +11,17 @@ from torch import Tensor
 
 from hf_doge.artifacts.influence.checkpoint_writer import check_token_rows
 from hf_doge.artifacts.influence.encoding import decode_rows, recorded_projection
-from hf_doge.artifacts.influence.manifest import EXAMPLES_FILE, read_config, require_files, warn_of_unknown
+from hf_doge.artifacts.influence.examples import check_number_of_examples, read_examples
+from hf_doge.artifacts.influence.manifest import (
+    check_files,
+    read_config,
+    recorded_checksums,
+    require_checkpoints,
+    warn_of_unknown,
+)
 from hf_doge.artifacts.influence.row_map import RowMap, default_cache_dir
 from hf_doge.artifacts.influence.search import add_scores, ends
 from hf_doge.artifacts.influence.synonym_search import Neighbours, synonym_matches
-from hf_doge.artifacts.influence.tables import read_table
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -72,7 +78,9 @@ class IndexReader:
             folder (`str` or `os.PathLike`): As written by [`IndexWriter`].
             cache_dir (`str` or `os.PathLike`, *optional*):
                 Where the memory maps go, about as large as the rows. `$HF_HOME/hf_doge` when left out.
-            verify (`bool`): Whether to check the sha256 of every file. That they are there is always checked.
+            verify (`bool`):
+                Whether to check the sha256 of every file. That they are there is always checked, and rows when the memory
+                maps are made.
 
         Raises:
             FileNotFoundError: A file is missing. Names it.
@@ -80,10 +88,11 @@ class IndexReader:
         """
         folder = Path(folder)
         config = read_config(folder)
-        if not config["checkpoints"]:
-            raise ValueError(f"{str(folder)!r} has no whole checkpoint yet. Let the recording finish.")
+        require_checkpoints(config, str(folder))
         warn_of_unknown(config)
-        require_files(folder, config, verify=verify)
+        check_files(folder, recorded_checksums(config), verify=verify)
+        if verify:
+            check_number_of_examples(folder, config)
         return cls(folder, config, cache_dir=default_cache_dir() if cache_dir is None else Path(cache_dir))
 
     @property
@@ -92,12 +101,28 @@ class IndexReader:
         if self._examples is None:
             from datasets import Dataset  # only here: searching needs none, and importing it takes a second
 
-            self._examples = Dataset(read_table(self.folder / EXAMPLES_FILE))
+            self._examples = Dataset(read_examples(self.folder, self.config))
         return self._examples
+
+    def examples_of(self, ids: Iterable[int]) -> "Dataset":
+        """What is known of some examples: one row for each of `ids`, in their order."""
+        from datasets import Dataset, DatasetInfo
+
+        ids = self._checked_ids(ids).tolist()
+        return Dataset(self.examples.with_format("arrow")[ids], info=DatasetInfo(features=self.examples.features))
 
     def build_map(self, checkpoint: int) -> None:
         """Make the memory map of a checkpoint now, if it is not there, and not when it is first needed."""
-        self._map(checkpoint)
+        self._map(checkpoint, None)
+
+    def fetch_model(self, checkpoint: int) -> None:
+        """See that the model of a checkpoint is here, if the index holds it."""
+
+    def require_whole(self, what: str) -> None:
+        """
+        Raises:
+            ValueError: `what` needs all of the index, and it is not all here.
+        """
 
     def project(self, rows: Tensor | np.ndarray) -> Tensor:
         """The shared random projection, `(n, width) -> (n, stored_width)`; `rows` themselves without one."""
@@ -171,12 +196,12 @@ class IndexReader:
 
     def self_influence(self, checkpoint: int, *, exclude_tokens: Iterable[int] = ()) -> np.ndarray:
         """The squared norm of each training example's gradient at one checkpoint, `(num_examples,)` float64."""
-        row_map = self._map(checkpoint)
+        row_map = self._map(checkpoint, None)
         squares = np.zeros(self.num_examples)
         excluded = np.isin(np.arange(self.vocabulary_size), list(exclude_tokens))
         for start in range(0, len(row_map.rows), _BLOCK_ROWS):
             piece = slice(start, start + _BLOCK_ROWS)
-            rows = self._decoded(checkpoint, piece)
+            rows = self._decoded(checkpoint, row_map, piece)
             values = rows.double().square().sum(dim=1).numpy()
             if excluded.any():
                 places = np.arange(start, start + len(rows))
@@ -194,7 +219,7 @@ class IndexReader:
             `rows (W, stored_width)` in float32.
         """
         ids = self._checked_ids(example_ids)
-        row_map = self._map(checkpoint)
+        row_map = self._map(checkpoint, None)
         wanted = np.zeros(self.num_examples, dtype=bool)
         wanted[ids] = True
         blocks = range(0, len(row_map.examples), 1 << 20)
@@ -203,7 +228,7 @@ class IndexReader:
         places = places[np.argsort(row_map.examples[places], kind="stable")]
         owners = row_map.examples[places]
         tokens = np.searchsorted(row_map.offsets, places, side="right") - 1
-        rows = self._decoded(checkpoint, places)
+        rows = self._decoded(checkpoint, row_map, places)
         starts, ends = np.searchsorted(owners, ids), np.searchsorted(owners, ids, side="right")
         return [
             (torch.from_numpy(tokens[start:end].copy()), rows[start:end].clone())
@@ -230,11 +255,11 @@ class IndexReader:
             `numpy.ndarray` of shape `(num_examples_asked, W)` and dtype float32; 0 where the example lacks the token.
         """
         ids = self._checked_ids(example_ids)
-        row_map = self._map(checkpoint)
         tokens, rows = _integers("Tokens", query_tokens, self.vocabulary_size), torch.as_tensor(query_rows).float()
         expected = (len(tokens), self.stored_width)
         if tuple(rows.shape) != expected:
             raise ValueError(f"`query_rows` must have shape {expected}, but got {tuple(rows.shape)}.")
+        row_map = self._map(checkpoint, tokens)
         parts = np.zeros((len(ids), len(tokens)), dtype=np.float32)
         for column, (token, row) in enumerate(zip(tokens, rows, strict=True)):
             start, end = row_map.offsets[token : token + 2]
@@ -242,7 +267,7 @@ class IndexReader:
             found = np.searchsorted(owners, ids)
             shared = np.flatnonzero(found < len(owners))
             shared = shared[owners[found[shared]] == ids[shared]]
-            parts[shared, column] = (self._decoded(checkpoint, start + found[shared]) @ row).numpy()
+            parts[shared, column] = (self._decoded(checkpoint, row_map, start + found[shared]) @ row).numpy()
         return parts
 
     def synonym_scores(
@@ -271,15 +296,16 @@ class IndexReader:
             `tuple[int, int, numpy.ndarray, numpy.ndarray]`: position of a query token, the token that it is matched with in
             some examples, their ids, and the part of their scores that this match carries (float32).
         """
-        row_map = self._map(checkpoint)
         tokens = _integers("Tokens", query_tokens, self.vocabulary_size)
         rows = torch.as_tensor(query_rows).float()
         ids = None if only is None else self._checked_ids(only)
         excluded = np.asarray(list(exclude_tokens), dtype=np.int64)
+        synonyms = [np.setdiff1d(neighbours[token][0], excluded) for token in tokens.tolist()]
+        row_map = self._map(checkpoint, np.unique(np.concatenate([tokens, *synonyms])))
         for position, token, places in synonym_matches(row_map, tokens, neighbours, excluded=excluded, only=ids):
             for start in range(0, len(places), _BLOCK_ROWS):
                 piece = places[start : start + _BLOCK_ROWS]
-                parts = (self._decoded(checkpoint, piece) @ rows[position]).numpy()
+                parts = (self._decoded(checkpoint, row_map, piece) @ rows[position]).numpy()
                 yield position, token, row_map.examples[piece], parts
 
     def _add_scores(
@@ -292,16 +318,20 @@ class IndexReader:
         if excluded:
             counted = np.flatnonzero(~np.isin(tokens, excluded))
             tokens, rows, owners = tokens[counted], rows[torch.from_numpy(counted)], owners[counted]
-        row_map = self._map(checkpoint)
+        row_map = self._map(checkpoint, np.unique(tokens))
         scales = self._example_scales(checkpoint) if self.config["dtype"] == "float16" else None
         add_scores(scores, row_map, tokens, rows, owners, example_scales=scales)
 
-    def _map(self, checkpoint: int) -> RowMap:
-        if not 0 <= checkpoint < len(self.checkpoints):
-            raise ValueError(f"`checkpoint` must be in [0, {len(self.checkpoints)}), but got {checkpoint}.")
+    def _map(self, checkpoint: int, tokens: np.ndarray | None) -> RowMap:
+        """The rows of a checkpoint: at least those of some tokens, or all."""
+        self._check_checkpoint(checkpoint)
         if checkpoint not in self._maps:
             self._maps[checkpoint] = RowMap.open(self.folder, self.config, checkpoint, cache_dir=self._cache_dir)
         return self._maps[checkpoint]
+
+    def _check_checkpoint(self, checkpoint: int) -> None:
+        if not 0 <= checkpoint < len(self.checkpoints):
+            raise ValueError(f"`checkpoint` must be in [0, {len(self.checkpoints)}), but got {checkpoint}.")
 
     def _example_scales(self, checkpoint: int) -> np.ndarray:
         """What each example's stored rows are to be divided by, `(num_examples,)`."""
@@ -310,9 +340,8 @@ class IndexReader:
             scales[file["first_example"] : file["first_example"] + file["num_examples"]] = file["scale"]
         return scales
 
-    def _decoded(self, checkpoint: int, places: slice | np.ndarray) -> Tensor:
+    def _decoded(self, checkpoint: int, row_map: RowMap, places: slice | np.ndarray) -> Tensor:
         """The rows at some places of the map, in float32."""
-        row_map = self._map(checkpoint)
         if row_map.scales is not None:
             scales = row_map.scales[places]
         else:

@@ -20,7 +20,7 @@ import re
 import shutil
 import time
 import uuid
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from itertools import chain
@@ -32,7 +32,8 @@ import torch
 from tqdm.auto import tqdm
 
 from hf_doge.artifacts.influence.manifest import example_dtype, to_json
-from hf_doge.artifacts.influence.segments import read_segment, read_tokens
+from hf_doge.artifacts.influence.offsets import read_offsets
+from hf_doge.artifacts.influence.segments import SegmentReader
 
 _LAYOUT = 1  # changes whenever the files do
 _MAP = "map.json"
@@ -40,8 +41,10 @@ _ABANDONED_SECONDS = 24 * 60 * 60
 _GROUP_BYTES = 64 * 2**20
 _KEPT_BYTES = 20 * 2**30
 _IN_USE_SECONDS = 60 * 60
-_MAP_NAME = re.compile(r"[0-9a-f]{32}")
+_MAP_NAME = re.compile(r"[0-9a-f]{32}(-remote)?")
 _LONG = 1_000_000  # rows, from which on a bar shows progress
+
+Arrays = dict[str, tuple[str, tuple[int, ...]]]  # name of a flat file -> dtype and shape
 
 
 @dataclass
@@ -70,26 +73,9 @@ class RowMap:
     def open(cls, folder: Path, config: Mapping[str, Any], checkpoint: int, *, cache_dir: Path) -> "RowMap":
         """The map of a checkpoint of the index in `folder`; built in `cache_dir` unless it is there, and whole."""
         entry = config["checkpoints"][checkpoint]
-        place = cache_dir / _fingerprint(config, entry)
-        for _ in range(10):
-            found = _load(place)
-            if found is not None:
-                with suppress(OSError):  # a folder that others built may be read-only
-                    os.utime(place / _MAP)
-                return cls(**found, num_examples=config["num_examples"])
-            _discard(place)
-            building = cache_dir / f".{place.name}-{uuid.uuid4().hex}"
-            try:
-                _build(building, folder, config, entry)
-                os.rename(building, place)
-                _prune(cache_dir)
-            except OSError:
-                if not place.exists():
-                    raise
-                # Another process was quicker. Its map is taken if it is whole.
-            finally:
-                shutil.rmtree(building, ignore_errors=True)
-        raise OSError(f"The memory map in {str(place)!r} keeps being damaged. Choose another `cache_dir`.")
+        place = cache_dir / map_name(config, entry)
+        found = open_place(place, lambda building: _build(building, folder, config, checkpoint))
+        return cls(**found, num_examples=config["num_examples"])
 
 
 def default_cache_dir() -> Path:
@@ -99,14 +85,59 @@ def default_cache_dir() -> Path:
     return Path(constants.HF_HOME) / "hf_doge"
 
 
-def _fingerprint(config: Mapping[str, Any], entry: Mapping[str, Any]) -> str:
+def open_place(place: Path, build: Callable[[Path], Arrays], *, mode: str = "c") -> dict[str, np.ndarray | None]:
+    """
+    The arrays of a map, which is built unless it is there, and whole.
+
+    Args:
+        place (`Path`): Its folder in the cache.
+        build (`Callable[[Path], Arrays]`):
+            Makes `offsets.npy` and `<name>.bin` for each array in the new folder that it is given, and returns what they are.
+        mode (`str`): Of `numpy.memmap`. `"c"`: the files stay as they are, and torch accepts the arrays.
+    """
+    for _ in range(10):
+        found = _load(place, mode)
+        if found is not None:
+            note_use(place)
+            return found
+        _discard(place)
+        building = place.with_name(f".{place.name}-{uuid.uuid4().hex}")
+        try:
+            building.mkdir(parents=True)
+            arrays = build(building)
+            sizes = {path.name: path.stat().st_size for path in building.iterdir()}
+            (building / _MAP).write_bytes(to_json({"arrays": arrays, "sizes": sizes}))
+            os.rename(building, place)
+            _prune(place.parent)
+        except PermissionError as error:
+            raise PermissionError(
+                error.errno,
+                f"The memory map of the index cannot be written ({error.strerror}). Pass `cache_dir`",
+                str(place),
+            ) from error
+        except OSError:
+            if not place.exists():
+                raise
+            # Another process was quicker. Its map is taken if it is whole.
+        finally:
+            shutil.rmtree(building, ignore_errors=True)
+    raise OSError(f"The memory map in {str(place)!r} keeps being damaged. Choose another `cache_dir`.")
+
+
+def note_use(place: Path) -> None:
+    """Keep a map from being deleted for a while."""
+    with suppress(OSError):  # a folder that others built may be read-only
+        os.utime(place / _MAP)
+
+
+def map_name(config: Mapping[str, Any], entry: Mapping[str, Any]) -> str:
     shape = [config[key] for key in ("dtype", "stored_width", "vocabulary_size", "num_examples")]
     content = [_LAYOUT, shape, [(file["sha256"], file["first_example"]) for file in entry["files"]]]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:32]
 
 
-def _arrays(config: Mapping[str, Any], num_rows: int) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Name -> dtype and shape of the flat files."""
+def map_arrays(config: Mapping[str, Any], num_rows: int) -> Arrays:
+    """The flat files."""
     arrays = {
         "rows": (config["dtype"], (num_rows, config["stored_width"])),
         "examples": (example_dtype(config), (num_rows,)),
@@ -114,20 +145,19 @@ def _arrays(config: Mapping[str, Any], num_rows: int) -> dict[str, tuple[str, tu
     return arrays | ({"scales": ("float32", (num_rows,))} if config["dtype"] == "int8" else {})
 
 
-def _map(path: Path, dtype: str, shape: Sequence[int]) -> np.ndarray:
+def _map(path: Path, dtype: str, shape: Sequence[int], mode: str) -> np.ndarray:
     if 0 in shape:  # an empty file cannot be mapped
         return np.zeros(shape, dtype)
-    # Copy on write: the file stays as it is, and torch accepts the array.
-    return np.memmap(path, dtype=dtype, shape=tuple(shape), mode="c")
+    return np.memmap(path, dtype=dtype, shape=tuple(shape), mode=mode)
 
 
-def _load(place: Path) -> dict[str, np.ndarray | None] | None:
+def _load(place: Path, mode: str) -> dict[str, np.ndarray | None] | None:
     """The arrays, or `None` when the map is not there or damaged."""
     try:
         facts = json.loads((place / _MAP).read_bytes())
         if any((place / name).stat().st_size != size for name, size in facts["sizes"].items()):
             return None
-        arrays = {name: _map(place / f"{name}.bin", *spec) for name, spec in facts["arrays"].items()}
+        arrays = {name: _map(place / f"{name}.bin", *spec, mode) for name, spec in facts["arrays"].items()}
         return {"scales": None, **arrays, "offsets": np.load(place / "offsets.npy", allow_pickle=False)}
     except (OSError, ValueError, KeyError, TypeError):
         return None
@@ -149,13 +179,13 @@ def _prune(cache_dir: Path) -> None:
     """Keep the folder within its bounds, see above. Who has a map open goes on reading it."""
     opened, sizes, now = {}, {}, time.time()
     for place in cache_dir.iterdir():
-        left = place.name.startswith(".") and _MAP_NAME.fullmatch(place.name[1:33])
+        left = place.name.startswith(".") and _MAP_NAME.match(place.name[1:])
         with suppress(OSError):
             if left and now - place.stat().st_mtime > _ABANDONED_SECONDS:
                 shutil.rmtree(place, ignore_errors=True)  # of a build that was killed
             elif _MAP_NAME.fullmatch(place.name):
                 opened[place] = (place / _MAP).stat().st_mtime
-                sizes[place] = sum(path.stat().st_size for path in place.iterdir())
+                sizes[place] = sum(_size_on_disk(path) for path in place.iterdir())
     total = sum(sizes.values())
     for place in sorted(sizes, key=opened.__getitem__):
         if total <= _KEPT_BYTES or now - opened[place] < _IN_USE_SECONDS:
@@ -167,18 +197,30 @@ def _prune(cache_dir: Path) -> None:
             total -= sizes[place]
 
 
-def _build(building: Path, folder: Path, config: Mapping[str, Any], entry: Mapping[str, Any]) -> None:
+def _size_on_disk(path: Path) -> int:
+    """Without the holes of a map that is filled bit by bit, where the system tells."""
+    found = path.stat()
+    return getattr(found, "st_blocks", 0) * 512 or found.st_size
+
+
+def _build(building: Path, folder: Path, config: Mapping[str, Any], checkpoint: int) -> Arrays:
     """Merge the segments: count the rows of each token, then put each segment's rows to their places."""
+    entry = config["checkpoints"][checkpoint]
     files = sorted(entry["files"], key=lambda file: file["first_example"])
     counts = np.zeros(config["vocabulary_size"], dtype=np.int64)
+    segments = []
     for file in files:
-        for tokens in read_tokens(folder / file["path"]):
-            counts += np.bincount(tokens, minlength=len(counts))
+        segments.append(SegmentReader(folder / file["path"], config=config, checkpoint=checkpoint, file=file))
+        own = np.zeros_like(counts)
+        for tokens in segments[-1].tokens():
+            own += np.bincount(tokens, minlength=len(counts))
+        if file.get("offsets_path") is not None:
+            _check_offsets(folder, config, checkpoint, file, own)
+        counts += own
     offsets = np.concatenate([[0], np.cumsum(counts)])
-    arrays = _arrays(config, int(offsets[-1]))
-    building.mkdir(parents=True)
+    arrays = map_arrays(config, int(offsets[-1]))
     free = offsets[:-1].copy()  # where the next row of each token goes
-    pieces = (piece for file in files for piece in read_segment(folder / file["path"]))
+    pieces = (piece for segment in segments for piece in segment.rows())
     with ExitStack() as stack:
         # By writing, not through a map: its pages would count as memory, and a full disk would end the process.
         sinks = {name: stack.enter_context((building / f"{name}.bin").open("wb")) for name in arrays}
@@ -196,8 +238,23 @@ def _build(building: Path, folder: Path, config: Mapping[str, Any], entry: Mappi
                 _write_runs(sink, columns[name], *runs)
             progress.update(len(tokens))
     np.save(building / "offsets.npy", offsets)
-    sizes = {path.name: path.stat().st_size for path in building.iterdir()}
-    (building / _MAP).write_bytes(to_json({"arrays": arrays, "sizes": sizes}))
+    return arrays
+
+
+def _check_offsets(
+    folder: Path, config: Mapping[str, Any], checkpoint: int, file: Mapping[str, Any], counts: np.ndarray
+) -> None:
+    """Nobody reads them here, but who reads the same index in parts does."""
+    path = folder / file["offsets_path"]
+    size = (folder / file["path"]).stat().st_size
+    runs = read_offsets(path, config=config, checkpoint=checkpoint, file=file, segment_bytes=size)
+    told = np.zeros_like(counts)
+    np.add.at(told, runs["token_id"], runs["num_rows"])
+    if (told != counts).any():
+        raise ValueError(
+            f"The offsets in {str(path)!r} are damaged or were manipulated: they must tell of the rows that"
+            f" {file['path']!r} has of each token. Fetch the index again."
+        )
 
 
 def _grouped(

@@ -6,11 +6,15 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+# So that a few rows of a file on the Hub can be read without most of the others.
+_GROUP_ROWS = 1024
+
 
 def to_parquet(table: pa.Table, **options: Any) -> bytes:
     """A table as the content of a Parquet file, the same on every run."""
     sink = pa.BufferOutputStream()
-    pq.write_table(table, sink, compression="zstd", write_page_index=True, **options)
+    defaults = {"compression": "zstd", "write_page_index": True, "row_group_size": _GROUP_ROWS}
+    pq.write_table(table, sink, **{**defaults, **options})
     return sink.getvalue().to_pybytes()
 
 

@@ -7,6 +7,8 @@ README.md                               makes `load_dataset(folder, "gradients" 
 examples/train-*.parquet                one row for each training example
 checkpoints/train-*.parquet             one row for each checkpoint
 gradients/<checkpoint>/segment-*.parquet    the gradient rows of a range of examples, sorted by token
+offsets/<checkpoint>/segment-*.parquet      where in that file the rows of each token lie
+gradients/<checkpoint>/<number>/        of the examples that were added later, from this number on; offsets too
 gradients/<checkpoint>.partial/         a checkpoint that is not whole yet, with a journal of the segments of each process
 ```
 """
@@ -14,6 +16,7 @@ gradients/<checkpoint>.partial/         a checkpoint that is not whole yet, with
 import os
 import shutil
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +29,8 @@ from hf_doge.artifacts.files import replace_files, require_own_folder, sha256
 from hf_doge.artifacts.influence.card import renewed_card
 from hf_doge.artifacts.influence.checkpoint_writer import PARTIAL, CheckpointWriter
 from hf_doge.artifacts.influence.encoding import projection_matrix, projection_sha256, recorded_projection
-from hf_doge.artifacts.influence.examples import ordered_examples
+from hf_doge.artifacts.influence.examples import ordered_examples, read_examples
+from hf_doge.artifacts.influence.growth import Growth
 from hf_doge.artifacts.influence.lock import WriterLock
 from hf_doge.artifacts.influence.manifest import (
     CHECKPOINT_FACTS,
@@ -36,13 +40,18 @@ from hf_doge.artifacts.influence.manifest import (
     FORMAT_VERSION,
     GRADIENTS,
     MANIFEST,
+    OFFSETS,
     SETTINGS,
+    example_dtype,
+    examples_files,
     file_sha256,
+    first_added_example,
     read_config,
+    require_checkpoints,
     to_json,
     write_atomically,
 )
-from hf_doge.artifacts.influence.tables import read_table, to_parquet
+from hf_doge.artifacts.influence.tables import to_parquet
 
 _CHECKPOINTS_SCHEMA = pa.schema(
     {
@@ -78,10 +87,15 @@ class IndexWriter:
             Rows, in float32, that are gathered before they are written. Memory is bounded by about five times this.
         settings (`Mapping`, *optional*): What config.json says of how the rows were made, see `SETTINGS` in
             `hf_doge.artifacts.influence.manifest`.
+        add_examples (`bool`):
+            Add examples to a whole index: `num_examples` counts them too, and its first ones are those of the index. Then
+            [`~IndexWriter.write_examples`], and [`~IndexWriter.checkpoint`] for each checkpoint that the index has,
+            take what is new; with the last of them it all appears at once. No file changes but config.json and README.md.
 
     Attributes:
         folder (`Path`).
         config (`dict`): The content of config.json.
+        first_example, num_examples (`int`): Which examples are written: all, or those that are added, up to all.
 
     Raises:
         ValueError: An argument is out of range, or the index in the folder has another configuration; the message names
@@ -102,6 +116,7 @@ class IndexWriter:
         projection_seed: int = 0,
         max_segment_bytes: int = 64 * 2**20,
         settings: Mapping[str, Any] | None = None,
+        add_examples: bool = False,
     ) -> None:
         sizes = {
             "width": width,
@@ -121,6 +136,8 @@ class IndexWriter:
             raise ValueError(f"`settings` must be among {list(SETTINGS)}, but got {unknown}.")
         self.folder = Path(folder)
         self.max_segment_bytes = max_segment_bytes
+        self.first_example, self.num_examples = 0, num_examples
+        self._growth: Growth | None = None
         self._projection: Tensor | None = None
         projection = None
         if projection_width is not None:
@@ -136,12 +153,16 @@ class IndexWriter:
             "num_examples": num_examples,
             **require_json("settings", {**SETTINGS, **(settings or {})}),
         }
-        require_own_folder(self.folder, manifest=MANIFEST, subfolders=("examples", "checkpoints", GRADIENTS))
+        if add_examples:
+            read_config(self.folder)  # there must be one
+        require_own_folder(self.folder, manifest=MANIFEST, subfolders=("examples", "checkpoints", GRADIENTS, OFFSETS))
         self.folder.mkdir(parents=True, exist_ok=True)
         self._ticket = object()  # not the writer itself, which nobody but its user should keep alive
         self._lock: WriterLock | None = WriterLock.take(self.folder, self._ticket)  # `None` of one that joined
         try:
-            if (self.folder / MANIFEST).exists():
+            if add_examples:
+                self.config = self._to_grow(asked)
+            elif (self.folder / MANIFEST).exists():
                 self.config = self._continued(asked)
             else:
                 versions = {"format_version": FORMAT_VERSION, "hf_doge_version": __version__}
@@ -152,7 +173,9 @@ class IndexWriter:
             raise
 
     @classmethod
-    def join(cls, folder: str | os.PathLike, *, max_segment_bytes: int) -> "IndexWriter":
+    def join(
+        cls, folder: str | os.PathLike, *, max_segment_bytes: int, num_examples: int | None = None
+    ) -> "IndexWriter":
         """
         The index that another process has opened, to write parts of its checkpoints: [`~IndexWriter.checkpoint_part`].
 
@@ -160,6 +183,7 @@ class IndexWriter:
 
         Args:
             folder (`str` or `os.PathLike`), max_segment_bytes (`int`): As the other has them.
+            num_examples (`int`, *optional*): As the other has it, if it adds examples.
 
         Raises:
             FileNotFoundError: There is no index.
@@ -167,21 +191,48 @@ class IndexWriter:
         writer = cls.__new__(cls)
         writer.folder, writer.max_segment_bytes = Path(folder), max_segment_bytes
         writer.config = read_config(writer.folder)
-        writer._lock = None
+        writer._lock = writer._growth = None
+        present = writer.config["num_examples"]
+        writer.num_examples = num_examples or present
+        writer.first_example = present if writer.num_examples > present else 0
         writer._projection = None if writer.config["projection"] is None else recorded_projection(writer.config)
         return writer
 
-    def _continued(self, asked: dict[str, Any]) -> dict[str, Any]:
+    def _to_grow(self, asked: dict[str, Any]) -> dict[str, Any]:
+        """The index as it is, which is to have the examples and the dataset that `asked` tells of."""
+        present = read_config(self.folder)
+        require_checkpoints(present, str(self.folder))
+        first, count = present["num_examples"], asked["num_examples"]
+        if count < first:
+            raise ValueError(
+                f"To add examples all must be given, first those of the index, then the new ones, but the index in"
+                f" {str(self.folder)!r} has {first} already and {count} were given."
+            )
+        if example_dtype(present) != example_dtype(asked):
+            raise ValueError(f"An index of {first} examples keeps their ids in 32 bits: it cannot grow to {count}.")
+        if count == first:
+            return self._continued(asked)
+        config = self._continued(asked, but=("num_examples", "dataset"))
+        self.first_example = first
+        self._growth = Growth(config, num_examples=count, dataset=asked["dataset"])
+        return config
+
+    def _continued(self, asked: dict[str, Any], *, but: Sequence[str] = ()) -> dict[str, Any]:
         config = read_config(self.folder)
         differing = [
             f"`{key}` is {config.get(key)!r:.200}, not {value!r:.200}"
             for key, value in asked.items()
-            if key != "metadata" and config.get(key) != value
+            if key not in ("metadata", *but) and config.get(key) != value
         ]
         if differing:
             raise ValueError(
                 f"The influence index in {str(self.folder)!r} has another configuration: {'; '.join(differing)}."
                 " Continue it with the same, or choose another folder."
+                + (
+                    " To add the examples behind those it has, pass `add_examples=True` (`hf-doge index --add_examples`)."
+                    if asked["num_examples"] > config["num_examples"] and config["checkpoints"]
+                    else ""
+                )
             )
         return config
 
@@ -205,6 +256,22 @@ class IndexWriter:
         """Names of the checkpoints that are whole."""
         return [checkpoint["name"] for checkpoint in self.config["checkpoints"]]
 
+    def has_whole(self, name: str) -> bool:
+        """Whether a checkpoint is whole, with the examples that are being added, if any are."""
+        return name in self.checkpoint_names and (self._growth is None or name in self._growth.done)
+
+    def require_grown(self) -> None:
+        """
+        Raises:
+            ValueError: Examples are being added, and not all checkpoints have them, so that they do not show yet.
+        """
+        if self._growth is not None:
+            missing = [name for name in self.checkpoint_names if name not in self._growth.done]
+            raise ValueError(
+                f"The new examples show when all checkpoints of {str(self.folder)!r} have them, but {missing} have not. Add"
+                " them there too; the others are kept."
+            )
+
     def project(self, rows: Tensor) -> Tensor:
         """The shared random projection, `(n, width) -> (n, stored_width)`; `rows` themselves without one."""
         return rows if self._projection is None else rows @ self._projection.to(rows.dtype)
@@ -216,23 +283,30 @@ class IndexWriter:
         Args:
             table (`pyarrow.Table`):
                 `example_id` (integers), each of `0 ... num_examples - 1` once, and any other columns: text, label,
-                `content_hash`.
+                `content_hash`. When examples are added, those of the index must be the same as they are there.
 
         Raises:
             ValueError: An example is missing or repeats, or the index has other examples already.
         """
-        table = ordered_examples(table, self.config["num_examples"])
-        path = self.folder / EXAMPLES_FILE
-        recorded = self.config["files"].get(EXAMPLES_FILE)
-        if recorded is not None and path.is_file() and file_sha256(path) == recorded:
-            same = read_table(path).equals(table)  # the bytes may differ with the version of pyarrow
+        table = ordered_examples(table, self.num_examples)
+        if self._growth is not None:
+            self._growth.write_examples(self.folder, table)
+            return
+        recorded = {path: checksum for path, checksum in examples_files(self.config).items() if checksum is not None}
+        present = [(self.folder / path).is_file() for path in recorded]
+        if recorded and all(present) and all(file_sha256(self.folder / path) == recorded[path] for path in recorded):
+            same = read_examples(self.folder, self.config).equals(
+                table
+            )  # the bytes may differ with the version of pyarrow
         else:
-            content = to_parquet(table)
-            same = recorded in (None, sha256(content))
+            contents = _example_contents(table, list(recorded) or [EXAMPLES_FILE])
+            checksums = {path: sha256(content) for path, content in contents.items()}
+            same = not recorded or recorded == checksums
             if same:
-                path.parent.mkdir(exist_ok=True)
-                write_atomically(path, content)
-                self._replace({**self.config, "files": {**self.config["files"], EXAMPLES_FILE: sha256(content)}}, {})
+                (self.folder / EXAMPLES_FILE).parent.mkdir(exist_ok=True)
+                for path, content in contents.items():
+                    write_atomically(self.folder / path, content)
+                self._replace({**self.config, "files": {**self.config["files"], **checksums}}, {})
         if not same:
             raise ValueError(
                 f"The influence index in {str(self.folder)!r} has other examples already. Continue it with the dataset"
@@ -272,6 +346,8 @@ class IndexWriter:
                 f"The name of a checkpoint must be of letters, digits, '.', '_' and '-', not begin with '.' and not end"
                 f" with {PARTIAL!r}, but got {name!r}."
             )
+        if self._growth is not None:
+            return self._checkpoint_to_grow(self._growth, name, fingerprint, borders=borders)
         if name in self.checkpoint_names:
             raise ValueError(
                 f"Checkpoint {name!r} is in {str(self.folder)!r} already, and whole. Record it under another name, or"
@@ -286,6 +362,32 @@ class IndexWriter:
         facts = require_json("checkpoint", dict(zip(CHECKPOINT_FACTS, values, strict=True)))
         return CheckpointWriter(self, facts, position=len(self.config["checkpoints"]), borders=borders)
 
+    def _checkpoint_to_grow(
+        self, growth: Growth, name: str, fingerprint: str, *, borders: Sequence[int] | None
+    ) -> CheckpointWriter:
+        """A checkpoint of the index, to be given the rows of the examples that are added."""
+        self.require_open()
+        if name not in self.checkpoint_names:
+            raise ValueError(
+                f"Examples are added at the checkpoints of the index, {self.checkpoint_names}, but got {name!r}. Add the"
+                " checkpoint afterwards."
+            )
+        if name in growth.done:
+            raise ValueError(f"Checkpoint {name!r} has the new examples already. Go on with the others.")
+        if growth.examples_sha256 is None:
+            raise ValueError("The examples must come before the first checkpoint. Call `write_examples`.")
+        position = self.checkpoint_names.index(name)
+        entry = self.config["checkpoints"][position]
+        if fingerprint != entry["fingerprint"]:
+            raise ValueError(
+                f"Checkpoint {name!r} was recorded with other weights: their fingerprint is"
+                f" {str(entry['fingerprint'])[:12]}, not {fingerprint[:12]}. Bring the recorded checkpoint back, in the dtype"
+                " of its training."
+            )
+        # What an earlier attempt has left counts if it was of the same examples.
+        facts = {key: entry[key] for key in CHECKPOINT_FACTS} | {"added_examples": growth.examples_sha256}
+        return CheckpointWriter(self, facts, position=position, borders=borders)
+
     def checkpoint_part(self, facts: Mapping[str, Any], *, part: int, borders: Sequence[int] = ()) -> CheckpointWriter:
         """
         To write some ranges of a checkpoint that another process has begun, and will finish.
@@ -298,13 +400,40 @@ class IndexWriter:
         facts = dict(facts)
         return CheckpointWriter(self, facts, position=facts.pop("position"), borders=borders, part=part)
 
-    def _register(self, checkpoint: dict[str, Any], *, position: int) -> None:
-        """The moment at which a checkpoint begins to exist."""
+    def take_over(self, checkpoint: CheckpointWriter, segments: Sequence[dict[str, Any]]) -> None:
+        """
+        Take a checkpoint that has all examples. What is new begins to exist here.
+
+        Args:
+            checkpoint (`CheckpointWriter`): Whose [`~CheckpointWriter.finish`] calls this.
+            segments (`Sequence[dict]`): By ascending example.
+        """
+        facts, position = dict(checkpoint.facts), checkpoint.facts["position"]
+        del facts["position"]
+        if self._growth is not None:
+            before = self.config["checkpoints"][position]["files"]
+            self._growth.done[facts["name"]] = (checkpoint, checkpoint.files(before, segments))
+            if len(self._growth.done) == len(self.config["checkpoints"]):
+                self._finish_growth(self._growth)
+            return
         if position != len(self.config["checkpoints"]):
             raise ValueError(
                 "Checkpoints must be written one after the other, but two were open. Write this one again."
             )
-        self._replace_checkpoints([*self.config["checkpoints"], checkpoint])
+        files = checkpoint.files((), segments)
+        checkpoint.settle()
+        self._replace_checkpoints([*self.config["checkpoints"], {**facts, "files": files}])
+        checkpoint.clean()
+
+    def _finish_growth(self, growth: Growth) -> None:
+        """All checkpoints have the new examples: let them appear in one step."""
+        for checkpoint, _ in growth.done.values():
+            checkpoint.settle()
+        config = growth.config()
+        self._replace(config, renewed_card(self.folder, config, {}))
+        for checkpoint, _ in growth.done.values():
+            checkpoint.clean()
+        self.first_example, self._growth = 0, None
 
     def forget(self, name: str) -> None:
         """
@@ -318,17 +447,33 @@ class IndexWriter:
         forgotten = self.checkpoint_names[position:]
         self._replace_checkpoints(self.config["checkpoints"][:position])
         for name in forgotten:
-            shutil.rmtree(self.folder / GRADIENTS / name, ignore_errors=True)
+            for place in (GRADIENTS, OFFSETS):
+                shutil.rmtree(self.folder / place / name, ignore_errors=True)
 
     def _replace_checkpoints(self, checkpoints: list[dict[str, Any]]) -> None:
-        rows = [{key: entry[key] for key in CHECKPOINT_FACTS} for entry in checkpoints]
-        table = to_parquet(pa.Table.from_pylist(rows, schema=_CHECKPOINTS_SCHEMA))
+        table = checkpoints_table(checkpoints)
         files = {**self.config["files"], CHECKPOINTS_FILE: sha256(table)}
         config = {**self.config, "checkpoints": checkpoints, "files": files}
-        self._replace(config, {CHECKPOINTS_FILE: table, **renewed_card(self.folder, config)})
+        written = {CHECKPOINTS_FILE: table}
+        self._replace(config, {**written, **renewed_card(self.folder, config, written)})
 
     def _replace(self, config: dict[str, Any], files: dict[str, bytes]) -> None:
         assert self._lock is not None, "only the writer that opened the index changes what all of them read"
         self.require_open()
         replace_files(self.folder, {**files, MANIFEST: to_json(config)}, manifest=MANIFEST)
         self.config = config
+
+
+def _example_contents(table: pa.Table, paths: Sequence[str]) -> dict[str, bytes]:
+    """The files of all examples: those of an index that was made at once, and those that were added later."""
+    starts = [0, *(first_added_example(path) for path in paths[1:]), len(table)]
+    return {
+        path: to_parquet(table.slice(first, last - first))
+        for path, (first, last) in zip(paths, pairwise(starts), strict=True)
+    }
+
+
+def checkpoints_table(checkpoints: Sequence[Mapping[str, Any]]) -> bytes:
+    """The table of the checkpoints, in Parquet: the facts that config.json has of each."""
+    rows = [{key: entry[key] for key in CHECKPOINT_FACTS} for entry in checkpoints]
+    return to_parquet(pa.Table.from_pylist(rows, schema=_CHECKPOINTS_SCHEMA))

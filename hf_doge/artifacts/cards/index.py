@@ -1,0 +1,174 @@
+"""The card of an influence index."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from hf_doge.artifacts.cards.facts import counted, hub_link, join, part_of, run_facts
+from hf_doge.artifacts.cards.markdown import escape, json_block, table
+from hf_doge.artifacts.cards.merge import Card
+from hf_doge.artifacts.cards.rendering import listing, place_of, render
+from hf_doge.artifacts.cards.tables import TableFacts, config_entry
+from hf_doge.artifacts.provenance import public_content
+
+_CONFIGS = ("gradients", "examples", "checkpoints", "offsets")
+_SETTINGS = (
+    "loss_reduction",
+    "loss_fn",
+    "tied",
+    "top_k",
+    "top_k_unit",
+    "record",
+    "second_moment",
+    "virtual",
+    "special_tokens",
+    "dtype",
+    "width",
+    "stored_width",
+    "projection",
+    "vocabulary_size",
+)
+
+
+def index_card(
+    config: Mapping[str, Any],
+    folder: str | os.PathLike,
+    *,
+    files: Mapping[str, bytes] | None = None,
+    repo_id: str | None = None,
+    redacted: bool = False,
+    existing: str | None = None,
+) -> str:
+    """
+    The README.md of an influence index.
+
+    Args:
+        config (`Mapping`): The content of its config.json.
+        folder (`str` or `os.PathLike`): Where its files lie.
+        files (`Mapping[str, bytes]`, *optional*): Path in the index -> content, of files that are about to be there.
+        repo_id (`str`, *optional*): The repository it will be in; without one the code in the card names a placeholder.
+        redacted (`bool`): Whether the texts of the examples were taken out; the card says so.
+        existing (`str`, *optional*): The card that is there, treated as [`weights_card`] does.
+
+    Raises:
+        FileNotFoundError: A file that `config` names is not there.
+    """
+    paths = data_paths(config)
+    folder, files = Path(folder), dict(files or {})
+    tables = {
+        name: TableFacts.of([files[path] if path in files else folder / path for path in found])
+        for name, found in paths.items()
+    }
+    title = "Influence index" if repo_id is None else f"Influence index: {repo_id.rpartition('/')[2]}"
+    header = {
+        "pretty_name": title,
+        "tags": ["hf_doge", "influence", "tracin-we", "training-data-attribution"],
+        "size_categories": [next(iter(tables.values())).size_category],
+        "library_name": "hf_doge",
+        "configs": [
+            config_entry(name, _patterns(name, found), default=name == next(iter(paths)))
+            for name, found in paths.items()
+        ],
+        "dataset_info": [facts.to_dataset_info(name) for name, facts in tables.items()],
+    }
+    block = _render(config, tables, repo_id=repo_id, redacted=redacted)
+    return Card(header, title, block, _CONFIGS).merged_with(existing)
+
+
+def data_paths(config: Mapping[str, Any]) -> dict[str, list[str]]:
+    """Configuration -> the Parquet files that config.json names for it, in the order `load_dataset` reads them."""
+    segments = [file for checkpoint in config["checkpoints"] for file in checkpoint["files"]]
+    tops = sorted(config["files"])
+    found = {
+        "gradients": [file["path"] for file in segments],
+        "examples": [path for path in tops if path.startswith("examples/")],
+        "checkpoints": [path for path in tops if path.startswith("checkpoints/")],
+        "offsets": [file["offsets_path"] for file in segments if file.get("offsets_path")],
+    }
+    return {name: paths for name, paths in found.items() if paths}
+
+
+def _patterns(name: str, paths: list[str]) -> list[str]:
+    """Gradients folder by folder, as a pattern over all would find checkpoints that are not whole."""
+    if name in ("gradients", "offsets"):
+        return list(dict.fromkeys(f"{path.rpartition('/')[0]}/*.parquet" for path in paths))
+    return paths
+
+
+def _render(
+    config: Mapping[str, Any], tables: Mapping[str, TableFacts], *, repo_id: str | None, redacted: bool
+) -> str:
+    checkpoints = config["checkpoints"]
+    columns = set(tables["examples"].schema.names) if "examples" in tables else set()
+    return render(
+        "index.md.jinja",
+        **place_of(repo_id),
+        num_examples=f"{config['num_examples']:,}",
+        checkpoints=table(
+            {
+                "checkpoint": [one["name"] for one in checkpoints],
+                "step": [f"{one['step']:,}" if isinstance(one["step"], int) else "" for one in checkpoints],
+                "epoch": [f"{one['epoch']:g}" if one.get("epoch") is not None else "" for one in checkpoints],
+                "learning rate": [f"{one['learning_rate']:g}" for one in checkpoints],
+                "weights": [str(one["fingerprint"])[:12] for one in checkpoints],
+            }
+        ),
+        num_rows=f"{tables['gradients'].num_rows:,}" if "gradients" in tables else "0",
+        file_bytes=_size(sum(facts.file_bytes for facts in tables.values())),
+        width=config["stored_width"],
+        projected=config["projection"] is not None,
+        dtype=config["dtype"],
+        scaled=config["dtype"] != "float32",
+        loss=f"{config['loss_reduction']} over its tokens" if config["loss_reduction"] else "as the model defines it",
+        top_k=config["top_k"],
+        second_moment=config["second_moment"],
+        columns=", ".join(f"`{name}`" for name in tables["examples"].schema.names) if columns else "",
+        has_offsets="offsets" in tables,
+        redacted=redacted,
+        computation=_computation(config),
+        facts=_facts(config),
+        settings=json_block(public_content({key: config[key] for key in _SETTINGS if key in config})),
+    )
+
+
+def _facts(config: Mapping[str, Any]) -> str:
+    dataset, tokenizer = config.get("dataset") or {}, config.get("tokenizer") or {}
+    metadata = config["metadata"]
+    model, sources = part_of(metadata, "model"), part_of(metadata, "dataset").get("sources") or ()
+    classes = sorted({str(one["model_class"]) for one in config["checkpoints"]})
+    name = model.get("name_or_path") or ""
+    return listing(
+        {
+            "Data": join(
+                *map(hub_link, sources),
+                counted(dataset.get("num_rows"), "examples"),
+                f"fingerprint {escape(dataset['fingerprint'])}" if dataset.get("fingerprint") else None,
+            ),
+            "Model": join(
+                *map(escape, classes),
+                counted(model.get("num_parameters"), "parameters"),
+                f"begun from {hub_link(name)}" if "/" in name else None,
+                f"revision {escape(model['revision'])}" if model.get("revision") else None,
+            ),
+            "Tokenizer": join(
+                hub_link(tokenizer.get("name")),
+                counted(tokenizer.get("vocabulary_size"), "tokens"),
+                f"fingerprint {escape(tokenizer['fingerprint'])}" if tokenizer.get("fingerprint") else None,
+            ),
+        }
+    ) + run_facts(metadata, written_by=config.get("hf_doge_version"))
+
+
+def _computation(config: Mapping[str, Any]) -> str:
+    if config["record"] == "online":
+        return "what the training itself took; gradients were taken from its own backward"
+    passes = config["num_examples"] * len(config["checkpoints"])
+    return f"one forward and backward of each example at each checkpoint, {passes:,} in all"
+
+
+def _size(num_bytes: int) -> str:
+    for unit, factor in (("GB", 10**9), ("MB", 10**6)):
+        if num_bytes >= factor:
+            return f"{num_bytes / factor:.3g} {unit}"
+    return f"{num_bytes / 1000:.3g} kB"

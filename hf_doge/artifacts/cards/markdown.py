@@ -1,0 +1,47 @@
+"""Names and numbers of others as Markdown that shows them as they are."""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from hf_doge.artifacts.cards.merge import escape_markers
+
+_SPECIAL = re.compile(r"([\\`*\[\]|~$])|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])")
+_ENTITIES = {"&": "&amp;", "<": "&lt;", ">": "&gt;"}
+
+
+def escape(text: Any) -> str:
+    """Text on one line in which nothing is markup: not the bar that ends a cell of a table, no tag, link or formula."""
+    line = re.sub(r"\s+", " ", str(text)).strip()
+    line = _SPECIAL.sub(lambda match: f"\\{match[0]}", line)
+    return re.sub(r"[&<>]", lambda match: _ENTITIES[match[0]], line)
+
+
+def table(columns: Mapping[str, Sequence[Any]]) -> str:
+    """Equally long columns under their titles, the first to the left, the others to the right. Cells are escaped."""
+    lines = [" | ".join(columns), " | ".join(["---", *["---:"] * (len(columns) - 1)])]
+    lines += [" | ".join(escape(cell) for cell in row) for row in zip(*columns.values(), strict=True)]
+    return "\n".join(f"| {line} |" for line in lines)
+
+
+def json_block(content: Any) -> str:
+    """A fenced block of readable JSON, that no text in it can end."""
+    text = json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False)
+    return f"```json\n{text.replace('<!--', chr(92) + 'u003c!--')}\n```"
+
+
+def code_block(text: str, language: str = "text") -> str:
+    """A fenced block of text, with a fence longer than any in it."""
+    longest = max((len(run) for run in re.findall(r"`{3,}", text)), default=2)
+    fence = "`" * (longest + 1)
+    return f"{fence}{language}\n{escape_markers(text)}\n{fence}"
+
+
+def seconds(number: float) -> str:
+    """A duration as a person says it."""
+    if number < 120:
+        return f"{number:.3g} s"
+    if number < 7200:
+        return f"{number / 60:.3g} minutes"
+    return f"{number / 3600:,.1f} hours"

@@ -1,0 +1,242 @@
+"""The card of domain weights."""
+
+import io
+import os
+from collections.abc import Callable, Mapping
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hf_doge._version import __version__
+from hf_doge.artifacts.cards.facts import counted, hub_link, join, part_of, run_facts
+from hf_doge.artifacts.cards.markdown import escape, json_block, seconds, table
+from hf_doge.artifacts.cards.merge import Card
+from hf_doge.artifacts.cards.rendering import listing, place_of, render
+from hf_doge.artifacts.cards.tables import TableFacts, config_entry
+from hf_doge.artifacts.provenance import public_content
+from hf_doge.artifacts.summary import summary_columns
+
+if TYPE_CHECKING:
+    from hf_doge.artifacts.domain_weights import DomainWeights
+
+PLOT_FILE = "plot.png"
+
+_LEARNED = ("paper", "official")
+_CONFIGS = ("weights", "trajectory")
+_OBJECTIVES = {
+    "universal": "They serve the mean loss of the training domains themselves, as a small step of training lowers it.",
+    "target": "They serve the loss on the target that they were learned for, as a small step of training lowers it.",
+}
+_MOST_DRAWN = 300  # domains, each a row of the picture; with 10,000 it took minutes and 25 MB
+
+
+def weights_card(
+    weights: "DomainWeights",
+    *,
+    data_files: Mapping[str, bytes | str | os.PathLike],
+    repo_id: str | None = None,
+    model_id: str | None = None,
+    plot: bool = False,
+    existing: str | None = None,
+) -> str:
+    """
+    The README.md of domain weights.
+
+    Args:
+        weights (`DomainWeights`): What the card is of.
+        data_files (`Mapping`):
+            Path in the artifact (`weights/...`, `trajectory/...`) -> its content, or where the file lies.
+        repo_id (`str`, *optional*): The repository it will be in; without one the code in the card names a placeholder.
+        model_id (`str`, *optional*): The repository of the model that the weights were learned with.
+        plot (`bool`): Whether `plot.png` lies beside it.
+        existing (`str`, *optional*):
+            The card that is there. Only the block between our markers and our keys of its YAML are written anew; without
+            markers, or with YAML that cannot be read, it is returned as it is, with a `UserWarning`.
+    """
+    tables = {
+        Path(path).parent.name: TableFacts.of([file if isinstance(file, bytes) else Path(file)])
+        for path, file in data_files.items()
+    }
+    paths = {Path(path).parent.name: path for path in data_files}
+    title = _title(weights, repo_id)
+    header = {
+        "pretty_name": title,
+        "tags": ["hf_doge", "domain-weights", "data-mixing", *(["doge"] if _is_learned(weights) else [])],
+        "task_categories": ["text-generation"],
+        "size_categories": [tables["weights"].size_category],
+        "library_name": "hf_doge",
+        "configs": [config_entry(name, [path], default=name == "weights") for name, path in paths.items()],
+        "dataset_info": [facts.to_dataset_info(name) for name, facts in tables.items()],
+    }
+    block = _render(weights, repo_id=repo_id, model_id=model_id, plot=plot)
+    return Card(header, title, block, _CONFIGS).merged_with(existing)
+
+
+def draw_plot(weights: "DomainWeights") -> bytes | None:
+    """
+    The content of `plot.png`, the same for the same weights; `None` where matplotlib is not installed, or there are so many
+    domains that nobody could look at it.
+    """
+    if find_spec("matplotlib") is None or len(weights.names) > _MOST_DRAWN:
+        return None
+    from hf_doge.plots import plot_domain_weights
+
+    picture = io.BytesIO()
+    plot_domain_weights(weights).savefig(picture, format="png", metadata={"Software": None})
+    return picture.getvalue()
+
+
+def _is_learned(weights: "DomainWeights") -> bool:
+    return weights.recipe.get("name") in _LEARNED
+
+
+def _title(weights: "DomainWeights", repo_id: str | None) -> str:
+    return "Domain weights" if repo_id is None else f"Domain weights: {repo_id.rpartition('/')[2]}"
+
+
+def _render(weights: "DomainWeights", *, repo_id: str | None, model_id: str | None, plot: bool) -> str:
+    metadata, recipe = weights.metadata, dict(weights.recipe)
+    arguments, run = recipe.pop("arguments", None), part_of(metadata, "training")
+    known = [*(recipe.get("name"),), *(weights.domains[name].get("num_tokens") for name in weights.names)]
+    trajectory = None
+    if weights.trajectory is not None:
+        steps = weights.trajectory.steps
+        trajectory = {"num_steps": f"{len(steps):,}", "first": int(steps[0]), "last": int(steps[-1])}
+    return render(
+        "weights.md.jinja",
+        **place_of(repo_id),
+        origin=_origin(weights),
+        table=table(summary_columns(weights)),
+        table_notes=_table_notes(weights),
+        plot=PLOT_FILE if plot else None,
+        trajectory=trajectory,
+        facts=_facts(weights, model_id) if any(value is not None for value in known) or metadata else _UNKNOWN,
+        recipe=json_block(public_content(recipe)) if recipe else None,
+        arguments=_arguments(arguments, run),
+        model_config=_model_config(metadata),
+        cost=_cost(run),
+        is_learned=_is_learned(weights),
+        objective=_OBJECTIVES.get(str(metadata.get("objective")), "They serve losses, to first order."),
+    )
+
+
+_UNKNOWN = "Nothing was recorded of where these weights come from."
+
+
+def _origin(weights: "DomainWeights") -> str:
+    if _is_learned(weights):
+        return (
+            "Learned with a small proxy model by [DoGE](https://huggingface.co/papers/2310.15393) (domain reweighting with"
+            " generalization estimation)."
+            if part_of(weights.recipe, "arguments").get("mode") != "online"
+            else "Learned while a model was trained on them, by the rule of [DoGE](https://huggingface.co/papers/2310.15393)"
+            " (domain reweighting with generalization estimation)."
+        )
+    name = weights.recipe.get("name")
+    if name == "uniform":
+        return "The same weight for every domain: a baseline, nothing was learned."
+    if name == "natural":
+        return (
+            "In proportion to the tokens of each domain, as training on all the data: a baseline, nothing was learned."
+        )
+    return "How they were chosen is told below, as far as it was recorded."
+
+
+def _table_notes(weights: "DomainWeights") -> str:
+    notes = [f"{len(weights.names)} domains; entropy {weights.entropy:.3f} nats (uniform {weights.max_entropy:.3f})."]
+    if weights.last != weights.mean:
+        notes.append("`weight`: mean over the run, the one to train with; `last`: after the last update.")
+    if weights.natural_proportions:
+        notes.append("`natural`: share of all tokens.")
+    return " ".join(notes)
+
+
+def _facts(weights: "DomainWeights", model_id: str | None) -> str:
+    metadata = weights.metadata
+    model, tokenizer, run = (_named_part(metadata, key) for key in ("model", "tokenizer", "training"))
+    return listing(
+        {
+            "Data": _data(weights),
+            "Source": _source(metadata),
+            "Model": _model(model, model_id),
+            "Tokenizer": join(
+                hub_link(tokenizer.get("name_or_path")),
+                tokenizer.get("class"),
+                _revision(tokenizer),
+                counted(tokenizer.get("vocab_size"), "tokens"),
+            ),
+            "Training": join(
+                counted(run.get("global_step"), "steps"),
+                counted(run.get("train_batch_size"), "sequences a step"),
+                f"learning rate {escape(run['learning_rate'])}" if "learning_rate" in run else None,
+                f"{escape(run['lr_scheduler_type'])} schedule" if "lr_scheduler_type" in run else None,
+                f"seed {escape(run['seed'])}" if "seed" in run else None,
+            ),
+        }
+    ) + run_facts(metadata, written_by=__version__)
+
+
+def _data(weights: "DomainWeights") -> str | None:
+    domains = weights.domains.values()
+    rows, tokens = ([facts.get(key) for facts in domains] for key in ("num_rows", "num_tokens"))
+    fingerprints = sorted({str(facts["fingerprint"]) for facts in domains if facts.get("fingerprint")})
+    dataset = part_of(weights.metadata, "dataset")
+    return join(
+        ", ".join(hub_link(name) for name in dataset.get("sources") or ()),
+        counted(sum(rows), "sequences") if None not in rows else None,
+        counted(sum(tokens), "tokens") if None not in tokens else None,
+        f"fingerprint {', '.join(map(escape, fingerprints))}" if fingerprints else None,
+    )
+
+
+def _source(metadata: Mapping[str, Any]) -> str | None:
+    file = metadata.get("source_file")
+    return join(f"file {escape(file)}", metadata.get("source_format")) if file else None
+
+
+def _model(model: Mapping[str, Any], model_id: str | None) -> str | None:
+    size = model.get("num_parameters")
+    started = model.get("name_or_path")
+    described = join(
+        model.get("class"),
+        f"{size:,} parameters" if isinstance(size, int) else None,
+        f"begun from {hub_link(started)}" if started else None,
+        _revision(model),
+    )
+    if model_id is None:
+        return described
+    return f"[{escape(model_id)}](https://huggingface.co/{model_id})" + (f" ({described})" if described else "")
+
+
+def _revision(facts: Mapping[str, Any]) -> str | None:
+    return f"revision {escape(facts['revision'])}" if facts.get("revision") else None
+
+
+def _cost(run: Mapping[str, Any]) -> str:
+    def told(key: str, sentence: Callable[[Any], str]) -> str | None:
+        value = run.get(key)
+        return sentence(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
+
+    facts = {
+        "Time": told("seconds", lambda number: f"{seconds(number)} of training"),
+        "Data read": told("num_tokens_seen", lambda number: f"{number:,} tokens with a loss"),
+        "Computation": told("total_flos", lambda number: f"{number:.3g} FLOPs, as the Trainer counts them"),
+        "Processes": told("num_processes", lambda number: f"{number:,}"),
+        "Device": escape(run["device"]) if run.get("device") else None,
+    }
+    return listing(facts) or "Not recorded."
+
+
+def _arguments(arguments: Any, run: Mapping[str, Any]) -> str | None:
+    merged = {**part_of(run, "arguments"), **(arguments if isinstance(arguments, Mapping) else {})}
+    return json_block(public_content(merged)) if merged else None
+
+
+def _model_config(metadata: Mapping[str, Any]) -> str | None:
+    config = part_of(metadata, "model").get("config")
+    return json_block(public_content(config)) if config else None
+
+
+def _named_part(metadata: Mapping[str, Any], key: str) -> dict[str, Any]:
+    """A part of the metadata, which of a user's own may be a name alone."""
+    return {"name_or_path": metadata[key]} if isinstance(metadata.get(key), str) else part_of(metadata, key)

@@ -1,0 +1,161 @@
+"""What the Hub and the network answer, told apart: worth another try, or to be told to the user with what to do."""
+
+from collections.abc import Iterator
+
+from huggingface_hub.errors import (
+    BadRequestError,
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalTokenNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from huggingface_hub.utils import get_token
+
+from hf_doge.artifacts.provenance import hide_tokens
+
+# httpx in huggingface_hub 1, httpx2 in 2: whichever it is, its errors of transport have this class.
+TransportError: type[Exception] = HfHubHTTPError.__mro__[1]
+
+_TRANSIENT = {408, 425, 429, 500, 502, 503, 504}
+_MOVED = {409, 412}
+
+
+class PushError(ConnectionError):
+    """The Hub did not take a push, after all tries. What it held before is untouched; the same push again completes it."""
+
+
+class FetchError(ConnectionError):
+    """A download did not end, after all tries. What came is kept; the same call again goes on."""
+
+
+def check_token(token: str | bool | None) -> None:
+    """
+    Refuse a token that no request can carry, before an error of the network's repeats it.
+
+    Args:
+        token (`str` or `bool`, *optional*): As in `huggingface_hub`; unless it is text, the one of this machine is looked at.
+
+    Raises:
+        ValueError: It is empty, or not one word of plain letters.
+    """
+    found = token if isinstance(token, str) else None if token is False else get_token()
+    if found is not None and (found.split() != [found] or not found.isascii() or not found.isprintable()):
+        raise ValueError(
+            "An access token of the Hub must be one word, like 'hf_...', but the one given is empty or has spaces, line breaks"
+            " or other letters in it. Copy it again from https://huggingface.co/settings/tokens."
+        )
+
+
+def status_of(error: BaseException) -> int | None:
+    """The HTTP status behind an error, if there is one. Uploads to the store of large files wrap it in errors of their own."""
+    for one in _chain(error):
+        response = getattr(one, "response", None)
+        if response is not None:
+            return response.status_code
+    return None
+
+
+def is_transient(error: BaseException) -> bool:
+    """Whether the same request may succeed in a while."""
+    if isinstance(error, (PushError, FetchError, OfflineModeIsEnabled, LocalTokenNotFoundError, HFValidationError)):
+        return False
+    status = status_of(error)
+    if status is not None:
+        return status in _TRANSIENT
+    # Errors of transport have no answer. The store of large files says ConnectionError, or RuntimeError.
+    return isinstance(error, (TransportError, ConnectionError, TimeoutError, RuntimeError))
+
+
+def is_moved(error: BaseException) -> bool:
+    """Whether somebody else committed in between."""
+    return status_of(error) in _MOVED
+
+
+def asked_delay(error: BaseException) -> float | None:
+    """Seconds that the Hub asks to wait, by `Retry-After` or `ratelimit`; `None` if it does not say."""
+    for one in _chain(error):
+        headers = getattr(getattr(one, "response", None), "headers", {})
+        wanted = headers.get("Retry-After", "")
+        if wanted.isdecimal():
+            return float(wanted)
+        parts = dict(part.strip().partition("=")[::2] for part in headers.get("ratelimit", "").split(";"))
+        if parts.get("r") == "0" and parts.get("t", "").isdecimal():
+            return float(parts["t"])
+    return None
+
+
+def explain(error: Exception, repo_id: str, *, action: str) -> Exception:
+    """
+    The error to raise for what another try would not mend, with what to do; itself where it says enough.
+
+    Args:
+        error (`Exception`): From `huggingface_hub`.
+        repo_id (`str`): The dataset repository.
+        action (`str`): `"push to"` or `"read"`.
+    """
+    status, said = status_of(error), _server_message(error)
+    url = f"the dataset repository {repo_id!r}"
+    if isinstance(error, OfflineModeIsEnabled):
+        return ConnectionError(
+            f"Cannot {action} {url}: HF_HUB_OFFLINE is set. Unset it, or fetch the artifact once while online."
+        )
+    if isinstance(error, HFValidationError):
+        return ValueError(f"A repository must be named like 'user/name', but got {repo_id!r}: {error}")
+    if isinstance(error, GatedRepoError):
+        return PermissionError(
+            f"Access to {url} must be asked for on its page, and given, before you can {action} it. {said}"
+        )
+    if isinstance(error, RevisionNotFoundError) and action == "push to":
+        return FileNotFoundError(
+            f"`revision` must be a branch of {url}, or an open pull request as 'refs/pr/1': tags and commits stay what they"
+            f" are. {said}"
+        )
+    if isinstance(error, RevisionNotFoundError):
+        return FileNotFoundError(f"There is no such branch, tag or commit in {url}. {said}")
+    if isinstance(error, RepositoryNotFoundError):
+        return FileNotFoundError(
+            f"There is no {url} that your token can see. Check the name, and that it is a *dataset* repository; for a"
+            f" private one log in by `hf auth login`, or set HF_TOKEN. {said}"
+        )
+    if status == 401:
+        return PermissionError(
+            f"The Hub does not know the access token, so you cannot {action} {url}. Log in again by `hf auth login`, or set"
+            f" HF_TOKEN. {said}"
+        )
+    if status == 403:
+        need = "a token with the *write* role for it" if action == "push to" else "a token that may read it"
+        return PermissionError(
+            f"Your token may not {action} {url}. Use {need} (https://huggingface.co/settings/tokens), or a name of your own."
+            f" {said}"
+        )
+    if isinstance(error, BadRequestError) or status == 400:
+        return ValueError(f"The Hub refuses to {action} {url} as it was asked to: {said or error}")
+    return error
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__
+
+
+def shortly(error: BaseException) -> str:
+    """An error in less than a line."""
+    status = status_of(error)
+    return (
+        f"HTTP status {status}"
+        if status is not None
+        else f"{type(error).__name__}: {hide_tokens(_on_one_line(str(error)))[:200]}"
+    )
+
+
+def _on_one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
+def _server_message(error: Exception) -> str:
+    message = next((one.server_message for one in _chain(error) if getattr(one, "server_message", None)), None)
+    return f"(The Hub says: {_on_one_line(str(message))})" if message else ""

@@ -1,0 +1,96 @@
+"""Fetching an artifact from the Hub, into its cache."""
+
+import errno
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from hf_doge._version import __version__
+
+
+def fetch_folder(
+    name_or_path: str | os.PathLike,
+    *,
+    file_hint: str = "",
+    allow_patterns: Sequence[str] | None = None,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | os.PathLike | None = None,
+    local_files_only: bool = False,
+    force_download: bool = False,
+) -> Path:
+    """
+    A local folder as it is; any other name is fetched from the Hub, into its cache, and taken from there when offline.
+
+    Args:
+        name_or_path (`str` or `os.PathLike`): A local folder, else the name of a dataset repository.
+        file_hint (`str`): What to tell somebody who names a file.
+        allow_patterns (`Sequence[str]`, *optional*): Which files.
+        revision, token, cache_dir, local_files_only, force_download: As in `huggingface_hub.snapshot_download`.
+
+    Raises:
+        FileNotFoundError: It is neither a folder nor a dataset repository that can be read or is cached.
+        NotADirectoryError: It is a file.
+        PermissionError: The token may not read it.
+        ValueError: `token` cannot be one.
+        OSError: The disk is full, or the download did not end.
+    """
+    folder = Path(name_or_path)
+    if folder.is_dir():
+        return folder
+    if folder.is_file():
+        raise NotADirectoryError(
+            f"`name_or_path` must be a folder or a name on the Hub, but {str(folder)!r} is a file.{file_hint}"
+        )
+    # Only here: a folder needs no Hub, and importing its client takes longer than reading one.
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    from hf_doge.artifacts.hub.errors import FetchError, check_token, explain, is_transient, shortly
+    from hf_doge.artifacts.hub.retries import Patience
+
+    check_token(token)
+    name = str(name_or_path)
+
+    def fetch() -> str:
+        return snapshot_download(
+            name,
+            repo_type="dataset",
+            revision=revision,
+            token=token,
+            cache_dir=cache_dir,
+            local_files_only=local_files_only,
+            force_download=force_download,
+            allow_patterns=None if allow_patterns is None else list(allow_patterns),
+            library_name="hf_doge",
+            library_version=__version__,
+        )
+
+    try:
+        return Path(Patience().call(fetch))
+    except (HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError) as error:
+        reasons = {
+            HFValidationError: "it is no name of a repository, 'user/name'.",
+            RepositoryNotFoundError: "no dataset repository of this name that your token can see. A repository of a model is"
+            " none; for a private one log in by `hf auth login`, or set HF_TOKEN.",
+            LocalEntryNotFoundError: "it is not in the cache, and the Hub could not be asked.",
+        }
+        reason = next(text for kind, text in reasons.items() if isinstance(error, kind))
+        raise FileNotFoundError(
+            f"{name!r} must be a folder or a dataset repository on the Hub, but there is no such folder, and {reason}"
+        ) from error
+    except Exception as error:  # what the Hub answered, or did not: from four libraries
+        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise OSError(
+                error.errno,
+                f"The disk did not take all of {name!r} ({error.strerror}). What came is kept: free some space, or choose"
+                " another `cache_dir`, and call again",
+            ) from error
+        if is_transient(error):
+            raise FetchError(
+                f"{name!r} could not be fetched: {shortly(error)}. What came is kept; try again later."
+            ) from error
+        explained = explain(error, name, action="read")
+        if explained is error:
+            raise
+        raise explained from error

@@ -1,0 +1,112 @@
+"""What a repository is to hold of an artifact."""
+
+import hashlib
+import re
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from hf_doge.artifacts.files import sha256
+
+_PIECE = 1 << 20
+# What `huggingface_hub` calls an access token. Shorter words that begin alike are none.
+_TOKEN = re.compile(rb"\bhf_[A-Za-z0-9]{30,}\b")
+_TEXT_FILES = (".json", ".md", ".jsonl", ".txt", ".yaml", ".yml", ".jinja")
+
+
+@dataclass(frozen=True)
+class Publication:
+    """
+    The files of an artifact as they are to be on the Hub.
+
+    Args:
+        files (`Mapping[str, bytes | Path]`): Path in the repository -> content, or the local file that has it.
+        manifest (`str`): The one of `files` by which a repository is known to hold such an artifact.
+        owned (`Callable[[str], bool]`):
+            Whether a path in the repository is the artifact's: those that are, and are not among `files`, are removed by
+            the push. All others are somebody else's and stay.
+        check_manifest (`Callable[[bytes], None]`):
+            Raises `ValueError` if a manifest that the repository holds is not one that may be replaced.
+        card (`Callable[[str | None], str]`, *optional*):
+            Makes the README.md out of the one in the repository (`None`: there is none); what a person wrote stays.
+        checksums (`Mapping[str, str]`): sha256 that local files must have.
+
+    Raises:
+        ValueError: A path leaves the repository, or a text file holds what looks like an access token.
+        FileNotFoundError: A local file is gone.
+    """
+
+    files: Mapping[str, bytes | Path]
+    manifest: str
+    owned: Callable[[str], bool]
+    check_manifest: Callable[[bytes], None]
+    card: Callable[[str | None], str] | None = None
+    checksums: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.manifest not in self.files:
+            raise ValueError(f"`files` must hold the manifest {self.manifest!r}, but are {sorted(self.files)[:8]}.")
+        for path, source in self.files.items():
+            if path.startswith("/") or "\\" in path or not {"", ".", ".."}.isdisjoint(path.split("/")):
+                raise ValueError(f"Paths must stay within the repository, but got {path!r}.")
+            if isinstance(source, Path) and not source.is_file():
+                raise FileNotFoundError(f"{str(source)!r} is to be pushed, but is gone. Open the artifact again.")
+            if path.endswith(_TEXT_FILES):
+                refuse_token(path, source if isinstance(source, bytes) else source.read_bytes())
+
+
+def refuse_token(path: str, content: bytes) -> None:
+    """
+    Raises:
+        ValueError: The content has what looks like an access token of the Hub. The message does not repeat it.
+    """
+    if _TOKEN.search(content):
+        raise ValueError(
+            f"{path!r} holds what looks like an access token of the Hub, and is not pushed. Remove it from the metadata of"
+            " the artifact, and revoke the token if the file was shared before."
+        )
+
+
+def merge_card(make: Callable[[str | None], str], written: bytes | None) -> bytes:
+    """
+    The card to push.
+
+    Args:
+        make (`Callable`): As [`Publication.card`].
+        written (`bytes`, *optional*):
+            The one in the repository. If it is not in UTF-8 it stays, with a warning: neither the Hub nor its client reads it.
+    """
+    try:
+        return make(None if written is None else written.decode()).encode()
+    except UnicodeDecodeError:
+        warnings.warn(
+            "README.md in the repository is not in UTF-8, so it is kept as it is. Save it as UTF-8, and push again.",
+            stacklevel=2,
+        )
+        return written
+
+
+def size(source: bytes | Path) -> int:
+    """Bytes of a file that is to be published."""
+    return len(source) if isinstance(source, bytes) else source.stat().st_size
+
+
+def content_sha256(source: bytes | Path) -> str:
+    """By which a large file is known on the Hub."""
+    if isinstance(source, bytes):
+        return sha256(source)
+    with source.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def git_blob_id(source: bytes | Path) -> str:
+    """By which any other file is known on the Hub: git's own checksum."""
+    digest = hashlib.sha1(f"blob {size(source)}\0".encode(), usedforsecurity=False)
+    if isinstance(source, bytes):
+        digest.update(source)
+    else:
+        with source.open("rb") as file:
+            while piece := file.read(_PIECE):
+                digest.update(piece)
+    return digest.hexdigest()

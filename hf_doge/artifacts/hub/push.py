@@ -1,0 +1,410 @@
+"""
+Pushing an artifact to the Hub: all of it in one commit, or nothing.
+
+Large files go first, in batches, where nobody sees them; then one commit on a known parent shows all at once. Whenever an
+answer is lost, or somebody else was quicker, the head is read again and compared file by file with what was to be there: so
+a commit that was made although its answer never came is found, a repeated push sends what is missing, and nothing is
+committed twice.
+"""
+
+import logging
+import os
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import NoReturn
+
+from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, hf_hub_download
+from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.hf_api import RepoFile
+from huggingface_hub.utils import get_token, validate_repo_id
+
+from hf_doge._version import __version__
+from hf_doge.artifacts.hub.errors import PushError, check_token, explain, is_moved, is_transient, shortly
+from hf_doge.artifacts.hub.publication import Publication, content_sha256, git_blob_id, merge_card, refuse_token, size
+from hf_doge.artifacts.hub.retries import Patience, Result
+
+logger = logging.getLogger(__name__)
+
+CARD_FILE = "README.md"
+_REPO_TYPE = "dataset"
+_BATCH_BYTES = 64 * 2**20  # uploaded between two points that a killed push can go on from
+_BATCH_FILES = 100
+# What git refuses in the name of a branch or a tag.
+_NOT_IN_GIT_NAMES = re.compile(r"[\s~^:?*\[\\\x00-\x1f\x7f]|\.\.|@\{|//|(^|/)\.|\.lock(/|$)|^[-/@]$|^[-/]|[/.]$|^$")
+# What may be in a repository before the artifact is: made by the Hub itself, or a licence.
+_NEUTRAL_FILES = {".gitattributes", ".gitignore", CARD_FILE, "LICENSE", "LICENSE.md", "LICENSE.txt"}
+
+
+@dataclass(frozen=True)
+class _Head:
+    """A commit, and what each path holds there: sha256 of a large file, git's checksum of any other."""
+
+    commit: str
+    large: Mapping[str, str]
+    small: Mapping[str, str]
+
+    @property
+    def paths(self) -> set[str]:
+        return {*self.large, *self.small}
+
+    def holds(self, path: str, source: bytes | Path) -> bool:
+        if path in self.large:
+            return self.large[path] == content_sha256(source)
+        return path in self.small and self.small[path] == git_blob_id(source)
+
+
+@dataclass
+class _Plan:
+    """What lies between a head and the publication."""
+
+    changed: dict[str, bytes | Path]
+    removed: list[str] = field(default_factory=list)
+
+    @property
+    def is_empty(self) -> bool:
+        return not self.changed and not self.removed
+
+
+def push_publication(
+    publication: Publication,
+    repo_id: str,
+    *,
+    commit_message: str,
+    commit_description: str | None = None,
+    private: bool | None = None,
+    token: str | bool | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+    tag: str | None = None,
+    patience: Patience | None = None,
+) -> CommitInfo | None:
+    """
+    Make a dataset repository hold a publication. See [`DomainWeights.push_to_hub`] for the arguments.
+
+    Returns:
+        `CommitInfo`: The commit that was made, or the head where it holds everything already. `None` on all processes but
+            the first one that `accelerate launch` or `torchrun` started: one pushes for all.
+
+    Raises:
+        PermissionError: There is no token, or it may not write.
+        ValueError: The name is none, or the Hub refuses the card.
+        FileExistsError: The repository holds something else, or `tag` is taken.
+        PushError: The Hub could not be reached, or not in time.
+    """
+    if os.environ.get("RANK", "0") != "0":
+        return None
+    push = _Push(
+        publication,
+        repo_id,
+        token=token,
+        revision=revision,
+        create_pr=create_pr,
+        tag=tag,
+        patience=patience or Patience(),
+    )
+    return push.run(message=commit_message, description=commit_description, private=private)
+
+
+def ensure_repository(repo_id: str, *, token: str | bool | None = None, private: bool | None = None) -> None:
+    """
+    Make a dataset repository if it does not exist.
+
+    Raises:
+        PermissionError, ValueError, PushError: As [`push_publication`].
+    """
+    _Push(None, repo_id, token=token, patience=Patience(tries=1)).prepare(private)
+
+
+class _Push:
+    def __init__(
+        self,
+        publication: Publication | None,
+        repo_id: str,
+        *,
+        token: str | bool | None,
+        patience: Patience,
+        revision: str | None = None,
+        create_pr: bool = False,
+        tag: str | None = None,
+    ) -> None:
+        if not isinstance(repo_id, str):
+            raise ValueError(f"A repository must be named like 'user/name', but got {repo_id!r}.")
+        try:
+            validate_repo_id(repo_id)
+        except ValueError as error:
+            raise explain(error, repo_id, action="push to") from error
+        for name, value in (("revision", revision), ("tag", tag)):
+            if value is not None and not _is_git_name(value):
+                raise ValueError(f"`{name}` must be a name that git allows, such as 'v1.0', but got {value!r}.")
+        check_token(token)
+        if token is False or (not isinstance(token, str) and get_token() is None):
+            raise PermissionError(
+                f"To push to {repo_id!r} the Hub needs an access token with the *write* role. Log in by `hf auth login`, set"
+                " HF_TOKEN, or pass `token`."
+            )
+        if create_pr and tag is not None:
+            raise ValueError(
+                f"A proposal cannot be tagged before it is merged: drop `tag={tag!r}` or `create_pr=True`."
+            )
+        if create_pr and revision not in (None, "main"):
+            raise ValueError(
+                f"A proposal is made to `main`: drop `revision={revision!r}` or `create_pr=True`. To add to one that is open,"
+                " push to its own branch, as `revision='refs/pr/1'`."
+            )
+        self.publication, self.repo_id, self.revision = publication, repo_id, revision
+        self.create_pr, self.tag, self.patience = create_pr, tag, patience
+        self.api = HfApi(
+            token=token if isinstance(token, str) else None, library_name="hf_doge", library_version=__version__
+        )
+        self._operations: dict[str, CommitOperationAdd] = {}
+        self._proposals: set[str] = set()
+        self._is_committed = False
+
+    def run(self, *, message: str, description: str | None, private: bool | None) -> CommitInfo:
+        """From the name to the tag."""
+        self.prepare(private)
+        if self.create_pr:
+            self._proposals = self._list_proposals()
+        commit = self._commit(message, description or "")
+        if self.tag is not None:
+            self._is_committed = True
+            self._set_tag(commit.oid)
+        logger.info("%s holds the artifact at commit %s.", commit.commit_url.partition("/commit/")[0], commit.oid[:12])
+        return commit
+
+    def prepare(self, private: bool | None) -> None:
+        """Make the repository and the branch exist."""
+        if "/" not in self.repo_id:
+            self.repo_id = f"{self._try(self.api.whoami)['name']}/{self.repo_id}"
+
+        def look() -> str | None:
+            try:
+                return self.api.repo_info(self.repo_id, repo_type=_REPO_TYPE, revision=self.revision).sha
+            except (RepositoryNotFoundError, RevisionNotFoundError):
+                return None
+
+        if self._try(look) is not None:
+            return
+        self._try(lambda: self.api.create_repo(self.repo_id, repo_type=_REPO_TYPE, private=private, exist_ok=True))
+        if self.revision is not None and not self.revision.startswith("refs/pr/"):
+            self._try(
+                lambda: self.api.create_branch(self.repo_id, repo_type=_REPO_TYPE, branch=self.revision, exist_ok=True)
+            )
+
+    def _commit(self, message: str, description: str) -> CommitInfo:
+        """Until the head holds the publication."""
+        delays = self.patience.delays()
+        while True:
+            head = self._read_head(self.revision)
+            plan = self._compare(head)
+            if plan.is_empty:
+                return self._describe(head.commit, message, description)
+            self._require_free_tag(head)
+            operations = self._upload(plan)
+            try:
+                return self.api.create_commit(
+                    self.repo_id,
+                    operations,
+                    commit_message=message,
+                    commit_description=description,
+                    repo_type=_REPO_TYPE,
+                    revision=self.revision,
+                    create_pr=self.create_pr,
+                    parent_commit=head.commit,
+                )
+            except Exception as error:  # what the Hub answered, or did not: from four libraries
+                delay = self.patience.next_delay(error, delays, also=is_moved(error))
+                if delay is None:
+                    self._give_up(error)
+                logger.info("The Hub did not take the commit (%s). Looking again in %.3g s.", shortly(error), delay)
+            self.patience.sleep(delay)
+            proposal = self._find_proposal() if self.create_pr else None
+            if proposal is not None:
+                number, head = proposal
+                return self._describe(head.commit, message, description, proposal=number)
+
+    def _read_head(self, revision: str | None) -> _Head:
+        """What the repository holds now. The tree is that of the commit, whatever comes after it."""
+        commit = self._try(lambda: self.api.repo_info(self.repo_id, repo_type=_REPO_TYPE, revision=revision).sha)
+        entries = self._try(
+            lambda: list(self.api.list_repo_tree(self.repo_id, repo_type=_REPO_TYPE, revision=commit, recursive=True))
+        )
+        files = [entry for entry in entries if isinstance(entry, RepoFile)]
+        return _Head(
+            commit,
+            large={file.path: file.lfs.sha256 for file in files if file.lfs is not None},
+            small={file.path: file.blob_id for file in files if file.lfs is None},
+        )
+
+    def _compare(self, head: _Head) -> _Plan:
+        """
+        Raises:
+            FileExistsError: The repository holds something else.
+        """
+        publication = self.publication
+        if publication.manifest in head.paths:
+            manifest = self._download(head, publication.manifest)
+            try:
+                publication.check_manifest(manifest)
+            except ValueError as error:
+                raise FileExistsError(
+                    f"The dataset repository {self.repo_id!r} must be new or hold an artifact of the same kind, but its"
+                    f" {publication.manifest} is another: {error} Choose another name."
+                ) from error
+        else:
+            foreign = sorted(head.paths - _NEUTRAL_FILES)
+            if foreign:
+                raise FileExistsError(
+                    f"The dataset repository {self.repo_id!r} must be new or hold an artifact of the same kind, but it has no"
+                    f" {publication.manifest} and holds {foreign[:5]}. Choose another name."
+                )
+        files = dict(publication.files)
+        if publication.card is not None:
+            written = self._download(head, CARD_FILE) if CARD_FILE in head.paths else None
+            card = merge_card(publication.card, written)
+            refuse_token(CARD_FILE, card)
+            files[CARD_FILE] = card
+        changed = {path: source for path, source in files.items() if not head.holds(path, source)}
+        for path, checksum in publication.checksums.items():
+            if path in changed and content_sha256(changed[path]) != checksum:
+                raise ValueError(
+                    f"{str(files[path])!r} was altered since it was written: its sha256 is not the recorded one. Nothing was"
+                    " pushed. Record it again."
+                )
+        removed = sorted(path for path in head.paths - files.keys() if publication.owned(path))
+        return _Plan(changed, removed)
+
+    def _upload(self, plan: _Plan) -> list[CommitOperationAdd | CommitOperationDelete]:
+        """Bring the large files there, where no reader sees them yet."""
+        operations = [self._operation(path, source) for path, source in plan.changed.items()]
+        batch: list[CommitOperationAdd] = []
+        for position, operation in enumerate(operations):
+            batch.append(operation)
+            full = sum(one.upload_info.size for one in batch) >= _BATCH_BYTES or len(batch) == _BATCH_FILES
+            if full or position == len(operations) - 1:
+                self._try(lambda batch=tuple(batch): self._upload_batch(batch))
+                batch = []
+        return [*operations, *(CommitOperationDelete(path_in_repo=path) for path in plan.removed)]
+
+    def _upload_batch(self, batch: tuple[CommitOperationAdd, ...]) -> None:
+        self.api.preupload_lfs_files(
+            self.repo_id,
+            batch,
+            repo_type=_REPO_TYPE,
+            revision=self.revision,
+            create_pr=self.create_pr,
+            free_memory=False,
+        )
+
+    def _operation(self, path: str, source: bytes | Path) -> CommitOperationAdd:
+        """The same one at each try, as it remembers what is uploaded; a new one for new content."""
+        known = self._operations.get(path)
+        if known is None or known.path_or_fileobj != (source if isinstance(source, bytes) else str(source)):
+            known = CommitOperationAdd(path_in_repo=path, path_or_fileobj=source)
+            if known.upload_info.size != size(source):
+                raise PushError(f"{str(source)!r} is being written. Push when that has ended.")
+            self._operations[path] = known
+        return known
+
+    def _download(self, head: _Head, path: str) -> bytes:
+        def fetch() -> bytes:
+            with (
+                TemporaryDirectory() as folder
+            ):  # not into the cache, which may be read-only, and would have a commit of a file
+                local = hf_hub_download(
+                    self.repo_id,
+                    path,
+                    repo_type=_REPO_TYPE,
+                    revision=head.commit,
+                    token=self.api.token,
+                    local_dir=folder,
+                )
+                return Path(local).read_bytes()
+
+        return self._try(fetch)
+
+    def _describe(self, commit: str, message: str, description: str, *, proposal: int | None = None) -> CommitInfo:
+        """As if `create_commit` had answered."""
+        url = f"{self.api.endpoint}/datasets/{self.repo_id}"
+        return CommitInfo(
+            commit_url=f"{url}/commit/{commit}",
+            commit_message=message,
+            commit_description=description,
+            oid=commit,
+            pr_url=None if proposal is None else f"{url}/discussions/{proposal}",
+        )
+
+    def _list_proposals(self) -> set[str]:
+        def look() -> set[str]:
+            refs = self.api.list_repo_refs(self.repo_id, repo_type=_REPO_TYPE, include_pull_requests=True)
+            return {one.ref for one in refs.pull_requests or ()}
+
+        return self._try(look)
+
+    def _find_proposal(self) -> tuple[int, _Head] | None:
+        """A proposal that came into being by this push, though its answer was lost."""
+        for ref in sorted(self._list_proposals() - self._proposals):
+            head = self._read_head(ref)
+            if self._compare(head).is_empty:
+                return int(ref.rpartition("/")[2]), head
+        return None
+
+    def _require_free_tag(self, head: _Head) -> None:
+        """
+        Raises:
+            FileExistsError: The tag is on another commit than the one that is to be made.
+        """
+        if self.tag is None:
+            return
+        refs = self._try(lambda: self.api.list_repo_refs(self.repo_id, repo_type=_REPO_TYPE))
+        if any(one.name == self.tag for one in refs.tags):
+            raise FileExistsError(
+                f"{self.repo_id!r} has a tag {self.tag!r} already, on other content. Choose another name, or delete it by"
+                f" `hf repos tag delete {self.repo_id} {self.tag} --type dataset`. Nothing was pushed."
+            )
+
+    def _set_tag(self, commit: str) -> None:
+        refs = self._try(lambda: self.api.list_repo_refs(self.repo_id, repo_type=_REPO_TYPE))
+        targets = {one.name: one.target_commit for one in refs.tags}
+        if targets.get(self.tag) == commit:
+            return
+        if self.tag in targets:
+            raise FileExistsError(
+                f"{self.repo_id!r} has a tag {self.tag!r} already, on commit {targets[self.tag][:12]}, not on {commit[:12]},"
+                " which holds the artifact now. Choose another name."
+            )
+        self._try(
+            lambda: self.api.create_tag(
+                self.repo_id, repo_type=_REPO_TYPE, tag=self.tag, revision=commit, exist_ok=True
+            )
+        )
+
+    def _try(self, action: Callable[[], Result]) -> Result:
+        """One request, or several that can be repeated together."""
+        try:
+            return self.patience.call(action)
+        except Exception as error:  # as above
+            self._give_up(error)
+
+    def _give_up(self, error: Exception) -> NoReturn:
+        if is_transient(error) or is_moved(error):
+            state = (
+                f"The artifact is there, but without its tag {self.tag!r}"
+                if self._is_committed
+                else "What the repository held is as it was"
+            )
+            raise PushError(
+                f"The push to {self.repo_id!r} did not end: {shortly(error)}. {state}. Push again later: only what is missing"
+                " will be sent."
+            ) from error
+        explained = explain(error, self.repo_id, action="push to")
+        if explained is error:
+            raise error
+        raise explained from error
+
+
+def _is_git_name(name: object) -> bool:
+    return isinstance(name, str) and _NOT_IN_GIT_NAMES.search(name) is None

@@ -1,0 +1,85 @@
+"""
+What config.json claims, held against what can be, before memory is taken or a file is touched.
+
+Whoever makes an index for others can write anything into it. Sizes are bounded here as far as no file has to be looked at;
+[`segments`], [`offsets`] and the reader compare them with the files.
+"""
+
+import math
+from collections.abc import Mapping
+from pathlib import PurePosixPath, PureWindowsPath
+from typing import Any
+
+_LARGEST = {
+    "width": 2**20,
+    "stored_width": 2**20,
+    "vocabulary_size": 2**26,  # 512 MiB of offsets; vocabularies have some 2 ** 18 tokens
+    "num_examples": 2**40,
+}
+_LARGEST_PROJECTION = 2**28  # entries, of 8 bytes each
+
+
+def check_claims(config: Mapping[str, Any], *, source: str) -> None:
+    """
+    Args:
+        config (`Mapping`): Whose values are of the right types.
+        source (`str`): Its name, for errors.
+
+    Raises:
+        ValueError: A size is impossible or out of all proportion, or a path leads out of the folder.
+    """
+
+    def require(holds: bool, law: str, got: Any) -> None:
+        if not holds:
+            raise ValueError(
+                f"{source!r} {law}, but got {got!r:.80}. It is damaged or was manipulated: fetch it again."
+            )
+
+    for name, largest in _LARGEST.items():
+        require(1 <= config[name] <= largest, f"must have `{name}` in [1, {largest}]", config[name])
+    projection = config.get("projection")
+    if projection is None:
+        require(config["stored_width"] == config["width"], "must store rows of `width`", config["stored_width"])
+    else:
+        good = isinstance(projection, dict) and projection.get("width") == config["stored_width"]
+        require(good and _is_count(projection.get("seed")), "must have the projection of `stored_width`", projection)
+        entries = config["width"] * config["stored_width"]
+        require(
+            entries <= _LARGEST_PROJECTION, f"must have a projection of at most {_LARGEST_PROJECTION} numbers", entries
+        )
+    for path in config["files"]:
+        require_inside(path, source=source)
+    for checkpoint in config["checkpoints"]:
+        path = checkpoint.get("path")
+        require(path is None or isinstance(path, str), "must have text or nothing under `path`", path)
+        require(".." not in PurePosixPath(path or "").parts, "must not lead out of the folder by `path`", path)
+        rate = checkpoint["learning_rate"]
+        require(math.isfinite(rate) and rate >= 0, "must have finite learning rates of at least 0", rate)
+        for file in checkpoint["files"]:
+            for key in ("path", "offsets_path"):
+                if file.get(key) is not None:
+                    require_inside(file[key], source=source)
+            require(file["num_examples"] >= 1, "must have examples in each file", file["num_examples"])
+            most = file["num_examples"] * config["vocabulary_size"]
+            require(
+                0 <= file["num_rows"] <= most, f"must have at most {most} rows in {file['path']!r}", file["num_rows"]
+            )
+            scale = file["scale"]
+            require(math.isfinite(scale) and scale > 0, "must have finite scales above 0", scale)
+
+
+def require_inside(path: str, *, source: str) -> None:
+    """
+    Raises:
+        ValueError: The path of a file of an index is not plainly within the folder, on any system.
+    """
+    posix, windows = PurePosixPath(path), PureWindowsPath(path)
+    plain = (
+        not posix.is_absolute() and not windows.drive and not windows.root and "\\" not in path and "\0" not in path
+    )
+    if not plain or ".." in posix.parts or not posix.parts:
+        raise ValueError(f"Files in {source!r} must lie in the folder, but got {path!r}.")
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)

@@ -1,0 +1,132 @@
+"""A push ends with one new commit and the right bytes, or with a clear error and nothing changed: at every request, for every fault."""
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.hub.handle import HubServer, last_json, run_client
+
+SCRIPT = Path(__file__).with_name("push_faults_script.py")
+
+# The requests of a push, as method and pattern.
+REQUESTS = {
+    "look for the repository": ("GET", "/api/datasets/{repo}$", {}),
+    "make the repository": ("POST", "/api/repos/create", {"first": True}),
+    "read the head": ("GET", "/api/datasets/{repo}$", {"nth": 2}),
+    "read the tree": ("GET", "{repo}/tree/", {}),
+    "ask for the manifest": ("HEAD", "{repo}/resolve/.*/artifact.json", {}),
+    "read the manifest": ("GET", "{repo}/resolve/.*/artifact.json", {}),
+    "read the card": ("GET", "{repo}/resolve/.*/README.md", {}),
+    "ask how to upload": ("POST", "{repo}/preupload/", {}),
+    "ask where to upload": ("POST", "{repo}.git/info/lfs/objects/batch", {}),
+    "upload": ("PUT", "/lfs/{large}", {}),
+    "verify the upload": ("POST", "{repo}.git/info/lfs/objects/verify", {}),
+    "commit": ("POST", "{repo}/commit/", {}),
+}
+FAULTS = {
+    "503": {"status": 503},
+    "429, Retry-After 1 s": {"status": 429, "retry_after": 1},
+    "cut before": {"cut": "before"},
+    "cut in the body": {"cut": "body"},
+    "answer lost": {"lost_reply": True},
+}
+EXTRA = [
+    ("commit", "412, somebody else was quicker", {"other_commit": {}}),
+    ("commit", "409", {"status": 409}),
+    ("commit", "503 for good", {"status": 503, "times": 4}),
+    ("commit", "500, three times", {"status": 500, "times": 3}),
+    ("commit", "answer lost, three times", {"lost_reply": True, "times": 3}),
+    ("commit", "403", {"status": 403}),
+    ("commit", "400", {"status": 400}),
+    ("commit", "Retry-After 1 h", {"status": 429, "retry_after": 3600}),
+    ("upload", "403", {"status": 403}),
+    ("read the tree", "401", {"status": 401}),
+]
+# By xet, which brings the chunks of files to a store of their own; its client tries again by itself.
+XET_REQUESTS = {
+    "ask for the store": ("GET", "{repo}/xet-write-token/"),
+    "upload chunks": ("POST", "/v1/xorbs/"),
+    "register the files": ("POST", "/v1/shards"),
+    "commit": ("POST", "{repo}/commit/"),
+}
+XET_CASES = [
+    (request, name, FAULTS[name])
+    for request, names in (
+        ("ask for the store", ["503", "cut before"]),
+        ("upload chunks", ["503", "cut in the body", "answer lost"]),
+        ("register the files", ["503", "answer lost"]),
+        ("commit", ["503", "answer lost"]),
+    )
+    for name in names
+]
+FAILS = {"503 for good": "PushError", "403": "PermissionError", "400": "ValueError", "401": "PermissionError"} | {
+    "Retry-After 1 h": "PushError"
+}
+
+
+def scenario(request, fault):
+    method, pattern, more = REQUESTS[request]
+    first = more.get("first", False)
+    nth = {"nth": more["nth"]} if "nth" in more else {}
+    return {"method": method, "pattern": pattern, "first": first, "alone": first, "fault": {**nth, **fault}}
+
+
+def xet_scenario(request, fault):
+    method, pattern = XET_REQUESTS[request]
+    return {"method": method, "pattern": pattern, "first": False, "alone": "{repo}" not in pattern, "fault": fault}
+
+
+CASES = [(request, name, fault) for request in REQUESTS for name, fault in FAULTS.items()] + EXTRA
+
+
+def push_into_trouble(folder, cases, scenarios, *, xet):
+    """Outcome by request and fault, after a table of them."""
+    file = folder / "scenarios.json"
+    file.write_text(json.dumps(scenarios))
+    started = time.monotonic()
+    with HubServer(folder / "hub") as hub:
+        found = last_json(run_client(hub, SCRIPT, file, timeout=240, xet=xet))
+    print(f"\n{len(cases)} pushes into trouble in {time.monotonic() - started:.0f} s{', by xet' if xet else ''}")
+    print(f"{'request':<26}{'fault':<34}{'ended with':<18}{'commits':>8}{'hits':>6}")
+    for (request, fault, _), outcome in zip(cases, found, strict=True):
+        ended = outcome["error"] or "the commit"
+        print(f"{request:<26}{fault:<34}{ended:<18}{outcome['new_commits']:>8}{outcome['hits']:>6}")
+    return dict(zip([(request, fault) for request, fault, _ in cases], found, strict=True))
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory):
+    scenarios = [scenario(request, fault) for request, _, fault in CASES]
+    return push_into_trouble(tmp_path_factory.mktemp("faults"), CASES, scenarios, xet=False)
+
+
+@pytest.fixture(scope="module")
+def xet_outcomes(tmp_path_factory):
+    scenarios = [xet_scenario(request, fault) for request, _, fault in XET_CASES]
+    return push_into_trouble(tmp_path_factory.mktemp("xet"), XET_CASES, scenarios, xet=True)
+
+
+def check_outcome(outcome, fault):
+    assert outcome["hits"] > 0, "the fault never met a request"
+    assert outcome["right"], outcome
+    assert outcome["new_commits"] == 1, outcome
+    assert outcome["others_kept"], outcome
+    assert outcome["repeat_commits"] == 0, outcome
+    assert outcome["repeat_is_head"], outcome
+    assert outcome["error"] == FAILS.get(fault), outcome
+    if outcome["error"]:
+        assert outcome["untouched"], outcome
+    else:
+        assert outcome["is_head"], outcome
+
+
+@pytest.mark.parametrize(("request_name", "fault"), [case[:2] for case in CASES], ids=lambda part: part)
+def test_a_push_commits_once_or_changes_nothing_and_then_completes(outcomes, request_name, fault):
+    check_outcome(outcomes[request_name, fault], fault)
+
+
+@pytest.mark.parametrize(("request_name", "fault"), [case[:2] for case in XET_CASES], ids=lambda part: part)
+def test_a_push_by_xet_commits_once_or_changes_nothing_and_then_completes(xet_outcomes, request_name, fault):
+    check_outcome(xet_outcomes[request_name, fault], fault)
