@@ -14,8 +14,8 @@ Written before any run of this module at this scale:
   each source and 6 of the target, the authors' recipe at mu 0.01 (what `benchmarks/RESULTS.md` settled on for Catalan; not tuned here).
   Base: the same shape, 200 steps of 16 blocks (204,800 tokens). Three seeds, each with weights of its own.
 - **Measure.** Perplexity on 32,768 tokens of the target's validation split. The method *helps* on a target if the 95 % t interval over
-  seeds of the change against uniform lies below 0; over all targets of a folder, if the interval over *targets* of the log ratio, mean over
-  seeds, does.
+  seeds of the change against uniform lies below 0; over all targets of a folder, if the interval over *targets* (three or more) of the log ratio, mean
+  over seeds, does.
 
 Last line: by target and arm the change against uniform in percent, `[mean, low, high]`, the means over targets, the
 nearest source, and the learned weights.
@@ -130,7 +130,7 @@ def run(args: Arguments) -> Results:
                     weights = weights_of(arm, data, target, nearest[target], learned[target, seed], settings)
                     losses[target, arm, seed] = train_on(args, data, target, arm, weights, seed)
     targets = list(nearest)
-    means = {f"mean of {len(group)} ({stage})": group for stage, group in targets_of.items() if len(group) > 1}
+    means = {f"mean of {len(group)} ({stage})": group for stage, group in targets_of.items() if len(group) > 2}
     by_arm = {
         arm: {target: change(losses, target, arm, seeds) for target in targets}
         | {name: mean_change(losses, group, arm, seeds) for name, group in means.items()}

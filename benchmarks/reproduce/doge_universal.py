@@ -3,24 +3,27 @@ DoGE, universal generalization: do weights learned for all of eight English doma
 
     python -m benchmarks.reproduce doge_universal --data_dir ../shared/data --output_dir outputs/reproduce
 
-Written before any run at this scale:
+What was decided when:
 
 - **Arms.** uniform; natural (by tokens); random (Dirichlet(1), another one each seed); DoGE by the paper's recipe with the sum of
   the step's own domains as target (`paper_sum`) and with a held-out mix (`paper_mix`); DoGE as the authors' code has it
-  (`official_mix`; that recipe refuses the sum target); DoReMi as published (`doremi`, see `doremi.py`; its reference is
-  the uniform base model of the same seed).
+  (`official_mix`; that recipe refuses the sum target); DoReMi as published (`doremi`, see `doremi.py`).
 - **Sizes (small).** BPE of 1,024 entries, blocks of 64 tokens. Proxy: 2 layers of width 64 (163,136 parameters), 200
-  steps of 32 blocks. Base: the same shape and 2 layers of width 128 (520,832 parameters), 200 steps of 32 blocks (409,600 tokens, less
-  than a quarter of what there is). Validation: 32,768 tokens a domain. Five seeds; each learns its own weights.
+  steps of 32 blocks. Base: the same shape and 2 layers of width 128 (520,832 parameters), 600 steps of 32 blocks (1,228,800 tokens,
+  less than the smallest domain holds). Validation: 32,768 tokens a domain. Five seeds; each learns its own weights.
+- **Changed after the first results.** Base runs first had 200 steps. All seven arms of seed 1 were seen at that length: uniform and natural, nearly the
+  same mixture, differed by 0.13 nats, and the uniform runs of seeds 1, 3 and 5 by 0.24: at 200 steps a run is on its way off the level of
+  token frequencies, and where on that way decides more than its mixture. So base runs were made three times longer, for all arms alike.
+  Everything else stood before any run.
 - **mu.** 0.05 for `paper_sum`, the class default of the authors. For the other two by one rule, on seed 0, which is not
   reported, and without any evaluation: the largest mean weight about three times the smallest, as `paper_sum` has it. That
   is 0.002 for `paper_mix` and 0.003 for `official_mix`: three times faster than what 0.05 / 8 and 0.01 gave (ratios of
   1.4 and 1.2).
 - **Measure.** Perplexity per domain; average (the paper's), geometric mean and worst domain. An arm *helps* if the 95 % t interval over
   seeds of its change in average perplexity against uniform (same seed, same initial model) lies below 0, *harms* if above.
-- **Stages.** `core`: the proxies and all arms at the smaller base. `size`: four arms at the larger base. `causes`: `paper_sum` with
-  each domain's gradient clipped to norm 1, by cosine, and without the self term: does it mend what `paper_sum` does?
-  `stability`: the weights with a larger proxy and other mu (three seeds).
+- **Stages.** `core`: uniform, `paper_sum` and `official_mix` at the smaller base. `arms`: the other four. `size`: four arms at the larger base. `variants`: the weights
+  that `paper_sum` learns with each domain's gradient clipped to norm 1, by cosine, and without the self term (three seeds): which of them takes
+  its bias away? `causes`: base models on these. `stability`: the weights with a larger proxy and other mu (three seeds).
 
 Learned weights are saved as artifacts in `OUTPUT_DIR/doge_universal/proxy/<arm>-<size>-seed<seed>/domain_weights`, base
 models of the smaller size in `OUTPUT_DIR/doge_universal/models` (for `few_shot`).
@@ -60,9 +63,10 @@ from hf_doge.artifacts.domain_weights import DomainWeights
 from hf_doge.cli.data import DomainData
 from hf_doge.cli.learn import carve_heldout_mix
 
-STAGES = ("core", "size", "causes", "stability")
-DOGE_ARMS = ("paper_sum", "paper_mix", "official_mix")
-ARMS = ("uniform", "natural", "random", *DOGE_ARMS, "doremi")
+STAGES = ("core", "variants", "arms", "size", "causes", "stability")
+CORE_ARMS = ("uniform", "paper_sum", "official_mix")
+OTHER_ARMS = ("natural", "random", "paper_mix", "doremi")
+ARMS = (*CORE_ARMS, *OTHER_ARMS)
 LARGER_ARMS = ("uniform", "paper_sum", "official_mix", "doremi")
 CAUSES = {
     "paper_sum_clipped": {"domain_max_grad_norm": 1.0},
@@ -112,7 +116,7 @@ SCALES = {
         larger_proxy_size="micro",
         base_sizes=("nano", "micro"),
         proxy=TrainingSettings(200, 32, 3e-3, 20),
-        base=TrainingSettings(200, 32, 3e-3, 20),
+        base=TrainingSettings(600, 32, 3e-3, 20),
         options=OPTIONS,
         heldout_fraction=0.05,
         seeds=(1, 2, 3, 4, 5),
@@ -174,11 +178,13 @@ class Universal:
         )
 
     def doremi(self, seed: int) -> dict[str, Any]:
-        """DoReMi's weights; the reference is this seed's uniform base model of the proxy's size."""
+        """DoReMi's weights; its reference is trained as its proxy is, on uniform."""
         settings, size = self.settings, self.settings.proxy_size
-        self.base("uniform", seed, size=size)
-        reference = self.model_folder("uniform", seed)
-        key = {**self.key, "size": size, "training": plain(settings.proxy), "reference": plain(settings.base)}
+        reference = self.args.output_dir / "models" / f"reference-seed{seed}"
+        self._train(
+            f"reference-{size}-seed{seed}", "uniform", seed, size=size, training=settings.proxy, folder=reference
+        )
+        key = {**self.key, "size": size, "training": plain(settings.proxy), "reference": plain(settings.proxy)}
         return self.args.store.get(
             f"proxy-doremi-{size}-seed{seed}",
             {**key, "seed": seed},
@@ -213,20 +219,30 @@ class Universal:
 
     def base(self, arm: str, seed: int, *, size: str) -> dict[str, Any]:
         """A base model trained on an arm's mixture: losses by domain, and more."""
-        settings, weights = self.settings, self.weights(arm, seed)
-        key = {**self.key, "size": size, "training": plain(settings.base), "weights": weights, "seed": seed}
+        settings = self.settings
+        folder = self.model_folder(arm, seed) if size == settings.base_sizes[0] else None
+        return self._train(
+            f"base-{size}-{arm}-seed{seed}", arm, seed, size=size, training=settings.base, folder=folder
+        )
+
+    def _train(
+        self, part: str, arm: str, seed: int, *, size: str, training: TrainingSettings, folder: Path | None
+    ) -> dict[str, Any]:
+        """Train one model on an arm's mixture; it is saved where a folder is given."""
+        weights = self.weights(arm, seed)
+        key = {**self.key, "size": size, "training": plain(training), "weights": weights, "seed": seed}
         return self.args.store.get(
-            f"base-{size}-{arm}-seed{seed}",
+            part,
             key,
             lambda: train_base(
                 new_model(size, self.data, self.block_size, seed=seed),
-                settings.base,
+                training,
                 train=self.data.train,
                 validation=self.data.validation,
                 weights=weights,
                 seed=seed,
-                folder=self.model_folder(arm, seed),
-                saves_model=size == settings.base_sizes[0],
+                folder=folder or self.args.output_dir / "base",
+                saves_model=folder is not None,
             ),
         )
 
@@ -239,10 +255,13 @@ def run(args: Arguments) -> Results:
     seeds = args.seeds or settings.seeds
     smaller, larger = settings.base_sizes
     arms_by_size: dict[str, tuple[str, ...]] = {}
-    if "core" in stages:
-        arms_by_size[smaller] = ARMS
-    if "causes" in stages:
-        arms_by_size[smaller] = (*(arms_by_size.get(smaller) or ("uniform", "paper_sum")), *CAUSES)
+    at_smaller = [
+        *(CORE_ARMS if {"core", "arms", "causes"} & set(stages) else ()),  # the others are compared with these
+        *(OTHER_ARMS if "arms" in stages else ()),
+        *(CAUSES if "causes" in stages else ()),
+    ]
+    if at_smaller:
+        arms_by_size[smaller] = tuple(at_smaller)
     if "size" in stages and larger != smaller:
         arms_by_size[larger] = LARGER_ARMS
     runs = {
@@ -254,6 +273,7 @@ def run(args: Arguments) -> Results:
     tables, figures = {}, {}
     if runs:
         tables["perplexity"] = tabulate_perplexity(runs, arms_by_size, seeds)
+        tables["domains"] = tabulate_domains(runs, arms_by_size, seeds)
         figures["change_percent"] = {
             size: {arm: changes(runs, size, arm, seeds) for arm in arms if arm != "uniform"}
             for size, arms in arms_by_size.items()
@@ -263,6 +283,9 @@ def run(args: Arguments) -> Results:
             arm: [universal.doremi(seed) if arm == "doremi" else _proxy_of(universal, arm, seed) for seed in seeds]
             for arm in learned
         }
+        if "variants" in stages:
+            for arm in CAUSES:
+                by_variant.setdefault(arm, [_proxy_of(universal, arm, seed) for seed in settings.stability_seeds])
         if "stability" in stages:
             by_variant |= stability_variants(universal, settings.stability_seeds)
         if by_variant:
@@ -369,6 +392,40 @@ def tabulate_perplexity(runs: Mapping, arms_by_size: Mapping[str, tuple[str, ...
     )
 
 
+def tabulate_domains(runs: Mapping, arms_by_size: Mapping[str, tuple[str, ...]], seeds: tuple[int, ...]) -> Table:
+    """One line per base size and arm: the change of each domain's perplexity against uniform."""
+    names = list(next(iter(runs.values()))["losses"])
+    cells, rows = [], []
+    for size, arms in arms_by_size.items():
+        for arm in arms:
+            if arm == "uniform":
+                continue
+            found = {
+                name: [
+                    100
+                    * math.expm1(runs[size, arm, seed]["losses"][name] - runs[size, "uniform", seed]["losses"][name])
+                    for seed in seeds
+                ]
+                for name in names
+            }
+            intervals = [t_interval(found[name]) for name in names]
+            cells.append([size, arm, *[format_change([i.mean, i.low, i.high]) for i in intervals]])
+            rows += [
+                {"base_size": size, "arm": arm, "seed": seed, "domain": name, "change_percent": value}
+                for name in names
+                for seed, value in zip(seeds, found[name], strict=True)
+            ]
+    return Table(
+        title=(
+            f"Change of each domain's perplexity against uniform in percent, seed against seed: mean [95 % t interval] over "
+            f"{len(seeds)} seeds (bold: the interval excludes 0)."
+        ),
+        header=["base", "arm", *names],
+        cells=cells,
+        rows=rows,
+    )
+
+
 def format_change(change: list[float | None] | None) -> str:
     """`+1.2 [+0.3, +2.1]`, bold where the interval excludes 0; nothing for the baseline itself."""
     if change is None:
@@ -461,7 +518,7 @@ def tabulate_cost(universal: Universal) -> tuple[Table, dict[str, dict[str, floa
     num_domains = len(universal.names)
     training = 3 * settings.proxy.steps * settings.proxy.batch_size
     target = 3 * settings.proxy.steps * math.ceil(settings.proxy.batch_size / num_domains)
-    reference = 3 * settings.base.steps * settings.base.batch_size
+    reference = training
     costs = {
         "DoGE, sum target": training,
         "DoGE, held-out mix": training + target,
