@@ -1,6 +1,7 @@
 """The command line, `hf-doge` or `python -m hf_doge`: one module per command, imported when it is called."""
 
 import atexit
+import gc
 import logging
 import os
 import sys
@@ -77,9 +78,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _end_process_group() -> None:
-    """Without it, a thread of gloo that is still busy when Python ends aborts a process that did all it should."""
+    """
+    Without it, a thread of gloo that is still busy when Python ends aborts a process that did all it should. Its threads end
+    with the group, which a model that waits to be collected still holds.
+    """
     distributed = sys.modules.get("torch.distributed")  # most commands on one process never load it
     if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        gc.collect()
         distributed.destroy_process_group()
 
 
