@@ -37,6 +37,8 @@ WAYS = {
 
 
 RESUMED = ("single_pass", "official", "online")
+# On four processes, and with other micro-batches on two: each kind of alignment and of message once, for the suite's time.
+FEW = ("single_pass", "official", "cosine", "online", "sft")
 
 # How FSDP2 may have sharded the model, and what is learned that way: not by a single pass that is insisted on.
 SHARDED = {
@@ -209,10 +211,11 @@ def collect_refusals(folder):
     return messages
 
 
-def main(folder, num_processes, micro_batch, resume=None, sharding=None):
-    """Train every way into `folder`, or go on with those that other runs left checkpoints of, in the folder `resume`."""
+def main(folder, num_processes, micro_batch, ways=tuple(WAYS), resume=None, sharding=None):
+    """Train `ways` into `folder`, or go on with those that other runs left checkpoints of, in the folder `resume`."""
     folder = Path(folder)
-    for name, options in WAYS.items():
+    for name in ways:
+        options = WAYS[name]
         if (resume is not None and name not in RESUMED) or name not in SHARDED.get(sharding, WAYS):
             continue
         run = folder / "runs" / name
