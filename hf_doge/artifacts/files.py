@@ -20,6 +20,12 @@ def sha256(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
+def file_sha256(path: Path) -> str:
+    """The same of a file of any size."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def require_own_folder(folder: Path, *, manifest: str, subfolders: tuple[str, ...]) -> None:
     """
     Refuse to save where something else lives.

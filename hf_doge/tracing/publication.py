@@ -3,7 +3,7 @@
 import json
 import logging
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ import pyarrow as pa
 from huggingface_hub import CommitInfo
 
 from hf_doge.artifacts.cards import index_card, read_card
-from hf_doge.artifacts.files import sha256
+from hf_doge.artifacts.files import file_sha256, sha256
 from hf_doge.artifacts.hub.publication import Publication
 from hf_doge.artifacts.hub.push import ensure_repository, push_publication
 from hf_doge.artifacts.influence.manifest import (
@@ -20,9 +20,12 @@ from hf_doge.artifacts.influence.manifest import (
     CHECKPOINTS_FILE,
     GRADIENTS,
     MANIFEST,
-    file_sha256,
+    OFFSETS,
+    examples_files,
     parse_config,
     read_config,
+    recorded_checksums,
+    require_checkpoints,
     to_json,
 )
 from hf_doge.artifacts.influence.tables import read_table, to_parquet
@@ -34,8 +37,7 @@ from hf_doge.tracing.weights import MODELS
 
 logger = logging.getLogger(__name__)
 
-EXAMPLES = "examples"
-_TABLES = (EXAMPLES, "checkpoints", GRADIENTS, "offsets")
+_TABLES = ("examples", "checkpoints", GRADIENTS, OFFSETS)
 # What a search needs of a saved model. Optimizer, random states and arguments stay behind: they are pickles, or have paths.
 _MODEL_FILES = (
     *("*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json", "adapter_config.json"),
@@ -78,8 +80,7 @@ def index_publication(
         checkpoints.append({**checkpoint, "path": path})
         files |= model_files
     checksums = {path: checksum for path, checksum in config["files"].items() if path != CHECKPOINTS_FILE}
-    for checkpoint in config["checkpoints"]:
-        checksums |= dict(_row_files(checkpoint))
+    checksums |= recorded_checksums(config)
     files |= {path: folder / path for path in checksums}
     rewritten = {CHECKPOINTS_FILE: checkpoints_table(checkpoints)}
     if redact_text:
@@ -127,8 +128,7 @@ def push_index_folder(
 ) -> CommitInfo | None:
     """Push the checkpoints of an index that are whole by now. See [`InfluenceIndex.push_to_hub`] for the arguments."""
     config = read_config(folder)
-    if not config["checkpoints"]:
-        raise ValueError(f"{str(folder)!r} has no whole checkpoint to push yet. Let the recording finish.")
+    require_checkpoints(config, str(folder))
     publication = index_publication(
         folder,
         config,
@@ -152,14 +152,6 @@ def prepare_index_push(repo_id: str, *, token: str | bool | None, private: bool 
         ensure_repository(repo_id, token=token, private=private)
     except ConnectionError as error:
         logger.warning("%s The index is pushed at the end if that has changed by then.", error)
-
-
-def _row_files(checkpoint: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """Path and sha256 of the files of a checkpoint: its rows, and where they are."""
-    for file in checkpoint["files"]:
-        yield file["path"], file["sha256"]
-        if file.get("offsets_path") is not None:
-            yield file["offsets_path"], file["offsets_sha256"]
 
 
 def _is_owned(path: str) -> bool:
@@ -230,8 +222,8 @@ def _without_paths(content: Any, key: str = "") -> Any:
 def _redacted_examples(folder: Path, config: Mapping[str, Any], keep_columns: Iterable[str]) -> dict[str, bytes]:
     """The tables of the examples without what a person could read, or a tokenizer could make readable."""
     kept, redacted = set(keep_columns), {}
-    for path in (path for path in config["files"] if path.startswith(f"{EXAMPLES}/")):
-        if file_sha256(folder / path) != config["files"][path]:  # afterwards nobody could tell
+    for path, checksum in examples_files(config).items():
+        if file_sha256(folder / path) != checksum:  # afterwards nobody could tell
             raise ValueError(
                 f"{str(folder / path)!r} was altered since it was written: its sha256 is not the recorded one. Nothing was"
                 " pushed. Record it again."
@@ -262,11 +254,6 @@ def _select(table: pa.Table, names: Sequence[str]) -> pa.Table:
     if b"huggingface" in metadata:
         noted = json.loads(metadata[b"huggingface"])
         features = noted.get("info", {}).get("features", {})
-        metadata = {
-            b"huggingface": json.dumps(
-                {"info": {"features": {name: features[name] for name in names if name in features}}}
-            ).encode()
-        }
-    else:
-        metadata = {}
-    return table.replace_schema_metadata(metadata)
+        kept = {name: features[name] for name in names if name in features}
+        return table.replace_schema_metadata({b"huggingface": json.dumps({"info": {"features": kept}}).encode()})
+    return table.replace_schema_metadata({})

@@ -102,7 +102,7 @@ class DomainLearner:
         else:
             self.state = LearningState.load(checkpoint, names, run=self._identity)
         self._clock = time.monotonic()
-        self._dated: tuple[int, str] | None = None  # since when it is known what was learned up to a step
+        self._dated = None
 
     def record_time(self, *, step_seconds: float, training_seconds: float) -> None:
         """At the end of a step: what it took, and the time since training or the last step began, for what it costs."""

@@ -9,40 +9,22 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tests.hub.tokens import BAD_TOKEN, OTHER_TOKEN, READ_TOKEN, TOKEN
+from tests.hub.traffic import LogEntry
 
 REPOSITORY = Path(__file__).parents[2]
 
 
-@dataclass(frozen=True)
-class LoggedRequest:
+class LoggedRequest(LogEntry):
     """
     One request that the Hub got.
 
     `sent` and `received` are the bytes of the bodies, as far as they went; `status` is `None` while there is no answer,
-    and stays so if the connection was cut before one. `server` is `hub` or `storage`; `authorization` is whether a token
-    of the Hub (not one of xet) came along.
+    and stays so if the connection was cut before one. `server` is `hub` or `storage`.
     """
-
-    index: int
-    server: str
-    method: str
-    path: str
-    query: str
-    user: str | None
-    authorization: bool
-    user_agent: str
-    range: str | None
-    started: float
-    status: int | None
-    sent: int
-    received: int
-    fault: str | None
-    seconds: float | None
 
     @property
     def target(self) -> str:

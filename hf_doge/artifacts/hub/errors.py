@@ -1,6 +1,7 @@
 """What the Hub and the network answer, told apart: worth another try, or to be told to the user with what to do."""
 
 from collections.abc import Iterator
+from typing import NoReturn
 
 from huggingface_hub.errors import (
     BadRequestError,
@@ -134,6 +135,14 @@ def explain(error: Exception, repo_id: str, *, action: str) -> Exception:
     if isinstance(error, BadRequestError) or status == 400:
         return ValueError(f"The Hub refuses to {action} {url} as it was asked to: {said or error}")
     return error
+
+
+def raise_explained(error: Exception, repo_id: str, *, action: str) -> NoReturn:
+    """Raise what [`explain`] makes of an error, from within its handler."""
+    explained = explain(error, repo_id, action=action)
+    if explained is error:
+        raise error
+    raise explained from error
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:

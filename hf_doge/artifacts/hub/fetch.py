@@ -46,7 +46,7 @@ def fetch_folder(
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
 
-    from hf_doge.artifacts.hub.errors import FetchError, check_token, explain, is_transient, shortly
+    from hf_doge.artifacts.hub.errors import FetchError, check_token, is_transient, raise_explained, shortly
     from hf_doge.artifacts.hub.retries import Patience
 
     check_token(token)
@@ -90,7 +90,4 @@ def fetch_folder(
             raise FetchError(
                 f"{name!r} could not be fetched: {shortly(error)}. What came is kept; try again later."
             ) from error
-        explained = explain(error, name, action="read")
-        if explained is error:
-            raise
-        raise explained from error
+        raise_explained(error, name, action="read")

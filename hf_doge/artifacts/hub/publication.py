@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from hf_doge.artifacts.files import sha256
+from hf_doge.artifacts.files import file_sha256, sha256
 
 _PIECE = 1 << 20
 # What `huggingface_hub` calls an access token. Shorter words that begin alike are none.
@@ -94,10 +94,7 @@ def size(source: bytes | Path) -> int:
 
 def content_sha256(source: bytes | Path) -> str:
     """By which a large file is known on the Hub."""
-    if isinstance(source, bytes):
-        return sha256(source)
-    with source.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return sha256(source) if isinstance(source, bytes) else file_sha256(source)
 
 
 def git_blob_id(source: bytes | Path) -> str:

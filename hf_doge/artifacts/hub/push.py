@@ -22,7 +22,15 @@ from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import get_token, validate_repo_id
 
 from hf_doge._version import __version__
-from hf_doge.artifacts.hub.errors import PushError, check_token, explain, is_moved, is_transient, shortly
+from hf_doge.artifacts.hub.errors import (
+    PushError,
+    check_token,
+    explain,
+    is_moved,
+    is_transient,
+    raise_explained,
+    shortly,
+)
 from hf_doge.artifacts.hub.publication import Publication, content_sha256, git_blob_id, merge_card, refuse_token, size
 from hf_doge.artifacts.hub.retries import Patience, Result
 
@@ -202,7 +210,7 @@ class _Push:
             plan = self._compare(head)
             if plan.is_empty:
                 return self._describe(head.commit, message, description)
-            self._require_free_tag(head)
+            self._require_free_tag()
             operations = self._upload(plan)
             try:
                 return self.api.create_commit(
@@ -311,9 +319,8 @@ class _Push:
 
     def _download(self, head: _Head, path: str) -> bytes:
         def fetch() -> bytes:
-            with (
-                TemporaryDirectory() as folder
-            ):  # not into the cache, which may be read-only, and would have a commit of a file
+            # Not into the cache, which may be read-only, and would have a commit of a file.
+            with TemporaryDirectory() as folder:
                 local = hf_hub_download(
                     self.repo_id,
                     path,
@@ -352,23 +359,24 @@ class _Push:
                 return int(ref.rpartition("/")[2]), head
         return None
 
-    def _require_free_tag(self, head: _Head) -> None:
+    def _tags(self) -> dict[str, str]:
+        """Name -> commit."""
+        refs = self._try(lambda: self.api.list_repo_refs(self.repo_id, repo_type=_REPO_TYPE))
+        return {one.name: one.target_commit for one in refs.tags}
+
+    def _require_free_tag(self) -> None:
         """
         Raises:
             FileExistsError: The tag is on another commit than the one that is to be made.
         """
-        if self.tag is None:
-            return
-        refs = self._try(lambda: self.api.list_repo_refs(self.repo_id, repo_type=_REPO_TYPE))
-        if any(one.name == self.tag for one in refs.tags):
+        if self.tag is not None and self.tag in self._tags():
             raise FileExistsError(
                 f"{self.repo_id!r} has a tag {self.tag!r} already, on other content. Choose another name, or delete it by"
                 f" `hf repos tag delete {self.repo_id} {self.tag} --type dataset`. Nothing was pushed."
             )
 
     def _set_tag(self, commit: str) -> None:
-        refs = self._try(lambda: self.api.list_repo_refs(self.repo_id, repo_type=_REPO_TYPE))
-        targets = {one.name: one.target_commit for one in refs.tags}
+        targets = self._tags()
         if targets.get(self.tag) == commit:
             return
         if self.tag in targets:
@@ -400,10 +408,7 @@ class _Push:
                 f"The push to {self.repo_id!r} did not end: {shortly(error)}. {state}. Push again later: only what is missing"
                 " will be sent."
             ) from error
-        explained = explain(error, self.repo_id, action="push to")
-        if explained is error:
-            raise error
-        raise explained from error
+        raise_explained(error, self.repo_id, action="push to")
 
 
 def _is_git_name(name: object) -> bool:

@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 from huggingface_hub.errors import EntryNotFoundError
 
 from hf_doge._version import __version__
-from hf_doge.artifacts.hub.errors import FetchError, TransportError, explain, is_transient, shortly, status_of
+from hf_doge.artifacts.hub.errors import FetchError, TransportError, is_transient, raise_explained, shortly, status_of
 from hf_doge.artifacts.hub.retries import Patience
 
 _EXPIRED = {400, 401, 403, 404, 410}  # what stores answer when the address they signed is too old
@@ -120,10 +120,7 @@ class RangedFile:
                     f"There is no file {self.path!r} in {self.repo_id!r} at commit {self.commit}, although its config.json"
                     " tells of it. Its author must push it again."
                 ) from error
-            explained = explain(error, self.repo_id, action="read")
-            if explained is error:
-                raise
-            raise explained from error
+            raise_explained(error, self.repo_id, action="read")
 
     def _find(self) -> _Place:
         """Ask the Hub where the bytes are, once."""

@@ -19,12 +19,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hf_doge.artifacts.files import sha256, sync_folder
+from hf_doge.artifacts.files import file_sha256, sha256, sync_folder
 from hf_doge.artifacts.influence.manifest import (
     GRADIENTS,
     OFFSETS,
     example_dtype,
-    file_sha256,
     to_json,
     write_atomically,
 )

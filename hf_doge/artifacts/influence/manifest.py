@@ -1,6 +1,5 @@
 """`config.json` of an influence index: what is in the folder, how it was made, and the sha256 of every file."""
 
-import hashlib
 import json
 import os
 import warnings
@@ -9,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_doge._version import __version__
+from hf_doge.artifacts.files import file_sha256
 from hf_doge.artifacts.influence.claims import check_claims
 from hf_doge.artifacts.readers import parse_json
 
@@ -201,12 +201,6 @@ def check_files(folder: Path, checksums: Mapping[str, str | None], *, verify: bo
             f"Files of the influence index in {str(folder)!r} were altered or cut short, as their sha256 is not the"
             f" recorded one: {altered[:5]} ({len(altered)} in all). Fetch them again."
         )
-
-
-def file_sha256(path: Path) -> str:
-    """Checksum of a file of any size."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_atomically(path: Path, content: bytes) -> None:

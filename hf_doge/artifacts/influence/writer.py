@@ -25,7 +25,7 @@ from torch import Tensor
 
 from hf_doge._version import __version__
 from hf_doge.artifacts.checks import require_json
-from hf_doge.artifacts.files import replace_files, require_own_folder, sha256
+from hf_doge.artifacts.files import file_sha256, replace_files, require_own_folder, sha256
 from hf_doge.artifacts.influence.card import renewed_card
 from hf_doge.artifacts.influence.checkpoint_writer import PARTIAL, CheckpointWriter
 from hf_doge.artifacts.influence.encoding import projection_matrix, projection_sha256, recorded_projection
@@ -44,7 +44,6 @@ from hf_doge.artifacts.influence.manifest import (
     SETTINGS,
     example_dtype,
     examples_files,
-    file_sha256,
     first_added_example,
     read_config,
     require_checkpoints,
