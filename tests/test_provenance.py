@@ -1,5 +1,6 @@
 """What artifacts say of where they come from: enough to make them again, and nothing of this machine."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -83,6 +84,19 @@ def test_a_name_that_is_here_on_disk_is_a_path(tmp_path, monkeypatch):
 )  # fmt: skip
 def test_a_command_is_told_without_paths_and_tokens(arguments, shown):
     assert public_command(arguments) == shown
+
+
+@pytest.mark.parametrize(("file", "module"), [("__main__.py", "tools.learn"), ("it.py", "tools.learn.it")])
+def test_a_module_is_told_as_it_was_run(tmp_path, file, module):
+    package = tmp_path / "tools" / "learn"
+    package.mkdir(parents=True)
+    (package / file).write_text("from hf_doge.artifacts.provenance import public_command; print(public_command())")
+    paths = os.pathsep.join([str(tmp_path), str(Path(__file__).parents[1])])
+    run = subprocess.run(
+        [sys.executable, "-m", module, "--data_dir", "/home/me/data"],
+        capture_output=True, text=True, check=True, env={**os.environ, "PYTHONPATH": paths},
+    )  # fmt: skip
+    assert run.stdout.strip() == f"python -m {module} --data_dir data"
 
 
 def test_content_is_told_without_paths_at_any_depth():

@@ -66,7 +66,8 @@ def public_command(arguments: Sequence[str] | None = None) -> str:
     import shlex
 
     first, *rest = list(sys.argv if arguments is None else arguments) or [""]
-    shown, hide_next = [_program(first)], False
+    module = _module_at(first)
+    shown, hide_next = ["python", "-m", module] if module else [_program(first)], False
     for argument in rest:
         flag, is_assignment, _ = argument.partition("=")
         is_secret = _SECRET_FLAG.fullmatch(flag) is not None
@@ -143,8 +144,16 @@ def _exists(name: str) -> bool:
         return False
 
 
+def _module_at(path: str) -> str | None:
+    """The module that `python -m` runs from this path; `None` for our own command, which has a name, and for scripts."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    if spec is None or not path or spec.origin != path or spec.name.startswith("hf_doge."):
+        return None
+    return spec.name.removesuffix(".__main__")
+
+
 def _program(path: str) -> str:
-    """`hf-doge`, `python train.py`, or what was typed at a prompt."""
+    """`hf-doge`, `train.py`, or what was typed at a prompt."""
     name = Path(path).name
     if name == "__main__.py":
         return Path(path).parent.name.replace("_", "-")
