@@ -13,9 +13,13 @@ Written before any run of this module:
 - **Arms.** uniform; natural (by examples); *nearest* (hate_davidson alone, by its question); *two-stage* (a copy of the model learns
   the weights in 200 steps, then the model is tuned on them); *online* (the model is tuned while the weights that draw its examples are
   learned, every 5 steps). Both learn by the authors' recipe. 200 steps of 32 examples each; the extra examples of online and the
-  first stage of two-stage come on top. Three seeds (order of the data and choice of examples).
+  first stage of two-stage come on top. Five seeds (order of the data and choice of examples): three as planned, and two more after those had decided
+  nothing.
 - **mu.** By one rule on seed 0, which is not reported, and from the weights alone: heaviest source between .4 and .7 (uniform: .25) in the mean. See
   `OPTIONS`.
+- **Stages.** `core`: the five arms above. `batches`, added after the first results, in which the learned weights were another source's in every seed: both
+  ways with more examples behind each gradient, two-stage with 32 of each source (8 in `core`) and 128 of the target (8), online, whose training
+  batch is the base run's, with 128 of the target. mu as before. Is it the noise of the score?
 - **Measure.** Loss of the answer on 1,600 balanced test questions of the target, and accuracy. An arm *helps* if the 95 %
   t interval over seeds of its change in loss against uniform lies below 0.
 
@@ -52,7 +56,13 @@ from hf_doge.training.trainer import DoGETrainer
 SOURCES = ("hate_davidson", "sst2", "ag_news", "snli")
 TARGET = "toxicity_jigsaw"
 NEAREST = "hate_davidson"
-ARMS = ("uniform", "natural", "nearest", "two-stage", "online")
+STAGES = ("core", "batches")
+LARGER_BATCHES = {"two-stage, large batches": "two-stage", "online, large target batch": "online"}
+BATCH_FACTOR = 4
+ARMS = {
+    "core": ("uniform", "natural", "nearest", "two-stage", "online"),
+    "batches": tuple(LARGER_BATCHES),
+}
 OPTIONS = {
     "two-stage": {"recipe": "official", "mu": 0.01},
     "online": {"recipe": "official", "mu": 0.002, "mode": "online", "reweight_steps": 5},
@@ -95,7 +105,7 @@ SCALES = {
         num_target=512,
         num_test=1600,
         length=64,
-        seeds=(1, 2, 3),
+        seeds=(1, 2, 3, 4, 5),
     ),
     "gpu": Settings(
         text=TextSettings(16_384, 512),
@@ -109,6 +119,15 @@ SCALES = {
         seeds=(1, 2, 3),
     ),
 }
+
+
+def options_of(arm: str, tuning: TrainingSettings) -> dict[str, Any] | None:
+    """What an arm that learns gives to `DoGEConfig`; `None` for the others."""
+    if arm not in LARGER_BATCHES:
+        return OPTIONS.get(arm)
+    larger = BATCH_FACTOR * tuning.batch_size
+    options = {**OPTIONS[LARGER_BATCHES[arm]], "per_device_target_batch_size": larger}
+    return options if options.get("mode") == "online" else {**options, "per_device_train_batch_size": larger}
 
 
 class FineTuning:
@@ -156,23 +175,30 @@ class FineTuning:
         settings = self.settings
         key = {**self.key, "pretraining": plain(settings.pretraining), "tuning": plain(settings.tuning)}
         sizes = {"source": settings.num_source, "target": settings.num_target, "test": settings.num_test}
-        key |= {"arm": arm, "options": OPTIONS.get(arm), "sizes": sizes, "length": settings.length, "seed": seed}
-        return self.args.store.get(f"tuned-{arm}-seed{seed}", key, lambda: self._tune(arm, seed))
+        key |= {
+            "arm": arm,
+            "options": options_of(arm, settings.tuning),
+            "sizes": sizes,
+            "length": settings.length,
+            "seed": seed,
+        }
+        return self.args.store.get(f"tuned-{_file_name(arm)}-seed{seed}", key, lambda: self._tune(arm, seed))
 
     def _tune(self, arm: str, seed: int) -> dict[str, Any]:
         settings = self.settings
         train = {name: self.questions(name, "train", settings.num_source, seed) for name in SOURCES}
         target = {TARGET: self.questions(TARGET, "train", settings.num_target, seed)}
         test = self.questions(TARGET, "test", settings.num_test, 0)
-        folder = self.args.output_dir / "tuned" / f"{arm}-seed{seed}"
-        if arm in OPTIONS:
-            model, weights = self._learn(OPTIONS[arm], train, target, seed, folder)
+        folder = self.args.output_dir / "tuned" / f"{_file_name(arm)}-seed{seed}"
+        options = options_of(arm, settings.tuning)
+        if options is not None:
+            model, weights = self._learn(options, train, target, seed, folder)
         elif arm == "nearest":
             weights = {name: float(name == NEAREST) for name in SOURCES}
         else:
             counts = {name: len(rows) if arm == "natural" else 1 for name, rows in train.items()}
             weights = DomainWeights.from_mapping(counts).mean
-        if arm != "online":
+        if options is None or options.get("mode") != "online":
             model = self._tune_on(weights, train, seed, folder)
         return {**evaluate_answers(model, test, self.data.tokenizer), "weights": weights}
 
@@ -208,21 +234,22 @@ class FineTuning:
 
 def run(args: Arguments) -> Results:
     """Run all arms and tabulate them."""
-    args.choose_stages(())
+    stages = args.choose_stages(STAGES)
     tuning = FineTuning(args)
     tuning.pretrain()
     seeds = args.seeds or tuning.settings.seeds
-    runs = {(arm, seed): tuning.tune(arm, seed) for seed in seeds for arm in ARMS}
+    arms = [*ARMS["core"], *(ARMS["batches"] if "batches" in stages else ())]  # all are compared with `core`
+    runs = {(arm, seed): tuning.tune(arm, seed) for seed in seeds for arm in arms}
 
     def change(arm: str, measure: str, factor: float) -> list[float | None]:
         interval = t_interval([factor * (runs[arm, seed][measure] - runs["uniform", seed][measure]) for seed in seeds])
         return [interval.mean, interval.low, interval.high]
 
-    compared = [arm for arm in ARMS if arm != "uniform"]
+    compared = [arm for arm in arms if arm != "uniform"]
     found = {arm: {"loss": change(arm, "loss", 1), "accuracy": change(arm, "accuracy", 100)} for arm in compared}
     weights = {
         arm: {name: t_interval([runs[arm, seed]["weights"][name] for seed in seeds]) for name in SOURCES}
-        for arm in ARMS
+        for arm in arms
     }
     cells = [
         [
@@ -233,7 +260,7 @@ def run(args: Arguments) -> Results:
             "" if arm == "uniform" else format_change(found[arm]["accuracy"]),
             *[f"{weights[arm][name].mean:.3f}" for name in SOURCES],
         ]
-        for arm in ARMS
+        for arm in arms
     ]
     table = Table(
         title=(
@@ -251,7 +278,7 @@ def run(args: Arguments) -> Results:
                 "accuracy": runs[arm, seed]["accuracy"],
                 **{f"weight_{name}": runs[arm, seed]["weights"][name] for name in SOURCES},
             }
-            for arm in ARMS
+            for arm in arms
             for seed in seeds
         ],
     )
@@ -261,6 +288,10 @@ def run(args: Arguments) -> Results:
         figures=round_figures(figures),
         plot=lambda path: plot_changes({"target": found}, path, yardstick="loss of the target's answers", unit="nats"),
     )
+
+
+def _file_name(arm: str) -> str:
+    return arm.replace(", ", "-").replace(" ", "-")
 
 
 def _format_loss_change(change: list[float | None]) -> str:

@@ -11,7 +11,7 @@ Written before any run of this module:
   at this scale. Besides, by their names in the harness, the six tasks the paper reports: copa, sciq, logiqa, piqa, wic, winogrande; where their
   datasets cannot be reached they are left out and a note says so.
 - **Shots.** The paper gives five examples. Models of blocks of 64 tokens have no room for them: 0 examples at the tiny and small scales, 5 at gpu.
-- **Models.** The arms of the stage `core` of `doge_universal` at the smaller size (at gpu: all its arms), five seeds; missing ones are trained.
+- **Models.** The arms of the stages `core` and `arms` of `doge_universal` at the smaller size, five seeds; missing ones are trained.
 - **Measure.** Accuracy; an arm *helps* if the 95 % t interval over seeds of the change in mean accuracy over the local tasks
   against uniform lies above 0. With 512 questions one standard error of one model is 2 points, so only large
   effects can show.
@@ -31,7 +31,7 @@ import numpy as np
 from transformers import AutoModelForCausalLM
 
 from benchmarks.reproduce.arguments import Arguments
-from benchmarks.reproduce.doge_universal import ARMS, CORE_ARMS, Universal, format_change, round_figures
+from benchmarks.reproduce.doge_universal import ARMS, Universal, format_change, round_figures
 from benchmarks.reproduce.intervals import t_interval
 from benchmarks.reproduce.plots import plot_changes
 from benchmarks.reproduce.report import Results, Table
@@ -53,7 +53,7 @@ class Settings:
 
 SCALES = {
     "tiny": Settings(num_questions=4, num_fewshot=0, arms=("uniform", "natural")),
-    "small": Settings(num_questions=64, num_fewshot=0, arms=CORE_ARMS),
+    "small": Settings(num_questions=64, num_fewshot=0, arms=ARMS),
     "gpu": Settings(num_questions=500, num_fewshot=5, arms=ARMS),
 }
 
