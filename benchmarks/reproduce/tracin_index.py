@@ -24,9 +24,10 @@ from benchmarks.reproduce.tracin_case_deletion import SIZES, train_explained
 from hf_doge import InfluenceIndex
 from hf_doge.tracing.batches import SequentialBatches
 from hf_doge.tracing.examples import Examples
-from hf_doge.tracing.recording import make_recorder, open_shared_index, record_checkpoint
+from hf_doge.tracing.recording import make_recorder, record_checkpoint
 from hf_doge.tracing.scorers import TracInWEScorer
 from hf_doge.tracing.settings import RecordingSettings
+from hf_doge.tracing.shared_index import open_shared_index
 from hf_doge.tracing.small_tasks import PAD, SEPARATOR, START, UNKNOWN
 from hf_doge.tracing.small_training import to_batches
 from hf_doge.tracing.weights import MODELS, save_model

@@ -18,14 +18,9 @@ from hf_doge.tracing.batches import SequentialBatches
 from hf_doge.tracing.examples import Examples
 from hf_doge.tracing.fingerprints import model_fingerprint, unwrap_model
 from hf_doge.tracing.processes import process_index, run_on_all_processes, run_on_main_process
-from hf_doge.tracing.recording import (
-    SharedIndex,
-    check_first_batch,
-    make_recorder,
-    open_shared_index,
-    record_checkpoint,
-)
+from hf_doge.tracing.recording import check_first_batch, make_recorder, record_checkpoint
 from hf_doge.tracing.settings import RecordingSettings
+from hf_doge.tracing.shared_index import SharedIndex, open_shared_index
 from hf_doge.tracing.weights import logged_learning_rate
 
 logger = logging.getLogger(__name__)

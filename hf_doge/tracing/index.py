@@ -24,6 +24,7 @@ from hf_doge.artifacts.hub.fetch import fetch_folder
 from hf_doge.artifacts.influence import IndexReader
 from hf_doge.artifacts.influence.remote import RemoteIndexReader
 from hf_doge.gradients.example_losses import LossFunction
+from hf_doge.tracing.fingerprints import tokenizer_fingerprint
 from hf_doge.tracing.hits import (
     HIT_FEATURES,
     TokenParts,
@@ -39,7 +40,6 @@ from hf_doge.tracing.index_folder import FETCHED_FILES, copy_index
 from hf_doge.tracing.models import LoadModel, checkpoint_folders
 from hf_doge.tracing.queries import TEXT_FIELDS, Query, check_queries
 from hf_doge.tracing.query_rows import QueryRowMaker
-from hf_doge.tracing.recording import tokenizer_fingerprint
 from hf_doge.tracing.scoring import QueryScorer
 from hf_doge.tracing.shares import build_on_each_machine, share_work
 

@@ -33,8 +33,9 @@ from hf_doge.tracing.online_capture import CaughtRows, TrainingCapture
 from hf_doge.tracing.online_identity import IdentifiedBatches
 from hf_doge.tracing.online_spill import RowSpill, Segment, merged_rows, read_journal, read_segments
 from hf_doge.tracing.processes import require_shared_folder, run_on_all_processes, run_on_main_process
-from hf_doge.tracing.recording import open_writer, require_same_embeddings
+from hf_doge.tracing.recording import require_same_embeddings
 from hf_doge.tracing.settings import RecordingSettings
+from hf_doge.tracing.shared_index import open_writer
 
 logger = logging.getLogger(__name__)
 

@@ -1,0 +1,221 @@
+"""Opening an index to record to: by one process, or by all of them, each of which writes some of its segments."""
+
+import hashlib
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from hf_doge.artifacts.influence import IndexWriter
+from hf_doge.artifacts.provenance import describe_dataset, describe_model, describe_process, public_name
+from hf_doge.gradients.embedding_uses import input_embedding_matrix
+from hf_doge.tracing.batches import preserved_random_state
+from hf_doge.tracing.examples import Examples, count_tokens, describe_examples
+from hf_doge.tracing.fingerprints import (
+    dataset_fingerprint,
+    tokenizer_fingerprint,
+    unwrap_model,
+)
+from hf_doge.tracing.limits import num_classes, num_positions
+from hf_doge.tracing.processes import (
+    process_index,
+    require_shared_folder,
+    run_on_all_processes,
+    run_on_main_process,
+)
+from hf_doge.tracing.ranges import expected_rows, plan_borders
+from hf_doge.tracing.settings import RecordingSettings, text_tokenizer
+
+
+def open_writer(
+    folder: str | os.PathLike,
+    *,
+    model: nn.Module,
+    dataset: Any,
+    tokenizer: Any | None,
+    settings: RecordingSettings,
+    metadata: Mapping[str, Any] | None = None,
+    add_examples: bool = False,
+    sign_of_life: Callable[[], None] = lambda: None,
+) -> IndexWriter:
+    """
+    Open an index for a model and a dataset, new or to be continued, with its examples written.
+
+    Args:
+        folder (`str` or `os.PathLike`): Of the index.
+        model (`nn.Module`): With input embeddings.
+        dataset (`Dataset` or [`Examples`]): Tokenised examples; their readable columns are kept.
+        tokenizer (`PreTrainedTokenizerBase`, *optional*): What turned text into these tokens; a processor will do.
+        settings ([`RecordingSettings`]): How rows are made and stored.
+        metadata (`Mapping`, *optional*): Anything else worth knowing, in terms of JSON.
+        add_examples (`bool`): Whether the index is there, and is to have the examples behind its own in `dataset` as well.
+        sign_of_life (`Callable`): Called every now and then.
+
+    Raises:
+        ValueError: if the model has no input embeddings, an example cannot be recorded, or the folder holds an index of
+            another dataset, model or settings; the message says which.
+    """
+    model = unwrap_model(model)
+    matrix = input_embedding_matrix(model)
+    if not isinstance(dataset, Examples):
+        dataset = Examples(dataset, dataset)
+    if len(dataset) == 0:
+        raise ValueError("The dataset to record must have examples, but it is empty. Pass one that is not.")
+    table = describe_examples(
+        dataset,
+        vocabulary_size=len(matrix),
+        num_positions=num_positions(model),
+        num_classes=num_classes(model) if settings.loss_fn is None else None,
+        sign_of_life=sign_of_life,
+    )
+    writer = IndexWriter(
+        folder,
+        width=matrix.shape[1],
+        vocabulary_size=len(matrix),
+        num_examples=len(dataset),
+        dtype=settings.dtype,
+        projection_width=settings.projection_width,
+        projection_seed=settings.projection_seed,
+        max_segment_bytes=settings.max_segment_bytes,
+        add_examples=add_examples,
+        settings={
+            **settings.to_manifest(tokenizer),
+            "virtual": not matrix.requires_grad,
+            "tokenizer": _describe_tokenizer(tokenizer),
+            "dataset": {
+                "fingerprint": dataset_fingerprint(table.column("content_hash").to_pylist()),
+                "num_rows": len(dataset),
+            },
+            "metadata": {
+                **describe_process(),
+                "model": describe_model(model),
+                "dataset": describe_dataset(dataset.described),
+                **(metadata or {}),
+            },
+        },
+    )
+    try:
+        writer.write_examples(table)
+    except BaseException:
+        writer.close()
+        raise
+    return writer
+
+
+def _describe_tokenizer(processing_class: Any | None) -> dict[str, Any] | None:
+    tokenizer = text_tokenizer(processing_class)
+    if not hasattr(tokenizer, "get_vocab"):
+        return None
+    return {
+        "name": public_name(getattr(tokenizer, "name_or_path", None)),
+        "vocabulary_size": len(tokenizer),
+        "fingerprint": tokenizer_fingerprint(tokenizer),
+    }
+
+
+@dataclass
+class SharedIndex:
+    """
+    An index that all processes record to, each some segments of every checkpoint.
+
+    Attributes:
+        writer (`IndexWriter`): On the main process from [`open_writer`]; on the others it writes segments only.
+        borders (`list[int]`): The examples that segments begin with, the same however many processes there are.
+    """
+
+    writer: IndexWriter
+    borders: list[int]
+
+    def has_whole(self, name: str) -> bool:
+        """Whether a checkpoint is whole, as the main process knows; all processes ask."""
+        return run_on_main_process(lambda sign_of_life: self.writer.has_whole(name))
+
+    def close(self) -> None:
+        """Let others write the index; of the processes, the main one alone keeps them from it."""
+        self.writer.close()
+
+
+def open_shared_index(
+    folder: str | os.PathLike,
+    *,
+    model: nn.Module,
+    dataset: Examples,
+    tokenizer: Any | None,
+    settings: RecordingSettings,
+    metadata: Mapping[str, Any] | None = None,
+    seed: int = 0,
+    add_examples: bool = False,
+) -> SharedIndex:
+    """
+    [`open_writer`] for all processes, each of which calls this: the main one opens the index, the others join.
+
+    Args:
+        folder, model, dataset, tokenizer, settings, metadata: See [`open_writer`].
+        seed (`int`): Of what a dataset draws while its tokens are counted.
+        add_examples (`bool`): See [`open_writer`].
+
+    Raises:
+        BlockingIOError: Somebody else is writing the index.
+        ValueError: As [`open_writer`]; or a process has another dataset or does not see the folder. It names itself.
+        ProcessFailedError: Another process raised an error.
+    """
+
+    def open_on_main(sign_of_life: Callable[[], None]) -> list[Any]:
+        nonlocal writer
+        writer = open_writer(
+            folder,
+            model=model,
+            dataset=dataset,
+            tokenizer=tokenizer,
+            settings=settings,
+            metadata=metadata,
+            add_examples=add_examples,
+            sign_of_life=sign_of_life,
+        )
+        with preserved_random_state(seed):
+            num_tokens = count_tokens(dataset.recorded, sign_of_life=sign_of_life)
+        num_rows = expected_rows(num_tokens, settings, vocabulary_size=writer.config["vocabulary_size"])
+        capacity = settings.max_segment_bytes // (4 * writer.config["stored_width"])
+        first = writer.first_example
+        borders = [first + border for border in plan_borders(num_rows[first:], max(1, capacity))]
+        return borders, _some_examples(dataset.recorded, seed)
+
+    def join(sign_of_life: Callable[[], None]) -> None:
+        nonlocal writer
+        if process_index() > 0:
+            found = _some_examples(dataset.recorded, seed)
+            if found != expected:
+                raise ValueError(
+                    f"All processes must record the same dataset, but that of process {process_index()} differs from the"
+                    f" main one's: it has {found[0]} examples, not {expected[0]}, or other tokens. Give each process the"
+                    " whole dataset; recording shares it out."
+                )
+            writer = IndexWriter.join(
+                folder,
+                max_segment_bytes=settings.max_segment_bytes,
+                num_examples=len(dataset) if add_examples else None,
+            )
+
+    writer: IndexWriter | None = None
+    try:
+        borders, expected = run_on_main_process(open_on_main)
+        require_shared_folder(folder)
+        run_on_all_processes(join)
+    except BaseException:
+        if writer is not None:
+            writer.close()
+        raise
+    return SharedIndex(writer, borders)
+
+
+def _some_examples(dataset: Any, seed: int) -> list[Any]:
+    """How many there are, and a checksum of a few."""
+    positions = sorted({0, len(dataset) // 2, len(dataset) - 1})
+    digest = hashlib.sha256()
+    with preserved_random_state(seed):
+        for position in positions:
+            digest.update(np.asarray(dataset[position]["input_ids"], dtype=np.int64).tobytes())
+    return [len(dataset), digest.hexdigest()]
