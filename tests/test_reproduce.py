@@ -17,7 +17,7 @@ from benchmarks.reproduce.store import PartStore
 # Name, further arguments, and the tables it must leave.
 CASES = [
     ("doge_universal", ["--stages", "core", "arms"], ["perplexity", "domains", "weights", "scores", "cost"]),
-    ("doge_out_of_domain", ["--stages", "languages"], ["perplexity", "weights"]),
+    ("doge_out_of_domain", ["--stages", "languages"], ["perplexity", "unigram", "weights"]),
     ("doge_data_restricted", [], ["perplexity", "weights", "epochs"]),
     ("doge_finetune", [], ["target"]),
 ]
@@ -102,6 +102,12 @@ def test_few_shot_without_the_harness_is_skipped_with_a_message(data_dir, output
     assert "pip install 'hf-doge[few-shot]'" in capsys.readouterr().out
 
 
+def test_weights_are_tabulated_without_any_base_run(data_dir, output_dir, tmp_path):
+    argv = ["doge_universal", "--data_dir", str(data_dir), "--output_dir", str(output_dir), "--scale", "tiny"]
+    assert main([*argv, "--results_dir", str(tmp_path), "--stages", "variants"]) == 0
+    assert "paper_sum_clipped" in (tmp_path / "doge_universal" / "weights.md").read_text()
+
+
 def test_an_unknown_stage_is_refused(data_dir, output_dir):
     argv = ["doge_universal", "--data_dir", str(data_dir), "--output_dir", str(output_dir), "--scale", "tiny"]
     with pytest.raises(ValueError, match=r"`--stages` of doge_universal must be among"):
@@ -113,6 +119,19 @@ def test_a_part_with_other_arguments_is_computed_again(tmp_path):
     assert store.get("part", {"seed": 1}, lambda: [1]) == [1]
     assert store.get("part", {"seed": 1}, lambda: [2]) == [1]
     assert store.get("part", {"seed": 2}, lambda: [3]) == [3]
+
+
+def test_a_folder_belongs_to_one_scale_and_one_set_of_data(data_dir, output_dir, tmp_path):
+    store = PartStore(tmp_path / "experiment" / "parts")
+    store.belongs_to(scale="tiny", data="a")
+    store.belongs_to(scale="tiny", data="a")
+    with pytest.raises(ValueError, match="was made with data=a, but this run has data=b"):
+        store.belongs_to(scale="tiny", data="b")
+    argv = ["doge_universal", "--data_dir", str(data_dir), "--output_dir", str(tmp_path)]
+    (tmp_path / "doge_universal").mkdir()
+    (tmp_path / "doge_universal" / "about.json").write_text('{"scale": "small", "data": "x"}')
+    with pytest.raises(ValueError, match="scale=small, but this run has scale=tiny"):
+        main([*argv, "--scale", "tiny"])
 
 
 def test_a_part_that_fails_leaves_nothing_behind(tmp_path):

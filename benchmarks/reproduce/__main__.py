@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.reproduce.arguments import SCALES, Arguments
-from benchmarks.reproduce.machine import describe_commit
+from benchmarks.reproduce.machine import describe_commit, describe_data
 from benchmarks.reproduce.report import write_results
 from benchmarks.reproduce.store import PartStore
 
@@ -69,6 +69,7 @@ def main(argv: list[str] | None = None) -> int:
         store=PartStore(parsed.output_dir / parsed.name / "parts"),
     )
     describe_commit()  # before the run: what is committed meanwhile is not what runs
+    args.store.belongs_to(scale=args.scale, data=describe_data(args.data_dir))
     experiment = importlib.import_module(f"benchmarks.reproduce.{parsed.name}")
     results = experiment.run(args)
     write_results(results, args, results_dir / parsed.name)

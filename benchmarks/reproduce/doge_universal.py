@@ -278,23 +278,23 @@ def run(args: Arguments) -> Results:
             size: {arm: changes(runs, size, arm, seeds) for arm in arms if arm != "uniform"}
             for size, arms in arms_by_size.items()
         }
-        learned = [arm for arm in arms_by_size.get(smaller, ()) if arm not in ("uniform", "natural", "random")]
-        by_variant = {
-            arm: [universal.doremi(seed) if arm == "doremi" else _proxy_of(universal, arm, seed) for seed in seeds]
-            for arm in learned
+    by_variant = {
+        arm: [universal.doremi(seed) if arm == "doremi" else _proxy_of(universal, arm, seed) for seed in seeds]
+        for arm in arms_by_size.get(smaller, ())
+        if arm not in ("uniform", "natural", "random")
+    }
+    if "variants" in stages:
+        for arm in CAUSES:
+            by_variant.setdefault(arm, [_proxy_of(universal, arm, seed) for seed in settings.stability_seeds])
+    if "stability" in stages:
+        by_variant |= stability_variants(universal, settings.stability_seeds)
+    if by_variant:
+        tables["weights"] = tabulate_weights(by_variant, universal.names)
+        tables["scores"] = tabulate_scores(by_variant, universal.names)
+        figures["weights"] = {
+            name: {domain: t_interval([r["mean"][domain] for r in found]).mean for domain in universal.names}
+            for name, found in by_variant.items()
         }
-        if "variants" in stages:
-            for arm in CAUSES:
-                by_variant.setdefault(arm, [_proxy_of(universal, arm, seed) for seed in settings.stability_seeds])
-        if "stability" in stages:
-            by_variant |= stability_variants(universal, settings.stability_seeds)
-        if by_variant:
-            tables["weights"] = tabulate_weights(by_variant, universal.names)
-            tables["scores"] = tabulate_scores(by_variant, universal.names)
-            figures["weights"] = {
-                name: {domain: t_interval([r["mean"][domain] for r in found]).mean for domain in universal.names}
-                for name, found in by_variant.items()
-            }
     tables["cost"], figures["cost_share"] = tabulate_cost(universal)
     plotted = figures.get("change_percent")
     return Results(
@@ -361,10 +361,7 @@ def tabulate_perplexity(runs: Mapping, arms_by_size: Mapping[str, tuple[str, ...
                     format_change(change and change["geometric"]),
                     t_interval([f["worst"] for f in found]).format(1),
                     format_change(change and change["worst"]),
-                    *[
-                        f"{t_interval([math.exp(runs[size, arm, s]['losses'][n]) for s in seeds]).mean:.1f}"
-                        for n in names
-                    ],
+                    *[t_interval([math.exp(runs[size, arm, s]["losses"][n]) for s in seeds]).format(1) for n in names],
                 ]
             )
             rows += [
@@ -477,10 +474,18 @@ def tabulate_scores(by_variant: Mapping[str, list[dict[str, Any]]], names: tuple
         drift = t_interval([result["drift"][heaviest] for result in found])
         top = t_interval([result["top10_drift"][heaviest] for result in found])
         median = t_interval([result["score_median"][heaviest] for result in found])
-        others = t_interval(
-            [float(np.mean([v for n, v in result["score_median"].items() if n != heaviest])) for result in found]
+        top_of_others, median_of_others = (
+            t_interval([float(np.mean([v for n, v in result[what].items() if n != heaviest])) for result in found])
+            for what in ("top10_drift", "score_median")
         )
-        cells.append([variant, heaviest, drift.format(), top.format(), f"{median.mean:.3g}", f"{others.mean:.3g}"])
+        cells.append(
+            [
+                variant,
+                heaviest,
+                *(drift.format(), top.format(), top_of_others.format()),
+                *(f"{median.mean:.3g}", f"{median_of_others.mean:.3g}"),
+            ]
+        )
         rows += [
             {
                 "variant": variant,
@@ -495,10 +500,11 @@ def tabulate_scores(by_variant: Mapping[str, list[dict[str, Any]]], names: tuple
         ]
     return Table(
         title=(
-            "Where the heaviest domain's weight comes from: its gain in log weight over the mean domain, the part of it "
-            "that its ten steps of largest score make, and its median score beside the mean of the others' medians."
+            "Where the heaviest domain's weight comes from: its gain in log weight over the mean domain; the part of it "
+            "that its ten steps of largest score make, beside the mean of what the others' ten make (noise alone makes some); and its "
+            "median score beside the mean of the others' medians."
         ),
-        header=["variant", "heaviest", "gain, nats", "of it from 10 steps", "median score", "others'"],
+        header=["variant", "heaviest", "gain, nats", "of it from 10 steps", "others'", "median score", "others'"],
         cells=cells,
         rows=rows,
     )

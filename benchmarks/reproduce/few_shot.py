@@ -33,6 +33,7 @@ from transformers import AutoModelForCausalLM
 from benchmarks.reproduce.arguments import Arguments
 from benchmarks.reproduce.doge_universal import ARMS, Universal, format_change, round_figures
 from benchmarks.reproduce.intervals import t_interval
+from benchmarks.reproduce.machine import describe_data
 from benchmarks.reproduce.plots import plot_changes
 from benchmarks.reproduce.report import Results, Table
 from benchmarks.reproduce.store import PartStore
@@ -66,9 +67,9 @@ def run(args: Arguments) -> Results:
         return Results(tables={}, figures={"skipped": note}, notes=[note])
     settings = SCALES[args.scale]
     folder = args.output_dir.parent / "doge_universal"
-    universal = Universal(
-        dataclasses.replace(args, name="doge_universal", output_dir=folder, store=PartStore(folder / "parts"))
-    )
+    store = PartStore(folder / "parts")
+    store.belongs_to(scale=args.scale, data=describe_data(args.data_dir))
+    universal = Universal(dataclasses.replace(args, name="doge_universal", output_dir=folder, store=store))
     seeds = args.seeds or universal.settings.seeds
     local = write_tasks(args.data_dir / "lm", args.output_dir / "tasks", settings)
     public, left_out = find_public_tasks()

@@ -1,6 +1,7 @@
-"""Where numbers come from: the commit and the machine."""
+"""Where numbers come from: the commit, the data and the machine."""
 
 import functools
+import hashlib
 import os
 import platform
 import subprocess
@@ -28,6 +29,16 @@ def describe_commit() -> str:
     except (OSError, subprocess.TimeoutExpired):
         return "unknown"
     return result.stdout.strip() or "unknown"
+
+
+def describe_data(data_dir: Path) -> str:
+    """A digest of the names and contents of all files of a data folder."""
+    digest = hashlib.sha256()
+    for path in sorted(path for path in Path(data_dir).rglob("*.gz") if path.is_file()):
+        with open(path, "rb") as file:
+            contents = hashlib.file_digest(file, "sha256").hexdigest()
+        digest.update(f"{path.relative_to(data_dir).as_posix()} {contents}\n".encode())
+    return digest.hexdigest()[:16]
 
 
 def describe_machine() -> str:

@@ -26,6 +26,26 @@ class PartStore:
         self.folder = Path(folder)
         self.used: dict[str, dict[str, Any]] = {}
 
+    def belongs_to(self, **facts: str) -> None:
+        """
+        Keep this folder for one scale and one set of data: parts and models are found by names that do not hold these.
+
+        Raises:
+            `ValueError`: if its parts were made with others.
+        """
+        path = self.folder.with_name("about.json")
+        if path.exists():
+            kept = json.loads(path.read_text(encoding="utf-8"))
+            for name, value in facts.items():
+                if kept[name] != value:
+                    raise ValueError(
+                        f"What is in {self.folder.parent} was made with {name}={kept[name]}, but this run has {name}={value}. "
+                        "Give another `--output_dir`, or delete that folder."
+                    )
+            return
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(facts, indent=1), encoding="utf-8")
+
     def get(self, part: str, arguments: Mapping[str, Any], compute: Callable[[], Any]) -> Any:
         """
         The result of a part: read where it was finished with these arguments, else computed and kept.
