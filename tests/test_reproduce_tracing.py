@@ -12,8 +12,14 @@ from benchmarks.reproduce.layer_gradients import layer_gradients, weight_layers
 from benchmarks.reproduce.tracin_index import write_index
 from benchmarks.reproduce.tracin_lm import SIZES, gradients_by_side, make_model, middle_layers
 from benchmarks.reproduce.tracin_mislabelled import detection_area
-from benchmarks.reproduce.tracin_scorers import CosineTracInWEScorer, TracInLayerScorer, TracInWESynScorer
-from hf_doge.tracing.scorers import TracInLastScorer, TracInWEScorer
+from benchmarks.reproduce.tracin_scorers import (
+    CosineTracInWEScorer,
+    InfluenceLastAllScorer,
+    SameClassScorer,
+    TracInLayerScorer,
+    TracInWESynScorer,
+)
+from hf_doge.tracing.scorers import InfluenceLastScorer, TracInLastScorer, TracInWEScorer
 from hf_doge.tracing.small_classifiers import make_classifier
 from hf_doge.tracing.small_training import to_batches
 
@@ -110,6 +116,18 @@ def test_an_example_has_cosine_one_with_itself(classifier, batches):
     scores = CosineTracInWEScorer([classifier, classifier], [0.5, 0.25]).scores(batches, batches)
     np.testing.assert_allclose(scores.diagonal(), 0.75, rtol=1e-5)
     assert np.abs(scores).max() <= 0.75 + 1e-6
+
+
+def test_knowing_the_label_alone_puts_the_class_first_and_the_others_last(batches):
+    scores = SameClassScorer(seed=0).scores(batches, batches)
+    labels = torch.cat([batch["labels"] for batch in batches]).numpy()
+    assert ((scores > 0) == (labels[:, None] == labels[None])).all()
+
+
+def test_the_last_layers_influence_is_summed_over_checkpoints(classifier, batches):
+    alone = InfluenceLastScorer(classifier, damping=1.0).scores(batches, batches)
+    both = InfluenceLastAllScorer([classifier, classifier], [0.5, 0.25]).scores(batches, batches)
+    np.testing.assert_allclose(both, 0.75 * alone, rtol=1e-5)
 
 
 def test_both_sides_of_a_tied_matrix_add_up_to_its_gradient():

@@ -32,9 +32,9 @@ def describe_commit() -> str:
 
 
 def describe_data(data_dir: Path) -> str:
-    """A digest of the names and contents of all files of a data folder."""
+    """A digest of the names and contents of all JSONL files of a data folder."""
     digest = hashlib.sha256()
-    for path in sorted(path for path in Path(data_dir).rglob("*.gz") if path.is_file()):
+    for path in sorted(path for path in Path(data_dir).rglob("*.jsonl*") if path.is_file()):
         with open(path, "rb") as file:
             contents = hashlib.file_digest(file, "sha256").hexdigest()
         digest.update(f"{path.relative_to(data_dir).as_posix()} {contents}\n".encode())

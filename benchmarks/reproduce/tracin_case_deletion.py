@@ -7,13 +7,12 @@ Decided before the first result was seen:
   training examples of at most 32 tokens, Adam, four checkpoints, the recipes of `hf_doge.tracing.influence_evaluation`.
 - Test points in blocks of 5, from one permutation of the test examples; a round is one block of each of the six tables.
   Six rounds are planned at small scale. Should the clock stop it, whole rounds count and no others, whatever they show.
-- k = 10 and 40 of 500. Scores are of seed 1's run; each block retrains under one seed of its own, never 1: a retraining costs
+- k = 10 and 40 of 500. Scores are of seed 1's run (changed later, see below); each block retrains under one seed of its own, never 1: a retraining costs
   the same whether it serves another seed or another point, and other points say more. With several blocks an interval over
   points holds the seeds' noise too; with one it does not. (First planned: two seeds for every point. Changed for time alone,
   when 53 of 382 retrainings of the first block were done and no probability had been looked at.)
-- f is the probability of the class that seed 1's model predicts. AUC-DEL+ (without proponents, lower is better) and AUC-DEL-
-  (without opponents, higher is better) are means over k; intervals are 95 % bootstrap over points; `less tracin_we` are
-  differences on the same points.
+- f is the probability of the class that the explained model predicts. AUC-DEL+ (without proponents, lower is better) and AUC-DEL-
+  (without opponents, higher is better) are means over k; `less tracin_we` are differences on the same points.
 - The paper's claim holds in a table if AUC-DEL+ of `tracin_we` is below that of each last-layer method with an interval of the
   paired difference that leaves 0 out, and the like for AUC-DEL-. Its explanation holds if the cancellation ratio of the
   embedding is the lowest of all layers. The rebuttal's claim holds if `tracin_middle` is better than `tracin_we` in that sense.
@@ -21,24 +20,38 @@ Decided before the first result was seen:
 - A cause looked for: `tracin_we_cosine` shows what the length of gradients does. `distinct` is how many different examples
   stand among the ten strongest proponents of five points, of 50 places: few if some examples are proponents of everything.
 
-Added after the first round was seen, where cosine was the best of all without proponents: stages `cosine0`, ..., the cosine on
-the middle and on the last layer for the same points, which tell what cosine does from what the embedding does.
+Added after the first round was seen, where cosine was the best of all without proponents: stages `cosine0`, `cosine1`, `cosine2`, the cosine
+on the middle and on the last layer for the same points, which tell what cosine does from what the embedding does.
+
+Changed after the first three rounds had been run and the first been read, upon a review:
+
+- Rounds 3 and 4 explain a second model of each table, of seed 11, so that intervals over all tables can take models as the units; the sixth round
+  was dropped for that. All intervals are Student's t: over points in a table, over the models (tables and seeds) in `all`. A bootstrap
+  of five points, as there was before, is too narrow.
+- Stages `peers0`, ...: scorers that meet TracIn-WE on equal terms, on the same points. `bm25_signed` knows the labels, as every gradient does:
+  examples of another class count negative. `same_class` is at random among the examples of the explained class (opponents: of the others).
+  `influence_last_all` sums over the four checkpoints, as TracIn does, and is damped by the mean of the Hessian's diagonal, where
+  `influence_last` sees the last checkpoint, at which the learning rate is nearly 0, and is damped by a hundredth. `tracin_we_cosine_no_special` leaves
+  out the tokens that stand in every example.
+- Cancellation is given in a second form, `sum_i |g_i| / |sum_i g_i|` summed over the entries of both: with norms, sparse gradients that share no
+  entry give sqrt(N) without anything being cancelled.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import torch
 from torch import nn
 
 from benchmarks.reproduce.arguments import Arguments
-from benchmarks.reproduce.intervals import t_interval
+from benchmarks.reproduce.intervals import Interval, t_interval
 from benchmarks.reproduce.layer_gradients import layer_gradients, weight_layers
 from benchmarks.reproduce.report import Results, Table, new_figure
-from benchmarks.reproduce.tracin_scorers import make_experiment_scorer
-from hf_doge.evaluation.influence.bootstrap import bootstrap_interval
+from benchmarks.reproduce.tracin_scorers import make_experiment_scorer, record_rows
 from hf_doge.evaluation.influence.case_deletion import case_deletion
 from hf_doge.evaluation.influence.deletion_result import CaseDeletionResult
 from hf_doge.functional.tracin_we import cancellation_ratio
@@ -69,7 +82,11 @@ SCORERS = (
     "bm25",
     "random",
 )
-COSINES = ("tracin_middle_cosine", "tracin_last_cosine")  # of the stages that were added later
+# Of the stages that were added later.
+COSINES = ("tracin_middle_cosine", "tracin_last_cosine")
+PEERS = ("bm25_signed", "same_class", "influence_last_all", "tracin_we_cosine_no_special")
+NUM_COSINES = 3  # rounds with the stage `cosine`
+FIRST_ROUND_OF_SEED = {0: 1, 3: 11}  # the explained run of each round
 
 
 @dataclass(frozen=True)
@@ -85,7 +102,7 @@ class Sizes:
     width: int = 32
     ks: tuple[int, ...] = (10, 40)
     points_per_block: int = 5
-    num_blocks: int = 6
+    num_blocks: int = 5
 
 
 SIZES = {
@@ -144,11 +161,16 @@ def _make_model(
     return make_classifier(architecture, vocabulary_size, num_classes, width=width, max_length=max_length, seed=seed)
 
 
+def explained_seed(block: int) -> int:
+    """Seed of the run that a round explains."""
+    return FIRST_ROUND_OF_SEED[max(first for first in FIRST_ROUND_OF_SEED if first <= block)]
+
+
 def deletion_part(
     data_dir: Path, output_dir: Path, task_name: str, architecture: str, block: int, sizes: Sizes, seed: int
 ) -> dict:
     """One block of test points of one table: every probability after every retraining, and what the scores look like."""
-    explained = train_explained(data_dir, task_name, architecture, sizes)
+    explained = train_explained(data_dir, task_name, architecture, sizes, explained_seed(block))
     task = explained.task
     order = np.random.default_rng(0).permutation(len(task.test["labels"]))
     points = order[block * sizes.points_per_block : (block + 1) * sizes.points_per_block]
@@ -226,6 +248,23 @@ def layers_part(data_dir: Path, task_name: str, architecture: str, sizes: Sizes)
     }
 
 
+def entries_part(data_dir: Path, task_name: str, architecture: str, sizes: Sizes) -> list:
+    """Cancellation of every layer's weight at every checkpoint, entry by entry."""
+    explained = train_explained(data_dir, task_name, architecture, sizes)
+    batches = to_batches(explained.task.train)
+    ratios: dict[str, list[float]] = {}
+    for model, _ in explained.checkpoints:
+        rows = record_rows(model, batches)
+        net = torch.zeros(len(explained.task.vocabulary), rows.rows.shape[1], dtype=torch.float64)
+        net.index_add_(0, rows.tokens, rows.rows.double())
+        found = {"embedding": float(rows.rows.double().abs().sum() / net.abs().sum())}
+        for name, values in layer_gradients(model, batches, weight_layers(model)).items():
+            found[name] = float(values.double().abs().sum() / values.double().sum(dim=0).abs().sum())
+        for name, ratio in found.items():
+            ratios.setdefault(name, []).append(ratio)
+    return list(ratios.items())
+
+
 def pool(parts: Sequence[dict], sizes: Sizes) -> CaseDeletionResult:
     """The blocks of one table, or all tables, as one result over all of their points; each has one seed of its block."""
     removed: dict[tuple[str, str], list] = {}
@@ -243,12 +282,18 @@ def pool(parts: Sequence[dict], sizes: Sizes) -> CaseDeletionResult:
 
 
 def run(args: Arguments) -> Results:
-    """All rounds, or those among `--stages` (`round0`, `round1`, ...; `cosine0`, ... for the later scorers on the same points)."""
+    """All rounds, or those among `--stages` (`round0`, ...; `cosine0`, `peers0`, ... for the later scorers on the same points)."""
     sizes = SIZES[args.scale]
     seeds = args.seeds or tuple(range(2, 2 + sizes.num_blocks))
-    rounds = tuple(f"round{block}" for block in range(sizes.num_blocks))
-    cosines = tuple(f"cosine{block}" for block in range(sizes.num_blocks))
-    stages = args.choose_stages((*rounds, *cosines))
+    rounds, cosines, peers = (
+        tuple(f"{name}{block}" for block in range(count))
+        for name, count in (
+            ("round", sizes.num_blocks),
+            ("cosine", min(NUM_COSINES, sizes.num_blocks)),
+            ("peers", sizes.num_blocks),
+        )
+    )
+    stages = args.choose_stages((*rounds, *cosines, *peers))
     blocks = [block for block, name in enumerate(rounds) if name in stages]
     data_dir = args.data_dir / "classification"
     pairs = [(task, architecture) for task in sizes.tasks for architecture in sizes.architectures]
@@ -258,42 +303,66 @@ def run(args: Arguments) -> Results:
         for block in chosen:
             seed = seeds[block % len(seeds)]
             for task, architecture in pairs:
+                arguments = {
+                    **_settings(sizes),
+                    "task": task,
+                    "architecture": architecture,
+                    "block": block,
+                    "seed": seed,
+                }
+                if explained_seed(block) != 1:
+                    arguments["explained_seed"] = explained_seed(block)
                 part = args.store.get(
                     f"{name}{block}-{task}-{architecture}",
-                    {**_settings(sizes), "task": task, "architecture": architecture, "block": block, "seed": seed},
+                    arguments,
                     partial(deletion_part, data_dir, output_dir, task, architecture, block, sizes, seed),
                 )
                 found[task, architecture].append({**part, "block": block, "seed": seed})
         return found
 
+    def finish_layers(name: str, compute: Callable) -> dict[tuple[str, str], Any]:
+        return {
+            (task, architecture): args.store.get(
+                f"{name}-{task}-{architecture}",
+                {**_settings(sizes), "task": task, "architecture": architecture},
+                partial(compute, data_dir, task, architecture, sizes),
+            )
+            for task, architecture in pairs
+        }
+
     parts = finish("block", blocks, sizes, args.output_dir)
-    of_cosines = replace(sizes, scorers=COSINES)
+    of_cosines, of_peers = replace(sizes, scorers=COSINES), replace(sizes, scorers=PEERS)
     # Both need the points of the same blocks: a difference is one on the same points.
-    later = [block for block in blocks if cosines[block] in stages]
-    cosine_parts = finish("cosine", later, of_cosines, args.output_dir / "cosine")
-    layers = {
-        (task, architecture): args.store.get(
-            f"layers-{task}-{architecture}",
-            {**_settings(sizes), "task": task, "architecture": architecture},
-            partial(layers_part, data_dir, task, architecture, sizes),
-        )
-        for task, architecture in pairs
-    }
+    cosine_blocks = [block for block, name in enumerate(cosines) if name in stages and block in blocks]
+    cosine_parts = finish("cosine", cosine_blocks, of_cosines, args.output_dir / "cosine")
+    peer_blocks = [block for block, name in enumerate(peers) if name in stages and block in blocks]
+    peer_parts = finish("peers", peer_blocks, of_peers, args.output_dir / "peers")
     pooled = _pool_all(parts, sizes)
+    shown = pooled
+    if peer_blocks == blocks:
+        sizes = replace(sizes, scorers=(*sizes.scorers, *PEERS))
+        shown = _join(pooled, _pool_all(peer_parts, of_peers))
+        for pair, found in parts.items():
+            for part, more in zip(found, peer_parts[pair], strict=True):
+                part["removed"] = [*part["removed"], *more["removed"]]
+                for what in ("same_label", "distinct"):
+                    part[what] = {**part[what], **more[what]}
     rows = [row for pair in pairs for part in parts[pair] for row in _records(*pair, part, sizes)]
     tables = {
-        "auc_del": _auc_table(pooled, sizes, rows),
-        "less_tracin_we": _difference_table(pooled, sizes),
+        "auc_del": _auc_table(shown, sizes, rows),
+        "less_tracin_we": _difference_table(shown, sizes),
         "proponents": _proponents_table(parts, sizes),
-        "layers": _layers_table(layers),
+        "layers": _layers_table(finish_layers("layers", layers_part), finish_layers("entries", entries_part)),
     }
-    if later:
-        same_blocks = {pair: [part for part in found if part["block"] in later] for pair, found in parts.items()}
+    if cosine_blocks:
+        same_blocks = {
+            pair: [part for part in found if part["block"] in cosine_blocks] for pair, found in parts.items()
+        }
         tables["cosine"] = _cosine_table(_pool_all(same_blocks, sizes), _pool_all(cosine_parts, of_cosines))
     return Results(
         tables=tables,
-        figures=_figures(pooled, sizes),
-        plot=partial(_plot, pooled, sizes),
+        figures=_figures(shown, sizes),
+        plot=partial(_plot, shown, sizes),
         notes=[f"{len(blocks)} round(s) of {sizes.points_per_block} test points in each of {len(pairs)} tables."],
     )
 
@@ -303,10 +372,54 @@ def _settings(sizes: Sizes) -> dict:
     return {key: value for key, value in asdict(sizes).items() if key not in ("num_blocks", "tasks", "architectures")}
 
 
-def _pool_all(parts: dict[tuple[str, str], list[dict]], sizes: Sizes) -> dict[str, CaseDeletionResult]:
+@dataclass(frozen=True)
+class Pooled:
+    """
+    What several blocks found, and what its intervals take as independent.
+
+    Attributes:
+        result (`CaseDeletionResult`): Of all points.
+        units (`numpy.ndarray` of shape `(points,)`): In a table each point is one; over all tables each explained model.
+    """
+
+    result: CaseDeletionResult
+    units: np.ndarray
+
+    def auc(self, scorer: str, sign: str) -> np.ndarray:
+        """AUC-DEL of each point."""
+        return self.result.auc(scorer, sign)
+
+    def interval(self, values: np.ndarray) -> Interval:
+        """Mean over units of a value per point, in percentage points, with its 95 % interval by Student's t."""
+        return t_interval([100 * float(values[self.units == unit].mean()) for unit in np.unique(self.units)])
+
+    def format(self, values: np.ndarray, *, starred: bool = False) -> str:
+        """As a cell; with a star where 0 is outside."""
+        interval = self.interval(values)
+        return interval.format(1, signed=True) + (" *" if starred and interval.excludes_zero else "")
+
+
+def _pool_all(parts: dict[tuple[str, str], list[dict]], sizes: Sizes) -> dict[str, Pooled]:
     """Each table by name, and `all` of them."""
-    pooled = {", ".join(pair): pool(found, sizes) for pair, found in parts.items()}
-    return {**pooled, "all": pool([part for found in parts.values() for part in found], sizes)}
+    pooled = {}
+    for pair, found in parts.items():
+        result = pool(found, sizes)
+        pooled[", ".join(pair)] = Pooled(result, np.arange(len(result.full)))
+    blocks = [(pair, part) for pair, found in parts.items() for part in found]
+    models = [(*pair, explained_seed(part["block"])) for pair, part in blocks]
+    numbers = {model: number for number, model in enumerate(dict.fromkeys(models))}
+    units = [numbers[model] for model, (_, part) in zip(models, blocks, strict=True) for _ in part["full"]]
+    return {**pooled, "all": Pooled(pool([part for _, part in blocks], sizes), np.array(units))}
+
+
+def _join(pooled: dict[str, Pooled], more: dict[str, Pooled]) -> dict[str, Pooled]:
+    """Further scorers on the same points."""
+    joined = {}
+    for name, found in pooled.items():
+        assert np.array_equal(found.result.full, more[name].result.full), "other points, or another model"
+        result = replace(found.result, removed={**found.result.removed, **more[name].result.removed})
+        joined[name] = Pooled(result, found.units)
+    return joined
 
 
 def _records(task: str, architecture: str, part: dict, sizes: Sizes) -> list[dict]:
@@ -330,30 +443,24 @@ def _records(task: str, architecture: str, part: dict, sizes: Sizes) -> list[dic
     ]
 
 
-def percent(values: np.ndarray) -> str:
-    """Mean in percentage points with the 95 % bootstrap interval over points."""
-    low, high = bootstrap_interval(values)
-    return f"{100 * values.mean():+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
-
-
-def _auc_table(pooled: dict[str, CaseDeletionResult], sizes: Sizes, rows: list[dict]) -> Table:
+def _auc_table(pooled: dict[str, Pooled], sizes: Sizes, rows: list[dict]) -> Table:
     cells = [
-        [f"DEL{sign}", scorer, *(percent(result.auc(scorer, sign)) for result in pooled.values())]
+        [f"DEL{sign}", scorer, *(found.format(found.auc(scorer, sign)) for found in pooled.values())]
         for sign in "+-"
         for scorer in sizes.scorers
     ]
-    cells.append(["", "retraining noise", *(percent(result.noise()) for result in pooled.values())])
+    cells.append(["", "retraining noise", *(found.format(found.result.noise()) for found in pooled.values())])
     return Table(
-        "AUC-DEL in percentage points, mean over test points and k, with 95 % bootstrap intervals over points. Without "
-        "proponents (DEL+) lower is better, without opponents (DEL-) higher. `all` pools the points of all tables; retraining "
-        "noise is another seed with nothing removed.",
+        "AUC-DEL in percentage points, mean over test points and k. Without proponents (DEL+) lower is better, without opponents (DEL-) "
+        "higher. Intervals are 95 %, Student's t, over points in a table and over models in `all`; retraining noise is another seed "
+        "with nothing removed.",
         ["", "scorer", *pooled],
         cells,
         rows,
     )
 
 
-def _difference_table(pooled: dict[str, CaseDeletionResult], sizes: Sizes) -> Table:
+def _difference_table(pooled: dict[str, Pooled], sizes: Sizes) -> Table:
     reference = "tracin_we"
     cells, rows = [], []
     for sign in "+-":
@@ -361,37 +468,27 @@ def _difference_table(pooled: dict[str, CaseDeletionResult], sizes: Sizes) -> Ta
             if scorer == reference:
                 continue
             line = [f"DEL{sign}", scorer]
-            differences = {
-                name: result.auc(scorer, sign) - result.auc(reference, sign) for name, result in pooled.items()
-            }
-            for name, values in differences.items():
-                low, high = bootstrap_interval(values)
-                line.append(percent(values) + (" *" if low > 0 or high < 0 else ""))
-                rows.append(
-                    {
-                        "table": name,
-                        "sign": sign,
-                        "scorer": scorer,
-                        "mean": float(values.mean()),
-                        "low": low,
-                        "high": high,
-                        "num_points": len(values),
-                    }
-                )
-            means = [100 * float(values.mean()) for name, values in differences.items() if name != "all"]
-            interval = t_interval(means)
-            cells.append([*line, interval.format(1, signed=True) + (" *" if interval.excludes_zero else "")])
+            for name, found in pooled.items():
+                values = found.auc(scorer, sign) - found.auc(reference, sign)
+                line.append(found.format(values, starred=True))
+                rows.append({"table": name, "sign": sign, "scorer": scorer, **_to_row(found, values)})
+            cells.append(line)
     return Table(
-        f"AUC-DEL less that of `{reference}` on the same points, percentage points with 95 % bootstrap intervals over points; "
-        "* where 0 is outside. In DEL+ above 0, in DEL- below 0: `tracin_we` is better. Nothing is corrected for the number "
-        "of comparisons. Points of a table share their model; the last column takes the tables as the units (Student's t).",
-        ["", "scorer", *pooled, "over tables"],
+        f"AUC-DEL less that of `{reference}` on the same points, percentage points; 95 % intervals by Student's t, over points in a "
+        "table and over models in `all`; * where 0 is outside. In DEL+ above 0, in DEL- below 0: `tracin_we` is better. Nothing is "
+        "corrected for the number of comparisons.",
+        ["", "scorer", *pooled],
         cells,
         rows,
     )
 
 
-def _cosine_table(pooled: dict[str, CaseDeletionResult], later: dict[str, CaseDeletionResult]) -> Table:
+def _to_row(found: Pooled, values: np.ndarray) -> dict:
+    interval = found.interval(values)
+    return {"mean": interval.mean, "low": interval.low, "high": interval.high, "num_points": len(values)}
+
+
+def _cosine_table(pooled: dict[str, Pooled], later: dict[str, Pooled]) -> Table:
     """Plain and cosine on three layers, and the difference between the cosines."""
     names = {
         "tracin_we": "tracin_we_cosine",
@@ -404,29 +501,20 @@ def _cosine_table(pooled: dict[str, CaseDeletionResult], later: dict[str, CaseDe
             lines: list[list[str]] = [
                 [f"DEL{sign}", name] for name in (cosine, f"  less {plain}", "  less tracin_we_cosine")
             ]
-            for table, result in pooled.items():
-                values = result.auc(cosine, sign) if plain == "tracin_we" else later[table].auc(cosine, sign)
-                changes = (values, values - result.auc(plain, sign), values - result.auc("tracin_we_cosine", sign))
+            for table, found in pooled.items():
+                values = found.auc(cosine, sign) if plain == "tracin_we" else later[table].auc(cosine, sign)
+                changes = (values, values - found.auc(plain, sign), values - found.auc("tracin_we_cosine", sign))
                 for line, change in zip(lines, changes, strict=True):
-                    low, high = bootstrap_interval(change)
-                    line.append(percent(change) + (" *" if low > 0 or high < 0 else ""))
+                    line.append(found.format(change, starred=True))
+                    what = line[1].strip()
                     rows.append(
-                        {
-                            "table": table,
-                            "sign": sign,
-                            "scorer": cosine,
-                            "what": line[1].strip(),
-                            "mean": float(change.mean()),
-                            "low": low,
-                            "high": high,
-                            "num_points": len(change),
-                        }
+                        {"table": table, "sign": sign, "scorer": cosine, "what": what, **_to_row(found, change)}
                     )
             cells += lines if plain != "tracin_we" else lines[:2]
     return Table(
-        "Cosine on three layers: AUC-DEL in percentage points with 95 % bootstrap intervals over points, less that of the plain inner "
-        "product on the same layer, and less that of cosine on the words, on the same points; * where 0 is outside. Added after the "
-        "first round was seen.",
+        "Cosine on three layers, in the rounds that have all three: AUC-DEL in percentage points, less that of the plain inner product on the "
+        "same layer, and less that of cosine on the words, on the same points. 95 % intervals by Student's t, over points in a table and "
+        "over models in `all`; * where 0 is outside. Added after the first round was seen.",
         ["", "scorer", *pooled],
         cells,
         rows,
@@ -459,56 +547,83 @@ def _proponents_table(parts: dict[tuple[str, str], list[dict]], sizes: Sizes) ->
     )
 
 
-def _layers_table(layers: dict[tuple[str, str], dict]) -> Table:
+def _layers_table(layers: dict[tuple[str, str], dict], entries: dict[tuple[str, str], list]) -> Table:
     rows = [
-        {"task": task, "architecture": architecture, "layer": layer, "checkpoint": position, "cancellation": ratio}
-        for (task, architecture), part in layers.items()
-        for layer, ratios in part["cancellation"]
+        {
+            "task": task,
+            "architecture": architecture,
+            "form": form,
+            "layer": layer,
+            "checkpoint": position,
+            "cancellation": ratio,
+        }
+        for task, architecture in layers
+        for form, found in (
+            ("norms", layers[task, architecture]["cancellation"]),
+            ("entries", entries[task, architecture]),
+        )
+        for layer, ratios in found
         for position, ratio in enumerate(ratios, start=1)
     ]
-    cells = [
-        [f"{task}, {architecture}", f"{part['accuracy']:.3f} ({part['majority']:.3f})", layer]
-        + [f"{ratio:.1f}" for ratio in ratios]
-        for (task, architecture), part in layers.items()
-        for layer, ratios in part["cancellation"]
-    ]
-    num_checkpoints = max(row["checkpoint"] for row in rows)
+    cells = []
+    for (task, architecture), part in layers.items():
+        by_entry = dict(entries[task, architecture])
+        for layer, ratios in part["cancellation"]:
+            cells.append(
+                [
+                    f"{task}, {architecture}",
+                    f"{part['accuracy']:.3f} ({part['majority']:.3f})",
+                    layer,
+                    *(f"{ratio:.1f}" for ratio in ratios),
+                    *(f"{ratio:.1f}" for ratio in by_entry.get(layer, ())),
+                    *("" for _ in ratios if layer not in by_entry),
+                ]
+            )
+    checkpoints = range(1, 1 + max(row["checkpoint"] for row in rows))
     return Table(
-        "Cancellation ratio of each layer's weight over the training examples at each checkpoint of the explained run, and that "
+        "Cancellation of each layer's weight over the training examples at each checkpoint of the explained run (seed 1), as a ratio of norms, "
+        "`sum_i ||g_i|| / ||sum_i g_i||`, and entry by entry, `sum_i |g_i| / |sum_i g_i|` with both sums over all entries; and that "
         "run's test accuracy (largest class in brackets).",
-        ["table", "accuracy", "layer", *(f"checkpoint {position}" for position in range(1, num_checkpoints + 1))],
+        [
+            *("table", "accuracy", "layer"),
+            *(f"norms, checkpoint {position}" for position in checkpoints),
+            *(f"entries, checkpoint {position}" for position in checkpoints),
+        ],
         cells,
         rows,
     )
 
 
-def _figures(pooled: dict[str, CaseDeletionResult], sizes: Sizes) -> dict:
-    """AUC-DEL of all points together, by sign and scorer: mean and interval in percentage points."""
-    figures: dict = {"num_points": {name: len(result.full) for name, result in pooled.items()}}
+def _figures(pooled: dict[str, Pooled], sizes: Sizes) -> dict:
+    """AUC-DEL over all models, by sign and scorer: mean and interval in percentage points."""
+    found = pooled["all"]
+    figures: dict = {
+        "num_points": {name: len(of_table.units) for name, of_table in pooled.items()},
+        "num_models": len(np.unique(found.units)),
+    }
     for sign in "+-":
         figures[f"auc_del{sign}"] = {
             scorer: [
-                round(100 * value, 2)
-                for values in [pooled["all"].auc(scorer, sign)]
-                for value in (values.mean(), *bootstrap_interval(values))
+                None if value is None else round(value, 2) for value in (interval.mean, interval.low, interval.high)
             ]
             for scorer in sizes.scorers
+            for interval in [found.interval(found.auc(scorer, sign))]
         }
     return figures
 
 
-def _plot(pooled: dict[str, CaseDeletionResult], sizes: Sizes, path: Path) -> None:
-    """One line per scorer: all points together with the interval, and the mean of each table beside it."""
+def _plot(pooled: dict[str, Pooled], sizes: Sizes, path: Path) -> None:
+    """One line per scorer: the mean over models with its interval, and the mean of each table beside it."""
     figure = new_figure(10.0, 1.2 + 0.34 * len(sizes.scorers))
     panels = figure.subplots(1, 2, sharey=True)
     markers = ["o", "s", "^", "D", "v", "P"]
     tables = [name for name in pooled if name != "all"]
     for axes, sign in zip(panels, "+-", strict=True):
         for place, scorer in enumerate(reversed(sizes.scorers)):
-            values = pooled["all"].auc(scorer, sign)
-            low, high = bootstrap_interval(values)
-            axes.plot([100 * low, 100 * high], [place, place], color="black", linewidth=2.2)
-            axes.plot(100 * values.mean(), place, "|", color="black", markersize=13, markeredgewidth=2)
+            interval = pooled["all"].interval(pooled["all"].auc(scorer, sign))
+            if interval.low is not None:
+                axes.plot([interval.low, interval.high], [place, place], color="black", linewidth=2.2)
+            axes.plot(interval.mean, place, "|", color="black", markersize=13, markeredgewidth=2)
             for table, marker in zip(tables, markers, strict=False):
                 axes.plot(
                     100 * pooled[table].auc(scorer, sign).mean(),

@@ -14,6 +14,7 @@ from hf_doge.gradients.embedding import EmbeddingGradientRecorder
 from hf_doge.gradients.token_rows import TokenRows
 from hf_doge.tracing.scorers import SCORERS, Batches, Scorer, make_scorer
 from hf_doge.tracing.scorers.embedding import TracInWEScorer
+from hf_doge.tracing.scorers.last_layer import InfluenceLastScorer
 
 
 class TracInLayerScorer:
@@ -52,10 +53,16 @@ class CosineTracInWEScorer:
     Args:
         models (`Sequence[nn.Module]`): The model at each checkpoint.
         learning_rates (`Sequence[float]`): Learning rate in force at each.
+        exclude_tokens (`Sequence[int]`): Token ids that do not count.
     """
 
-    def __init__(self, models: Sequence[nn.Module], learning_rates: Sequence[float]) -> None:
-        self.checkpoints = [TracInWEScorer([m], [rate]) for m, rate in zip(models, learning_rates, strict=True)]
+    def __init__(
+        self, models: Sequence[nn.Module], learning_rates: Sequence[float], *, exclude_tokens: Sequence[int] = ()
+    ) -> None:
+        self.checkpoints = [
+            TracInWEScorer([model], [rate], exclude_tokens=exclude_tokens)
+            for model, rate in zip(models, learning_rates, strict=True)
+        ]
 
     def scores(self, train: Batches, queries: Batches) -> np.ndarray:
         """Scores of shape `(Q, N)`, see [`Scorer`]."""
@@ -105,6 +112,44 @@ class TracInWESynScorer:
         return total
 
 
+class InfluenceLastAllScorer:
+    """
+    Influence functions of the last layer as TracIn sums over checkpoints: `sum_c eta_c g_c(x)^T (H_c + lambda_c I)^-1 g_c(x')`.
+
+    Args:
+        models (`Sequence[nn.Module]`): The model at each checkpoint.
+        learning_rates (`Sequence[float]`): Learning rate in force at each.
+        damping (`float`): Lambda, as a share of the mean of the diagonal of H.
+    """
+
+    def __init__(self, models: Sequence[nn.Module], learning_rates: Sequence[float], *, damping: float = 1.0) -> None:
+        self.learning_rates = learning_rates
+        self.checkpoints = [InfluenceLastScorer(model, damping=damping) for model in models]
+
+    def scores(self, train: Batches, queries: Batches) -> np.ndarray:
+        """Scores of shape `(Q, N)`, see [`Scorer`]."""
+        pairs = zip(self.learning_rates, self.checkpoints, strict=True)
+        return sum(rate * scorer.scores(train, queries) for rate, scorer in pairs)
+
+
+class SameClassScorer:
+    """
+    At random among the examples of the query's class, those of other classes negative: what knowing the label alone is worth.
+
+    Args:
+        seed (`int`): Of the draw.
+    """
+
+    def __init__(self, *, seed: int) -> None:
+        self.seed = seed
+
+    def scores(self, train: Batches, queries: Batches) -> np.ndarray:
+        """Scores of shape `(Q, N)`, see [`Scorer`]."""
+        ours, theirs = (torch.cat([batch["labels"] for batch in part]).numpy() for part in (train, queries))
+        drawn = np.random.default_rng(self.seed).uniform(size=(len(theirs), len(ours)))
+        return np.where(theirs[:, None] == ours[None], drawn, -drawn)
+
+
 def record_rows(model: nn.Module, batches: Batches, **options) -> TokenRows:
     """Embedding gradient rows of all examples of all batches as one sequence; options of the recorder."""
     with EmbeddingGradientRecorder(model, **options) as recorder:
@@ -128,6 +173,11 @@ def make_experiment_scorer(
         return make_scorer(name, models, learning_rates, special_token_ids=special_token_ids, seed=seed)
     return {
         "tracin_we_cosine": lambda: CosineTracInWEScorer(models, learning_rates),
+        "tracin_we_cosine_no_special": lambda: CosineTracInWEScorer(
+            models, learning_rates, exclude_tokens=special_token_ids
+        ),
+        "influence_last_all": lambda: InfluenceLastAllScorer(models, learning_rates),
+        "same_class": lambda: SameClassScorer(seed=seed),
         "tracin_we_syn": lambda: TracInWESynScorer(models, learning_rates),
         "tracin_middle": lambda: TracInLayerScorer(models, learning_rates, layer=middle_layer),
         "tracin_middle_cosine": lambda: TracInLayerScorer(models, learning_rates, layer=middle_layer, cosine=True),
