@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from benchmarks.reproduce.__main__ import main
-from benchmarks.reproduce.layer_gradients import layer_gradients, weight_layers
+from benchmarks.reproduce.layer_gradients import cancellation_by_entry, layer_gradients, weight_layers
 from benchmarks.reproduce.tracin_index import write_index
 from benchmarks.reproduce.tracin_lm import SIZES, gradients_by_side, make_model, middle_layers
 from benchmarks.reproduce.tracin_mislabelled import detection_area
@@ -97,6 +97,18 @@ def test_layer_gradients_are_those_of_each_example_alone(classifier, batches):
     for layer in layers:
         (alone,) = torch.autograd.grad(classifier(**example).loss, classifier.get_submodule(layer).weight)
         torch.testing.assert_close(found[layer][1], alone.flatten(), rtol=1e-4, atol=1e-6)
+
+
+def test_examples_that_share_no_word_cancel_nothing_entry_by_entry(classifier):
+    ids = torch.arange(1, 13).reshape(2, 6)
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": torch.tensor([0, 1])}
+    found = cancellation_by_entry(classifier, [batch])
+    assert found["embedding"] == pytest.approx(1, rel=1e-5)
+    assert found["classifier"] > 1.01
+    batch["input_ids"], batch["labels"] = ids[:1].repeat(2, 1), torch.tensor([1, 1])
+    assert list(cancellation_by_entry(classifier, [batch]).values()) == pytest.approx(
+        [1] * (1 + len(weight_layers(classifier))), rel=1e-5
+    )
 
 
 def test_tracin_on_the_last_layer_is_the_layer_scorer_on_it(classifier, batches):

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from hf_doge.gradients.embedding import EmbeddingGradientRecorder
 from hf_doge.tracing.scorers.base import Batches
 
 
@@ -61,6 +62,26 @@ def summed_loss(logits: Tensor, labels: Tensor) -> Tensor:
     if labels.ndim == 1:
         return F.cross_entropy(logits, labels, reduction="sum")
     return F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100, reduction="sum")
+
+
+def cancellation_by_entry(model: nn.Module, batches: Batches) -> dict[str, float]:
+    """
+    `sum_i |g_i| / |sum_i g_i|`, both summed over the entries of a weight, of the embedding and each layer of a classifier.
+
+    Unlike the ratio of norms, it is 1 for gradients that share no entry, as those of texts without a word in common.
+    """
+    net = 0.0
+    total = 0.0
+    with EmbeddingGradientRecorder(model) as recorder:
+        zeros = recorder.matrix.new_zeros(recorder.matrix.shape, dtype=torch.float64).detach()
+        for batch in batches:
+            rows = recorder.record(batch)
+            total += float(rows.rows.double().abs().sum())
+            net = net + zeros.index_add(0, rows.tokens, rows.rows.double())
+    ratios = {"embedding": total / float(net.abs().sum())}
+    for layer, values in layer_gradients(model, batches, weight_layers(model)).items():
+        ratios[layer] = float(values.double().abs().sum() / values.double().sum(dim=0).abs().sum())
+    return ratios
 
 
 def weight_layers(model: nn.Module) -> list[str]:

@@ -44,14 +44,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import nn
 
 from benchmarks.reproduce.arguments import Arguments
 from benchmarks.reproduce.intervals import Interval, t_interval
-from benchmarks.reproduce.layer_gradients import layer_gradients, weight_layers
+from benchmarks.reproduce.layer_gradients import cancellation_by_entry, layer_gradients, weight_layers
 from benchmarks.reproduce.report import Results, Table, new_figure
-from benchmarks.reproduce.tracin_scorers import make_experiment_scorer, record_rows
+from benchmarks.reproduce.tracin_scorers import make_experiment_scorer
 from hf_doge.evaluation.influence.case_deletion import case_deletion
 from hf_doge.evaluation.influence.deletion_result import CaseDeletionResult
 from hf_doge.functional.tracin_we import cancellation_ratio
@@ -254,14 +253,8 @@ def entries_part(data_dir: Path, task_name: str, architecture: str, sizes: Sizes
     batches = to_batches(explained.task.train)
     ratios: dict[str, list[float]] = {}
     for model, _ in explained.checkpoints:
-        rows = record_rows(model, batches)
-        net = torch.zeros(len(explained.task.vocabulary), rows.rows.shape[1], dtype=torch.float64)
-        net.index_add_(0, rows.tokens, rows.rows.double())
-        found = {"embedding": float(rows.rows.double().abs().sum() / net.abs().sum())}
-        for name, values in layer_gradients(model, batches, weight_layers(model)).items():
-            found[name] = float(values.double().abs().sum() / values.double().sum(dim=0).abs().sum())
-        for name, ratio in found.items():
-            ratios.setdefault(name, []).append(ratio)
+        for layer, ratio in cancellation_by_entry(model, batches).items():
+            ratios.setdefault(layer, []).append(ratio)
     return list(ratios.items())
 
 

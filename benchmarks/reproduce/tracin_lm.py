@@ -11,7 +11,8 @@ Decided before the first result was seen:
   follow. The gradient of a training document is that of its whole loss.
 - Scores are of seed 1's run. The 30 strongest proponents of 600 are removed and the model is retrained under a seed of the
   round's own, never 1; the number is the change of the continuation's loss in nats per token. Three rounds are planned; should
-  the clock stop it, whole rounds count and no others. Intervals: 95 % bootstrap over queries.
+  the clock stop it, whole rounds count and no others. Intervals: 95 %, Student's t over queries (a bootstrap at first, which is too
+  narrow for the eight of one round; changed when one had been read).
 - Scorers: TracIn on the input side of the embedding matrix (`tracin_we`, plain and cosine), on its output side (`tracin_last`),
   on the whole matrix, as its own gradient is (`tracin_full`), on the attention of the second of two layers (`tracin_middle`);
   BM25 over the words of the whole query; `same_domain`, drawn at random from the query's own domain; `random`.
@@ -32,12 +33,12 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from benchmarks.reproduce.arguments import Arguments
+from benchmarks.reproduce.intervals import t_interval
 from benchmarks.reproduce.layer_gradients import layer_gradients
 from benchmarks.reproduce.report import Results, Table, new_figure
 from benchmarks.reproduce.tracin_scorers import record_rows
 from hf_doge.cli.domain_files import find_domain_files, read_documents
 from hf_doge.cli.tokenizer import train_tokenizer
-from hf_doge.evaluation.influence.bootstrap import bootstrap_interval
 from hf_doge.evaluation.influence.case_deletion import strongest
 from hf_doge.evaluation.influence.journal import removal_digest
 from hf_doge.tracing.scorers import BM25Scorer
@@ -432,14 +433,14 @@ def run(args: Arguments) -> Results:
     )
 
 
-def _rounded(values: np.ndarray) -> list[float]:
-    return [round(float(value), 4) for value in (values.mean(), *bootstrap_interval(values))]
+def _rounded(values: np.ndarray) -> list[float | None]:
+    interval = t_interval(values.tolist())
+    return [None if value is None else round(value, 4) for value in (interval.mean, interval.low, interval.high)]
 
 
 def _interval(values: np.ndarray) -> str:
-    mean, low, high = _rounded(values)
-    star = " *" if low > 0 or high < 0 else ""
-    return f"{mean:+.4f} [{low:+.4f}, {high:+.4f}]{star}"
+    interval = t_interval(values.tolist())
+    return interval.format(4, signed=True) + (" *" if interval.excludes_zero else "")
 
 
 def _increase_table(parts: Sequence[dict], increases: Mapping[str, np.ndarray], sizes: Sizes) -> Table:
@@ -477,7 +478,7 @@ def _increase_table(parts: Sequence[dict], increases: Mapping[str, np.ndarray], 
     return Table(
         f"Change of the continuation's loss, nats per token, when the {sizes.num_removed} strongest proponents of "
         f"{sizes.num_documents * len(sizes.domains)} documents are gone (higher is better), and less that of other scorers on the "
-        "same queries; 95 % bootstrap intervals over queries, * where 0 is outside. Then the share of the removed documents that is "
+        "same queries; 95 % intervals over queries (Student's t), * where 0 is outside. Then the share of the removed documents that is "
         "of the query's domain, the share that BM25 removes too, and how many different documents the queries of a round remove.",
         ["scorer", "change", "less bm25", "less same_domain", "less tracin_we", "domain", "as BM25", "distinct"],
         cells,
@@ -527,10 +528,11 @@ def _plot(increases: Mapping[str, np.ndarray], path: Path) -> None:
     names = list(reversed(increases))
     for place, name in enumerate(names):
         values = increases[name]
-        low, high = bootstrap_interval(values)
+        interval = t_interval(values.tolist())
         axes.plot(values, [place] * len(values), "o", markersize=4, color="#0072b2", markerfacecolor="none", alpha=0.6)
-        axes.plot([low, high], [place, place], color="black", linewidth=2.4)
-        axes.plot(values.mean(), place, "|", color="black", markersize=14, markeredgewidth=2)
+        if interval.low is not None:
+            axes.plot([interval.low, interval.high], [place, place], color="black", linewidth=2.4)
+        axes.plot(interval.mean, place, "|", color="black", markersize=14, markeredgewidth=2)
     axes.axvline(0, color="grey", linewidth=0.8, zorder=0)
     axes.set_yticks(range(len(names)), names)
     axes.set_xlabel("change of the continuation's loss, nats per token (further right is better)")

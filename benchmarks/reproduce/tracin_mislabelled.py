@@ -18,9 +18,13 @@ Decided before the first result was seen:
   seeds) that leaves 0 out; the rebuttal's if a middle layer has one than TracIn-WE; the explanation by cancellation if over
   the layers a larger cancellation ratio goes with a smaller area (Spearman, below 0).
 - Causes looked for: the area at each checkpoint alone (is it the time?), cosine (is it the length of gradients?).
+
+Added after these results had been read, upon a review (parts `peers-...`, which train the same models again): `influence_last` and `representer` summed
+over the checkpoints as TracIn is (", all"; influence damped by the mean of the Hessian's diagonal), for the last checkpoint alone has next to no
+learning rate left; and cancellation entry by entry, see `tracin_case_deletion`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -31,18 +35,18 @@ from torch import Tensor, nn
 
 from benchmarks.reproduce.arguments import Arguments
 from benchmarks.reproduce.intervals import Interval, t_interval
-from benchmarks.reproduce.layer_gradients import layer_gradients, weight_layers
+from benchmarks.reproduce.layer_gradients import cancellation_by_entry, layer_gradients, weight_layers
 from benchmarks.reproduce.report import Results, Table, new_figure
 from benchmarks.reproduce.tracin_case_deletion import MIDDLE_LAYERS
-from benchmarks.reproduce.tracin_scorers import record_rows
+from benchmarks.reproduce.tracin_scorers import InfluenceLastAllScorer, RepresenterAllScorer, record_rows
 from hf_doge.evaluation.influence.mislabelled import flip_labels
 from hf_doge.evaluation.influence.rank_metrics import area_under_roc, recall_at, spearman
 from hf_doge.functional.tracin_we import cancellation_ratio
 from hf_doge.tracing.influence_evaluation import RECIPES
 from hf_doge.tracing.scorers import make_scorer
 from hf_doge.tracing.small_classifiers import make_classifier
-from hf_doge.tracing.small_tasks import SPECIAL_TOKENS, load_small_task
-from hf_doge.tracing.small_training import predict_probabilities, to_batches, train_classifier
+from hf_doge.tracing.small_tasks import SPECIAL_TOKENS, SmallTask, load_small_task
+from hf_doge.tracing.small_training import Checkpoint, predict_probabilities, to_batches, train_classifier
 
 FRACTIONS = (0.1, 0.2, 0.3)
 
@@ -52,10 +56,12 @@ METHODS = (
     *(f"clean: {name}" for name in ("tracin_we", "tracin_we_topk", "middle", "last", "influence_last", "representer")),
     *(f"clean, cosine: {name}" for name in ("tracin_we", "middle", "last")),
     "clean: bm25_signed",
+    *(f"{kind}: {name}, all" for kind in ("self", "clean") for name in ("influence_last", "representer")),
     "loss",
     "loss, mean",
     "random",
 )
+FORMS = {"norms": "cancellation", "entries": "by_entry"}  # of cancellation, and where a part has them
 REFERENCES = ("self: tracin_we", "clean: tracin_we")
 
 
@@ -80,8 +86,21 @@ SIZES = {
 }
 
 
-def detection_part(data_dir: Path, task_name: str, architecture: str, share: float, seed: int, sizes: Sizes) -> dict:
-    """One model trained on flipped labels: how well each suspicion finds them, and every layer's cancellation."""
+@dataclass(frozen=True)
+class Mislabelled:
+    """A model trained on flipped labels."""
+
+    task: SmallTask
+    train: dict[str, Tensor]
+    flipped: np.ndarray
+    model: nn.Module
+    checkpoints: Sequence[Checkpoint]
+
+
+def train_on_flipped(
+    data_dir: Path, task_name: str, architecture: str, share: float, seed: int, sizes: Sizes
+) -> Mislabelled:
+    """Draw the examples of a seed, flip some labels, and train."""
     task = load_small_task(
         data_dir,
         task_name,
@@ -101,7 +120,14 @@ def detection_part(data_dir: Path, task_name: str, architecture: str, share: flo
         max(part["input_ids"].shape[1] for part in (train, task.test)),
     )
     model, checkpoints = train_classifier(make_model, train, RECIPES[architecture], seed=seed, keep_checkpoints=True)
-    models, rates = zip(*checkpoints, strict=True)
+    return Mislabelled(task, train, flipped, model, checkpoints)
+
+
+def detection_part(data_dir: Path, task_name: str, architecture: str, share: float, seed: int, sizes: Sizes) -> dict:
+    """One model trained on flipped labels: how well each suspicion finds them, and every layer's cancellation."""
+    trained = train_on_flipped(data_dir, task_name, architecture, share, seed, sizes)
+    task, train, flipped, model = trained.task, trained.train, trained.flipped, trained.model
+    models, rates = zip(*trained.checkpoints, strict=True)
     at_checkpoints: dict[str, list[Tensor]] = {}
     cancellation: dict[str, list[float]] = {}
     for checkpoint in models:
@@ -135,6 +161,33 @@ def detection_part(data_dir: Path, task_name: str, architecture: str, share: flo
         "clean_accuracy": float(
             (predict_probabilities(model, task.test).argmax(dim=1) == task.test["labels"]).float().mean()
         ),
+    }
+
+
+def peers_part(data_dir: Path, task_name: str, architecture: str, share: float, seed: int, sizes: Sizes) -> dict:
+    """The same model: the last layer's other scores over all checkpoints, and every layer's cancellation entry by entry."""
+    trained = train_on_flipped(data_dir, task_name, architecture, share, seed, sizes)
+    batches, clean_batches = to_batches(trained.train), to_batches(trained.task.test)
+    models, rates = zip(*trained.checkpoints, strict=True)
+    scorers = {
+        "influence_last": InfluenceLastAllScorer(models, rates),
+        "representer": RepresenterAllScorer(models, rates),
+    }
+    suspicions = {}
+    for name, scorer in scorers.items():
+        suspicions[f"self: {name}, all"] = scorer.scores(batches, batches).diagonal()
+        suspicions[f"clean: {name}, all"] = -scorer.scores(batches, clean_batches).mean(axis=0)
+    cancellation: dict[str, list[float]] = {}
+    for model in models:
+        for layer, ratio in cancellation_by_entry(model, batches).items():
+            cancellation.setdefault("tracin_we" if layer == "embedding" else layer, []).append(ratio)
+    return {
+        "areas": {name: detection_area(values, trained.flipped) for name, values in suspicions.items()},
+        "recalls": {
+            name: [recall_at(values, trained.flipped, fraction) for fraction in FRACTIONS]
+            for name, values in suspicions.items()
+        },
+        "cancellation": list(cancellation.items()),
     }
 
 
@@ -204,12 +257,16 @@ def run(args: Arguments) -> Results:
     parts: dict[tuple[str, str, float], list[dict]] = {table: [] for table in tables}
     for seed in seeds:
         for task, architecture, share in tables:
-            part = args.store.get(
-                f"{task}-{architecture}-{round(100 * share)}-seed{seed}",
-                {**settings, "task": task, "architecture": architecture, "share": share, "seed": seed},
-                partial(detection_part, args.data_dir / "classification", task, architecture, share, seed, sizes),
+            part, peers = (
+                args.store.get(
+                    f"{prefix}{task}-{architecture}-{round(100 * share)}-seed{seed}",
+                    {**settings, "task": task, "architecture": architecture, "share": share, "seed": seed},
+                    partial(compute, args.data_dir / "classification", task, architecture, share, seed, sizes),
+                )
+                for prefix, compute in (("", detection_part), ("peers-", peers_part))
             )
-            parts[task, architecture, share].append(part)
+            joined = {what: {**part[what], **peers[what]} for what in ("areas", "recalls")}
+            parts[task, architecture, share].append({**part, **joined, "by_entry": peers["cancellation"]})
     rows = [
         {
             "task": task,
@@ -237,7 +294,9 @@ def run(args: Arguments) -> Results:
         figures={
             "mean_area": {method: _rounded(_mean_over_tables(parts, method)) for method in METHODS},
             "spearman_cancellation_area": {
-                kind: _rounded(_layer_correlation(parts, kind)) for kind in ("self", "clean", "clean, cosine")
+                f"{kind}, {form}": _rounded(_layer_correlation(parts, kind, form))
+                for kind in ("self", "clean", "clean, cosine")
+                for form in FORMS
             },
         },
         plot=partial(_plot, parts),
@@ -323,19 +382,19 @@ def _difference_table(parts: Mapping[tuple[str, str, float], list[dict]]) -> Tab
     )
 
 
-def _layers_of(part: dict) -> list[tuple[str, float]]:
+def _layers_of(part: dict, form: str) -> list[tuple[str, float]]:
     """The layers from input to output with their cancellation ratio, its logarithm averaged over the checkpoints."""
-    layers = {layer: float(np.exp(np.log(ratios).mean())) for layer, ratios in part["cancellation"]}
+    layers = {layer: float(np.exp(np.log(ratios).mean())) for layer, ratios in part[FORMS[form]]}
     return [("tracin_we", layers.pop("tracin_we")), *layers.items()]
 
 
-def _layer_correlation(parts: Mapping[tuple[str, str, float], list[dict]], kind: str) -> Interval:
+def _layer_correlation(parts: Mapping[tuple[str, str, float], list[dict]], kind: str, form: str) -> Interval:
     """Spearman over the layers of each model between cancellation and area; mean over tables, interval over seeds."""
     found = []
     for models in parts.values():
         line = []
         for part in models:
-            layers = _layers_of(part)
+            layers = _layers_of(part, form)
             areas = [part["areas"][f"{kind}: {layer}"] for layer, _ in layers]
             line.append(float(spearman(np.array([ratio for _, ratio in layers]), np.array(areas))))
         found.append(line)
@@ -352,26 +411,31 @@ def _layer_table(parts: Mapping[tuple[str, str, float], list[dict]]) -> Table:
             "model": position,
             "layer": layer,
             "cancellation": ratio,
+            "cancellation_by_entry": dict(_layers_of(part, "entries"))[layer],
             **{kind.replace(", ", "_"): part["areas"][f"{kind}: {layer}"] for kind in kinds},
         }
         for (task, architecture, share), models in parts.items()
         for position, part in enumerate(models)
-        for layer, ratio in _layers_of(part)
+        for layer, ratio in _layers_of(part, "norms")
     ]
     cells = []
     for architecture in dict.fromkeys(row["architecture"] for row in rows):
         for layer in dict.fromkeys(row["layer"] for row in rows if row["architecture"] == architecture):
             chosen = [row for row in rows if (row["architecture"], row["layer"]) == (architecture, layer)]
             cells.append([architecture, layer])
-            for name, digits in (("cancellation", 1), *((kind.replace(", ", "_"), 3) for kind in kinds)):
+            for name, digits in (
+                ("cancellation", 1),
+                ("cancellation_by_entry", 1),
+                *((kind.replace(", ", "_"), 3) for kind in kinds),
+            ):
                 by_model: dict[int, list[float]] = {}
                 for row in chosen:
                     by_model.setdefault(row["model"], []).append(row[name])
                 cells[-1].append(t_interval([float(np.mean(values)) for values in by_model.values()]).format(digits))
     return Table(
-        "Every layer from input to output: cancellation ratio (geometric mean over checkpoints) and area under the detection "
-        "curve, mean over sets and shares with the 95 % interval over seeds (Student's t).",
-        ["architecture", "layer", "cancellation", *kinds],
+        "Every layer from input to output: cancellation as a ratio of norms and entry by entry (geometric mean over checkpoints), and area "
+        "under the detection curve, mean over sets and shares with the 95 % interval over seeds (Student's t).",
+        ["architecture", "layer", "cancellation", "entry by entry", *kinds],
         cells,
         rows,
     )

@@ -14,7 +14,7 @@ from hf_doge.gradients.embedding import EmbeddingGradientRecorder
 from hf_doge.gradients.token_rows import TokenRows
 from hf_doge.tracing.scorers import SCORERS, Batches, Scorer, make_scorer
 from hf_doge.tracing.scorers.embedding import TracInWEScorer
-from hf_doge.tracing.scorers.last_layer import InfluenceLastScorer
+from hf_doge.tracing.scorers.last_layer import InfluenceLastScorer, RepresenterScorer
 
 
 class TracInLayerScorer:
@@ -125,6 +125,25 @@ class InfluenceLastAllScorer:
     def __init__(self, models: Sequence[nn.Module], learning_rates: Sequence[float], *, damping: float = 1.0) -> None:
         self.learning_rates = learning_rates
         self.checkpoints = [InfluenceLastScorer(model, damping=damping) for model in models]
+
+    def scores(self, train: Batches, queries: Batches) -> np.ndarray:
+        """Scores of shape `(Q, N)`, see [`Scorer`]."""
+        pairs = zip(self.learning_rates, self.checkpoints, strict=True)
+        return sum(rate * scorer.scores(train, queries) for rate, scorer in pairs)
+
+
+class RepresenterAllScorer:
+    """
+    Representer values summed over checkpoints as TracIn is, `sum_c eta_c r_c(x, x')`.
+
+    Args:
+        models (`Sequence[nn.Module]`): The model at each checkpoint.
+        learning_rates (`Sequence[float]`): Learning rate in force at each.
+    """
+
+    def __init__(self, models: Sequence[nn.Module], learning_rates: Sequence[float]) -> None:
+        self.learning_rates = learning_rates
+        self.checkpoints = [RepresenterScorer(model) for model in models]
 
     def scores(self, train: Batches, queries: Batches) -> np.ndarray:
         """Scores of shape `(Q, N)`, see [`Scorer`]."""
