@@ -16,7 +16,11 @@ from benchmarks.reproduce.store import PartStore
 
 # Name, further arguments, and the tables it must leave.
 CASES = [
-    ("doge_universal", ["--stages", "core", "arms"], ["perplexity", "domains", "weights", "scores", "cost"]),
+    (
+        "doge_universal",
+        ["--stages", "core", "arms", "fresh"],
+        ["perplexity", "domains", "weights", "scores", "cost", "fresh", "fresh_domains"],
+    ),
     ("doge_out_of_domain", ["--stages", "languages"], ["perplexity", "unigram", "weights"]),
     ("doge_data_restricted", [], ["perplexity", "weights", "epochs"]),
     ("doge_finetune", [], ["target"]),
