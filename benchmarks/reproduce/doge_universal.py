@@ -24,7 +24,7 @@ What was decided when:
 - **Stages.** `core`: uniform, `paper_sum` and `official_mix` at the smaller base. `arms`: the other four. `size`: four arms at the larger base. `variants`: the weights
   that `paper_sum` learns with each domain's gradient clipped to norm 1, by cosine, and without the self term (three seeds): which of them takes
   its bias away? `causes`: base models on these. `stability`: the weights with a larger proxy and other mu (three seeds).
-- **Added after five seeds of all arms had been read.** `fresh`: of eleven arms the cosine variant and DoReMi had the lowest averages, both undecided. They and
+- **Added after five seeds of all arms had been read.** `fresh`: of ten arms the cosine variant and DoReMi had the lowest averages, both undecided. They and
   uniform are run once more with eight seeds that nobody has looked at (6 to 13), by the same rule, in a table of their own.
 
 Learned weights are saved as artifacts in `OUTPUT_DIR/doge_universal/proxy/<arm>-<size>-seed<seed>/domain_weights`, base
