@@ -8,7 +8,9 @@ distributionally robust optimisation. At every step, on a batch with the same nu
     alpha_j  proportional to  alpha_j * exp(step_size * excess_j), then (1 - smoothing) * alpha + smoothing / K
 
 and the proxy steps on `sum_j alpha_j * loss_j`. The result is the mean of alpha over the steps. Published values:
-step size 1, smoothing 1e-3. Departure: the starting mixture is uniform, as in the DoGE paper's comparison.
+step size 1, smoothing 1e-3, neither of which was tuned here. Departures: the starting mixture is uniform, as in the DoGE paper's
+comparison; a batch has the same number of examples of each domain, where the published one is drawn from the mixture; and reference and
+proxy start from the same weights and see the same batches in the same order.
 """
 
 from collections.abc import Mapping
