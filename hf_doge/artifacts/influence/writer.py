@@ -29,7 +29,7 @@ from hf_doge.artifacts.files import file_sha256, replace_files, require_own_fold
 from hf_doge.artifacts.influence.card import renewed_card
 from hf_doge.artifacts.influence.checkpoint_writer import PARTIAL, CheckpointWriter
 from hf_doge.artifacts.influence.encoding import projection_matrix, projection_sha256, recorded_projection
-from hf_doge.artifacts.influence.examples import ordered_examples, read_examples
+from hf_doge.artifacts.influence.examples import ordered_examples, read_examples, same_examples
 from hf_doge.artifacts.influence.growth import Growth
 from hf_doge.artifacts.influence.lock import WriterLock
 from hf_doge.artifacts.influence.manifest import (
@@ -294,9 +294,8 @@ class IndexWriter:
         recorded = {path: checksum for path, checksum in examples_files(self.config).items() if checksum is not None}
         present = [(self.folder / path).is_file() for path in recorded]
         if recorded and all(present) and all(file_sha256(self.folder / path) == recorded[path] for path in recorded):
-            same = read_examples(self.folder, self.config).equals(
-                table
-            )  # the bytes may differ with the version of pyarrow
+            # The bytes of the files may differ with the version of pyarrow.
+            same = same_examples(table, read_examples(self.folder, self.config))
         else:
             contents = _example_contents(table, list(recorded) or [EXAMPLES_FILE])
             checksums = {path: sha256(content) for path, content in contents.items()}
