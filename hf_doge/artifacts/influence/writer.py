@@ -221,7 +221,7 @@ class IndexWriter:
         differing = [
             f"`{key}` is {config.get(key)!r:.200}, not {value!r:.200}"
             for key, value in asked.items()
-            if key not in ("metadata", *but) and config.get(key) != value
+            if key not in ("metadata", *but) and _lasting(config.get(key)) != _lasting(value)
         ]
         if differing:
             raise ValueError(
@@ -229,7 +229,7 @@ class IndexWriter:
                 " Continue it with the same, or choose another folder."
                 + (
                     " To add the examples behind those it has, pass `add_examples=True` (`hf-doge index --add_examples`)."
-                    if asked["num_examples"] > config["num_examples"] and config["checkpoints"]
+                    if asked["num_examples"] > config["num_examples"] and config["checkpoints"] and not but
                     else ""
                 )
             )
@@ -460,6 +460,11 @@ class IndexWriter:
         self.require_open()
         replace_files(self.folder, {**files, MANIFEST: to_json(config)}, manifest=MANIFEST)
         self.config = config
+
+
+def _lasting(setting: Any) -> Any:
+    """A setting without the name of what it describes: the same tokenizer may be loaded from another place."""
+    return {key: value for key, value in setting.items() if key != "name"} if isinstance(setting, dict) else setting
 
 
 def _example_contents(table: pa.Table, paths: Sequence[str]) -> dict[str, bytes]:
