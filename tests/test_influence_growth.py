@@ -9,12 +9,15 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 from hf_doge.artifacts.influence import IndexReader
 from hf_doge.artifacts.influence.growth import Growth
 from hf_doge.gradients.token_rows import TokenRows
+from hf_doge.tracing.index import InfluenceIndex
 from hf_doge.tracing.recording import record_dataset
 from hf_doge.tracing.settings import RecordingSettings
+from hf_doge.tracing.weights import load_model
 from tests.influence_rows import (
     FACTS,
     NUM_EXAMPLES,
@@ -282,3 +285,62 @@ def test_a_grown_recording_holds_the_rows_of_a_whole_one(tmp_path, saved):
             assert torch.equal(one[0], other[0])
             assert torch.equal(one[1], other[1])
     assert readers[0].examples.to_dict() == readers[1].examples.to_dict()
+
+
+def test_where_the_tokenizer_was_loaded_from_does_not_matter(tmp_path, saved):
+    models, tokenizer = saved
+    data = tokenised(sentences(9), tokenizer)
+    tokenizers = []
+    for name in ("one", "two", "three"):
+        tokenizer.save_pretrained(tmp_path / name)
+        tokenizers.append(AutoTokenizer.from_pretrained(tmp_path / name))
+    options = {"progress": False, "learning_rates": [0.1]}
+    record_dataset(tmp_path / "index", models[:1], data.select(range(6)), tokenizer=tokenizers[0], **options)
+    record_dataset(tmp_path / "index", models[1:], data.select(range(6)), tokenizer=tokenizers[1], **options)
+    record_dataset(tmp_path / "index", models[::-1], data, tokenizer=tokenizers[2], add_examples=True, progress=False)
+    assert json.loads((tmp_path / "index/config.json").read_bytes())["num_examples"] == 9
+    other = wordpiece_tokenizer(vocab_size=69)
+    with pytest.raises(ValueError, match="another configuration: `tokenizer` is"):
+        record_dataset(tmp_path / "index", models, data, tokenizer=other, add_examples=True, progress=False)
+
+
+def test_added_examples_have_the_columns_of_the_others_though_their_domain_is_of_two_words(tmp_path, saved):
+    models, tokenizer = saved
+    rows = [{**row, "domain": "wiki" if number < 6 else "common crawl"} for number, row in enumerate(sentences(9))]
+    data = tokenised(rows, tokenizer).remove_columns("text")
+    options = {"tokenizer": tokenizer, "progress": False}
+    record_dataset(tmp_path / "index", models[:1], data.select(range(6)), learning_rates=[0.1], **options)
+    record_dataset(tmp_path / "index", models[:1], data, add_examples=True, **options)
+    examples = IndexReader.open(tmp_path / "index", cache_dir=tmp_path / "maps").examples
+    assert examples["input_ids"] == data["input_ids"]
+    assert examples["domain"] == data["domain"]
+
+
+def test_the_domains_of_a_grown_index_may_be_unknown(tmp_path, saved):
+    models, tokenizer = saved
+    rows = [{**row, "domain": ["a", None, "b"][number % 3]} for number, row in enumerate(sentences(9))]
+    data = tokenised(rows, tokenizer)
+    options = {"tokenizer": tokenizer, "progress": False}
+    record_dataset(tmp_path / "index", models[:1], data.select(range(5)), learning_rates=[0.1], **options)
+    record_dataset(tmp_path / "index", models[:1], data, add_examples=True, **options)
+    index = InfluenceIndex.from_pretrained(
+        tmp_path / "index",
+        cache_dir=tmp_path / "maps",
+        load_model=lambda _: load_model(models[0]),
+        processing_class=tokenizer,
+    )
+    scores = index.scores("the stadium")[0]
+    domains = index.domain_influence("the stadium", "domain", reduction="sum")
+    assert domains["domain"] == ["a", None, "b"]
+    assert domains["num_examples"] == [3, 3, 3]
+    np.testing.assert_allclose(domains["score"], [scores[number::3].sum() for number in range(3)], rtol=1e-4)
+
+
+def test_checkpoints_of_the_same_weights_can_all_be_given_the_new_examples(tmp_path, saved):
+    models, tokenizer = saved
+    data = tokenised(sentences(9), tokenizer)
+    copies = [shutil.copytree(models[0], tmp_path / name) for name in ("a", "b", "c", "d")]
+    options = {"tokenizer": tokenizer, "progress": False}
+    record_dataset(tmp_path / "index", copies[:2], data.select(range(6)), learning_rates=[0.1, 0.2], **options)
+    writer = record_dataset(tmp_path / "index", copies[2:], data, add_examples=True, **options)
+    assert writer.config["num_examples"] == 9
