@@ -31,7 +31,7 @@ from tests.influence_rows import (
     write_checkpoint,
     write_index,
 )
-from tests.influence_tools import classifier, sentences, tokenised, wordpiece_tokenizer
+from tests.influence_tools import classifier, sentences, tokenised, train, wordpiece_tokenizer
 
 FIRST = 30
 TOLERANCES = {"float32": 1e-6, "float16": 1e-3, "int8": 2e-2}
@@ -344,3 +344,19 @@ def test_checkpoints_of_the_same_weights_can_all_be_given_the_new_examples(tmp_p
     record_dataset(tmp_path / "index", copies[:2], data.select(range(6)), learning_rates=[0.1, 0.2], **options)
     writer = record_dataset(tmp_path / "index", copies[2:], data, add_examples=True, **options)
     assert writer.config["num_examples"] == 9
+
+
+@pytest.mark.filterwarnings("ignore:The input embeddings of the model are frozen")
+@pytest.mark.parametrize("frozen", [False, True])
+def test_an_index_that_a_training_recorded_can_be_given_more_examples(tmp_path, frozen):
+    tokenizer = wordpiece_tokenizer()
+    data = tokenised(sentences(12), tokenizer)
+    model = classifier(tokenizer)
+    model.get_input_embeddings().weight.requires_grad_(not frozen)
+    folder = train(tmp_path, model, tokenizer, data.select(range(8)), epochs=2)
+    saved = sorted((tmp_path / "run").iterdir())
+    options = {"tokenizer": AutoTokenizer.from_pretrained(saved[0]), "add_examples": True, "progress": False}
+    for _ in range(2):  # the second time there is nothing to do
+        record_dataset(folder, saved, data, settings=RecordingSettings(dtype="float32"), **options)
+    config = IndexReader.open(folder, cache_dir=tmp_path / "maps").config
+    assert (config["num_examples"], config["virtual"]) == (12, frozen)

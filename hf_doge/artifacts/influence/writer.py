@@ -209,9 +209,10 @@ class IndexWriter:
             )
         if example_dtype(present) != example_dtype(asked):
             raise ValueError(f"An index of {first} examples keeps their ids in 32 bits: it cannot grow to {count}.")
+        # Of weights that were saved nobody can tell whether they were trained; the index knows.
         if count == first:
-            return self._continued(asked)
-        config = self._continued(asked, but=("num_examples", "dataset"))
+            return self._continued(asked, but=("virtual",))
+        config = self._continued(asked, but=("virtual", "num_examples", "dataset"))
         self.first_example = first
         self._growth = Growth(config, num_examples=count, dataset=asked["dataset"])
         return config
