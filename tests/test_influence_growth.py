@@ -11,6 +11,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
+from hf_doge.artifacts import files
 from hf_doge.artifacts.influence import IndexReader
 from hf_doge.artifacts.influence.growth import Growth
 from hf_doge.gradients.token_rows import TokenRows
@@ -157,6 +158,27 @@ def test_a_crash_at_the_end_of_growth_is_completed(tmp_path, rows, step, monkeyp
     assert json.loads((folder / "config.json").read_bytes())["num_examples"] == FIRST
     grow_step_by_step(folder, rows)
     assert contents(folder) == contents(whole)
+
+
+def test_a_crash_between_config_and_card_is_completed(tmp_path, rows, monkeypatch):
+    folder = begun(tmp_path / "index", rows)
+    whole = shutil.copytree(folder, tmp_path / "whole")
+    grow_index(whole, *rows)
+
+    def sync(path):
+        original(path)
+        if json.loads((folder / "config.json").read_bytes())["num_examples"] == NUM_EXAMPLES:
+            raise OSError("power cut")
+
+    original = files.sync_folder
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "sync_folder", sync)
+        with pytest.raises(OSError, match="power cut"):
+            grow_index(folder, *rows)
+    assert (folder / "README.md").read_bytes() != (whole / "README.md").read_bytes()
+    open_writer(folder, add_examples=True).close()
+    assert (folder / "README.md").read_bytes() == (whole / "README.md").read_bytes()
+    assert not list(folder.glob(".hf_doge-*"))
 
 
 def test_what_an_attempt_with_other_examples_left_does_not_count(tmp_path, rows):

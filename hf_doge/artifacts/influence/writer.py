@@ -25,7 +25,7 @@ from torch import Tensor
 
 from hf_doge._version import __version__
 from hf_doge.artifacts.checks import require_json
-from hf_doge.artifacts.files import file_sha256, replace_files, require_own_folder, sha256
+from hf_doge.artifacts.files import STAGED_PREFIX, file_sha256, replace_files, require_own_folder, sha256
 from hf_doge.artifacts.influence.card import renewed_card
 from hf_doge.artifacts.influence.checkpoint_writer import PARTIAL, CheckpointWriter
 from hf_doge.artifacts.influence.encoding import projection_matrix, projection_sha256, recorded_projection
@@ -167,6 +167,8 @@ class IndexWriter:
                 versions = {"format_version": FORMAT_VERSION, "hf_doge_version": __version__}
                 self.config = {**versions, **asked, "checkpoints": [], "files": {}}
                 self._replace(self.config, {})
+            if self.config["checkpoints"] and any(self.folder.glob(f"{STAGED_PREFIX}*")):
+                self._replace_checkpoints(self.config["checkpoints"])  # README.md was interrupted behind config.json
         except BaseException:
             self.close()
             raise
