@@ -9,7 +9,9 @@ import json
 import os
 import shutil
 import sys
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -271,6 +273,14 @@ def many_examples() -> dict:
             seen[attempt] = {"same": all(same), "whole": len(hub.requests("GET", "examples/")), "sent": sent}
             if attempt == "again":
                 path.write_bytes(bytes(path.stat().st_size))
+        def fetch(number: int) -> None:
+            remote = RemoteIndexReader.open(name, cache_dir=WORK / "many-at-once")
+            begin.wait()
+            assert remote.examples_of([2019, number]).to_dict() == local.examples_of([2019, number]).to_dict()
+
+        begin = threading.Barrier(4)
+        with ThreadPoolExecutor(4) as pool:
+            seen["at once"] = error_of(lambda: list(pool.map(fetch, [3, 3, 1500, 1500])))
         seen["size"] = (folder / "examples/train-00000-of-00001.parquet").stat().st_size
         seen["all"] = remote.examples.to_dict() == local.examples.to_dict()
     finally:

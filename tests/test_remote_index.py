@@ -100,6 +100,10 @@ def test_of_many_examples_only_those_that_are_asked_for_are_fetched(seen):
     assert many["all"]
 
 
+def test_several_can_fetch_the_same_examples_at_once(seen):
+    assert seen["many examples"]["at once"] == "none"
+
+
 def test_1_percent_more_examples_upload_about_1_percent_more_bytes(seen):
     first, second = seen["growth"]["sent"]
     assert 0.009 <= second / first <= 0.015
