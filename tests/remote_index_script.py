@@ -273,6 +273,7 @@ def many_examples() -> dict:
             seen[attempt] = {"same": all(same), "whole": len(hub.requests("GET", "examples/")), "sent": sent}
             if attempt == "again":
                 path.write_bytes(bytes(path.stat().st_size))
+
         def fetch(number: int) -> None:
             remote = RemoteIndexReader.open(name, cache_dir=WORK / "many-at-once")
             begin.wait()
