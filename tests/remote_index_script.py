@@ -189,7 +189,15 @@ def damaged_cache() -> dict:
     before = len(read())
     remote = RemoteIndexReader.open("doge/index-float16", cache_dir=cache)
     same = np.array_equal(remote.scores(0, queries), expected)
-    return {"same": same, "read again": len(read()) > before}
+    seen = {"same": same, "read again": len(read()) > before}
+    some_tokens = some(queries, 0, 1)
+    remote = RemoteIndexReader.open("doge/index-float16", cache_dir=WORK / "deleted")
+    remote.scores(0, some_tokens)
+    for place in (WORK / "deleted").glob("*-remote"):
+        shutil.rmtree(place)  # as whoever makes room for another map does, an hour later
+    seen["deleted"] = error_of(lambda: remote.scores(0, queries))
+    seen["same after that"] = seen["deleted"] == "none" and np.array_equal(remote.scores(0, queries), expected)
+    return seen
 
 
 def manipulated() -> dict:
