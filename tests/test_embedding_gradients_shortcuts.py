@@ -174,7 +174,7 @@ def test_a_check_refuses_what_recording_would_and_never_runs_the_whole_batch():
 
 
 @pytest.mark.parametrize("reduction", ["sum", "mean"])
-@pytest.mark.parametrize("tied", ["input", "output", "full"])
+@pytest.mark.parametrize("tied", ["input", "output", "full", "own"])
 def test_rows_from_logits_are_those_of_the_loss(reduction, tied):
     model, batch = build(gpt2), batch_of(gpt2, lengths=(9, 4, 7))
     batch["labels"][0, 2:5] = -100

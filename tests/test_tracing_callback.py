@@ -601,6 +601,7 @@ def test_second_moments_need_adam_and_trained_embeddings(tmp_path, tokenizer):
         ({"top_k_tokens": 0}, "`top_k_tokens` must be a whole number"),
         ({"top_k_unit": "word"}, "`unit` must be one of"),
         ({"tied": "full", "top_k_tokens": 5}, "`top_k_unit` must be 'token'"),
+        ({"tied": "own", "top_k_tokens": 5}, "`top_k_unit` must be 'token'"),
         ({"projection_width": -1}, "`projection_width` must be a whole number"),
         ({"max_segment_bytes": None}, "`max_segment_bytes` must be a whole number"),
         ({"second_moment": True, "record": "online"}, "`second_moment` needs `record='checkpoint'`"),
