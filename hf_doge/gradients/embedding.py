@@ -23,7 +23,7 @@ from hf_doge.gradients.embedding_uses import EmbeddingUses, Lookup, input_embedd
 from hf_doge.gradients.example_losses import IGNORE_INDEX, ExampleLosses, LossFunction, check_finite
 from hf_doge.gradients.independence import few_examples, rows_agree, single_example
 from hf_doge.gradients.padding import Group, Layout, padding_mask, split_by_length, tokens_per_call
-from hf_doge.gradients.token_rows import PositionGradients, TokenRows
+from hf_doge.gradients.token_rows import PositionGradients, TokenRows, join_groups
 
 TIED_PARTS = ("input", "output", "full", "own")
 
@@ -133,8 +133,8 @@ class EmbeddingGradientRecorder(AbstractContextManager):
         self._verify = verify
         self._verified = False
         self._encoder_decoder = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
-        # Other layouts of the batch have parts of their own, and a dense output part is not put together again.
-        self._may_split = verify and tied == "input" and not self._encoder_decoder
+        # Whether a model reads its input once, and by position, is told by its lookups.
+        self._may_split = verify and tied != "output" and not self._encoder_decoder
         self._layout: Layout | None = None  # of the batches whose padding can be left out
         self._from_logits: bool | None = None if _labels_are_optional(model) and not self._encoder_decoder else False
         self._uses: EmbeddingUses | None = None
@@ -187,8 +187,15 @@ class EmbeddingGradientRecorder(AbstractContextManager):
                 self._compare(batch)
         if self._verified and self._from_logits is None:
             self._from_logits = self._logits_suffice(batch)
-        gradients = self._all_gradients(batch, mask)
-        return gradients.merge(top_k=self.top_k, top_k_unit=self.top_k_unit, virtual=self.virtual)
+        labels = batch.get("labels")
+        by_class = isinstance(labels, Tensor) and not labels.is_floating_point()
+        groups = self._groups(batch, mask)
+        parts = []
+        for group in groups:
+            gradients, loss = self._differentiate(group.batch, from_logits=bool(self._from_logits) and by_class)
+            check_finite(loss)
+            parts.append(gradients.merge(top_k=self.top_k, top_k_unit=self.top_k_unit, virtual=self.virtual))
+        return join_groups(parts, torch.cat([group.examples for group in groups]))
 
     def check(self, batch: Mapping[str, object]) -> None:
         """
@@ -211,24 +218,15 @@ class EmbeddingGradientRecorder(AbstractContextManager):
             raise RuntimeError("`record` must be called inside the context: `with EmbeddingGradientRecorder(...)`.")
         return self._losses.prepare(self.model, self._to_device(batch))
 
-    def _all_gradients(self, batch: dict[str, object], mask: Tensor | None) -> PositionGradients:
-        """Those of a batch, run in groups where that saves padding."""
-        labels = batch.get("labels")
-        labels = labels if isinstance(labels, Tensor) and not labels.is_floating_point() else None
-        from_logits = bool(self._from_logits) and labels is not None
+    def _groups(self, batch: dict[str, object], mask: Tensor | None) -> list[Group]:
+        """The batch in groups, where that saves padding."""
+        input_ids, labels = batch["input_ids"], batch.get("labels")
         if mask is None or self._layout is None or not self._layout.fits(batch):
-            gradients, loss = self._differentiate(batch, from_logits=from_logits)
-            check_finite(loss)
-            return gradients
-        if labels is not None and "labels" in self._layout.by_position:
+            whole = (torch.arange(size, device=input_ids.device) for size in (len(input_ids), input_ids.shape[-1]))
+            return [Group(*whole, batch)]
+        if "labels" in self._layout.by_position and not labels.is_floating_point():
             mask = mask | (labels != IGNORE_INDEX)  # what has a label counts, padding or not
-        groups = split_by_length(batch, mask, layout=self._layout, cost=tokens_per_call(self.model))
-        parts = []
-        for group in groups:
-            gradients, loss = self._differentiate(group.batch, from_logits=from_logits)
-            check_finite(loss)
-            parts.append((group, gradients))
-        return _joined(parts, batch["input_ids"])
+        return split_by_length(batch, mask, layout=self._layout, cost=tokens_per_call(self.model))
 
     def _to_device(self, batch: Mapping[str, object]) -> dict[str, object]:
         fed = [name for name in ("inputs_embeds", "decoder_inputs_embeds") if batch.get(name) is not None]
@@ -416,9 +414,8 @@ def _up_to_last_label(token_ids: Tensor, batch: Mapping[str, object]) -> Tensor 
         return None
     labelled = labels != IGNORE_INDEX
     if given is None:
-        decoder = not bool(
-            (labelled & (token_ids.roll(-1, dims=-1) != labels))[..., :-1].any()
-        )  # read one place later
+        differs = token_ids[..., 1:] != labels[..., :-1]  # a decoder reads a label one place after it predicts it
+        decoder = not bool((labelled[..., :-1] & differs).any())
     else:
         decoder = _same_ids(given, token_ids)
     return labelled.flip(-1).cumsum(dim=-1).flip(-1) > 0 if decoder else None
@@ -447,31 +444,6 @@ def join_by_example(parts: Sequence[Tensor], nothing: Tensor, input_ids: Tensor)
             )
         lines.append(part.reshape(batch_size, -1, *part.shape[len(positions) :]))
     return torch.cat(lines, dim=1) if lines else nothing
-
-
-def _joined(parts: Sequence[tuple[Group, PositionGradients]], input_ids: Tensor) -> PositionGradients:
-    """The gradients of all groups of a batch, every position at its place; what the groups left out does not count."""
-    gradients = parts[0][1]
-    if len(parts) == 1 and gradients.token_ids.shape == input_ids.shape:
-        return gradients
-    batch_size, num_positions = input_ids.shape
-    width = gradients.input_grads.shape[-1]
-    nothing = gradients.hidden.new_zeros(batch_size, 0, width)
-    whole = PositionGradients(
-        token_ids=input_ids.clone(),
-        counted=torch.zeros_like(input_ids, dtype=torch.bool),
-        input_grads=gradients.input_grads.new_zeros(batch_size, num_positions, width),
-        hidden=nothing,
-        logit_grads=nothing,
-        scales=gradients.scales.new_zeros(batch_size),
-    )
-    for group, gradients in parts:
-        lines = group.examples[:, None], group.positions
-        whole.token_ids[lines] = gradients.token_ids
-        whole.counted[lines] = gradients.counted
-        whole.input_grads[lines] = gradients.input_grads
-        whole.scales[group.examples] = gradients.scales
-    return whole
 
 
 def _without_labels(batch: Mapping[str, object]) -> dict[str, object]:

@@ -5,7 +5,7 @@ Shapes: B = batch size, T = positions of all lookups of a forward (encoder and d
 output layer, W = distinct tokens of one example, D = embedding width, V = vocabulary.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -49,6 +49,23 @@ class TokenRows:
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         lengths = self.offsets.diff().tolist()
         return zip(self.tokens.split(lengths), self.rows.split(lengths), strict=True)
+
+
+def join_groups(parts: Sequence[TokenRows], examples: Tensor) -> TokenRows:
+    """
+    The rows of a batch that was run in groups, in its own order.
+
+    Args:
+        parts (`Sequence[TokenRows]`): Of each group.
+        examples (`torch.Tensor` of shape `(batch_size,)`): Which of the batch they belong to, group after group.
+    """
+    if len(parts) == 1:
+        return parts[0]
+    lengths = torch.cat([part.offsets.diff() for part in parts])
+    order = examples.repeat_interleave(lengths).argsort(stable=True)
+    offsets = torch.cat([parts[0].offsets[:1], lengths[examples.argsort()].cumsum(dim=0)])
+    tokens, rows = torch.cat([part.tokens for part in parts]), torch.cat([part.rows for part in parts])
+    return TokenRows(offsets, tokens[order], rows[order], parts[0].virtual)
 
 
 @dataclass
