@@ -796,6 +796,14 @@ def test_the_output_part_of_an_untied_model_is_refused():
         record(build(gpt2, tied=False), collate(examples_of(causal_example), position_ids=True), tied="output")
 
 
+@pytest.mark.parametrize("tied", ["full", "own"])
+def test_a_tied_output_layer_that_is_not_seen_at_work_is_refused(tied):
+    model = build(gpt2)
+    model.lm_head.forward = lambda hidden: hidden @ model.lm_head.weight.T
+    with pytest.raises(ValueError, match="in a way of its own"):
+        record(model, collate(examples_of(causal_example), position_ids=True), tied=tied)
+
+
 def test_a_refused_batch_leaves_nothing_behind_in_the_next():
     model, batch = build(Toy), toy_batch()
     with EmbeddingGradientRecorder(model) as recorder:

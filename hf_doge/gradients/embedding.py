@@ -66,9 +66,9 @@ class EmbeddingGradientRecorder(AbstractContextManager):
     On a small language model whose matrices are tied, leaving out the 30 of 600 documents it names raised the loss of 24
     held-out continuations by .160 [.075, .245] nats more than `"input"` (95 % intervals), .187 [.099, .275] more than BM25
     and about as much as `"full"`, +.012 [-.026, .049]: `python -m benchmarks.reproduce tracin_lm --data_dir ../shared/data
-    --output_dir outputs/reproduce`. An example has as many rows as with `"input"`. What it costs beside that: the gradient
-    of the logits, `(B, S, V)`, is kept until the rows are made, and for each example `S * W * D` multiplications. A model
-    without a tied output layer has the rows of `"input"`.
+    --output_dir outputs/reproduce`. An example has as many rows as with `"input"`. What it costs beside that: the
+    logits, `(B, S, V)`, are copied once and their gradient is kept until the rows are made, which for each example takes
+    `S * W * D` multiplications. A model without a tied output layer has the rows of `"input"`.
 
     Args:
         model (`nn.Module`):
@@ -261,6 +261,12 @@ class EmbeddingGradientRecorder(AbstractContextManager):
                 f"`tied='output'` needs an output layer that multiplies by the embedding matrix, but "
                 f"`{type(self.model).__name__}` has none. Use `tied='input'`."
             )
+        if self.tied != "input" and not projections and _has_tied_output(self.model, self.matrix):
+            raise ValueError(
+                f"`tied={self.tied!r}` needs to see the output layer multiply by the embedding matrix, but that of "
+                f"`{type(self.model).__name__}`, which is tied to it, does so in a way of its own (not by `F.linear` within "
+                "a module that holds the matrix). Use `tied='input'`."
+            )
         wanted = [use.output for use in (*lookups, *projections)]
         if not wanted or not differentiated.requires_grad:
             raise ValueError(
@@ -448,6 +454,12 @@ def join_by_example(parts: Sequence[Tensor], nothing: Tensor, input_ids: Tensor)
 
 def _without_labels(batch: Mapping[str, object]) -> dict[str, object]:
     return {key: value for key, value in batch.items() if key != "labels"}
+
+
+def _has_tied_output(model: nn.Module, matrix: Tensor) -> bool:
+    """Whether the model says that its output layer is the embedding matrix."""
+    output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    return getattr(output, "weight", None) is matrix
 
 
 def _labels_are_optional(model: nn.Module) -> bool:
