@@ -2,17 +2,21 @@
 
 import json
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
+from benchmarks.reproduce import tracin_case_deletion as case_deletion
 from benchmarks.reproduce.__main__ import main
 from benchmarks.reproduce.layer_gradients import cancellation_by_entry, layer_gradients, weight_layers
 from benchmarks.reproduce.tracin_index import write_index
 from benchmarks.reproduce.tracin_lm import SIZES, gradients_by_side, largest_rows, make_model, middle_layers, own_rows
 from benchmarks.reproduce.tracin_mislabelled import detection_area
 from benchmarks.reproduce.tracin_scorers import (
+    AdamCheckpoint,
+    AdamTracInScorer,
     CosineTracInWEScorer,
     InfluenceLastAllScorer,
     SameClassScorer,
@@ -140,6 +144,36 @@ def test_the_last_layers_influence_is_summed_over_checkpoints(classifier, batche
     alone = InfluenceLastScorer(classifier, damping=1.0).scores(batches, batches)
     both = InfluenceLastAllScorer([classifier, classifier], [0.5, 0.25]).scores(batches, batches)
     np.testing.assert_allclose(both, 0.75 * alone, rtol=1e-5)
+
+
+def test_with_equal_second_moments_adams_metric_is_a_factor(classifier, batches):
+    moments = {name: torch.full_like(parameter, 0.25) for name, parameter in classifier.named_parameters()}
+    checkpoint = AdamCheckpoint(classifier, 0.5, moments)
+    words = TracInWEScorer([classifier], [0.5]).scores(batches, batches)
+    last = TracInLastScorer([classifier], [0.5]).scores(batches, batches)
+    for by_row in (False, True):
+        found = AdamTracInScorer([checkpoint], by_row=by_row).scores(batches, batches)
+        np.testing.assert_allclose(found, 2 * words, rtol=1e-4, atol=1e-7)
+    found = AdamTracInScorer([checkpoint], layer="classifier").scores(batches, batches)
+    np.testing.assert_allclose(found, 2 * last, rtol=1e-3, atol=1e-6)
+    cosines = AdamTracInScorer([checkpoint], cosine=True).scores(batches, batches)
+    np.testing.assert_allclose(
+        cosines, CosineTracInWEScorer([classifier], [0.5]).scores(batches, batches), rtol=1e-4, atol=1e-6
+    )
+
+
+def test_the_explained_run_with_adams_state_is_the_explained_run(data_dir):
+    sizes = replace(case_deletion.SIZES["tiny"], architectures=("transformer",))
+    place = (data_dir / "classification", "ag_news", "transformer", sizes)
+    explained, every = case_deletion.train_explained(*place), case_deletion.train_with_adam(*place, 1)
+    assert len(every) == explained.recipe.num_epochs + 1
+    for epoch, checkpoint in zip(explained.recipe.checkpoint_epochs, explained.checkpoints, strict=True):
+        assert every[epoch].learning_rate == checkpoint.learning_rate
+        for name, parameter in checkpoint.model.state_dict().items():
+            assert torch.equal(parameter, every[epoch].model.state_dict()[name])
+        assert set(every[epoch].second_moments) == {name for name, _ in checkpoint.model.named_parameters()}
+    assert every[0].learning_rate == explained.recipe.learning_rate
+    assert not torch.equal(every[0].model.classifier.weight, every[1].model.classifier.weight)
 
 
 def test_both_sides_of_a_tied_matrix_add_up_to_its_gradient():

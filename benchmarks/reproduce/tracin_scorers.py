@@ -1,19 +1,20 @@
 """Scorers that only the experiments have: a layer in the middle, cosine, synonyms. The others are in `hf_doge`."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from benchmarks.reproduce.layer_gradients import layer_gradients
 from hf_doge.functional.synonyms import synonym_score, synonym_similarity
-from hf_doge.functional.tracin_we import cosine_scores
+from hf_doge.functional.tracin_we import cosine_scores, scale_by_second_moment
 from hf_doge.gradients.embedding import EmbeddingGradientRecorder
 from hf_doge.gradients.token_rows import TokenRows
 from hf_doge.tracing.scorers import SCORERS, Batches, Scorer, make_scorer
-from hf_doge.tracing.scorers.embedding import TracInWEScorer
+from hf_doge.tracing.scorers.embedding import TracInWEScorer, pair_scores
 from hf_doge.tracing.scorers.last_layer import InfluenceLastScorer, RepresenterScorer
 
 
@@ -112,6 +113,83 @@ class TracInWESynScorer:
         return total
 
 
+@dataclass(frozen=True)
+class AdamCheckpoint:
+    """
+    A checkpoint of a training by Adam.
+
+    Attributes:
+        model (`nn.Module`), learning_rate (`float`): As ever.
+        second_moments (`dict[str, torch.Tensor]`): Adam's bias-corrected `v` by name of the parameter. Before the first
+            step there is none, and that of the next checkpoint stands here.
+    """
+
+    model: nn.Module
+    learning_rate: float
+    second_moments: dict[str, Tensor]
+
+
+class AdamTracInScorer:
+    """
+    TracIn in the metric of Adam, `sum_c eta_c <g(x) / (sqrt(v_c) + eps), g(x')>`, on the word embeddings or on one layer.
+
+    Args:
+        checkpoints (`Sequence[AdamCheckpoint]`).
+        layer (`str`, *optional*): Name of a linear layer; the word embeddings by default.
+        cosine (`bool`): Whether the product at each checkpoint is divided by the norms of both gradients in that metric.
+        by_row (`bool`): Whether all entries of a row (a word) share the mean of their `v`.
+    """
+
+    def __init__(
+        self,
+        checkpoints: Sequence[AdamCheckpoint],
+        *,
+        layer: str | None = None,
+        cosine: bool = False,
+        by_row: bool = False,
+    ) -> None:
+        self.checkpoints = checkpoints
+        self.layer = layer
+        self.cosine = cosine
+        self.by_row = by_row
+
+    def scores(self, train: Batches, queries: Batches) -> np.ndarray:
+        """Scores of shape `(Q, N)`, see [`Scorer`]."""
+        total = 0
+        for checkpoint in self.checkpoints:
+            score = self._layer_scores if self.layer else self._word_scores
+            products, ours, theirs = score(checkpoint, train, queries)
+            if self.cosine:
+                products = products / (theirs[:, None] * ours[None]).clamp(min=1e-30)
+            total = total + checkpoint.learning_rate * products
+        return total.numpy()
+
+    def _word_scores(
+        self, checkpoint: AdamCheckpoint, train: Batches, queries: Batches
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        moments = checkpoint.second_moments["embedding.weight"]
+        if self.by_row:
+            moments = moments.mean(dim=1, keepdim=True)
+        ours, theirs = record_rows(checkpoint.model, train), record_rows(checkpoint.model, queries)
+        norms = []
+        for part in (ours, theirs):
+            part.rows = scale_by_second_moment(part.rows, moments[part.tokens])
+            examples = torch.arange(len(part)).repeat_interleave(part.offsets.diff())
+            squares = part.rows.double().square().sum(dim=1)
+            norms.append(squares.new_zeros(len(part)).index_add_(0, examples, squares).sqrt())
+        return pair_scores(theirs, ours).double(), *norms
+
+    def _layer_scores(
+        self, checkpoint: AdamCheckpoint, train: Batches, queries: Batches
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        moments = checkpoint.second_moments[f"{self.layer}.weight"].flatten()
+        ours, theirs = (
+            scale_by_second_moment(layer_gradients(checkpoint.model, part, [self.layer])[self.layer], moments).double()
+            for part in (train, queries)
+        )
+        return theirs @ ours.T, ours.norm(dim=1), theirs.norm(dim=1)
+
+
 class InfluenceLastAllScorer:
     """
     Influence functions of the last layer as TracIn sums over checkpoints: `sum_c eta_c g_c(x)^T (H_c + lambda_c I)^-1 g_c(x')`.
@@ -201,4 +279,24 @@ def make_experiment_scorer(
         "tracin_middle": lambda: TracInLayerScorer(models, learning_rates, layer=middle_layer),
         "tracin_middle_cosine": lambda: TracInLayerScorer(models, learning_rates, layer=middle_layer, cosine=True),
         "tracin_last_cosine": lambda: TracInLayerScorer(models, learning_rates, layer="classifier", cosine=True),
+    }[name]()
+
+
+def make_adam_scorer(name: str, checkpoints: Sequence[AdamCheckpoint], recorded: Sequence[AdamCheckpoint]) -> Scorer:
+    """
+    A scorer that takes Adam or all epochs into account.
+
+    Args:
+        name (`str`): `tracin_we_all`: plain, at all epochs. `..._adam...`: in Adam's metric. `tracin_last...`: on the last layer.
+        checkpoints (`Sequence[AdamCheckpoint]`): After every epoch, and before the first.
+        recorded (`Sequence[AdamCheckpoint]`): Those that the other scorers have.
+    """
+    return {
+        "tracin_we_all": lambda: TracInWEScorer(
+            [checkpoint.model for checkpoint in checkpoints], [checkpoint.learning_rate for checkpoint in checkpoints]
+        ),
+        "tracin_we_adam": lambda: AdamTracInScorer(recorded),
+        "tracin_we_adam_all": lambda: AdamTracInScorer(checkpoints),
+        "tracin_we_adam_cosine_all": lambda: AdamTracInScorer(checkpoints, cosine=True, by_row=True),
+        "tracin_last_adam_cosine_all": lambda: AdamTracInScorer(checkpoints, cosine=True, layer="classifier"),
     }[name]()

@@ -25,7 +25,8 @@ class TrainingRecipe:
         batch_size (`int`): Examples per step.
         learning_rate (`float`): Of the first step.
         optimizer (`str`): `"sgd"` (with momentum 0.9, as in the paper's notebook) or `"adam"`.
-        checkpoint_epochs (`Sequence[int]`): After which epochs, counted from 1, weights are kept for the scores.
+        checkpoint_epochs (`Sequence[int]`): After which epochs, counted from 1, weights are kept for the scores; 0 are the
+            initial ones, with the learning rate of the first step.
     """
 
     num_epochs: int = 8
@@ -37,9 +38,9 @@ class TrainingRecipe:
     def __post_init__(self) -> None:
         if self.optimizer not in OPTIMIZERS:
             raise ValueError(f"`optimizer` must be one of {list(OPTIMIZERS)}, but got {self.optimizer!r}.")
-        if not self.checkpoint_epochs or not all(1 <= epoch <= self.num_epochs for epoch in self.checkpoint_epochs):
+        if not self.checkpoint_epochs or not all(0 <= epoch <= self.num_epochs for epoch in self.checkpoint_epochs):
             raise ValueError(
-                f"`checkpoint_epochs` must be epochs from 1 to {self.num_epochs}, but got {self.checkpoint_epochs}."
+                f"`checkpoint_epochs` must be epochs from 0 to {self.num_epochs}, but got {self.checkpoint_epochs}."
             )
 
 
@@ -58,6 +59,7 @@ def train_classifier(
     seed: int,
     removed: Collection[int] = (),
     keep_checkpoints: bool = False,
+    on_checkpoint: Callable[[nn.Module, torch.optim.Optimizer], None] | None = None,
 ) -> tuple[nn.Module, list[Checkpoint]]:
     """
     Train from scratch without some examples, and otherwise as alike as can be.
@@ -73,6 +75,7 @@ def train_classifier(
         seed (`int`): Of initial weights and batches.
         removed (`Collection[int]`): Positions of examples left out.
         keep_checkpoints (`bool`): Whether to keep the weights after each of `recipe.checkpoint_epochs`.
+        on_checkpoint (`Callable`, *optional*): Called with the model and its optimizer at each checkpoint that is kept.
 
     Returns:
         `tuple[nn.Module, list[Checkpoint]]`: the trained model, in evaluation mode, and its checkpoints.
@@ -90,6 +93,14 @@ def train_classifier(
     checkpoints: list[Checkpoint] = []
     num_steps = recipe.num_epochs * -(-num_examples // recipe.batch_size)
     learning_rates = iter([recipe.learning_rate * (1 - step / num_steps) for step in range(num_steps)])
+
+    def keep(epoch: int, learning_rate: float) -> None:
+        if keep_checkpoints and epoch in recipe.checkpoint_epochs:
+            checkpoints.append(Checkpoint(copy.deepcopy(model).eval(), learning_rate))
+            if on_checkpoint is not None:
+                on_checkpoint(model, optimizer)
+
+    keep(0, recipe.learning_rate)
     for epoch in range(1, recipe.num_epochs + 1):
         for batch in torch.randperm(num_examples, generator=generator).split(recipe.batch_size):
             batch = batch[kept[batch]]
@@ -100,8 +111,7 @@ def train_classifier(
             optimizer.zero_grad()
             F.cross_entropy(logits, data["labels"][batch]).backward()
             optimizer.step()
-        if keep_checkpoints and epoch in recipe.checkpoint_epochs:
-            checkpoints.append(Checkpoint(copy.deepcopy(model).eval(), learning_rate))
+        keep(epoch, learning_rate)
     return model.eval(), checkpoints
 
 
