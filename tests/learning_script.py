@@ -190,7 +190,15 @@ REFUSED = {
         "optim": "sgd",
     },
     "tensor parallelism": {"save_strategy": "no"},
+    "own loss": {"alignment": "single_pass"},
 }
+
+
+class TalkingTrainer(DoGETrainer):
+    def compute_loss(self, *args, **kwargs):
+        loss = super().compute_loss(*args, **kwargs)
+        self.accelerator.gather(loss.detach())
+        return loss
 
 
 def collect_refusals(folder):
@@ -204,8 +212,9 @@ def collect_refusals(folder):
             model = load_in_shards(model, folder, tp_size=2, tp_plan="auto")
         if name != "CPUs":
             shard_on_cpus(args)
+        trainer_class = TalkingTrainer if name == "own loss" else DoGETrainer
         try:
-            DoGETrainer(model, args, train_dataset=make_domains())
+            trainer_class(model, args, train_dataset=make_domains())
         except ValueError as error:
             messages[name] = str(error)
     return messages
