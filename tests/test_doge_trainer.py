@@ -379,6 +379,27 @@ def test_a_loss_that_is_not_a_number_keeps_the_weights_and_spares_the_model(tmp_
     assert trainer.state.log_history[2]["nonfinite_domain_steps"] == 3
 
 
+@pytest.mark.parametrize("alignment", ["single_pass", "per_domain", "streamed"])
+@pytest.mark.parametrize("reweight_steps", [1, 100])
+def test_a_gradient_that_is_not_a_number_of_a_loss_that_is_spares_the_model(tmp_path, alignment, reweight_steps):
+    def spoilt_gradient(outputs, labels, num_items_in_batch=None):
+        """Of the rows that start with the token 31, from the second step on."""
+        logits = outputs.logits[:, :-1].clone()
+        spoilt = labels[:, 0].eq(31) & (trainer.state.global_step > 0)
+        logits[spoilt] = logits[spoilt] + (0 * logits[spoilt]).sqrt()
+        return F.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), reduction="sum") / num_items_in_batch
+
+    args = config(tmp_path, max_steps=3, alignment=alignment, reweight_steps=reweight_steps)
+    trainer = DoGETrainer(
+        tiny_llama(), args, train_dataset=domains_with_a_spoilt_one(), compute_loss_func=spoilt_gradient
+    )
+    trainer.train()
+    assert torch.isfinite(flat_parameters(trainer.model)).all()
+    assert trainer.state.log_history[2]["nonfinite_domain_steps"] == 2
+    losses = [log["loss"] for log in trainer.state.log_history if "loss" in log]
+    assert losses[2] < losses[1]  # the other domains trained it
+
+
 def test_too_many_losses_that_are_not_numbers_in_a_row_end_the_run(tmp_path):
     args = config(tmp_path, max_steps=9, max_nonfinite_steps=4)
     with pytest.raises(FloatingPointError, match="in the last 4 steps some domain's was not"):
