@@ -33,6 +33,7 @@ WAYS = {
     "sft": {"mode": "online", "reweight_steps": 3, "sft": True, "mu": 1e-4},
     "seldom": {"reweight_steps": 2, "lr_scheduler_type": "linear", "eval_strategy": "steps", "eval_steps": 1},
     "broken": {"is_broken": True, "reweight_steps": 2},
+    "overflown": {"is_overflown": True},
 }
 
 
@@ -97,6 +98,7 @@ def make_trainer(
     with_target=False,
     is_silent=False,
     is_broken=False,
+    is_overflown=False,
     sft=False,
     **options,
 ):
@@ -122,7 +124,9 @@ def make_trainer(
     if sft:
         return make_sft_trainer(str(folder), {**defaults, **options})
     args = DoGEConfig(str(folder), **{**defaults, **options})
-    model = tiny_gpt2() if options.get("reweight_steps") else tiny_llama()
+    model = tiny_gpt2() if options.get("reweight_steps") else tiny_llama(tied=not is_overflown)
+    if is_overflown:  # of some examples of "code", with and without labels, everything in the model is not a number
+        model.get_input_embeddings().weight.requires_grad_(False)[29:31] = torch.inf
     if args.fsdp:
         shard_on_cpus(args)
     elif sharding is not None:
