@@ -350,6 +350,25 @@ def test_every_step_sees_every_domain_and_carries_the_remainder(tmp_path):
     assert consumed == [10, 10, 10]
 
 
+@pytest.mark.parametrize("mode", ["proxy", "online"])
+def test_no_example_of_a_target_is_compared_with_again_before_all_were(tmp_path, mode):
+    first_tokens = []
+
+    def loss_func(outputs, labels, num_items_in_batch=None):
+        first_tokens.extend(labels[:, 0].tolist())
+        return float64_causal_loss(outputs, labels, num_items_in_batch)
+
+    target = language_model_rows(8, low=1, high=20)
+    for row, (ids, labels) in enumerate(zip(target["input_ids"], target["labels"], strict=True)):
+        ids[0] = labels[0] = 24 + row  # begins no example of the two train domains
+    domains = {name: dataset for name, dataset in three_domains(8).items() if name != "code"}
+    args = config(
+        tmp_path, mode=mode, reweight_steps=3, max_steps=12, per_device_target_batch_size=2, alignment="per_domain"
+    )
+    train(tiny_llama(), args, domains, Dataset.from_dict(target), compute_loss_func=loss_func)
+    assert sorted(token for token in first_tokens if token >= 24) == list(range(24, 32))
+
+
 # Losses that are not numbers.
 
 

@@ -286,7 +286,8 @@ class DoGEMixin(DomainWeightedMixin):
         if self._targets is None:
             return []
         shares = {"process_index": self.args.process_index, "num_processes": self.args.world_size}
-        pieces = self._targets.batches(self.state.global_step, self._signature_columns, **shares)
+        looks = self.state.global_step // self.args.reweight_steps
+        pieces = self._targets.batches(looks, self._signature_columns, **shares)
         return [(self.data_collator(features), ids) for features, ids in pieces]
 
     def _refuse_short_lag(self) -> None:
