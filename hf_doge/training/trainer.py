@@ -157,7 +157,7 @@ class DoGEMixin(DomainWeightedMixin):
         self._learner = DomainLearner(
             self,
             domains,
-            target_weights=None if self._targets is None else self._targets.weights,
+            targets=self._targets,
             initial_weights=initial_weights,
         )
         self._micro_batches: list[dict[str, Any]] = []
