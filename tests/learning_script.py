@@ -12,6 +12,7 @@ from datasets import Dataset
 from peft import LoraConfig
 from trl import SFTConfig, SFTTrainer
 
+from hf_doge.gradients.sharding import num_own_elements, own_part
 from hf_doge.training.config import DoGEConfig
 from hf_doge.training.trainer import DoGEMixin, DoGETrainer
 from tests.launch import end_process_group
@@ -127,6 +128,7 @@ def make_trainer(
     model = tiny_gpt2() if options.get("reweight_steps") else tiny_llama(tied=not is_overflown)
     if is_overflown:  # of some examples of "code", with and without labels, everything in the model is not a number
         model.get_input_embeddings().weight.requires_grad_(False)[29:31] = torch.inf
+        model.idle = torch.nn.Parameter(torch.ones(1, 7))  # used by nobody, and not to be divided evenly
     if args.fsdp:
         shard_on_cpus(args)
     elif sharding is not None:
@@ -237,6 +239,7 @@ def main(folder, num_processes, micro_batch, ways=tuple(WAYS), resume=None, shar
         trainer.train(None if resume is None else f"{resume}/{name}/checkpoint-2")
         note(trainer, folder / f"{name}-{trainer.args.process_index}.pt")
         assert is_in_shards(trainer.model) == (sharding is not None)
+        assert all(own_part(p).numel() <= num_own_elements(p) for p in trainer.model.parameters())
         if name == "single_pass" and sharding is None:
             assert not trainer._learner.alignment._step_is_plain, "the single pass was not used"
     if sharding == "shards" and resume is None:

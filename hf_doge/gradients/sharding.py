@@ -54,8 +54,11 @@ def num_own_elements(parameter: Tensor) -> int:
     """Most elements of a parameter that a process holds: the same number on all of them, also where parts are unequal."""
     if not is_spread(parameter):
         return parameter.numel()
-    sizes = zip(parameter.device_mesh.shape, parameter.placements, strict=True)
-    return ceil(parameter.numel() / prod(size for size, placement in sizes if placement.is_shard()))
+    shape = list(parameter.shape)
+    for size, placement in zip(parameter.device_mesh.shape, parameter.placements, strict=True):
+        if placement.is_shard():
+            shape[placement.dim] = ceil(shape[placement.dim] / size)
+    return prod(shape)
 
 
 def is_counted_here(parameter: Tensor) -> bool:
