@@ -9,7 +9,9 @@ import json
 import os
 import shutil
 import sys
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -187,7 +189,15 @@ def damaged_cache() -> dict:
     before = len(read())
     remote = RemoteIndexReader.open("doge/index-float16", cache_dir=cache)
     same = np.array_equal(remote.scores(0, queries), expected)
-    return {"same": same, "read again": len(read()) > before}
+    seen = {"same": same, "read again": len(read()) > before}
+    some_tokens = some(queries, 0, 1)
+    remote = RemoteIndexReader.open("doge/index-float16", cache_dir=WORK / "deleted")
+    remote.scores(0, some_tokens)
+    for place in (WORK / "deleted").glob("*-remote"):
+        shutil.rmtree(place)  # as whoever makes room for another map does, an hour later
+    seen["deleted"] = error_of(lambda: remote.scores(0, queries))
+    seen["same after that"] = seen["deleted"] == "none" and np.array_equal(remote.scores(0, queries), expected)
+    return seen
 
 
 def manipulated() -> dict:
@@ -271,6 +281,15 @@ def many_examples() -> dict:
             seen[attempt] = {"same": all(same), "whole": len(hub.requests("GET", "examples/")), "sent": sent}
             if attempt == "again":
                 path.write_bytes(bytes(path.stat().st_size))
+
+        def fetch(number: int) -> None:
+            remote = RemoteIndexReader.open(name, cache_dir=WORK / "many-at-once")
+            begin.wait()
+            assert remote.examples_of([2019, number]).to_dict() == local.examples_of([2019, number]).to_dict()
+
+        begin = threading.Barrier(4)
+        with ThreadPoolExecutor(4) as pool:
+            seen["at once"] = error_of(lambda: list(pool.map(fetch, [3, 3, 1500, 1500])))
         seen["size"] = (folder / "examples/train-00000-of-00001.parquet").stat().st_size
         seen["all"] = remote.examples.to_dict() == local.examples.to_dict()
     finally:

@@ -9,12 +9,17 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+from transformers import AutoTokenizer
 
+from hf_doge.artifacts import files
 from hf_doge.artifacts.influence import IndexReader
 from hf_doge.artifacts.influence.growth import Growth
 from hf_doge.gradients.token_rows import TokenRows
+from hf_doge.tracing import index_folder
+from hf_doge.tracing.index import InfluenceIndex
 from hf_doge.tracing.recording import record_dataset
 from hf_doge.tracing.settings import RecordingSettings
+from hf_doge.tracing.weights import load_model
 from tests.influence_rows import (
     FACTS,
     NUM_EXAMPLES,
@@ -28,7 +33,7 @@ from tests.influence_rows import (
     write_checkpoint,
     write_index,
 )
-from tests.influence_tools import classifier, sentences, tokenised, wordpiece_tokenizer
+from tests.influence_tools import classifier, sentences, tokenised, train, wordpiece_tokenizer
 
 FIRST = 30
 TOLERANCES = {"float32": 1e-6, "float16": 1e-3, "int8": 2e-2}
@@ -155,6 +160,27 @@ def test_a_crash_at_the_end_of_growth_is_completed(tmp_path, rows, step, monkeyp
     assert contents(folder) == contents(whole)
 
 
+def test_a_crash_between_config_and_card_is_completed(tmp_path, rows, monkeypatch):
+    folder = begun(tmp_path / "index", rows)
+    whole = shutil.copytree(folder, tmp_path / "whole")
+    grow_index(whole, *rows)
+
+    def sync(path):
+        original(path)
+        if json.loads((folder / "config.json").read_bytes())["num_examples"] == NUM_EXAMPLES:
+            raise OSError("power cut")
+
+    original = files.sync_folder
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "sync_folder", sync)
+        with pytest.raises(OSError, match="power cut"):
+            grow_index(folder, *rows)
+    assert (folder / "README.md").read_bytes() != (whole / "README.md").read_bytes()
+    open_writer(folder, add_examples=True).close()
+    assert (folder / "README.md").read_bytes() == (whole / "README.md").read_bytes()
+    assert not list(folder.glob(".hf_doge-*"))
+
+
 def test_what_an_attempt_with_other_examples_left_does_not_count(tmp_path, rows):
     folder = begun(tmp_path / "index", rows)
     writer = open_writer(folder, examples=False, num_examples=NUM_EXAMPLES, add_examples=True)
@@ -238,6 +264,22 @@ def test_what_cannot_be_added_is_refused_and_leaves_the_index_as_it_was(tmp_path
     assert isinstance(writer._growth, Growth)
 
 
+@pytest.mark.parametrize("name", index_folder._ENTRIES)
+def test_a_copy_that_is_made_while_the_index_grows_is_whole(tmp_path, rows, name, monkeypatch):
+    folder = begun(tmp_path / "index", rows)
+
+    def copy(source, target):
+        original(source, target)
+        if source.name == name:
+            grow_index(folder, *rows)
+
+    original = index_folder._copy
+    monkeypatch.setattr(index_folder, "_copy", copy)
+    index_folder.copy_index(folder, tmp_path / "copy")
+    reader = IndexReader.open(tmp_path / "copy", cache_dir=tmp_path / "cache")
+    assert_scores(tmp_path / "copy", [some(one, 0, reader.num_examples) for one in rows], tmp_path)
+
+
 # Of saved checkpoints
 
 
@@ -282,3 +324,78 @@ def test_a_grown_recording_holds_the_rows_of_a_whole_one(tmp_path, saved):
             assert torch.equal(one[0], other[0])
             assert torch.equal(one[1], other[1])
     assert readers[0].examples.to_dict() == readers[1].examples.to_dict()
+
+
+def test_where_the_tokenizer_was_loaded_from_does_not_matter(tmp_path, saved):
+    models, tokenizer = saved
+    data = tokenised(sentences(9), tokenizer)
+    tokenizers = []
+    for name in ("one", "two", "three"):
+        tokenizer.save_pretrained(tmp_path / name)
+        tokenizers.append(AutoTokenizer.from_pretrained(tmp_path / name))
+    options = {"progress": False, "learning_rates": [0.1]}
+    record_dataset(tmp_path / "index", models[:1], data.select(range(6)), tokenizer=tokenizers[0], **options)
+    record_dataset(tmp_path / "index", models[1:], data.select(range(6)), tokenizer=tokenizers[1], **options)
+    record_dataset(tmp_path / "index", models[::-1], data, tokenizer=tokenizers[2], add_examples=True, progress=False)
+    assert json.loads((tmp_path / "index/config.json").read_bytes())["num_examples"] == 9
+    other = wordpiece_tokenizer(vocab_size=69)
+    with pytest.raises(ValueError, match="another configuration: `tokenizer` is"):
+        record_dataset(tmp_path / "index", models, data, tokenizer=other, add_examples=True, progress=False)
+
+
+def test_added_examples_have_the_columns_of_the_others_though_their_domain_is_of_two_words(tmp_path, saved):
+    models, tokenizer = saved
+    rows = [{**row, "domain": "wiki" if number < 6 else "common crawl"} for number, row in enumerate(sentences(9))]
+    data = tokenised(rows, tokenizer).remove_columns("text")
+    options = {"tokenizer": tokenizer, "progress": False}
+    record_dataset(tmp_path / "index", models[:1], data.select(range(6)), learning_rates=[0.1], **options)
+    record_dataset(tmp_path / "index", models[:1], data, add_examples=True, **options)
+    examples = IndexReader.open(tmp_path / "index", cache_dir=tmp_path / "maps").examples
+    assert examples["input_ids"] == data["input_ids"]
+    assert examples["domain"] == data["domain"]
+
+
+def test_the_domains_of_a_grown_index_may_be_unknown(tmp_path, saved):
+    models, tokenizer = saved
+    rows = [{**row, "domain": ["a", None, "b"][number % 3]} for number, row in enumerate(sentences(9))]
+    data = tokenised(rows, tokenizer)
+    options = {"tokenizer": tokenizer, "progress": False}
+    record_dataset(tmp_path / "index", models[:1], data.select(range(5)), learning_rates=[0.1], **options)
+    record_dataset(tmp_path / "index", models[:1], data, add_examples=True, **options)
+    index = InfluenceIndex.from_pretrained(
+        tmp_path / "index",
+        cache_dir=tmp_path / "maps",
+        load_model=lambda _: load_model(models[0]),
+        processing_class=tokenizer,
+    )
+    scores = index.scores("the stadium")[0]
+    domains = index.domain_influence("the stadium", "domain", reduction="sum")
+    assert domains["domain"] == ["a", None, "b"]
+    assert domains["num_examples"] == [3, 3, 3]
+    np.testing.assert_allclose(domains["score"], [scores[number::3].sum() for number in range(3)], rtol=1e-4)
+
+
+def test_checkpoints_of_the_same_weights_can_all_be_given_the_new_examples(tmp_path, saved):
+    models, tokenizer = saved
+    data = tokenised(sentences(9), tokenizer)
+    copies = [shutil.copytree(models[0], tmp_path / name) for name in ("a", "b", "c", "d")]
+    options = {"tokenizer": tokenizer, "progress": False}
+    record_dataset(tmp_path / "index", copies[:2], data.select(range(6)), learning_rates=[0.1, 0.2], **options)
+    writer = record_dataset(tmp_path / "index", copies[2:], data, add_examples=True, **options)
+    assert writer.config["num_examples"] == 9
+
+
+@pytest.mark.filterwarnings("ignore:The input embeddings of the model are frozen")
+@pytest.mark.parametrize("frozen", [False, True])
+def test_an_index_that_a_training_recorded_can_be_given_more_examples(tmp_path, frozen):
+    tokenizer = wordpiece_tokenizer()
+    data = tokenised(sentences(12), tokenizer)
+    model = classifier(tokenizer)
+    model.get_input_embeddings().weight.requires_grad_(not frozen)
+    folder = train(tmp_path, model, tokenizer, data.select(range(8)), epochs=2)
+    saved = sorted((tmp_path / "run").iterdir())
+    options = {"tokenizer": AutoTokenizer.from_pretrained(saved[0]), "add_examples": True, "progress": False}
+    for _ in range(2):  # the second time there is nothing to do
+        record_dataset(folder, saved, data, settings=RecordingSettings(dtype="float32"), **options)
+    config = IndexReader.open(folder, cache_dir=tmp_path / "maps").config
+    assert (config["num_examples"], config["virtual"]) == (12, frozen)

@@ -27,6 +27,7 @@ from tests.influence_rows import (
     one_example,
     open_writer,
     random_rows,
+    some,
     write_checkpoint,
     write_index,
 )
@@ -511,6 +512,32 @@ def test_examples_of_another_table_type_are_kept(tmp_path):
     kept = pq.read_table(tmp_path / "index/examples/train-00000-of-00001.parquet", use_threads=False)
     assert kept.schema.field("example_id").type == pa.int64()
     assert kept.schema.field("label").type == pa.int8()
+
+
+# What Parquet keeps otherwise than Arrow has it, and what does not equal itself.
+DIFFICULT = {
+    "seconds": pa.timestamp("s"),
+    "milliseconds": pa.date64(),
+    "time of day": pa.time32("s"),
+    "nested seconds": pa.list_(pa.timestamp("s")),
+    "missing number": pa.float64(),
+}
+
+
+@pytest.mark.parametrize("name", DIFFICULT)
+@pytest.mark.parametrize("add_examples", [False, True])
+def test_an_index_continues_with_the_examples_it_was_given_whatever_they_hold(tmp_path, rows, name, add_examples):
+    values = {"nested seconds": [[1], [2], [3]], "missing number": [1.0, float("nan"), 2.0]}.get(name, [0, None, 0])
+    table = pa.table({"example_id": [0, 1, 2], name: pa.array(values, DIFFICULT[name])})
+    begun = table.slice(0, 2) if add_examples else table
+    writer = open_writer(tmp_path / "index", examples=False, num_examples=len(begun))
+    writer.write_examples(begun)
+    write_checkpoint(writer, some(rows, 0, len(begun)))
+    writer = open_writer(tmp_path / "index", examples=False, num_examples=3, add_examples=add_examples)
+    writer.write_examples(table)
+    other = pa.array([values[1], *values[1:]], DIFFICULT[name])
+    with pytest.raises(ValueError, match="other"):
+        writer.write_examples(table.set_column(1, name, other))
 
 
 # Two writers at once

@@ -55,7 +55,13 @@ def test_a_storage_that_stays_away_is_told_and_the_same_query_goes_on(seen):
 
 
 def test_rows_that_were_lost_from_the_cache_are_read_again(seen):
-    assert seen["damaged"] == {"same": True, "read again": True}
+    assert seen["damaged"]["same"]
+    assert seen["damaged"]["read again"]
+
+
+def test_a_cache_that_was_deleted_under_an_open_index_is_made_again(seen):
+    assert seen["damaged"]["deleted"] == "none"
+    assert seen["damaged"]["same after that"]
 
 
 MANIPULATED = {
@@ -98,6 +104,10 @@ def test_of_many_examples_only_those_that_are_asked_for_are_fetched(seen):
     assert many["again"]["sent"] == 0
     assert many["damaged"]["sent"] > 0
     assert many["all"]
+
+
+def test_several_can_fetch_the_same_examples_at_once(seen):
+    assert seen["many examples"]["at once"] == "none"
 
 
 def test_1_percent_more_examples_upload_about_1_percent_more_bytes(seen):

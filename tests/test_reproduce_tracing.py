@@ -10,7 +10,7 @@ import torch
 from benchmarks.reproduce.__main__ import main
 from benchmarks.reproduce.layer_gradients import cancellation_by_entry, layer_gradients, weight_layers
 from benchmarks.reproduce.tracin_index import write_index
-from benchmarks.reproduce.tracin_lm import SIZES, gradients_by_side, make_model, middle_layers
+from benchmarks.reproduce.tracin_lm import SIZES, gradients_by_side, largest_rows, make_model, middle_layers, own_rows
 from benchmarks.reproduce.tracin_mislabelled import detection_area
 from benchmarks.reproduce.tracin_scorers import (
     CosineTracInWEScorer,
@@ -152,6 +152,16 @@ def test_both_sides_of_a_tied_matrix_add_up_to_its_gradient():
     (alone,) = torch.autograd.grad(loss, model.get_input_embeddings().weight)
     torch.testing.assert_close(found["full"][1], alone.flatten(), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(found["full"], found["input"] + found["output"])
+
+
+def test_few_rows_are_the_own_ones_or_the_largest():
+    gradients = torch.randn(2, 10, 3, generator=torch.Generator().manual_seed(0))
+    documents = torch.tensor([[1, 1, 4], [0, 2, 9]])
+    own, largest = own_rows(gradients, documents), largest_rows(gradients, documents)
+    assert own.norm(dim=2).nonzero().tolist() == [[0, 1], [0, 4], [1, 0], [1, 2], [1, 9]]
+    for example in range(2):
+        expected = gradients[example].norm(dim=1).argsort(descending=True)[:3].sort().values
+        assert largest[example].norm(dim=1).nonzero().squeeze(1).tolist() == expected.tolist()
 
 
 def test_finding_all_wrong_labels_first_has_the_largest_area():

@@ -16,6 +16,9 @@ Decided before the first result was seen:
 - Scorers: TracIn on the input side of the embedding matrix (`tracin_we`, plain and cosine), on its output side (`tracin_last`),
   on the whole matrix, as its own gradient is (`tracin_full`), on the attention of the second of two layers (`tracin_middle`);
   BM25 over the words of the whole query; `same_domain`, drawn at random from the query's own domain; `random`.
+- Stages `sparse0`, ..., added when all three rounds had been read and `tracin_full` was best: it gives every document a row for every token of the
+  vocabulary, which no index can hold. `tracin_full_own` keeps the rows of the tokens that the document itself has, as many as the input side
+  alone has, of documents and queries alike; `tracin_full_topk` the rows of largest norm, as many as a document has tokens.
 - The claim holds if `tracin_we` raises the loss more than `bm25` with an interval of the paired difference that leaves 0 out.
   What it says of documents rather than of domains is its difference from `same_domain`.
 """
@@ -56,6 +59,7 @@ SCORERS = (
     "same_domain",
     "random",
 )
+SPARSE = ("tracin_full_own", "tracin_full_topk")
 PLAIN = {"input": "tracin_we", "output": "tracin_last", "full": "tracin_full", "middle": "tracin_middle"}
 
 
@@ -292,6 +296,47 @@ def document_scores(data_dir: Path, tokenizer_dir: Path, round_number: int, size
     return scores
 
 
+def sparse_scores(data_dir: Path, tokenizer_dir: Path, round_number: int, sizes: Sizes) -> dict[str, np.ndarray]:
+    """As `document_scores`, of the whole matrix's gradient with few of its rows."""
+    corpus = load_corpus(data_dir, tokenizer_dir, sizes)
+    queries = corpus.queries[round_number]
+    _, checkpoints = train_explained(data_dir, tokenizer_dir, sizes)
+    train_batches = _batches(corpus.train, corpus.train, sizes.batch_size)
+    asked = queries.clone()
+    asked[:, : sizes.num_context] = -100
+    (query_batch,) = _batches(queries, asked, len(queries))
+    keep = {"tracin_full_own": own_rows, "tracin_full_topk": largest_rows}
+    scores = {name: np.zeros((len(queries), len(corpus.train))) for name in SPARSE}
+    for model, rate in checkpoints:
+        (theirs,) = gradients_by_side(model.model, [query_batch], middle_layers(sizes))
+        start = 0
+        for batch, ours in zip(
+            train_batches, gradients_by_side(model.model, train_batches, middle_layers(sizes)), strict=True
+        ):
+            place = slice(start, start + len(batch["input_ids"]))
+            for name, choose in keep.items():
+                few, asked_few = (
+                    choose(found["full"].unflatten(1, (corpus.vocab_size, -1)), documents["input_ids"]).flatten(1)
+                    for found, documents in ((ours, batch), (theirs, query_batch))
+                )
+                scores[name][:, place] += rate * (asked_few @ few.T).double().numpy()
+            start = place.stop
+    return scores
+
+
+def own_rows(gradients: Tensor, documents: Tensor) -> Tensor:
+    """`(B, V, D)` with zeros but for the tokens that each document of `(B, T)` has."""
+    owned = torch.zeros(gradients.shape[:2], dtype=torch.bool)
+    owned.scatter_(1, documents, True)
+    return gradients * owned[..., None]
+
+
+def largest_rows(gradients: Tensor, documents: Tensor) -> Tensor:
+    """`(B, V, D)` with zeros but for the rows of largest norm, as many as a document of `(B, T)` has tokens."""
+    chosen = gradients.norm(dim=2).topk(documents.shape[1], dim=1).indices
+    return gradients * torch.zeros(gradients.shape[:2]).scatter_(1, chosen, 1.0)[..., None]
+
+
 def _word_batches(train: list[list[str]], queries: list[list[str]]) -> tuple[Sequence[dict[str, Tensor]], ...]:
     """Words as token ids of their own, so that BM25 compares words and not pieces of them."""
     ids = {word: number for number, word in enumerate(sorted({word for text in [*train, *queries] for word in text}))}
@@ -316,8 +361,16 @@ def _batches(documents: Tensor, labels: Tensor, batch_size: int) -> Sequence[dic
 
 def removals_part(data_dir: Path, tokenizer_dir: Path, round_number: int, sizes: Sizes) -> dict[str, list[list[int]]]:
     """What each scorer removes for each query of a round."""
-    scores = document_scores(data_dir, tokenizer_dir, round_number, sizes)
-    return {name: [list(strongest(row, sizes.num_removed, "+")) for row in scores[name]] for name in SCORERS}
+    return _strongest(document_scores(data_dir, tokenizer_dir, round_number, sizes), sizes)
+
+
+def sparse_part(data_dir: Path, tokenizer_dir: Path, round_number: int, sizes: Sizes) -> dict[str, list[list[int]]]:
+    """The same of the scorers with few rows."""
+    return _strongest(sparse_scores(data_dir, tokenizer_dir, round_number, sizes), sizes)
+
+
+def _strongest(scores: Mapping[str, np.ndarray], sizes: Sizes) -> dict[str, list[list[int]]]:
+    return {name: [list(strongest(row, sizes.num_removed, "+")) for row in found] for name, found in scores.items()}
 
 
 def losses_without(
@@ -336,11 +389,19 @@ def losses_without(
 
 
 def finish_round(
-    args: Arguments, places: tuple[Path, Path], settings: Mapping, number: int, seed: int, sizes: Sizes
+    args: Arguments,
+    places: tuple[Path, Path],
+    settings: Mapping,
+    number: int,
+    seed: int,
+    sizes: Sizes,
+    scorers: Sequence[str],
 ) -> dict:
     """One query of each domain: the loss of its continuation with all documents, and without each scorer's strongest."""
     arguments = {**settings, "round": number}
     removed = args.store.get(f"removals-round{number}", arguments, partial(removals_part, *places, number, sizes))
+    if set(SPARSE) <= set(scorers):
+        removed |= args.store.get(f"removals-sparse{number}", arguments, partial(sparse_part, *places, number, sizes))
 
     known: dict[str, list[float]] = {}  # scorers may agree; a part is asked for once
 
@@ -361,20 +422,20 @@ def finish_round(
         "seed": seed,
         "full": losses(()),
         "losses": {
-            name: [losses(chosen)[position] for position, chosen in enumerate(removed[name])] for name in SCORERS
+            name: [losses(chosen)[position] for position, chosen in enumerate(removed[name])] for name in scorers
         },
         "same_domain": {
             name: [float((domains[chosen] == position).mean()) for position, chosen in enumerate(removed[name])]
-            for name in SCORERS
+            for name in scorers
         },
         "shared_with_bm25": {
             name: [
                 len(words & set(chosen)) / sizes.num_removed
                 for words, chosen in zip(by_words, removed[name], strict=True)
             ]
-            for name in SCORERS
+            for name in scorers
         },
-        "distinct": {name: len(set().union(*removed[name])) for name in SCORERS},
+        "distinct": {name: len(set().union(*removed[name])) for name in scorers},
     }
 
 
@@ -405,19 +466,24 @@ def run(args: Arguments) -> Results:
     sizes = SIZES[args.scale]
     seeds = args.seeds or tuple(range(2, 2 + sizes.num_rounds))
     rounds = tuple(f"round{number}" for number in range(sizes.num_rounds))
-    chosen = [rounds.index(stage) for stage in args.choose_stages(rounds)]
+    sparse = tuple(f"sparse{number}" for number in range(sizes.num_rounds))
+    stages = args.choose_stages((*rounds, *sparse))
+    chosen = [number for number, stage in enumerate(rounds) if stage in stages]
+    scorers = (*SCORERS, *SPARSE) if all(sparse[number] in stages for number in chosen) else SCORERS
     places = (args.data_dir / "lm", args.output_dir / f"tokenizer-{sizes.vocab_size}-{len(sizes.domains)}")
     settings = {name: value for name, value in asdict(sizes).items() if name != "num_rounds"}
-    parts = [finish_round(args, places, settings, number, seeds[number % len(seeds)], sizes) for number in chosen]
+    parts = [
+        finish_round(args, places, settings, number, seeds[number % len(seeds)], sizes, scorers) for number in chosen
+    ]
     layers = args.store.get("layers", settings, partial(layers_part, *places, sizes))
     increases = {
         name: np.concatenate([np.array(part["losses"][name]) - np.array(part["full"]) for part in parts])
-        for name in SCORERS
+        for name in scorers
     }
     return Results(
         tables={
             "loss_increase": _increase_table(parts, increases, sizes),
-            "domains": _domain_table(parts, sizes),
+            "domains": _domain_table(parts, increases, sizes),
             "layers": _layers_table(layers),
         },
         figures={
@@ -456,7 +522,7 @@ def _increase_table(parts: Sequence[dict], increases: Mapping[str, np.ndarray], 
             "shared_with_bm25": part["shared_with_bm25"][name][position],
         }
         for part in parts
-        for name in SCORERS
+        for name in increases
         for position, domain in enumerate(sizes.domains)
     ]
     cells = [
@@ -465,7 +531,7 @@ def _increase_table(parts: Sequence[dict], increases: Mapping[str, np.ndarray], 
             _interval(increases[name]),
             *(
                 "" if name == other else _interval(increases[name] - increases[other])
-                for other in ("bm25", "same_domain", "tracin_we")
+                for other in ("bm25", "same_domain", "tracin_we", "tracin_full")
             ),
             *(
                 f"{100 * np.mean([row[share] for row in rows if row['scorer'] == name]):.0f} %"
@@ -473,20 +539,30 @@ def _increase_table(parts: Sequence[dict], increases: Mapping[str, np.ndarray], 
             ),
             f"{np.mean([part['distinct'][name] for part in parts]):.0f}",
         ]
-        for name in SCORERS
+        for name in increases
     ]
     return Table(
         f"Change of the continuation's loss, nats per token, when the {sizes.num_removed} strongest proponents of "
         f"{sizes.num_documents * len(sizes.domains)} documents are gone (higher is better), and less that of other scorers on the "
         "same queries; 95 % intervals over queries (Student's t), * where 0 is outside. Then the share of the removed documents that is "
         "of the query's domain, the share that BM25 removes too, and how many different documents the queries of a round remove.",
-        ["scorer", "change", "less bm25", "less same_domain", "less tracin_we", "domain", "as BM25", "distinct"],
+        [
+            "scorer",
+            "change",
+            "less bm25",
+            "less same_domain",
+            "less tracin_we",
+            "less tracin_full",
+            "domain",
+            "as BM25",
+            "distinct",
+        ],
         cells,
         rows,
     )
 
 
-def _domain_table(parts: Sequence[dict], sizes: Sizes) -> Table:
+def _domain_table(parts: Sequence[dict], increases: Mapping[str, np.ndarray], sizes: Sizes) -> Table:
     rows = [
         {
             "domain": domain,
@@ -494,10 +570,10 @@ def _domain_table(parts: Sequence[dict], sizes: Sizes) -> Table:
             "change": float(np.mean([part["losses"][name][position] - part["full"][position] for part in parts])),
             "num_queries": len(parts),
         }
-        for name in SCORERS
+        for name in increases
         for position, domain in enumerate(sizes.domains)
     ]
-    cells = [[name, *(f"{row['change']:+.3f}" for row in rows if row["scorer"] == name)] for name in SCORERS]
+    cells = [[name, *(f"{row['change']:+.3f}" for row in rows if row["scorer"] == name)] for name in increases]
     return Table(
         f"The same by domain of the query: mean of {len(parts)} queries, too few for an interval.",
         ["scorer", *sizes.domains],

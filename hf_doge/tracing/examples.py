@@ -122,6 +122,7 @@ def describe_examples(
     vocabulary_size: int,
     num_positions: int | None = None,
     num_classes: int | None = None,
+    keep_ids: bool = False,
     sign_of_life: Callable[[], None] = lambda: None,
 ) -> pa.Table:
     """
@@ -130,13 +131,14 @@ def describe_examples(
     Columns: `example_id` (0, 1, ... in the order of the dataset), `content_hash` (of the token ids and labels without
     padding: equal for equal examples, which stay two examples), every described column that a person can read (text,
     numbers, the domain, the label and, for a `ClassLabel`, its name as `<column>_name`), and `input_ids` without padding
-    where no column has texts of more than a word, as the name of a domain is.
+    where no column has texts of more than a word, as the name of a domain is, or `keep_ids`.
 
     Args:
         examples ([`Examples`]): All of them.
         vocabulary_size (`int`): Number of rows of the embedding matrix.
         num_positions (`int`, *optional*): How many tokens the model has room for, if that is limited.
         num_classes (`int`, *optional*): Of how many the label of an example must be one.
+        keep_ids (`bool`): Whether to have `input_ids` in any case.
         sign_of_life (`Callable`): Called every now and then.
 
     Returns:
@@ -147,7 +149,7 @@ def describe_examples(
             does not know, or the dataset has an `example_id` of its own that differs.
     """
     columns = _readable_columns(examples.described)
-    keep_ids = not any(_is_prose(column) for column in columns.values())
+    keep_ids = keep_ids or not any(_is_prose(column) for column in columns.values())
     columns |= _label_names(examples.described, columns)
     hashes, token_ids, silent = [], [], []
     for position, (ids, labels) in enumerate(_unpadded_examples(examples.recorded)):

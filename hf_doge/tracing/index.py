@@ -573,13 +573,13 @@ class InfluenceIndex:
         """Names of the domains in order of appearance, and the domain of each example."""
         if column not in self.examples.column_names:
             raise ValueError(f"`column` must be one of {self.examples.column_names}, but got {column!r}.")
-        encoded = pc.dictionary_encode(self.examples.with_format("arrow")[column], null_encoding="encode")
-        encoded = encoded.unify_dictionaries().combine_chunks()
-        names = encoded.dictionary.to_pylist()
+        values = self.examples.with_format("arrow")[column]
+        distinct = pc.unique(values)
+        names = distinct.to_pylist()
         feature = self.examples.features[column]
         if isinstance(feature, ClassLabel):
             names = [None if name is None else feature.int2str(name) for name in names]
-        return names, encoded.indices.to_numpy()
+        return names, pc.index_in(values, value_set=distinct).to_numpy()
 
     def _check(self, queries: Any) -> list[dict[str, Any]]:
         return check_queries(queries, self.processing_class, vocabulary_size=self.reader.vocabulary_size)

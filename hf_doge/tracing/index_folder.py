@@ -8,7 +8,8 @@ from hf_doge.artifacts.influence.lock import LOCK_FILE
 from hf_doge.artifacts.influence.manifest import CARD_FILE, GRADIENTS, MANIFEST, OFFSETS, read_config
 from hf_doge.tracing.weights import MODELS
 
-_ENTRIES = (CARD_FILE, "examples", "checkpoints", GRADIENTS, OFFSETS, MODELS, MANIFEST)
+# config.json first: what it names is there by then, and stays, whatever is added while the rest is copied.
+_ENTRIES = (MANIFEST, CARD_FILE, "examples", "checkpoints", GRADIENTS, OFFSETS, MODELS)
 FETCHED_FILES = (
     MANIFEST,
     CARD_FILE,

@@ -280,13 +280,15 @@ def record_dataset(
     device = device or default_device()
     index: SharedIndex | None = None
     batches: SequentialBatches | None = None
+    taken: list[str] = []  # checkpoints that a folder before was found to be
     try:
         for path, fact in zip(paths, facts, strict=True):
             if index is not None and fact is not None and index.has_whole(fact["name"]):
                 continue
             model = load_model(path, device=device)
             if fact is None:
-                fact = _recorded_facts(recorded, model, path)
+                fact = _recorded_facts(recorded, model, path, taken=taken)
+                taken.append(fact["name"])
             recorder = make_recorder(model, settings, tokenizer)
             if index is None:
                 examples = (
@@ -331,11 +333,16 @@ def _checkpoints_to_grow(
     return recorded
 
 
-def _recorded_facts(recorded: Sequence[Mapping[str, Any]], model: nn.Module, path: Path) -> dict[str, Any]:
-    """What the index says of the checkpoint that has these weights; of several the one that is called like the folder."""
+def _recorded_facts(
+    recorded: Sequence[Mapping[str, Any]], model: nn.Module, path: Path, *, taken: Sequence[str]
+) -> dict[str, Any]:
+    """
+    What the index says of the checkpoint that has these weights; of several one that is not taken, and the one that is
+    called like the folder.
+    """
     fingerprint = model_fingerprint(model)
     same = [entry for entry in recorded if entry["fingerprint"] == fingerprint]
-    same.sort(key=lambda entry: entry["name"] != path.name)
+    same.sort(key=lambda entry: (entry["name"] in taken, entry["name"] != path.name))
     if not same:
         raise ValueError(
             f"The weights in {str(path)!r} are not those of any checkpoint of the index,"

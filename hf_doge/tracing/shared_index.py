@@ -4,12 +4,15 @@ import hashlib
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 from torch import nn
 
 from hf_doge.artifacts.influence import IndexWriter
+from hf_doge.artifacts.influence.manifest import EXAMPLES_FILE
 from hf_doge.artifacts.provenance import describe_dataset, describe_model, describe_process, public_name
 from hf_doge.gradients.embedding_uses import input_embedding_matrix
 from hf_doge.tracing.batches import preserved_random_state
@@ -69,6 +72,7 @@ def open_writer(
         vocabulary_size=len(matrix),
         num_positions=num_positions(model),
         num_classes=num_classes(model) if settings.loss_fn is None else None,
+        keep_ids=add_examples and _has_ids(Path(folder)),
         sign_of_life=sign_of_life,
     )
     writer = IndexWriter(
@@ -103,6 +107,12 @@ def open_writer(
         writer.close()
         raise
     return writer
+
+
+def _has_ids(folder: Path) -> bool:
+    """Whether the examples of an index have their tokens, so that those that are added must have theirs."""
+    path = folder / EXAMPLES_FILE
+    return path.is_file() and "input_ids" in pq.read_schema(path).names
 
 
 def _describe_tokenizer(processing_class: Any | None) -> dict[str, Any] | None:

@@ -10,7 +10,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from hf_doge.artifacts.influence.manifest import examples_files
-from hf_doge.artifacts.influence.tables import read_table
+from hf_doge.artifacts.influence.tables import as_stored, read_table, to_parquet
 
 
 def ordered_examples(table: pa.Table, num_examples: int) -> pa.Table:
@@ -36,6 +36,15 @@ def ordered_examples(table: pa.Table, num_examples: int) -> pa.Table:
                 f" {problem}."
             )
     return table if (np.diff(ids) > 0).all() else table.take(pa.array(np.argsort(ids)))
+
+
+def same_examples(table: pa.Table, stored: pa.Table) -> bool:
+    """Whether a table holds what was read of the files of an index."""
+    if table.equals(stored):
+        return True
+    # As it would be read, and by content, as a number that is missing (NaN) does not equal itself.
+    contents = [to_parquet(one.combine_chunks().replace_schema_metadata()) for one in (as_stored(table), stored)]
+    return contents[0] == contents[1]
 
 
 def check_number_of_examples(folder: Path, config: Mapping[str, Any]) -> None:

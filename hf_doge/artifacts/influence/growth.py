@@ -9,9 +9,9 @@ import pyarrow as pa
 
 from hf_doge.artifacts.files import sha256
 from hf_doge.artifacts.influence.checkpoint_writer import CheckpointWriter
-from hf_doge.artifacts.influence.examples import read_examples
+from hf_doge.artifacts.influence.examples import read_examples, same_examples
 from hf_doge.artifacts.influence.manifest import added_examples_file, write_atomically
-from hf_doge.artifacts.influence.tables import to_parquet
+from hf_doge.artifacts.influence.tables import as_stored, to_parquet
 
 
 @dataclass
@@ -46,13 +46,13 @@ class Growth:
         """
         first = self.present["num_examples"]
         old, again, new = read_examples(folder, self.present), table.slice(0, first), table.slice(first)
-        if old.schema != table.schema:
+        schema = as_stored(table.slice(0, 0)).schema
+        if old.schema != schema:
             raise ValueError(
-                f"Examples that are added must have the columns of the index in {str(folder)!r}, {_columns(old)}, but have"
-                f" {_columns(table)}. Give the dataset that it was made of, with the new examples behind the others."
+                f"Examples that are added must have the columns of the index in {str(folder)!r}, {_columns(old.schema)}, but"
+                f" have {_columns(schema)}. Give the dataset that it was made of, with the new examples behind the others."
             )
-        # By content, as a number that is missing (NaN) does not equal itself.
-        if not again.equals(old) and to_parquet(again.combine_chunks()) != to_parquet(old.combine_chunks()):
+        if not same_examples(again, old):
             raise ValueError(
                 f"The dataset must begin with the {first} examples of the index in {str(folder)!r}, in their order, but it"
                 " has others. Put the new examples behind those that the index was made of."
@@ -74,5 +74,5 @@ class Growth:
         }
 
 
-def _columns(table: pa.Table) -> str:
-    return ", ".join(f"{field.name} ({field.type})" for field in table.schema)
+def _columns(schema: pa.Schema) -> str:
+    return ", ".join(f"{field.name} ({field.type})" for field in schema)

@@ -6,9 +6,11 @@ has asked for. What is not fetched takes no space where the file system knows sp
 """
 
 import json
+import os
+import uuid
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -164,16 +166,31 @@ class _PartialParquet:
         if needed > end:
             content = self._file.read(self._size - needed, self._size - end) + content
         self._end = len(content)
-        with suppress(FileNotFoundError):
-            self._path.unlink()
-        with self._path.open("wb") as file:
-            file.truncate(self._size)
-        self._write({self._size - self._end: content})
+        if self._known() is not None:
+            return  # another process was quicker, and may have fetched more since
+        with self._own(self._path) as own:
+            with own.open("wb") as file:
+                file.truncate(self._size)
+                file.seek(self._size - self._end)
+                file.write(content)
+            os.replace(own, self._path)
         self._crcs = {"end": zlib.crc32(content)}
         self._note()
 
     def _note(self) -> None:
-        write_atomically(self._journal, to_json({"size": self._size, "end": self._end, "crcs": self._crcs}))
+        with self._own(self._journal) as own:
+            write_atomically(own, to_json({"size": self._size, "end": self._end, "crcs": self._crcs}))
+            os.replace(own, self._journal)
+
+    @staticmethod
+    @contextmanager
+    def _own(path: Path) -> Iterator[Path]:
+        """Where to write a file that other processes may be writing as well."""
+        own = path.with_name(f".{path.name}-{uuid.uuid4().hex}")
+        try:
+            yield own
+        finally:
+            own.unlink(missing_ok=True)
 
     def _write(self, contents: Mapping[int, bytes]) -> None:
         with self._path.open("r+b") as file:

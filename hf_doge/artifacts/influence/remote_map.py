@@ -70,12 +70,8 @@ class RemoteMap:
         self._entry = config["checkpoints"][checkpoint]
         self._segments, self._offsets = segments, offsets
         self._place = cache_dir / f"{map_name(config, self._entry)}-remote"
-        # The files are written to beside the map; in this mode it sees that, and need not fit into memory.
-        found = open_place(self._place, self._build, mode="r+")
-        self._fetched = found.pop("fetched")
-        self.row_map = RowMap(**found, num_examples=config["num_examples"])
-        self._known: set[int] = set()
         self._lock = threading.Lock()
+        self._open()
 
     def fetch(self, tokens: np.ndarray) -> None:
         """
@@ -90,9 +86,18 @@ class RemoteMap:
         """
         with self._lock:
             note_use(self._place)
+            if not self._place.exists():  # deleted since, to make room
+                self._open()
             missing = np.asarray([token for token in tokens.tolist() if not self._is_here(token)], dtype=np.int64)
             if len(missing):
                 self._read(missing)
+
+    def _open(self) -> None:
+        # The files are written to beside the map; in this mode it sees that, and need not fit into memory.
+        found = open_place(self._place, self._build, mode="r+")
+        self._fetched = found.pop("fetched")
+        self.row_map = RowMap(**found, num_examples=self._config["num_examples"])
+        self._known: set[int] = set()
 
     def _is_here(self, token: int) -> bool:
         if token not in self._known:

@@ -18,7 +18,12 @@ def to_parquet(table: pa.Table, **options: Any) -> bytes:
     return sink.getvalue().to_pybytes()
 
 
-def read_table(path: Path) -> pa.Table:
+def as_stored(table: pa.Table) -> pa.Table:
+    """A table as it comes back from its Parquet file, which has no seconds, say."""
+    return read_table(pa.BufferReader(to_parquet(table)))
+
+
+def read_table(path: Path | pa.BufferReader) -> pa.Table:
     """A whole Parquet file."""
     # On this thread: a process that ends soon after pyarrow started its reading threads may be aborted at exit.
     with pq.ParquetFile(path) as file:

@@ -25,11 +25,11 @@ from torch import Tensor
 
 from hf_doge._version import __version__
 from hf_doge.artifacts.checks import require_json
-from hf_doge.artifacts.files import file_sha256, replace_files, require_own_folder, sha256
+from hf_doge.artifacts.files import STAGED_PREFIX, file_sha256, replace_files, require_own_folder, sha256
 from hf_doge.artifacts.influence.card import renewed_card
 from hf_doge.artifacts.influence.checkpoint_writer import PARTIAL, CheckpointWriter
 from hf_doge.artifacts.influence.encoding import projection_matrix, projection_sha256, recorded_projection
-from hf_doge.artifacts.influence.examples import ordered_examples, read_examples
+from hf_doge.artifacts.influence.examples import ordered_examples, read_examples, same_examples
 from hf_doge.artifacts.influence.growth import Growth
 from hf_doge.artifacts.influence.lock import WriterLock
 from hf_doge.artifacts.influence.manifest import (
@@ -167,6 +167,8 @@ class IndexWriter:
                 versions = {"format_version": FORMAT_VERSION, "hf_doge_version": __version__}
                 self.config = {**versions, **asked, "checkpoints": [], "files": {}}
                 self._replace(self.config, {})
+            if self.config["checkpoints"] and any(self.folder.glob(f"{STAGED_PREFIX}*")):
+                self._replace_checkpoints(self.config["checkpoints"])  # README.md was interrupted behind config.json
         except BaseException:
             self.close()
             raise
@@ -209,9 +211,10 @@ class IndexWriter:
             )
         if example_dtype(present) != example_dtype(asked):
             raise ValueError(f"An index of {first} examples keeps their ids in 32 bits: it cannot grow to {count}.")
+        # Of weights that were saved nobody can tell whether they were trained; the index knows.
         if count == first:
-            return self._continued(asked)
-        config = self._continued(asked, but=("num_examples", "dataset"))
+            return self._continued(asked, but=("virtual",))
+        config = self._continued(asked, but=("virtual", "num_examples", "dataset"))
         self.first_example = first
         self._growth = Growth(config, num_examples=count, dataset=asked["dataset"])
         return config
@@ -221,7 +224,7 @@ class IndexWriter:
         differing = [
             f"`{key}` is {config.get(key)!r:.200}, not {value!r:.200}"
             for key, value in asked.items()
-            if key not in ("metadata", *but) and config.get(key) != value
+            if key not in ("metadata", *but) and _lasting(config.get(key)) != _lasting(value)
         ]
         if differing:
             raise ValueError(
@@ -229,7 +232,7 @@ class IndexWriter:
                 " Continue it with the same, or choose another folder."
                 + (
                     " To add the examples behind those it has, pass `add_examples=True` (`hf-doge index --add_examples`)."
-                    if asked["num_examples"] > config["num_examples"] and config["checkpoints"]
+                    if asked["num_examples"] > config["num_examples"] and config["checkpoints"] and not but
                     else ""
                 )
             )
@@ -294,9 +297,8 @@ class IndexWriter:
         recorded = {path: checksum for path, checksum in examples_files(self.config).items() if checksum is not None}
         present = [(self.folder / path).is_file() for path in recorded]
         if recorded and all(present) and all(file_sha256(self.folder / path) == recorded[path] for path in recorded):
-            same = read_examples(self.folder, self.config).equals(
-                table
-            )  # the bytes may differ with the version of pyarrow
+            # The bytes of the files may differ with the version of pyarrow.
+            same = same_examples(table, read_examples(self.folder, self.config))
         else:
             contents = _example_contents(table, list(recorded) or [EXAMPLES_FILE])
             checksums = {path: sha256(content) for path, content in contents.items()}
@@ -461,6 +463,11 @@ class IndexWriter:
         self.require_open()
         replace_files(self.folder, {**files, MANIFEST: to_json(config)}, manifest=MANIFEST)
         self.config = config
+
+
+def _lasting(setting: Any) -> Any:
+    """A setting without the name of what it describes: the same tokenizer may be loaded from another place."""
+    return {key: value for key, value in setting.items() if key != "name"} if isinstance(setting, dict) else setting
 
 
 def _example_contents(table: pa.Table, paths: Sequence[str]) -> dict[str, bytes]:
