@@ -12,6 +12,7 @@ from datasets import Dataset
 from peft import LoraConfig
 from trl import SFTConfig, SFTTrainer
 
+from hf_doge.gradients.sharding import num_own_elements, own_part
 from hf_doge.training.config import DoGEConfig
 from hf_doge.training.trainer import DoGEMixin, DoGETrainer
 from tests.launch import end_process_group
@@ -33,6 +34,7 @@ WAYS = {
     "sft": {"mode": "online", "reweight_steps": 3, "sft": True, "mu": 1e-4},
     "seldom": {"reweight_steps": 2, "lr_scheduler_type": "linear", "eval_strategy": "steps", "eval_steps": 1},
     "broken": {"is_broken": True, "reweight_steps": 2},
+    "overflown": {"is_overflown": True},
 }
 
 
@@ -97,6 +99,7 @@ def make_trainer(
     with_target=False,
     is_silent=False,
     is_broken=False,
+    is_overflown=False,
     sft=False,
     **options,
 ):
@@ -122,7 +125,10 @@ def make_trainer(
     if sft:
         return make_sft_trainer(str(folder), {**defaults, **options})
     args = DoGEConfig(str(folder), **{**defaults, **options})
-    model = tiny_gpt2() if options.get("reweight_steps") else tiny_llama()
+    model = tiny_gpt2() if options.get("reweight_steps") else tiny_llama(tied=not is_overflown)
+    if is_overflown:  # of some examples of "code", with and without labels, everything in the model is not a number
+        model.get_input_embeddings().weight.requires_grad_(False)[29:31] = torch.inf
+        model.idle = torch.nn.Parameter(torch.ones(1, 7))  # used by nobody, and not to be divided evenly
     if args.fsdp:
         shard_on_cpus(args)
     elif sharding is not None:
@@ -190,7 +196,15 @@ REFUSED = {
         "optim": "sgd",
     },
     "tensor parallelism": {"save_strategy": "no"},
+    "own loss": {"alignment": "single_pass"},
 }
+
+
+class TalkingTrainer(DoGETrainer):
+    def compute_loss(self, *args, **kwargs):
+        loss = super().compute_loss(*args, **kwargs)
+        self.accelerator.gather(loss.detach())
+        return loss
 
 
 def collect_refusals(folder):
@@ -204,8 +218,9 @@ def collect_refusals(folder):
             model = load_in_shards(model, folder, tp_size=2, tp_plan="auto")
         if name != "CPUs":
             shard_on_cpus(args)
+        trainer_class = TalkingTrainer if name == "own loss" else DoGETrainer
         try:
-            DoGETrainer(model, args, train_dataset=make_domains())
+            trainer_class(model, args, train_dataset=make_domains())
         except ValueError as error:
             messages[name] = str(error)
     return messages
@@ -224,6 +239,7 @@ def main(folder, num_processes, micro_batch, ways=tuple(WAYS), resume=None, shar
         trainer.train(None if resume is None else f"{resume}/{name}/checkpoint-2")
         note(trainer, folder / f"{name}-{trainer.args.process_index}.pt")
         assert is_in_shards(trainer.model) == (sharding is not None)
+        assert all(own_part(p).numel() <= num_own_elements(p) for p in trainer.model.parameters())
         if name == "single_pass" and sharding is None:
             assert not trainer._learner.alignment._step_is_plain, "the single pass was not used"
     if sharding == "shards" and resume is None:

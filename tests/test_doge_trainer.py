@@ -350,6 +350,25 @@ def test_every_step_sees_every_domain_and_carries_the_remainder(tmp_path):
     assert consumed == [10, 10, 10]
 
 
+@pytest.mark.parametrize("mode", ["proxy", "online"])
+def test_no_example_of_a_target_is_compared_with_again_before_all_were(tmp_path, mode):
+    first_tokens = []
+
+    def loss_func(outputs, labels, num_items_in_batch=None):
+        first_tokens.extend(labels[:, 0].tolist())
+        return float64_causal_loss(outputs, labels, num_items_in_batch)
+
+    target = language_model_rows(8, low=1, high=20)
+    for row, (ids, labels) in enumerate(zip(target["input_ids"], target["labels"], strict=True)):
+        ids[0] = labels[0] = 24 + row  # begins no example of the two train domains
+    domains = {name: dataset for name, dataset in three_domains(8).items() if name != "code"}
+    args = config(
+        tmp_path, mode=mode, reweight_steps=3, max_steps=12, per_device_target_batch_size=2, alignment="per_domain"
+    )
+    train(tiny_llama(), args, domains, Dataset.from_dict(target), compute_loss_func=loss_func)
+    assert sorted(token for token in first_tokens if token >= 24) == list(range(24, 32))
+
+
 # Losses that are not numbers.
 
 
@@ -377,6 +396,27 @@ def test_a_loss_that_is_not_a_number_keeps_the_weights_and_spares_the_model(tmp_
     assert torch.isfinite(flat_parameters(model)).all()
     assert not torch.equal(flat_parameters(model), flat_parameters(tiny_llama()))
     assert trainer.state.log_history[2]["nonfinite_domain_steps"] == 3
+
+
+@pytest.mark.parametrize("alignment", ["single_pass", "per_domain", "streamed"])
+@pytest.mark.parametrize("reweight_steps", [1, 100])
+def test_a_gradient_that_is_not_a_number_of_a_loss_that_is_spares_the_model(tmp_path, alignment, reweight_steps):
+    def spoilt_gradient(outputs, labels, num_items_in_batch=None):
+        """Of the rows that start with the token 31, from the second step on."""
+        logits = outputs.logits[:, :-1].clone()
+        spoilt = labels[:, 0].eq(31) & (trainer.state.global_step > 0)
+        logits[spoilt] = logits[spoilt] + (0 * logits[spoilt]).sqrt()
+        return F.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), reduction="sum") / num_items_in_batch
+
+    args = config(tmp_path, max_steps=3, alignment=alignment, reweight_steps=reweight_steps)
+    trainer = DoGETrainer(
+        tiny_llama(), args, train_dataset=domains_with_a_spoilt_one(), compute_loss_func=spoilt_gradient
+    )
+    trainer.train()
+    assert torch.isfinite(flat_parameters(trainer.model)).all()
+    assert trainer.state.log_history[2]["nonfinite_domain_steps"] == 2
+    losses = [log["loss"] for log in trainer.state.log_history if "loss" in log]
+    assert losses[2] < losses[1]  # the other domains trained it
 
 
 def test_too_many_losses_that_are_not_numbers_in_a_row_end_the_run(tmp_path):

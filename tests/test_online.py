@@ -161,6 +161,42 @@ def test_a_run_goes_on_in_its_mode_and_with_its_lag(tmp_path, before, after):
         online(tmp_path, resume=str(tmp_path / "checkpoint-4"), **after)
 
 
+class AveragingSGD(torch.optim.SGD):
+    """Evaluates other parameters than it trains, as schedule-free optimizers do."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self._shift = 0.0
+
+    def train(self):
+        self._move(0.0)
+
+    def eval(self):
+        self._move(0.5)
+
+    @torch.no_grad()
+    def _move(self, shift):
+        for parameter in self.param_groups[0]["params"]:
+            parameter.add_(shift - self._shift)
+        self._shift = shift
+
+
+def test_an_optimizer_that_evaluates_other_parameters_is_looked_at_where_it_trains(tmp_path):
+    runs = []
+    for options in ({}, {"eval_strategy": "steps", "eval_steps": 1}):
+        model = tiny_llama(dtype=torch.float64)
+        trainer = DoGETrainer(
+            model,
+            DoGEConfig(str(tmp_path), mode="online", reweight_steps=3, mu=0.05, **OPTIONS, **options),
+            train_dataset=three_domains(8),
+            eval_dataset=three_domains(8)["arxiv"],
+            optimizers=(AveragingSGD(model.parameters(), lr=OPTIONS["learning_rate"]), None),
+        )
+        trainer.train()
+        runs.append(trainer.domain_weights.last)
+    assert runs[1] == pytest.approx(runs[0], rel=1e-9)
+
+
 def test_a_second_training_begins_with_the_first_weights(tmp_path):
     trainer = online(tmp_path)
     trainer.train()

@@ -165,7 +165,7 @@ def test_with_equal_second_moments_adams_metric_is_a_factor(classifier, batches)
 def test_the_explained_run_with_adams_state_is_the_explained_run(data_dir):
     sizes = replace(case_deletion.SIZES["tiny"], architectures=("transformer",))
     place = (data_dir / "classification", "ag_news", "transformer", sizes)
-    explained, every = case_deletion.train_explained(*place), case_deletion.train_with_adam(*place, 1)
+    explained, every = case_deletion.train_explained(*place), case_deletion.train_with_adam(*place)
     assert len(every) == explained.recipe.num_epochs + 1
     for epoch, checkpoint in zip(explained.recipe.checkpoint_epochs, explained.checkpoints, strict=True):
         assert every[epoch].learning_rate == checkpoint.learning_rate

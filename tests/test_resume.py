@@ -43,7 +43,7 @@ class StopAfter(TrainerCallback):
         control.should_save = True
 
 
-def make_trainer(folder, stop_after=None, **kwargs):
+def make_trainer(folder, stop_after=None, target=None, **kwargs):
     """Two epochs and a half of dropout, AdamW, a schedule, micro-batches and a remainder to carry over."""
     options = {
         "per_device_train_batch_size": 5,
@@ -66,7 +66,10 @@ def make_trainer(folder, stop_after=None, **kwargs):
         tiny_gpt2(dropout=0.2),
         args,
         train_dataset=domains,
-        target_dataset={"a": domains["arxiv"].select(range(5)), "b": domains["code"].select(range(7))},
+        **{
+            "target_dataset": {"a": domains["arxiv"].select(range(5)), "b": domains["code"].select(range(7))},
+            **(target or {}),
+        },
         callbacks=callbacks,
     )
     trainer.data_collator.collator = Recorder(trainer.data_collator.collator)
@@ -212,6 +215,29 @@ def test_a_checkpoint_of_another_recipe_is_refused(tmp_path):
     make_trainer(tmp_path, stop_after=1).train()
     with pytest.raises(ValueError, match=r"must go on as it began.*'mu': 0\.1.*'mu': 5\.0"):
         make_trainer(tmp_path, mu=5.0).train(resume_from_checkpoint=True)
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("stopped")
+    make_trainer(folder, stop_after=1).train()
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"target": {"target_dataset": None}}, "targets"),
+        ({"target": {"target_dataset": three_domains()["books"]}}, "targets"),
+        ({"target": {"target_weights": {"a": 1.0, "b": 2.0}}}, "targets"),
+        ({"per_device_target_batch_size": 1}, "per_device_target_batch_size"),
+        ({"alignment_parameters": "mlp"}, "alignment_parameters"),
+        ({"lagged_update": True}, "lagged_update"),
+    ],
+)
+def test_a_checkpoint_that_was_compared_with_something_else_is_refused(stopped, changes, named):
+    with pytest.raises(ValueError, match=rf"must go on as it began, but the checkpoint .* has {{'{named}': "):
+        make_trainer(stopped, **changes).train(resume_from_checkpoint=True)
 
 
 def test_a_checkpoint_without_an_optimizer_is_refused(tmp_path):

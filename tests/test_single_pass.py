@@ -295,6 +295,7 @@ class ReadsWeightOfChild(nn.Module):
 
     def __init__(self):
         super().__init__()
+        torch.manual_seed(0)
         self.linear = nn.Linear(16, 16, bias=False)
         self.gain = nn.Parameter(torch.ones(4, 4))
 

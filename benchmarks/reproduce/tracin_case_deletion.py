@@ -7,7 +7,7 @@ Decided before the first result was seen:
   training examples of at most 32 tokens, Adam, four checkpoints, the recipes of `hf_doge.tracing.influence_evaluation`.
 - Test points in blocks of 5, from one permutation of the test examples; a round is one block of each of the six tables.
   Six rounds are planned at small scale. Should the clock stop it, whole rounds count and no others, whatever they show.
-- k = 10 and 40 of 500. Scores are of seed 1's run (changed later, see below); each block retrains under one seed of its own, never 1: a retraining costs
+- k = 10 and 40 of 500. Scores are of seed 1's run; each block retrains under one seed of its own, never 1: a retraining costs
   the same whether it serves another seed or another point, and other points say more. With several blocks an interval over
   points holds the seeds' noise too; with one it does not. (First planned: two seeds for every point. Changed for time alone,
   when 53 of 382 retrainings of the first block were done and no probability had been looked at.)
@@ -25,9 +25,8 @@ on the middle and on the last layer for the same points, which tell what cosine 
 
 Changed after the first three rounds had been run and the first been read, upon a review:
 
-- Round 3 explains a second model of each table, of seed 11, so that intervals over all tables can take models as the units; the fifth and the
-  sixth round were dropped for the stages below. All intervals are Student's t: over points in a table, over the models (tables and seeds) in `all`. A bootstrap
-  of five points, as there was before, is too narrow.
+- The fourth to sixth round were dropped for the stages below. All intervals are Student's t: over points in a table, over the six models (one for
+  each table) in `all`. A bootstrap of five points, as there was before, is too narrow.
 - Stages `peers0`, ...: scorers that meet TracIn-WE on equal terms, on the same points. `bm25_signed` knows the labels, as every gradient does:
   examples of another class count negative. `same_class` is at random among the examples of the explained class (opponents: of the others).
   `influence_last_all` sums over the four checkpoints, as TracIn does, and is damped by the mean of the Hessian's diagonal, where
@@ -76,6 +75,7 @@ from hf_doge.tracing.small_training import (
 TASKS = ("ag_news", "toxicity_jigsaw", "snli")
 ARCHITECTURES = ("cnn", "transformer")
 MIDDLE_LAYERS = {"cnn": "convolutions.1", "transformer": "layers.1.attention"}
+EXPLAINED_SEED = 1
 SCORERS = (
     "tracin_we",
     "tracin_we_topk",
@@ -98,8 +98,6 @@ ADAM = (
     "tracin_we_adam_cosine_all",
     "tracin_last_adam_cosine_all",
 )
-NUM_COSINES = 3  # rounds with the stage `cosine`
-FIRST_ROUND_OF_SEED = {0: 1, 3: 11}  # the explained run of each round
 
 
 @dataclass(frozen=True)
@@ -115,7 +113,7 @@ class Sizes:
     width: int = 32
     ks: tuple[int, ...] = (10, 40)
     points_per_block: int = 5
-    num_blocks: int = 4
+    num_blocks: int = 3
 
 
 SIZES = {
@@ -150,7 +148,7 @@ class Explained:
 
 
 @cache
-def train_explained(data_dir: Path, task_name: str, architecture: str, sizes: Sizes, seed: int = 1) -> Explained:
+def train_explained(data_dir: Path, task_name: str, architecture: str, sizes: Sizes) -> Explained:
     """The run that is explained: that of the first seed."""
     task = load_small_task(
         data_dir, task_name, num_train=sizes.num_train, num_test=sizes.num_test, max_length=sizes.max_length
@@ -164,16 +162,14 @@ def train_explained(data_dir: Path, task_name: str, architecture: str, sizes: Si
         max(part["input_ids"].shape[1] for part in (task.train, task.test)),
     )
     recipe = RECIPES[architecture]
-    model, checkpoints = train_classifier(make_model, task.train, recipe, seed=seed, keep_checkpoints=True)
+    model, checkpoints = train_classifier(make_model, task.train, recipe, seed=EXPLAINED_SEED, keep_checkpoints=True)
     return Explained(task, architecture, make_model, recipe, model, checkpoints)
 
 
 @cache
-def train_with_adam(
-    data_dir: Path, task_name: str, architecture: str, sizes: Sizes, seed: int
-) -> Sequence[AdamCheckpoint]:
+def train_with_adam(data_dir: Path, task_name: str, architecture: str, sizes: Sizes) -> Sequence[AdamCheckpoint]:
     """The explained run once more, with its initial weights, every epoch, and what Adam knows at each."""
-    explained = train_explained(data_dir, task_name, architecture, sizes, seed)
+    explained = train_explained(data_dir, task_name, architecture, sizes)
     moments: list[dict[str, Tensor]] = []
 
     def read(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
@@ -188,7 +184,12 @@ def train_with_adam(
 
     recipe = replace(explained.recipe, checkpoint_epochs=tuple(range(explained.recipe.num_epochs + 1)))
     _, checkpoints = train_classifier(
-        explained.make_model, explained.task.train, recipe, seed=seed, keep_checkpoints=True, on_checkpoint=read
+        explained.make_model,
+        explained.task.train,
+        recipe,
+        seed=EXPLAINED_SEED,
+        keep_checkpoints=True,
+        on_checkpoint=read,
     )
     moments[0] = moments[1]
     return [AdamCheckpoint(*checkpoint, found) for checkpoint, found in zip(checkpoints, moments, strict=True)]
@@ -200,16 +201,11 @@ def _make_model(
     return make_classifier(architecture, vocabulary_size, num_classes, width=width, max_length=max_length, seed=seed)
 
 
-def explained_seed(block: int) -> int:
-    """Seed of the run that a round explains."""
-    return FIRST_ROUND_OF_SEED[max(first for first in FIRST_ROUND_OF_SEED if first <= block)]
-
-
 def deletion_part(
     data_dir: Path, output_dir: Path, task_name: str, architecture: str, block: int, sizes: Sizes, seed: int
 ) -> dict:
     """One block of test points of one table: every probability after every retraining, and what the scores look like."""
-    explained = train_explained(data_dir, task_name, architecture, sizes, explained_seed(block))
+    explained = train_explained(data_dir, task_name, architecture, sizes)
     task = explained.task
     order = np.random.default_rng(0).permutation(len(task.test["labels"]))
     points = order[block * sizes.points_per_block : (block + 1) * sizes.points_per_block]
@@ -219,7 +215,7 @@ def deletion_part(
     scores = {}
     for name in sizes.scorers:
         if name in ADAM:
-            every = train_with_adam(data_dir, task_name, architecture, sizes, explained_seed(block))
+            every = train_with_adam(data_dir, task_name, architecture, sizes)
             recorded = [every[epoch] for epoch in explained.recipe.checkpoint_epochs]
             scorer = make_adam_scorer(name, every, recorded)
         else:
@@ -327,7 +323,7 @@ def run(args: Arguments) -> Results:
         tuple(f"{name}{block}" for block in range(count))
         for name, count in (
             ("round", sizes.num_blocks),
-            ("cosine", min(NUM_COSINES, sizes.num_blocks)),
+            ("cosine", sizes.num_blocks),
             ("peers", sizes.num_blocks),
             ("adam", sizes.num_blocks),
         )
@@ -349,8 +345,6 @@ def run(args: Arguments) -> Results:
                     "block": block,
                     "seed": seed,
                 }
-                if explained_seed(block) != 1:
-                    arguments["explained_seed"] = explained_seed(block)
                 part = args.store.get(
                     f"{name}{block}-{task}-{architecture}",
                     arguments,
@@ -416,7 +410,7 @@ class Pooled:
 
     Attributes:
         result (`CaseDeletionResult`): Of all points.
-        units (`numpy.ndarray` of shape `(points,)`): In a table each point is one; over all tables each explained model.
+        units (`numpy.ndarray` of shape `(points,)`): In a table each point is one; over all tables each table, and so each model.
     """
 
     result: CaseDeletionResult
@@ -442,11 +436,9 @@ def _pool_all(parts: dict[tuple[str, str], list[dict]], sizes: Sizes) -> dict[st
     for pair, found in parts.items():
         result = pool(found, sizes)
         pooled[", ".join(pair)] = Pooled(result, np.arange(len(result.full)))
-    blocks = [(pair, part) for pair, found in parts.items() for part in found]
-    models = [(*pair, explained_seed(part["block"])) for pair, part in blocks]
-    numbers = {model: number for number, model in enumerate(dict.fromkeys(models))}
-    units = [numbers[model] for model, (_, part) in zip(models, blocks, strict=True) for _ in part["full"]]
-    return {**pooled, "all": Pooled(pool([part for _, part in blocks], sizes), np.array(units))}
+    found = list(parts.values())
+    units = [number for number, blocks in enumerate(found) for part in blocks for _ in part["full"]]
+    return {**pooled, "all": Pooled(pool([part for blocks in found for part in blocks], sizes), np.array(units))}
 
 
 def _join(pooled: dict[str, Pooled], more: dict[str, Pooled]) -> dict[str, Pooled]:

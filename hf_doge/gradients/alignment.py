@@ -142,7 +142,7 @@ class DomainAlignment(Protocol):
 
         Returns:
             `torch.Tensor` of shape `(num_train_domains,)`: the mean loss of each domain that was differentiated, NaN for
-            the others.
+            the others and for a domain whose gradient is not finite; `.grad` is of no use then.
         """
 
     def forget(self) -> None:
@@ -214,9 +214,21 @@ class BackwardAlignment:
         return alignment
 
     def write_gradient(self, source: GradientSource, coefficients: Tensor) -> None:
-        self.write_weighted_gradient(source, coefficients)
+        self._write(source, coefficients)
 
     def write_weighted_gradient(self, source: GradientSource, coefficients: Tensor) -> Tensor:
+        losses = self._write(source, coefficients)
+        if self._is_finite([parameter.grad for parameter in self.parameters]):
+            return losses
+        self._take_gradient()
+        for domain in losses.isfinite().nonzero().flatten().tolist():  # whose is it?
+            source.backward(domain)
+            if not self._is_finite(self._take_gradient()):
+                losses[domain] = torch.nan
+        return losses
+
+    def _write(self, source: GradientSource, coefficients: Tensor) -> Tensor:
+        """`sum_j coefficients_j g_j` into `.grad`; returns the losses."""
         losses = torch.full((self.num_domains,), torch.nan, dtype=torch.float64)
         for domain in source.present_domains:
             if coefficients[domain] != 0:
@@ -311,6 +323,19 @@ class BackwardAlignment:
             if is_reached and gradient[position] is None:
                 gradient[position] = torch.zeros_like(self.parameters[position])
         self.reduction.sum_([grad for grad in gradient if grad is not None])
+
+    def _is_finite(self, gradient: Gradient) -> bool:
+        """Whether a gradient is finite on all processes."""
+        device = self.parameters[0].device
+        norms = [
+            torch.linalg.vector_norm(own_part(part), dtype=torch.float32 if part.dtype.itemsize < 4 else None).to(
+                device
+            )
+            for part in gradient
+            if part is not None
+        ]
+        is_broken = bool(norms) and not torch.stack([norm.float() for norm in norms]).isfinite().all()
+        return float(self._sum_numbers(torch.tensor(float(is_broken)))) == 0
 
     def _sum_numbers(self, numbers: Tensor) -> Tensor:
         """Sum a few numbers over the processes; they come and go on the CPU."""

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 
 def is_sharded(model: nn.Module) -> bool:
@@ -55,8 +54,11 @@ def num_own_elements(parameter: Tensor) -> int:
     """Most elements of a parameter that a process holds: the same number on all of them, also where parts are unequal."""
     if not is_spread(parameter):
         return parameter.numel()
-    sizes = zip(parameter.device_mesh.shape, parameter.placements, strict=True)
-    return ceil(parameter.numel() / prod(size for size, placement in sizes if placement.is_shard()))
+    shape = list(parameter.shape)
+    for size, placement in zip(parameter.device_mesh.shape, parameter.placements, strict=True):
+        if placement.is_shard():
+            shape[placement.dim] = ceil(shape[placement.dim] / size)
+    return prod(shape)
 
 
 def is_counted_here(parameter: Tensor) -> bool:
@@ -88,20 +90,21 @@ def sum_every_backward(model: nn.Module) -> None:
 @contextmanager
 def without_gradient(model: nn.Module) -> Iterator[None]:
     """
-    Let a backward through a model add 0 to the gradients, whatever the loss made of its outputs: 0 times what is not a
-    number would not be 0.
+    Let a backward through a sharded model add 0 to the gradients, whatever model and loss made of the inputs: 0 times what
+    is not a number would not be 0.
     """
 
-    def cut(_module: nn.Module, _inputs: Any, outputs: Any) -> None:
-        for output in tree_leaves(outputs):
-            if torch.is_tensor(output) and output.requires_grad:
-                output.register_hook(torch.zeros_like)
+    def cut(module: nn.Module, _inputs: Any) -> None:
+        for parameter in module.parameters():  # whole at the moment, as far as they are the module's own to gather
+            if parameter.requires_grad and not is_spread(parameter):
+                handles.append(parameter.register_hook(torch.zeros_like))
 
-    handle = model.register_forward_hook(cut)
+    handles = [module.register_forward_pre_hook(cut) for module in _sharded_modules(model)]
     try:
         yield
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
 
 
 def _sharded_modules(model: nn.Module) -> list[nn.Module]:

@@ -104,7 +104,9 @@ class SinglePassAlignment(BackwardAlignment):
             losses = self._run_weighted(source, coefficients)
             if losses is not None:
                 self._sum_over_processes_in_place()
-                return losses
+                if self._is_finite([parameter.grad for parameter in self.parameters]):
+                    return losses
+                self._take_gradient()
         return self.plain.write_weighted_gradient(source, coefficients)
 
     def _compare(self, source: GradientSource, target: Gradient | None, losses: Tensor) -> Alignment | None:

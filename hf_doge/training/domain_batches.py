@@ -89,7 +89,13 @@ class TargetBatches(DomainBatches):
             )
         dataset, targets = merge_domains(target_dataset, TARGET_COLUMN)
         self.weights = _check_target_weights(target_weights, targets.names)
+        self._targets = targets
         super().__init__(dataset, targets, **kwargs)
+
+    def describe(self) -> dict[str, dict[str, float]]:
+        """Rows and weight of each target, by name."""
+        sizes = zip(self._targets.names, self._targets.sizes.tolist(), strict=True)
+        return {name: {"num_rows": size, "weight": self.weights[i]} for i, (name, size) in enumerate(sizes)}
 
 
 def _check_target_weights(target_weights: Mapping[str, float] | None, names: tuple[str, ...]) -> dict[int, float]:

@@ -18,6 +18,7 @@ from hf_doge.gradients.reduction import Reduction
 from hf_doge.gradients.sharding import is_sharded, reshard, sum_every_backward, without_gradient
 from hf_doge.sampling.domains import DomainIndex, StreamDomains
 from hf_doge.training.collator import DOMAIN_IDS
+from hf_doge.training.domain_batches import TargetBatches
 from hf_doge.training.domain_loss import DomainLoss
 from hf_doge.training.global_batch import describe_reading
 from hf_doge.training.learning_state import LearningState, TrajectoryPoint
@@ -34,7 +35,7 @@ class DomainLearner:
     Args:
         trainer (`Trainer`): With a `DoGEConfig`; its model, loss, collator and learning rate are read at every step.
         domains (`DomainIndex` or `StreamDomains`): Of its train set.
-        target_weights (`dict[int, float]`, *optional*): Weight of each target; `None` if the training domains are the target.
+        targets (`TargetBatches`, *optional*): `None` if the training domains are the target.
         initial_weights (`DomainWeights` or `Mapping[str, float]`, *optional*): alpha_0; uniform by default.
     """
 
@@ -43,14 +44,15 @@ class DomainLearner:
         trainer: Trainer,
         domains: DomainIndex | StreamDomains,
         *,
-        target_weights: dict[int, float] | None,
+        targets: TargetBatches | None,
         initial_weights: DomainWeights | Mapping[str, float] | None,
     ) -> None:
         self.trainer = trainer
         self.args = trainer.args
         self.recipe = trainer.args.get_recipe()
         self.domains = domains
-        self.target_weights = target_weights
+        self.targets = targets
+        self.target_weights = None if targets is None else targets.weights  # by position
         self.initial_weights = weights_in_order(initial_weights, domains.names)
         self.metrics = DomainMetrics(domains.names)
         self.state = LearningState.fresh(domains.names, self.initial_weights)
@@ -120,6 +122,9 @@ class DomainLearner:
         """What a resumed run must share with the one that wrote the checkpoint, or its artifact would lie."""
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         identity = {"recipe": self.recipe.to_dict(), "seed": seed, "mode": self.args.mode}
+        identity["targets"] = None if self.targets is None else self.targets.describe()
+        for name in ("alignment_parameters", "lagged_update", "per_device_target_batch_size"):
+            identity[name] = getattr(self.args, name)
         if self.args.is_online:
             identity["sampler_lag_steps"] = self.args.lag_steps
         if self.domains.sizes is None:

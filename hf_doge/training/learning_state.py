@@ -148,7 +148,8 @@ class LearningState:
                 f"The checkpoint {folder} must have been written for the domains {list(names)}, but was written for "
                 f"{saved} (gone: {missing}, new: {extra}). Train on the same domains or start anew."
             )
-        different = [name for name, value in run.items() if state["run"].get(name) != value]
+        # what an earlier hf_doge did not write down is not known to differ
+        different = [name for name, value in run.items() if state["run"].get(name, value) != value]
         if different:
             before, now = ({name: found.get(name) for name in different} for found in (state["run"], run))
             raise ValueError(

@@ -185,6 +185,12 @@ def choose_alignment(
     needed = num_domains * sum(num_own_elements(p) * p.element_size() for _, p in parameters) / 2**30
     fits = needed <= args.gradient_memory_budget
     choice, reason = args.alignment, "as asked for"
+    if choice == "single_pass" and loss_may_talk:
+        raise ValueError(
+            "`alignment='single_pass'` calls the loss where a process has labels, but the trainer's own `compute_loss` may "
+            "talk to the other processes, which must call it equally often. Use `alignment='auto'`, or pass a loss that "
+            "talks to nobody as `compute_loss_func`."
+        )
     if choice == "auto" and (loss_may_talk or shards):
         choice = "per_domain" if fits else "streamed"
         reason = "the trainer's own `compute_loss` may talk to the other processes, which must call it equally often"

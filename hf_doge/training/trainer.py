@@ -157,7 +157,7 @@ class DoGEMixin(DomainWeightedMixin):
         self._learner = DomainLearner(
             self,
             domains,
-            target_weights=None if self._targets is None else self._targets.weights,
+            targets=self._targets,
             initial_weights=initial_weights,
         )
         self._micro_batches: list[dict[str, Any]] = []
@@ -192,9 +192,7 @@ class DoGEMixin(DomainWeightedMixin):
         if micro_batches is None:
             return torch.zeros((), device=self.args.device)
         learner = self._learner
-        model.train()
-        if callable(getattr(self.optimizer, "train", None)):  # schedule-free optimizers
-            self.optimizer.train()
+        self._enter_training(model)
         start = time.perf_counter()
         step = learner.prepare(micro_batches, self._target_batches() if self._is_reweighting else [], trains=True)
         loss = self._reweighting_step(step) if self._is_reweighting and step.can_align else self._weighted_step(step)
@@ -207,7 +205,7 @@ class DoGEMixin(DomainWeightedMixin):
         """An ordinary step of the trainer, with a look at the gradients before it when one is due."""
         learner, start = self._learner, time.perf_counter()
         if self._is_reweighting and not self._micro_batches:
-            model.train()
+            self._enter_training(model)
             self._reweight_sampler(inputs)
         training_start = time.perf_counter()
         micro_batches = self._collect(inputs)
@@ -217,6 +215,12 @@ class DoGEMixin(DomainWeightedMixin):
         end = time.perf_counter()
         learner.record_time(step_seconds=end - start, training_seconds=end - training_start)
         return loss
+
+    def _enter_training(self, model: nn.Module) -> None:
+        """As `Trainer.training_step` begins: schedule-free optimizers hold other parameters for evaluation."""
+        model.train()
+        if callable(getattr(self.optimizer, "train", None)):
+            self.optimizer.train()
 
     def _collect(self, inputs: dict[str, Any]) -> list[dict[str, Any]] | None:
         """The micro-batches of this optimizer step once all of them are there."""
@@ -282,7 +286,8 @@ class DoGEMixin(DomainWeightedMixin):
         if self._targets is None:
             return []
         shares = {"process_index": self.args.process_index, "num_processes": self.args.world_size}
-        pieces = self._targets.batches(self.state.global_step, self._signature_columns, **shares)
+        looks = self.state.global_step // self.args.reweight_steps
+        pieces = self._targets.batches(looks, self._signature_columns, **shares)
         return [(self.data_collator(features), ids) for features, ids in pieces]
 
     def _refuse_short_lag(self) -> None:
