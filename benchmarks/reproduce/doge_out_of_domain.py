@@ -343,7 +343,7 @@ def tabulate_perplexity(
     return Table(
         title=(
             "Perplexity on a target that is not trained on, lower is better: uniform, mean [95 % t interval] over seeds, "
-            " and the change against it in percent, seed against seed (bold: the interval excludes 0). Means: over targets, with the interval over targets."
+            "and the change against it in percent, seed against seed (bold: the interval excludes 0). Means: over targets, with the interval over targets."
         ),
         header=["target", "uniform", *[f"{arm}, change" for arm in by_arm], "nearest source"],
         cells=cells,
