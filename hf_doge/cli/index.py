@@ -32,6 +32,7 @@ def main(argv: Sequence[str]) -> int:
         dtype=args.dtype,
         projection_width=args.projection_width,
         special_tokens=args.special_tokens,
+        second_moment=args.second_moment,
     )
     record_dataset(
         args.output_dir,
@@ -111,6 +112,14 @@ def _parse(argv: Sequence[str]) -> Namespace:
     )
     parser.add_argument(
         "--special_tokens", default="count", choices=SPECIAL_TOKENS, help="Whether tokens such as [CLS] are recorded."
+    )
+    parser.add_argument(
+        "--second_moment",
+        action="store_true",
+        help=(
+            "Divide rows by sqrt(v) + eps of Adam, influence in the metric that it steps in: v of the input embeddings is "
+            "read from the optimizer.pt that the Trainer saved in each checkpoint (without save_only_model)."
+        ),
     )
     parser.add_argument("--batch_size", type=int, default=8, help="Examples at once; changes no result. Default: 8.")
     return parser.parse_args(argv)
