@@ -58,11 +58,25 @@ def untied(model):
 def dense_gradient(model, example, *, part="input", num_terms=1):
     """
     Gradient of `num_terms * model(**example).loss` with respect to the embedding matrix, by ordinary autograd in
-    evaluation mode: through its use as the input, as the output, or through both ("full", the matrix as it is).
+    evaluation mode: through its use as the input, as the output, or through both ("full", the matrix as it is; "own", that
+    with zeros but for the tokens that the example reads).
     """
-    model = copy.deepcopy(model) if part == "full" else untied(model)
+    model = copy.deepcopy(model) if part in ("full", "own") else untied(model)
     model.eval()
     layer = model.get_output_embeddings() if part == "output" else model.get_input_embeddings()
     layer.weight.requires_grad_(True)
     (num_terms * model(**example).loss).backward()
-    return layer.weight.grad
+    gradient = layer.weight.grad
+    if part == "own":
+        read = torch.zeros(len(gradient), dtype=torch.bool)
+        read[tokens_read(model, example)] = True
+        gradient[~read] = 0
+    return gradient
+
+
+def tokens_read(model, example):
+    """The distinct tokens that a model looks up, in its decoder too; ascending."""
+    ids = [example["input_ids"]]
+    if model.config.is_encoder_decoder:
+        ids.append(model.prepare_decoder_input_ids_from_labels(example["labels"]))
+    return torch.cat([part.flatten() for part in ids]).unique()

@@ -78,11 +78,13 @@ def test_index_continues_and_takes_options(trained, tmp_path, capsys):
     folder = tmp_path / "index"
     first, second = flags(trained)[1:3]
     rest = ["--data", str(trained / "train.jsonl.gz"), "--output_dir", str(folder), "--top_k_tokens=4", "--dtype=int8"]
+    rest += ["--tied=own", "--top_k_unit=token"]
     assert main(["index", "--checkpoints", first, "--learning_rates", "0.1", *rest]) == 0
     assert main(["index", "--checkpoints", first, second, "--learning_rates", "0.1", "0.05", *rest]) == 0
     config = json.loads((folder / "config.json").read_text())
     assert len(config["checkpoints"]) == 2
     assert config["top_k"] == 4
+    assert config["tied"] == "own"
     assert config["num_examples"] == 15
 
 
@@ -128,6 +130,7 @@ def test_refusals_are_one_line(trained, indexed, tmp_path, capsys):
     assert "must hold config.json" in refusal(capsys, "search", "--index", tmp_path, "--query", "moon")
     index = ["index", *flags(trained), "--output_dir", tmp_path / "i"]
     assert "'--label_field'" in refusal(capsys, *index, "--label_field", "x").replace("`", "'")
+    assert "`top_k_unit` must be 'token' with" in refusal(capsys, *index, "--tied", "own", "--top_k_tokens", "2")
     assert "must have a text in 'x'" in refusal(capsys, *index, "--text_field", "x")
     broken = tmp_path / "broken"
     shutil.copytree(indexed, broken)

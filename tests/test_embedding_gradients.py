@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from hf_doge.functional.tracin_we import last_layer_score, self_influence, tied_score, top_k_rows, tracin_we_score
 from hf_doge.gradients.embedding import EmbeddingGradientRecorder
 from hf_doge.gradients.embedding_uses import EmbeddingUses
-from tests.reference_tracin_we import dense, dense_gradient
+from tests.reference_tracin_we import dense, dense_gradient, tokens_read
 
 V, PAD = 40, 1
 BODY = {"vocab_size": V, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
@@ -427,6 +427,73 @@ def test_top_k_of_the_full_matrix_keeps_whole_rows():
         assert torch.equal(kept_rows, rows[largest])
 
 
+@pytest.mark.parametrize(
+    ("make", "make_example", "side"),
+    [
+        (gpt2, causal_example, "right"),
+        (gpt2, causal_example, "left"),
+        (gemma, causal_example, "right"),
+        (t5, seq2seq_example, "right"),
+    ],
+)
+def test_own_rows_are_those_of_the_whole_gradient_at_the_tokens_of_the_example_and_no_others(make, make_example, side):
+    model, examples = build(make).double(), examples_of(make_example)
+    for example in examples:
+        example["input_ids"] = example["input_ids"] % 4 + 4  # tokens repeat
+    batch = collate(examples, side=side, position_ids=make is gpt2)
+    recorded = record(model, batch, tied="own")
+    for (tokens, rows), example in zip(recorded, examples, strict=True):
+        terms = num_terms(example, causal=make_example is causal_example)
+        gradient = dense_gradient(model, example, part="own", num_terms=terms)
+        assert_same_rows((tokens, rows), gradient, tolerance=1e-12)
+        assert torch.equal(tokens, tokens_read(model, example))
+        ((alone, alone_rows),) = record(model, example, tied="own")
+        assert torch.equal(alone, tokens)
+        torch.testing.assert_close(alone_rows, rows, rtol=1e-10, atol=1e-12)
+    given = record(model, batch)
+    assert torch.equal(recorded.offsets, given.offsets)
+    assert torch.equal(recorded.tokens, given.tokens)
+
+
+def test_labels_that_a_decoder_reads_only_in_front_of_padding_are_no_tokens_of_the_example():
+    """Alone, a decoder never reads the last label; in a batch of longer ones it stands before the padding."""
+    model, examples = build(t5), examples_of(seq2seq_example)
+    batch = collate(examples)
+    ready = {**batch, "decoder_input_ids": model.prepare_decoder_input_ids_from_labels(batch["labels"])}
+    for tied in ("input", "own"):
+        for inputs in (batch, ready):
+            for (tokens, _), example in zip(record(model, inputs, tied=tied), examples, strict=True):
+                assert torch.equal(tokens, tokens_read(model, example))
+
+
+def test_own_rows_are_scaled_dropped_and_cut_as_others_are():
+    model, batch = build(gpt2), collate(examples_of(causal_example), position_ids=True)
+    dropped = batch["input_ids"][0, :2].tolist()
+    whole = record(model, batch, tied="own", loss_reduction="mean")
+    kept = record(model, batch, tied="own", loss_reduction="mean", drop_token_ids=dropped)
+    cut = record(model, batch, tied="own", loss_reduction="mean", drop_token_ids=dropped, top_k=2, top_k_unit="token")
+    for i, example in enumerate(examples_of(causal_example)):
+        gradient = dense_gradient(model, example, part="own")
+        assert_same_rows(whole[i], gradient)
+        gradient[dropped] = 0
+        assert_same_rows(kept[i], gradient)
+        assert not set(kept[i][0].tolist()) & set(dropped)
+        largest = gradient.norm(dim=1).argsort(descending=True)[:2].sort().values
+        assert torch.equal(cut[i][0], largest)
+        torch.testing.assert_close(cut[i][1], gradient[largest], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("make", "make_example"), [(lambda: gpt2(tied=False), causal_example), (bert, classification_example)]
+)
+def test_without_a_tied_output_layer_own_rows_are_those_of_the_input(make, make_example):
+    model, batch = build(make), collate(examples_of(make_example), position_ids=make is not bert)
+    own, given = record(model, batch, tied="own"), record(model, batch)
+    assert torch.equal(own.offsets, given.offsets)
+    assert torch.equal(own.tokens, given.tokens)
+    assert torch.equal(own.rows, given.rows)
+
+
 # The model is left as it was
 
 
@@ -716,6 +783,7 @@ def test_a_batch_without_loss_or_with_a_bad_one_is_refused():
         ({"top_k": 0}, "must be at least 1"),
         ({"top_k": 2, "top_k_unit": "word"}, "`unit` must be one of"),
         ({"top_k": 2, "tied": "full"}, "must be 'token' with"),
+        ({"top_k": 2, "tied": "own"}, "must be 'token' with"),
     ],
 )
 def test_unknown_options_are_refused(options, message):
@@ -726,6 +794,14 @@ def test_unknown_options_are_refused(options, message):
 def test_the_output_part_of_an_untied_model_is_refused():
     with pytest.raises(ValueError, match="needs an output layer that multiplies by the embedding matrix"):
         record(build(gpt2, tied=False), collate(examples_of(causal_example), position_ids=True), tied="output")
+
+
+@pytest.mark.parametrize("tied", ["full", "own"])
+def test_a_tied_output_layer_that_is_not_seen_at_work_is_refused(tied):
+    model = build(gpt2)
+    model.lm_head.forward = lambda hidden: hidden @ model.lm_head.weight.T
+    with pytest.raises(ValueError, match="in a way of its own"):
+        record(model, collate(examples_of(causal_example), position_ids=True), tied=tied)
 
 
 def test_a_refused_batch_leaves_nothing_behind_in_the_next():

@@ -74,21 +74,28 @@ def assert_same(rows, others):
 # Padding
 
 
-@pytest.mark.parametrize(("make", "side"), [(bert, "right"), (gpt2, "right"), (gpt2, "left")])
-def test_a_batch_run_in_groups_gives_the_rows_of_the_whole_batch_in_its_order(make, side):
+@pytest.mark.parametrize(
+    ("make", "side", "tied"),
+    [
+        (bert, "right", "input"),
+        (gpt2, "right", "input"),
+        (gpt2, "left", "input"),
+        (gpt2, "left", "own"),
+        (gpt2, "right", "full"),
+    ],
+)
+def test_a_batch_run_in_groups_gives_the_rows_of_the_whole_batch_in_its_order(make, side, tied):
     model, batch = build(make), batch_of(make, side=side)
-    (whole,) = record(model, batch, verify=False)
-    (recorded,) = record(model, batch)
-    assert_same(recorded, whole)
-    (whole,) = record(model, batch, verify=False, top_k=3)
-    (recorded,) = record(model, batch, top_k=3)
-    assert_same(recorded, whole)
+    for top_k in ({}, {"top_k": 3, "top_k_unit": "position" if tied == "input" else "token"}):
+        (whole,) = record(model, batch, verify=False, tied=tied, **top_k)
+        (recorded,) = record(model, batch, tied=tied, **top_k)
+        assert_same(recorded, whole)
 
 
-@pytest.mark.parametrize("make", [bert, gpt2])
-def test_groups_leave_out_the_padding_that_they_do_not_need(make):
+@pytest.mark.parametrize(("make", "tied"), [(bert, "input"), (gpt2, "input"), (gpt2, "own")])
+def test_groups_leave_out_the_padding_that_they_do_not_need(make, tied):
     model, batch = build(make), batch_of(make)
-    with EmbeddingGradientRecorder(model) as recorder:
+    with EmbeddingGradientRecorder(model, tied=tied) as recorder:
         recorder.record(batch)
         seen = watch(model)
         recorder.record(batch)
@@ -174,7 +181,7 @@ def test_a_check_refuses_what_recording_would_and_never_runs_the_whole_batch():
 
 
 @pytest.mark.parametrize("reduction", ["sum", "mean"])
-@pytest.mark.parametrize("tied", ["input", "output", "full"])
+@pytest.mark.parametrize("tied", ["input", "output", "full", "own"])
 def test_rows_from_logits_are_those_of_the_loss(reduction, tied):
     model, batch = build(gpt2), batch_of(gpt2, lengths=(9, 4, 7))
     batch["labels"][0, 2:5] = -100

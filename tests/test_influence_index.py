@@ -26,7 +26,7 @@ from tests.influence_tools import (
     wordpiece_tokenizer,
 )
 from tests.reference_tracin_we import dense_gradient
-from tests.tiny import language_model_rows, tiny_classifier, tiny_t5
+from tests.tiny import language_model_rows, tiny_classifier, tiny_gpt2, tiny_t5
 
 TEXTS = ["The runner is winning a match.", "Stocks of a rocket fund", "New moon"]
 
@@ -642,6 +642,29 @@ def test_an_encoder_decoder_is_traced_through_both_its_sides(tmp_path):
     assert {f"#{token}" for token in rows["labels"][0][:-1]} <= set(hit["words"])
     with pytest.raises(ValueError, match="Give the queries `labels`"):
         index.scores(dataset.remove_columns("labels"))
+
+
+def test_scores_of_own_rows_are_inner_products_of_the_whole_gradient_at_the_tokens_of_each_text(tmp_path):
+    model = tiny_gpt2()
+    model.save_pretrained(tmp_path / "model")
+    dataset = Dataset.from_dict(language_model_rows(6))
+    index = record(tmp_path, [tmp_path / "model"], dataset, tied="own")
+    examples = [{name: torch.tensor([row[name]]) for name in ("input_ids", "labels")} for row in dataset]
+    terms = [example["labels"].shape[1] - 1 for example in examples]
+    sides = torch.stack(
+        [
+            dense_gradient(model, example, part="own", num_terms=count).flatten()
+            for example, count in zip(examples, terms, strict=True)
+        ]
+    )
+    assert close(index.scores(dataset.select([0, 1])), (sides[:2] @ sides.T).numpy())
+    assert sum(file["num_rows"] for file in index.config["checkpoints"][0]["files"]) == sum(
+        len(set(ids)) for ids in dataset["input_ids"]
+    )
+    assert index.config["tied"] == "own"
+    for hit in index.search(dataset.select([0]), top_k=2):
+        assert sum(hit["word_scores"]) == pytest.approx(hit["score"])
+        assert set(hit["token_ids"]) <= set(dataset[0]["input_ids"]) & set(dataset[hit["example_id"]]["input_ids"])
 
 
 @pytest.mark.filterwarnings("ignore:The input embeddings of the model are frozen")

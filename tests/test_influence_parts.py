@@ -152,6 +152,7 @@ def test_expected_rows_follow_the_settings():
     assert expected_rows(counts, RecordingSettings(), vocabulary_size=50).tolist() == [3, 12, 7]
     assert expected_rows(counts, RecordingSettings(top_k_tokens=5), vocabulary_size=50).tolist() == [3, 5, 5]
     assert expected_rows(counts, RecordingSettings(tied="full"), vocabulary_size=50).tolist() == [50, 50, 50]
+    assert expected_rows(counts, RecordingSettings(tied="own"), vocabulary_size=50).tolist() == [3, 12, 7]
 
 
 @pytest.mark.parametrize(("num_ranges", "num_shares"), [(0, 2), (1, 3), (7, 3), (9, 1), (4, 8)])

@@ -421,7 +421,8 @@ def test_dropped_special_tokens_have_no_row_and_take_no_place_of_the_top_k(tmp_p
     assert 2 not in kept["drop", 2][1]
 
 
-def test_a_tied_matrix_is_recorded_by_its_output_use_too(tmp_path, tokenizer):
+@pytest.mark.parametrize("tied", ["full", "own"])
+def test_a_tied_matrix_is_recorded_by_its_output_use_too(tmp_path, tokenizer, tied):
     model, data = tiny_gpt2(), language_data()
     reader = train(
         tmp_path,
@@ -429,13 +430,13 @@ def test_a_tied_matrix_is_recorded_by_its_output_use_too(tmp_path, tokenizer):
         model=model,
         dataset=data,
         collator=causal_collator(tokenizer),
-        recording={"tied": "full"},
+        recording={"tied": tied},
     )
     tokens, rows = reader.example_rows(1, [0])[0]
     ids = torch.tensor([data[0]["input_ids"]])
-    expected = dense_gradient(model, {"input_ids": ids, "labels": ids}, part="full", num_terms=ids.shape[1] - 1)
-    assert len(tokens) == 32
-    np.testing.assert_allclose(rows, expected.numpy(), atol=1e-5)
+    expected = dense_gradient(model, {"input_ids": ids, "labels": ids}, part=tied, num_terms=ids.shape[1] - 1)
+    assert tokens.tolist() == (list(range(32)) if tied == "full" else ids.unique().tolist())
+    np.testing.assert_allclose(rows, expected[tokens].numpy(), atol=1e-5)
 
 
 # Errors at train begin
@@ -601,6 +602,7 @@ def test_second_moments_need_adam_and_trained_embeddings(tmp_path, tokenizer):
         ({"top_k_tokens": 0}, "`top_k_tokens` must be a whole number"),
         ({"top_k_unit": "word"}, "`unit` must be one of"),
         ({"tied": "full", "top_k_tokens": 5}, "`top_k_unit` must be 'token'"),
+        ({"tied": "own", "top_k_tokens": 5}, "`top_k_unit` must be 'token'"),
         ({"projection_width": -1}, "`projection_width` must be a whole number"),
         ({"max_segment_bytes": None}, "`max_segment_bytes` must be a whole number"),
         ({"second_moment": True, "record": "online"}, "`second_moment` needs `record='checkpoint'`"),

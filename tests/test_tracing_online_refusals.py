@@ -144,7 +144,11 @@ def test_losses_that_mix_examples_are_refused(tmp_path):
 
 @pytest.mark.parametrize(
     ("options", "match"),
-    [({"tied": "full"}, "input part only"), ({"loss_fn": lambda outputs, batch: None}, "got another as `loss_fn`")],
+    [
+        ({"tied": "full"}, "input part only"),
+        ({"tied": "own"}, "input part only, but `tied` is 'own'"),
+        ({"loss_fn": lambda outputs, batch: None}, "got another as `loss_fn`"),
+    ],
 )
 def test_options_without_a_meaning_online_are_refused(tmp_path, options, match):
     with pytest.raises(ValueError, match=match):

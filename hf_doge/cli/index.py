@@ -10,6 +10,7 @@ from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrained
 
 from hf_doge.cli.console import say
 from hf_doge.cli.records import read_records, select_fields
+from hf_doge.gradients.embedding import TIED_PARTS
 from hf_doge.tracing.processes import process_index
 from hf_doge.tracing.queries import text_fields
 from hf_doge.tracing.recording import record_dataset
@@ -32,6 +33,7 @@ def main(argv: Sequence[str]) -> int:
         dtype=args.dtype,
         projection_width=args.projection_width,
         special_tokens=args.special_tokens,
+        tied=args.tied,
         second_moment=args.second_moment,
     )
     record_dataset(
@@ -112,6 +114,17 @@ def _parse(argv: Sequence[str]) -> Namespace:
     )
     parser.add_argument(
         "--special_tokens", default="count", choices=SPECIAL_TOKENS, help="Whether tokens such as [CLS] are recorded."
+    )
+    parser.add_argument(
+        "--tied",
+        default="input",
+        choices=TIED_PARTS,
+        help=(
+            "For language models whose output layer is tied to the embeddings: record the gradient of words as they are "
+            "read (input, the paper's), as they are predicted (output), both (full), or both for the words of the example "
+            "alone (own). output and full give each example a row for every word of the vocabulary; own has as few as "
+            "input. Default: input."
+        ),
     )
     parser.add_argument(
         "--second_moment",

@@ -5,7 +5,7 @@ Shapes: B = batch size, T = positions of all lookups of a forward (encoder and d
 output layer, W = distinct tokens of one example, D = embedding width, V = vocabulary.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -51,6 +51,23 @@ class TokenRows:
         return zip(self.tokens.split(lengths), self.rows.split(lengths), strict=True)
 
 
+def join_groups(parts: Sequence[TokenRows], examples: Tensor) -> TokenRows:
+    """
+    The rows of a batch that was run in groups, in its own order.
+
+    Args:
+        parts (`Sequence[TokenRows]`): Of each group.
+        examples (`torch.Tensor` of shape `(batch_size,)`): Which of the batch they belong to, group after group.
+    """
+    if len(parts) == 1:
+        return parts[0]
+    lengths = torch.cat([part.offsets.diff() for part in parts])
+    order = examples.repeat_interleave(lengths).argsort(stable=True)
+    offsets = torch.cat([parts[0].offsets[:1], lengths[examples.argsort()].cumsum(dim=0)])
+    tokens, rows = torch.cat([part.tokens for part in parts]), torch.cat([part.rows for part in parts])
+    return TokenRows(offsets, tokens[order], rows[order], parts[0].virtual)
+
+
 @dataclass
 class PositionGradients:
     """
@@ -64,6 +81,9 @@ class PositionGradients:
         logit_grads (`torch.Tensor` of shape `(B, S, V)`): Gradient of what it returned.
         scales (`torch.Tensor` of shape `(B,)`): Factor from the differentiated loss to the example's own.
         dropped (`torch.Tensor`, *optional*): Token ids that get no row.
+        own_only (`bool`):
+            Whether only the tokens that were looked up at a counted position get a row, their output part included, or
+            every token of the vocabulary that the output part moves. No matter without an output part.
     """
 
     token_ids: Tensor
@@ -73,28 +93,37 @@ class PositionGradients:
     logit_grads: Tensor
     scales: Tensor
     dropped: Tensor | None = None
+    own_only: bool = False
 
     def __post_init__(self) -> None:
         if self.dropped is not None and self.dropped.numel():
             self.counted = self.counted & ~torch.isin(self.token_ids, self.dropped)
 
     def example_rows(self, example: int) -> tuple[Tensor, Tensor]:
-        """All rows of one example, `tokens (W,)` and `rows (W, D)`."""
+        """
+        All rows of one example, `tokens (W,)` and `rows (W, D)`: `sum_t dloss/doutput[t]` over the counted positions `t`
+        that hold the token, plus, where the output layer is tied and counts, `sum_s dloss/dlogit[s, w] * hidden[s]`.
+        """
         scale = self.scales[example]
         tokens, rows = token_gradient_rows(self.token_ids[example], self.input_grads[example], self.counted[example])
         if self.hidden.shape[1] == 0:
             return tokens, rows * scale
-        predicting = (self.logit_grads[example] != 0).any(dim=1)  # exactly 0 at positions without a label
+        logit_grads = self.logit_grads[example]
+        if self.own_only:
+            logit_grads = logit_grads[:, tokens]  # (S, W): the vocabulary times the width is never in memory
+        predicting = (logit_grads != 0).any(dim=1)  # exactly 0 at positions without a label
         hidden = self.hidden[example, predicting].to(rows.dtype)
-        logit_grads = self.logit_grads[example, predicting].to(rows.dtype)
-        dense = (logit_grads.T @ hidden).index_add_(0, tokens, rows)  # (V, S) @ (S, D) -> (V, D)
+        output_rows = logit_grads[predicting].T.to(rows.dtype) @ hidden  # (V or W, S) @ (S, D)
+        if self.own_only:
+            return tokens, (rows + output_rows) * scale
+        dense = output_rows.index_add_(0, tokens, rows)  # (V, D)
         if self.dropped is not None:
             dense[self.dropped] = 0
         tokens = (dense != 0).any(dim=1).nonzero().squeeze(1)
         return tokens, dense[tokens] * scale
 
     def merge(self, *, top_k: int | None, top_k_unit: str, virtual: bool) -> TokenRows:
-        """The rows of all examples. With an output part, example by example: each is dense in the vocabulary."""
+        """The rows of all examples; with an output part example by example, as each may be dense in the vocabulary."""
         if self.hidden.shape[1] == 0:
             positions = (self.token_ids, self.input_grads)
             if top_k is None:

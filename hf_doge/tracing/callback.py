@@ -57,7 +57,13 @@ class TracInWECallback(TrainerCallback):
         projection_width (`int`, *optional*): Store rows projected at random to this width.
         projection_seed (`int`): Seed of the projection.
         special_tokens (`str`): `"count"`, and a search reports their share; or `"drop"`.
-        tied (`str`): Which use of a tied embedding matrix counts: `"input"`, `"output"` or `"full"`.
+        tied (`str`):
+            Which use of an embedding matrix that is tied to the output layer counts: `"input"`, as in the paper, `"output"`,
+            `"full"`, their sum, or `"own"`: of the sum the rows of the tokens that the example itself holds. With
+            `"output"` and `"full"` an example has a row for every token of the vocabulary, with `"own"` as few as with
+            `"input"`. On a small language model `"own"` found better proponents than `"input"`, as good ones as `"full"`:
+            equation, figures and cost are in [`EmbeddingGradientRecorder`]. Other than `"input"` it needs
+            `record="checkpoint"`.
         loss_reduction (`str`): `"sum"` or `"mean"` of an example's token losses.
         loss_fn (`Callable`, *optional*): `loss_fn(outputs, batch) -> (batch_size,)` instead of the model's own loss.
         second_moment (`bool`): Divide rows by `sqrt(v) + eps` of Adam: influence in the metric that Adam steps in.

@@ -325,7 +325,9 @@ class InfluenceIndex:
             - `special_token_share`: part of the sum of all tokens' absolute parts that special tokens hold;
             - `words`, `word_scores`: words of the query that the example shares, or has a synonym of, by the size of their
               part. They add up to the score. A token's part is shared equally by the positions that hold it, pieces of a
-              word are joined;
+              word are joined. In an index recorded with `tied="own"` (or `"full"`) a token's part has two sides, the word
+              as it is read and as it is predicted, in the query and in the example: it may come from a text in which the
+              word moves nothing as an input (the last one of a text), or from places where the model expected it in vain;
             - `token_ids`, `token_scores`: the same by token;
             - `example_token_ids`, `example_token_scores`: the same by the token of the example;
             - `query_label`, `query_text`, `query_token_ids`: what was asked;

@@ -16,10 +16,12 @@ def expected_rows(num_tokens: np.ndarray, settings: RecordingSettings, *, vocabu
 
     Args:
         num_tokens (`numpy.ndarray` of shape `(num_examples,)`): Distinct tokens of each example.
-        settings ([`RecordingSettings`]): The output part of a tied matrix has a row for each word of the vocabulary.
+        settings ([`RecordingSettings`]):
+            The output part of a tied matrix has a row for each word of the vocabulary, unless only own rows are kept.
         vocabulary_size (`int`): Number of rows of the embedding matrix.
     """
-    rows = num_tokens if settings.tied == "input" else np.full_like(num_tokens, vocabulary_size)
+    sparse = settings.tied in ("input", "own")
+    rows = num_tokens if sparse else np.full_like(num_tokens, vocabulary_size)
     return rows if settings.top_k_tokens is None else np.minimum(rows, settings.top_k_tokens)
 
 

@@ -29,7 +29,9 @@ class RecordingSettings:
         special_tokens (`str`):
             `"count"` records the rows of special tokens ([CLS], [SEP], end of text) like any other, and a search
             reports their share of each score; `"drop"` leaves them out before top-k is taken.
-        tied (`str`): Which use of a tied embedding matrix counts, see [`EmbeddingGradientRecorder`].
+        tied (`str`):
+            Which use of an embedding matrix that is tied to the output layer counts: `"input"` (the paper), `"output"`,
+            `"full"` or, of the full gradient, the rows of the example's `"own"` tokens; see [`EmbeddingGradientRecorder`].
         loss_reduction (`str`): `"sum"` or `"mean"` of an example's token losses.
         loss_fn (`Callable`, *optional*): `loss_fn(outputs, batch) -> (batch_size,)` instead of the model's own loss.
         second_moment (`bool`):

@@ -146,6 +146,9 @@ def word_parts(
     that the text does not hold (rows of an output layer, or of a decoder) follow as words of their own. Nothing is lost:
     the parts of the words add up to those of the tokens.
 
+    Where the output part of a tied matrix was recorded, a token's part says how much the two texts agree on it as it is
+    read and as it is predicted, anywhere in them: the positions that share it are where it is read.
+
     Args:
         reading (`Reading`): The query's text.
         parts (`Mapping[int, float]`): Token id -> part of the score.

@@ -30,6 +30,13 @@ _SETTINGS = (
     "vocabulary_size",
 )
 
+# Which uses of a matrix that is tied to the output layer its gradient is of.
+_SIDES = {
+    "output": " as the model predicts it",
+    "full": " as the model reads it and, where the output layer is tied to the embeddings, predicts it",
+    "own": " as the model reads it and, where the output layer is tied to the embeddings, predicts it",
+}
+
 
 def index_card(
     config: Mapping[str, Any],
@@ -123,6 +130,7 @@ def _render(
         loss=f"{config['loss_reduction']} over its tokens" if config["loss_reduction"] else "as the model defines it",
         top_k=config["top_k"],
         second_moment=config["second_moment"],
+        sides=_SIDES.get(str(config.get("tied")), ""),
         columns=", ".join(f"`{name}`" for name in tables["examples"].schema.names) if columns else "",
         has_offsets="offsets" in tables,
         redacted=redacted,
