@@ -88,6 +88,24 @@ def test_index_continues_and_takes_options(trained, tmp_path, capsys):
     assert config["num_examples"] == 15
 
 
+def test_index_divides_by_the_moments_that_the_trainer_saved(trained, indexed, tmp_path, capsys):
+    folder = tmp_path / "index"
+    argv = ["index", *flags(trained), f"--output_dir={folder}", "--second_moment"]
+    assert main(argv) == 0
+    plain, divided = (json.loads((one / "config.json").read_text()) for one in (indexed, folder))
+    assert (plain["second_moment"], divided["second_moment"]) == (False, True)
+    assert ["second_moments" in entry for entry in plain["checkpoints"] + divided["checkpoints"]] == [False] * 2 + [
+        True
+    ] * 2
+    assert main(["search", "--index", str(folder), "--query", "New moon", "--top_k=1"]) == 0
+    without = shutil.copytree(trained / "run", tmp_path / "run")
+    for file in without.glob("*/optimizer.pt"):
+        file.unlink()
+    checkpoints = sorted(without.glob("checkpoint-*"))
+    argv = ["index", "--checkpoints", *checkpoints, *flags(trained)[3:], "--second_moment"]
+    assert "needs optimizer.pt in every checkpoint" in refusal(capsys, *argv, f"--output_dir={tmp_path / 'i'}")
+
+
 def test_examples_behind_those_of_an_index_are_added(trained, indexed, tmp_path, capsys):
     grown = shutil.copytree(indexed, tmp_path / "influence")
     rows = [{**row, "label": TOPICS[row["label"]]} for row in sentences(18)]

@@ -287,7 +287,6 @@ def test_given_learning_rates_are_taken(tmp_path, checkpoints):
     ("options", "match"),
     [
         ({"learning_rates": [1]}, "one number for each checkpoint, but there are 1 for 3"),
-        ({"settings": RecordingSettings(second_moment=True)}, "without `second_moment`"),
         ({"settings": RecordingSettings(record="online")}, "with `record='checkpoint'`"),
         ({"learning_rates": 0.1}, "one number for each checkpoint, but there are 1 for 3"),
         ({"learning_rates": [1, 1, "x"]}, "numbers of at least 0, but got 'x'"),

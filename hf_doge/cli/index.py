@@ -34,6 +34,7 @@ def main(argv: Sequence[str]) -> int:
         projection_width=args.projection_width,
         special_tokens=args.special_tokens,
         tied=args.tied,
+        second_moment=args.second_moment,
     )
     record_dataset(
         args.output_dir,
@@ -123,6 +124,14 @@ def _parse(argv: Sequence[str]) -> Namespace:
             "read (input, the paper's), as they are predicted (output), both (full), or both for the words of the example "
             "alone (own). output and full give each example a row for every word of the vocabulary; own has as few as "
             "input. Default: input."
+        ),
+    )
+    parser.add_argument(
+        "--second_moment",
+        action="store_true",
+        help=(
+            "Divide rows by sqrt(v) + eps of Adam, influence in the metric that it steps in: v of the input embeddings is "
+            "read from the optimizer.pt that the Trainer saved in each checkpoint (without save_only_model)."
         ),
     )
     parser.add_argument("--batch_size", type=int, default=8, help="Examples at once; changes no result. Default: 8.")

@@ -19,6 +19,7 @@ from hf_doge.tracing.examples import Examples
 from hf_doge.tracing.fingerprints import model_fingerprint, unwrap_model
 from hf_doge.tracing.processes import process_index, run_on_all_processes, run_on_main_process
 from hf_doge.tracing.recording import check_first_batch, make_recorder, record_checkpoint
+from hf_doge.tracing.second_moments import SecondMoments, keeps_second_moments, second_moments_of
 from hf_doge.tracing.settings import RecordingSettings
 from hf_doge.tracing.shared_index import SharedIndex, open_shared_index
 from hf_doge.tracing.weights import logged_learning_rate
@@ -222,20 +223,16 @@ class CheckpointRecording:
                 "`second_moment` needs input embeddings that are trained, but they are frozen, so the optimizer knows"
                 " nothing of them. Leave it out."
             )
-        if started and "exp_avg_sq" not in self.optimizer.state.get(matrix, {}):
+        if started and not keeps_second_moments(self.optimizer.state.get(matrix, {})):
             raise ValueError(
                 f"`second_moment` needs an optimizer that keeps `exp_avg_sq` of the embedding matrix, as Adam and AdamW do,"
                 f" but `{type(getattr(self.optimizer, 'optimizer', self.optimizer)).__name__}` does not. Train with"
                 " `optim='adamw_torch'`, or leave `second_moment` out."
             )
 
-    def _second_moments(self, model: nn.Module) -> Tensor:
-        """Bias-corrected, `(vocabulary_size, width)`."""
+    def _second_moments(self, model: nn.Module) -> SecondMoments:
         matrix = input_embedding_matrix(unwrap_model(model))
-        state = self.optimizer.state[matrix]
-        group = find_group(self.optimizer, matrix)
-        correction = 1 - group["betas"][1] ** float(state["step"])
-        return state["exp_avg_sq"].float() / correction
+        return second_moments_of(self.optimizer.state[matrix], find_group(self.optimizer, matrix))
 
 
 def find_group(optimizer: torch.optim.Optimizer, matrix: Tensor) -> dict[str, Any]:

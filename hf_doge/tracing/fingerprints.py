@@ -44,6 +44,11 @@ def buffer_fingerprint(model: nn.Module) -> str:
     return _fingerprint(unwrap_model(model).named_buffers())
 
 
+def tensor_fingerprint(name: str, tensor: torch.Tensor) -> str:
+    """As [`model_fingerprint`], of one tensor."""
+    return _fingerprint([(name, tensor)])
+
+
 def _fingerprint(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors, key=lambda named: named[0]):

@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from tqdm.auto import tqdm
 
 from hf_doge.artifacts.influence import IndexWriter
 from hf_doge.artifacts.influence.checkpoint_writer import CheckpointWriter
-from hf_doge.artifacts.influence.manifest import read_config
+from hf_doge.artifacts.influence.manifest import MANIFEST, read_config
 from hf_doge.functional.tracin_we import scale_by_second_moment
 from hf_doge.gradients.embedding import EmbeddingGradientRecorder
 from hf_doge.gradients.embedding_uses import input_embedding_matrix
@@ -40,6 +40,7 @@ from hf_doge.tracing.processes import (
 )
 from hf_doge.tracing.query_rows import slice_rows
 from hf_doge.tracing.ranges import Range, share_ranges
+from hf_doge.tracing.second_moments import SecondMoments, require_saved_optimizer, saved_second_moments
 from hf_doge.tracing.settings import RecordingSettings
 from hf_doge.tracing.shared_index import SharedIndex, open_shared_index
 from hf_doge.tracing.weights import describe_checkpoint, load_model, stored_path
@@ -63,7 +64,7 @@ def record_checkpoint(
     learning_rate: float,
     path: str,
     revision: str | None = None,
-    second_moments: Tensor | None = None,
+    second_moments: SecondMoments | None = None,
     progress: bool = True,
 ) -> None:
     """
@@ -82,8 +83,9 @@ def record_checkpoint(
         batches ([`SequentialBatches`]): Of all examples.
         name (`str`), step (`int`), epoch (`float`, *optional*), path (`str`), revision (`str`, *optional*): Of the checkpoint.
         learning_rate (`float`): The one that made the step that led here.
-        second_moments (`torch.Tensor` of shape `(vocabulary_size, width)`, *optional*):
-            Adam's bias-corrected `v` of the embedding matrix; rows are divided by `sqrt(v) + eps`.
+        second_moments ([`SecondMoments`], *optional*):
+            Adam's `v` of the embedding matrix; rows are divided by `sqrt(v) + eps`. An interrupted recording continues,
+            and a whole one grows, with the same only.
         progress (`bool`): Whether to show a progress bar, of the main process's share.
 
     Raises:
@@ -94,14 +96,16 @@ def record_checkpoint(
     model, rank = recorder.model, process_index()
     checkpoint: CheckpointWriter | None = None  # on the main process only
     facts = {"step": step, "epoch": epoch, "learning_rate": learning_rate, "path": path, "revision": revision}
+    moments = None if second_moments is None else second_moments.fingerprint()
 
     def begin(sign_of_life: Callable[[], None]) -> dict[str, Any]:
         nonlocal checkpoint
-        weights = {"weights": model_fingerprint(model), "buffers": buffer_fingerprint(model)}
+        weights = {"weights": model_fingerprint(model), "buffers": buffer_fingerprint(model), "moments": moments}
         if rank > 0:
             return weights
         require_same_embeddings(index.writer, model)
         entry = {**facts, "model_class": type(model).__name__, "fingerprint": weights["weights"]}
+        entry["second_moments"] = moments
         checkpoint = opened.enter_context(index.writer.checkpoint(name, **entry, borders=index.borders))
         return {**weights, "facts": checkpoint.facts, "missing": checkpoint.missing()}
 
@@ -126,7 +130,7 @@ def record_checkpoint(
                 for start, batch in batches.between(first, last):
                     rows = _between(recorder.record(batch), first - start, last - start)
                     if second_moments is not None:
-                        metric = second_moments[rows.tokens].to(rows.rows.dtype)
+                        metric = second_moments.of(rows.tokens).to(rows.rows.dtype)
                         rows.rows = scale_by_second_moment(rows.rows, metric, eps=SECOND_MOMENT_EPS, sides="one")
                     part.add(rows)
                     bar.update(len(rows))
@@ -144,7 +148,7 @@ def record_checkpoint(
 
 
 def _able(told: Sequence[Mapping[str, Any]]) -> list[int]:
-    """The processes that have what makes the same rows as on the main one: its weights and buffers."""
+    """The processes that have what makes the same rows as on the main one: its weights, buffers and moments."""
     different = [rank for rank, own in enumerate(told) if own["weights"] != told[0]["weights"]]
     if different:
         raise ValueError(
@@ -152,7 +156,11 @@ def _able(told: Sequence[Mapping[str, Any]]) -> list[int]:
             " main one's. Train with DistributedDataParallel, or load the same checkpoint on all."
         )
     # DDP sends buffers (batch norm's means) from the main process at the next forward; until then theirs may differ.
-    return [rank for rank, own in enumerate(told) if own["buffers"] == told[0]["buffers"]]
+    return [
+        rank
+        for rank, own in enumerate(told)
+        if (own["buffers"], own["moments"]) == (told[0]["buffers"], told[0]["moments"])
+    ]
 
 
 def _between(rows: TokenRows, first: int, last: int) -> TokenRows:
@@ -241,7 +249,10 @@ def record_dataset(
         dataset (`Dataset` or [`Examples`]): Tokenised as for training, with labels; its readable columns are kept.
         collator (`Callable`, *optional*): What makes batches of examples, as in training; pads by the tokenizer if left out.
         tokenizer (`PreTrainedTokenizerBase`, *optional*): The one of the model.
-        settings ([`RecordingSettings`], *optional*): Of `record="checkpoint"`, without `second_moment`.
+        settings ([`RecordingSettings`], *optional*):
+            Of `record="checkpoint"`. With `second_moment`, Adam's second moments of the input embeddings are read from the
+            `optimizer.pt` that the Trainer saved in each checkpoint, see [`saved_second_moments`]; the rows are those
+            that `TracInWECallback(second_moment=True)` would have recorded in training.
         learning_rates (`Sequence[float]`, *optional*):
             In force at each checkpoint; else read from its `trainer_state.json`, if the Trainer logged at that very step.
         batch_size (`int`): How many examples at once; changes no row.
@@ -257,10 +268,11 @@ def record_dataset(
         `IndexWriter`: of the index, closed; on the main process its `checkpoint_names` say what it holds.
 
     Raises:
-        FileNotFoundError: if a checkpoint is no folder with a model.
+        FileNotFoundError: if a checkpoint is no folder with a model, or with `second_moment` has no `optimizer.pt`.
         BlockingIOError: if another process is writing the index.
         ValueError: if a learning rate is unknown, the checkpoints' embeddings differ in shape, or an example cannot be
-            recorded; what was recorded before stays. With `add_examples` also if `dataset` begins with other examples
+            recorded; what was recorded before stays. With `second_moment` also if `optimizer.pt` is not of Adam, or it is
+            not certain which of its entries belongs to the embeddings. With `add_examples` also if `dataset` begins with other examples
             than the index, or `checkpoints` are not those of the index.
         ProcessFailedError: if another process raised an error or was killed.
     """
@@ -278,6 +290,11 @@ def record_dataset(
         for position, path in enumerate(paths)
     ]
     device = device or default_device()
+    whole = set() if add_examples else _whole_checkpoints(Path(folder))
+    if settings.second_moment:
+        for path, fact in zip(paths, facts, strict=True):
+            if fact is None or fact["name"] not in whole:
+                require_saved_optimizer(path)  # now, not hours later
     index: SharedIndex | None = None
     batches: SequentialBatches | None = None
     taken: list[str] = []  # checkpoints that a folder before was found to be
@@ -285,11 +302,16 @@ def record_dataset(
         for path, fact in zip(paths, facts, strict=True):
             if index is not None and fact is not None and index.has_whole(fact["name"]):
                 continue
-            model = load_model(path, device=device)
+            model = load_model(path, device=device, trainable=settings.second_moment)
             if fact is None:
                 fact = _recorded_facts(recorded, model, path, taken=taken)
                 taken.append(fact["name"])
             recorder = make_recorder(model, settings, tokenizer)
+            if index is not None:
+                require_same_embeddings(index.writer, model)
+            moments = None
+            if settings.second_moment and fact["name"] not in whole:
+                moments = saved_second_moments(path, model)
             if index is None:
                 examples = (
                     dataset if isinstance(dataset, Examples) else Examples(prune_columns(dataset, model), dataset)
@@ -308,13 +330,26 @@ def record_dataset(
             require_same_embeddings(index.writer, model)
             if not index.has_whole(fact["name"]):
                 record_checkpoint(
-                    index, recorder, batches, **fact, path=stored_path(path, index.writer.folder), progress=progress
+                    index,
+                    recorder,
+                    batches,
+                    **fact,
+                    path=stored_path(path, index.writer.folder),
+                    second_moments=moments,
+                    progress=progress,
                 )
         run_on_main_process(lambda sign_of_life: index.writer.require_grown())
     finally:
         if index is not None:
             index.close()
     return index.writer
+
+
+def _whole_checkpoints(folder: Path) -> set[str]:
+    """Names of the checkpoints that an index has, if it is there."""
+    if not (folder / MANIFEST).is_file():
+        return set()
+    return {entry["name"] for entry in read_config(folder)["checkpoints"]}
 
 
 def _checkpoints_to_grow(
@@ -359,10 +394,10 @@ def _require_after_training(
     names = [path.name for path in paths]
     if len(set(names)) < len(names):
         raise ValueError(f"`checkpoints` must have names of their own, but their folders are called {names}.")
-    if settings.record != "checkpoint" or settings.second_moment:
+    if settings.record != "checkpoint":
         raise ValueError(
-            "Checkpoints can be recorded after training with `record='checkpoint'` and without `second_moment`: online rows"
-            " and Adam's moments are there in training only. Use `TracInWECallback` for those."
+            "Checkpoints can be recorded after training with `record='checkpoint'`: online rows are made in training only."
+            " Use `TracInWECallback` for those."
         )
     if learning_rates is None:
         return

@@ -55,9 +55,16 @@ def save_model(model: nn.Module, path: Path, *, processing_class: Any | None = N
         raise
 
 
-def load_model(path: str | os.PathLike, *, device: str | torch.device | None = None) -> nn.Module:
+def load_model(
+    path: str | os.PathLike, *, device: str | torch.device | None = None, trainable: bool = False
+) -> nn.Module:
     """
     The model of a checkpoint folder, of the class that its config.json names, in the dtype it was saved in.
+
+    Args:
+        path (`str` or `os.PathLike`): The folder.
+        device (`str` or `torch.device`, *optional*): Where to put it.
+        trainable (`bool`): Whether what an adapter trains requires gradients, as in training; else nothing of it does.
 
     Raises:
         FileNotFoundError: The folder has no model of transformers and no adapter of peft.
@@ -65,7 +72,7 @@ def load_model(path: str | os.PathLike, *, device: str | torch.device | None = N
     """
     path = Path(path)
     if (path / "adapter_config.json").is_file():
-        model = _load_adapter(path)
+        model = _load_adapter(path, trainable=trainable)
     elif (path / "config.json").is_file():
         names = json.loads((path / "config.json").read_text(encoding="utf-8")).get("architectures") or [None]
         model_class = getattr(transformers, names[0] or "", None)
@@ -117,8 +124,8 @@ def logged_learning_rate(log_history: Any, step: int) -> float | None:
     return rates[-1] if rates else None
 
 
-def _load_adapter(path: Path) -> nn.Module:
+def _load_adapter(path: Path, *, trainable: bool) -> nn.Module:
     from peft import PeftConfig, PeftModel  # an extra: only who trained with it has it
 
     base = PeftConfig.from_pretrained(path).base_model_name_or_path
-    return PeftModel.from_pretrained(load_model(base), path)
+    return PeftModel.from_pretrained(load_model(base), path, is_trainable=trainable)

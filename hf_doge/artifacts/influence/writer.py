@@ -325,6 +325,7 @@ class IndexWriter:
         revision: str | None = None,
         model_class: str,
         fingerprint: str,
+        second_moments: str | None = None,
         borders: Sequence[int] | None = None,
     ) -> CheckpointWriter:
         """
@@ -336,6 +337,7 @@ class IndexWriter:
             learning_rate (`float`): In force then, `>= 0`.
             path (`str` or `os.PathLike`), revision (`str`, *optional*): Where the model can be loaded from.
             model_class (`str`), fingerprint (`str`): Which model that must be.
+            second_moments (`str`, *optional*): Fingerprint of Adam's second moments, where rows are divided by them.
             borders (`Sequence[int]`, *optional*): Examples that a segment begins with, however full the one before is.
                 With the same borders any number of processes writes the same files, in any order of their ranges.
 
@@ -348,7 +350,7 @@ class IndexWriter:
                 f" with {PARTIAL!r}, but got {name!r}."
             )
         if self._growth is not None:
-            return self._checkpoint_to_grow(self._growth, name, fingerprint, borders=borders)
+            return self._checkpoint_to_grow(self._growth, name, fingerprint, second_moments, borders=borders)
         if name in self.checkpoint_names:
             raise ValueError(
                 f"Checkpoint {name!r} is in {str(self.folder)!r} already, and whole. Record it under another name, or"
@@ -360,11 +362,20 @@ class IndexWriter:
             raise ValueError(f"`learning_rate` must be at least 0, but got {learning_rate!r}.")
         values = (name, step, epoch, learning_rate, str(path), revision, model_class, fingerprint)
         self.require_open()
-        facts = require_json("checkpoint", dict(zip(CHECKPOINT_FACTS, values, strict=True)))
+        facts = dict(zip(CHECKPOINT_FACTS, values, strict=True))
+        if second_moments is not None:
+            facts["second_moments"] = second_moments
+        facts = require_json("checkpoint", facts)
         return CheckpointWriter(self, facts, position=len(self.config["checkpoints"]), borders=borders)
 
     def _checkpoint_to_grow(
-        self, growth: Growth, name: str, fingerprint: str, *, borders: Sequence[int] | None
+        self,
+        growth: Growth,
+        name: str,
+        fingerprint: str,
+        second_moments: str | None,
+        *,
+        borders: Sequence[int] | None,
     ) -> CheckpointWriter:
         """A checkpoint of the index, to be given the rows of the examples that are added."""
         self.require_open()
@@ -385,8 +396,17 @@ class IndexWriter:
                 f" {str(entry['fingerprint'])[:12]}, not {fingerprint[:12]}. Bring the recorded checkpoint back, in the dtype"
                 " of its training."
             )
+        recorded = entry.get("second_moments", second_moments)  # older indices do not tell
+        if second_moments != recorded:
+            raise ValueError(
+                f"Checkpoint {name!r} was recorded with other second moments of Adam: their fingerprint is"
+                f" {str(recorded)[:12]}, not {str(second_moments)[:12]}. Bring the optimizer.pt of the recorded checkpoint"
+                " back."
+            )
         # What an earlier attempt has left counts if it was of the same examples.
         facts = {key: entry[key] for key in CHECKPOINT_FACTS} | {"added_examples": growth.examples_sha256}
+        if second_moments is not None:
+            facts["second_moments"] = second_moments
         return CheckpointWriter(self, facts, position=position, borders=borders)
 
     def checkpoint_part(self, facts: Mapping[str, Any], *, part: int, borders: Sequence[int] = ()) -> CheckpointWriter:

@@ -1,0 +1,222 @@
+"""
+Adam's second moments of the input embeddings: of an optimizer that trains, or of the `optimizer.pt` that a Trainer saved.
+
+`optimizer.pt` knows parameters by number alone: by their place in the groups that `Trainer.create_optimizer` made. So the
+same groups are made of the loaded model, and believed only where all numbers and shapes agree.
+"""
+
+import pickle
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer
+from transformers.trainer import OPTIMIZER_NAME
+
+from hf_doge.gradients.embedding_uses import input_embedding_matrix
+from hf_doge.tracing.fingerprints import tensor_fingerprint, unwrap_model
+
+AVERAGE = "exp_avg_sq"
+WHAT_TO_DO = (
+    " Record in training by `TracInWECallback(second_moment=True)`, or index without `second_moment` (`hf-doge index`"
+    " without `--second_moment`)."
+)
+
+
+@dataclass
+class SecondMoments:
+    """
+    Adam's running average of the squared gradients of the embedding matrix, after some number of steps.
+
+    Args:
+        average (`torch.Tensor` of shape `(vocabulary_size, width)`):
+            As the optimizer keeps it, biased towards 0; with AMSGrad the largest so far, which its steps divide by.
+        correction (`float`): `1 - beta2 ** step`, in (0, 1]; what it is divided by.
+    """
+
+    average: Tensor
+    correction: float
+
+    def of(self, tokens: Tensor) -> Tensor:
+        """Bias-corrected, in float32: `(W,)` tokens to `(W, width)`."""
+        return self.average[tokens].float() / self.correction
+
+    def fingerprint(self) -> str:
+        """Checksum by which they are recognised, as [`model_fingerprint`] is one of weights."""
+        return tensor_fingerprint(f"{AVERAGE} / {self.correction!r}", self.average)
+
+
+def keeps_second_moments(state: Mapping[str, Any]) -> bool:
+    """Whether what an optimizer keeps of a parameter has what Adam keeps: `exp_avg_sq` and the number of steps."""
+    return AVERAGE in state and "step" in state
+
+
+def second_moments_of(state: Mapping[str, Any], group: Mapping[str, Any]) -> SecondMoments:
+    """
+    The second moments of one parameter.
+
+    Args:
+        state (`Mapping`): What the optimizer keeps of it; see [`keeps_second_moments`].
+        group (`Mapping`): The parameter group that it is in.
+    """
+    return SecondMoments(state.get(f"max_{AVERAGE}", state[AVERAGE]), 1 - group["betas"][1] ** float(state["step"]))
+
+
+def require_saved_optimizer(folder: Path) -> Path:
+    """
+    The file with the optimizer of a checkpoint.
+
+    Raises:
+        FileNotFoundError: The folder has none, or has it in shards.
+    """
+    path = folder / OPTIMIZER_NAME
+    if not path.is_file():
+        patterns = ("optimizer*", "global_step*", f"*{OPTIMIZER_NAME}*")
+        found = sorted({entry.name for pattern in patterns for entry in folder.glob(pattern)})
+        raise FileNotFoundError(
+            f"`second_moment` needs {OPTIMIZER_NAME} in every checkpoint, as a Trainer saves it without"
+            f" `save_only_model`, but {str(folder)!r} has"
+            + (f" {found} instead: optimizers of FSDP or DeepSpeed cannot be read." if found else " none.")
+            + WHAT_TO_DO
+        )
+    return path
+
+
+def saved_second_moments(folder: Path, model: nn.Module) -> SecondMoments:
+    """
+    Adam's second moments of the input embeddings, from the `optimizer.pt` of a checkpoint.
+
+    Which of its numbered entries belongs to the embeddings is known where its parameter groups are those that
+    `Trainer.create_optimizer` makes of the model: as many, of as many parameters, and no tensor of another shape than its
+    parameter. Where they are not, it can only be the one entry of the shape of the matrix, if the model has one parameter
+    of that shape, and the file one entry. (Groups made otherwise that look just like the Trainer's cannot be told apart.)
+
+    Args:
+        folder (`Path`): Of the checkpoint.
+        model (`nn.Module`): Its model, with `requires_grad` as in training where that is known.
+
+    Returns:
+        [`SecondMoments`]: On the device of the embeddings. Nothing else of the file stays in memory.
+
+    Raises:
+        FileNotFoundError: See [`require_saved_optimizer`].
+        ValueError: The file cannot be read, the optimizer is not Adam, or it is not certain which entry it is.
+    """
+    path = require_saved_optimizer(folder)
+    model = unwrap_model(model)
+    matrix = input_embedding_matrix(model)
+    if not matrix.requires_grad:
+        raise ValueError(
+            f"`second_moment` needs input embeddings that are trained, but the adapter in {str(folder)!r} leaves them"
+            " frozen, so no optimizer knows anything of them. Leave it out."
+        )
+    states, groups = _read(path)
+    if not all("betas" in group for group in groups):
+        raise _not_adam(path, matrix, "no `betas`")
+    number, why_not = _number_by_groups(states, groups, model, matrix)
+    if number is None:
+        number = _number_by_shape(states, model, matrix, path=path, why_not=why_not)
+    state, group = states.get(number, {}), next((group for group in groups if number in group["params"]), {})
+    average = state.get(AVERAGE)
+    # Quantised averages (8 bit) are of other types, or of other names.
+    plain = type(average) is Tensor and average.is_floating_point() and average.shape == matrix.shape
+    if not plain or not keeps_second_moments(state) or not group:
+        raise _not_adam(path, matrix, _described(state))
+    moments = second_moments_of(state, group)
+    # A copy, for the mapped file could change or go away while the rows are made.
+    moments.average = moments.average.to(matrix.device, copy=True)
+    return moments
+
+
+def _read(path: Path) -> tuple[dict[int, dict[str, Any]], list[dict[str, Any]]]:
+    """States by number, and parameter groups. Tensors stay on disk until they are looked at."""
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (RuntimeError, pickle.UnpicklingError) as error:
+        raise ValueError(
+            f"`second_moment` needs an optimizer saved by `torch.save`, of tensors and numbers alone, but {str(path)!r} is"
+            f" damaged or holds something else (an 8-bit optimizer?): {str(error).splitlines()[0]:.200}" + WHAT_TO_DO
+        ) from error
+    states = content.get("state") if isinstance(content, dict) else None
+    groups = content.get("param_groups") if isinstance(content, dict) else None
+    known = isinstance(states, dict) and isinstance(groups, list)
+    if known:
+        numbers = [*states, *(number for group in groups for number in group["params"])]
+        known = all(isinstance(number, int) for number in numbers)
+        known = known and all(isinstance(state, dict) for state in states.values())
+    if not known:
+        raise ValueError(
+            f"`second_moment` needs an optimizer whose `state` and `param_groups` know parameters by number, as those of"
+            f" torch do, but {str(path)!r} is of another kind (sharded?)." + WHAT_TO_DO
+        )
+    return states, groups
+
+
+def _number_by_groups(
+    states: Mapping[int, Mapping[str, Any]], groups: Sequence[Mapping[str, Any]], model: nn.Module, matrix: Tensor
+) -> tuple[int | None, str]:
+    """The number of the matrix if the groups are those of `Trainer.create_optimizer`; else why they are not."""
+    decaying = set(Trainer.get_decay_parameter_names(None, model))  # it asks nothing of the Trainer itself
+    trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    expected = [[named for named in trained if (named[0] in decaying) is decays] for decays in (True, False)]
+    counts = [[len(group) for group in expected], [len(group["params"]) for group in groups]]
+    if counts[0] != counts[1]:
+        return None, f"its groups have {counts[1]} parameters, not {counts[0]} as the Trainer makes them of this model"
+    found = None
+    for numbers, group in zip(groups, expected, strict=True):
+        for number, (name, parameter) in zip(numbers["params"], group, strict=True):
+            misfit = [
+                _shape(value)
+                for value in states.get(number, {}).values()
+                if isinstance(value, Tensor) and value.ndim > 0 and value.shape != parameter.shape
+            ]
+            if misfit:
+                return None, f"entry {number} has a tensor of shape {misfit[0]}, but {name!r} has {_shape(parameter)}"
+            if parameter is matrix:
+                found = number
+    return found, "the input embeddings are no parameter of the model"
+
+
+def _number_by_shape(
+    states: Mapping[int, Mapping[str, Any]], model: nn.Module, matrix: Tensor, *, path: Path, why_not: str
+) -> int:
+    """The number of the only entry that can be of the matrix."""
+    entries = [
+        number
+        for number, state in states.items()
+        if any(isinstance(value, Tensor) and value.shape == matrix.shape for value in state.values())
+    ]
+    names = [name for name, parameter in model.named_parameters() if parameter.shape == matrix.shape]
+    if len(entries) != 1 or len(names) != 1:
+        raise ValueError(
+            f"`second_moment` needs to know which entry of {str(path)!r} belongs to the input embeddings. Its parameter"
+            " groups must be those that the Trainer makes of the model, or one entry and one parameter must have their"
+            f" shape, {_shape(matrix)}. But {why_not}; and of that shape are {len(entries)} entries and"
+            f" {len(names)} parameters, {names}. Was it another optimizer than Adam, were groups of your own made, or"
+            " weights frozen or resized?" + WHAT_TO_DO
+        )
+    return entries[0]
+
+
+def _not_adam(path: Path, matrix: Tensor, found: str) -> ValueError:
+    return ValueError(
+        f"`second_moment` needs an optimizer that keeps `{AVERAGE}` of the embedding matrix, {_shape(matrix)} here, its `step`"
+        f" and `betas`, as Adam and AdamW do, but that in {str(path)!r} has {found}. Train with `optim='adamw_torch'`, or"
+        " index without `second_moment`."
+    )
+
+
+def _shape(tensor: Tensor) -> tuple[int, ...]:
+    return tuple(tensor.shape)
+
+
+def _described(state: Mapping[str, Any]) -> str:
+    """What an optimizer keeps, in words: names, with the types and shapes of tensors."""
+    words = [
+        f"{key} ({type(value).__name__}, {value.dtype}, {_shape(value)})" if isinstance(value, Tensor) else key
+        for key, value in state.items()
+    ]
+    return ", ".join(words) or "nothing"
