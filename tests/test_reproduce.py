@@ -19,7 +19,7 @@ CASES = [
     (
         "doge_universal",
         ["--stages", "core", "arms", "fresh"],
-        ["perplexity", "domains", "weights", "scores", "cost", "fresh", "fresh_domains"],
+        ["perplexity", "domains", "weights", "scores", "cost", "perplexity_fresh", "domains_fresh"],
     ),
     ("doge_out_of_domain", ["--stages", "languages"], ["perplexity", "unigram", "weights"]),
     ("doge_data_restricted", [], ["perplexity", "weights", "epochs"]),

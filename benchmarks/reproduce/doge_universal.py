@@ -21,7 +21,7 @@ What was decided when:
   1.4 and 1.2).
 - **Measure.** Perplexity per domain; average (the paper's), geometric mean and worst domain. An arm *helps* if the 95 % t interval over
   seeds of its change in average perplexity against uniform (same seed, same initial model) lies below 0, *harms* if above.
-- **Stages.** `core`: uniform, `paper_sum` and `official_mix` at the smaller base. `arms`: the other four. `size`: four arms at the larger base. `variants`: the weights
+- **Stages.** `core`: uniform, `paper_sum` and `official_mix` at the smaller base. `arms`: the other four. `size`: four arms at the larger base (three seeds, for want of time). `variants`: the weights
   that `paper_sum` learns with each domain's gradient clipped to norm 1, by cosine, and without the self term (three seeds): which of them takes
   its bias away? `causes`: base models on these. `stability`: the weights with a larger proxy and other mu (three seeds).
 - **Added after five seeds of all arms had been read.** `fresh`: of ten arms the cosine variant and DoReMi had the lowest averages, both undecided. They and
@@ -93,6 +93,7 @@ class Settings:
     seeds: tuple[int, ...]
     stability_seeds: tuple[int, ...]
     fresh_seeds: tuple[int, ...]
+    larger_seeds: tuple[int, ...]
 
 
 OPTIONS = {
@@ -114,6 +115,7 @@ SCALES = {
         seeds=(1,),
         stability_seeds=(1,),
         fresh_seeds=(2,),
+        larger_seeds=(1,),
     ),
     "small": Settings(
         text=TextSettings(1024, 64, None, 32_768),
@@ -127,6 +129,7 @@ SCALES = {
         seeds=(1, 2, 3, 4, 5),
         stability_seeds=(1, 2, 3),
         fresh_seeds=(6, 7, 8, 9, 10, 11, 12, 13),
+        larger_seeds=(1, 2, 3),
     ),
     "gpu": Settings(  # the paper's shapes and steps; its data are far larger
         text=TextSettings(16_384, 512),
@@ -144,6 +147,7 @@ SCALES = {
         seeds=(1, 2, 3, 4, 5),
         stability_seeds=(1, 2, 3),
         fresh_seeds=(6, 7, 8, 9, 10, 11, 12, 13),
+        larger_seeds=(1, 2, 3, 4, 5),
     ),
 }
 
@@ -261,33 +265,29 @@ def run(args: Arguments) -> Results:
     settings = universal.settings
     seeds = args.seeds or settings.seeds
     smaller, larger = settings.base_sizes
-    arms_by_size: dict[str, tuple[str, ...]] = {}
-    at_smaller = [
+    at_smaller = (
         *(CORE_ARMS if {"core", "arms", "causes"} & set(stages) else ()),  # the others are compared with these
         *(OTHER_ARMS if "arms" in stages else ()),
         *(CAUSES if "causes" in stages else ()),
-    ]
-    if at_smaller:
-        arms_by_size[smaller] = tuple(at_smaller)
-    if "size" in stages and larger != smaller:
-        arms_by_size[larger] = LARGER_ARMS
-    runs = {
-        (size, arm, seed): universal.base(arm, seed, size=size)
-        for size, arms in arms_by_size.items()
-        for seed in seeds
-        for arm in arms
+    )
+    # By the ending of their tables: base size, arms and seeds.
+    studies = {
+        "": (smaller, at_smaller, seeds),
+        "_larger": (larger, LARGER_ARMS if "size" in stages else (), args.seeds or settings.larger_seeds),
+        "_fresh": (smaller, FRESH_ARMS if "fresh" in stages else (), settings.fresh_seeds),
     }
-    tables, figures = {}, {}
-    if runs:
-        tables["perplexity"] = tabulate_perplexity(runs, arms_by_size, seeds)
-        tables["domains"] = tabulate_domains(runs, arms_by_size, seeds)
-        figures["change_percent"] = {
-            size: {arm: changes(runs, size, arm, seeds) for arm in arms if arm != "uniform"}
-            for size, arms in arms_by_size.items()
-        }
+    tables, figures = {}, {"change_percent": {}}
+    for ending, (size, arms, its_seeds) in studies.items():
+        if arms:
+            runs = {(size, arm, seed): universal.base(arm, seed, size=size) for seed in its_seeds for arm in arms}
+            tables[f"perplexity{ending}"] = tabulate_perplexity(runs, {size: arms}, its_seeds)
+            tables[f"domains{ending}"] = tabulate_domains(runs, {size: arms}, its_seeds)
+            figures["change_percent"][f"{size}{ending.replace('_', ', ')}"] = {
+                arm: changes(runs, size, arm, its_seeds) for arm in arms if arm != "uniform"
+            }
     by_variant = {
         arm: [universal.doremi(seed) if arm == "doremi" else _proxy_of(universal, arm, seed) for seed in seeds]
-        for arm in arms_by_size.get(smaller, ())
+        for arm in at_smaller
         if arm not in ("uniform", "natural", "random")
     }
     if "variants" in stages:
@@ -301,14 +301,6 @@ def run(args: Arguments) -> Results:
         figures["weights"] = {
             name: {domain: t_interval([r["mean"][domain] for r in found]).mean for domain in universal.names}
             for name, found in by_variant.items()
-        }
-    if "fresh" in stages:
-        fresh, fresh_arms = settings.fresh_seeds, {smaller: FRESH_ARMS}
-        again = {(smaller, arm, seed): universal.base(arm, seed, size=smaller) for seed in fresh for arm in FRESH_ARMS}
-        tables["fresh"] = tabulate_perplexity(again, fresh_arms, fresh)
-        tables["fresh_domains"] = tabulate_domains(again, fresh_arms, fresh)
-        figures["fresh_change_percent"] = {
-            arm: changes(again, smaller, arm, fresh) for arm in FRESH_ARMS if arm != "uniform"
         }
     tables["cost"], figures["cost_share"] = tabulate_cost(universal)
     plotted = figures.get("change_percent")
