@@ -33,7 +33,7 @@ HERE = Path(__file__).parent
 OWNER = "doge"  # who is logged in at the Hub of the tests
 CARD = "README.md"
 SHOWN = {
-    "universal_weights": "doge_universal-paper_sum_clipped-nano-seed1",
+    "universal_weights": "doge_universal-paper_sum_cosine-nano-seed1",
     "out_of_domain_weights": "doge_out_of_domain-ca-seed1",
     "case_deletion_index": "tracin_case_deletion-index-ag_news-cnn",
 }

@@ -386,10 +386,12 @@ def test_without_matplotlib_there_is_no_plot_and_no_error(tmp_path):
     assert not (tmp_path / "artifact" / "plot.png").exists()
 
 
-@pytest.mark.parametrize("name", ["domain_weights", "influence_index"])
+@pytest.mark.parametrize(
+    "name", ["domain_weights", "influence_index", "universal_weights", "out_of_domain_weights", "case_deletion_index"]
+)
 def test_the_rendered_examples_have_the_sections_of_the_templates(tmp_path, name):
     example = (Path(__file__).parents[1] / "model_cards" / name / "README.md").read_text(encoding="utf-8")
-    fresh = weights_of(tmp_path / "artifact") if name == "domain_weights" else index_of(tmp_path / "artifact")[0]
+    fresh = weights_of(tmp_path / "artifact") if name.endswith("weights") else index_of(tmp_path / "artifact")[0]
     sections = re.findall(r"^## .*$", block_of(read(fresh)), flags=re.MULTILINE)
     assert re.findall(r"^## .*$", block_of(example), flags=re.MULTILINE) == sections
     assert {"configs", "dataset_info", "size_categories"} <= set(
