@@ -18,10 +18,10 @@ from benchmarks.reproduce.tracin_scorers import (
     AdamCheckpoint,
     AdamTracInScorer,
     CosineTracInWEScorer,
-    InfluenceLastAllScorer,
     SameClassScorer,
     TracInLayerScorer,
     TracInWESynScorer,
+    influence_last_all,
 )
 from hf_doge.tracing.scorers import InfluenceLastScorer, TracInLastScorer, TracInWEScorer
 from hf_doge.tracing.small_classifiers import make_classifier
@@ -142,7 +142,7 @@ def test_knowing_the_label_alone_puts_the_class_first_and_the_others_last(batche
 
 def test_the_last_layers_influence_is_summed_over_checkpoints(classifier, batches):
     alone = InfluenceLastScorer(classifier, damping=1.0).scores(batches, batches)
-    both = InfluenceLastAllScorer([classifier, classifier], [0.5, 0.25]).scores(batches, batches)
+    both = influence_last_all([classifier, classifier], [0.5, 0.25]).scores(batches, batches)
     np.testing.assert_allclose(both, 0.75 * alone, rtol=1e-5)
 
 

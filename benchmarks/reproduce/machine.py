@@ -9,6 +9,8 @@ from pathlib import Path
 
 import torch
 
+from hf_doge.artifacts.files import file_sha256
+
 
 @functools.cache
 def describe_commit() -> str:
@@ -35,9 +37,7 @@ def describe_data(data_dir: Path) -> str:
     """A digest of the names and contents of all JSONL files of a data folder."""
     digest = hashlib.sha256()
     for path in sorted(path for path in Path(data_dir).rglob("*.jsonl*") if path.is_file()):
-        with open(path, "rb") as file:
-            contents = hashlib.file_digest(file, "sha256").hexdigest()
-        digest.update(f"{path.relative_to(data_dir).as_posix()} {contents}\n".encode())
+        digest.update(f"{path.relative_to(data_dir).as_posix()} {file_sha256(path)}\n".encode())
     return digest.hexdigest()[:16]
 
 

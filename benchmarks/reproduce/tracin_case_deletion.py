@@ -62,6 +62,7 @@ from hf_doge.evaluation.influence.deletion_result import CaseDeletionResult
 from hf_doge.functional.tracin_we import cancellation_ratio
 from hf_doge.tracing.cancellation import cancellation_ratios
 from hf_doge.tracing.influence_evaluation import RECIPES
+from hf_doge.tracing.second_moments import second_moments_of
 from hf_doge.tracing.small_classifiers import make_classifier
 from hf_doge.tracing.small_tasks import SPECIAL_TOKENS, SmallTask, load_small_task
 from hf_doge.tracing.small_training import (
@@ -153,14 +154,7 @@ def train_explained(data_dir: Path, task_name: str, architecture: str, sizes: Si
     task = load_small_task(
         data_dir, task_name, num_train=sizes.num_train, num_test=sizes.num_test, max_length=sizes.max_length
     )
-    make_model = partial(
-        _make_model,
-        architecture,
-        len(task.vocabulary),
-        task.num_classes,
-        sizes.width,
-        max(part["input_ids"].shape[1] for part in (task.train, task.test)),
-    )
+    make_model = model_maker(task, architecture, sizes.width)
     recipe = RECIPES[architecture]
     model, checkpoints = train_classifier(make_model, task.train, recipe, seed=EXPLAINED_SEED, keep_checkpoints=True)
     return Explained(task, architecture, make_model, recipe, model, checkpoints)
@@ -173,14 +167,13 @@ def train_with_adam(data_dir: Path, task_name: str, architecture: str, sizes: Si
     moments: list[dict[str, Tensor]] = []
 
     def read(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        beta = optimizer.defaults["betas"][1]
-        moments.append(
-            {
-                name: state["exp_avg_sq"] / (1 - beta ** float(state["step"]))
-                for name, parameter in model.named_parameters()
-                if (state := optimizer.state.get(parameter))
-            }
-        )
+        (group,) = optimizer.param_groups
+        found = {
+            name: second_moments_of(state, group)
+            for name, parameter in model.named_parameters()
+            if (state := optimizer.state.get(parameter))
+        }
+        moments.append({name: each.average / each.correction for name, each in found.items()})
 
     recipe = replace(explained.recipe, checkpoint_epochs=tuple(range(explained.recipe.num_epochs + 1)))
     _, checkpoints = train_classifier(
@@ -193,6 +186,12 @@ def train_with_adam(data_dir: Path, task_name: str, architecture: str, sizes: Si
     )
     moments[0] = moments[1]
     return [AdamCheckpoint(*checkpoint, found) for checkpoint, found in zip(checkpoints, moments, strict=True)]
+
+
+def model_maker(task: SmallTask, architecture: str, width: int) -> partial:
+    """Gives the initial classifier of a seed, as [`train_classifier`] asks for it."""
+    longest = max(part["input_ids"].shape[1] for part in (task.train, task.test))
+    return partial(_make_model, architecture, len(task.vocabulary), task.num_classes, width, longest)
 
 
 def _make_model(

@@ -23,7 +23,7 @@ Decided before the first result was seen:
   What it says of documents rather than of domains is its difference from `same_domain`.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -39,12 +39,12 @@ from benchmarks.reproduce.arguments import Arguments
 from benchmarks.reproduce.intervals import t_interval
 from benchmarks.reproduce.layer_gradients import layer_gradients
 from benchmarks.reproduce.report import Results, Table, new_figure
-from benchmarks.reproduce.tracin_scorers import record_rows
 from hf_doge.cli.domain_files import find_domain_files, read_documents
 from hf_doge.cli.tokenizer import train_tokenizer
 from hf_doge.evaluation.influence.case_deletion import strongest
 from hf_doge.evaluation.influence.journal import removal_digest
 from hf_doge.tracing.scorers import BM25Scorer
+from hf_doge.tracing.scorers.embedding import record_rows
 from hf_doge.tracing.small_tasks import split_words
 from hf_doge.tracing.small_training import TrainingRecipe, to_batches, train_classifier
 
@@ -263,8 +263,32 @@ def gradients_by_side(model: LlamaForCausalLM, batches: Sequence[Mapping[str, Te
         }
 
 
-def document_scores(data_dir: Path, tokenizer_dir: Path, round_number: int, sizes: Sizes) -> dict[str, np.ndarray]:
-    """Scores of every training document for the queries of a round, `(K, N)` by scorer."""
+@dataclass(frozen=True)
+class Paired:
+    """
+    Queries and a batch of training documents at one checkpoint.
+
+    Attributes:
+        rate (`float`): Learning rate of the checkpoint.
+        place (`slice`): Where the documents stand among all of them.
+        ours, theirs (`dict[str, torch.Tensor]`): Gradients `(B, P)` of documents and queries, see [`gradients_by_side`].
+        documents, queries (`torch.Tensor` of shape `(B, T)`): Their tokens.
+    """
+
+    rate: float
+    place: slice
+    ours: dict[str, Tensor]
+    theirs: dict[str, Tensor]
+    documents: Tensor
+    queries: Tensor
+
+    def add_to(self, scores: np.ndarray, ours: Tensor, theirs: Tensor) -> None:
+        """Add what the checkpoint says of these documents to scores `(K, N)`."""
+        scores[:, self.place] += self.rate * (theirs @ ours.T).double().numpy()
+
+
+def paired_gradients(data_dir: Path, tokenizer_dir: Path, round_number: int, sizes: Sizes) -> Iterator[Paired]:
+    """Gradients of the queries of a round beside those of each batch of training documents, at every checkpoint."""
     corpus = load_corpus(data_dir, tokenizer_dir, sizes)
     queries = corpus.queries[round_number]
     _, checkpoints = train_explained(data_dir, tokenizer_dir, sizes)
@@ -273,21 +297,29 @@ def document_scores(data_dir: Path, tokenizer_dir: Path, round_number: int, size
     asked[:, : sizes.num_context] = -100
     (query_batch,) = _batches(queries, asked, len(queries))
     middle = middle_layers(sizes)
-    scores = {name: np.zeros((len(queries), len(corpus.train))) for name in SCORERS}
     for model, rate in checkpoints:
         (theirs,) = gradients_by_side(model.model, [query_batch], middle)
-        directions = F.normalize(theirs["input"], dim=1)
         start = 0
-        for ours in gradients_by_side(model.model, train_batches, middle):
-            place = slice(start, start + len(ours["input"]))
-            for side, name in PLAIN.items():
-                scores[name][:, place] += rate * (theirs[side] @ ours[side].T).double().numpy()
-            cosines = directions @ F.normalize(ours["input"], dim=1).T
-            scores["tracin_we_cosine"][:, place] += rate * cosines.double().numpy()
+        for batch, ours in zip(train_batches, gradients_by_side(model.model, train_batches, middle), strict=True):
+            documents = batch["input_ids"]
+            place = slice(start, start + len(documents))
+            yield Paired(rate, place, ours, theirs, documents, queries)
             start = place.stop
-    first = round_number * len(queries)
+
+
+def document_scores(data_dir: Path, tokenizer_dir: Path, round_number: int, sizes: Sizes) -> dict[str, np.ndarray]:
+    """Scores of every training document for the queries of a round, `(K, N)` by scorer."""
+    corpus = load_corpus(data_dir, tokenizer_dir, sizes)
+    num_queries = len(corpus.queries[round_number])
+    scores = {name: np.zeros((num_queries, len(corpus.train))) for name in SCORERS}
+    for pair in paired_gradients(data_dir, tokenizer_dir, round_number, sizes):
+        for side, name in PLAIN.items():
+            pair.add_to(scores[name], pair.ours[side], pair.theirs[side])
+        directions = (F.normalize(found["input"], dim=1) for found in (pair.ours, pair.theirs))
+        pair.add_to(scores["tracin_we_cosine"], *directions)
+    first = round_number * num_queries
     scores["bm25"] = BM25Scorer().scores(
-        *_word_batches(corpus.train_words, corpus.query_words[first : first + len(queries)])
+        *_word_batches(corpus.train_words, corpus.query_words[first : first + num_queries])
     )
     generator = np.random.default_rng(round_number)
     scores["random"] = generator.random(scores["bm25"].shape)
@@ -299,28 +331,15 @@ def document_scores(data_dir: Path, tokenizer_dir: Path, round_number: int, size
 def sparse_scores(data_dir: Path, tokenizer_dir: Path, round_number: int, sizes: Sizes) -> dict[str, np.ndarray]:
     """As `document_scores`, of the whole matrix's gradient with few of its rows."""
     corpus = load_corpus(data_dir, tokenizer_dir, sizes)
-    queries = corpus.queries[round_number]
-    _, checkpoints = train_explained(data_dir, tokenizer_dir, sizes)
-    train_batches = _batches(corpus.train, corpus.train, sizes.batch_size)
-    asked = queries.clone()
-    asked[:, : sizes.num_context] = -100
-    (query_batch,) = _batches(queries, asked, len(queries))
     keep = {"tracin_full_own": own_rows, "tracin_full_topk": largest_rows}
-    scores = {name: np.zeros((len(queries), len(corpus.train))) for name in SPARSE}
-    for model, rate in checkpoints:
-        (theirs,) = gradients_by_side(model.model, [query_batch], middle_layers(sizes))
-        start = 0
-        for batch, ours in zip(
-            train_batches, gradients_by_side(model.model, train_batches, middle_layers(sizes)), strict=True
-        ):
-            place = slice(start, start + len(batch["input_ids"]))
-            for name, choose in keep.items():
-                few, asked_few = (
-                    choose(found["full"].unflatten(1, (corpus.vocab_size, -1)), documents["input_ids"]).flatten(1)
-                    for found, documents in ((ours, batch), (theirs, query_batch))
-                )
-                scores[name][:, place] += rate * (asked_few @ few.T).double().numpy()
-            start = place.stop
+    scores = {name: np.zeros((len(corpus.queries[round_number]), len(corpus.train))) for name in SPARSE}
+    for pair in paired_gradients(data_dir, tokenizer_dir, round_number, sizes):
+        whole = [
+            (found["full"].unflatten(1, (corpus.vocab_size, -1)), texts)
+            for found, texts in ((pair.ours, pair.documents), (pair.theirs, pair.queries))
+        ]
+        for name, choose in keep.items():
+            pair.add_to(scores[name], *(choose(gradients, texts).flatten(1) for gradients, texts in whole))
     return scores
 
 

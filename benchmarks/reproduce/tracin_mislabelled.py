@@ -37,14 +37,14 @@ from benchmarks.reproduce.arguments import Arguments
 from benchmarks.reproduce.intervals import Interval, t_interval
 from benchmarks.reproduce.layer_gradients import cancellation_by_entry, layer_gradients, weight_layers
 from benchmarks.reproduce.report import Results, Table, new_figure
-from benchmarks.reproduce.tracin_case_deletion import MIDDLE_LAYERS
-from benchmarks.reproduce.tracin_scorers import InfluenceLastAllScorer, RepresenterAllScorer, record_rows
+from benchmarks.reproduce.tracin_case_deletion import MIDDLE_LAYERS, model_maker
+from benchmarks.reproduce.tracin_scorers import OverCheckpointsScorer, influence_last_all
 from hf_doge.evaluation.influence.mislabelled import flip_labels
 from hf_doge.evaluation.influence.rank_metrics import area_under_roc, recall_at, spearman
 from hf_doge.functional.tracin_we import cancellation_ratio
 from hf_doge.tracing.influence_evaluation import RECIPES
-from hf_doge.tracing.scorers import make_scorer
-from hf_doge.tracing.small_classifiers import make_classifier
+from hf_doge.tracing.scorers import RepresenterScorer, make_scorer
+from hf_doge.tracing.scorers.embedding import record_rows, sum_examples
 from hf_doge.tracing.small_tasks import SPECIAL_TOKENS, SmallTask, load_small_task
 from hf_doge.tracing.small_training import Checkpoint, predict_probabilities, to_batches, train_classifier
 
@@ -111,14 +111,7 @@ def train_on_flipped(
     )
     labels, flipped = flip_labels(task.train["labels"].numpy(), share, num_classes=task.num_classes, seed=seed)
     train = {**task.train, "labels": torch.from_numpy(labels)}
-    make_model = partial(
-        _make_model,
-        architecture,
-        len(task.vocabulary),
-        task.num_classes,
-        sizes.width,
-        max(part["input_ids"].shape[1] for part in (train, task.test)),
-    )
+    make_model = model_maker(task, architecture, sizes.width)
     model, checkpoints = train_classifier(make_model, train, RECIPES[architecture], seed=seed, keep_checkpoints=True)
     return Mislabelled(task, train, flipped, model, checkpoints)
 
@@ -170,8 +163,8 @@ def peers_part(data_dir: Path, task_name: str, architecture: str, share: float, 
     batches, clean_batches = to_batches(trained.train), to_batches(trained.task.test)
     models, rates = zip(*trained.checkpoints, strict=True)
     scorers = {
-        "influence_last": InfluenceLastAllScorer(models, rates),
-        "representer": RepresenterAllScorer(models, rates),
+        "influence_last": influence_last_all(models, rates),
+        "representer": OverCheckpointsScorer([RepresenterScorer(model) for model in models], rates),
     }
     suspicions = {}
     for name, scorer in scorers.items():
@@ -211,36 +204,24 @@ def _suspicions(
     for name, options in {"tracin_we": {}, "tracin_we_topk": {"top_k": 10}}.items():
         rows, clean_rows = record_rows(model, batches, **options), record_rows(model, clean_batches, **options)
         zeros = rows.rows.new_zeros(model.get_input_embeddings().weight.shape)
-        squares, clean_squares = _sum_rows(rows.rows.square(), rows), _sum_rows(clean_rows.rows.square(), clean_rows)
+        squares, clean_squares = (sum_examples(part.rows.square().sum(dim=1), part) for part in (rows, clean_rows))
         net = zeros.index_add(0, clean_rows.tokens, clean_rows.rows)
         found[f"self: {name}"] = squares.double()
-        found[f"clean: {name}"] = -_sum_rows(rows.rows * net[rows.tokens], rows).double()
+        found[f"clean: {name}"] = -sum_examples((rows.rows * net[rows.tokens]).sum(dim=1), rows).double()
         if name == "tracin_we":
             lengths = clean_squares.sqrt().clamp(min=1e-30).repeat_interleave(clean_rows.offsets.diff())
             net = zeros.index_add(0, clean_rows.tokens, clean_rows.rows / lengths[:, None])
-            products = _sum_rows(rows.rows * net[rows.tokens], rows)
+            products = sum_examples((rows.rows * net[rows.tokens]).sum(dim=1), rows)
             found["clean, cosine: tracin_we"] = (-products / squares.sqrt().clamp(min=1e-30)).double()
             total = zeros.double().index_add(0, rows.tokens, rows.rows.double())
             cancellation.setdefault("tracin_we", []).append(float(squares.double().sqrt().sum() / total.norm()))
     return found
 
 
-def _sum_rows(values: Tensor, rows) -> Tensor:
-    """Sum over the rows and the width of each example, shape `(N,)`."""
-    examples = torch.arange(len(rows)).repeat_interleave(rows.offsets.diff())
-    return values.new_zeros(len(rows)).index_add_(0, examples, values.sum(dim=1))
-
-
 def detection_area(suspicion: np.ndarray, flipped: np.ndarray) -> float:
     """Area under share found over share inspected, most suspected first: a line away from the area under the ROC curve."""
     share = float(flipped.mean())
     return share / 2 + (1 - share) * area_under_roc(suspicion, flipped)
-
-
-def _make_model(
-    architecture: str, vocabulary_size: int, num_classes: int, width: int, max_length: int, seed: int
-) -> nn.Module:
-    return make_classifier(architecture, vocabulary_size, num_classes, width=width, max_length=max_length, seed=seed)
 
 
 def run(args: Arguments) -> Results:

@@ -11,11 +11,9 @@ from torch import Tensor, nn
 from benchmarks.reproduce.layer_gradients import layer_gradients
 from hf_doge.functional.synonyms import synonym_score, synonym_similarity
 from hf_doge.functional.tracin_we import cosine_scores, scale_by_second_moment
-from hf_doge.gradients.embedding import EmbeddingGradientRecorder
-from hf_doge.gradients.token_rows import TokenRows
 from hf_doge.tracing.scorers import SCORERS, Batches, Scorer, make_scorer
-from hf_doge.tracing.scorers.embedding import TracInWEScorer, pair_scores
-from hf_doge.tracing.scorers.last_layer import InfluenceLastScorer, RepresenterScorer
+from hf_doge.tracing.scorers.embedding import TracInWEScorer, pair_scores, record_rows, sum_examples
+from hf_doge.tracing.scorers.last_layer import InfluenceLastScorer
 
 
 class TracInLayerScorer:
@@ -174,9 +172,7 @@ class AdamTracInScorer:
         norms = []
         for part in (ours, theirs):
             part.rows = scale_by_second_moment(part.rows, moments[part.tokens])
-            examples = torch.arange(len(part)).repeat_interleave(part.offsets.diff())
-            squares = part.rows.double().square().sum(dim=1)
-            norms.append(squares.new_zeros(len(part)).index_add_(0, examples, squares).sqrt())
+            norms.append(sum_examples(part.rows.double().square().sum(dim=1), part).sqrt())
         return pair_scores(theirs, ours).double(), *norms
 
     def _layer_scores(
@@ -190,43 +186,26 @@ class AdamTracInScorer:
         return theirs @ ours.T, ours.norm(dim=1), theirs.norm(dim=1)
 
 
-class InfluenceLastAllScorer:
+class OverCheckpointsScorer:
     """
-    Influence functions of the last layer as TracIn sums over checkpoints: `sum_c eta_c g_c(x)^T (H_c + lambda_c I)^-1 g_c(x')`.
+    Scores at single checkpoints, summed as TracIn sums them: `sum_c eta_c s_c(x, x')`.
 
     Args:
-        models (`Sequence[nn.Module]`): The model at each checkpoint.
-        learning_rates (`Sequence[float]`): Learning rate in force at each.
-        damping (`float`): Lambda, as a share of the mean of the diagonal of H.
-    """
-
-    def __init__(self, models: Sequence[nn.Module], learning_rates: Sequence[float], *, damping: float = 1.0) -> None:
-        self.learning_rates = learning_rates
-        self.checkpoints = [InfluenceLastScorer(model, damping=damping) for model in models]
-
-    def scores(self, train: Batches, queries: Batches) -> np.ndarray:
-        """Scores of shape `(Q, N)`, see [`Scorer`]."""
-        pairs = zip(self.learning_rates, self.checkpoints, strict=True)
-        return sum(rate * scorer.scores(train, queries) for rate, scorer in pairs)
-
-
-class RepresenterAllScorer:
-    """
-    Representer values summed over checkpoints as TracIn is, `sum_c eta_c r_c(x, x')`.
-
-    Args:
-        models (`Sequence[nn.Module]`): The model at each checkpoint.
+        scorers (`Sequence[Scorer]`): One for each checkpoint.
         learning_rates (`Sequence[float]`): Learning rate in force at each.
     """
 
-    def __init__(self, models: Sequence[nn.Module], learning_rates: Sequence[float]) -> None:
-        self.learning_rates = learning_rates
-        self.checkpoints = [RepresenterScorer(model) for model in models]
+    def __init__(self, scorers: Sequence[Scorer], learning_rates: Sequence[float]) -> None:
+        self.checkpoints = list(zip(scorers, learning_rates, strict=True))
 
     def scores(self, train: Batches, queries: Batches) -> np.ndarray:
         """Scores of shape `(Q, N)`, see [`Scorer`]."""
-        pairs = zip(self.learning_rates, self.checkpoints, strict=True)
-        return sum(rate * scorer.scores(train, queries) for rate, scorer in pairs)
+        return sum(rate * scorer.scores(train, queries) for scorer, rate in self.checkpoints)
+
+
+def influence_last_all(models: Sequence[nn.Module], learning_rates: Sequence[float]) -> OverCheckpointsScorer:
+    """Influence functions of the last layer over checkpoints, damped by the mean of the diagonal of the Hessian."""
+    return OverCheckpointsScorer([InfluenceLastScorer(model, damping=1.0) for model in models], learning_rates)
 
 
 class SameClassScorer:
@@ -247,15 +226,6 @@ class SameClassScorer:
         return np.where(theirs[:, None] == ours[None], drawn, -drawn)
 
 
-def record_rows(model: nn.Module, batches: Batches, **options) -> TokenRows:
-    """Embedding gradient rows of all examples of all batches as one sequence; options of the recorder."""
-    with EmbeddingGradientRecorder(model, **options) as recorder:
-        parts = [recorder.record(batch) for batch in batches]
-    lengths = torch.cat([part.offsets.diff() for part in parts]).cpu()
-    tokens, rows = (torch.cat([getattr(part, name) for part in parts]).cpu() for name in ("tokens", "rows"))
-    return TokenRows(torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]), tokens, rows, parts[0].virtual)
-
-
 def make_experiment_scorer(
     name: str,
     models: Sequence[nn.Module],
@@ -273,7 +243,7 @@ def make_experiment_scorer(
         "tracin_we_cosine_no_special": lambda: CosineTracInWEScorer(
             models, learning_rates, exclude_tokens=special_token_ids
         ),
-        "influence_last_all": lambda: InfluenceLastAllScorer(models, learning_rates),
+        "influence_last_all": lambda: influence_last_all(models, learning_rates),
         "same_class": lambda: SameClassScorer(seed=seed),
         "tracin_we_syn": lambda: TracInWESynScorer(models, learning_rates),
         "tracin_middle": lambda: TracInLayerScorer(models, learning_rates, layer=middle_layer),

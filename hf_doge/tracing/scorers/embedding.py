@@ -1,6 +1,7 @@
 """TracIn on the word embeddings, exactly, with everything in memory: for evaluations of some thousand examples."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -55,17 +56,22 @@ class TracInWEScorer:
         total = 0
         for model, learning_rate in zip(self.models, self.learning_rates, strict=True):
             rows = self._record(model, train)
-            total = total + learning_rate * _sum_examples(rows.rows.square().sum(dim=1), rows)
+            total = total + learning_rate * sum_examples(rows.rows.square().sum(dim=1), rows)
         return total.double().numpy()
 
     def _record(self, model: nn.Module, batches: Batches) -> TokenRows:
-        with EmbeddingGradientRecorder(model, top_k=self.top_k, top_k_unit=self.top_k_unit) as recorder:
-            parts = [recorder.record(batch) for batch in batches]
-        lengths = torch.cat([part.offsets.diff() for part in parts]).cpu()
-        tokens = torch.cat([part.tokens for part in parts]).cpu()
-        rows = torch.cat([part.rows for part in parts]).cpu()
-        rows[torch.isin(tokens, self.exclude_tokens)] = 0
-        return TokenRows(torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]), tokens, rows, parts[0].virtual)
+        recorded = record_rows(model, batches, top_k=self.top_k, top_k_unit=self.top_k_unit)
+        recorded.rows[torch.isin(recorded.tokens, self.exclude_tokens)] = 0
+        return recorded
+
+
+def record_rows(model: nn.Module, batches: Batches, **options: Any) -> TokenRows:
+    """Gradient rows of all examples of all batches as one sequence on the CPU; options of [`EmbeddingGradientRecorder`]."""
+    with EmbeddingGradientRecorder(model, **options) as recorder:
+        parts = [recorder.record(batch) for batch in batches]
+    lengths = torch.cat([part.offsets.diff() for part in parts]).cpu()
+    tokens, rows = (torch.cat([getattr(part, name) for part in parts]).cpu() for name in ("tokens", "rows"))
+    return TokenRows(torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]), tokens, rows, parts[0].virtual)
 
 
 def pair_scores(queries: TokenRows, train: TokenRows) -> Tensor:
@@ -79,12 +85,12 @@ def pair_scores(queries: TokenRows, train: TokenRows) -> Tensor:
     scores = train.rows.new_empty(len(queries), len(train))
     for position, (tokens, rows) in enumerate(queries):
         spread[tokens] = rows
-        scores[position] = _sum_examples((train.rows * spread[train.tokens]).sum(dim=1), train)
+        scores[position] = sum_examples((train.rows * spread[train.tokens]).sum(dim=1), train)
         spread[tokens] = 0
     return scores
 
 
-def _sum_examples(entries: Tensor, rows: TokenRows) -> Tensor:
+def sum_examples(entries: Tensor, rows: TokenRows) -> Tensor:
     """Sum one number per row over the rows of each example."""
     examples = torch.arange(len(rows)).repeat_interleave(rows.offsets.diff())
     return entries.new_zeros(len(rows)).index_add_(0, examples, entries)
