@@ -6,6 +6,8 @@ from typing import Any
 
 import yaml
 
+DIGEST_KEY = "description"  # a field of every `datasets.BuilderConfig`, without effect on what is read
+DIGEST_PREFIX = "Content "
 _SIZES = ("1K", "10K", "100K", "1M", "10M", "100M", "1B", "10B", "100B", "1T")
 
 

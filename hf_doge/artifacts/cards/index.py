@@ -10,6 +10,7 @@ from hf_doge.artifacts.cards.markdown import escape, json_block, table
 from hf_doge.artifacts.cards.merge import Card
 from hf_doge.artifacts.cards.rendering import listing, place_of, render
 from hf_doge.artifacts.cards.tables import TableFacts, config_entry
+from hf_doge.artifacts.files import sha256
 from hf_doge.artifacts.provenance import public_content
 
 _CONFIGS = ("gradients", "examples", "checkpoints", "offsets")
@@ -67,6 +68,7 @@ def index_card(
         name: TableFacts.of([files[path] if path in files else folder / path for path in found])
         for name, found in paths.items()
     }
+    checksums = _checksums(config) | {path: sha256(content) for path, content in files.items()}
     title = "Influence index" if repo_id is None else f"Influence index: {repo_id.rpartition('/')[2]}"
     header = {
         "pretty_name": title,
@@ -74,7 +76,12 @@ def index_card(
         "size_categories": [next(iter(tables.values())).size_category],
         "library_name": "hf_doge",
         "configs": [
-            config_entry(name, _patterns(name, found), default=name == next(iter(paths)))
+            config_entry(
+                name,
+                _patterns(name, found),
+                checksums=[checksums[path] for path in found],
+                default=name == next(iter(paths)),
+            )
             for name, found in paths.items()
         ],
         "dataset_info": [facts.to_dataset_info(name) for name, facts in tables.items()],
@@ -94,6 +101,15 @@ def data_paths(config: Mapping[str, Any]) -> dict[str, list[str]]:
         "offsets": [file["offsets_path"] for file in segments if file.get("offsets_path")],
     }
     return {name: paths for name, paths in found.items() if paths}
+
+
+def _checksums(config: Mapping[str, Any]) -> dict[str, str]:
+    segments = [file for checkpoint in config["checkpoints"] for file in checkpoint["files"]]
+    return {
+        **config["files"],
+        **{file["path"]: file["sha256"] for file in segments},
+        **{file["offsets_path"]: file["offsets_sha256"] for file in segments if file.get("offsets_path")},
+    }
 
 
 def _patterns(name: str, paths: list[str]) -> list[str]:

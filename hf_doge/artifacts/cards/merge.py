@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from hf_doge.artifacts.cards.header import (
+    DIGEST_KEY,
+    DIGEST_PREFIX,
     HeaderError,
     dump_header,
     merge_entries,
@@ -56,12 +58,13 @@ class Card:
             return existing
         merged_body = self._new_body() if not body.strip() else self._replace_block(body)
         if merged_body is None:
+            renewed, found = self._with_new_digests(existing, found)
             missing = {key: value for key, value in self._changes(found).items() if found.get(key) != value}
             if missing:
                 self._warn(
-                    "its hf_doge markers are gone, so it is kept as it is. For `load_dataset`, let its YAML say"
+                    "its hf_doge markers are gone, so it is kept as it is, but for digests of the data. For `load_dataset`, let its YAML say"
                 )
-            return existing
+            return renewed
         return self._assemble(merged_header, merged_body).replace("\n", newline)
 
     def _changes(self, found: dict[str, Any]) -> dict[str, Any]:
@@ -74,6 +77,19 @@ class Card:
             changes["size_categories"] = self.header["size_categories"]
         changes["tags"] = unite(found.get("tags"), self.header.get("tags", ()))
         return changes
+
+    def _with_new_digests(self, card: str, found: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+        """A person's card and its YAML with our digests brought up to date: the old ones let `load_dataset` read old data."""
+        own = {entry["config_name"]: entry[DIGEST_KEY] for entry in self.header.get("configs", ())}
+        entries = found["configs"] if isinstance(found.get("configs"), list) else []
+        for position, entry in enumerate(entries):
+            told, digest = (
+                (entry.get(DIGEST_KEY), own.get(entry.get("config_name"))) if isinstance(entry, dict) else ("", "")
+            )
+            if digest and isinstance(told, str) and told.startswith(DIGEST_PREFIX):
+                card = card.replace(told, digest, 1)
+                entries = [*entries[:position], {**entry, DIGEST_KEY: digest}, *entries[position + 1 :]]
+        return card, {**found, **({"configs": entries} if entries else {})}
 
     def _new_body(self) -> str:
         return f"\n# {self.title}\n\n{self._marked_block()}\n"

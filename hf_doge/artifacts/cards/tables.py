@@ -1,5 +1,6 @@
 """What the YAML of a card says of Parquet files, so that `load_dataset` need not look and can check what it loads."""
 
+import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -9,7 +10,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from hf_doge.artifacts.cards.header import size_category
+from hf_doge.artifacts.cards.header import DIGEST_KEY, DIGEST_PREFIX, size_category
 
 _INTEGERS = {getattr(pa, name)(): name for name in ("int8", "int16", "int32", "int64", "uint8", "uint16")}
 _NAMES = {
@@ -77,10 +78,23 @@ class TableFacts:
         }
 
 
-def config_entry(config_name: str, paths: list[str], *, default: bool = False) -> dict[str, Any]:
-    """The entry of `configs` for files of one split."""
+def config_entry(
+    config_name: str, paths: list[str], *, checksums: Iterable[str], default: bool = False
+) -> dict[str, Any]:
+    """
+    The entry of `configs` for files of one split.
+
+    `load_dataset` caches what it reads of a folder by the content of `configs` and `dataset_info`, not by that of the files.
+    So the entry changes with the checksums of the files, or a table that is saved over would be read old.
+    """
     files = {"split": "train", "path": paths[0] if len(paths) == 1 else paths}
-    return {"config_name": config_name, **({"default": True} if default else {}), "data_files": [files]}
+    content = hashlib.sha256("".join(checksums).encode()).hexdigest()
+    return {
+        "config_name": config_name,
+        **({"default": True} if default else {}),
+        DIGEST_KEY: f"{DIGEST_PREFIX}{content[:32]}",
+        "data_files": [files],
+    }
 
 
 def _features(schema: pa.Schema) -> list[dict[str, Any]]:

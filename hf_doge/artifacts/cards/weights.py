@@ -13,6 +13,7 @@ from hf_doge.artifacts.cards.markdown import escape, json_block, seconds, table
 from hf_doge.artifacts.cards.merge import Card
 from hf_doge.artifacts.cards.rendering import listing, place_of, render
 from hf_doge.artifacts.cards.tables import TableFacts, config_entry
+from hf_doge.artifacts.files import file_sha256, sha256
 from hf_doge.artifacts.provenance import public_content
 from hf_doge.artifacts.summary import summary_columns
 
@@ -65,11 +66,18 @@ def weights_card(
         "task_categories": ["text-generation"],
         "size_categories": [tables["weights"].size_category],
         "library_name": "hf_doge",
-        "configs": [config_entry(name, [path], default=name == "weights") for name, path in paths.items()],
+        "configs": [
+            config_entry(name, [path], checksums=[_checksum(data_files[path])], default=name == "weights")
+            for name, path in paths.items()
+        ],
         "dataset_info": [facts.to_dataset_info(name) for name, facts in tables.items()],
     }
     block = _render(weights, repo_id=repo_id, model_id=model_id, plot=plot)
     return Card(header, title, block, _CONFIGS).merged_with(existing)
+
+
+def _checksum(file: bytes | str | os.PathLike) -> str:
+    return sha256(file) if isinstance(file, bytes) else file_sha256(Path(file))
 
 
 def draw_plot(weights: "DomainWeights") -> bytes | None:
