@@ -162,7 +162,7 @@ def test_an_empty_domain_is_named(tmp_path):
 
 
 def test_a_blank_domain_name_is_refused_before_training(tmp_path):
-    with pytest.raises(ValueError, match="Domain names must not be blank"):
+    with pytest.raises(ValueError, match="Domain names must be non-empty strings"):
         make_trainer(tmp_path, domains={" ": three_domains()["code"]})
 
 

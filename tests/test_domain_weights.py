@@ -57,7 +57,7 @@ def test_a_weight_that_is_no_finite_number_of_at_least_0_is_refused_by_name(bad)
 @pytest.mark.parametrize(
     ("mean", "message"),
     [
-        ({}, "At least one domain"),
+        ({}, "Domain names must be given, but got none"),
         ({"wiki": 0.0, "web": 0.0}, r"positive sum, but all of \['wiki', 'web'\] are 0"),
         ({"wiki": 0.5, "web": 0.6}, r"must sum to 1, but it sums to 1.1.*from_mapping"),
         ({"wiki": 0.5, "web": 0.5 + 2e-6}, "must sum to 1"),
@@ -219,7 +219,7 @@ def test_a_table_that_is_no_trajectory_is_refused(change, message):
         ({"scores": np.zeros((5, 2))}, r"`scores` must have the shape \(5, 3\) .*, but has \(5, 2\)"),
         ({"learning_rates": np.zeros(4)}, r"`learning_rates` must have the shape \(5,\)"),
         ({"weights": np.full((5, 3), np.nan)}, "domain 'wiki' has nan at step 10"),
-        ({"domains": ("wiki", "web", "wiki")}, r"unique, but \['wiki'\] are repeated"),
+        ({"domains": ("wiki", "web", "wiki")}, r"different, but \['wiki'\] appear more than once"),
         ({"domains": ("wiki", "web", " ")}, "non-empty strings, but got ' '"),
     ],
 )

@@ -109,7 +109,7 @@ def test_rows_of_random_labels_are_those_of_a_plain_search():
         ([0, 3, -1], ["a", "b"], ValueError, r"domains \['a', 'b'\], but got \[-1, 3\]"),
         (["a", "z"], ["a", "b"], ValueError, r"domains \['a', 'b'\], but got \['z'\]"),
         (["a", "b"], ["a", "b", "a"], ValueError, r"different, but \['a'\] appear more than once"),
-        ([0, 1], [0, 1], TypeError, r"must be strings, but got \[0, 1\]"),
+        ([0, 1], [0, 1], ValueError, "must be non-empty strings, but got 0"),
     ],
 )
 def test_bad_labels_are_named(labels, names, error, message):
@@ -120,11 +120,11 @@ def test_bad_labels_are_named(labels, names, error, message):
 @pytest.mark.parametrize(
     ("sizes", "error", "message"),
     [
-        ({"a": 3, "b": -1}, ValueError, r"not negative, but got \{'b': -1\}"),
-        ({"a": 1.5}, ValueError, r"whole numbers and not negative, but got \{'a': 1.5\}"),
+        ({"a": 3, "b": -1}, ValueError, "`size of domain 'b'` must be at least 0, but got -1"),
+        ({"a": 1.5}, ValueError, "`size of domain 'a'` must be a whole number, but got 1.5"),
         ({"a": 0, "b": 0}, ValueError, r"the domains \['a', 'b'\] have none"),
-        ({}, ValueError, r"the domains \[\] have none"),
-        ({1: 2}, TypeError, r"must be strings, but got \[1\]"),
+        ({}, ValueError, "Domain names must be given, but got none"),
+        ({1: 2}, ValueError, "must be non-empty strings, but got 1"),
     ],
 )
 def test_bad_sizes_are_named(sizes, error, message):

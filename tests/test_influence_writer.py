@@ -395,10 +395,10 @@ def test_a_folder_of_something_else_is_refused(tmp_path):
 
 
 BAD_OPTIONS = {
-    "`width` must be an integer >= 1": {"width": 0},
-    "`num_examples` must be an integer >= 1": {"num_examples": 1.5},
+    "`width` must be at least 1": {"width": 0},
+    "`num_examples` must be a whole number": {"num_examples": 1.5},
     "`dtype` must be one of": {"dtype": "bfloat16"},
-    r"`projection_width` must be in \[1, 8\]": {"projection_width": 9},
+    "`projection_width` must be at most 8": {"projection_width": 9},
     r"`settings` must be among .* got \['colour'\]": {"settings": {"colour": 1}},
     "`settings` must hold strings, finite numbers": {"settings": {"metadata": {"a": float("nan")}}},
 }

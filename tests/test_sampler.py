@@ -567,7 +567,7 @@ def test_weights_come_in_any_form_and_scale(weights):
     [
         ({**WEIGHTS, "web": 1, "news": 0}, r"got weights for \['news', 'web'\]"),
         ({"wiki": 1, "code": 1}, r"\['arxiv', 'books'\] have none"),
-        ({**WEIGHTS, "code": -1}, r"finite and not negative, but got \{'code': -1.0\}"),
+        ({**WEIGHTS, "code": -1}, r"finite and not negative, but got \{'code': -1\}"),
         ({**WEIGHTS, "code": float("nan")}, r"finite and not negative, but got \{'code': nan\}"),
         ({**WEIGHTS, "code": float("inf")}, r"finite and not negative, but got \{'code': inf\}"),
         (dict.fromkeys(WEIGHTS, 0), "must be positive, but the weights of .*'books'.* are all 0"),
@@ -593,8 +593,8 @@ def test_a_domain_with_positive_weight_and_no_example_is_named():
     ("arguments", "message"),
     [
         ({"draw": "random"}, r"`draw` must be one of \['quota', 'iid'\], but got 'random'"),
-        ({"num_samples": 0}, "`num_samples` must be positive, but got 0"),
-        ({"num_epochs": -1}, "`num_epochs` must be positive, but got -1"),
+        ({"num_samples": 0}, "`num_samples` must be at least 1, but got 0"),
+        ({"num_epochs": -1}, r"`num_epochs` must be in \(0, .*, but got -1"),
         ({"max_epochs_per_domain": 0}, "`max_epochs_per_domain` must be positive, but got 0"),
         ({"max_epochs_per_domain": float("nan")}, "`max_epochs_per_domain` must be positive, but got nan"),
     ],

@@ -6,12 +6,12 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hf_doge.artifacts.checks import require_json, require_names, require_ratios, require_same_domains, require_simplex
 from hf_doge.artifacts.folder import FETCHED_FILES, read_folder, unknown_keys, write_folder
 from hf_doge.artifacts.hub.fetch import fetch_folder
 from hf_doge.artifacts.readers import read_ratios
 from hf_doge.artifacts.summary import summarize
 from hf_doge.artifacts.trajectory import Trajectory
+from hf_doge.checks import check_json, check_names, check_ratios, check_same_domains, check_simplex
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo
@@ -55,19 +55,19 @@ class DomainWeights:
         domains: Mapping[str, Mapping[str, Any]] | None = None,
         metadata: Mapping[str, Any] | None = None,
     ) -> None:
-        self.mean = require_simplex("mean", mean)
+        self.mean = check_simplex("mean", mean)
         self.last = dict(self.mean)
         if last is not None:
-            require_same_domains("last", last, self.mean)
-            self.last = require_simplex("last", {name: last[name] for name in self.mean})
+            check_same_domains("last", last, self.mean)
+            self.last = check_simplex("last", {name: last[name] for name in self.mean})
         if trajectory is not None:
-            require_same_domains("trajectory", trajectory.domains, self.mean)
+            check_same_domains("trajectory", trajectory.domains, self.mean)
         self.trajectory = trajectory
         if domains is not None:
-            require_same_domains("domains", domains, self.mean)
-        self.domains = require_json("domains", {name: (domains or {}).get(name, {}) for name in self.mean})
-        self.recipe = require_json("recipe", recipe or {})
-        self.metadata = require_json("metadata", metadata or {})
+            check_same_domains("domains", domains, self.mean)
+        self.domains = check_json("domains", {name: (domains or {}).get(name, {}) for name in self.mean})
+        self.recipe = check_json("recipe", recipe or {})
+        self.metadata = check_json("metadata", metadata or {})
         self.unknown_keys: dict[str, Any] = {}
         for name, facts in self.domains.items():
             for key in ("num_rows", "num_tokens"):
@@ -90,7 +90,7 @@ class DomainWeights:
         Raises:
             ValueError: A ratio is negative or not finite, or all are 0.
         """
-        checked = require_ratios("ratios", ratios)
+        checked = check_ratios("ratios", ratios)
         total = math.fsum(checked.values())
         mean = {name: ratio / total for name, ratio in checked.items()}
         return cls(mean, recipe=recipe, domains=domains, metadata=metadata)
@@ -98,7 +98,7 @@ class DomainWeights:
     @classmethod
     def uniform(cls, domains: Iterable[str] | Mapping[str, Mapping[str, Any]]) -> "DomainWeights":
         """The same weight for every domain: of these names, or of a mapping as in [`~DomainWeights.domains`]."""
-        names = require_names(domains)
+        names = check_names(domains)
         known = domains if isinstance(domains, Mapping) else None
         return cls.from_mapping(dict.fromkeys(names, 1.0), recipe={"name": "uniform"}, domains=known)
 

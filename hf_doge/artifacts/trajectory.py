@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
-from hf_doge.artifacts.checks import require_names
+from hf_doge.checks import check_names
 
 # Shapes: T = recorded steps, K = domains.
 
@@ -51,7 +51,7 @@ class Trajectory:
     losses: np.ndarray
 
     def __post_init__(self) -> None:
-        self.domains = require_names(self.domains)
+        self.domains = check_names(self.domains)
         self.steps = np.asarray(self.steps, dtype=np.int64)
         if self.steps.ndim != 1 or len(self.steps) == 0 or (np.diff(self.steps) <= 0).any():
             raise ValueError(

@@ -3,13 +3,13 @@
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from numbers import Integral
 from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
 import torch
 
+from hf_doge.checks import check_count, check_names
 from hf_doge.sampling.ordering import stable_order
 
 if TYPE_CHECKING:
@@ -47,10 +47,8 @@ class DomainIndex:
         Args:
             sizes (mapping of `str` to `int`): Rows of each domain, `>= 0`, not all 0.
         """
-        refused = {name: size for name, size in sizes.items() if not isinstance(size, Integral) or size < 0}
-        if refused:
-            raise ValueError(f"Domain sizes must be whole numbers and not negative, but got {refused}.")
-        counts = np.fromiter(sizes.values(), dtype=np.int64, count=len(sizes))
+        rows = (check_count(f"size of domain {name!r}", size, least=0, most=2**62) for name, size in sizes.items())
+        counts = np.fromiter(rows, dtype=np.int64, count=len(sizes))
         return cls(tuple(sizes), counts, np.cumsum(counts) - counts)
 
     @classmethod
@@ -148,20 +146,6 @@ class StreamDomains:
 
     def __post_init__(self) -> None:
         check_names(self.names)
-
-
-def check_names(names: Sequence[str]) -> tuple[str, ...]:
-    """The names of domains, if they are strings, not blank, and all different."""
-    names = tuple(names)
-    not_names = [name for name in names if not isinstance(name, str)]
-    if not_names:
-        raise TypeError(f"Domain names must be strings, but got {not_names}.")
-    if not all(name.strip() for name in names):
-        raise ValueError(f"Domain names must not be blank, but got {list(names)}. Name them.")
-    duplicates = sorted({name for name in names if names.count(name) > 1}) if len(set(names)) < len(names) else []
-    if duplicates:
-        raise ValueError(f"Domain names must be different, but {duplicates} appear more than once. Rename them.")
-    return names
 
 
 def merge_domains(

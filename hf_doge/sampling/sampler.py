@@ -8,13 +8,15 @@ from typing import Any
 import numpy as np
 from torch.utils.data import Sampler
 
+from hf_doge.checks import check_choice, check_count, check_number, check_seed
 from hf_doge.sampling.domains import DomainIndex
 from hf_doge.sampling.permutation import derive_key, pass_keys, permute
-from hf_doge.sampling.schedule import DrawSchedule
+from hf_doge.sampling.schedule import DRAW_MODES, DrawSchedule
 from hf_doge.sampling.weights import cap_shares, refuse_empty_domains, to_shares
 
 _FIRST_CHUNK = 2**8  # indices computed at a time: few at first, so that the first comes at once
 _CHUNK = 2**14
+_MOST_DRAWS = 2**62  # of one stream, so that its numbers fit in 64 bits
 
 
 class DomainWeightedSampler(Sampler[int]):
@@ -89,24 +91,22 @@ class DomainWeightedSampler(Sampler[int]):
             domains = DomainIndex.from_sizes(domains)
         elif not isinstance(domains, DomainIndex):
             domains = DomainIndex.from_labels(domains)
-        num_samples = domains.num_rows if num_samples is None else int(num_samples)
-        for name, value in (("num_samples", num_samples), ("num_epochs", num_epochs)):
-            if value <= 0:
-                raise ValueError(f"`{name}` must be positive, but got {value}.")
-        if max_epochs_per_domain is not None and not max_epochs_per_domain > 0:
-            raise ValueError(f"`max_epochs_per_domain` must be positive, but got {max_epochs_per_domain}.")
         self.domains = domains
-        self.num_samples = num_samples
-        self.seed = seed
-        self.draw = draw
-        self.max_epochs_per_domain = max_epochs_per_domain
-        self.num_epochs = num_epochs
+        self.num_samples = check_count(
+            "num_samples", domains.num_rows if num_samples is None else num_samples, most=_MOST_DRAWS
+        )
+        self.seed = check_seed("seed", seed)
+        self.draw = check_choice("draw", draw, DRAW_MODES)
+        self.max_epochs_per_domain = check_number(
+            "max_epochs_per_domain", max_epochs_per_domain, above=0, finite=False, optional=True
+        )
+        self.num_epochs = check_number("num_epochs", num_epochs, above=0, most=_MOST_DRAWS / self.num_samples)
         self.epoch = 0
         self._position = 0
         self._is_resuming = False
-        self._domain_keys = np.array([derive_key(seed, "order", name) for name in domains.names], dtype=np.uint64)
+        self._domain_keys = np.array([derive_key(self.seed, "order", name) for name in domains.names], dtype=np.uint64)
         shares = self._read_weights(weights, first_draw=0, counts=np.zeros(len(domains.names), np.int64))
-        self._schedule = DrawSchedule(shares, draw=draw, seed=seed)
+        self._schedule = DrawSchedule(shares, draw=self.draw, seed=self.seed)
 
     @property
     def effective_weights(self) -> dict[str, float]:
@@ -163,6 +163,7 @@ class DomainWeightedSampler(Sampler[int]):
         The one exception: between `load_state_dict` or `seek` and the next iteration, the epoch that was loaded keeps
         the position that was loaded, since training loops announce the epoch they resume in.
         """
+        epoch = check_count("epoch", epoch, least=0, most=_MOST_DRAWS // self.num_samples)
         if self._is_resuming and epoch == self.epoch:
             return
         self.epoch = epoch
@@ -179,9 +180,7 @@ class DomainWeightedSampler(Sampler[int]):
         Args:
             draw (`int`): `>= 0`. After `n` optimizer steps, `n` times the examples of a step over all processes.
         """
-        if draw < 0:
-            raise ValueError(f"`draw` must not be negative, but got {draw}.")
-        self.epoch, self._position = divmod(int(draw), self.num_samples)
+        self.epoch, self._position = divmod(check_count("draw", draw, least=0, most=_MOST_DRAWS), self.num_samples)
         self._is_resuming = True
 
     def set_weights(
@@ -201,7 +200,9 @@ class DomainWeightedSampler(Sampler[int]):
                 Number in the whole stream, epoch times `num_samples` plus position. Not before the draws handed out,
                 nor before the last weights began. Defaults to the next draw to hand out.
         """
-        first_draw = self.next_draw if first_draw is None else int(first_draw)
+        first_draw = check_count(
+            "first_draw", self.next_draw if first_draw is None else first_draw, least=-_MOST_DRAWS, most=_MOST_DRAWS
+        )
         earliest = max(self.next_draw, self._schedule.pieces[-1].first_draw)
         if first_draw < earliest:
             raise ValueError(

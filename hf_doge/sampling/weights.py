@@ -1,9 +1,11 @@
 """Weights as users give them, checked and turned into shares by domain position."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
+
+from hf_doge.checks import read_ratio, show
 
 logger = logging.getLogger(__name__)
 
@@ -26,7 +28,10 @@ def to_shares(weights: object, names: Sequence[str]) -> np.ndarray:
     if not isinstance(weights, Mapping) and isinstance(getattr(weights, "mean", None), Mapping):
         weights = weights.mean
     if callable(getattr(weights, "items", None)):  # a mapping, or a pandas Series, whose order may be another
-        weights = {str(name): weight for name, weight in weights.items()}
+        given = list(weights.items())
+        weights = {str(name): weight for name, weight in given}
+        if len(weights) < len(given):
+            raise ValueError(f"Every domain must have one weight, but got {show(given)}. Name each domain once.")
         unknown = sorted(str(name) for name in weights.keys() - set(names))
         if unknown:
             raise ValueError(
@@ -39,15 +44,22 @@ def to_shares(weights: object, names: Sequence[str]) -> np.ndarray:
                 f"Every domain of the data needs a weight, but {missing} have none. Set their weight, 0 to leave them out."
             )
         weights = [weights[name] for name in names]
-    values = np.array(weights, dtype=np.float64)
-    if values.shape != (len(names),):
+    shape = getattr(weights, "shape", None)
+    flat = (
+        isinstance(weights, Iterable) and not isinstance(weights, str | bytes) and (shape is None or len(shape) == 1)
+    )
+    weights = list(weights) if flat else []
+    if len(weights) != len(names):
+        got = f"weights of shape {(len(weights),) if flat else tuple(shape or ())}"
         raise ValueError(
-            f"There must be one weight for each of the {len(names)} domains, but got weights of shape {values.shape}. "
-            "Give a dict from domain name to weight."
+            f"There must be one weight for each of the {len(names)} domains, but got {got}. Give a dict from domain name to "
+            "weight."
         )
-    refused = {name: float(value) for name, value in zip(names, values, strict=True) if not 0 <= value < np.inf}
+    read = [read_ratio(weight) for weight in weights]
+    refused = {name: weight for name, weight, value in zip(names, weights, read, strict=True) if value is None}
     if refused:
-        raise ValueError(f"Weights must be finite and not negative, but got {refused}.")
+        raise ValueError(f"Weights must be numbers, finite and not negative, but got {show(refused)}.")
+    values = np.array(read, dtype=np.float64)
     if not values.any():
         raise ValueError(f"At least one weight must be positive, but the weights of {list(names)} are all 0.")
     values /= values.max()  # so that the sum of huge numbers is finite

@@ -24,7 +24,6 @@ import pyarrow as pa
 from torch import Tensor
 
 from hf_doge._version import __version__
-from hf_doge.artifacts.checks import require_json
 from hf_doge.artifacts.files import STAGED_PREFIX, file_sha256, replace_files, require_own_folder, sha256
 from hf_doge.artifacts.influence.card import renewed_card
 from hf_doge.artifacts.influence.checkpoint_writer import PARTIAL, CheckpointWriter
@@ -51,6 +50,7 @@ from hf_doge.artifacts.influence.manifest import (
     write_atomically,
 )
 from hf_doge.artifacts.influence.tables import to_parquet
+from hf_doge.checks import check_choice, check_count, check_json, check_path, check_seed
 
 _CHECKPOINTS_SCHEMA = pa.schema(
     {
@@ -117,23 +117,17 @@ class IndexWriter:
         settings: Mapping[str, Any] | None = None,
         add_examples: bool = False,
     ) -> None:
-        sizes = {
-            "width": width,
-            "vocabulary_size": vocabulary_size,
-            "num_examples": num_examples,
-            "max_segment_bytes": max_segment_bytes,
-        }
-        for name, value in sizes.items():
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"`{name}` must be an integer >= 1, but got {value!r}.")
-        if dtype not in DTYPES:
-            raise ValueError(f"`dtype` must be one of {list(DTYPES)}, but got {dtype!r}.")
-        if projection_width is not None and not 1 <= projection_width <= width:
-            raise ValueError(f"`projection_width` must be in [1, {width}], but got {projection_width!r}.")
+        width = check_count("width", width)
+        vocabulary_size = check_count("vocabulary_size", vocabulary_size)
+        num_examples = check_count("num_examples", num_examples)
+        max_segment_bytes = check_count("max_segment_bytes", max_segment_bytes)
+        check_choice("dtype", dtype, DTYPES)
+        projection_width = check_count("projection_width", projection_width, most=width, optional=True)
+        projection_seed = check_seed("projection_seed", projection_seed)
         unknown = sorted(set(settings or {}) - set(SETTINGS))
         if unknown:
             raise ValueError(f"`settings` must be among {list(SETTINGS)}, but got {unknown}.")
-        self.folder = Path(folder)
+        self.folder = Path(check_path("folder", folder))
         self.max_segment_bytes = max_segment_bytes
         self.first_example, self.num_examples = 0, num_examples
         self._growth: Growth | None = None
@@ -150,7 +144,7 @@ class IndexWriter:
             "projection": projection,
             "vocabulary_size": vocabulary_size,
             "num_examples": num_examples,
-            **require_json("settings", {**SETTINGS, **(settings or {})}),
+            **check_json("settings", {**SETTINGS, **(settings or {})}),
         }
         if add_examples:
             read_config(self.folder)  # there must be one
@@ -365,7 +359,7 @@ class IndexWriter:
         facts = dict(zip(CHECKPOINT_FACTS, values, strict=True))
         if second_moments is not None:
             facts["second_moments"] = second_moments
-        facts = require_json("checkpoint", facts)
+        facts = check_json("checkpoint", facts)
         return CheckpointWriter(self, facts, position=len(self.config["checkpoints"]), borders=borders)
 
     def _checkpoint_to_grow(
