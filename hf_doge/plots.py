@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from hf_doge.artifacts.files import write_atomically
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -289,6 +291,4 @@ def _write(figure: "Figure", path: str | os.PathLike | None) -> None:
     content = io.BytesIO()
     figure.savefig(content, format=path.suffix.lstrip(".") or "png")
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    unfinished.write_bytes(content.getvalue())
-    os.replace(unfinished, path)
+    write_atomically(path, content.getvalue())

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hf_doge.artifacts.folder import FETCHED_FILES, read_folder, unknown_keys, write_folder
+from hf_doge.artifacts.folder import FETCHED_FILES, read_folder, write_folder
 from hf_doge.artifacts.hub.fetch import fetch_folder
 from hf_doge.artifacts.readers import read_ratios
 from hf_doge.artifacts.summary import summarize
@@ -201,6 +201,9 @@ class DomainWeights:
         saving again completes it. Other files stay, and so does what a person wrote into `README.md`: only the block between
         our markers and our keys of its YAML are written anew, and without markers it is kept whole, with a warning.
 
+        Several processes may call this for one folder, as those of `accelerate launch` do in a script that knows of none:
+        they save one after the other, and each can read an artifact when it returns.
+
         Args:
             save_directory (`str` or `os.PathLike`): New, empty, or an artifact to replace.
             plot (`bool`): Also draw `plot.png` for the card, where matplotlib is installed.
@@ -307,8 +310,9 @@ class DomainWeights:
             local_files_only=local_files_only,
             force_download=force_download,
         )
-        weights = cls(**read_folder(folder))
-        weights.unknown_keys = unknown_keys(folder)
+        arguments, unknown_keys = read_folder(folder)
+        weights = cls(**arguments)
+        weights.unknown_keys = unknown_keys
         return weights
 
     def __eq__(self, other: object) -> bool:

@@ -1,18 +1,38 @@
 """
-A set of files that is replaced as one.
+Files and folders that are replaced as one, whoever reads or writes them meanwhile, and whenever a process is killed.
 
-One of the files, the manifest, says which contents the others must have. Contents are first *staged* in the same folder
+Of a set of files one, the manifest, says which contents the others must have. Contents are first *staged* in the same folder
 under names that carry their checksum, then moved to their places. The move of the manifest is the moment of change:
 before it every reader finds the old set, after it the new one, if need be from the staged files. So a crash at any
 point loses nothing, no file that is not ours is touched, and saving again completes what was interrupted.
+
+Processes that save to the same place at once do so one after the other, and each finds a whole set when it is done. All
+modes follow the umask of who saves.
 """
 
+import ctypes
+import errno
 import hashlib
 import os
-from collections.abc import Mapping
+import shutil
+import sys
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import BinaryIO, TypeVar
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 STAGED_PREFIX = ".hf_doge-"
+_LOOKS = 100  # of a reader at a set that is replaced again and again
+_AT_WORKING_DIRECTORY = -100  # AT_FDCWD
+_EXCHANGE = 2  # RENAME_EXCHANGE of Linux, RENAME_SWAP of macOS
+
+Result = TypeVar("Result")
 
 
 def sha256(content: bytes) -> str:
@@ -75,10 +95,13 @@ def replace_files(folder: Path, files: Mapping[str, bytes], *, manifest: str) ->
     for name in order:
         path = folder / name
         path.parent.mkdir(exist_ok=True)
-        os.replace(staged[name], path)
+        try:
+            os.replace(staged[name], path)
+        except FileNotFoundError:  # without locks, another process that saves the same has been quicker
+            write_atomically(path, files[name])
         sync_folder(path.parent)
     for leftover in folder.glob(f"{STAGED_PREFIX}*"):
-        leftover.unlink()
+        leftover.unlink(missing_ok=True)
 
 
 def read_verified(folder: Path, name: str, *, checksum: str) -> bytes:
@@ -113,17 +136,188 @@ def _staged_path(folder: Path, name: str, checksum: str) -> Path:
 def _stage(folder: Path, name: str, content: bytes) -> Path:
     path = _staged_path(folder, name, sha256(content))
     with path.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
+        _write_out(file, content)
     return path
 
 
-def sync_folder(folder: Path) -> None:
-    """Make renames in the folder last through a power cut, where the system lets a folder be opened."""
-    if os.name == "nt":
+def _write_out(file: BinaryIO, content: bytes) -> None:
+    file.write(content)
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a file that is there whole or not at all, also if the disk is full, the power fails or others write it too."""
+    with _unfinished(path.with_name(f".{path.name}.tmp")) as (file, temporary):
+        try:
+            _write_out(file, content)
+            os.replace(temporary, path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+
+
+@contextmanager
+def _unfinished(temporary: Path) -> Iterator[tuple[BinaryIO, Path]]:
+    """An empty file to write to, and its path: this one if there are locks, by which others wait until it has moved."""
+    while fcntl is not None:
+        with temporary.open("ab") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX)
+            except OSError:
+                break
+            if _is_at(file, temporary):
+                file.truncate(0)
+                yield file, temporary
+                return
+    own = temporary.with_name(f"{temporary.name}-{uuid.uuid4().hex}")
+    with own.open("wb") as file:
+        yield file, own
+
+
+def _is_at(file: BinaryIO, path: Path) -> bool:
+    with suppress(FileNotFoundError):
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    return False
+
+
+@contextmanager
+def sole_writer(folder: Path) -> Iterator[None]:
+    """
+    Keep other processes and threads that ask for the same from the folder, which must exist: they wait.
+
+    The lock is on the folder itself, leaves no file behind and ends with the process. Where the file system has none,
+    nobody waits, which is safe as long as all save the same.
+    """
+    if fcntl is None:
+        yield
         return
     descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        with suppress(OSError):  # explicitly, as a process that was forked meanwhile has the descriptor too
+            fcntl.flock(descriptor, fcntl.LOCK_UN)
+        os.close(descriptor)
+
+
+def read_settled(folder: Path, manifest: str, read: Callable[[], Result]) -> Result:
+    """
+    Read a set of files that somebody may be replacing: what does not fit together is looked at a second time.
+
+    Args:
+        folder (`Path`): Of the set.
+        manifest (`str`): The file that tells which contents the others must have.
+        read (`Callable`): Raises `ValueError` or `FileNotFoundError` if something is missing or altered.
+    """
+
+    def look() -> bytes | None:
+        with suppress(OSError):
+            return (folder / manifest).read_bytes()
+
+    for _ in range(_LOOKS):
+        before = look()
+        try:
+            return read()
+        except (ValueError, FileNotFoundError):
+            if not folder.is_dir():
+                raise
+        with sole_writer(folder):  # who was in the middle of a save is done now
+            if look() == before:
+                break
+    with sole_writer(folder):
+        return read()
+
+
+@contextmanager
+def staged_folder(place: Path) -> Iterator[Path]:
+    """
+    An empty folder to fill. When the block ends without an error it takes its place in one step, over an older one if
+    there is one; until then, whenever that is interrupted, the older one is there. What killed processes left is removed.
+    """
+    prefix = f"{STAGED_PREFIX}{place.name}"
+    place.parent.mkdir(parents=True, exist_ok=True)
+    staged = place.with_name(f"{prefix}-{uuid.uuid4().hex}")
+    staged.mkdir()
+    try:
+        with sole_writer(staged):  # by which others know that it is in use
+            yield staged
+            mode = staged.stat().st_mode & 0o666  # some libraries write files that their owner alone may read
+            for path in staged.rglob("*"):
+                if path.is_file():
+                    path.chmod(mode)
+            sync_folder(staged)
+            _move_folder(staged, place)
+            sync_folder(place.parent)
+    finally:
+        shutil.rmtree(staged, ignore_errors=True)  # or what was replaced
+    for left in place.parent.iterdir():
+        if left.name.startswith((f"{prefix}-", f"{prefix}.")) and _is_abandoned(left):
+            shutil.rmtree(left, ignore_errors=True)
+
+
+def _move_folder(staged: Path, place: Path) -> None:
+    """Move a folder to its place. What was there is in the place of the other then, or gone if that was empty."""
+    for _ in range(_LOOKS):
+        try:
+            os.rename(staged, place)
+            return
+        except OSError as error:
+            if not place.is_dir():
+                raise
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.EACCES):
+                raise
+        if _exchange(staged, place):
+            return
+        # Without that, there is a moment without either.
+        aside = staged.with_name(f"{staged.name}.old")
+        with suppress(FileNotFoundError):
+            os.rename(place, aside)
+        try:
+            os.rename(staged, place)
+        except OSError:
+            with suppress(OSError):  # unless another process that saves to the same place has been quicker
+                os.rename(aside, place)
+        if place.is_dir():
+            shutil.rmtree(aside, ignore_errors=True)
+        if not staged.exists():
+            return
+    raise OSError(errno.EBUSY, "Others keep replacing the folder. Save it again", str(place))
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Let two folders change places in one step, where the system can."""
+    library = ctypes.CDLL(None, use_errno=True) if os.name == "posix" else None
+    one, other = os.fsencode(one), os.fsencode(other)
+    if hasattr(library, "renameat2"):
+        return library.renameat2(_AT_WORKING_DIRECTORY, one, _AT_WORKING_DIRECTORY, other, _EXCHANGE) == 0
+    if sys.platform == "darwin" and hasattr(library, "renamex_np"):
+        return library.renamex_np(one, other, _EXCHANGE) == 0
+    return False
+
+
+def _is_abandoned(folder: Path) -> bool:
+    """Whether nobody is at a folder. Where there are no locks, nobody can tell."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError:  # gone already
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return True
+    except (OSError, AttributeError):
+        return False
+    finally:
+        os.close(descriptor)
+
+
+def sync_folder(path: Path) -> None:
+    """Make renames in a folder (or the content of a file) last through a power cut, where the system lets it be opened."""
+    if os.name == "nt":
+        return
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

@@ -18,7 +18,15 @@ import pyarrow.parquet as pq
 
 from hf_doge._version import __version__
 from hf_doge.artifacts.cards import PLOT_FILE, card_bytes, draw_plot, read_card, weights_card
-from hf_doge.artifacts.files import read_verified, remove_file, replace_files, require_own_folder, sha256
+from hf_doge.artifacts.files import (
+    read_settled,
+    read_verified,
+    remove_file,
+    replace_files,
+    require_own_folder,
+    sha256,
+    sole_writer,
+)
 from hf_doge.artifacts.readers import parse_json
 from hf_doge.artifacts.trajectory import Trajectory
 
@@ -52,21 +60,24 @@ def write_folder(weights: "DomainWeights", folder: Path, *, plot: bool = False) 
     files = artifact_files(weights, plot=plot)
     tables = [name for name in files if name.endswith(".parquet")]
 
-    require_own_folder(folder, manifest=MANIFEST, subfolders=("weights", "trajectory"))
-    replaced = {}
-    if (folder / MANIFEST).exists():
-        replaced = read_manifest(folder)["files"]  # a file of this name that is not ours is not ours to replace
-    existing = read_card(folder / CARD_FILE)
-    files[CARD_FILE] = card_bytes(
-        weights_card(
-            weights, data_files={name: files[name] for name in tables}, plot=PLOT_FILE in files, existing=existing
+    if not folder.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+    with sole_writer(folder):
+        require_own_folder(folder, manifest=MANIFEST, subfolders=("weights", "trajectory"))
+        replaced = {}
+        if (folder / MANIFEST).exists():
+            replaced = read_manifest(folder)["files"]  # a file of this name that is not ours is not ours to replace
+        existing = read_card(folder / CARD_FILE)
+        files[CARD_FILE] = card_bytes(
+            weights_card(
+                weights, data_files={name: files[name] for name in tables}, plot=PLOT_FILE in files, existing=existing
+            )
         )
-    )
-    replace_files(folder, files, manifest=MANIFEST)
-    if weights.trajectory is None:
-        remove_file(folder / TRAJECTORY_FILE)
-    if PLOT_FILE in replaced and PLOT_FILE not in files:
-        remove_file(folder / PLOT_FILE)
+        replace_files(folder, files, manifest=MANIFEST)
+        if weights.trajectory is None:
+            remove_file(folder / TRAJECTORY_FILE)
+        if PLOT_FILE in replaced and PLOT_FILE not in files:
+            remove_file(folder / PLOT_FILE)
 
 
 def artifact_files(weights: "DomainWeights", *, plot: bool) -> dict[str, bytes]:
@@ -80,8 +91,15 @@ def artifact_files(weights: "DomainWeights", *, plot: bool) -> dict[str, bytes]:
     return {**files, MANIFEST: _to_manifest(weights, files)}
 
 
-def read_folder(folder: Path) -> dict[str, Any]:
-    """The arguments of [`DomainWeights`], checked against their checksums. See [`DomainWeights.from_pretrained`]."""
+def read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """
+    The arguments of [`DomainWeights`], checked against their checksums, and what a newer version wrote into the manifest
+    besides: to be kept, not to be understood. See [`DomainWeights.from_pretrained`].
+    """
+    return read_settled(folder, MANIFEST, lambda: _read_folder(folder))
+
+
+def _read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     manifest = read_manifest(folder)
     contents = {
         name: read_verified(folder, name, checksum=manifest["files"][name])
@@ -94,7 +112,7 @@ def read_folder(folder: Path) -> dict[str, Any]:
     names = manifest["domain_names"]
     if sorted(names) != sorted(manifest["mean"]):
         raise ValueError(f"`domain_names` of {MANIFEST} must be the domains of `mean`, but is {names}.")
-    return {
+    arguments = {
         "mean": {name: manifest["mean"][name] for name in names},
         "last": manifest["last"],
         "trajectory": trajectory,
@@ -102,12 +120,7 @@ def read_folder(folder: Path) -> dict[str, Any]:
         "domains": manifest["domains"],
         "metadata": manifest["metadata"],
     }
-
-
-def unknown_keys(folder: Path) -> dict[str, Any]:
-    """What a newer version wrote into the manifest beside what this one knows: to be kept, not to be understood."""
-    manifest = read_manifest(folder)
-    return {key: value for key, value in manifest.items() if key not in {*_KEYS, *_VERSION_KEYS}}
+    return arguments, {key: value for key, value in manifest.items() if key not in {*_KEYS, *_VERSION_KEYS}}
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 
 from hf_doge.artifacts import DomainWeights
+from hf_doge.artifacts.files import write_atomically
 from hf_doge.cli.console import save_plot, say
 from hf_doge.evaluation.comparison import Comparison
 from hf_doge.plots import plot_comparison
@@ -66,7 +67,7 @@ def write_report(folder: Path, sections: Sequence[Section]) -> Path:
     """Write the sections into one file that needs no other, `report.md` in the folder."""
     report = folder / "report.md"
     text = "\n".join(["# Domain weights\n", *(section.to_markdown(embed=True) for section in sections)])
-    report.write_text(text, encoding="utf-8")
+    write_atomically(report, text.encode())
     return report
 
 

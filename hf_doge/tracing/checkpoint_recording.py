@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import TrainerState, TrainingArguments
 
+from hf_doge.artifacts.files import write_atomically
 from hf_doge.gradients.embedding_uses import input_embedding_matrix
 from hf_doge.tracing.batches import SequentialBatches
 from hf_doge.tracing.examples import Examples
@@ -260,9 +261,7 @@ def require_whole_weights(model: nn.Module, args: TrainingArguments) -> None:
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    write_atomically(path, f"{json.dumps(content, indent=2)}\n".encode())
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:

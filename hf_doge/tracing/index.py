@@ -20,6 +20,7 @@ from datasets import ClassLabel, Dataset
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from hf_doge.artifacts.files import write_atomically
 from hf_doge.artifacts.hub.fetch import fetch_folder
 from hf_doge.artifacts.influence import IndexReader
 from hf_doge.artifacts.influence.remote import RemoteIndexReader
@@ -535,7 +536,7 @@ class InfluenceIndex:
             read_example=lambda hit: example_reading(hit, tokenizer, fields),
         )
         if path is not None:
-            Path(path).write_text(page, encoding="utf-8")
+            write_atomically(Path(path), page.encode())
         return page
 
     def _build_maps(self) -> None:

@@ -1,11 +1,20 @@
 """The folder of an index: what belongs to it, and copying it."""
 
-import os
 import shutil
 from pathlib import Path
 
+from hf_doge.artifacts.files import read_settled, staged_folder, sync_folder
+from hf_doge.artifacts.influence.checkpoint_writer import PARTIAL
 from hf_doge.artifacts.influence.lock import LOCK_FILE
-from hf_doge.artifacts.influence.manifest import CARD_FILE, GRADIENTS, MANIFEST, OFFSETS, read_config
+from hf_doge.artifacts.influence.manifest import (
+    CARD_FILE,
+    GRADIENTS,
+    MANIFEST,
+    OFFSETS,
+    check_files,
+    read_config,
+    recorded_checksums,
+)
 from hf_doge.tracing.weights import MODELS
 
 # config.json first: what it names is there by then, and stays, whatever is added while the rest is copied.
@@ -15,12 +24,11 @@ FETCHED_FILES = (
     CARD_FILE,
     *(f"{name}/*" for name in ("examples", "checkpoints", GRADIENTS, OFFSETS, MODELS)),
 )
-_STAGED, _REPLACED = ".hf_doge-{name}.new", ".hf_doge-{name}.old"
 
 
 def copy_index(folder: Path, save_directory: Path) -> None:
     """
-    Copy an index: staged beside its place, then moved there in one step.
+    Copy an index: staged next to its place, then moved there in one step.
 
     Args:
         folder (`Path`): Of the index.
@@ -34,24 +42,8 @@ def copy_index(folder: Path, save_directory: Path) -> None:
     if save_directory.exists() and save_directory.resolve() == folder.resolve():
         return
     _require_replaceable(save_directory)
-    save_directory.parent.mkdir(parents=True, exist_ok=True)
-    staged, replaced = (
-        save_directory.with_name(pattern.format(name=save_directory.name)) for pattern in (_STAGED, _REPLACED)
-    )
-    shutil.rmtree(staged, ignore_errors=True)
-    staged.mkdir()
-    try:
-        for name in _ENTRIES:
-            _copy(folder / name, staged / name)
-        read_config(staged)
-    except BaseException:
-        shutil.rmtree(staged, ignore_errors=True)
-        raise
-    if save_directory.exists():
-        shutil.rmtree(replaced, ignore_errors=True)
-        os.replace(save_directory, replaced)
-    os.replace(staged, save_directory)
-    shutil.rmtree(replaced, ignore_errors=True)
+    with staged_folder(save_directory) as staged:
+        read_settled(folder, MANIFEST, lambda: _copy_entries(folder, staged))
 
 
 def _require_replaceable(folder: Path) -> None:
@@ -69,9 +61,26 @@ def _require_replaceable(folder: Path) -> None:
         read_config(folder)  # a config.json that is not of an index is not ours to replace
 
 
+def _copy_entries(folder: Path, staged: Path) -> None:
+    """
+    Raises:
+        FileNotFoundError, ValueError: The index was replaced by another meanwhile.
+    """
+    for left in staged.iterdir():  # of a first look
+        shutil.rmtree(left) if left.is_dir() else left.unlink()
+    for name in _ENTRIES:
+        _copy(folder / name, staged / name)
+    replaced = (folder / MANIFEST).read_bytes() != (staged / MANIFEST).read_bytes()
+    check_files(staged if replaced else folder, recorded_checksums(read_config(staged)), verify=replaced)
+
+
 def _copy(source: Path, target: Path) -> None:
-    """A file or a folder; recordings that are not finished stay behind."""
+    """A file or a folder, with the modes of new ones; recordings that are not finished stay behind."""
     if source.is_dir():
-        shutil.copytree(source, target, ignore=shutil.ignore_patterns("*.partial", ".*"))
+        target.mkdir(exist_ok=True)
+        for entry in source.iterdir():
+            if not entry.name.startswith(".") and not entry.name.endswith(PARTIAL):
+                _copy(entry, target / entry.name)
     elif source.is_file():
         shutil.copyfile(source, target)
+        sync_folder(target)

@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ import torch
 import transformers
 from torch import nn
 
+from hf_doge.artifacts.files import staged_folder
 from hf_doge.tracing.fingerprints import unwrap_model
 
 MODELS = "models"
@@ -36,23 +36,15 @@ def save_model(model: nn.Module, path: Path, *, processing_class: Any | None = N
         processing_class (`PreTrainedTokenizerBase`, *optional*): Saved beside it.
     """
     model = unwrap_model(model)
-    temporary = path.with_name(f".{path.name}.partial")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    try:
+    with staged_folder(path) as staged:
         if hasattr(model, "save_pretrained"):
-            model.save_pretrained(temporary)
+            model.save_pretrained(staged)
         else:
             from safetensors.torch import save_model as save_state
 
-            save_state(model, str(temporary / "model.safetensors"))
+            save_state(model, str(staged / "model.safetensors"))
         if hasattr(processing_class, "save_pretrained"):
-            processing_class.save_pretrained(temporary)
-        shutil.rmtree(path, ignore_errors=True)
-        os.replace(temporary, path)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+            processing_class.save_pretrained(staged)
 
 
 def load_model(

@@ -22,6 +22,7 @@ from transformers import (
 
 from hf_doge._version import __version__
 from hf_doge.artifacts.domain_weights import DomainWeights
+from hf_doge.artifacts.files import write_atomically
 from hf_doge.evaluation.comparison import Comparison, MixtureRun
 from hf_doge.training.global_batch import examples_per_step
 from hf_doge.training.mixture import DomainWeightedTrainer
@@ -205,6 +206,4 @@ def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
 
 def _write_finished(path: Path, run: MixtureRun, arguments: Mapping[str, Any]) -> None:
     contents = {"hf_doge_version": __version__, **run.to_dict(), "arguments": arguments}
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(contents, indent=2, sort_keys=True, ensure_ascii=False), encoding="utf-8")
-    partial.replace(path)
+    write_atomically(path, json.dumps(contents, indent=2, sort_keys=True, ensure_ascii=False).encode())

@@ -19,13 +19,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hf_doge.artifacts.files import file_sha256, sha256, sync_folder
+from hf_doge.artifacts.files import file_sha256, sha256, sync_folder, write_atomically
 from hf_doge.artifacts.influence.manifest import (
     GRADIENTS,
     OFFSETS,
     example_dtype,
     to_json,
-    write_atomically,
 )
 from hf_doge.artifacts.influence.segments import encode_segment
 from hf_doge.artifacts.readers import parse_json

@@ -7,10 +7,10 @@ from typing import Any
 
 import pyarrow as pa
 
-from hf_doge.artifacts.files import sha256
+from hf_doge.artifacts.files import sha256, write_atomically
 from hf_doge.artifacts.influence.checkpoint_writer import CheckpointWriter
 from hf_doge.artifacts.influence.examples import read_examples, same_examples
-from hf_doge.artifacts.influence.manifest import added_examples_file, write_atomically
+from hf_doge.artifacts.influence.manifest import added_examples_file
 from hf_doge.artifacts.influence.tables import as_stored, to_parquet
 
 

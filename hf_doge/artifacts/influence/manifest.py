@@ -1,7 +1,6 @@
 """`config.json` of an influence index: what is in the folder, how it was made, and the sha256 of every file."""
 
 import json
-import os
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -201,20 +200,6 @@ def check_files(folder: Path, checksums: Mapping[str, str | None], *, verify: bo
             f"Files of the influence index in {str(folder)!r} were altered or cut short, as their sha256 is not the"
             f" recorded one: {altered[:5]} ({len(altered)} in all). Fetch them again."
         )
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file that is there whole or not at all, also when the disk is full or the power fails."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 def _check_kinds(mapping: Any, kinds: Mapping[str, Any], source: str) -> None:

@@ -9,10 +9,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hf_doge.artifacts.files import read_settled
 from hf_doge.artifacts.influence.checkpoint_writer import check_token_rows
 from hf_doge.artifacts.influence.encoding import decode_rows, recorded_projection
 from hf_doge.artifacts.influence.examples import check_number_of_examples, read_examples
 from hf_doge.artifacts.influence.manifest import (
+    MANIFEST,
     check_files,
     read_config,
     recorded_checksums,
@@ -87,12 +89,17 @@ class IndexReader:
             ValueError: No checkpoint is whole yet, a file was altered or cut short (named), or config.json cannot be read.
         """
         folder = Path(folder)
-        config = read_config(folder)
-        require_checkpoints(config, str(folder))
+
+        def read() -> dict[str, Any]:
+            config = read_config(folder)
+            require_checkpoints(config, str(folder))
+            check_files(folder, recorded_checksums(config), verify=verify)
+            if verify:
+                check_number_of_examples(folder, config)
+            return config
+
+        config = read_settled(folder, MANIFEST, read)
         warn_of_unknown(config)
-        check_files(folder, recorded_checksums(config), verify=verify)
-        if verify:
-            check_number_of_examples(folder, config)
         return cls(folder, config, cache_dir=default_cache_dir() if cache_dir is None else Path(cache_dir))
 
     @property

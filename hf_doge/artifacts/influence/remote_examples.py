@@ -9,8 +9,7 @@ import json
 import os
 import uuid
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +17,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from hf_doge.artifacts.files import write_atomically
 from hf_doge.artifacts.hub.ranges import ByteRange, RangedFile, read_all
-from hf_doge.artifacts.influence.manifest import to_json, write_atomically
+from hf_doge.artifacts.influence.manifest import to_json
 
 _END_BYTES = 2**16  # what pyarrow looks at first
 _LARGEST_GROUP = 2**28  # bytes in memory; ours have 1024 rows
@@ -168,29 +168,20 @@ class _PartialParquet:
         self._end = len(content)
         if self._known() is not None:
             return  # another process was quicker, and may have fetched more since
-        with self._own(self._path) as own:
+        own = self._path.with_name(f".{self._path.name}-{uuid.uuid4().hex}")
+        try:
             with own.open("wb") as file:
                 file.truncate(self._size)
                 file.seek(self._size - self._end)
                 file.write(content)
             os.replace(own, self._path)
+        finally:
+            own.unlink(missing_ok=True)
         self._crcs = {"end": zlib.crc32(content)}
         self._note()
 
     def _note(self) -> None:
-        with self._own(self._journal) as own:
-            write_atomically(own, to_json({"size": self._size, "end": self._end, "crcs": self._crcs}))
-            os.replace(own, self._journal)
-
-    @staticmethod
-    @contextmanager
-    def _own(path: Path) -> Iterator[Path]:
-        """Where to write a file that other processes may be writing as well."""
-        own = path.with_name(f".{path.name}-{uuid.uuid4().hex}")
-        try:
-            yield own
-        finally:
-            own.unlink(missing_ok=True)
+        write_atomically(self._journal, to_json({"size": self._size, "end": self._end, "crcs": self._crcs}))
 
     def _write(self, contents: Mapping[int, bytes]) -> None:
         with self._path.open("r+b") as file:

@@ -24,7 +24,14 @@ import pyarrow as pa
 from torch import Tensor
 
 from hf_doge._version import __version__
-from hf_doge.artifacts.files import STAGED_PREFIX, file_sha256, replace_files, require_own_folder, sha256
+from hf_doge.artifacts.files import (
+    STAGED_PREFIX,
+    file_sha256,
+    replace_files,
+    require_own_folder,
+    sha256,
+    write_atomically,
+)
 from hf_doge.artifacts.influence.card import renewed_card
 from hf_doge.artifacts.influence.checkpoint_writer import PARTIAL, CheckpointWriter
 from hf_doge.artifacts.influence.encoding import projection_matrix, projection_sha256, recorded_projection
@@ -47,7 +54,6 @@ from hf_doge.artifacts.influence.manifest import (
     read_config,
     require_checkpoints,
     to_json,
-    write_atomically,
 )
 from hf_doge.artifacts.influence.tables import to_parquet
 from hf_doge.checks import check_choice, check_count, check_json, check_path, check_seed
