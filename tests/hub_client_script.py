@@ -21,7 +21,7 @@ from huggingface_hub import (
     snapshot_download,
 )
 
-from tests.hub.handle import BAD_TOKEN, OTHER_TOKEN, READ_TOKEN, HubControl
+from tests.hub.handle import BAD_TOKEN, OTHER_TOKEN, READ_TOKEN, HubControl, validate_card
 
 REPO = "doge/mixture"
 LARGE = bytes(range(256)) * 4096
@@ -139,7 +139,7 @@ def cards(api):
     """A card is validated, pushed and loaded."""
     data = DatasetCardData(license="mit", tags=["doge"], size_categories=["n<1K"], pretty_name="yes: 1e3")
     card = DatasetCard.from_template(data, template_str="---\n{{ card_data }}\n---\n\n# Mixture\n")
-    card.validate()
+    validate_card(card)
     card.push_to_hub(REPO)
     wrong = DatasetCard("---\nlicense: not-a-license\nsize_categories: [12]\n---\n")
     readme = {"path_in_repo": "README.md", "repo_id": REPO, "repo_type": "dataset"}

@@ -16,6 +16,7 @@ from datasets import load_dataset
 from huggingface_hub import DatasetCard, HfApi, HfFileSystem
 
 from hf_doge import DomainWeights, InfluenceIndex
+from tests.hub.handle import validate_card
 from tests.influence_tools import classifier, sentences, tokenised, train, wordpiece_tokenizer
 from tests.test_domain_weights import make_weights
 
@@ -45,7 +46,7 @@ def check_weights():
     table = load_dataset(WEIGHTS, "weights", revision="v1", split="train")
     seen["weights_table"] = dict(zip(table["domain"], table["weight"], strict=True)) == weights.mean
     card = DatasetCard.load(WEIGHTS)
-    card.validate()
+    validate_card(card)
     seen["weights_card"] = [card.data.size_categories, [one["config_name"] for one in card.data.configs]]
     return seen
 
@@ -73,7 +74,7 @@ def check_index(folder):
         streamed = sum(1 for _ in load_dataset(INDEX, config, split="train", streaming=True))
         seen[f"load {config}"] = len(table) == streamed > 0
     card = DatasetCard.load(INDEX)
-    card.validate()
+    validate_card(card)
     seen["index_card"] = [card.data.size_categories, [one["config_name"] for one in card.data.configs]]
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -1,22 +1,41 @@
 """Starting a script under `accelerate launch`: real processes, gloo, loopback."""
 
+import contextlib
 import gc
 import os
+import random
 import socket
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import torch.distributed as dist
+from filelock import FileLock, Timeout
 
 REPOSITORY = Path(__file__).parent.parent
 
 
+_PORT_LOCKS = []  # held until this process ends
+
+
 def free_port() -> int:
-    """A port that nothing listens on at the moment."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
+    """
+    A port that nothing listens on, and that nobody takes before those who are started with it.
+
+    It lies below the ports that Linux and macOS give away by themselves, and its lock keeps the other test processes of
+    this machine from it for as long as this one lives.
+    """
+    folder = Path(tempfile.gettempdir()) / f"hf_doge-ports-{os.getuid()}"
+    folder.mkdir(exist_ok=True)
+    for port in random.SystemRandom().sample(range(20_000, 32_000), 100):
+        lock = FileLock(folder / str(port))
+        with contextlib.suppress(Timeout, OSError), socket.socket() as probe:
+            lock.acquire(timeout=0)
+            probe.bind(("", port))
+            _PORT_LOCKS.append(lock)
+            return port
+    raise RuntimeError("None of 100 ports between 20000 and 32000 is free.")
 
 
 def end_process_group() -> None:

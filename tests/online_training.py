@@ -209,4 +209,4 @@ class Interrupt(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step == self.step:
-            raise KeyboardInterrupt
+            raise KeyboardInterrupt("stopped by the test")

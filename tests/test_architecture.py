@@ -84,3 +84,39 @@ def test_every_public_name_can_be_imported():
 def test_an_unknown_name_is_an_attribute_error():
     with pytest.raises(AttributeError, match="has no attribute 'DoGe'"):
         _ = hf_doge.DoGe
+
+
+# Tests that can fail
+
+TESTS = Path(__file__).parent
+TEST_TREES = {path: ast.parse(path.read_text()) for path in sorted(TESTS.rglob("*.py"))}
+
+
+def called_names(node):
+    for call in ast.walk(node):
+        if isinstance(call, ast.Call):
+            yield call, call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", "")
+
+
+def test_every_expected_error_is_told_by_its_message():
+    """Without `match` another error of the same class passes: a typing error in the test, the fault of a library."""
+    without = [
+        f"{path.name}:{call.lineno}"
+        for path, tree in TEST_TREES.items()
+        for call, name in called_names(tree)
+        if name == "raises" and not any(keyword.arg == "match" for keyword in call.keywords)
+    ]
+    assert without == []
+
+
+def test_every_test_asserts_something():
+    """By itself, or by calling a function of the tests that does."""
+    functions = [node for tree in TEST_TREES.values() for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
+    asserting = {"raises", "warns", "fail", "assert_close", "assert_allclose", "assert_array_equal"}
+    asserting |= {one.name for one in functions if any(isinstance(node, ast.Assert) for node in ast.walk(one))}
+    while True:
+        callers = {one.name for one in functions if any(name in asserting for _, name in called_names(one))}
+        if callers <= asserting:
+            break
+        asserting |= callers
+    assert [one.name for one in functions if one.name.startswith("test_") and one.name not in asserting] == []

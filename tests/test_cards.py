@@ -217,7 +217,8 @@ def test_the_sql_of_the_card_of_an_index_gives_the_scores_of_an_example(tmp_path
     for example, score in found.items():
         assert score == pytest.approx(exact[example], abs=tolerance * exact[3])
     assert len(found) == 10
-    assert set(np.argsort(-exact)[: min(10, (exact > 1e-3).sum())]) <= set(found) or kind in ("float16", "int8")
+    best = np.sort(exact[exact != 0])[-10:]  # of the examples that share a token
+    assert exact[list(found)].min() >= best[0] - 2 * tolerance * exact[3]
 
 
 def projected(rows, folder):
@@ -237,12 +238,21 @@ def test_the_sql_of_an_index_of_scaled_rows_ranks_examples_by_size(tmp_path, mon
 
 
 def test_the_code_of_the_card_of_an_index_works(tmp_path, monkeypatch):
-    folder, _ = index_of(tmp_path / "artifact")
-    with_us, without_us = code_of(read(folder), "python")
-    compile(with_us, "card", "exec")
+    folder, rows = index_of(tmp_path / "artifact")
+    _, without_us = code_of(
+        read(folder), "python"
+    )  # tests/test_influence_index.py runs the first, which needs a model
     names = {}
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     exec(without_us.replace("path/or/name", str(folder)), names)
-    assert next(iter(names["gradients"]))["token_id"] == 0 or len(names["examples"]) == 40
+    assert names["examples"]["text"][:] == [f"text {number}" for number in range(40)]
+    found = {(row["checkpoint"], row["example_id"], row["token_id"]): row for row in names["gradients"]}
+    assert len(found) == sum(len(one.tokens) for one in rows)
+    for checkpoint, one in enumerate(rows):
+        for example, (tokens, values) in enumerate(one):
+            for token, value in zip(tokens.tolist(), values, strict=True):
+                row = found[checkpoint, example, token]
+                assert np.array(row["grad"]) / row["scale"] == pytest.approx(value.numpy(), abs=2e-3)
 
 
 def test_with_a_repository_all_code_names_it(tmp_path):

@@ -26,7 +26,7 @@ class Training:
 
     def __call__(self, removed, seed):
         if self.fail_after is not None and len(self.calls) == self.fail_after:
-            raise KeyboardInterrupt
+            raise KeyboardInterrupt("stopped by the test")
         self.calls.append((removed, seed))
         kept = np.ones(NUM_EXAMPLES)
         kept[list(removed)] = 0
@@ -79,7 +79,7 @@ def test_noise_is_what_other_seeds_do_with_nothing_removed():
 def test_an_interrupted_evaluation_continues_where_it_stopped(tmp_path, cut):
     journal = tmp_path / "retrainings.jsonl"
     first = Training(fail_after=9)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt, match="stopped by the test"):
         run(first, journal_path=journal)
     if cut:  # the power went while the last line was written
         journal.write_bytes(journal.read_bytes()[:-cut])

@@ -52,7 +52,7 @@ def test_an_ingredient_given_beside_the_recipe_overrides_it(tmp_path):
 
 def test_help_renders_and_flags_parse(capsys, tmp_path):
     parser = HfArgumentParser(DoGEConfig)
-    with pytest.raises(SystemExit):
+    with pytest.raises(SystemExit, match=r"^0$"):
         parser.parse_args(["--help"])
     assert "--gradient_memory_budget" in capsys.readouterr().out
     (parsed,) = parser.parse_args_into_dataclasses(

@@ -183,6 +183,7 @@ def test_a_classifier_padded_on_the_left_gives_the_rows_of_its_padded_examples(m
     model, examples = build(make), examples_of(classification_example)
     batch = collate(examples, side="left")
     recorded = record(model, batch, verify=False)
+    assert len(recorded) == len(examples)
     for i, rows in enumerate(recorded):
         gradient = dense_gradient(model, {key: value[i : i + 1] for key, value in batch.items()})
         gradient[PAD] = 0
@@ -254,7 +255,9 @@ def test_the_choices_of_an_example_are_one_example():
         "labels": torch.tensor([0, 1, 1]),
     }
     batch["attention_mask"][0, 1, 3:] = 0
-    for i, rows in enumerate(record(model, batch)):
+    recorded = record(model, batch)
+    assert len(recorded) == 3
+    for i, rows in enumerate(recorded):
         assert_same_rows(rows, dense_gradient(model, {key: value[i : i + 1] for key, value in batch.items()}))
 
 
@@ -292,7 +295,9 @@ def test_options_of_top_k_are_those_of_the_functions():
         loss = 3 * model(**batch).loss
         (grads,) = torch.autograd.grad(loss, uses.lookups[0].output)
     for unit in ("position", "token"):
-        for i, (tokens, rows) in enumerate(record(model, batch, top_k=3, top_k_unit=unit)):
+        recorded = record(model, batch, top_k=3, top_k_unit=unit)
+        assert len(recorded) == 3
+        for i, (tokens, rows) in enumerate(recorded):
             mask = batch["attention_mask"][i]
             expected_tokens, expected_rows = top_k_rows(batch["input_ids"][i], grads[i], 3, unit=unit, mask=mask)
             assert torch.equal(tokens, expected_tokens)
@@ -523,7 +528,7 @@ def test_the_model_is_restored_exactly_even_after_an_error(fails):
     state = state_of(model)
     if fails:
         batch["input_ids"][0, 0] = V  # out of range: the lookup itself raises
-        with pytest.raises(IndexError):
+        with pytest.raises(IndexError, match="index out of range"):
             record(model, batch)
     else:
         record(model, batch)
@@ -620,7 +625,9 @@ def batch_normalised(hidden):
 
 def test_a_model_that_writes_into_its_embeddings_is_recorded_exactly():
     model, batch = build(Toy), toy_batch()
-    for i, (tokens, rows) in enumerate(record(model, batch)):
+    recorded = record(model, batch)
+    assert len(recorded) == len(batch["labels"])
+    for i, (tokens, rows) in enumerate(recorded):
         one = {key: value[i : i + 1] for key, value in batch.items()}
         (gradient,) = torch.autograd.grad(model(**one).loss, model.embedding.weight)
         assert_same_rows((tokens, rows), gradient)
@@ -827,5 +834,5 @@ def test_examples_of_a_recording_are_a_sequence():
     for i, (tokens, rows) in enumerate(recorded):
         assert torch.equal(recorded[i - 4][0], tokens)
         assert torch.equal(recorded[i][1], rows)
-    with pytest.raises(IndexError):
+    with pytest.raises(IndexError, match="out of range"):
         recorded[4]

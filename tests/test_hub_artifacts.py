@@ -77,7 +77,9 @@ def test_a_redacted_index_holds_no_training_text_anywhere(seen, hub):
 @pytest.mark.parametrize("repo_id", ["doge/mixture", "doge/influence", "doge/influence-redacted"])
 def test_no_file_holds_a_token_or_a_path_of_this_machine(seen, hub, folder, repo_id):
     secrets = [hub.token, str(Path.home()), str(folder), str(Path(__file__).parents[1])]
-    for path, content in hub.files(repo_id).items():
+    files = hub.files(repo_id)
+    assert {"README.md", ".gitattributes"} < set(files)
+    for path, content in files.items():
         for secret in secrets:
             assert secret.encode() not in content, f"{path} holds {secret}"
         if path.endswith((".json", ".md")):

@@ -100,7 +100,7 @@ def grow_step_by_step(folder, rows, *, stop_after=None):
         nonlocal steps
         steps += 1
         if steps == stop_after:
-            raise KeyboardInterrupt
+            raise KeyboardInterrupt("stopped by the test")
 
     writer = open_writer(folder, num_examples=NUM_EXAMPLES, add_examples=True)
     step()
@@ -120,7 +120,7 @@ def test_an_interrupted_growth_shows_nothing_and_goes_on(tmp_path, rows, stop):
     whole = shutil.copytree(folder, tmp_path / "whole")
     grow_step_by_step(whole, rows)
     before = contents(folder)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt, match="stopped by the test"):
         grow_step_by_step(folder, rows, stop_after=stop)
     after = contents(folder)
     assert {path: after[path] for path in before} == before

@@ -1,3 +1,4 @@
+import re
 import shutil
 from itertools import product
 from pathlib import Path
@@ -127,6 +128,7 @@ def test_the_size_of_query_batches_changes_nothing(index):
 def test_top_n_is_that_of_brute_force(index, train_set, query_set):
     expected = brute_force(index, train_set, query_set)
     hits = index.search(query_set, top_k=4)
+    assert len(hits) == 5 * 2 * 4
     for query, scores in enumerate(expected):
         for kind, order in (("proponent", np.argsort(-scores)), ("opponent", np.argsort(scores))):
             mine = hits.filter(lambda hit: hit["query"] == query and hit["kind"] == kind)  # noqa: B023
@@ -197,7 +199,9 @@ def test_synonym_scores_are_those_of_the_slow_reference(index, tokenizer, train_
 
 
 def test_the_token_kernel_is_the_synonym_kernel_without_synonyms(index, query_set):
-    for hit in index.search(query_set, top_k=30):
+    hits = index.search(query_set, top_k=30)
+    assert len(hits) == 5 * 24
+    for hit in hits:
         assert dict(zip(hit["token_ids"], hit["token_scores"], strict=True)) == pytest.approx(
             dict(zip(hit["example_token_ids"], hit["example_token_scores"], strict=True))
         )
@@ -220,6 +224,7 @@ def test_a_synonym_is_shaded_in_the_example(index):
 
 def test_parts_add_up_to_the_score(index):
     hits = index.search(TEXTS, top_k=24)
+    assert len(hits) == 3 * 24
     for hit in hits:
         for parts in ("word_scores", "token_scores", "checkpoint_scores"):
             assert sum(hit[parts]) == pytest.approx(hit["score"], rel=1e-9, abs=1e-15)
@@ -229,7 +234,10 @@ def test_parts_add_up_to_the_score(index):
 
 
 def test_only_shared_words_have_a_part(index, tokenizer):
-    for hit in index.search(TEXTS, top_k=24, special_tokens="drop"):
+    hits = index.search(TEXTS, top_k=24, special_tokens="drop")
+    assert len(hits) > 24
+    assert all(hit["words"] for hit in hits)
+    for hit in hits:
         assert set(hit["token_ids"]) <= set(tokenizer(hit["text"])["input_ids"])
         assert set(hit["token_ids"]) <= set(tokenizer(TEXTS[hit["query"]])["input_ids"])
         assert hit["special_token_share"] == 0
@@ -237,7 +245,9 @@ def test_only_shared_words_have_a_part(index, tokenizer):
 
 
 def test_share_of_special_tokens_is_that_of_their_absolute_parts(index, tokenizer):
-    for hit in index.search(TEXTS, top_k=3):
+    hits = index.search(TEXTS, top_k=3)
+    assert len(hits) == 3 * 2 * 3
+    for hit in hits:
         special = [
             abs(p)
             for t, p in zip(hit["token_ids"], hit["token_scores"], strict=True)
@@ -248,10 +258,20 @@ def test_share_of_special_tokens_is_that_of_their_absolute_parts(index, tokenize
 
 
 def test_hits_bring_what_the_index_knows_of_the_example(index, train_set):
-    for hit in index.search(TEXTS, top_k=2):
+    hits = index.search(TEXTS, top_k=2)
+    assert len(hits) == 3 * 2 * 2
+    for hit in hits:
         assert hit["text"] == train_set[hit["example_id"]]["text"]
         assert hit["label_name"] == TOPICS[hit["label"]]
         assert hit["query_text"] == TEXTS[hit["query"]]
+
+
+def test_the_code_of_the_card_of_an_index_gives_hits(recorded, index):
+    snippet = re.search(r"```python\n(from hf_doge .*?)\n```", (recorded / "README.md").read_text(), flags=re.DOTALL)
+    names = {}
+    exec(snippet[1].replace("path/or/name", str(recorded)), names)
+    assert names["hits"]["example_id"][:] == index.search(["some text to trace"], top_k=10)["example_id"][:]
+    assert len(names["hits"]) == 2 * 10
 
 
 def test_excluded_examples_are_no_hits(index):

@@ -104,7 +104,9 @@ def test_segments_are_sorted_by_token_and_hold_ranges_of_examples(tmp_path, rows
 def test_offsets_tell_where_in_the_file_the_rows_of_each_token_lie(tmp_path, rows, dtype, monkeypatch):
     monkeypatch.setattr(segments, "_ROW_GROUP_SIZE", 16)  # tokens whose rows lie in several groups
     folder = write_index(tmp_path / "index", rows, dtype=dtype, max_segment_bytes=4000)
-    for file in config_of(folder)["checkpoints"][0]["files"]:
+    files = config_of(folder)["checkpoints"][0]["files"]
+    assert len(files) > 1
+    for file in files:
         content = (folder / file["path"]).read_bytes()
         table = pq.read_table(folder / file["path"], use_threads=False)
         assert pq.read_metadata(folder / file["path"]).num_row_groups > 1
@@ -134,7 +136,9 @@ def test_an_int8_index_has_no_offsets(tmp_path, rows):
 
 def test_the_scale_is_a_power_of_two_that_fills_float16(tmp_path):
     folder = write_index(tmp_path / "index", random_rows(NUM_EXAMPLES, size=1e-12))
-    for file in config_of(folder)["checkpoints"][0]["files"]:
+    files = config_of(folder)["checkpoints"][0]["files"]
+    assert files
+    for file in files:
         assert np.log2(file["scale"]) % 1 == 0
         largest = np.abs(np.stack(pq.read_table(folder / file["path"], use_threads=False)["grad"].to_numpy())).max()
         assert 2**14 <= largest <= 2**15

@@ -106,13 +106,19 @@ def test_what_is_not_known_is_not_drawn():
 
 
 def test_a_trajectory_of_one_step_is_drawn():
-    plot_domain_weights(make_weights(3, num_steps=1)).canvas.draw()
+    figure = plot_domain_weights(make_weights(3, num_steps=1))
+    figure.canvas.draw()
+    points = [line for line in figure.axes[0].lines if len(line.get_xdata()) == 1]
+    assert len(points) == 3
 
 
 def test_names_are_never_read_as_formulas(tmp_path):
     weights = DomainWeights({"$x_{": 0.5, "a$b$": 0.5})
-    weights.plot(tmp_path / "weights.png")
-    plot_comparison(make_table(mixtures=("$x_{", "b"), domains=("$\\", "c$")), tmp_path / "comparison.png")
+    weights.plot(tmp_path / "weights.svg")
+    plot_comparison(make_table(mixtures=("$x_{", "b"), domains=("$\\", "c$")), tmp_path / "comparison.svg")
+    for name, texts in (("weights", ("$x_{", "a$b$")), ("comparison", ("$x_{", "$\\", "c$"))):
+        picture = (tmp_path / f"{name}.svg").read_text()  # names the text of each label in a comment
+        assert [text for text in texts if f"<!-- {text} -->" not in picture] == []
 
 
 def test_the_picture_is_written_where_it_should_be_and_returned(tmp_path):
@@ -126,11 +132,11 @@ def test_the_picture_is_written_where_it_should_be_and_returned(tmp_path):
 
 def test_an_interrupted_write_leaves_the_old_picture(tmp_path, monkeypatch):
     def interrupted(source, target):
-        raise KeyboardInterrupt
+        raise KeyboardInterrupt("stopped by the test")
 
     (tmp_path / "weights.png").write_bytes(b"old")
     monkeypatch.setattr(os, "replace", interrupted)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt, match="stopped by the test"):
         make_weights(3).plot(tmp_path / "weights.png")
     assert (tmp_path / "weights.png").read_bytes() == b"old"
 

@@ -140,7 +140,7 @@ def test_a_folder_belongs_to_one_scale_and_one_set_of_data(data_dir, output_dir,
 
 def test_a_part_that_fails_leaves_nothing_behind(tmp_path):
     store = PartStore(tmp_path)
-    with pytest.raises(ZeroDivisionError):
+    with pytest.raises(ZeroDivisionError, match="division by zero"):
         store.get("part", {}, lambda: 1 / 0)
     assert list(tmp_path.iterdir()) == []
 

@@ -164,6 +164,7 @@ def test_a_domain_is_exhausted_before_it_repeats_also_when_weights_change():
     rows = sampler.indices(0, 3000)
     for first, size in zip(np.cumsum([0, *SIZES.values()]), SIZES.values(), strict=False):
         mine = rows[(rows >= first) & (rows < first + size)]
+        assert len(mine) >= 2 * size
         for chunk in mine[: len(mine) // size * size].reshape(-1, size):
             assert sorted(chunk) == list(range(first, first + size))
 

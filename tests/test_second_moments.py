@@ -141,7 +141,7 @@ def test_an_interrupted_recording_continues_with_its_own_moments_only(tmp_path, 
 
     def interrupted(examples):
         if len(batches) == 5:
-            raise KeyboardInterrupt
+            raise KeyboardInterrupt("stopped by the test")
         return collator(examples)
 
     def recorded(name, collator=collator):
@@ -149,7 +149,7 @@ def test_an_interrupted_recording_continues_with_its_own_moments_only(tmp_path, 
         return rows(record(tmp_path / name, [checkpoint], tokenizer=None, collator=collator, batch_size=2))
 
     whole, every = recorded("whole"), len(batches)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt, match="stopped by the test"):
         recorded("begun", interrupted)
     shutil.copytree(tmp_path / "begun", tmp_path / "anew")
     assert_same(whole, recorded("begun"))

@@ -62,6 +62,7 @@ def test_a_stream_stays_within_one_example_of_its_weights():
     for n, name in enumerate(domains_of(interleave_domains(streams(), WEIGHTS, num_samples=500)), start=1):
         counts[name] += 1
         assert all(abs(counts[name] - n * weight) < 1 for name, weight in WEIGHTS.items())
+    assert counts.total() == 500
 
 
 def test_a_domain_is_read_in_order_and_restarted_when_it_ends():
@@ -114,6 +115,7 @@ def test_a_stream_resumes_with_the_next_example(position):
 def test_the_domain_column_names_each_examples_domain():
     for source in (streams(), tables()):
         mixed = interleave_domains(source, WEIGHTS, num_samples=30, domain_column="domain")
+        assert len(texts(mixed)) == 30
         for row in mixed:
             label = row["domain"]
             name = mixed.features["domain"].int2str(label) if isinstance(label, int) else label

@@ -65,7 +65,7 @@ def recorded_batches(monkeypatch):
     """Counts batches that are recorded, and fails at one of them."""
 
     class Count:
-        number, fail_at, error = 0, None, KeyboardInterrupt
+        number, fail_at, error = 0, None, KeyboardInterrupt("stopped by the test")
 
     record = EmbeddingGradientRecorder.record
 
@@ -79,10 +79,10 @@ def recorded_batches(monkeypatch):
     return Count
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError("CUDA out of memory")])
+@pytest.mark.parametrize("error", [KeyboardInterrupt("stopped by the test"), RuntimeError("CUDA out of memory")])
 def test_an_interrupted_recording_goes_on_after_its_last_segment(tmp_path, uninterrupted, recorded_batches, error):
     recorded_batches.fail_at, recorded_batches.error = 1 + 4 + 3, error  # a trial, checkpoint-2, half of checkpoint-4
-    with pytest.raises(type(error) if isinstance(error, Exception) else error):
+    with pytest.raises(type(error), match=str(error)):
         start(tmp_path).train()
     stopped = json.loads((tmp_path / "index" / "config.json").read_text())
     assert [checkpoint["name"] for checkpoint in stopped["checkpoints"]] == ["checkpoint-2"]
@@ -101,7 +101,7 @@ def test_an_interrupted_recording_goes_on_after_its_last_segment(tmp_path, unint
 def test_the_learning_rate_of_an_interrupted_checkpoint_is_not_forgotten(tmp_path, recorded_batches):
     """The Trainer logs too seldom to know it."""
     recorded_batches.fail_at = 1 + 4 + 3
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt, match="stopped by the test"):
         start(tmp_path, logging_steps=100).train()
     reader = resume(tmp_path, logging_steps=100)
     assert [checkpoint["learning_rate"] for checkpoint in reader.checkpoints] == pytest.approx(RATES)
@@ -109,7 +109,7 @@ def test_the_learning_rate_of_an_interrupted_checkpoint_is_not_forgotten(tmp_pat
 
 def test_a_partial_recording_of_other_weights_is_thrown_away(tmp_path, recorded_batches):
     recorded_batches.fail_at = 1 + 4 + 3
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt, match="stopped by the test"):
         start(tmp_path).train()
     recorded_batches.fail_at, recorded_batches.number = None, 0
     # resumed one checkpoint earlier and trained on otherwise

@@ -50,7 +50,7 @@ def uninterrupted(tmp_path_factory):
 
 @pytest.mark.parametrize("step", [5, 7, 8])
 def test_an_interrupted_and_resumed_training_leaves_the_same_index(tmp_path, uninterrupted, step):
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt, match="stopped by the test"):
         record(tiny_gpt2(dropout=0.1), language_dataset(), tmp_path, callbacks=[Interrupt(step)], **LONG)
     record(tiny_gpt2(dropout=0.1, seed=1), language_dataset(), tmp_path, resume=True, **LONG)
     assert gradient_files(tmp_path) == uninterrupted
@@ -72,7 +72,7 @@ def test_a_save_that_failed_is_made_good_when_the_training_is_resumed(tmp_path, 
 
 
 def test_going_back_to_an_older_checkpoint_records_nothing_twice(tmp_path, uninterrupted):
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt, match="stopped by the test"):
         record(tiny_gpt2(dropout=0.1), language_dataset(), tmp_path, callbacks=[Interrupt(9)], **LONG)
     resume = str(tmp_path / "out" / "checkpoint-4")
     record(tiny_gpt2(dropout=0.1, seed=1), language_dataset(), tmp_path, resume=resume, **LONG)
@@ -80,7 +80,7 @@ def test_going_back_to_an_older_checkpoint_records_nothing_twice(tmp_path, unint
 
 
 def test_steps_without_rows_are_told(tmp_path):
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt, match="stopped by the test"):
         train(tiny_gpt2(), language_dataset(), tmp_path / "out", callbacks=[Interrupt(5)], **LONG)
     with pytest.warns(UserWarning, match="steps from 1 to 4 were trained without their rows"):
         record(tiny_gpt2(), language_dataset(), tmp_path, resume=True, **LONG)

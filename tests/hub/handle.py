@@ -12,6 +12,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import constants
+from huggingface_hub.utils import get_session, hf_raise_for_status
+
 from tests.hub.tokens import BAD_TOKEN, OTHER_TOKEN, READ_TOKEN, TOKEN
 from tests.hub.traffic import LogEntry
 
@@ -369,3 +372,9 @@ def run_client(
 def last_json(result: subprocess.CompletedProcess) -> Any:
     """What a client printed as its last line, from JSON."""
     return json.loads(result.stdout.strip().splitlines()[-1])
+
+
+def validate_card(card: Any) -> None:
+    """Ask the Hub whether a card is valid; `RepoCard.validate` of huggingface_hub 1.3 asks huggingface.co alone."""
+    body = {"repoType": card.repo_type, "content": str(card)}
+    hf_raise_for_status(get_session().post(f"{constants.ENDPOINT}/api/validate-yaml", json=body))
