@@ -602,7 +602,7 @@ def test_a_kill_at_any_file_operation_of_a_replacement_leaves_the_old_or_the_new
 def test_a_kill_in_the_save_after_a_killed_save_leaves_the_newest_whole_version(tmp_path, unsynced):
     _in_another_process(f"crash_twice({str(tmp_path)!r})")
     folders = sorted((tmp_path / "twice").iterdir())
-    assert len(folders) > 15
+    assert len(folders) == len(sorted((tmp_path / "once").iterdir())[::6]) > 2
     for crashed in folders:
         before = DomainWeights.from_pretrained(tmp_path / "once" / crashed.name)
         _check_crashed(sorted(crashed.iterdir()), before, make_weights(2))
