@@ -107,6 +107,8 @@ def describe_arguments(args: TrainingArguments) -> dict[str, Any]:
     """The arguments of the Trainer itself that are not its defaults, but for those that change no number."""
     described = {}
     for argument in fields(TrainingArguments):
+        if argument.name == "fsdp_config" and not args.fsdp:
+            continue  # transformers 5.0 fills it with defaults also where FSDP is off
         value = getattr(args, argument.name)
         default = argument.default if argument.default_factory is MISSING else argument.default_factory()
         if hasattr(value, "to_dict"):  # made of the default by the arguments themselves
