@@ -15,23 +15,24 @@ from numbers import Integral, Real
 from typing import Any
 
 SIMPLEX_TOLERANCE = 1e-6
+LARGEST_RATE = 1e30  # beyond it, and below its inverse, products with gradients leave the range of float32
+_LARGEST_COUNT = 2**63 - 1
 _SHOWN = 80  # characters of a value in a message
 
 
-def check_count(name: str, value: Any, *, least: int = 1, most: int = 2**63 - 1, optional: bool = False) -> int | None:
+def check_count(
+    name: str, value: Any, *, least: int = 1, most: int = _LARGEST_COUNT, optional: bool = False
+) -> int | None:
     """A whole number from `least` to `most`, by default one of 64 bits."""
     if optional and value is None:
         return None
     number = _plain(value)
     if isinstance(number, bool) or not isinstance(number, Integral):
-        raise ValueError(
-            f"`{name}` must be a whole number{_or_none(optional)}, but got {show(value)}.{_advice(value)}"
-        )
+        raise ValueError(f"`{name}` must be a whole number, but got {show(value)}.{_advice(value)}")
     number = int(number)
-    if number < least:
-        raise ValueError(f"`{name}` must be at least {least}, but got {show(value)}.")
-    if number > most:
-        raise ValueError(f"`{name}` must be at most {most}, but got {show(value)}.")
+    if not least <= number <= most:
+        law = f"at least {least}" if number < least and most > 2**31 else f"in [{least}, {most}]"
+        raise ValueError(f"`{name}` must be {law}, but got {show(value)}.")
     return number
 
 
@@ -57,7 +58,7 @@ def check_number(
         return None
     number = _plain(value)
     if isinstance(number, bool) or not isinstance(number, Real):
-        raise ValueError(f"`{name}` must be a number{_or_none(optional)}, but got {show(value)}.{_advice(value)}")
+        raise ValueError(f"`{name}` must be a number, but got {show(value)}.{_advice(value)}")
     try:
         number = number if isinstance(number, int | float) and abs(number) < 2**63 else float(number)
     except OverflowError:
@@ -82,7 +83,7 @@ def check_flag(name: str, value: Any, *, optional: bool = False) -> bool | None:
         return None
     flag = _plain(value)
     if not isinstance(flag, bool):
-        raise ValueError(f"`{name}` must be True or False{_or_none(optional)}, but got {show(value)}.")
+        raise ValueError(f"`{name}` must be True or False, but got {show(value)}.")
     return flag
 
 
@@ -91,7 +92,7 @@ def check_choice(name: str, value: Any, choices: Sequence[str], *, optional: boo
     if optional and value is None:
         return None
     if not isinstance(value, str) or value not in choices:
-        raise ValueError(f"`{name}` must be one of {list(choices)}{_or_none(optional)}, but got {show(value)}.")
+        raise ValueError(f"`{name}` must be one of {list(choices)}, but got {show(value)}.")
     return str(value)
 
 
@@ -100,7 +101,7 @@ def check_text(name: str, value: Any, *, what: str = "a text that is not blank",
     if optional and value is None:
         return None
     if not isinstance(value, str) or not value.strip() or not is_unicode(value):
-        raise ValueError(f"`{name}` must be {what}{_or_none(optional)}, but got {show(value)}.")
+        raise ValueError(f"`{name}` must be {what}, but got {show(value)}.")
     return value
 
 
@@ -114,7 +115,27 @@ def check_path(name: str, value: Any, *, optional: bool = False) -> str | os.Pat
     except (TypeError, UnicodeEncodeError):
         fits = False
     if not fits:
-        raise ValueError(f"`{name}` must be a path{_or_none(optional)}, but got {show(value)}.")
+        raise ValueError(f"`{name}` must be a path, but got {show(value)}.")
+    return value
+
+
+def check_repo_id(name: str, value: Any, *, optional: bool = False) -> str | None:
+    """The name of a repository on the Hub."""
+    if optional and value is None:
+        return None
+    from huggingface_hub.utils import validate_repo_id  # the client takes long to load
+
+    try:
+        validate_repo_id(value)
+    except (ValueError, AttributeError, TypeError) as error:
+        raise ValueError(f"`{name}` must be like 'user/name', but got {show(value)}: {error}") from error
+    return value
+
+
+def check_function(name: str, value: Any, *, what: str = "a function", optional: bool = False) -> Any:
+    """Something that can be called."""
+    if not callable(value) and not (optional and value is None):
+        raise ValueError(f"`{name}` must be {what}, but got {show(value)}.")
     return value
 
 
@@ -230,10 +251,6 @@ def _sum(numbers: Iterable[float]) -> float:
         return math.fsum(numbers)
     except OverflowError:
         return math.inf
-
-
-def _or_none(optional: bool) -> str:
-    return " or None" if optional else ""
 
 
 def _advice(value: Any) -> str:

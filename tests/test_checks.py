@@ -75,7 +75,7 @@ def test_numbers_out_of_range_are_refused(value, law, message):
 
 def test_none_passes_where_the_argument_is_optional():
     assert check_count("n", None, optional=True) is None
-    with pytest.raises(ValueError, match="`n` must be a whole number or None, but got 'x'"):
+    with pytest.raises(ValueError, match="`n` must be a whole number, but got 'x'"):
         check_count("n", "x", optional=True)
 
 

@@ -469,7 +469,7 @@ def test_a_split_that_is_there_twice_is_refused(data_dir, tmp_path, capsys):
         (["--target", "heldout_mix", "code"], "Drop one of the two"),
         (["--target", "heldout_mix", "--heldout_fraction=0.999"], "must keep a block to train on"),
         (["--heldout_fraction=1"], "must be in (0, 1), but got 1.0"),
-        (["--mu=0"], "`mu` must be positive and finite, but got 0.0"),
+        (["--mu=0"], "`mu` must be in [1e-30, 1e+30], but got 0.0"),
         (["--block_size=1"], "at least 2 tokens, but got 1"),
         (["--block_size=100000"], "code.train.jsonl' gives"),
         (["--max_train_tokens=10"], "code.train.jsonl' gives 10"),

@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hf_doge.checks import check_count, check_function, check_seed
+
 _PACKED_KEYS = ("seq_lengths", "cu_seq_lens_q", "cu_seq_lens_k", "cu_seqlens", "seq_idx", "document_ids")
 _WRAPPED_COLLATORS = ("data_collator", "collator", "collate_fn")
 
@@ -31,14 +33,10 @@ class SequentialBatches:
     """
 
     def __init__(self, dataset: Any, collator: Callable, *, batch_size: int, seed: int = 0) -> None:
-        if not isinstance(batch_size, int) or batch_size < 1:
-            raise ValueError(f"`batch_size` must be a whole number of at least 1, but got {batch_size!r}.")
-        if not isinstance(seed, int):
-            raise ValueError(f"`seed` must be a whole number, but got {seed!r}.")
         self.dataset = dataset
-        self.collator = collator
-        self.batch_size = batch_size
-        self.seed = seed
+        self.collator = check_function("collator", collator)
+        self.batch_size = check_count("batch_size", batch_size)
+        self.seed = check_seed("seed", seed)
 
     def __len__(self) -> int:
         """Number of examples."""

@@ -2,7 +2,7 @@
 
 import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
 
+from hf_doge.checks import check_count, check_flag, check_function, check_path, check_repo_id, check_seed, show
 from hf_doge.gradients.example_losses import LossFunction
 from hf_doge.tracing.background_push import BackgroundPush
 from hf_doge.tracing.checkpoint_recording import CheckpointRecording, find_group
@@ -112,9 +113,9 @@ class TracInWECallback(TrainerCallback):
         hub_index_id: str | None = None,
         redact_text: bool = False,
     ) -> None:
-        self.output_dir = Path(output_dir)
+        self.output_dir = Path(check_path("output_dir", output_dir))
         self.dataset = dataset
-        self.collator = collator
+        self.collator = check_function("collator", collator, optional=True)
         self.record_steps = _checked_steps(record_steps)
         self.settings = RecordingSettings(
             top_k_tokens=top_k_tokens,
@@ -130,14 +131,17 @@ class TracInWECallback(TrainerCallback):
             max_segment_bytes=max_segment_bytes,
             record=record,
         )
-        if batch_size is not None and (not isinstance(batch_size, int) or batch_size < 1):
-            raise ValueError(f"`batch_size` must be a whole number of at least 1, but got {batch_size!r}.")
-        self.save_weights = save_weights
-        self.batch_size = batch_size
-        self.seed = seed
-        if redact_text and hub_index_id is None:
+        if collator is not None and record == "online":
+            raise ValueError(
+                "`record='online'` records the batches of the training, but got another `collator`. Leave it out, or use"
+                " `record='checkpoint'`."
+            )
+        self.save_weights = check_flag("save_weights", save_weights, optional=True)
+        self.batch_size = check_count("batch_size", batch_size, optional=True)
+        self.seed = check_seed("seed", seed)
+        if check_flag("redact_text", redact_text) and hub_index_id is None:
             raise ValueError("`redact_text` is about what is pushed, but `hub_index_id` is None. Name a repository.")
-        self.hub_index_id = hub_index_id
+        self.hub_index_id = check_repo_id("hub_index_id", hub_index_id, optional=True)
         self.redact_text = redact_text
         self._push: BackgroundPush | None = None
         self._recording: Any | None = None
@@ -351,7 +355,11 @@ def _checkpoint_path(args: TrainingArguments, state: TrainerState) -> Path:
 def _checked_steps(steps: int | Sequence[int] | None) -> int | frozenset[int] | None:
     if steps is None:
         return None
-    numbers = [steps] if isinstance(steps, int) else list(steps)
-    if not numbers or not all(isinstance(n, int) and not isinstance(n, bool) and n >= 1 for n in numbers):
-        raise ValueError(f"`record_steps` must be a step or steps of at least 1, but got {steps!r}.")
-    return steps if isinstance(steps, int) else frozenset(numbers)
+    if isinstance(steps, str) or not isinstance(steps, Iterable) or getattr(steps, "ndim", 1) == 0:
+        return check_count("record_steps", steps)
+    numbers = frozenset(check_count("record_steps", step) for step in steps)
+    if not numbers:
+        raise ValueError(
+            f"`record_steps` must be a step or several, but got {show(steps)}. Leave it out to record at saves."
+        )
+    return numbers

@@ -72,16 +72,6 @@ class OnlineRecording:
         options: RecordingSettings,
         tokenizer: PreTrainedTokenizerBase | None,
     ) -> None:
-        if options.tied != "input":
-            raise ValueError(
-                f"`record='online'` catches the input part only, but `tied` is {options.tied!r}. Use `tied='input'`, or "
-                "`record='checkpoint'`."
-            )
-        if options.loss_fn is not None:
-            raise ValueError(
-                "`record='online'` records the loss that is trained, but got another as `loss_fn`. Leave it out, or use "
-                "`record='checkpoint'`."
-            )
         self.folder = Path(folder)
         self.dataset = dataset
         self.options = options

@@ -5,7 +5,6 @@ Rows are those of each example alone, in evaluation mode and the precision of th
 `loss_fn`): whatever the batch, accumulation, autocast, label smoothing and dropout of training.
 """
 
-import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -19,6 +18,7 @@ from tqdm.auto import tqdm
 from hf_doge.artifacts.influence import IndexWriter
 from hf_doge.artifacts.influence.checkpoint_writer import CheckpointWriter
 from hf_doge.artifacts.influence.manifest import MANIFEST, read_config
+from hf_doge.checks import LARGEST_RATE, check_number
 from hf_doge.functional.tracin_we import scale_by_second_moment
 from hf_doge.gradients.embedding import EmbeddingGradientRecorder
 from hf_doge.gradients.embedding_uses import input_embedding_matrix
@@ -406,6 +406,5 @@ def _require_after_training(
         raise ValueError(
             f"`learning_rates` must have one number for each checkpoint, but there are {len(given)} for {len(paths)}."
         )
-    wrong = [rate for rate in given if not isinstance(rate, int | float) or not 0 <= rate < math.inf]
-    if wrong:
-        raise ValueError(f"`learning_rates` must be numbers of at least 0, but got {wrong[0]!r}.")
+    for rate in given:
+        check_number("learning_rates", rate, least=0, most=LARGEST_RATE)

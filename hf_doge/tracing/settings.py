@@ -1,9 +1,11 @@
 """What is recorded of each training example: one dataclass, shared by the callback, online recording and the command."""
 
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
-from hf_doge.functional.tracin_we import check_top_k
+from hf_doge.checks import check_choice, check_count, check_flag, check_function, check_seed
+from hf_doge.functional.tracin_we import TOP_K_UNITS
 from hf_doge.gradients.embedding import TIED_PARTS
 from hf_doge.gradients.example_losses import LOSS_REDUCTIONS, LossFunction
 
@@ -12,6 +14,20 @@ SPECIAL_TOKENS = ("count", "drop")
 RECORDS = ("checkpoint", "online")
 
 DEFAULT_MAX_SEGMENT_BYTES = 64 * 2**20
+_CHECKS = {
+    "top_k_tokens": partial(check_count, optional=True),
+    "top_k_unit": partial(check_choice, choices=TOP_K_UNITS),
+    "dtype": partial(check_choice, choices=DTYPES),
+    "projection_width": partial(check_count, optional=True),
+    "projection_seed": check_seed,
+    "special_tokens": partial(check_choice, choices=SPECIAL_TOKENS),
+    "tied": partial(check_choice, choices=TIED_PARTS),
+    "loss_reduction": partial(check_choice, choices=LOSS_REDUCTIONS),
+    "loss_fn": partial(check_function, what="a function of (outputs, batch)", optional=True),
+    "second_moment": check_flag,
+    "max_segment_bytes": check_count,
+    "record": partial(check_choice, choices=RECORDS),
+}
 
 
 @dataclass
@@ -55,24 +71,8 @@ class RecordingSettings:
     record: str = "checkpoint"
 
     def __post_init__(self) -> None:
-        for name, allowed in (
-            ("dtype", DTYPES),
-            ("special_tokens", SPECIAL_TOKENS),
-            ("tied", TIED_PARTS),
-            ("loss_reduction", LOSS_REDUCTIONS),
-            ("record", RECORDS),
-        ):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"`{name}` must be one of {list(allowed)}, but got {getattr(self, name)!r}.")
-        for name in ("top_k_tokens", "projection_width", "max_segment_bytes"):
-            value = getattr(self, name)
-            if value is None and name != "max_segment_bytes":
-                continue
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"`{name}` must be a whole number of at least 1, but got {value!r}.")
-        if not isinstance(self.projection_seed, int) or isinstance(self.projection_seed, bool):
-            raise ValueError(f"`projection_seed` must be a whole number, but got {self.projection_seed!r}.")
-        check_top_k(self.top_k_tokens or 1, self.top_k_unit)
+        for name, check in _CHECKS.items():
+            setattr(self, name, check(name, getattr(self, name)))
         if self.tied != "input" and self.top_k_tokens is not None and self.top_k_unit != "token":
             raise ValueError(
                 f"`top_k_unit` must be 'token' with `tied={self.tied!r}`, but got {self.top_k_unit!r}: rows of the "
@@ -83,8 +83,16 @@ class RecordingSettings:
                 "`second_moment` needs `record='checkpoint'`: online rows belong to many steps, each with moments of "
                 "its own."
             )
-        if self.loss_fn is not None and not callable(self.loss_fn):
-            raise ValueError(f"`loss_fn` must be a function of (outputs, batch), but got {self.loss_fn!r}.")
+        if self.record == "online" and self.tied != "input":
+            raise ValueError(
+                f"`record='online'` catches the input part only, but `tied` is {self.tied!r}. Use `tied='input'`, or "
+                "`record='checkpoint'`."
+            )
+        if self.record == "online" and self.loss_fn is not None:
+            raise ValueError(
+                "`record='online'` records the loss that is trained, but got another as `loss_fn`. Leave it out, or use "
+                "`record='checkpoint'`."
+            )
 
     def recorder_options(self, tokenizer: Any | None) -> dict[str, Any]:
         """Arguments of [`EmbeddingGradientRecorder`], for training examples and queries alike."""

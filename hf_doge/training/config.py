@@ -3,25 +3,54 @@
 import math
 import re
 from dataclasses import asdict, dataclass, field, fields
-from numbers import Real
+from functools import partial
 
 from huggingface_hub.utils import validate_repo_id
 from transformers import TrainingArguments
 
+from hf_doge.checks import (
+    LARGEST_RATE,
+    check_choice,
+    check_count,
+    check_flag,
+    check_number,
+    check_repo_id,
+    check_seed,
+    check_text,
+)
 from hf_doge.functional.doge import NORMALIZATIONS
 
 MODES = ("proxy", "online")
 RECIPES = ("paper", "official")
 ALIGNMENTS = ("auto", "single_pass", "per_domain", "streamed")
-_OPTIONAL_NUMBERS = ("score_min", "score_max", "domain_max_grad_norm")
-_OPTIONAL_COUNTS = ("sampler_lag_steps", "per_device_target_batch_size")
-_COUNTS = {  # whole numbers, with the smallest one allowed
-    "reweight_steps": 1,
-    "max_nonfinite_steps": 1,
-    "trajectory_steps": 1,
-    "burn_in_steps": 0,
-    "sampler_lag_steps": 1,
-    "per_device_target_batch_size": 1,
+_CHECKS = {
+    "mode": partial(check_choice, choices=MODES),
+    "recipe": partial(check_choice, choices=RECIPES),
+    "alignment": partial(check_choice, choices=ALIGNMENTS),
+    "normalization": partial(check_choice, choices=NORMALIZATIONS, optional=True),
+    "mu": partial(check_number, least=1 / LARGEST_RATE, most=LARGEST_RATE),
+    "smoothing": partial(check_number, least=0, below=1),
+    "score_min": partial(check_number, below=math.inf, finite=False, optional=True),
+    "score_max": partial(check_number, above=-math.inf, finite=False, optional=True),
+    "domain_max_grad_norm": partial(check_number, least=0, finite=False, optional=True),
+    "gradient_memory_budget": partial(check_number, least=0, unit="GiB", finite=False),
+    "burn_in_steps": partial(check_count, least=0),
+    "reweight_steps": check_count,
+    "max_nonfinite_steps": check_count,
+    "trajectory_steps": check_count,
+    "sampler_lag_steps": partial(check_count, optional=True),
+    "per_device_target_batch_size": partial(check_count, optional=True),
+    "self_term": check_flag,
+    "lagged_update": check_flag,
+    "domain_column": partial(check_text, what="the name of a column"),
+    "hub_weights_id": partial(check_repo_id, optional=True),
+    # Of the Trainer's own arguments those that the weights depend on.
+    "learning_rate": partial(check_number, least=0, most=LARGEST_RATE),
+    "max_grad_norm": partial(check_number, least=0, finite=False, optional=True),
+    "per_device_train_batch_size": check_count,
+    "gradient_accumulation_steps": check_count,
+    "seed": partial(check_seed, least=0, most=2**32 - 1),
+    "data_seed": partial(check_seed, least=0, most=2**32 - 1, optional=True),
 }
 WEIGHTS_SUFFIX = "-domain-weights"  # of the repository of the weights, behind the name of the model's
 
@@ -197,44 +226,28 @@ class DoGEConfig(TrainingArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _require_choice("mode", self.mode, MODES)
-        _require_choice("recipe", self.recipe, RECIPES)
-        _require_choice("alignment", self.alignment, ALIGNMENTS)
-        if self.normalization is not None:
-            _require_choice("normalization", self.normalization, NORMALIZATIONS)
-        for name in ("mu", "smoothing", "gradient_memory_budget", *_OPTIONAL_NUMBERS):
-            _require_number(name, getattr(self, name), optional=name in _OPTIONAL_NUMBERS)
-        if not 0 < self.mu < math.inf:
-            raise ValueError(f"`mu` must be positive and finite, but got {self.mu}.")
-        if not 0 <= self.smoothing < 1:
-            raise ValueError(f"`smoothing` must be in [0, 1), but got {self.smoothing}.")
-        if not self.gradient_memory_budget >= 0:
-            raise ValueError(f"`gradient_memory_budget` must be >= 0 GiB, but got {self.gradient_memory_budget}.")
-        if self.domain_max_grad_norm is not None and not self.domain_max_grad_norm >= 0:
-            raise ValueError(f"`domain_max_grad_norm` must be >= 0, but got {self.domain_max_grad_norm}.")
-        for name, least in _COUNTS.items():
-            _require_count(name, getattr(self, name), least=least, optional=name in _OPTIONAL_COUNTS)
-        for name in ("self_term", "lagged_update"):
-            if not isinstance(getattr(self, name), bool):  # any text would count as yes
-                raise ValueError(f"`{name}` must be True or False, but got {getattr(self, name)!r}.")
-        if not isinstance(self.domain_column, str):
-            raise ValueError(f"`domain_column` must be the name of a column, but got {self.domain_column!r}.")
-        for name, useless in (("score_min", math.inf), ("score_max", -math.inf)):
-            value = getattr(self, name)
-            if value is not None and (math.isnan(value) or value == useless):
-                raise ValueError(f"`{name}` must leave room for scores, but got {value}.")
+        self.check_arguments()
+
+    def check_arguments(self) -> None:
+        """
+        Refuse what cannot be learned with, also what was set since the arguments were made.
+
+        Raises:
+            ValueError: Names the argument.
+        """
+        for name, check in _CHECKS.items():
+            setattr(self, name, check(name, getattr(self, name)))
+        rate = self.learning_rate / self.mu
+        if not rate <= LARGEST_RATE:
+            raise ValueError(
+                f"`learning_rate` / `mu`, the speed of the weights, must be at most {LARGEST_RATE:g}, but it is {rate:g}. Lower"
+                " `learning_rate` or raise `mu`."
+            )
         if self.is_online and self.lagged_update:
             raise ValueError("`lagged_update` is of the mode 'proxy'; in 'online' mode see `sampler_lag_steps`.")
         if self.score_min is not None and self.score_max is not None and self.score_min > self.score_max:
             raise ValueError(f"`score_min` must not exceed `score_max`, but got {self.score_min} > {self.score_max}.")
-        if self.hub_weights_id is not None:
-            try:
-                validate_repo_id(self.hub_weights_id)
-            except (ValueError, AttributeError, TypeError) as error:
-                raise ValueError(
-                    f"`hub_weights_id` must be like 'user/name', but got {self.hub_weights_id!r}: {error}"
-                ) from error
-        elif self.push_to_hub and self.hub_model_id is not None:
+        if self.hub_weights_id is None and self.push_to_hub and self.hub_model_id is not None:
             try:
                 validate_repo_id(self.hub_model_id + WEIGHTS_SUFFIX)
             except ValueError as error:
@@ -288,25 +301,3 @@ class DoGEConfig(TrainingArguments):
         inherited = {inherited_field.name for inherited_field in fields(TrainingArguments)}
         arguments = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in inherited}
         return {k: str(v) if isinstance(v, float) and math.isinf(v) else v for k, v in arguments.items()}
-
-
-def _require_number(name: str, value: object, *, optional: bool) -> None:
-    """A number given as text compares with none of the bounds."""
-    if isinstance(value, Real) or (optional and value is None):
-        return
-    raise ValueError(f"`{name}` must be a number, but got {value!r}.")
-
-
-def _require_count(name: str, value: object, *, least: int, optional: bool) -> None:
-    """A whole number from `least` on; `True` is none."""
-    if optional and value is None:
-        return
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise ValueError(f"`{name}` must be a whole number, but got {value!r}.")
-    if value < least:
-        raise ValueError(f"`{name}` must be at least {least}, but got {value}.")
-
-
-def _require_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"`{name}` must be one of {list(choices)}, but got {value!r}.")

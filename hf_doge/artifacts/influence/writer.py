@@ -56,7 +56,7 @@ from hf_doge.artifacts.influence.manifest import (
     to_json,
 )
 from hf_doge.artifacts.influence.tables import to_parquet
-from hf_doge.checks import check_choice, check_count, check_json, check_path, check_seed
+from hf_doge.checks import LARGEST_RATE, check_choice, check_count, check_json, check_number, check_path, check_seed
 
 _CHECKPOINTS_SCHEMA = pa.schema(
     {
@@ -358,8 +358,7 @@ class IndexWriter:
             )
         if EXAMPLES_FILE not in self.config["files"]:
             raise ValueError("The examples must come before the first checkpoint. Call `write_examples`.")
-        if not learning_rate >= 0:
-            raise ValueError(f"`learning_rate` must be at least 0, but got {learning_rate!r}.")
+        learning_rate = check_number("learning_rate", learning_rate, least=0, most=LARGEST_RATE)
         values = (name, step, epoch, learning_rate, str(path), revision, model_class, fingerprint)
         self.require_open()
         facts = dict(zip(CHECKPOINT_FACTS, values, strict=True))
