@@ -14,6 +14,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from numbers import Integral, Real
 from typing import Any
 
+from hf_doge.text import printable, require_printable
+
 SIMPLEX_TOLERANCE = 1e-6
 LARGEST_RATE = 1e30  # beyond it, and below its inverse, products with gradients leave the range of float32
 _LARGEST_COUNT = 2**63 - 1
@@ -140,7 +142,7 @@ def check_function(name: str, value: Any, *, what: str = "a function", optional:
 
 
 def check_names(names: Iterable[str], *, what: str = "Domain names") -> tuple[str, ...]:
-    """Names as a tuple: strings, not blank, all different, at least one."""
+    """Names as a tuple: strings, not blank, all different, without characters that cannot be seen; at least one."""
     if isinstance(names, str | bytes) or not isinstance(names, Iterable):
         raise ValueError(f"{what} must be a list of strings, but got {show(names)}.")
     names = tuple(names)
@@ -151,6 +153,7 @@ def check_names(names: Iterable[str], *, what: str = "Domain names") -> tuple[st
             raise ValueError(f"{what} must be non-empty strings, but got {show(name)} ({type(name).__name__}).")
         if not is_unicode(name):
             raise ValueError(f"{what} must be Unicode, but {show(name)} holds a lone surrogate. Rename it.")
+    require_printable(what, names)
     repeated = sorted(name for name, count in Counter(names).items() if count > 1)
     if repeated:
         raise ValueError(f"{what} must be different, but {repeated} appear more than once. Rename them.")
@@ -206,14 +209,19 @@ def check_same_domains(name: str, domains: Iterable[str], expected: Iterable[str
 
 def check_json(name: str, value: Any) -> Any:
     """A copy made of what JSON in UTF-8 can hold: dicts with string keys, lists, strings, finite numbers, booleans, None."""
+
+    def plain(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        require_printable(f"Keys in `{name}`", (key for key, _ in pairs))
+        return dict(pairs)
+
     try:
         text = json.dumps(value, allow_nan=False, default=_plain_or_refuse)
         json.dumps(value, ensure_ascii=False, default=_plain_or_refuse).encode()
-        return json.loads(text)
     except (TypeError, ValueError, RecursionError) as error:
         raise ValueError(
-            f"`{name}` must hold strings, finite numbers, booleans, None, lists and dicts, but {error}."
+            f"`{name}` must hold strings, finite numbers, booleans, None, lists and dicts, but {printable(error)}."
         ) from error
+    return json.loads(text, object_pairs_hook=plain)
 
 
 def is_unicode(text: str) -> bool:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from hf_doge.artifacts.files import write_atomically
+from hf_doge.text import printable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -268,6 +269,7 @@ def _line_style(position: int) -> dict[str, Any]:
 
 def _short(name: str) -> str:
     """The name, cut where it would take the space of the picture."""
+    name = printable(name)
     return name if len(name) <= _MAX_NAME_LENGTH else name[: _MAX_NAME_LENGTH - 1] + "…"
 
 

@@ -3,6 +3,8 @@
 import textwrap
 from typing import TYPE_CHECKING
 
+from hf_doge.text import printable
+
 if TYPE_CHECKING:
     from hf_doge.artifacts.domain_weights import DomainWeights
 
@@ -37,7 +39,7 @@ def summary_columns(weights: "DomainWeights") -> dict[str, list[str]]:
 def format_table(columns: dict[str, list[str]]) -> str:
     """Columns of equally many cells under their titles: the first aligned to the left, the others to the right."""
     lines = []
-    for row in zip(*([title, *cells] for title, cells in columns.items()), strict=True):
+    for row in zip(*([title, *map(printable, cells)] for title, cells in columns.items()), strict=True):
         lines.append(row)
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     lines.insert(1, tuple("-" * width for width in widths))
@@ -54,6 +56,7 @@ def _headline(weights: "DomainWeights") -> list[str]:
         if key != "name" and value is not None and not isinstance(value, dict | list)
     )
     recipe = f"Recipe: {weights.recipe.get('name', 'not recorded')}" + (f" ({arguments})" if arguments else "")
+    recipe = printable(recipe)
     spread = f"{len(weights.names)} domains, entropy {weights.entropy:.3f} nats (uniform {weights.max_entropy:.3f})"
     if weights.trajectory is not None:
         steps = weights.trajectory.steps

@@ -7,6 +7,7 @@ import numpy as np
 import pyarrow as pa
 
 from hf_doge.checks import check_names
+from hf_doge.text import printable
 
 # Shapes: T = recorded steps, K = domains.
 
@@ -113,7 +114,9 @@ class Trajectory:
         except (KeyError, pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
             expected = ", ".join(f"{field.name} ({field.type})" for field in _SCHEMA)
             got = ", ".join(f"{field.name} ({field.type})" for field in table.schema)
-            raise ValueError(f"A trajectory must have the columns {expected}, but got {got}: {error}") from error
+            raise ValueError(
+                f"A trajectory must have the columns {expected}, but got {printable(got)}: {printable(error)}"
+            ) from error
         if table.column("step").null_count or table.column("domain").null_count:
             raise ValueError("Each row of a trajectory must have a step and a domain, but some have null.")
         names = table.column("domain").combine_chunks().dictionary_encode()

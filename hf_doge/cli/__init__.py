@@ -10,6 +10,7 @@ from importlib import import_module
 
 from hf_doge._version import __version__
 from hf_doge.cli.console import is_main_process, say
+from hf_doge.text import printable
 
 COMMANDS = {
     "demo": "learn weights on text found on this machine and see whether they help; no data, no network, minutes",
@@ -74,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return INTERRUPTED
     except (ValueError, OSError, FloatingPointError) as error:
         logger.debug("What was refused:", exc_info=True)
-        return _refuse(f"hf-doge {command}", " ".join(str(error).split()))
+        return _refuse(f"hf-doge {command}", printable(" ".join(str(error).split())))
 
 
 def _end_process_group() -> None:

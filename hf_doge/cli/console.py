@@ -5,6 +5,8 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+from hf_doge.text import printable
+
 logger = logging.getLogger(__name__)
 
 
@@ -16,7 +18,7 @@ def is_main_process() -> bool:
 def say(text: str) -> None:
     """Write to standard output, on the main process only: the one place where this package does."""
     if is_main_process():
-        print(text, flush=True)
+        print(printable(text, keep="\n"), flush=True)  # names and texts of others reach no terminal as controls
 
 
 def save_plot(plot: Callable[[Path], object], path: Path) -> Path | None:

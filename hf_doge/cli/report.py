@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 
 from hf_doge.artifacts import DomainWeights
+from hf_doge.artifacts.cards.markdown import code_block, escape
 from hf_doge.artifacts.files import write_atomically
 from hf_doge.cli.console import save_plot, say
 from hf_doge.evaluation.comparison import Comparison
@@ -27,8 +28,12 @@ class Section:
         picture = ""
         if self.plot is not None:
             data = base64.b64encode(self.plot.read_bytes()).decode()
-            picture = f"\n![{self.title}](data:image/png;base64,{data})\n" if embed else f"\nPlot: {self.plot}\n"
-        return f"## {self.title}\n\n{self.text.strip()}\n{picture}"
+            picture = (
+                f"\n![{escape(self.title)}](data:image/png;base64,{data})\n"
+                if embed
+                else f"\nPlot: {escape(self.plot)}\n"
+            )
+        return f"## {escape(self.title)}\n\n{self.text.strip()}\n{picture}"
 
 
 def main(argv: Sequence[str]) -> int:
@@ -76,7 +81,7 @@ def _weights_sections(folder: Path) -> Iterator[Section]:
         weights = DomainWeights.from_pretrained(file.parent)
         # The picture goes beside the artifact, not in it.
         plot = save_plot(weights.plot, file.parent.parent / "domain_weights.png")
-        yield Section(f"Learned weights, {file.parent}", f"```\n{weights.summary()}\n```", plot)
+        yield Section(f"Learned weights, {file.parent}", code_block(weights.summary()), plot)
 
 
 def _comparison_sections(folder: Path) -> Iterator[Section]:

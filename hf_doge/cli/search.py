@@ -9,6 +9,7 @@ from typing import Any
 
 from hf_doge.cli.console import say
 from hf_doge.cli.records import read_records
+from hf_doge.text import printable
 from hf_doge.tracing.index import KERNELS, SPECIAL_TOKENS, InfluenceIndex
 from hf_doge.tracing.processes import process_index
 from hf_doge.tracing.queries import text_fields
@@ -132,14 +133,14 @@ def _lines(hits: Sequence[Mapping[str, Any]]) -> Iterator[str]:
             yield f"  {kind}s"
             for hit in found:
                 label = hit.get("label_name", hit.get("label"))
-                facts = f"example {hit['example_id']}" + ("" if label is None else f", {label}")
+                facts = f"example {hit['example_id']}" + ("" if label is None else f", {_one_line(str(label))}")
                 yield f"  {hit['rank']:>4}  {hit['score']:+.3g}  {facts}  {_one_line(str(hit.get('text') or ''))}"
                 words = zip(hit["words"][:NUM_WORDS], hit["word_scores"], strict=False)
-                yield "        " + ", ".join(f"{word} {part:+.2g}" for word, part in words)
+                yield "        " + ", ".join(f"{_one_line(word)} {part:+.2g}" for word, part in words)
     if len(hits) == 0:
         yield "No training example has a score other than 0."
 
 
 def _one_line(text: str) -> str:
-    text = " ".join(text.split())
+    text = printable(" ".join(text.split()))
     return text if len(text) <= TEXT_WIDTH else text[: TEXT_WIDTH - 3] + "..."

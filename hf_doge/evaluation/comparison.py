@@ -12,6 +12,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from hf_doge._version import __version__
+from hf_doge.artifacts.cards.markdown import escape
+from hf_doge.checks import check_names
 
 BASELINES = ("uniform", "natural")
 
@@ -86,6 +88,8 @@ class Comparison:
         }
 
     def _check(self) -> None:
+        check_names(self.mixtures)
+        check_names(self.domains + self.targets)
         keys = [(run.mixture, run.seed) for run in self.runs]
         expected = {(mixture, seed) for mixture in self.mixtures for seed in self.seeds}
         if len(set(keys)) != len(keys) or set(keys) != expected:
@@ -153,6 +157,7 @@ class Comparison:
         The yardsticks are the targets, where there are any, then the average and the geometric mean.
         """
         ours, theirs = self.perplexities(mixture), self.perplexities(baseline)
+        names = f"{escape(mixture)} against {escape(baseline)}"
         lines = []
         for row in (*self.targets, "average", "geometric mean"):
             wins = int((ours[row] < theirs[row]).sum())
@@ -164,11 +169,11 @@ class Comparison:
             else:
                 judgement = f"no consistent difference: better in {wins} of {len(self.seeds)} seeds"
             lines.append(
-                f"{mixture} against {baseline}, {self._row_label(row)}: {_format(ours[row].mean())} against "
+                f"{names}, {escape(self._row_label(row))}: {_format(ours[row].mean())} against "
                 f"{_format(theirs[row].mean())} ({change:+.1f} %), {judgement}."
             )
         better = sum(ours[name].mean() < theirs[name].mean() for name in self.domains)
-        lines.append(f"{mixture} against {baseline}: lower on {better} of {len(self.domains)} training domains.")
+        lines.append(f"{names}: lower on {better} of {len(self.domains)} training domains.")
         return "\n".join(f"- {line}" for line in lines)
 
     def to_markdown(self) -> str:
@@ -184,11 +189,11 @@ class Comparison:
             cells = [summary[mixture][row] for mixture in self.mixtures]
             lowest = min(cell["mean"] for cell in cells)
             perplexity_rows.append(
-                [self._row_label(row)]
+                [escape(self._row_label(row))]
                 + [_format_cell(cell["mean"], cell["std"], is_bold=cell["mean"] == lowest) for cell in cells]
             )
         mixture_rows = [
-            [name]
+            [escape(name)]
             + [f"{self.weights(mixture)[name]:.4f}, {self.epochs(mixture)[name]:.2f}" for mixture in self.mixtures]
             for name in self.domains
         ]
@@ -203,7 +208,7 @@ class Comparison:
         seeds = (
             f"seed {self.seeds[0]}" if len(self.seeds) == 1 else f"mean ± standard deviation over seeds {self.seeds}"
         )
-        header = ["", *self.mixtures]
+        header = ["", *map(escape, self.mixtures)]
         return (
             f"Validation perplexity after {self.train_tokens:,} training tokens, {seeds}. Lower is better.\n\n"
             f"{_markdown_table(header, perplexity_rows)}\n\n"

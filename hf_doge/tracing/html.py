@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
+from hf_doge.text import printable
 from hf_doge.tracing.words import Reading, position_parts
 
 Hit = Mapping[str, Any]
@@ -70,7 +71,7 @@ def render_page(
     sections = [_section(query, list(rows), read_query, read_example) for query, rows in by_query]
     if not sections:
         sections = ['<p class="text">No training example has a score other than 0.</p>']
-    return _PAGE.format(title=html.escape(title), style=_STYLE, sections="\n".join(sections))
+    return _PAGE.format(title=_escape(title), style=_STYLE, sections="\n".join(sections))
 
 
 def shade(reading: Reading, parts: Mapping[int, float]) -> str:
@@ -88,9 +89,9 @@ def shade(reading: Reading, parts: Mapping[int, float]) -> str:
     for (start, stop), part in words:
         if start < end:
             continue  # pieces that overlap are shaded once
-        pieces += [html.escape(reading.text[end:start]), _mark(reading.text[start:stop], part, largest)]
+        pieces += [_escape(reading.text[end:start]), _mark(reading.text[start:stop], part, largest)]
         end = stop
-    return "".join([*pieces, html.escape(reading.text[end:])])
+    return "".join([*pieces, _escape(reading.text[end:])])
 
 
 def _section(
@@ -143,7 +144,7 @@ def _mark(text: str, part: float, largest: float) -> str:
     strength = 0.0 if largest == 0 else _OPAQUE * abs(part) / largest
     colour = _PROPONENT if part >= 0 else _OPPONENT
     style = f"background: rgba({colour}, {strength:.3f})"
-    return f'<mark style="{style}" title="{_escape(_number(part))}">{html.escape(text)}</mark>'
+    return f'<mark style="{style}" title="{_escape(_number(part))}">{_escape(text)}</mark>'
 
 
 def _parts(hit: Hit) -> dict[int, float]:
@@ -169,4 +170,5 @@ def _plain(value: Any) -> Any:
 
 
 def _escape(value: Any) -> str:
-    return html.escape(str(value))
+    """Text of others as HTML, where lines may break but nothing else changes how its surroundings look."""
+    return html.escape(printable(value, keep="\r\n\t"))

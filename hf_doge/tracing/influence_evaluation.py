@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from hf_doge.artifacts.cards.markdown import escape
 from hf_doge.evaluation.influence.case_deletion import ProbabilityFunction, case_deletion
 from hf_doge.evaluation.influence.deletion_result import CaseDeletionResult
 from hf_doge.tracing.cancellation import cancellation_ratios
@@ -62,7 +63,7 @@ class InfluenceEvaluation:
             "| scorer | ten proponents of the explained class | ten opponents of it |",
             "|---|---:|---:|",
             *(
-                f"| {scorer} | {100 * shares['proponents']:.0f} % | {100 * shares['opponents']:.0f} % |"
+                f"| {escape(scorer)} | {100 * shares['proponents']:.0f} % | {100 * shares['opponents']:.0f} % |"
                 for scorer, shares in self.label_agreement.items()
             ),
             "",

@@ -10,6 +10,7 @@ import transformers
 from safetensors.torch import load_model as load_weights
 from torch import nn
 
+from hf_doge.text import printable
 from hf_doge.tracing.fingerprints import model_fingerprint
 
 LoadModel = Callable[[str], nn.Module]
@@ -118,8 +119,8 @@ def _load(checkpoint: Mapping[str, Any], path: str, *, token: str | bool | None)
     except OSError as error:
         raise FileNotFoundError(
             f"Checkpoint {checkpoint['name']!r} of the index must be there to compute the gradients of queries, but "
-            f"{path!r} cannot be loaded: {error}. Put it back, or pass `load_model`, which gets this path and returns "
-            "the model."
+            f"{path!r} cannot be loaded: {printable(error, keep=chr(10))}. Put it back, or pass `load_model`, which gets"
+            " this path and returns the model."
         ) from error
 
 

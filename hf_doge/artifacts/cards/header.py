@@ -6,6 +6,8 @@ from typing import Any
 
 import yaml
 
+from hf_doge.text import printable
+
 DIGEST_KEY = "description"  # a field of every `datasets.BuilderConfig`, without effect on what is read
 DIGEST_PREFIX = "Content "
 _SIZES = ("1K", "10K", "100K", "1M", "10M", "100M", "1B", "10B", "100B", "1T")
@@ -57,7 +59,10 @@ def dump_header(content: Mapping[str, Any]) -> str:
     """Block YAML in the order of the keys, ending in a line break; nothing of nothing."""
     if not content:
         return ""
-    return yaml.dump(dict(content), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=10**9)
+    options = {"Dumper": _Dumper, "sort_keys": False, "width": 10**9}
+    text = yaml.dump(dict(content), allow_unicode=True, **options)
+    # Characters that nobody sees are written as escapes, which takes all others beyond ASCII along.
+    return text if printable(text, keep="\n") == text else yaml.dump(dict(content), **options)
 
 
 def update_header(text: str, changes: Mapping[str, Any]) -> str:

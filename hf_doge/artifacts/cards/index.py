@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_doge.artifacts.cards.facts import counted, hub_link, join, part_of, run_facts
-from hf_doge.artifacts.cards.markdown import escape, json_block, table
+from hf_doge.artifacts.cards.markdown import code, escape, json_block, table
 from hf_doge.artifacts.cards.merge import Card
 from hf_doge.artifacts.cards.rendering import listing, place_of, render
 from hf_doge.artifacts.cards.tables import TableFacts, config_entry
@@ -143,11 +143,13 @@ def _render(
         projected=config["projection"] is not None,
         dtype=config["dtype"],
         scaled=config["dtype"] != "float32",
-        loss=f"{config['loss_reduction']} over its tokens" if config["loss_reduction"] else "as the model defines it",
-        top_k=config["top_k"],
+        loss=f"{escape(config['loss_reduction'])} over its tokens"
+        if config["loss_reduction"]
+        else "as the model defines it",
+        top_k=config["top_k"] and escape(config["top_k"]),
         second_moment=config["second_moment"],
         sides=_SIDES.get(str(config.get("tied")), ""),
-        columns=", ".join(f"`{name}`" for name in tables["examples"].schema.names) if columns else "",
+        columns=", ".join(map(code, tables["examples"].schema.names)) if columns else "",
         has_offsets="offsets" in tables,
         redacted=redacted,
         computation=_computation(config),

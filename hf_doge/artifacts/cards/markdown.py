@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from hf_doge.artifacts.cards.merge import escape_markers
+from hf_doge.text import printable
 
 _SPECIAL = re.compile(r"([\\`*\[\]|~$])|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])")
 _ENTITIES = {"&": "&amp;", "<": "&lt;", ">": "&gt;"}
@@ -13,9 +14,18 @@ _ENTITIES = {"&": "&amp;", "<": "&lt;", ">": "&gt;"}
 
 def escape(text: Any) -> str:
     """Text on one line in which nothing is markup: not the bar that ends a cell of a table, no tag, link or formula."""
-    line = re.sub(r"\s+", " ", str(text)).strip()
+    line = printable(re.sub(r"[ \t\r\n]+", " ", str(text)).strip())
     line = _SPECIAL.sub(lambda match: f"\\{match[0]}", line)
-    return re.sub(r"[&<>]", lambda match: _ENTITIES[match[0]], line)
+    line = re.sub(r"[&<>]", lambda match: _ENTITIES[match[0]], line)
+    return re.sub(r"(?i)(?<=www)\.|:(?=//)", lambda match: f"&#{ord(match[0])};", line)  # no address becomes a link
+
+
+def code(text: Any) -> str:
+    """Text on one line as code: between more backticks than it has in a row, a bar escaped for the cell of a table."""
+    line = escape_markers(printable(text)).replace("|", "\\|") or " "
+    ticks = "`" * (max((len(run) for run in re.findall("`+", line)), default=0) + 1)
+    pad = " " if line.startswith("`") or line.endswith("`") else ""
+    return f"{ticks}{pad}{line}{pad}{ticks}"
 
 
 def table(columns: Mapping[str, Sequence[Any]]) -> str:
@@ -27,12 +37,13 @@ def table(columns: Mapping[str, Sequence[Any]]) -> str:
 
 def json_block(content: Any) -> str:
     """A fenced block of readable JSON, that no text in it can end."""
-    text = json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False)
+    text = printable(json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False), keep="\n")
     return f"```json\n{text.replace('<!--', chr(92) + 'u003c!--')}\n```"
 
 
 def code_block(text: str, language: str = "text") -> str:
     """A fenced block of text, with a fence longer than any in it."""
+    text = printable(text, keep="\n")
     longest = max((len(run) for run in re.findall(r"`{3,}", text)), default=2)
     fence = "`" * (longest + 1)
     return f"{fence}{language}\n{escape_markers(text)}\n{fence}"

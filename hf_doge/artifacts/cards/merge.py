@@ -145,7 +145,7 @@ def block_of(text: str) -> str | None:
 
 def escape_markers(text: str) -> str:
     """Text of others in which no marker can stand."""
-    return text.replace("<!--", "<\u200b!--")
+    return text.replace("<!--", "<\\!--")
 
 
 def _levels_to_caller() -> int:

@@ -169,7 +169,7 @@ def _facts(weights: "DomainWeights", model_id: str | None) -> str:
             "Model": _model(model, model_id),
             "Tokenizer": join(
                 hub_link(tokenizer.get("name_or_path")),
-                tokenizer.get("class"),
+                escape(tokenizer.get("class") or ""),
                 _revision(tokenizer),
                 counted(tokenizer.get("vocab_size"), "tokens"),
             ),
@@ -199,14 +199,14 @@ def _data(weights: "DomainWeights") -> str | None:
 
 def _source(metadata: Mapping[str, Any]) -> str | None:
     file = metadata.get("source_file")
-    return join(f"file {escape(file)}", metadata.get("source_format")) if file else None
+    return join(f"file {escape(file)}", escape(metadata.get("source_format") or "")) if file else None
 
 
 def _model(model: Mapping[str, Any], model_id: str | None) -> str | None:
     size = model.get("num_parameters")
     started = model.get("name_or_path")
     described = join(
-        model.get("class"),
+        escape(model.get("class") or ""),
         f"{size:,} parameters" if isinstance(size, int) else None,
         f"begun from {hub_link(started)}" if started else None,
         _revision(model),

@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from pathlib import PurePosixPath, PureWindowsPath
 from typing import Any
 
+from hf_doge.text import require_printable
+
 _LARGEST = {
     "width": 2**20,
     "stored_width": 2**20,
@@ -50,6 +52,8 @@ def check_claims(config: Mapping[str, Any], *, source: str) -> None:
     for path in config["files"]:
         require_inside(path, source=source)
     for checkpoint in config["checkpoints"]:
+        shown = [checkpoint.get(key) for key in ("name", "revision", "model_class", "fingerprint")]
+        require_printable(f"What {source!r} says of a checkpoint", shown)
         path = checkpoint.get("path")
         require(path is None or isinstance(path, str), "must have text or nothing under `path`", path)
         require(".." not in PurePosixPath(path or "").parts, "must not lead out of the folder by `path`", path)

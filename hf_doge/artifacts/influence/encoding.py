@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hf_doge.text import printable
+
 _LARGEST_EXPONENT = 15  # rows are scaled to have their largest number in [2 ** 14, 2 ** 15); float16 ends at 2 ** 16
 _LARGEST_SCALE = 64  # as a power of two; leaves room for sums of scaled products in float32
 
@@ -42,7 +44,7 @@ def recorded_projection(config: Mapping[str, Any]) -> Tensor:
     if projection_sha256(matrix) != asked["sha256"]:
         raise ValueError(
             f"The projection of the index must be drawn again for queries, but torch {torch.__version__} draws another"
-            f" than hf_doge {config.get('hf_doge_version')} did then. Use the torch it was made with."
+            f" than hf_doge {printable(config.get('hf_doge_version'))[:40]} did then. Use the torch it was made with."
         )
     return matrix
 

@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 
 from hf_doge.artifacts.influence.manifest import examples_files
 from hf_doge.artifacts.influence.tables import as_stored, read_table, to_parquet
+from hf_doge.text import require_printable
 
 
 def ordered_examples(table: pa.Table, num_examples: int) -> pa.Table:
@@ -22,6 +23,7 @@ def ordered_examples(table: pa.Table, num_examples: int) -> pa.Table:
     """
     if "example_id" not in table.column_names:
         raise ValueError(f"The examples must have a column `example_id`, but they have {table.column_names}.")
+    require_printable("Columns of the examples", table.column_names)
     position = table.column_names.index("example_id")
     table = table.set_column(position, "example_id", pc.cast(table["example_id"], pa.int64()))
     ids = table["example_id"].to_numpy()
@@ -81,6 +83,7 @@ def read_examples(folder: Path, config: Mapping[str, Any]) -> pa.Table:
     first, tables = 0, []
     for path in examples_files(config):
         table = read_table(folder / path)
+        require_printable(f"Columns in {str(folder / path)!r}", table.column_names)
         ids = table["example_id"].to_numpy() if "example_id" in table.column_names else None
         if ids is None or not np.array_equal(ids, np.arange(first, first + len(table))):
             raise ValueError(

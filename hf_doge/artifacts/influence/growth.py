@@ -12,6 +12,7 @@ from hf_doge.artifacts.influence.checkpoint_writer import CheckpointWriter
 from hf_doge.artifacts.influence.examples import read_examples, same_examples
 from hf_doge.artifacts.influence.manifest import added_examples_file
 from hf_doge.artifacts.influence.tables import as_stored, to_parquet
+from hf_doge.text import printable
 
 
 @dataclass
@@ -75,4 +76,4 @@ class Growth:
 
 
 def _columns(schema: pa.Schema) -> str:
-    return ", ".join(f"{field.name} ({field.type})" for field in schema)
+    return printable(", ".join(f"{field.name} ({field.type})" for field in schema))

@@ -10,6 +10,7 @@ from hf_doge._version import __version__
 from hf_doge.artifacts.files import file_sha256
 from hf_doge.artifacts.influence.claims import check_claims
 from hf_doge.artifacts.readers import parse_json
+from hf_doge.text import printable
 
 FORMAT_VERSION = "1.0"  # a newer major number tells older readers that they would misread the files
 MANIFEST = "config.json"
@@ -119,7 +120,7 @@ def warn_of_unknown(config: Mapping[str, Any]) -> None:
     if unknown:
         warnings.warn(
             f"{MANIFEST} has keys {unknown} that hf_doge {__version__} does not know; they are left out of account. It was"
-            f" written by hf_doge {config.get('hf_doge_version')}: install that version to have them.",
+            f" written by hf_doge {printable(config.get('hf_doge_version'))[:40]}: install that version to have them.",
             stacklevel=3,
         )
 

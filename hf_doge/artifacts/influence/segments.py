@@ -26,6 +26,7 @@ from torch import Tensor
 from hf_doge.artifacts.influence.encoding import encode_rows
 from hf_doge.artifacts.influence.manifest import example_dtype
 from hf_doge.artifacts.influence.tables import to_parquet
+from hf_doge.text import printable
 
 _ROW_GROUP_SIZE = 16_384  # what DuckDB and the Hub's viewer read fastest
 _OFFSETS_GROUP_SIZE = 2**20
@@ -293,4 +294,4 @@ def segment_schema(dtype: str, width: int, example_type: str) -> pa.Schema:
 
 def describe_schema(schema: pa.Schema) -> str:
     """Names and types, on one line."""
-    return ", ".join(f"{field.name} {field.type}" for field in schema)
+    return printable(", ".join(f"{field.name} {field.type}" for field in schema))

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from hf_doge._version import __version__
+from hf_doge.artifacts.cards.markdown import escape
 from hf_doge.evaluation.influence.bootstrap import bootstrap_interval
 
 NOISE = "retraining noise"
@@ -108,7 +109,7 @@ class CaseDeletionResult:
         ]
         for scorer, values in summary.items():
             cells = [_format(values[name]) for name in ("auc_del+", "auc_del-", "spread")]
-            lines.append(f"| {scorer} | {' | '.join(cells)} |")
+            lines.append(f"| {escape(scorer)} | {' | '.join(cells)} |")
         lines += [
             "",
             f"Retraining noise: other seeds and nothing removed give {_format(noise)}, with a standard deviation of "
