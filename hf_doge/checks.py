@@ -74,7 +74,9 @@ def check_number(
         and (below is None or number < below)
     )
     if not fits:
-        law = _range(least, above, most, below, unit=f" {unit}" if unit else "", finite=finite)
+        law = _range(
+            least, above, most, below, unit=f" {unit}" if unit else "", finite=finite and not math.isfinite(number)
+        )
         raise ValueError(f"`{name}` must be {law}, but got {show(value)}.")
     return number
 
@@ -138,6 +140,13 @@ def check_function(name: str, value: Any, *, what: str = "a function", optional:
     """Something that can be called."""
     if not callable(value) and not (optional and value is None):
         raise ValueError(f"`{name}` must be {what}, but got {show(value)}.")
+    return value
+
+
+def check_mapping(name: str, value: Any, *, optional: bool = False) -> Mapping | None:
+    """A dictionary or the like."""
+    if not isinstance(value, Mapping) and not (optional and value is None):
+        raise ValueError(f"`{name}` must be a dict, but got {show(value)}.")
     return value
 
 
@@ -222,6 +231,16 @@ def check_json(name: str, value: Any) -> Any:
             f"`{name}` must hold strings, finite numbers, booleans, None, lists and dicts, but {printable(error)}."
         ) from error
     return json.loads(text, object_pairs_hook=plain)
+
+
+def check_shape(name: str, tensor: Any, shape: Sequence[int | None]) -> None:
+    """An array or tensor of this shape; `None` stands for any size."""
+    found = getattr(tensor, "shape", None)
+    fits = found is not None and len(found) == len(shape)
+    if not fits or any(size not in (None, one) for one, size in zip(found, shape, strict=True)):
+        law = f"({', '.join('any' if size is None else str(size) for size in shape)})"
+        got = f"the shape {tuple(found)}" if found is not None else show(tensor)
+        raise ValueError(f"`{name}` must be an array or tensor of shape {law}, but got {got}.")
 
 
 def is_unicode(text: str) -> bool:

@@ -57,13 +57,13 @@ def test_what_is_no_whole_number_is_refused_in_words_that_show_it(value):
 @pytest.mark.parametrize(
     ("value", "law", "message"),
     [
-        (0, {"above": 0}, "positive and finite"),
+        (0, {"above": 0}, "positive, but got 0"),
         (float("inf"), {"above": 0}, "positive and finite"),
         (10**400, {"above": 0}, "positive and finite"),
         (float("nan"), {"finite": False}, "a number, not NaN"),
         (1, {"least": 0, "below": 1}, r"in \[0, 1\)"),
         (0, {"above": 0, "most": 1}, r"in \(0, 1\]"),
-        (-1, {"least": 0, "unit": "GiB"}, "at least 0 GiB and finite"),
+        (-1, {"least": 0, "unit": "GiB"}, "at least 0 GiB, but got -1"),
         ("5", {}, "a number, but got '5'. Give the number itself, not a text"),
         (True, {}, "a number"),
     ],

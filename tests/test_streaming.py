@@ -272,7 +272,7 @@ def test_a_data_loader_reads_every_draw_once(num_workers):
     [
         ({}, {}, ValueError, "at least one domain, but got an empty dict"),
         ({**streams(), "wiki": tables()["wiki"]}, {}, TypeError, "must be all `datasets.Dataset` or all"),
-        (streams(), {"num_samples": 0}, ValueError, "`num_samples` must be positive, but got 0"),
+        (streams(), {"num_samples": 0}, ValueError, "`num_samples` must be at least 1, but got 0"),
         (
             streams(),
             {"num_samples": 5, "stopping": "first_exhausted"},

@@ -11,7 +11,18 @@ from hf_doge.artifacts.hub.fetch import fetch_folder
 from hf_doge.artifacts.readers import read_ratios
 from hf_doge.artifacts.summary import summarize
 from hf_doge.artifacts.trajectory import Trajectory
-from hf_doge.checks import check_json, check_names, check_ratios, check_same_domains, check_simplex
+from hf_doge.checks import (
+    check_flag,
+    check_json,
+    check_mapping,
+    check_names,
+    check_number,
+    check_path,
+    check_ratios,
+    check_same_domains,
+    check_simplex,
+    show,
+)
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo
@@ -58,21 +69,28 @@ class DomainWeights:
         self.mean = check_simplex("mean", mean)
         self.last = dict(self.mean)
         if last is not None:
+            check_mapping("last", last)
             check_same_domains("last", last, self.mean)
             self.last = check_simplex("last", {name: last[name] for name in self.mean})
         if trajectory is not None:
+            if not isinstance(trajectory, Trajectory):
+                raise ValueError(f"`trajectory` must be a `Trajectory`, but got {show(trajectory)}.")
             check_same_domains("trajectory", trajectory.domains, self.mean)
         self.trajectory = trajectory
         if domains is not None:
+            check_mapping("domains", domains)
             check_same_domains("domains", domains, self.mean)
-        self.domains = check_json("domains", {name: (domains or {}).get(name, {}) for name in self.mean})
-        self.recipe = check_json("recipe", recipe or {})
-        self.metadata = check_json("metadata", metadata or {})
+        known = {name: check_mapping(f"domains[{name!r}]", (domains or {}).get(name, {})) for name in self.mean}
+        self.domains = check_json("domains", known)
+        self.recipe = check_json("recipe", check_mapping("recipe", recipe, optional=True) or {})
+        self.metadata = check_json("metadata", check_mapping("metadata", metadata, optional=True) or {})
         self.unknown_keys: dict[str, Any] = {}
         for name, facts in self.domains.items():
             for key in ("num_rows", "num_tokens"):
                 count = facts.get(key)
-                if count is not None and not (isinstance(count, int) and count >= 0):
+                if count is not None and (
+                    isinstance(count, bool) or not isinstance(count, int) or not 0 <= count < 2**63
+                ):
                     raise ValueError(f"`{key}` of domain {name!r} must be an integer >= 0, but got {count!r}.")
 
     @classmethod
@@ -113,6 +131,8 @@ class DomainWeights:
         Raises:
             ValueError: A domain lacks `num_tokens`, or none has a token.
         """
+        for name, facts in check_mapping("domains", domains).items():
+            check_mapping(f"domains[{name!r}]", facts)
         unknown = [name for name, facts in domains.items() if facts.get("num_tokens") is None]
         if unknown:
             raise ValueError(f"Natural weights need `num_tokens` of every domain, but domains {unknown} have none.")
@@ -130,7 +150,7 @@ class DomainWeights:
         Raises:
             ValueError: The file is malformed, repeats a key, or a ratio is no finite number >= 0. Names file and domain.
         """
-        path = Path(path)
+        path = Path(check_path("path", path))
         ratios, shape = read_ratios(path)
         try:
             return cls.from_mapping(ratios, metadata={"source_file": path.name, "source_format": shape})
@@ -169,8 +189,7 @@ class DomainWeights:
         Raises:
             ValueError: `num_tokens` is negative, or a domain of positive weight has no known token.
         """
-        if num_tokens < 0:
-            raise ValueError(f"`num_tokens` must be at least 0, but got {num_tokens}.")
+        num_tokens = check_number("num_tokens", num_tokens, least=0)
         available = {name: facts.get("num_tokens") for name, facts in self.domains.items()}
         unknown = [name for name, weight in self.mean.items() if weight > 0 and not available[name]]
         if unknown:
@@ -190,7 +209,7 @@ class DomainWeights:
         """
         from hf_doge.plots import plot_domain_weights
 
-        return plot_domain_weights(self, path)
+        return plot_domain_weights(self, check_path("path", path, optional=True))
 
     def save_pretrained(self, save_directory: str | os.PathLike, *, plot: bool = False) -> None:
         """
@@ -212,7 +231,7 @@ class DomainWeights:
             FileExistsError: The folder holds something else than an artifact.
             NotADirectoryError: `save_directory` is a file.
         """
-        write_folder(self, Path(save_directory), plot=plot)
+        write_folder(self, Path(check_path("save_directory", save_directory)), plot=check_flag("plot", plot))
 
     def push_to_hub(
         self,

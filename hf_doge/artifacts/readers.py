@@ -25,6 +25,8 @@ def read_ratios(path: Path) -> tuple[dict, str]:
     loaders = {".json": parse_json, ".yaml": _parse_yaml, ".yml": _parse_yaml}
     if path.suffix.lower() not in loaders:
         raise ValueError(f"A weights file must end in one of {list(loaders)}, but got {str(path)!r}.")
+    if not path.is_file():
+        raise FileNotFoundError(f"A weights file must exist, but {str(path)!r} does not. Check the path.")
     content = loaders[path.suffix.lower()](path.read_bytes(), source=str(path))
     ratios, shape = content, "plain"
     if isinstance(content, dict):

@@ -22,6 +22,8 @@ are `clip_scale`, `normalize_scores` and `clamp_scores`, each an option of its o
 import torch
 from torch import Tensor
 
+from hf_doge.checks import check_choice, check_count, check_number, check_shape
+
 NORMALIZATIONS = ("none", "mean_norm", "cosine")
 
 
@@ -43,6 +45,10 @@ def generalization_scores(train_grads: Tensor, target_grads: Tensor, target_weig
     Returns:
         `torch.Tensor` of shape `(num_train_domains,)`: one inner product per training domain.
     """
+    check_shape("train_grads", train_grads, (None, None))
+    check_shape("target_grads", target_grads, (None, train_grads.shape[1]))
+    if target_weights is not None:
+        check_shape("target_weights", target_weights, (len(target_grads),))
     if target_weights is None:
         target_grad = target_grads.sum(dim=0)
     else:
@@ -82,14 +88,13 @@ def normalize_scores(scores: Tensor, train_norms: Tensor, target_norm: Tensor, *
     Returns:
         `torch.Tensor` of shape `(num_train_domains,)`.
     """
+    check_choice("normalization", normalization, NORMALIZATIONS)
     if normalization == "none":
         return scores
     if normalization == "mean_norm":
         return scores / (train_norms.mean() + 1e-6)
-    if normalization == "cosine":
-        norms = train_norms * target_norm
-        return torch.where(norms > 0, scores / norms, torch.zeros_like(scores))  # no direction, no alignment
-    raise ValueError(f"`normalization` must be one of {list(NORMALIZATIONS)}, but got {normalization!r}.")
+    norms = train_norms * target_norm
+    return torch.where(norms > 0, scores / norms, torch.zeros_like(scores))  # no direction, no alignment
 
 
 def clamp_scores(scores: Tensor, *, score_min: float | None = None, score_max: float | None = None) -> Tensor:
@@ -97,8 +102,12 @@ def clamp_scores(scores: Tensor, *, score_min: float | None = None, score_max: f
     Bound the scores from below and above; `None` leaves that side open. The authors' code uses [0, 5], so that a
     domain whose gradient opposes the target is never lowered by its own score, only not raised. The paper has no bound.
     """
+    score_min = check_number("score_min", score_min, finite=False, optional=True)
+    score_max = check_number("score_max", score_max, finite=False, optional=True)
     if score_min is None and score_max is None:
         return scores
+    if score_min is not None and score_max is not None and score_min > score_max:
+        raise ValueError(f"`score_min` must not exceed `score_max`, but got {score_min} > {score_max}.")
     return scores.clamp(min=score_min, max=score_max)
 
 
@@ -134,8 +143,10 @@ def update_domain_weights(
     Returns:
         `torch.Tensor` of shape `(num_train_domains,)` and dtype float64, summing to 1.
     """
-    if mu <= 0:
-        raise ValueError(f"`mu` must be positive, but got {mu}.")
+    learning_rate = check_number("learning_rate", learning_rate, least=0)
+    mu = check_number("mu", mu, above=0)
+    smoothing = check_number("smoothing", smoothing, least=0, most=1)
+    check_shape("scores", scores, tuple(weights.shape))
     weights = weights.double()
     present = torch.ones_like(weights, dtype=torch.bool) if present is None else present.bool()
     if not present.any():
@@ -145,6 +156,11 @@ def update_domain_weights(
     logits = weights[present].log() + learning_rate / mu * scores.double()[present]
     shares = torch.softmax(logits, dim=0) if mass > 0 else torch.zeros_like(logits)
     updated[present] = mass * ((1 - smoothing) * shares + smoothing / len(shares))
+    if not updated.isfinite().all():
+        raise ValueError(
+            f"`scores` times `learning_rate` / `mu` must be finite, but with {learning_rate} / {mu} some are not. Lower the"
+            " learning rate or raise `mu`."
+        )
     return updated
 
 
@@ -157,6 +173,7 @@ def update_running_mean(mean: Tensor, weights: Tensor, num_updates: int) -> Tens
         weights (`torch.Tensor` of shape `(num_train_domains,)`): Weights after the latest update.
         num_updates (`int`): Updates in `mean` so far, `>= 0`; the initial weights alpha_0 do not count.
     """
-    if num_updates == 0:
+    if check_count("num_updates", num_updates, least=0) == 0:
         return weights.clone()
+    check_shape("mean", mean, tuple(weights.shape))
     return mean + (weights - mean) / (num_updates + 1)

@@ -20,6 +20,8 @@ and everything about synonyms that [`synonym_similarity`] lists as ours.
 import torch
 from torch import Tensor
 
+from hf_doge.checks import check_choice, check_count, check_number, check_shape
+
 TOP_K_UNITS = ("position", "token")
 
 
@@ -131,10 +133,8 @@ def _norms(rows: Tensor) -> Tensor:
 
 def check_top_k(k: int, unit: str) -> None:
     """Raise a `ValueError` unless `k` and `unit` are values that [`top_k_rows`] knows."""
-    if unit not in TOP_K_UNITS:
-        raise ValueError(f"`unit` must be one of {list(TOP_K_UNITS)}, but got {unit!r}.")
-    if k < 1:
-        raise ValueError(f"`k` must be at least 1, but got {k}. Leave top-k out to keep all tokens.")
+    check_choice("unit", unit, TOP_K_UNITS)
+    check_count("k", k)
 
 
 def tracin_we_token_scores(
@@ -206,6 +206,7 @@ def sum_checkpoints(scores: Tensor, learning_rates: Tensor) -> Tensor:
     Returns:
         `torch.Tensor` of shape `(...)`.
     """
+    check_shape("learning_rates", learning_rates, (len(scores),))
     return torch.tensordot(learning_rates.to(scores.dtype), scores, dims=1)
 
 
@@ -244,10 +245,8 @@ def scale_by_second_moment(rows: Tensor, second_moments: Tensor, *, eps: float =
     Returns:
         `torch.Tensor` of shape `(W, width)`.
     """
-    if sides not in ("both", "one"):
-        raise ValueError(f"`sides` must be 'both' or 'one', but got {sides!r}.")
-    if eps <= 0:
-        raise ValueError(f"`eps` must be positive, but got {eps}.")
+    check_choice("sides", sides, ("both", "one"))
+    check_number("eps", eps, above=0)
     metric = second_moments.sqrt() + eps
     return rows / (metric.sqrt() if sides == "both" else metric)
 

@@ -16,7 +16,7 @@ from hf_doge.sampling.weights import cap_shares, refuse_empty_domains, to_shares
 
 _FIRST_CHUNK = 2**8  # indices computed at a time: few at first, so that the first comes at once
 _CHUNK = 2**14
-_MOST_DRAWS = 2**62  # of one stream, so that its numbers fit in 64 bits
+MOST_DRAWS = 2**62  # of one stream, so that its numbers fit in 64 bits
 
 
 class DomainWeightedSampler(Sampler[int]):
@@ -93,14 +93,14 @@ class DomainWeightedSampler(Sampler[int]):
             domains = DomainIndex.from_labels(domains)
         self.domains = domains
         self.num_samples = check_count(
-            "num_samples", domains.num_rows if num_samples is None else num_samples, most=_MOST_DRAWS
+            "num_samples", domains.num_rows if num_samples is None else num_samples, most=MOST_DRAWS
         )
         self.seed = check_seed("seed", seed)
         self.draw = check_choice("draw", draw, DRAW_MODES)
         self.max_epochs_per_domain = check_number(
             "max_epochs_per_domain", max_epochs_per_domain, above=0, finite=False, optional=True
         )
-        self.num_epochs = check_number("num_epochs", num_epochs, above=0, most=_MOST_DRAWS / self.num_samples)
+        self.num_epochs = check_number("num_epochs", num_epochs, above=0, most=MOST_DRAWS / self.num_samples)
         self.epoch = 0
         self._position = 0
         self._is_resuming = False
@@ -163,7 +163,7 @@ class DomainWeightedSampler(Sampler[int]):
         The one exception: between `load_state_dict` or `seek` and the next iteration, the epoch that was loaded keeps
         the position that was loaded, since training loops announce the epoch they resume in.
         """
-        epoch = check_count("epoch", epoch, least=0, most=_MOST_DRAWS // self.num_samples)
+        epoch = check_count("epoch", epoch, least=0, most=MOST_DRAWS // self.num_samples)
         if self._is_resuming and epoch == self.epoch:
             return
         self.epoch = epoch
@@ -180,7 +180,7 @@ class DomainWeightedSampler(Sampler[int]):
         Args:
             draw (`int`): `>= 0`. After `n` optimizer steps, `n` times the examples of a step over all processes.
         """
-        self.epoch, self._position = divmod(check_count("draw", draw, least=0, most=_MOST_DRAWS), self.num_samples)
+        self.epoch, self._position = divmod(check_count("draw", draw, least=0, most=MOST_DRAWS), self.num_samples)
         self._is_resuming = True
 
     def set_weights(
@@ -201,7 +201,7 @@ class DomainWeightedSampler(Sampler[int]):
                 nor before the last weights began. Defaults to the next draw to hand out.
         """
         first_draw = check_count(
-            "first_draw", self.next_draw if first_draw is None else first_draw, least=-_MOST_DRAWS, most=_MOST_DRAWS
+            "first_draw", self.next_draw if first_draw is None else first_draw, least=-MOST_DRAWS, most=MOST_DRAWS
         )
         earliest = max(self.next_draw, self._schedule.pieces[-1].first_draw)
         if first_draw < earliest:

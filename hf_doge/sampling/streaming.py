@@ -12,10 +12,11 @@ import numpy as np
 import torch
 from datasets.iterable_dataset import _BaseExamplesIterable
 
+from hf_doge.checks import check_choice, check_count, check_names, check_seed, check_text
 from hf_doge.sampling.domains import concatenate_domains, merge_domains, refuse_different_features
 from hf_doge.sampling.permutation import derive_key
-from hf_doge.sampling.sampler import DomainWeightedSampler
-from hf_doge.sampling.schedule import DrawSchedule
+from hf_doge.sampling.sampler import MOST_DRAWS, DomainWeightedSampler
+from hf_doge.sampling.schedule import DRAW_MODES, DrawSchedule
 from hf_doge.sampling.weights import refuse_empty_domains, to_shares
 
 STOPPING_RULES = ("all_exhausted", "first_exhausted")
@@ -96,9 +97,12 @@ def interleave_domains(
         raise TypeError(f"Domains must be a dict from name to dataset, but got {type(domains).__name__}.")
     if not domains:
         raise ValueError("There must be at least one domain, but got an empty dict.")
-    if num_samples is not None and num_samples <= 0:
-        raise ValueError(f"`num_samples` must be positive, but got {num_samples}.")
-    names = list(domains)
+    num_samples = check_count("num_samples", num_samples, most=MOST_DRAWS, optional=True)
+    seed = check_seed("seed", seed)
+    check_choice("draw", draw, DRAW_MODES)
+    check_choice("stopping", stopping, STOPPING_RULES, optional=True)
+    check_text("domain_column", domain_column, what="the name of a column", optional=True)
+    names = list(check_names(domains))
     shares = to_shares(weights, names)
     drawn = {name: domains[name] for name, share in zip(names, shares, strict=True) if share > 0}
     if all(isinstance(domain, datasets.Dataset) for domain in domains.values()):
@@ -121,8 +125,6 @@ def interleave_domains(
             f"Either `num_samples` or `stopping` ends a stream, but got {num_samples} and {stopping!r}. Drop one."
         )
     stopping = "all_exhausted" if stopping is None else stopping
-    if stopping not in STOPPING_RULES:
-        raise ValueError(f"`stopping` must be one of {list(STOPPING_RULES)}, but got {stopping!r}.")
     examples = _InterleavedExamples(
         drawn,
         shares[shares > 0],

@@ -24,6 +24,7 @@ from hf_doge.artifacts.files import write_atomically
 from hf_doge.artifacts.hub.fetch import fetch_folder
 from hf_doge.artifacts.influence import IndexReader
 from hf_doge.artifacts.influence.remote import RemoteIndexReader
+from hf_doge.checks import check_choice, check_count, check_flag, check_function, check_number, check_path, show
 from hf_doge.gradients.example_losses import LossFunction
 from hf_doge.tracing.fingerprints import tokenizer_fingerprint
 from hf_doge.tracing.hits import (
@@ -97,6 +98,12 @@ class InfluenceIndex:
     ) -> None:
         self.reader = reader
         self.config = reader.config
+        check_function("load_model", load_model, what="a function of a path", optional=True)
+        check_function("loss_fn", loss_fn, what="a function of (outputs, batch)", optional=True)
+        if model is not None and not isinstance(model, nn.Module):
+            raise ValueError(
+                f"`model` must be a torch.nn.Module, but got {show(model)}. To load one, pass `load_model`."
+            )
         self._given_tokenizer = getattr(processing_class, "tokenizer", processing_class)
         if self._given_tokenizer is not None:
             if not callable(self._given_tokenizer):
@@ -157,7 +164,9 @@ class InfluenceIndex:
                 `streaming`, and the rows are int8, or it is asked for together with `local_files_only` or `force_download`.
         """
         reader: IndexReader
-        if streaming and (local_files_only or force_download):
+        check_path("name_or_path", name_or_path)
+        check_flag("verify", verify)
+        if check_flag("streaming", streaming) and (local_files_only or force_download):
             raise ValueError(
                 "`streaming=True` reads from the Hub what is not in the cache, so it does not go with `local_files_only` or"
                 " `force_download`. Leave one of them out."
@@ -192,6 +201,7 @@ class InfluenceIndex:
             save_directory (`str` or `os.PathLike`):
                 New, empty, or an index to replace. An interrupted copy leaves what was there before.
         """
+        check_path("save_directory", save_directory)
         self.reader.require_whole("`save_pretrained`")
         copy_index(self.reader.folder, Path(save_directory))
 
@@ -338,7 +348,7 @@ class InfluenceIndex:
             ValueError: An option or the queries are bad, or a checkpoint is another than the recorded one.
             FileNotFoundError: A checkpoint is gone.
         """
-        _check_count("top_k", top_k)
+        top_k = check_count("top_k", top_k)
         excluded = self._checked_ids(exclude)
         options = {
             "batch_size": batch_size,
@@ -445,7 +455,7 @@ class InfluenceIndex:
         Raises:
             ValueError: The rows of the index are not gradients of their examples (second moment, online recording).
         """
-        self._check_choice("special_tokens", special_tokens, SPECIAL_TOKENS)
+        check_choice("special_tokens", special_tokens, SPECIAL_TOKENS)
         self._refuse_metric("Self-influence")
         self.reader.require_whole("Self-influence")
         if self.config.get("record") == "online":
@@ -494,7 +504,7 @@ class InfluenceIndex:
         Raises:
             ValueError: The examples have no such column.
         """
-        self._check_choice("reduction", reduction, REDUCTIONS)
+        check_choice("reduction", reduction, REDUCTIONS)
         domains, members = self._domains(column)
         counts = np.bincount(members, minlength=len(domains))
         table: dict[str, list] = {"query": [], "domain": [], "score": [], "num_examples": []}
@@ -526,7 +536,8 @@ class InfluenceIndex:
         Returns:
             `str`: The page. It needs no other file and runs no script.
         """
-        missing = sorted(set(HIT_FEATURES) - set(getattr(hits, "column_names", ())))
+        check_path("path", path, optional=True)
+        missing = sorted(set(HIT_FEATURES) - set(getattr(hits, "column_names", None) or ()))
         if missing:
             raise ValueError(f"`hits` must come from `InfluenceIndex.search`, but has no columns {missing}.")
         tokenizer, fields = self.processing_class, self._text_fields()
@@ -574,7 +585,7 @@ class InfluenceIndex:
 
     def _domains(self, column: str) -> tuple[list[Any], np.ndarray]:
         """Names of the domains in order of appearance, and the domain of each example."""
-        if column not in self.examples.column_names:
+        if not isinstance(column, str) or column not in self.examples.column_names:
             raise ValueError(f"`column` must be one of {self.examples.column_names}, but got {column!r}.")
         values = self.examples.with_format("arrow")[column]
         distinct = pc.unique(values)
@@ -590,22 +601,16 @@ class InfluenceIndex:
     def _check_options(
         self, *, special_tokens: str, batch_size: int, cosine: bool, kernel: str, synonym_threshold: float
     ) -> None:
-        self._check_choice("special_tokens", special_tokens, SPECIAL_TOKENS)
-        _check_count("batch_size", batch_size)
-        self._check_choice("cosine", cosine, (True, False))
-        self._check_choice("kernel", kernel, KERNELS)
-        number = isinstance(synonym_threshold, int | float) and not isinstance(synonym_threshold, bool)
-        if not number or not -1 <= synonym_threshold <= 1:
-            raise ValueError(f"`synonym_threshold` must be in [-1, 1], but got {synonym_threshold!r}.")
+        check_choice("special_tokens", special_tokens, SPECIAL_TOKENS)
+        check_count("batch_size", batch_size)
+        check_flag("cosine", cosine)
+        check_choice("kernel", kernel, KERNELS)
+        check_number("synonym_threshold", synonym_threshold, least=-1, most=1)
         if cosine:
             self._refuse_metric("`cosine`")
             self.reader.require_whole("`cosine`")
         if kernel == "synonym":  # Adam's metric is one of each token; between two there is none
             self._refuse_metric("`kernel='synonym'`")
-
-    def _check_choice(self, name: str, value: Any, allowed: Sequence[Any]) -> None:
-        if value not in allowed:
-            raise ValueError(f"`{name}` must be one of {list(allowed)}, but got {value!r}.")
 
     def _refuse_metric(self, what: str) -> None:
         if self.config.get("second_moment"):
@@ -619,8 +624,11 @@ class InfluenceIndex:
         return list(self.config["special_token_ids"]) if special_tokens == "drop" else []
 
     def _checked_ids(self, ids: Sequence[int]) -> np.ndarray:
-        found = np.asarray(ids if isinstance(ids, np.ndarray) or not isinstance(ids, Iterable) else list(ids))
-        whole = found.ndim == 1 and (found.dtype.kind in "iu" or not len(found))
+        try:
+            found = np.asarray(ids if isinstance(ids, np.ndarray) or not isinstance(ids, Iterable) else list(ids))
+        except ValueError:  # lists of several lengths
+            found = np.asarray(None)
+        whole = found.ndim == 1 and (found.dtype.kind in "iu" or not len(found)) and not isinstance(ids, str | bytes)
         if not whole or (len(found) and not 0 <= found.min() <= found.max() < len(self)):
             raise ValueError(f"`exclude` must hold ids of examples, 0 to {len(self) - 1}, but got {ids!r:.80}.")
         return found.astype(np.int64)
@@ -650,9 +658,3 @@ class InfluenceIndex:
             name for name in strings if name != "content_hash" and not name.endswith(("_name", "source", "domain"))
         ]
         return left if len(left) <= 2 else []
-
-
-def _check_count(name: str, value: Any) -> None:
-    if not isinstance(value, int) or value < 1:
-        problem = "a whole number of at least 1" if not isinstance(value, int) else "at least 1"
-        raise ValueError(f"`{name}` must be {problem}, but got {value!r}.")

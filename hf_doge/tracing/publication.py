@@ -31,6 +31,7 @@ from hf_doge.artifacts.influence.manifest import (
 from hf_doge.artifacts.influence.tables import read_table, to_parquet
 from hf_doge.artifacts.influence.writer import checkpoints_table
 from hf_doge.artifacts.provenance import hide_tokens, public_content, public_name
+from hf_doge.checks import check_flag, check_names
 from hf_doge.tracing.examples import LABEL_COLUMNS
 from hf_doge.tracing.models import checkpoint_folders
 from hf_doge.tracing.weights import MODELS
@@ -70,7 +71,10 @@ def index_publication(
     Raises:
         ValueError: `keep_columns` names no column, or is given without `redact_text`.
     """
-    keep_columns = [keep_columns] if isinstance(keep_columns, str) else list(keep_columns)
+    check_flag("redact_text", redact_text)
+    check_flag("include_models", include_models)
+    keep_columns = [keep_columns] if isinstance(keep_columns, str) else keep_columns
+    keep_columns = list(check_names(keep_columns, what="`keep_columns`")) if keep_columns else []
     if keep_columns and not redact_text:
         raise ValueError(f"`keep_columns` goes with `redact_text=True`, but got {list(keep_columns)} without it.")
     files: dict[str, bytes | Path] = {}

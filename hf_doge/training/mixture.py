@@ -12,8 +12,10 @@ from transformers import Trainer
 from transformers.trainer_utils import get_last_checkpoint
 
 from hf_doge.artifacts.domain_weights import DomainWeights
+from hf_doge.checks import check_choice, check_number, check_text
 from hf_doge.sampling.domains import DomainIndex, merge_domains
 from hf_doge.sampling.sampler import DomainWeightedSampler
+from hf_doge.sampling.schedule import DRAW_MODES
 from hf_doge.sampling.streaming import (
     holds_streams,
     interleave_domains,
@@ -86,6 +88,9 @@ class DomainWeightedMixin:
                 f"{type(train_dataset).__name__}, whose domains cannot be drawn from one by one. Pass a dict with one "
                 "stream per domain, or pass `interleave_domains(datasets, weights)` to a plain Trainer."
             )
+        check_text("domain_column", domain_column, what="the name of a column")
+        check_choice("draw", draw, DRAW_MODES)
+        check_number("max_epochs_per_domain", max_epochs_per_domain, above=0, finite=False, optional=True)
         if getattr(args, "auto_find_batch_size", False):
             raise ValueError(
                 "The order depends on the batch size, so `auto_find_batch_size` must be off. Set the size."

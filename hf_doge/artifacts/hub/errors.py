@@ -42,6 +42,8 @@ def check_token(token: str | bool | None) -> None:
     Raises:
         ValueError: It is empty, or not one word of plain letters.
     """
+    if token is not None and not isinstance(token, str | bool):
+        raise ValueError(f"`token` must be text, True, False or None, but got a {type(token).__name__}.")
     found = token if isinstance(token, str) else None if token is False else get_token()
     if found is not None and (found.split() != [found] or not found.isascii() or not found.isprintable()):
         raise ValueError(

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hf_doge._version import __version__
+from hf_doge.checks import check_flag, check_path, check_text
 
 
 def fetch_folder(
@@ -35,7 +36,11 @@ def fetch_folder(
         ValueError: `token` cannot be one.
         OSError: The disk is full, or the download did not end.
     """
-    folder = Path(name_or_path)
+    folder = Path(check_path("name_or_path", name_or_path))
+    check_text("revision", revision, optional=True)
+    check_path("cache_dir", cache_dir, optional=True)
+    check_flag("local_files_only", local_files_only)
+    check_flag("force_download", force_download)
     if folder.is_dir():
         return folder
     if folder.is_file():

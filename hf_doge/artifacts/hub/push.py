@@ -33,6 +33,7 @@ from hf_doge.artifacts.hub.errors import (
 )
 from hf_doge.artifacts.hub.publication import Publication, content_sha256, git_blob_id, merge_card, refuse_token, size
 from hf_doge.artifacts.hub.retries import Patience, Result
+from hf_doge.checks import check_flag, check_text
 
 logger = logging.getLogger(__name__)
 
@@ -102,6 +103,9 @@ def push_publication(
         FileExistsError: The repository holds something else, or `tag` is taken.
         PushError: The Hub could not be reached, or not in time.
     """
+    check_flag("private", private, optional=True)
+    check_text("commit_message", commit_message)
+    check_text("commit_description", commit_description, optional=True)
     if os.environ.get("RANK", "0") != "0":
         return None
     push = _Push(
@@ -148,6 +152,7 @@ class _Push:
             if value is not None and not _is_git_name(value):
                 raise ValueError(f"`{name}` must be a name that git allows, such as 'v1.0', but got {value!r}.")
         check_token(token)
+        check_flag("create_pr", create_pr)
         if token is False or (not isinstance(token, str) and get_token() is None):
             raise PermissionError(
                 f"To push to {repo_id!r} the Hub needs an access token with the *write* role. Log in by `hf auth login`, set"
