@@ -364,7 +364,10 @@ def test_scaling_both_sides_by_the_second_moment_equals_scaling_one_side_whole()
     close(scale_by_second_moment(rows, per_row), scale_by_second_moment(rows, per_row.expand_as(rows)))
 
 
-@pytest.mark.parametrize(("option", "message"), [({"sides": "left"}, r"`sides` must be one of \['both', 'one'\]"), ({"eps": 0.0}, "positive")])
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [({"sides": "left"}, r"`sides` must be one of \['both', 'one'\]"), ({"eps": 0.0}, "positive")],
+)
 def test_unknown_second_moment_options_are_refused(option, message):
     with pytest.raises(ValueError, match=message):
         scale_by_second_moment(torch.ones(1, 1), torch.ones(1, 1), **option)
