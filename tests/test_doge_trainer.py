@@ -355,7 +355,7 @@ def test_no_example_of_a_target_is_compared_with_again_before_all_were(tmp_path,
     first_tokens = []
 
     def loss_func(outputs, labels, num_items_in_batch=None):
-        first_tokens.extend(labels[:, 0].tolist())
+        first_tokens.extend(labels[:, 0].tolist() if outputs.logits.requires_grad else [])
         return float64_causal_loss(outputs, labels, num_items_in_batch)
 
     target = language_model_rows(8, low=1, high=20)
@@ -438,7 +438,7 @@ def test_a_loss_func_gets_every_domain_alone(tmp_path):
     torch.testing.assert_close(
         torch.from_numpy(trainer.domain_weights.trajectory.scores[0]), scores, rtol=1e-10, atol=0
     )
-    assert seen[2:] == [28, 28, 28]
+    assert seen[-3:] == [28, 28, 28]  # behind those that the loss was tried out with
 
 
 def test_a_loss_that_cannot_be_averaged_is_refused(tmp_path):

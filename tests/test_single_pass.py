@@ -247,19 +247,10 @@ class MeanOfBatch(nn.Module):
         return hidden + self.scale * hidden.mean(dim=0, keepdim=True)
 
 
-def test_a_module_that_mixes_examples_is_found_out_before_the_first_step(tmp_path, caplog):
-    def mixing():
-        model = tiny_llama()
-        model.model.norm = nn.Sequential(model.model.norm, MeanOfBatch())
-        return model
-
-    with pytest.raises(ValueError, match=r"from one backward: the module 'model.norm.1' \(MeanOfBatch\)"):
-        take_step(tmp_path, mixing(), three_domains(), alignment="single_pass")
-    with caplog.at_level(logging.WARNING, logger="hf_doge"):
-        _, found = take_step(tmp_path, mixing(), three_domains(), alignment="auto")
-    assert sum("From here on each domain is differentiated alone" in r.getMessage() for r in caplog.records) == 1
-    _, expected = take_step(tmp_path, mixing(), three_domains(), alignment="per_domain")
-    assert_close(found, expected, tolerance=0)
+@pytest.mark.parametrize("alignment", ["single_pass", "auto", "per_domain"])
+def test_a_module_that_mixes_examples_is_found_out_before_the_first_step(tmp_path, alignment):
+    with pytest.raises(ValueError, match=r"labels .* together and of .* in two parts"):
+        take_step(tmp_path, with_last(MeanOfBatch()), three_domains(), alignment=alignment)
 
 
 class MeanOfBatchInTraining(MeanOfBatch):
@@ -389,9 +380,7 @@ def test_what_mixes_examples_in_training_only_is_found_out_before_the_first_step
     """The check fails in the very mode that is used, not in a later step."""
     model = with_last(MeanOfBatchInTraining())
     before = flat(model)
-    with pytest.raises(
-        ValueError, match=r"\(MeanOfBatchInTraining\) works on a tensor of shape \(1, 8, 16\).* the 3 ex"
-    ):
+    with pytest.raises(ValueError, match=r"labels .* together and of .* in two parts"):
         take_step(tmp_path, model, three_domains(), alignment="single_pass")
     assert torch.equal(flat(model), before)
 

@@ -1,9 +1,10 @@
 """What it takes to compare an example of a batch with the same example alone."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hf_doge.functional.tracin_we import token_gradient_rows
 from hf_doge.gradients.example_losses import IGNORE_INDEX
@@ -83,3 +84,18 @@ def rows_agree(example: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor], *, 
     (tokens, rows), (other_tokens, other_rows) = example, other
     _, difference = token_gradient_rows(torch.cat([tokens, other_tokens]), torch.cat([rows, -other_rows]))
     return bool(difference.norm() <= _TOLERANCE.get(dtype, _HALF_TOLERANCE) * other_rows.norm())
+
+
+@contextmanager
+def full_precision(model: nn.Module) -> Iterator[None]:
+    """The model without the autocast that accelerate puts around its forward: as it computes on its own."""
+    original, wrapped = model.__dict__.get("_original_forward"), model.__dict__.get("forward")
+    if original is None or wrapped is None:
+        yield
+        return
+    try:
+        model.forward = original
+        with torch.autocast(next(model.parameters()).device.type, enabled=False):
+            yield
+    finally:
+        model.forward = wrapped

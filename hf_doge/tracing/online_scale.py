@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from hf_doge.gradients.embedding import EmbeddingGradientRecorder
 from hf_doge.gradients.embedding_uses import input_embedding_matrix
 from hf_doge.gradients.example_losses import IGNORE_INDEX, ExampleLosses, check_finite
+from hf_doge.gradients.independence import full_precision
 from hf_doge.tracing.batches import preserved_random_state
-from hf_doge.tracing.recording import full_precision
 
 NUM_ITEMS = "num_items_in_batch"
 

@@ -6,8 +6,8 @@ Rows are those of each example alone, in evaluation mode and the precision of th
 """
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from hf_doge.checks import LARGEST_RATE, check_number
 from hf_doge.functional.tracin_we import scale_by_second_moment
 from hf_doge.gradients.embedding import EmbeddingGradientRecorder
 from hf_doge.gradients.embedding_uses import input_embedding_matrix
+from hf_doge.gradients.independence import full_precision
 from hf_doge.gradients.token_rows import TokenRows
 from hf_doge.tracing.batches import SequentialBatches, preserved_random_state
 from hf_doge.tracing.examples import Examples, padding_collator, prune_columns
@@ -181,21 +182,6 @@ def require_same_embeddings(writer: IndexWriter, model: nn.Module) -> None:
             f"All checkpoints of an index must have one shape of embeddings, {expected} here, but `{type(model).__name__}`"
             f" has {shape}. Embeddings that were resized in between need an index of their own: another folder."
         )
-
-
-@contextmanager
-def full_precision(model: nn.Module) -> Iterator[None]:
-    """The model without the autocast that accelerate puts around its forward: as a query's search will load it."""
-    original, wrapped = model.__dict__.get("_original_forward"), model.__dict__.get("forward")
-    if original is None or wrapped is None:
-        yield
-        return
-    try:
-        model.forward = original
-        with torch.autocast(next(model.parameters()).device.type, enabled=False):
-            yield
-    finally:
-        model.forward = wrapped
 
 
 def check_first_batch(recorder: EmbeddingGradientRecorder, batches: SequentialBatches) -> bool:

@@ -1,13 +1,15 @@
 """The mean loss of a domain over a whole step, whatever loss the model or `compute_loss_func` defines."""
 
-from math import isfinite
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import Trainer
 
-from hf_doge.training.step_gradients import DomainSlice
+from hf_doge.gradients.sharding import is_sharded
+from hf_doge.training.loss_law import LossLaw
+from hf_doge.training.step_gradients import DomainSlice, MicroBatch
 
 
 class DomainLoss:
@@ -15,8 +17,8 @@ class DomainLoss:
     What one slice adds to its domain's mean loss, so that the slices of a step add up to it.
 
     A loss is either divided by `num_items_in_batch`, as the Trainer passes it to causal language models, or a mean
-    over the slice's own labels. Which of the two is not guessed but tried on the first slice, by [`learn`]: doubling
-    `num_items_in_batch` halves the former and leaves the latter alone. Anything else (an auxiliary loss, say) is refused.
+    over the slice's own labels. Which of the two is not guessed but tried on the first step, by [`learn`]: doubling
+    `num_items_in_batch` halves the former and leaves the latter alone. Anything else is refused.
     """
 
     def __init__(self, trainer: Trainer) -> None:
@@ -45,15 +47,30 @@ class DomainLoss:
         """Whether [`learn`] has found out."""
         return self._is_divided is not None
 
-    def learn(self, model: nn.Module, piece: DomainSlice) -> None:
+    def learn(self, model: nn.Module, batches: list[MicroBatch], *, makes_same_calls: bool) -> None:
         """
-        Find out on a slice what the loss is divided by.
+        Find out what the loss is divided by, and that it is a sum or a mean over labels; see [`LossLaw`].
+
+        Args:
+            model (`torch.nn.Module`): As in [`__call__`].
+            batches (`list[MicroBatch]`): With a label each.
+            makes_same_calls (`bool`): Whether all processes must call the loss equally often.
 
         Raises:
-            `ValueError`: if it is neither divided by `num_items_in_batch` nor a mean over the labels.
+            `ValueError`: if it is neither.
         """
-        found = self._probe(model, piece)
-        self._is_divided = self._is_divided if found is None else found
+        args = self.trainer.args
+        law = LossLaw(
+            model,
+            partial(self._compute, model),
+            batches,
+            labels_are_shifted=self.labels_are_shifted,
+            device=args.device,
+            is_half=(args.device.type == "cuda" and torch.get_float32_matmul_precision() != "highest")
+            or (args.bf16 and is_sharded(model)),
+        )
+        law.check(makes_same_calls=makes_same_calls)
+        self._is_divided = law.is_divided
 
     def _compute(self, model: nn.Module, piece: DomainSlice, num_items: int) -> Tensor:
         trainer = self.trainer
@@ -69,25 +86,6 @@ class DomainLoss:
         takes_items = trainer.model_accepts_loss_kwargs or trainer.compute_loss_func is not None
         averages = trainer.args.average_tokens_across_devices and takes_items
         return trainer.accelerator.num_processes if averages else 1
-
-    def _probe(self, model: nn.Module, piece: DomainSlice) -> bool | None:
-        """Whether the loss divides by `num_items_in_batch`; `None` if this slice cannot tell."""
-        devices = [] if self.trainer.args.device.type == "cpu" else [self.trainer.args.device]
-        with torch.no_grad(), torch.random.fork_rng(devices=devices, device_type=self.trainer.args.device.type):
-            model.eval()
-            once, twice = (self._compute(model, piece, factor * piece.num_items).item() for factor in (1, 2))
-            model.train()
-        if once == 0 or not isfinite(once):
-            return None
-        ratio = twice / once
-        for is_divided, expected in ((True, 0.5), (False, 1.0)):
-            if abs(ratio - expected) < 0.02:
-                return is_divided
-        raise ValueError(
-            "The loss must be divided by `num_items_in_batch` or be a mean over the labels, so that it can be averaged "
-            f"over a domain, but doubling `num_items_in_batch` changed it from {once:.6g} to {twice:.6g}. Switch off "
-            "auxiliary losses (`output_router_logits`, ...) or make `compute_loss_func` do one of the two."
-        )
 
 
 def _are_labels_shifted(model: Any) -> bool:

@@ -212,14 +212,14 @@ class DomainLearner:
         )
 
     def _learn_loss(self, model: nn.Module, train: list[MicroBatch]) -> None:
-        """On a slice of this process; where the loss may talk, on all processes or on none."""
+        """On examples of this process; where the loss may talk, on all processes or on none."""
         labelled = [batch for batch in train if batch.items.any()]
         is_ready, is_learned = bool(labelled), self._loss.is_learned
         if self._loss_may_talk:
             lacks = torch.tensor([not is_ready, not is_learned], dtype=torch.int64, device=self.args.device)
             is_ready, is_learned = (not lack for lack in self._reduction.max(lacks).tolist())
         if is_ready and not is_learned:
-            self._loss.learn(model, next(iter(labelled[0].slices().values())))
+            self._loss.learn(model, labelled, makes_same_calls=self._loss_may_talk)
 
     def _call_for_nothing(self, piece: DomainSlice) -> None:
         """Take part in what the other processes do, and add nothing; of a sharded model, the backward is a part of it."""

@@ -1,0 +1,400 @@
+"""What cutting a step by domain takes for granted of its loss, tried before the first step."""
+
+import random
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import chain
+from math import ceil, isfinite
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from hf_doge.gradients.alignment import RandomReplay
+from hf_doge.gradients.independence import full_precision
+from hf_doge.gradients.sharding import is_sharded, is_spread
+from hf_doge.training.step_gradients import DomainSlice, MicroBatch, count_items
+
+IGNORED = -100
+_TOLERANCE = 2e-5  # relative: room for float32's rounding, and for no other term
+_HALF_TOLERANCE = 2e-2
+_NUM_AS_THEY_ARE = 2  # trials before those with other labels
+_MAX_TRIALS = 18
+_LOUDER = 16.0  # a power of two
+_NUM_TRIALS_TOGETHER = 6  # where all processes must make the same calls
+
+ComputeLoss = Callable[[DomainSlice, int], Tensor]
+
+
+@dataclass
+class _Trial:
+    """A few labels together and in two parts, with the loss of each under the same `num_items_in_batch`."""
+
+    what: str
+    counts: tuple[int, int, int]
+    losses: tuple[float, float, float]
+
+    def sums(self, *, is_divided: bool) -> tuple[float, float, float]:
+        """The sum over the labels, as cutting by domain takes it: of all, and of either part."""
+        number = self.counts[0]
+        return tuple(
+            loss * (number if is_divided else count) for loss, count in zip(self.losses, self.counts, strict=True)
+        )
+
+
+class LossLaw:
+    """
+    Tries out that the loss of a few labels together is the sum of the losses of each over `num_items_in_batch`, or their
+    mean: with other examples, with fewer labels, and with other labels of all classes as far as these are known.
+
+    Everything runs in float32, where the model allows it, and in training mode; in evaluation mode if that draws random
+    numbers. Parameters, buffers, modes and random states are afterwards what they were.
+
+    Args:
+        model (`nn.Module`): As it is trained.
+        compute_loss (`Callable[[DomainSlice, int], Tensor]`): The loss of a slice for a `num_items_in_batch`.
+        batches (`Sequence[MicroBatch]`): With a label each.
+        labels_are_shifted (`bool`): See [`count_items`].
+        device (`torch.device`): Of the model.
+        is_half (`bool`): Whether parts of the model compute in half precision whatever its parameters are.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        compute_loss: ComputeLoss,
+        batches: Sequence[MicroBatch],
+        *,
+        labels_are_shifted: bool,
+        device: torch.device,
+        is_half: bool,
+    ) -> None:
+        self.model = model
+        self.is_divided: bool | None = None
+        self._compute_loss = compute_loss
+        self._labels_are_shifted = labels_are_shifted
+        self._device = device
+        self._replay = RandomReplay(device)
+        self._targets = _Targets()
+        self._casts = _can_be_cast(model)
+        self._tolerance = _HALF_TOLERANCE if is_half or not self._casts else _TOLERANCE
+        self._batches = batches
+        self._groups = _group(batches)
+        self._doubled: list[tuple[float, float, float]] = []
+        self._trials: list[_Trial] = []
+
+    def check(self, *, makes_same_calls: bool) -> None:
+        """
+        Find out whether the loss is divided by `num_items_in_batch`, which [`is_divided`] tells then; it stays `None` if
+        these batches cannot tell.
+
+        Args:
+            makes_same_calls (`bool`): Whether all processes call the loss equally often, whatever their examples are.
+
+        Raises:
+            ValueError: if the loss is neither such a sum nor such a mean.
+        """
+        with _undisturbed(self.model, self._device, casts=self._casts), torch.no_grad():
+            is_random = self._find_randomness()
+            num_trials = _NUM_TRIALS_TOGETHER if makes_same_calls else self._count_trials()
+            for number in range(num_trials):
+                self._try(number, is_random=is_random)
+        self._judge()
+
+    def _find_randomness(self) -> tuple[bool, bool]:
+        """Whether the loss draws random numbers in training mode, and in evaluation mode."""
+        found = []
+        group = self._slice(self._groups[0])
+        for is_training in (True, False):
+            self.model.train(is_training)
+            before = torch.random.get_rng_state(), _device_state(self._device)
+            with self._targets:
+                self._compute_loss(group, group.num_items)
+            after = torch.random.get_rng_state(), _device_state(self._device)
+            found.append(not all(map(torch.equal, before, after)))
+        return tuple(found)
+
+    def _count_trials(self) -> int:
+        classes = self._classes
+        if classes is None:
+            return _NUM_AS_THEY_ARE + 1
+        num_windows = ceil(len(classes) / max(1, self._slice(self._groups[0]).num_items // 2))
+        return min(_NUM_AS_THEY_ARE + (max(num_windows, 2) if len(classes) > 1 else 0), _MAX_TRIALS)
+
+    def _try(self, number: int, *, is_random: tuple[bool, bool]) -> None:
+        group = self._groups[number % len(self._groups)]
+        whole, what = self._alter(self._slice(group), number)
+        if number < _NUM_AS_THEY_ARE:
+            self.model.train()
+            once, again, twice = (self._value(whole, factor * whole.num_items) for factor in (1, 1, 2))
+            self._doubled.append((once, twice, abs(once - again)))
+        self.model.train(not is_random[0])
+        parts = self._split(whole, by_rows=len(group[1]) > 1 and not is_random[1])
+        with _louder(self.model) if number >= _NUM_AS_THEY_ARE else nullcontext():
+            losses = tuple(self._value(piece, whole.num_items) for piece in (whole, *parts))
+        counts = tuple(piece.num_items for piece in (whole, *parts))
+        if counts[1] + counts[2] == counts[0] and min(counts) > 0 and all(map(isfinite, losses)):
+            self._trials.append(_Trial(what, counts, losses))
+
+    def _value(self, piece: DomainSlice, num_items: int) -> float:
+        with self._replay("trial"):
+            return float(self._compute_loss(DomainSlice(dict(piece.inputs), piece.num_items), max(num_items, 1)))
+
+    # the labels
+
+    def _slice(self, group: tuple[MicroBatch, Tensor]) -> DomainSlice:
+        batch, rows = group
+        piece = batch.pick(rows)
+        if len(rows) > 1 and rows[0] == rows[1]:  # an example that is alone, and itself turned by one position
+            turned = {
+                name: torch.cat([value[:1], value[1:].roll(1, dims=1)]) if _is_integer(value, 2) else value
+                for name, value in piece.inputs.items()
+            }
+            piece = self._count(turned, len(rows))
+        return piece
+
+    def _count(self, inputs: dict[str, Any], num_examples: int) -> DomainSlice:
+        items = count_items(inputs, num_examples, labels_are_shifted=self._labels_are_shifted)
+        return DomainSlice(inputs, int(items.sum()))
+
+    def _with_labels(self, piece: DomainSlice, labels: Tensor) -> DomainSlice:
+        return self._count({**piece.inputs, self._label_name: labels}, len(labels))
+
+    @cached_property
+    def _label_name(self) -> str | None:
+        """Which input holds the labels: the usual names, or what a cross-entropy was asked for."""
+        inputs = self._batches[0].inputs
+        usual = [name for name in ("shift_labels", "labels") if torch.is_tensor(inputs.get(name))]
+        return (usual + [name for name, value in inputs.items() if self._targets.are(value)] + [None])[0]
+
+    @cached_property
+    def _classes(self) -> Tensor | None:
+        """Labels that may be tried: those of this step first, then all of which the loss knows, in random order."""
+        name = self._label_name
+        if name is None or not _is_integer(self._batches[0].inputs[name], 1):
+            return None
+        seen = torch.cat([batch.inputs[name].reshape(-1).cpu() for batch in self._batches]).unique()
+        seen = seen[seen != IGNORED]
+        known = next((n for batch in self._batches if (n := self._targets.num_classes(batch.inputs[name]))), 0)
+        if not known and self._batches[0].inputs[name].dim() == 1:
+            known = getattr(getattr(self.model, "config", None), "num_labels", 0) or 0
+        others = torch.arange(known, dtype=seen.dtype)
+        others = (
+            others[~torch.isin(others, seen)] if len(seen) and seen.min() >= 0 and seen.max() < known else seen[:0]
+        )
+        generator = torch.Generator().manual_seed(0)
+        return torch.cat([some[torch.randperm(len(some), generator=generator)] for some in (seen, others)])
+
+    @cached_property
+    def _can_be_ignored(self) -> bool:
+        """Whether -100 is known to stand for no label."""
+        name = self._label_name
+        if name is None or not _is_integer(self._batches[0].inputs[name], 1):
+            return False
+        labels = [batch.inputs[name] for batch in self._batches]
+        return any(bool((found == IGNORED).any()) or self._targets.num_classes(found) > 0 for found in labels)
+
+    def _alter(self, piece: DomainSlice, number: int) -> tuple[DomainSlice, str]:
+        """The same examples with fewer labels, or with other ones."""
+        name = self._label_name
+        if number == 0 or name is None:
+            return piece, "as they are"
+        labels = piece.inputs[name].clone()
+        if number < _NUM_AS_THEY_ARE:
+            if labels.dim() > 1 and len(labels) > 1 and self._can_be_ignored:
+                places = labels[-1].ne(IGNORED).nonzero()
+                labels[-1][tuple(places[len(places) // 2 + 1 :].T)] = IGNORED
+            return self._with_labels(piece, labels), "with fewer labels in one of them"
+        if labels.is_floating_point():
+            return self._with_labels(piece, 1 - labels), "with other labels"
+        classes, counted = self._classes, labels.ne(IGNORED)
+        if classes is not None and len(classes) > 1:
+            num = int(counted.sum())
+            first = (number - _NUM_AS_THEY_ARE) * ceil(num / 2)
+            labels[counted] = classes[(first + torch.arange(num)) % len(classes)].to(labels.device, labels.dtype)
+        return self._with_labels(piece, labels), "with other labels"
+
+    def _split(self, piece: DomainSlice, *, by_rows: bool) -> list[DomainSlice]:
+        """Two parts of a slice: the one example and the other, or the same examples with every other label."""
+        if by_rows:
+            whole = MicroBatch(piece.inputs, torch.zeros(2), labels_are_shifted=self._labels_are_shifted)
+            return [whole.pick(torch.tensor([row])) for row in range(2)]
+        if not self._can_be_ignored:
+            return [DomainSlice(piece.inputs, 0)] * 2  # which no trial is made of
+        labels = piece.inputs[self._label_name]
+        is_even = torch.arange(labels.numel(), device=labels.device).reshape(labels.shape) % 2 == 0
+        return [self._with_labels(piece, labels.masked_fill(hidden, IGNORED)) for hidden in (is_even, ~is_even)]
+
+    # what came of it
+
+    def _judge(self) -> None:
+        for once, twice, noise in self._doubled:
+            if once == 0 or not (isfinite(once) and isfinite(twice)):
+                continue
+            room = 10 * noise + _TOLERANCE * abs(once)
+            found = [
+                is_divided for is_divided, factor in ((True, 2), (False, 1)) if abs(factor * twice - once) <= room
+            ]
+            if not found or (self.is_divided is not None and found[0] != self.is_divided):
+                raise ValueError(
+                    "The loss must be divided by `num_items_in_batch` or be a mean over the labels, so that it can be "
+                    f"averaged over a domain, but doubling `num_items_in_batch` changed it from {once:.8g} to "
+                    f"{twice:.8g}. Switch off auxiliary losses (`output_router_logits`, ...) or make "
+                    "`compute_loss_func` do one of the two."
+                )
+            self.is_divided = found[0]
+        if self.is_divided is None:
+            return
+        tried = [(trial, trial.sums(is_divided=self.is_divided)) for trial in self._trials]
+        usual = max(((abs(a) + abs(b)) / trial.counts[0] for trial, (_, a, b) in tried), default=0.0)
+        noise = max(
+            (10 * noise / abs(once) for once, _, noise in self._doubled if once and isfinite(noise)), default=0
+        )
+        for trial, (whole, first, second) in tried:
+            size = max(abs(first) + abs(second), 0.1 * usual * trial.counts[0])
+            if abs(whole - first - second) > (self._tolerance + noise) * size:
+                raise ValueError(
+                    "The loss must be a sum over the labels, divided by `num_items_in_batch`, or their mean, so that it "
+                    f"can be cut by domain and micro-batch, but {trial.counts[0]} labels ({trial.what}) have a summed loss "
+                    f"of {whole:.8g} together and of {first + second:.8g} in two parts. Class weights that are averaged "
+                    "over, a mean over examples, a plain sum, auxiliary losses (`output_router_logits`, ...) and losses "
+                    "that compare examples are not supported: switch them off, or return the sum over the labels divided "
+                    "by `num_items_in_batch` from `compute_loss_func`."
+                )
+
+
+class _Targets(TorchFunctionMode):
+    """Notes the targets of every cross-entropy, and among how many classes they are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._found: list[tuple[Tensor, int]] = []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func in (F.cross_entropy, F.nll_loss):
+            logits, target = (
+                args[at] if len(args) > at else kwargs[name] for at, name in enumerate(("input", "target"))
+            )
+            if not target.is_floating_point():
+                self._found.append((_counted(target), logits.shape[min(1, logits.dim() - 1)]))
+        return func(*args, **kwargs)
+
+    def num_classes(self, labels: Any) -> int:
+        """Among how many classes these labels are, 0 if that was not seen."""
+        return max((num for target, num in self._found if _is_part(target, labels)), default=0)
+
+    def are(self, value: Any) -> bool:
+        """Whether an input of the model is what was asked for."""
+        return self.num_classes(value) > 0
+
+
+def _counted(labels: Tensor) -> Tensor:
+    return labels[labels != IGNORED].reshape(-1).cpu()
+
+
+def _is_part(target: Tensor, labels: Any) -> bool:
+    """Whether the targets are labels of a batch, and not what a loss made of them."""
+    if not _is_integer(labels, 1) or len(target) == 0:
+        return False
+    labels = _counted(labels)
+    values, counts = target.unique(return_counts=True)
+    return all((labels == value).sum() >= count for value, count in zip(values, counts, strict=True))
+
+
+def _is_integer(value: Any, least_dims: int) -> bool:
+    return (
+        torch.is_tensor(value) and value.dim() >= least_dims and not (value.is_floating_point() or value.is_complex())
+    )
+
+
+def _group(batches: Sequence[MicroBatch]) -> list[tuple[MicroBatch, Tensor]]:
+    """Two labelled examples each. An example that is alone in its micro-batch is taken twice, if its inputs can be."""
+    pairs, singles = [], []
+    for batch in batches:
+        rows = (batch.items > 0).nonzero().squeeze(1)
+        pairs += [(batch, rows[start : start + 2]) for start in range(0, len(rows) - 1, 2)]
+        tensors = [value for value in batch.inputs.values() if torch.is_tensor(value) and value.dim() > 0]
+        can_be_repeated = all(len(value) == batch.num_examples for value in tensors)
+        singles.append((batch, rows[[0, 0]] if can_be_repeated else rows[:1]))
+    return pairs or singles
+
+
+def _can_be_cast(model: nn.Module) -> bool:
+    """Whether the model can run in float32, or does: not if that were much larger than what training takes anyway."""
+    kernel = str(getattr(getattr(model, "config", None), "_attn_implementation", None) or "")
+    halves = [parameter for parameter in model.parameters() if _is_half(parameter)]
+    trained = sum(parameter.numel() for parameter in halves if parameter.requires_grad)
+    if getattr(model, "is_quantized", False):
+        return False
+    fits = 2 * trained >= sum(parameter.numel() for parameter in halves) and not is_sharded(model)
+    return not halves or ("flash" not in kernel and fits)
+
+
+def _is_half(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() and tensor.dtype.itemsize < 4
+
+
+def _device_state(device: torch.device) -> Tensor:
+    return torch.empty(0) if device.type == "cpu" else torch.get_device_module(device).get_rng_state(device)
+
+
+@contextmanager
+def _louder(model: nn.Module) -> Iterator[None]:
+    """
+    The outputs of a model larger by a power of two, which can be taken back to the bit: one that has learned nothing has
+    the same loss for all labels, of which every function is additive.
+    """
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    weights = [parameter for parameter in model.parameters() if parameter.dim() == 2 and not is_spread(parameter)]
+    weight = getattr(head, "weight", weights[-1] if weights else None)
+    if weight is None or is_spread(weight) or not weight.is_floating_point():
+        yield
+        return
+    weight.data.mul_(_LOUDER)
+    try:
+        yield
+    finally:
+        weight.data.div_(_LOUDER)
+
+
+@contextmanager
+def _undisturbed(model: nn.Module, device: torch.device, *, casts: bool) -> Iterator[None]:
+    """The model in float32 where it is in half precision and `casts`; afterwards as it was, to the bit."""
+    modules = list(model.modules())
+    modes = [module.training for module in modules]
+    checkpointed = [module for module in modules if getattr(module, "gradient_checkpointing", False) is True]
+    buffers = [
+        (module, name, buffer, buffer.detach().clone())
+        for module in modules
+        for name, buffer in module.named_buffers(recurse=False)
+    ]
+    tensors = chain(model.parameters(), (buffer for _, _, buffer, _ in buffers))
+    halves = [(tensor, tensor.data) for tensor in tensors if casts and _is_half(tensor)]
+    python_state, numpy_state = random.getstate(), np.random.get_state()
+    devices = [] if device.type == "cpu" else [device]
+    with torch.random.fork_rng(devices=devices, device_type=device.type if devices else "cuda"):
+        try:
+            for module in checkpointed:
+                module.gradient_checkpointing = False  # which without gradients does nothing but warn
+            for tensor, data in halves:
+                tensor.data = data.float()
+            with full_precision(model) if casts else nullcontext():
+                yield
+        finally:
+            for tensor, data in halves:
+                tensor.data = data
+            for module, name, buffer, value in buffers:
+                buffer.data.copy_(value)
+                setattr(module, name, buffer)
+            for module, mode in zip(modules, modes, strict=True):
+                module.training = mode
+            for module in checkpointed:
+                module.gradient_checkpointing = True
+            random.setstate(python_state)
+            np.random.set_state(numpy_state)
