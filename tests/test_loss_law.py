@@ -1,6 +1,8 @@
 """A loss that cannot be cut by domain and micro-batch is refused before the first step, whatever its first labels are."""
 
 import random
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ from datasets import Dataset
 from transformers import MixtralConfig, MixtralForCausalLM
 
 from hf_doge.training.config import DoGEConfig
+from hf_doge.training.domain_loss import DomainLoss
 from hf_doge.training.loss_law import LossLaw
 from hf_doge.training.step_gradients import MicroBatch
 from hf_doge.training.trainer import DoGETrainer
@@ -244,3 +247,28 @@ def test_regression_and_a_loss_with_no_label_at_all(tmp_path):
     model = tiny_classifier()
     model.config.problem_type, model.num_labels, model.classifier = "regression", 1, torch.nn.Linear(16, 1)
     learn(tmp_path, model, {"a": Dataset.from_dict(columns), "b": Dataset.from_dict(columns)})
+
+
+@pytest.mark.parametrize("scales", [True, False])
+def test_a_loss_counts_the_same_on_two_processes_whether_or_not_it_is_scaled_for_their_mean(scales):
+    """As the Trainer's own loss is and one that overrides it is not."""
+    model = tiny_llama()
+    args = SimpleNamespace(device=torch.device("cpu"), average_tokens_across_devices=True, bf16=False)
+
+    def compute_loss(model, inputs, num_items_in_batch):
+        loss = model(**inputs, num_items_in_batch=num_items_in_batch).loss
+        return 2 * loss if scales and args.average_tokens_across_devices else loss
+
+    trainer = SimpleNamespace(
+        args=args, model=model, accelerator=SimpleNamespace(num_processes=2), model_accepts_loss_kwargs=True,
+        compute_loss_func=None, compute_loss=compute_loss, compute_loss_context_manager=nullcontext,
+    )  # fmt: skip
+    ids = torch.tensor(three_domains()["code"]["input_ids"])
+    batch, loss = (
+        MicroBatch({"input_ids": ids, "labels": ids}, torch.zeros(4), labels_are_shifted=True),
+        DomainLoss(trainer),
+    )
+    loss.learn(model, [batch], makes_same_calls=False)
+    found = loss(model, batch.pick(torch.arange(4)), 2 * 28)
+    assert float(found) == pytest.approx(float(model(ids, labels=ids).loss) / 2, rel=1e-5)
+    assert args.average_tokens_across_devices

@@ -6,11 +6,13 @@ from collections import Counter
 import pytest
 import torch
 from datasets import Dataset, concatenate_datasets
-from torch.utils.data import DataLoader
-from transformers import DataCollatorForSeq2Seq, Seq2SeqTrainer, Seq2SeqTrainingArguments, TrainingArguments
+from torch.utils.data import DataLoader, RandomSampler, SequentialSampler, WeightedRandomSampler
+from transformers import DataCollatorForSeq2Seq, Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer, TrainingArguments
 
 from hf_doge.artifacts.domain_weights import DomainWeights
+from hf_doge.training.config import DoGEConfig
 from hf_doge.training.mixture import SAMPLER_FILE, DomainWeightedMixin, DomainWeightedTrainer
+from hf_doge.training.trainer import DoGEMixin, DoGETrainer
 from tests.tiny import three_domains, tiny_llama, tiny_t5
 
 WEIGHTS = {"arxiv": 0.5, "books": 0.0, "code": 0.5}
@@ -301,3 +303,111 @@ def test_training_moves_the_model(tmp_path):
     before = model.model.embed_tokens.weight.detach().clone()
     DomainWeightedTrainer(model, arguments(tmp_path), train_dataset=three_domains(), domain_weights=WEIGHTS).train()
     assert not torch.equal(before, model.model.embed_tokens.weight)
+
+
+def preference_domains():
+    return {
+        name: data.add_column("prompt", data["text"])
+        .add_column("completion", ["w3"] * 8)
+        .add_column("label", [True] * 8)
+        for name, data in text_domains().items()
+    }
+
+
+def mix_trl(tmp_path, tokenizer, kind, **options):
+    """A trainer of trl behind the mixin."""
+    import trl
+
+    base, own = (
+        getattr(trl, f"{kind}Trainer"),
+        {"GRPO": {"num_generations": 4}, "RLOO": {"num_generations": 2, "beta": 0.0}},
+    )
+
+    class OnDomains(DomainWeightedMixin, base):
+        """What a user would write."""
+
+    args = arguments(
+        tmp_path,
+        getattr(trl, f"{kind}Config"),
+        bf16=False,
+        gradient_checkpointing=False,
+        **{**own.get(kind, {}), **options},
+    )
+    more = (
+        {"reward_funcs": lambda completions, **_: [0.0] * len(completions)}
+        if kind in own
+        else {"ref_model": tiny_llama()}
+    )
+    columns = {"GRPO": ["prompt"], "RLOO": ["prompt"], "KTO": ["prompt", "completion", "label"]}
+    domains = {name: data.select_columns(columns[kind]) for name, data in preference_domains().items()}
+    return OnDomains(
+        model=tiny_llama(),
+        args=args,
+        train_dataset=domains,
+        domain_weights=WEIGHTS,
+        processing_class=tokenizer,
+        **more,
+    )
+
+
+@pytest.mark.parametrize("kind", ["GRPO", "RLOO"])
+def test_a_trainer_whose_sampler_groups_examples_is_refused(tmp_path, tokenizer, kind):
+    message = f"of {kind}Trainer returns a RepeatSampler.* `interleave_domains.* as `train_dataset` to {kind}Trainer"
+    with pytest.raises(ValueError, match=message):
+        mix_trl(tmp_path, tokenizer, kind)
+
+
+def test_kto_is_refused_where_it_needs_an_order_and_served_where_not(tmp_path, tokenizer):
+    pytest.importorskip("trl", minversion="1.0")
+    with pytest.raises(ValueError, match=r"must be 'random', but got 'sequential'.*all but `loss_type='apo_zero_un"):
+        mix_trl(tmp_path, tokenizer, "KTO")
+    options = {"loss_type": "apo_zero_unpaired", "train_sampling_strategy": "random"}
+    assert mix_trl(tmp_path, tokenizer, "KTO", **options).domain_sampler is not None
+
+
+class Ordered(Trainer):
+    """A trainer with a sampler of its own."""
+
+    sampler = SequentialSampler
+
+    def _get_train_sampler(self, train_dataset=None):
+        return self.sampler(self.train_dataset)
+
+
+@pytest.mark.parametrize(
+    ("sampler", "is_lost"),
+    [
+        (SequentialSampler, True),
+        (lambda data: RandomSampler(data, replacement=True), True),
+        (lambda data: RandomSampler(data, num_samples=3), True),
+        (lambda data: WeightedRandomSampler([1.0] * len(data), len(data)), True),
+        (lambda data: RandomSampler(data, generator=torch.Generator()), False),
+    ],
+)
+def test_a_sampler_that_would_be_lost_is_refused_unless_it_is_a_plain_random_one(tmp_path, sampler, is_lost):
+    class Mixed(DomainWeightedMixin, type("Own", (Ordered,), {"sampler": staticmethod(sampler)})):
+        pass
+
+    options = {"train_dataset": three_domains(), "domain_weights": WEIGHTS}
+    if is_lost:
+        with pytest.raises(ValueError, match="`_get_train_sampler` of Ordered returns a"):
+            Mixed(tiny_llama(), arguments(tmp_path), **options)
+    else:
+        Mixed(tiny_llama(), arguments(tmp_path), **options).train()
+
+
+def test_learning_refuses_a_sampler_of_ones_own_and_the_pairs_of_preference_trainers(tmp_path, tokenizer):
+    class Learning(DoGEMixin, Ordered):
+        pass
+
+    args = arguments(tmp_path, DoGEConfig)
+    with pytest.raises(ValueError, match="`_get_train_sampler` of Ordered returns a SequentialSampler"):
+        Learning(tiny_llama(), args, train_dataset=three_domains())
+
+    def pairs(features):
+        rows = torch.tensor([feature["input_ids"] for feature in features for _ in range(2)])
+        return {"input_ids": rows, "labels": rows}
+
+    paired = DoGETrainer(tiny_llama(), args, train_dataset=three_domains(), data_collator=pairs)
+    with pytest.raises(ValueError, match=r"several rows of one example.*`DomainWeightedMixin` can train"):
+        paired.train()

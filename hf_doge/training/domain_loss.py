@@ -25,6 +25,7 @@ class DomainLoss:
         self.trainer = trainer
         self.labels_are_shifted = _are_labels_shifted(trainer.model)
         self._is_divided: bool | None = None
+        self._process_scale = _process_scale(trainer)
 
     def __call__(self, model: nn.Module, piece: DomainSlice, num_items: int) -> Tensor:
         """
@@ -69,6 +70,10 @@ class DomainLoss:
             is_half=(args.device.type == "cuda" and torch.get_float32_matmul_precision() != "highest")
             or (args.bf16 and is_sharded(model)),
         )
+        if self._process_scale > 1:  # by the Trainer's own loss, but perhaps not by one that overrides it
+            self._process_scale = 1
+            ratio = law.compare(partial(self._compute_alone, model))
+            self._process_scale = _process_scale(self.trainer) if ratio is None or abs(ratio - 1) > 0.1 else 1
         law.check(makes_same_calls=makes_same_calls)
         self._is_divided = law.is_divided
 
@@ -79,13 +84,14 @@ class DomainLoss:
             loss = trainer.compute_loss(model, dict(piece.inputs), num_items_in_batch=count)
         return loss / self._process_scale
 
-    @property
-    def _process_scale(self) -> int:
-        """What the Trainer multiplies a divided loss with, so that a mean over processes comes out as a sum."""
-        trainer = self.trainer
-        takes_items = trainer.model_accepts_loss_kwargs or trainer.compute_loss_func is not None
-        averages = trainer.args.average_tokens_across_devices and takes_items
-        return trainer.accelerator.num_processes if averages else 1
+    def _compute_alone(self, model: nn.Module, piece: DomainSlice, num_items: int) -> Tensor:
+        """As [`_compute`], where the Trainer is told not to scale a loss for the mean over the processes."""
+        args = self.trainer.args
+        averages, args.average_tokens_across_devices = args.average_tokens_across_devices, False
+        try:
+            return self._compute(model, piece, num_items)
+        finally:
+            args.average_tokens_across_devices = averages
 
 
 def _are_labels_shifted(model: Any) -> bool:
@@ -94,3 +100,9 @@ def _are_labels_shifted(model: Any) -> bool:
         model = model.get_base_model()
     is_encoder_decoder = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
     return getattr(model, "loss_type", None) == "ForCausalLM" and not is_encoder_decoder
+
+
+def _process_scale(trainer: Trainer) -> int:
+    """What the Trainer multiplies a divided loss with, so that a mean over processes comes out as a sum."""
+    takes_items = trainer.model_accepts_loss_kwargs or trainer.compute_loss_func is not None
+    return trainer.accelerator.num_processes if trainer.args.average_tokens_across_devices and takes_items else 1

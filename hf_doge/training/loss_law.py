@@ -106,6 +106,15 @@ class LossLaw:
                 self._try(number, is_random=is_random)
         self._judge()
 
+    def compare(self, other: ComputeLoss) -> float | None:
+        """How many times as large the loss is as by another way to compute it, `None` if that cannot be told."""
+        piece = self._slice(self._groups[0])
+        with _undisturbed(self.model, self._device, casts=self._casts), torch.no_grad():
+            losses = [
+                self._value(piece, piece.num_items, compute_loss) for compute_loss in (self._compute_loss, other)
+            ]
+        return losses[0] / losses[1] if all(map(isfinite, losses)) and losses[1] else None
+
     def _find_randomness(self) -> tuple[bool, bool]:
         """Whether the loss draws random numbers in training mode, and in evaluation mode."""
         found = []
@@ -141,9 +150,13 @@ class LossLaw:
         if counts[1] + counts[2] == counts[0] and min(counts) > 0 and all(map(isfinite, losses)):
             self._trials.append(_Trial(what, counts, losses))
 
-    def _value(self, piece: DomainSlice, num_items: int) -> float:
+    def _value(self, piece: DomainSlice, num_items: int, compute_loss: ComputeLoss | None = None) -> float:
         with self._replay("trial"):
-            return float(self._compute_loss(DomainSlice(dict(piece.inputs), piece.num_items), max(num_items, 1)))
+            return float(
+                (compute_loss or self._compute_loss)(
+                    DomainSlice(dict(piece.inputs), piece.num_items), max(num_items, 1)
+                )
+            )
 
     # the labels
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, IterableDataset
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, RandomSampler
 from transformers import Trainer
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -65,7 +65,8 @@ class DomainWeightedMixin:
 
     Raises:
         `ValueError`: if weights and data do not name the same domains, the trainer's preprocessing (packing, say)
-            dropped the domain column, or a run is resumed with another stream or batch than it was saved with.
+            dropped the domain column, the trainer draws in an order of its own (trl's GRPO and RLOO: groups of one
+            prompt), or a run is resumed with another stream or batch than it was saved with.
     """
 
     _labels_streams = False  # whether the examples of streams get the domain column
@@ -95,8 +96,15 @@ class DomainWeightedMixin:
             raise ValueError(
                 "The order depends on the batch size, so `auto_find_batch_size` must be off. Set the size."
             )
-        if getattr(args, "train_sampling_strategy", "random") != "random" or getattr(args, "group_by_length", False):
-            raise ValueError("The order is drawn by the weights, so `group_by_length` and the like must be off.")
+        strategy = getattr(args, "train_sampling_strategy", "random")
+        strategy = "group_by_length" if getattr(args, "group_by_length", False) else strategy
+        if strategy != "random":
+            raise ValueError(
+                f"The order is drawn by the weights, so `train_sampling_strategy` must be 'random', but got {strategy!r}. Set "
+                "it to 'random'. If the trainer needs its own order, as trl's KTOTrainer does for every loss with a KL term "
+                "(all but `loss_type='apo_zero_unpaired'`), mix the data instead: pass `interleave_domains(datasets, "
+                "weights)` to that trainer without the mixin."
+            )
         self.domain_sampler = None
         if holds_streams(train_dataset):
             if max_epochs_per_domain is not None:
@@ -128,6 +136,7 @@ class DomainWeightedMixin:
         merged, domains = merge_domains(train_dataset, domain_column)
         super().__init__(model=model, args=args, train_dataset=merged, **kwargs)
         self._refuse_lost_column(domain_column)
+        self._refuse_lost_order()
         if self.train_dataset is not merged:  # the trainer has prepared another
             _, domains = merge_domains(self.train_dataset, domain_column)
         self.domain_sampler = self._make_sampler(domains, domain_weights, max_epochs_per_domain, draw)
@@ -141,6 +150,20 @@ class DomainWeightedMixin:
                 f"{column_names}. Packing mixes domains in one example: switch it off, or prepare the data of "
                 "each domain before."
             )
+
+    def _refuse_lost_order(self) -> None:
+        """The sampler that ours takes the place of must be a plain random one: another means something to its trainer."""
+        lost = super()._get_train_sampler()
+        is_plain = type(lost) is RandomSampler and not lost.replacement and lost.num_samples == len(self.train_dataset)
+        if lost is None or is_plain:
+            return
+        below = type(self).__mro__[type(self).__mro__.index(DomainWeightedMixin) + 1 :]
+        owner = next(cls.__name__ for cls in below if "_get_train_sampler" in vars(cls))
+        raise ValueError(
+            "Examples are drawn by the weights, so the trainer must have no order of its own, but `_get_train_sampler` of "
+            f"{owner} returns a {type(lost).__name__}, whose order (groups of one prompt, say) would be lost. Mix the data "
+            f"instead: pass `interleave_domains(datasets, weights)` as `train_dataset` to {owner} without the mixin."
+        )
 
     def _make_sampler(
         self,

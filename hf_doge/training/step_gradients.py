@@ -104,7 +104,9 @@ def _refuse_merged_examples(inputs: Mapping[str, Any], num_examples: int) -> Non
     if merged:
         raise ValueError(
             f"Every example must keep a row of its own in the batch, but for {num_examples} examples the collator "
-            f"returned tensors of shape {merged}. Use a collator that pads instead of packing."
+            f"returned tensors of shape {merged}. Use a collator that pads instead of packing; trainers that put several "
+            "rows of one example into a batch (DPO's pairs, say) cannot learn weights, but with `DomainWeightedMixin` can "
+            "train on given ones."
         )
 
 
