@@ -1,6 +1,7 @@
 """Training on a mixture: DomainWeightedTrainer, and the mixin before other trainers."""
 
 import json
+import re
 from collections import Counter
 
 import pytest
@@ -12,6 +13,7 @@ from transformers import DataCollatorForSeq2Seq, Seq2SeqTrainer, Seq2SeqTraining
 from hf_doge.artifacts.domain_weights import DomainWeights
 from hf_doge.training.config import DoGEConfig
 from hf_doge.training.mixture import SAMPLER_FILE, DomainWeightedMixin, DomainWeightedTrainer
+from hf_doge.training.run_identity import RUN_FILE
 from hf_doge.training.trainer import DoGEMixin, DoGETrainer
 from tests.tiny import three_domains, tiny_llama, tiny_t5
 
@@ -27,6 +29,7 @@ def arguments(tmp_path, cls=TrainingArguments, **kwargs):
         "save_strategy": "no",
         "logging_steps": 1,
         "disable_tqdm": True,
+        "lr_scheduler_type": "constant",  # such a run may be made longer
     }
     return cls(str(tmp_path), **{**defaults, **kwargs})
 
@@ -154,6 +157,27 @@ def save_a_run(tmp_path, **options):
 @pytest.mark.parametrize(
     ("args", "changes", "message"),
     [
+        ({"gradient_accumulation_steps": 2}, {}, "{'examples_per_step': 4} and this run {'examples_per_step': 8}"),
+        (
+            {},
+            {"domain_weights": {**WEIGHTS, "books": 0.1}},
+            "{'weights': {'arxiv': 0.5, 'books': 0.0, 'code': 0.5}} and",
+        ),
+        ({"data_seed": 7}, {}, "{'seed': 42} and this run {'seed': 7}"),
+        ({}, {"draw": "iid"}, "{'draw': 'quota'} and this run {'draw': 'iid'}"),
+        ({}, {"train_dataset": three_domains(9)}, "{'num_rows': {'arxiv': 8, 'books': 8, 'code': 8}, 'data':"),
+    ],
+)
+def test_resuming_another_stream_is_refused(tmp_path, args, changes, message):
+    options = {**save_a_run(tmp_path), **changes}
+    trainer = DomainWeightedTrainer(tiny_llama(), arguments(tmp_path, **args), **options)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        trainer.train(resume_from_checkpoint=True)
+
+
+@pytest.mark.parametrize(
+    ("args", "changes", "message"),
+    [
         (
             {"gradient_accumulation_steps": 2},
             {},
@@ -165,8 +189,11 @@ def save_a_run(tmp_path, **options):
         ({}, {"train_dataset": three_domains(9)}, "must have as many rows as when the state was saved"),
     ],
 )
-def test_resuming_another_stream_is_refused(tmp_path, args, changes, message):
+def test_resuming_another_stream_is_refused_of_a_checkpoint_that_does_not_say_of_which_run(
+    tmp_path, args, changes, message
+):
     options = {**save_a_run(tmp_path), **changes}
+    (tmp_path / "checkpoint-2" / RUN_FILE).unlink()
     trainer = DomainWeightedTrainer(tiny_llama(), arguments(tmp_path, **args), **options)
     with pytest.raises(ValueError, match=message):
         trainer.train(resume_from_checkpoint=True)
@@ -183,6 +210,7 @@ def test_resuming_another_stream_is_refused(tmp_path, args, changes, message):
 )
 def test_resuming_streams_that_are_read_in_another_way_is_refused(tmp_path, args, changes, message):
     options = {**save_a_run(tmp_path, train_dataset=streams()), **changes}
+    (tmp_path / "checkpoint-2" / RUN_FILE).unlink()
     trainer = DomainWeightedTrainer(tiny_llama(), arguments(tmp_path, **args), **options)
     with pytest.raises(ValueError, match=message):
         trainer.train(resume_from_checkpoint=True)

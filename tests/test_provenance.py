@@ -5,9 +5,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from datasets import load_dataset
+from datasets import Dataset, Features, Image, List, Value, concatenate_datasets, load_dataset
 
 from hf_doge.artifacts import DomainWeights
 from hf_doge.artifacts.provenance import (
@@ -18,6 +19,7 @@ from hf_doge.artifacts.provenance import (
     public_name,
 )
 from hf_doge.tracing.callback import TracInWECallback
+from hf_doge.training.provenance import fingerprint_rows
 from hf_doge.training.trainer import DoGETrainer
 from tests.recorded_training import classification_data
 from tests.recorded_training import train as train_recorded
@@ -128,6 +130,42 @@ def test_sources_on_the_hub_are_told_with_their_commit(tmp_path):
     }
     assert describe_dataset(dataset) == {"sources": ["datasets/me/corpus@0a1b", "datasets/squad@ff"]}
     assert describe_dataset(object()) == {"sources": []}
+
+
+def test_the_fingerprint_of_rows_is_that_of_their_content_however_they_were_loaded(tmp_path):
+    rows = [{"input_ids": [n, 2, 3], "text": f"row {n}", "score": n / 4, "domain": "a"} for n in range(3000)]
+    plain = Dataset.from_list(rows)
+    plain.to_json(tmp_path / "rows.jsonl")
+    plain.to_parquet(tmp_path / "rows.parquet")
+    narrow = plain.cast_column("input_ids", List(Value("int16"))).cast_column("text", Value("large_string"))
+    torn = concatenate_datasets([plain.select(range(1000, 3000)), plain.select(range(1000))])
+    loaded = {
+        "json": Dataset.from_json(str(tmp_path / "rows.jsonl"), cache_dir=str(tmp_path / "cache")),
+        "parquet": Dataset.from_parquet(str(tmp_path / "rows.parquet"), cache_dir=str(tmp_path / "cache")),
+        "types": narrow,
+        "order": torn.select([*range(2000, 3000), *range(2000)]),
+        "columns": plain.select_columns(["domain", "text", "input_ids", "score"]),
+        "domain": plain.rename_column("domain", "source").map(lambda row: {"domain": "b"}).remove_columns("source"),
+        "transform": plain.with_transform(lambda batch: {"input_ids": [[0]] * len(batch["input_ids"])}),
+    }
+    expected = fingerprint_rows(plain, np.arange(3000), without="domain")
+    for way, dataset in loaded.items():
+        assert fingerprint_rows(dataset, np.arange(3000), without="domain") == expected, way
+    assert fingerprint_rows(torn, np.roll(np.arange(3000), 1000), without="domain") == expected
+    for other in (torn, plain.select(range(2999)), Dataset.from_list([{**row, "score": 0.0} for row in rows])):
+        assert fingerprint_rows(other, np.arange(len(other)), without="domain") != expected
+
+
+def test_the_fingerprint_of_a_file_is_its_bytes_or_its_name_and_none_is_opened():
+    def images(*values):
+        return Dataset.from_dict({"image": list(values)}, features=Features({"image": Image()}))
+
+    def digest(dataset):
+        return fingerprint_rows(dataset, np.arange(len(dataset)), without="domain")
+
+    assert digest(images({"bytes": b"a", "path": None})) == digest(images({"bytes": b"a", "path": "/home/me/x.png"}))
+    assert digest(images({"bytes": b"a", "path": None})) != digest(images({"bytes": b"b", "path": None}))
+    assert digest(images("/home/me/x.png")) == digest(images("/mnt/data/x.png")) != digest(images("/mnt/data/y.png"))
 
 
 def find_secrets(folder, *secrets):

@@ -2,22 +2,25 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import textwrap
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from transformers import DataCollatorForLanguageModeling, TrainerCallback
+from datasets import Dataset
+from transformers import AutoModelForCausalLM, DataCollatorForLanguageModeling, TrainerCallback, TrainingArguments
 
 from hf_doge.training.config import DoGEConfig
 from hf_doge.training.mixture import DomainWeightedTrainer
 from hf_doge.training.trainer import DoGETrainer
-from tests.tiny import three_domains, tiny_bert, tiny_gpt2
+from tests.tiny import three_domains, tiny_bert, tiny_gpt2, tiny_llama
 
 STEPS = 12
 
@@ -324,3 +327,148 @@ def test_a_weighted_trainer_resumes_with_the_same_examples_in_a_later_epoch(tmp_
         assert resumed.data_collator.seen[-3:] == whole.data_collator.seen[-3:]
         for name, value in whole.model.state_dict().items():
             assert torch.equal(resumed.model.state_dict()[name], value)
+
+
+def make_weighted(folder, **options):
+    """Four steps and a half of an epoch of eight."""
+    defaults = {"per_device_train_batch_size": 3, "save_strategy": "steps", "save_steps": 2, "max_steps": 5}
+    defaults |= {"learning_rate": 0.01, "report_to": "none", "use_cpu": True, "disable_tqdm": True}
+    data = {"train_dataset": options.pop("data", three_domains(8)), "domain_weights": options.pop("weights", WEIGHTS)}
+    model = options.pop("model", None) or tiny_gpt2(dropout=0.1)
+    return DomainWeightedTrainer(model, TrainingArguments(str(folder), **{**defaults, **options}), **data)
+
+
+WEIGHTS = {"arxiv": 0.6, "books": 0.1, "code": 0.3}
+STREAMS = {name: rows.to_iterable_dataset() for name, rows in three_domains(16).items()}
+FINISHED = {
+    "proxy": lambda folder: make_trainer(folder, save_strategy="steps", save_steps=2, max_steps=3),
+    "a part of an epoch": lambda folder: make_trainer(
+        folder, save_strategy="steps", save_steps=2, max_steps=-1, num_train_epochs=0.5, trajectory_steps=2
+    ),
+    "whole epochs": lambda folder: make_weighted(folder, max_steps=-1, num_train_epochs=2, save_strategy="epoch"),
+    "online": lambda folder: make_trainer(
+        folder, mode="online", reweight_steps=2, save_strategy="steps", save_steps=2, max_steps=3
+    ),
+    "weighted": make_weighted,
+    "streams": lambda folder: make_weighted(folder, data=STREAMS),
+}
+
+
+def contents(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("kind", FINISHED)
+def test_a_finished_run_that_is_resumed_does_nothing_and_its_artifacts_stay_as_they_are(tmp_path, kind):
+    whole = FINISHED[kind](tmp_path / "run")
+    whole.train()
+    checkpoints = contents(tmp_path / "run")
+    if isinstance(whole, DoGETrainer):
+        whole.domain_weights.save_pretrained(tmp_path / "artifact")
+    artifact = contents(tmp_path / "artifact")
+    time.sleep(1.1)  # the artifact tells its date by the second
+    resumed = FINISHED[kind](tmp_path / "run")
+    result = resumed.train(resume_from_checkpoint=True)
+    assert result.global_step == resumed.state.max_steps == whole.state.global_step
+    assert result.training_loss == 0
+    for name, value in whole.model.state_dict().items():
+        assert torch.equal(resumed.model.state_dict()[name], value), name
+    assert contents(tmp_path / "run") == checkpoints
+    if isinstance(whole, DoGETrainer):
+        resumed.domain_weights.save_pretrained(tmp_path / "artifact")
+    assert contents(tmp_path / "artifact") == artifact
+
+
+def test_the_checkpoint_of_a_longer_run_is_refused_by_a_shorter_one(tmp_path):
+    make_weighted(tmp_path, lr_scheduler_type="constant").train()
+    shorter = make_weighted(tmp_path, lr_scheduler_type="constant", max_steps=3)
+    with pytest.raises(ValueError, match=r"before its end, step 3, but .*checkpoint-5 is of step 5\. Name an earlier"):
+        shorter.train(resume_from_checkpoint=True)
+
+
+@pytest.mark.parametrize("schedule", [{"lr_scheduler_type": "constant_with_warmup", "warmup_steps": 3}])
+def test_a_run_whose_schedule_knows_no_end_may_be_made_longer(tmp_path, schedule):
+    make_weighted(tmp_path / "short", max_steps=3, **schedule).train()
+    longer = make_weighted(tmp_path / "short", **schedule)
+    longer.train(resume_from_checkpoint=True)
+    expected = make_weighted(tmp_path / "long", **schedule)
+    expected.train()
+    for name, value in expected.model.state_dict().items():
+        assert torch.equal(longer.model.state_dict()[name], value), name
+
+
+@pytest.fixture(scope="module")
+def weighted(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("weighted")
+    make_weighted(folder, max_steps=4).train()
+    return folder
+
+
+def other_rows(change):
+    rows = three_domains(8)
+    return {**rows, "books": change(rows["books"])}
+
+
+def change_one_token(rows):
+    tokens = rows["input_ids"]
+    return Dataset.from_dict({"input_ids": [*tokens[:-1], [*tokens[-1][:-1], 31]], "labels": rows["labels"]})
+
+
+def larger_dropout():
+    model = tiny_gpt2(dropout=0.1)
+    model.config.resid_pdrop = 0.3
+    return model
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"learning_rate": 0.02}, "'learning_rate': 0.01} and this run {'learning_rate': 0.02}"),
+        ({"learning_rate": 0.02, "weight_decay": 0.1}, "'weight_decay': 0.0} and this run {'learning_rate': 0.02"),
+        ({"max_steps": 5}, "{'max_steps': 4} and this run {'max_steps': 5}; the schedule"),
+        ({"max_steps": -1, "num_train_epochs": 1}, "{'max_steps': 4} and this run {'max_steps': 8}"),
+        ({"lr_scheduler_type": "cosine"}, "{'lr_scheduler_type': 'linear'}"),
+        ({"warmup_steps": 1}, "{'warmup_steps': 0"),
+        ({"optim": "sgd"}, "{'optim': 'adamw"),
+        ({"max_grad_norm": 0.5}, "{'max_grad_norm': 1.0}"),
+        ({"per_device_train_batch_size": 4}, "{'examples_per_step': 3}"),
+        ({"seed": 1}, "{'training_seed': 42, 'seed': 42}"),
+        ({"weights": {**WEIGHTS, "code": 0.4}}, "{'weights': {"),
+        ({"data": other_rows(change_one_token)}, "{'data': {'books': '"),
+        ({"data": other_rows(lambda rows: rows.select(range(7, -1, -1)))}, "{'data': {'books': '"),
+        ({"model": tiny_llama()}, "{'model': {'model_type': 'gpt2', 'parameters': '"),
+        ({"model": larger_dropout()}, "{'model': {'resid_pdrop': 0.1}} and this run {'model': {'resid_pdrop': 0.3}}"),
+    ],
+)
+def test_the_checkpoint_of_another_run_is_refused_by_what_differs(weighted, changes, named):
+    trainer = make_weighted(weighted, **{"max_steps": 4, **changes})
+    with pytest.raises(ValueError, match=f"must go on as it began, but the checkpoint .*{re.escape(named)}"):
+        trainer.train(resume_from_checkpoint=True)
+
+
+def test_what_moves_no_weight_may_differ_in_a_resumed_run(weighted, tmp_path):
+    shutil.copytree(weighted, tmp_path / "moved")
+    changes = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 3, "save_steps": 1, "logging_steps": 2}
+    changes |= {"dataloader_num_workers": 1, "gradient_checkpointing": True, "max_steps": -1, "num_train_epochs": 0.5}
+    rows = {name: Dataset.from_list(list(data)) for name, data in three_domains(8).items()}
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "moved" / "checkpoint-2")
+    trainer = make_weighted(tmp_path / "moved", data=rows, model=model, **changes)
+    trainer.train(resume_from_checkpoint=str(tmp_path / "moved" / "checkpoint-2"))
+    assert trainer.state.global_step == 4
+
+
+def test_a_checkpoint_that_does_not_say_of_which_run_it_is_still_resumes(weighted, tmp_path):
+    shutil.copytree(weighted, tmp_path / "old")
+    for file in (tmp_path / "old").rglob("run_identity.json"):
+        file.unlink()
+    trainer = make_weighted(tmp_path / "old", max_steps=5, learning_rate=0.02)
+    trainer.train(resume_from_checkpoint=True)
+    assert trainer.state.global_step == 5
+
+
+def test_a_half_written_checkpoint_of_a_weighted_trainer_is_passed_over(weighted, tmp_path):
+    shutil.copytree(weighted, tmp_path / "cut")
+    (tmp_path / "cut" / "checkpoint-4" / "trainer_state.json").write_text('{"epoch": ')
+    trainer = make_weighted(tmp_path / "cut", max_steps=4)
+    trainer.train(resume_from_checkpoint=True)
+    assert trainer.state.global_step == 4

@@ -16,7 +16,9 @@ OPTIMIZER_FILES = ("optimizer.pt", "optimizer.bin", "optimizer_0/.metadata")
 TRAINER_STATE_FILE = "trainer_state.json"  # the last file that the main process writes into a checkpoint
 
 
-def resolve_checkpoint(resume_from_checkpoint: str | bool | None, output_dir: str) -> Path | None:
+def resolve_checkpoint(
+    resume_from_checkpoint: str | bool | None, output_dir: str, *, learns: bool = True
+) -> Path | None:
     """
     The checkpoint folder to resume from, or `None` to start anew.
 
@@ -27,6 +29,8 @@ def resolve_checkpoint(resume_from_checkpoint: str | bool | None, output_dir: st
         resume_from_checkpoint (`str`, `bool` or `None`): As in `Trainer.train`; `True` means the last one in
             `output_dir` that is whole. One that a kill left half-written is passed over with a warning.
         output_dir (`str`): Where the run writes its checkpoints.
+        learns (`bool`): Whether it must hold what a learner of weights needs. Other checkpoints, a plain Trainer's too,
+            are whole with what the main process writes last.
 
     Raises:
         `ValueError`: if there is no whole checkpoint, or the one named is not, or some processes resume and others do
@@ -38,14 +42,15 @@ def resolve_checkpoint(resume_from_checkpoint: str | bool | None, output_dir: st
         request, candidates = "the last", list(Path(output_dir).glob("checkpoint-*"))
     elif resume_from_checkpoint:
         request, candidates = str(resume_from_checkpoint), [Path(resume_from_checkpoint)]
-    found = {path.name: _find_problem(path, num_processes) for path in candidates}
+    found = {path.name: _find_problem(path, num_processes, learns) for path in candidates}
     problems = _merge(_gather((request, found), num_processes))
     if request == "none":
         return None
     if request != "the last":
         ((_, problem),) = problems.items()
         if problem is not None:
-            raise ValueError(f"{request} must be a whole checkpoint of DoGETrainer, but {problem}. Name another one.")
+            kind = "of DoGETrainer" if learns else "of a Trainer"
+            raise ValueError(f"{request} must be a whole checkpoint {kind}, but {problem}. Name another one.")
         return Path(request)
     for name in sorted(problems, key=_get_step, reverse=True):
         if problems[name] is None:
@@ -84,20 +89,27 @@ def _get_step(name: str) -> int:
     return int(step) if step.isdigit() else -1
 
 
-def _find_problem(checkpoint: Path, num_processes: int) -> str | None:
+def read_step(checkpoint: Path | None) -> int:
+    """Steps that were taken when a whole checkpoint was written; 0 without one."""
+    return 0 if checkpoint is None else json.loads((checkpoint / TRAINER_STATE_FILE).read_text())["global_step"]
+
+
+def _find_problem(checkpoint: Path, num_processes: int, learns: bool) -> str | None:
     """What is wrong with a checkpoint folder for this process, or `None`."""
-    for names in (OPTIMIZER_FILES, ("scheduler.pt",)):
+    if not checkpoint.is_dir():
+        return "there is no such folder"
+    for names in (OPTIMIZER_FILES, ("scheduler.pt",)) if learns else ():
         if not any((checkpoint / name).exists() for name in names):
             return f"it has no {' or '.join(names)} (was it written with `save_only_model`?)"
     states = {}
-    for name in (STATE_FILE, TRAINER_STATE_FILE):
+    for name in (STATE_FILE, TRAINER_STATE_FILE) if learns else (TRAINER_STATE_FILE,):
         try:
             states[name] = json.loads((checkpoint / name).read_text())
         except FileNotFoundError:
             return f"it has no {name}"
         except json.JSONDecodeError:
             return f"its {name} is cut off"
-    if states[STATE_FILE].get("num_processes") != num_processes:
+    if not learns or states[STATE_FILE].get("num_processes") != num_processes:
         return None  # random states are only of use to as many processes
     # Every process writes its own when it gets there, maybe long after the main one has written all its files.
     random_state = "rng_state.pth" if num_processes == 1 else f"rng_state_{dist.get_rank()}.pth"

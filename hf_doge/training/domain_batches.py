@@ -1,6 +1,7 @@
 """Which examples a step looks at beside those it trains on."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 from math import ceil, isfinite
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from hf_doge.sampling.domains import DomainIndex, merge_domains
 from hf_doge.sampling.sampler import DomainWeightedSampler
+from hf_doge.training.provenance import describe_domains
 
 TARGET_COLUMN = "__target__"  # not a name that a user's collator reads
 
@@ -91,6 +93,12 @@ class TargetBatches(DomainBatches):
         self.weights = _check_target_weights(target_weights, targets.names)
         self._targets = targets
         super().__init__(dataset, targets, **kwargs)
+
+    @cached_property
+    def fingerprints(self) -> dict[str, str]:
+        """A fingerprint of the content of each target, by name."""
+        described = describe_domains(self._dataset, self._targets, domain_column=TARGET_COLUMN)
+        return {name: facts["fingerprint"] for name, facts in described.items()}
 
     def describe(self) -> dict[str, dict[str, float]]:
         """Rows and weight of each target, by name."""

@@ -3,7 +3,6 @@
 import time
 import zlib
 from collections.abc import Mapping
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +16,14 @@ from hf_doge.gradients.alignment import Alignment, DomainAlignment, RandomReplay
 from hf_doge.gradients.reduction import Reduction
 from hf_doge.gradients.sharding import is_sharded, reshard, sum_every_backward, without_gradient
 from hf_doge.sampling.domains import DomainIndex, StreamDomains
+from hf_doge.training.checkpoints import read_step
 from hf_doge.training.collator import DOMAIN_IDS
 from hf_doge.training.domain_batches import TargetBatches
 from hf_doge.training.domain_loss import DomainLoss
 from hf_doge.training.global_batch import describe_reading
 from hf_doge.training.learning_state import LearningState, TrajectoryPoint
 from hf_doge.training.metrics import DomainMetrics
-from hf_doge.training.provenance import describe_domains, describe_run
+from hf_doge.training.provenance import describe_run
 from hf_doge.training.setup import choose_alignment, uses_fsdp, weights_in_order
 from hf_doge.training.step_gradients import DomainSlice, MicroBatch, StepGradients
 
@@ -57,7 +57,7 @@ class DomainLearner:
         self.metrics = DomainMetrics(domains.names)
         self.state = LearningState.fresh(domains.names, self.initial_weights)
         self._clock = time.monotonic()
-        self._dated: tuple[int, str] | None = None  # since when it is known what was learned up to a step
+        self._described_step: int | None = None  # at which `state.described` was taken
         self._loss = DomainLoss(trainer)
         self._reduction = Reduction()
         self._trained_parameters: list[int] = []
@@ -102,9 +102,9 @@ class DomainLearner:
         if checkpoint is None:
             self.state = LearningState.fresh(names, self.initial_weights)
         else:
-            self.state = LearningState.load(checkpoint, names, run=self._identity)
+            self.state = LearningState.load(checkpoint, names)
         self._clock = time.monotonic()
-        self._dated = None
+        self._described_step = None if self.state.described is None else read_step(checkpoint)
 
     def record_time(self, *, step_seconds: float, training_seconds: float) -> None:
         """At the end of a step: what it took, and the time since training or the last step began, for what it costs."""
@@ -115,24 +115,24 @@ class DomainLearner:
 
     def save(self, checkpoint: Path) -> None:
         """Write what a resumed run needs."""
-        self.state.save(checkpoint, step=self.trainer.state.global_step, run=self._identity)
+        self._describe_run()
+        self.state.save(checkpoint, step=self.trainer.state.global_step, run=self.identity)
 
     @property
-    def _identity(self) -> dict[str, Any]:
-        """What a resumed run must share with the one that wrote the checkpoint, or its artifact would lie."""
-        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        identity = {"recipe": self.recipe.to_dict(), "seed": seed, "mode": self.args.mode}
+    def identity(self) -> dict[str, Any]:
+        """What makes the weights, for [`~hf_doge.training.run_identity.refuse_other_run`]."""
+        identity = {"recipe": self.recipe.to_dict(), "mode": self.args.mode}
+        identity["initial_weights"] = dict(zip(self.domains.names, self.initial_weights.tolist(), strict=True))
         identity["targets"] = None if self.targets is None else self.targets.describe()
+        identity["target_data"] = None if self.targets is None else self.targets.fingerprints
         for name in ("alignment_parameters", "lagged_update", "per_device_target_batch_size"):
             identity[name] = getattr(self.args, name)
         if self.args.is_online:
             identity["sampler_lag_steps"] = self.args.lag_steps
         if self.domains.sizes is None:
-            sizes = [None] * len(self.domains.names)
             identity["reading"] = describe_reading(self.args, self.trainer.train_dataset.num_shards)
-        else:
-            sizes = self.domains.sizes.tolist()
-        return {**identity, "num_rows": dict(zip(self.domains.names, sizes, strict=True))}
+            identity["num_rows"] = dict.fromkeys(self.domains.names)
+        return identity
 
     def to_domain_weights(self) -> DomainWeights:
         """What has been learned so far, as an artifact."""
@@ -142,23 +142,19 @@ class DomainLearner:
             last=dict(zip(state.names, state.weights.tolist(), strict=True)),
             trajectory=state.trajectory,
             recipe={**self.recipe.to_dict(), "arguments": self.args.get_doge_arguments()},
-            domains=self._described_domains,
+            domains=self.trainer.described_domains,
             metadata=self._describe_run(),
         )
 
     def _describe_run(self) -> dict[str, Any]:
-        described = describe_run(self.trainer)
+        """Once for each step: asked for again, by a resumed run too, what was learned is the same artifact to the byte."""
         step = self.trainer.state.global_step
-        if self._dated is None or self._dated[0] != step:
-            self._dated = step, described["date"]
-        described["date"] = self._dated[1]  # asked for again, what was learned is the same artifact to the byte
+        if self._described_step != step:
+            self._described_step, self.state.described = step, describe_run(self.trainer)
+        described = self.state.described
         cost = {"seconds": round(self.state.seconds, 1), "num_tokens_seen": int(self.state.num_tokens.sum())}
         objective = "universal" if self.target_weights is None else "target"
         return {**described, "objective": objective, "training": {**described["training"], **cost}}
-
-    @cached_property
-    def _described_domains(self) -> dict[str, dict[str, Any]]:
-        return describe_domains(self.trainer.train_dataset, self.domains)
 
     def prepare(
         self,

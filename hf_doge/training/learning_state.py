@@ -46,6 +46,7 @@ class LearningState:
         nonfinite_in_a_row (`int`): How many of these ended in the step just taken.
         seconds (`float`): Wall clock seconds of training, of this run and those it resumed, up to its last step.
         points (`list[TrajectoryPoint]`): The recorded updates.
+        described (`dict` or `None`): What the artifact says of the run that learned all this.
     """
 
     names: tuple[str, ...]
@@ -59,6 +60,7 @@ class LearningState:
     nonfinite_in_a_row: int = 0
     seconds: float = 0.0
     points: list[TrajectoryPoint] = field(default_factory=list)
+    described: dict[str, Any] | None = None
 
     @classmethod
     def fresh(cls, names: tuple[str, ...], weights: Tensor) -> "LearningState":
@@ -124,16 +126,17 @@ class LearningState:
             "nonfinite_steps": self.nonfinite_steps,
             "nonfinite_in_a_row": self.nonfinite_in_a_row,
             "seconds": self.seconds,
+            "described": self.described,
         }
-        (folder / STATE_FILE).write_text(json.dumps(state, indent=2, sort_keys=True))
+        (folder / STATE_FILE).write_text(json.dumps(state, indent=2))  # unsorted: the order of `described` is shown
 
     @classmethod
-    def load(cls, folder: Path, names: tuple[str, ...], *, run: dict[str, Any]) -> "LearningState":
+    def load(cls, folder: Path, names: tuple[str, ...]) -> "LearningState":
         """
         Read what [`LearningState.save`] wrote.
 
         Raises:
-            `ValueError`: if the checkpoint was written for other domains, by another recipe, or on other data.
+            `ValueError`: if the checkpoint was written for other domains, or is not whole.
         """
         state = json.loads((folder / STATE_FILE).read_text())
         if state["format_version"] != FORMAT_VERSION:
@@ -147,14 +150,6 @@ class LearningState:
             raise ValueError(
                 f"The checkpoint {folder} must have been written for the domains {list(names)}, but was written for "
                 f"{saved} (gone: {missing}, new: {extra}). Train on the same domains or start anew."
-            )
-        # what an earlier hf_doge did not write down is not known to differ
-        different = [name for name, value in run.items() if state["run"].get(name, value) != value]
-        if different:
-            before, now = ({name: found.get(name) for name in different} for found in (state["run"], run))
-            raise ValueError(
-                f"A resumed run must go on as it began, but the checkpoint {folder} has {before} and this run {now}. Set "
-                "them back or start anew."
             )
         points = []
         if state["num_trajectory_points"]:
@@ -173,6 +168,7 @@ class LearningState:
             nonfinite_in_a_row=state["nonfinite_in_a_row"],
             seconds=state.get("seconds", 0.0),
             points=points,
+            described=state.get("described"),
         )
 
 

@@ -2,18 +2,19 @@
 
 import json
 from collections.abc import Mapping
+from functools import cached_property
 from math import ceil
 from pathlib import Path
 from typing import Any
 
+import torch
 from datasets import Dataset, IterableDataset
 from torch.utils.data import DataLoader, RandomSampler
 from transformers import Trainer
-from transformers.trainer_utils import get_last_checkpoint
 
 from hf_doge.artifacts.domain_weights import DomainWeights
 from hf_doge.checks import check_choice, check_number, check_text
-from hf_doge.sampling.domains import DomainIndex, merge_domains
+from hf_doge.sampling.domains import DomainIndex, StreamDomains, merge_domains
 from hf_doge.sampling.sampler import DomainWeightedSampler
 from hf_doge.sampling.schedule import DRAW_MODES
 from hf_doge.sampling.streaming import (
@@ -22,7 +23,10 @@ from hf_doge.sampling.streaming import (
     warn_that_all_processes_read_everything,
 )
 from hf_doge.sampling.weights import to_shares
+from hf_doge.training.checkpoints import read_step, resolve_checkpoint
 from hf_doge.training.global_batch import describe_reading, examples_per_step
+from hf_doge.training.provenance import describe_domains
+from hf_doge.training.run_identity import RUN_FILE, describe_identity, refuse_other_run
 from hf_doge.training.sampler_guard import SamplerGuardCallback, StreamGuardCallback
 
 SAMPLER_FILE = "domain_sampler.json"  # in a checkpoint
@@ -70,6 +74,7 @@ class DomainWeightedMixin:
     """
 
     _labels_streams = False  # whether the examples of streams get the domain column
+    _learns_weights = False  # whether a checkpoint holds what a learner of weights needs
 
     def __init__(
         self,
@@ -105,7 +110,8 @@ class DomainWeightedMixin:
                 "(all but `loss_type='apo_zero_unpaired'`), mix the data instead: pass `interleave_domains(datasets, "
                 "weights)` to that trainer without the mixin."
             )
-        self.domain_sampler = None
+        self.domain_sampler, self._domain_column = None, domain_column
+        self._identity, self._resumed_step = None, 0
         if holds_streams(train_dataset):
             if max_epochs_per_domain is not None:
                 raise ValueError(
@@ -201,17 +207,77 @@ class DomainWeightedMixin:
         return self.domain_sampler
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """As `Trainer.train`; a resumed run goes on under the weights of the checkpoint, also those set on the way."""
-        if resume_from_checkpoint:
-            folder = resume_from_checkpoint
-            folder = get_last_checkpoint(self.args.output_dir) if folder is True else folder
-            is_mixed = self.domain_sampler is not None
-            # Without a file of ours it is the Trainer's to complain.
-            if is_mixed and folder is not None and (Path(folder) / SAMPLER_FILE).exists():
-                self._load_sampler(Path(folder))
-            elif not is_mixed and folder is not None and (Path(folder) / READING_FILE).exists():
-                self._refuse_other_reading(Path(folder))
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+        """
+        As `Trainer.train`, but a resumed run is the run that wrote the checkpoint: it goes on under its weights, also those
+        set on the way; one of another run is refused, see [`~hf_doge.training.run_identity.describe_identity`]; and one that
+        has made its last step makes none, where the Trainer makes one more. `True` takes the last whole checkpoint.
+        """
+        checkpoint = resolve_checkpoint(resume_from_checkpoint, self.args.output_dir, learns=self._learns_weights)
+        self._identity = self._describe_identity()
+        self._resumed_step = read_step(checkpoint)
+        if checkpoint is not None:
+            refuse_other_run(checkpoint, self._identity)
+            if self._resumed_step > self._get_max_steps():
+                raise ValueError(
+                    f"A run must be resumed before its end, step {self._get_max_steps()}, but {checkpoint} is of step "
+                    f"{self._resumed_step}. Name an earlier checkpoint, or raise the number of steps."
+                )
+        self._take_up(checkpoint)
+        return super().train(None if checkpoint is None else str(checkpoint), *args, **kwargs)
+
+    def _take_up(self, checkpoint: Path | None) -> None:
+        """Be where a run begins, or where it stood when a checkpoint was written."""
+        # Without a file of ours, it is a plain Trainer's checkpoint.
+        if checkpoint is not None and self.domain_sampler is not None and (checkpoint / SAMPLER_FILE).exists():
+            self._load_sampler(checkpoint)
+        elif checkpoint is not None and self.domain_sampler is None and (checkpoint / READING_FILE).exists():
+            self._refuse_other_reading(checkpoint)
+
+    def _get_max_steps(self) -> int:
+        """Of the whole run, as the Trainer counts them."""
+        if self.args.max_steps > 0:
+            return self.args.max_steps
+        return ceil(self.args.num_train_epochs * (self.domain_sampler.num_samples // examples_per_step(self.args)))
+
+    def _describe_identity(self) -> dict[str, Any]:
+        sampler = self.domain_sampler
+        has_planned_draws = sampler is not None and sampler.max_epochs_per_domain is not None
+        identity = describe_identity(self, max_steps=self._get_max_steps(), has_planned_draws=has_planned_draws)
+        if sampler is None:
+            settings = {name: value for name, value in self._stream_settings.items() if name != "seed"}
+            return {**identity, **settings}
+        described = self.described_domains
+        return {
+            **identity,
+            "domains": list(described),
+            "draw": sampler.draw,
+            "max_epochs_per_domain": sampler.max_epochs_per_domain,
+            "weights": sampler.state_dict()["schedule"][0]["weights"],
+            "num_rows": {name: facts["num_rows"] for name, facts in described.items()},
+            "data": {name: facts["fingerprint"] for name, facts in described.items()},
+        }
+
+    @cached_property
+    def described_domains(self) -> dict[str, dict[str, Any]]:
+        """Rows, tokens and a fingerprint of the content of each domain of the train set, as far as they are known."""
+        if self.domain_sampler is None:
+            domains = StreamDomains(tuple(self._stream_settings["domains"]))
+        else:
+            domains = self.domain_sampler.domains
+        return describe_domains(self.train_dataset, domains, domain_column=self._domain_column)
+
+    def set_initial_training_values(self, *args: Any, **kwargs: Any) -> tuple:
+        """As the Trainer's; a run that has made its last step has no epoch left."""
+        num_epochs, steps_per_epoch, *others, max_steps = super().set_initial_training_values(*args, **kwargs)
+        if self._resumed_step >= max_steps:
+            num_epochs = self._resumed_step // steps_per_epoch
+        return num_epochs, steps_per_epoch, *others, max_steps
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        """All processes have written theirs before the main one calls the checkpoint whole, and deletes older ones."""
+        super()._save_rng_state(output_dir)
+        if self.args.world_size > 1:
+            torch.distributed.barrier()
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the model; in a checkpoint, also what the stream of examples depends on."""
@@ -221,6 +287,9 @@ class DomainWeightedMixin:
             return
         folder = Path(output_dir)
         folder.mkdir(parents=True, exist_ok=True)  # where FSDP saves shards, the model comes later
+        (folder / RUN_FILE).write_text(
+            json.dumps(self._identity or self._describe_identity(), indent=2, sort_keys=True)
+        )
         if self.domain_sampler is None:
             (folder / READING_FILE).write_text(json.dumps(self._describe_reading(), indent=2))
             return

@@ -1,9 +1,12 @@
 """Where learned weights come from: data, model and software, as the artifact records them."""
 
+import hashlib
+import json
 import re
 from dataclasses import MISSING, fields
 from enum import Enum
 from math import isfinite
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,6 +25,8 @@ from hf_doge.artifacts.provenance import (
 from hf_doge.sampling.domains import DomainIndex, StreamDomains
 from hf_doge.training.global_batch import examples_per_step
 
+_NUM_SAMPLED, _NUM_READ_AT_ONCE = 1024, 256  # rows of a domain for its fingerprint
+
 # Where things go and how they are shown, which changes no number, and differs from machine to machine.
 _UNTOLD = re.compile(
     r"^(output_dir|logging_.*|log_.*|report_to|run_name|project|trackio_.*|disable_tqdm|hub_.*|push_to_hub.*|save_.*|"
@@ -30,11 +35,11 @@ _UNTOLD = re.compile(
 
 
 def describe_domains(
-    dataset: Dataset | IterableDataset, domains: DomainIndex | StreamDomains
+    dataset: Dataset | IterableDataset, domains: DomainIndex | StreamDomains, *, domain_column: str
 ) -> dict[str, dict[str, Any]]:
     """
-    Rows and, where the dataset is tokenised, tokens of each domain, and the fingerprint of the dataset. All are `None`
-    for streams, of which no more is known than what was consumed.
+    Rows and, where the dataset is tokenised, tokens of each domain, and a [`fingerprint_rows`] of what they hold. All are
+    `None` for streams, of which no more is known than what was consumed.
 
     Tokens are entries of `input_ids`: padding counts if the dataset is padded already.
     """
@@ -44,13 +49,47 @@ def describe_domains(
     described = {}
     for position, name in enumerate(domains.names):
         size = int(domains.sizes[position])
-        rows = domains.rows(np.full(size, position), np.arange(size)) if tokens is not None else None
+        rows = domains.rows(np.full(size, position), np.arange(size))
         described[name] = {
             "num_rows": size,
             "num_tokens": None if tokens is None else int(tokens[rows].sum()),
-            "fingerprint": dataset._fingerprint,
+            "fingerprint": fingerprint_rows(dataset, rows, without=domain_column),
         }
     return described
+
+
+def fingerprint_rows(dataset: Dataset, rows: np.ndarray, *, without: str) -> str:
+    """
+    Digest of content: how many rows there are, and what up to 1024 of them hold, evenly spaced, the first and the last
+    among them. The same content gives the same 16 hex digits, wherever it lies and however it was loaded.
+
+    Args:
+        dataset (`Dataset`): Read as it is stored: no transform runs, no file is opened.
+        rows (`np.ndarray`): Their numbers, in order.
+        without (`str`): A column that is no content of theirs.
+    """
+    count = len(rows)
+    chosen = rows if count <= _NUM_SAMPLED else rows[np.arange(_NUM_SAMPLED) * (count - 1) // (_NUM_SAMPLED - 1)]
+    digest = hashlib.sha256(str(count).encode())
+    columns = sorted(set(dataset.column_names) - {without})
+    for start in range(0, len(chosen) if columns else 0, _NUM_READ_AT_ONCE):
+        stored = dataset.select_columns(columns).with_format("arrow")
+        table = stored[chosen[start : start + _NUM_READ_AT_ONCE].tolist()]
+        for column in columns:
+            values = [_without_folder(value) for value in table.column(column).to_pylist()]
+            digest.update(json.dumps([column, values], sort_keys=True, default=_to_text).encode())
+    return digest.hexdigest()[:16]
+
+
+def _without_folder(value: Any) -> Any:
+    """An image or a sound as it is stored: its bytes, or the name of its file."""
+    if isinstance(value, dict) and value.keys() == {"bytes", "path"}:
+        return value["bytes"] or (value["path"] and Path(value["path"]).name)
+    return value
+
+
+def _to_text(value: Any) -> str:
+    return hashlib.sha256(value).hexdigest() if isinstance(value, bytes) else str(value)
 
 
 def _count_tokens(dataset: Dataset) -> np.ndarray | None:
@@ -77,7 +116,7 @@ def describe_run(trainer: Trainer) -> dict[str, Any]:
     return {
         "model": {
             **describe_model(model),
-            "config": public_content(_to_plain(config.to_diff_dict())) if hasattr(config, "to_diff_dict") else None,
+            "config": public_content(to_plain(config.to_diff_dict())) if hasattr(config, "to_diff_dict") else None,
         },
         "tokenizer": None
         if tokenizer is None
@@ -119,15 +158,17 @@ def describe_arguments(args: TrainingArguments) -> dict[str, Any]:
             argument.init and value != default and (value or default)
         )  # False, 0, "", [] in place of None is nothing
         if is_set and not _UNTOLD.match(argument.name):
-            described[argument.name] = public_content(_to_plain(value.value if isinstance(value, Enum) else value))
+            described[argument.name] = public_content(to_plain(value.value if isinstance(value, Enum) else value))
     return described
 
 
-def _to_plain(value: Any) -> Any:
+def to_plain(value: Any) -> Any:
     """What JSON can hold, the rest as text: no oddity of a model's configuration may cost the weights."""
+    if isinstance(value, (set, frozenset)):
+        value = sorted(value, key=str)  # in one order in every process
     if isinstance(value, dict):
-        return {str(key): _to_plain(entry) for key, entry in value.items()}
+        return {str(key): to_plain(entry) for key, entry in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_to_plain(entry) for entry in value]
+        return [to_plain(entry) for entry in value]
     is_plain = value is None or isinstance(value, (bool, int, str)) or (isinstance(value, float) and isfinite(value))
     return value if is_plain else str(value)

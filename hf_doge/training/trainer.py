@@ -14,7 +14,6 @@ from transformers import Trainer
 from hf_doge.artifacts.domain_weights import DomainWeights
 from hf_doge.sampling.domains import StreamDomains, merge_domains
 from hf_doge.sampling.streaming import holds_streams
-from hf_doge.training.checkpoints import resolve_checkpoint
 from hf_doge.training.collator import DOMAIN_IDS, DomainCollator, DomainLookup
 from hf_doge.training.config import DoGEConfig
 from hf_doge.training.domain_batches import DomainBatches, TargetBatches
@@ -96,6 +95,7 @@ class DoGEMixin(DomainWeightedMixin):
     """
 
     _labels_streams = True
+    _learns_weights = True
 
     def __init__(
         self,
@@ -169,14 +169,19 @@ class DoGEMixin(DomainWeightedMixin):
         return self._learner.to_domain_weights()
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """As `Trainer.train`; `resume_from_checkpoint=True` takes the last checkpoint that was written whole."""
-        checkpoint = resolve_checkpoint(resume_from_checkpoint, self.args.output_dir)
+        """As that of [`DomainWeightedMixin`]: a resumed run learns on from the weights that the checkpoint holds."""
+        with explaining_lost_process(self):
+            return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _take_up(self, checkpoint: Path | None) -> None:
         self._learner.begin(checkpoint)
         self._micro_batches = []
         if checkpoint is None and self.domain_sampler is not None:
             self._forget_schedule()
-        with explaining_lost_process(self):
-            return super().train(None if checkpoint is None else str(checkpoint), *args, **kwargs)
+        super()._take_up(checkpoint)
+
+    def _describe_identity(self) -> dict[str, Any]:
+        return {**super()._describe_identity(), **self._learner.identity}
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
@@ -325,12 +330,6 @@ class DoGEMixin(DomainWeightedMixin):
                 )
                 logs |= {f"sampling_weight/{name}": weight for name, weight in drawn_by.items()}
         super().log(logs, *args, **kwargs)
-
-    def _save_rng_state(self, output_dir: str) -> None:
-        """All processes have written theirs before the main one calls the checkpoint whole, and deletes older ones."""
-        super()._save_rng_state(output_dir)
-        if self.args.world_size > 1:
-            torch.distributed.barrier()
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the model with the domain weights beside it; in a checkpoint, also what a resumed run needs."""

@@ -1,0 +1,143 @@
+"""What a run is: written into each of its checkpoints, and compared before one of them is resumed."""
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from transformers import Trainer, TrainingArguments
+
+from hf_doge.artifacts.provenance import public_name
+from hf_doge.training.config import DoGEConfig
+from hf_doge.training.global_batch import examples_per_step
+from hf_doge.training.learning_state import STATE_FILE
+from hf_doge.training.provenance import to_plain
+
+RUN_FILE = "run_identity.json"  # in a checkpoint
+
+# Arguments that move no weight, or none but by rounding: where things go, what is shown, saved and evaluated, how the
+# work is shared out. What is made of the batch sizes is compared as `examples_per_step`, the length and the seeds apart.
+_MAY_DIFFER = re.compile(
+    r"^(output_dir|log.*|report_to|run_name|project|trackio_.*|disable_tqdm|hub_.*|push_to_hub.*|save_.*|eval_.*|do_.*|"
+    r"per_device_.*|gradient_accumulation_steps|max_steps|num_train_epochs|seed|data_seed|dataloader_.*|local_rank|"
+    r"resume_from_checkpoint|ddp_.*|use_cpu|accelerator_config|parallelism_config|fsdp.*|deepspeed.*|tf32|"
+    r"(gradient|activation)_checkpointing.*|torch_.*|use_liger_kernel|liger_kernel_config|use_cache|include_.*|debug|"
+    r"auto_find_batch_size|prediction_loss_only|.*_full_eval|batch_eval_metrics|enable_jit_checkpoint|load_best_model.*|"
+    r"metric_for_best_model|greater_is_better|ignore_data_skip|restore_callback_states_.*|full_determinism|"
+    r"remove_unused_columns|label_names|length_column_name|skip_memory_metrics|average_tokens_across_devices|"
+    r"predict_with_generate|generation_.*|dataset_num_proc|.*_num_proc)$"
+)
+_DOGE_ARGUMENTS = {field.name for field in fields(DoGEConfig)} - {field.name for field in fields(TrainingArguments)}
+# What saving and loading a model, its tokenizer and its first batch write into a configuration.
+_UNSTEADY_CONFIG = re.compile(
+    r"^(transformers_version|architectures|.*dtype|_.*|use_cache|.*_token_id|problem_type|.*name_or_path|.*attn_impl.*|inference_mode)$"
+)
+_LENGTHLESS_SCHEDULES = ("constant", "constant_with_warmup", "inverse_sqrt", "reduce_lr_on_plateau")
+
+
+def describe_identity(trainer: Trainer, *, max_steps: int, has_planned_draws: bool) -> dict[str, Any]:
+    """
+    What a resumed run must share with the one that wrote the checkpoint, in plain values; the trainers add their own.
+
+    It may differ in where it writes, what it logs, saves and evaluates, in devices, processes, workers and accumulation
+    as long as a step has as many examples, and in the ways to compute the same (gradient checkpointing, compilation).
+    The number of steps may differ where nothing that was trained depends on it: with a schedule such as `"constant"`,
+    whose warmup is a number of steps, and without a plan of how often each domain is drawn.
+
+    Args:
+        trainer (`Trainer`): Before training: its model as it was given.
+        max_steps (`int`): At which it ends.
+        has_planned_draws (`bool`): Whether the draws are planned over the whole run.
+    """
+    args, model = trainer.args, trainer.model
+    identity = {
+        field.name: to_plain(getattr(args, field.name))
+        for field in fields(args)
+        if field.init and field.name not in _DOGE_ARGUMENTS and not _MAY_DIFFER.match(field.name)
+    }
+    identity |= {"examples_per_step": examples_per_step(args), "training_seed": args.seed}
+    identity["seed"] = args.seed if args.data_seed is None else args.data_seed
+    has_own_schedule = trainer.lr_scheduler is not None and not getattr(trainer, "_created_lr_scheduler", False)
+    is_lengthless = identity["lr_scheduler_type"] in _LENGTHLESS_SCHEDULES and (
+        args.get_warmup_steps(1000) == args.get_warmup_steps(2000)
+    )
+    if has_planned_draws or not (has_own_schedule or is_lengthless):
+        identity["max_steps"] = max_steps
+    return {**identity, "model": _describe_model(model, Path(args.output_dir))}
+
+
+def _describe_model(model: Any, output_dir: Path) -> dict[str, Any]:
+    """Its parameters and configuration; its name unless it was read from the folder of the run, as some resume."""
+    parameters = [f"{name} {tuple(p.shape)} {p.dtype} {p.requires_grad}" for name, p in model.named_parameters()]
+    described = {"parameters": hashlib.sha256("\n".join(parameters).encode()).hexdigest()[:16]}
+    config = getattr(model, "config", None)
+    name = getattr(config, "name_or_path", None) or ""
+    if not name or not Path(name).resolve().is_relative_to(output_dir.resolve()):
+        described["name_or_path"] = public_name(name) or ""
+    if hasattr(config, "to_dict"):
+        described |= _settings(config.to_dict())
+    for name, adapter in (getattr(model, "peft_config", None) or {}).items():
+        settings = _settings(adapter.to_dict() if hasattr(adapter, "to_dict") else adapter, f"adapter {name}.")
+        described |= {key: value for key, value in settings.items() if isinstance(value, (int, float))}
+    return described
+
+
+def _settings(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """What a configuration holds, parts of parts by their whole name."""
+    found = {}
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            found |= _settings(value, f"{prefix}{key}.")
+        elif not _UNSTEADY_CONFIG.match(str(key)):
+            found[f"{prefix}{key}"] = to_plain(value)
+    return found
+
+
+def refuse_other_run(checkpoint: Path, own: Mapping[str, Any]) -> None:
+    """
+    Raise if a checkpoint was written by a run that is not this one. What an earlier hf_doge did not write down is not known
+    to differ; domains of other names are left to who reads their state, who names them.
+
+    Args:
+        checkpoint (`Path`): The folder.
+        own (mapping): What [`describe_identity`] and the trainer say of this run.
+
+    Raises:
+        `ValueError`: naming all that differs, with both values.
+    """
+    state = _read(checkpoint / STATE_FILE)
+    saved = (
+        {"domains": state.get("domain_order", own["domains"])} | state.get("run", {}) | _read(checkpoint / RUN_FILE)
+    )
+    own = json.loads(json.dumps(own))
+    if saved["domains"] != own["domains"]:
+        return
+    before, now = {}, {}
+    for name, value in own.items():
+        if name in saved and saved[name] != value:
+            before[name], now[name] = _only_different(saved[name], value, is_open=name == "model")
+    before, now = ({name: part for name, part in one.items() if before[name] != now[name]} for one in (before, now))
+    if before:
+        why = "the schedule of the learning rate, or the plan of the draws, depends on `max_steps`. "
+        raise ValueError(
+            f"A resumed run must go on as it began, but the checkpoint {checkpoint} has {before} and this run {now}"
+            f"{f'; {why}' if 'max_steps' in before else '. '}Set them back or start anew, or train a new run from the model "
+            "of that checkpoint."
+        )
+
+
+def _only_different(saved: Any, own: Any, *, is_open: bool) -> tuple[Any, Any]:
+    """The entries of two mappings that differ; where they are `is_open`, those that only one has do not count."""
+    if not (isinstance(saved, dict) and isinstance(own, dict)):
+        return saved, own
+    names = [name for name in {**saved, **own} if saved.get(name) != own.get(name)]
+    if is_open:
+        names = [name for name in names if name in saved and name in own]
+    return tuple({name: one[name] for name in names if name in one} for one in (saved, own))
+
+
+def _read(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
