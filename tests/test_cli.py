@@ -13,9 +13,11 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+from transformers import TrainingArguments
 
 from hf_doge.artifacts import DomainWeights
 from hf_doge.cli import COMMANDS, main
+from hf_doge.cli.arguments import get_resume
 
 TINY = [
     "--block_size=16",
@@ -44,6 +46,10 @@ def write_data(folder):
     write_domain(folder, "prose", num_documents=80, suffix="jsonl.gz")
     write_domain(folder, "wiki", nested=True)
     return folder
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 @pytest.fixture
@@ -131,9 +137,22 @@ def test_learn_resumes_from_the_last_checkpoint_to_the_same_weights(data_dir, le
     flags = ["--save_steps=2", *flags_of(data_dir, learned, tmp_path / "whole")]
     assert main(["learn", *flags]) == 0
     whole = DomainWeights.from_pretrained(tmp_path / "whole" / "domain_weights")
+    artifact = contents(tmp_path / "whole" / "domain_weights")
+    assert main(["learn", *flags, "--resume_from_checkpoint=True"]) == 0  # finished: nothing to do
+    assert contents(tmp_path / "whole" / "domain_weights") == artifact
+    assert sorted(path.name for path in (tmp_path / "whole").glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-3"]
     (tmp_path / "whole" / "checkpoint-3").rename(tmp_path / "later")
     assert main(["learn", *flags, "--resume_from_checkpoint=last"]) == 0
     assert DomainWeights.from_pretrained(tmp_path / "whole" / "domain_weights").mean == whole.mean
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [("false", None), ("False", None), ("none", None), ("None", None), ("true", True), ("last", True), (".", ".")],
+)
+def test_what_to_resume_from_is_said_in_words_or_by_a_folder(tmp_path, given, meant):
+    assert get_resume(TrainingArguments(str(tmp_path), resume_from_checkpoint=given)) == meant
+    assert get_resume(TrainingArguments(str(tmp_path))) is None
 
 
 def test_learn_stopped_by_sigterm_saves_a_checkpoint_and_goes_on_from_it(data_dir, learned, tmp_path, capsys):
@@ -479,6 +498,11 @@ def test_a_split_that_is_there_twice_is_refused(data_dir, tmp_path, capsys):
         (["--train_tokenizer_vocab=100"], "at least 257"),
         (["--model_config=missing.json"], "missing.json"),
         (["--resume_from_checkpoint=last"], "No whole checkpoint found"),
+        (["--resume_from_checkpoint=True"], "No whole checkpoint found"),
+        (
+            ["--resume_from_checkpoint=newest"],
+            "must be last (or true), none (or false), or the folder of a checkpoint, but got",
+        ),
     ],
 )
 def test_bad_flags_are_refused_with_what_to_do(flags, message, data_dir, tmp_path, capsys):

@@ -128,5 +128,22 @@ def get_output_dir(args: TrainingArguments) -> Path:
 
 
 def get_resume(args: TrainingArguments) -> str | bool | None:
-    """What to resume from: `--resume_from_checkpoint last` (or `true`) means the last checkpoint of the output folder."""
-    return True if args.resume_from_checkpoint in ("last", "true", "True") else args.resume_from_checkpoint
+    """
+    What to resume from: with `--resume_from_checkpoint last` (or `true`) the last checkpoint of the output folder, with
+    `none` (or `false`) nothing.
+
+    Raises:
+        `ValueError`: for a word that is none of these and no folder.
+    """
+    asked = args.resume_from_checkpoint
+    word = str(asked).strip().lower()
+    if word in ("none", "false", "no", ""):
+        return None
+    if word in ("last", "true", "yes"):
+        return True
+    if not Path(asked).is_dir():
+        raise ValueError(
+            f"`--resume_from_checkpoint` must be last (or true), none (or false), or the folder of a checkpoint, but got "
+            f"{asked!r}, and there is no such folder."
+        )
+    return asked

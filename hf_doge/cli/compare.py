@@ -8,7 +8,7 @@ from functools import partial
 from transformers import TrainingArguments
 
 from hf_doge.artifacts import DomainWeights
-from hf_doge.cli.arguments import DataArguments, ModelArguments, get_output_dir, parse
+from hf_doge.cli.arguments import DataArguments, ModelArguments, get_output_dir, get_resume, parse
 from hf_doge.cli.blocks import collate_blocks
 from hf_doge.cli.console import save_plot, say
 from hf_doge.cli.data import load_domain_data
@@ -60,6 +60,11 @@ def main(argv: Sequence[str]) -> int:
         ),
         defaults={"output_dir": "doge_comparison", "learning_rate": 5e-4, "save_strategy": "no"},
     )
+    if isinstance(get_resume(args), str):
+        raise ValueError(
+            "`hf-doge compare` keeps finished runs and trains the others from their start, so `--resume_from_checkpoint` must "
+            f"name no checkpoint, but got {args.resume_from_checkpoint!r}. Leave it out."
+        )
     output_dir = get_output_dir(args)
     data = load_domain_data(data_args, output_dir, targets=comparison_args.target or ())
     mixtures = load_mixtures(comparison_args, describe_blocks(data.train, data_args.block_size))

@@ -63,7 +63,7 @@ def main(argv: Sequence[str]) -> int:
         description="Learn domain weights with a small proxy model, by DoGE. Every argument of a Trainer is a flag too.",
         defaults={"output_dir": "doge_proxy", "learning_rate": 5e-4},
     )
-    output_dir = get_output_dir(args)
+    resume, output_dir = get_resume(args), get_output_dir(args)
     uses_heldout_mix = target_args.target == [HELDOUT_MIX]
     data = load_shared_domain_data(
         data_args,
@@ -87,7 +87,7 @@ def main(argv: Sequence[str]) -> int:
         data_collator=collate_blocks,
         processing_class=data.tokenizer,
     )
-    trainer.train(resume_from_checkpoint=get_resume(args))
+    trainer.train(resume_from_checkpoint=resume)
     if trainer.state.global_step < trainer.state.max_steps:
         say(
             f"Stopped after step {trainer.state.global_step} of {trainer.state.max_steps}, with a checkpoint. Go on with "

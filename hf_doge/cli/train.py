@@ -50,7 +50,7 @@ def main(argv: Sequence[str]) -> int:
         description="Train a model on given domain weights. Every argument of a Trainer is a flag too.",
         defaults={"output_dir": "doge_model", "learning_rate": 5e-4},
     )
-    output_dir = get_output_dir(args)
+    resume, output_dir = get_resume(args), get_output_dir(args)
     data = load_shared_domain_data(data_args, output_dir, args=args, targets=mixture_args.target or ())
     weights = load_weights(mixture_args.weights, describe_blocks(data.train, data_args.block_size))
     config = get_config(model_args, data.tokenizer, data_args.block_size)
@@ -66,7 +66,7 @@ def main(argv: Sequence[str]) -> int:
         data_collator=collate_blocks,
         processing_class=data.tokenizer,
     )
-    trainer.train(resume_from_checkpoint=get_resume(args))
+    trainer.train(resume_from_checkpoint=resume)
     trainer.save_model()
 
     metrics = trainer.evaluate()
