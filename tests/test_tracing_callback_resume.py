@@ -130,6 +130,55 @@ def test_whole_checkpoints_are_not_recorded_twice(tmp_path, uninterrupted, recor
     assert recorded_batches.number == 2  # trials
 
 
+ENDED = {
+    "middle of an epoch": {"max_steps": 4, "save_steps": 2},
+    "accumulation": {"max_steps": 2, "save_steps": 2, "gradient_accumulation_steps": 2},
+    "epochs": {"max_steps": -1, "num_train_epochs": 1.4, "save_strategy": "epoch"},
+    "online": {"max_steps": 4, "save_steps": 2, "recording": {"record": "online"}},
+    "stream": {"max_steps": 4, "save_steps": 2, "eval_strategy": "steps", "eval_steps": 1},
+}
+
+
+@pytest.mark.parametrize("kind", ENDED)
+@pytest.mark.parametrize("killed", [False, True], ids=["ended", "killed before its end was recorded"])
+def test_a_training_that_had_ended_moves_and_records_nothing_when_it_is_resumed(tmp_path, kind, killed):
+    """A Trainer by itself makes a step more; ours it is not, so the callback makes that step an empty one."""
+    options = dict(ENDED[kind])
+    recording = {"dtype": "float32", **options.pop("recording", {})}
+    if kind == "stream":
+        rows = classification_data()
+        options |= {"dataset": rows.remove_columns(["text", "domain"]).to_iterable_dataset()}
+        recording["dataset"] = rows
+        options["eval_strategy"] = "no"
+
+    def make():
+        callback = TracInWECallback(tmp_path / "index", **recording)
+        return make_trainer(
+            tmp_path / "run", callback, tokenizer=None, collator=pad, model=tiny_classifier(), **options
+        )
+
+    whole = make()
+    whole.train()
+    expected = {
+        path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file() and "models" not in path.parts
+    }
+    if killed and recording.get("record") != "online":
+        last = max((tmp_path / "index" / "gradients").glob("checkpoint-*"), key=lambda path: path.name)
+        config = json.loads((tmp_path / "index" / "config.json").read_text())
+        config["checkpoints"] = config["checkpoints"][:-1]
+        (tmp_path / "index" / "config.json").write_text(json.dumps(config))
+        shutil.rmtree(last)
+    resumed = make()
+    result = resumed.train(resume_from_checkpoint=True)
+    assert result.global_step == resumed.state.global_step == resumed.state.max_steps == whole.state.global_step
+    assert resumed.state.epoch == whole.state.epoch
+    for name, value in whole.model.state_dict().items():
+        assert torch.equal(resumed.model.state_dict()[name], value), name
+    found = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file() and "models" not in path.parts}
+    assert found.keys() == expected.keys()
+    assert [path for path in found if found[path] != expected[path]] == []
+
+
 def test_steps_that_come_out_differently_the_second_time_are_recorded_again(tmp_path):
     start(tmp_path, recording={"record_steps": 1}).train()
     reader = resume(

@@ -88,9 +88,12 @@ def hide_tokens(text: str) -> str:
 
 def describe_process() -> dict[str, Any]:
     """The command that runs, the versions of what runs it, and when."""
+    versions = {"hf_doge": __version__, **{library: version(library) for library in LIBRARIES}}
     return {
         "command": public_command(),
-        "versions": {"hf_doge": __version__, **{library: version(library) for library in LIBRARIES}},
+        "versions": dict(
+            sorted(versions.items())
+        ),  # as JSON of ours has them, so that a card made of either is the same
         "hf_doge_commit": _get_commit(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }

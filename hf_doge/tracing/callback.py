@@ -1,5 +1,6 @@
 """Recording during training, for any Trainer: `Trainer(..., callbacks=[TracInWECallback("influence")])`."""
 
+import logging
 import os
 import warnings
 from collections.abc import Callable, Iterable, Sequence
@@ -19,6 +20,8 @@ from hf_doge.tracing.processes import process_index, run_on_main_process
 from hf_doge.tracing.settings import DEFAULT_MAX_SEGMENT_BYTES, RecordingSettings
 from hf_doge.tracing.weights import MODELS, has_weights, save_model, stored_path
 
+logger = logging.getLogger(__name__)
+
 
 class TracInWECallback(TrainerCallback):
     """
@@ -35,6 +38,8 @@ class TracInWECallback(TrainerCallback):
     collator and tokenizer are the Trainer's. Training itself stays the same to the bit: neither the Trainer nor the
     dataset, the mode of the model, its gradients or any random number is touched. What is interrupted continues: rows are
     written in segments, and a training that is resumed from a checkpoint first finishes the recording of that checkpoint.
+    If that was its last step, that is all: a Trainer by itself then makes one more, whose gradients are dropped here, so
+    that no weight moves and nothing is saved, logged or recorded.
 
     Several processes share the recording: each records some segments of `max_segment_bytes`, into one folder that all must
     see, and the index is that of one process, file by file. If one fails or is killed, the others end within a minute with
@@ -145,6 +150,9 @@ class TracInWECallback(TrainerCallback):
         self.redact_text = redact_text
         self._push: BackgroundPush | None = None
         self._recording: Any | None = None
+        self._end: tuple[int, float | None] | None = (
+            None  # step and epoch of a training that had ended when it was resumed
+        )
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -176,18 +184,27 @@ class TracInWECallback(TrainerCallback):
             facts = {**self._facts(args, state), "path": self._keep_weights(args, state, replace=False, **kwargs)}
             self._recording.finish_interrupted(model=model, facts=facts, state=state)
             self._request_push()
+        self._end = None
+        if state.global_step >= state.max_steps:
+            logger.info("The training ended at step %d: there is nothing left to train or record.", state.global_step)
+            self._recording.stop()
+            self._end = state.global_step, state.epoch
+            control.should_training_stop = True  # after the Trainer's further step, or the first part of it
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Record now what was left to a save that never came."""
-        if self._awaited_step == state.global_step:
+        if self._end is None and self._awaited_step == state.global_step:
             self._record(args, state, **kwargs)
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Note the learning rate that this step is made with; after it, the scheduler sets the next one."""
+        if self._end is not None:
+            kwargs["model"].zero_grad()  # an optimizer leaves alone what has no gradient
+            return
         matrix = kwargs["model"].get_input_embeddings().weight
         self._learning_rate = float(find_group(kwargs["optimizer"], matrix)["lr"])
         self._recording.before_optimizer_step(learning_rate=self._learning_rate, state=state)
@@ -196,6 +213,9 @@ class TracInWECallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Record a step that was asked for, unless the Trainer is about to save it."""
+        if self._end is not None:
+            control.should_save = control.should_evaluate = control.should_log = False
+            return
         if not self._started and self.settings.record == "checkpoint":
             self._recording.after_first_step(model=kwargs["model"])
         self._started = True
@@ -210,14 +230,16 @@ class TracInWECallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """As [`on_step_end`], for a Trainer that saves by epoch."""
-        if self._awaited_step == state.global_step and self.record_steps is not None:
+        if self._end is not None:
+            control.should_save = control.should_evaluate = control.should_log = False
+        elif self._awaited_step == state.global_step and self.record_steps is not None:
             self._record(args, state, **kwargs)
         elif control.should_save and self._is_due(state.global_step) and self._recorded_step != state.global_step:
             self._await_save(args, state)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Record the checkpoint that the Trainer has just saved."""
-        if self._is_due(state.global_step) and self._recorded_step != state.global_step:
+        if self._end is None and self._is_due(state.global_step) and self._recorded_step != state.global_step:
             self._record(args, state, saved=True, **kwargs)
 
     def on_train_end(
@@ -228,6 +250,8 @@ class TracInWECallback(TrainerCallback):
         if recording is None:
             return
         recording.stop()
+        if self._end is not None:
+            state.global_step, state.epoch = self._end
         if self._push is not None:
             self._push.finish()
         if self._num_recorded == 0 and self._started:
