@@ -9,6 +9,7 @@ import os
 import resource
 import sys
 import warnings
+from functools import partial
 from pathlib import Path
 
 import pyarrow as pa
@@ -168,6 +169,24 @@ def reading(folder):
         },
     )
     attempt("NaN in the trajectory", lambda: DomainWeights.from_pretrained("doge/nan"))
+    hub = HubControl(os.environ["HF_ENDPOINT"])
+    for status in (403, 404):
+        number = hub.fail("GET", "", server="storage", status=status)
+        attempt(f"address expired, {status}", partial(fetch_anew, folder / f"expired-{status}"))
+        errors[f"address expired, {status}, hits"] = None if hub.hits(number) == 1 else ["", "the fault was not met"]
+    for method, request in READING:
+        number = hub.fail(method, f"weights.*/{request}/", server="hub", status=404, times=None)
+        attempt(f"404 to {method} {request}", partial(fetch_anew, folder / f"{method}-{request}"))
+        if not hub.hits(number):
+            errors[f"404 to {method} {request}"] = ["", "the fault was not met"]
+        hub.clear_faults()
+
+
+READING = [("GET", "revision"), ("GET", "tree"), ("HEAD", "resolve"), ("GET", "resolve")]
+
+
+def fetch_anew(cache_dir):
+    return DomainWeights.from_pretrained("doge/weights", cache_dir=cache_dir)
 
 
 def full_disk(folder):

@@ -59,6 +59,10 @@ def errors(tmp_path_factory):
         ("weights off the simplex", "ValueError", ["must sum to 1"]),
         ("config leaves the folder", "ValueError", ["must lie in the folder", "../../secret.parquet"]),
         ("NaN in the trajectory", "ValueError", ["must be finite", "nan"]),
+        *(
+            (f"404 to {method} {request}", "FileNotFoundError", ["'doge/weights'"])
+            for method, request in [("GET", "revision"), ("GET", "tree"), ("HEAD", "resolve"), ("GET", "resolve")]
+        ),
         ("full disk", "OSError", ["disk did not take all", "free some space"]),
     ],
 )
@@ -69,7 +73,13 @@ def test_what_cannot_be_is_refused_with_what_to_do(errors, attempt, kind, words)
         assert part in errors[attempt][1]
 
 
-@pytest.mark.parametrize("attempt", ["then tag", "same tag, same content", "unknown keys", "after it"])
+@pytest.mark.parametrize(
+    "attempt",
+    [
+        *("then tag", "same tag, same content", "unknown keys", "after it"),
+        *(f"address expired, {status}{part}" for status in (403, 404) for part in ("", ", hits")),
+    ],
+)
 def test_what_can_be_is_done(errors, attempt):
     assert errors[attempt] is None
 

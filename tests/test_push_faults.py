@@ -32,16 +32,28 @@ FAULTS = {
     "cut in the body": {"cut": "body"},
     "answer lost": {"lost_reply": True},
 }
+# Those of a push with a tag that come before and after its commit.
+TAG_REQUESTS = {
+    "look for the tag": ("GET", "{repo}/refs", {}),
+    "look for the tag after the commit": ("GET", "{repo}/refs", {"nth": 2}),
+    "make the tag": ("POST", "{repo}/tag/", {}),
+}
+AFTER_THE_COMMIT = ["look for the tag after the commit", "make the tag"]
+OF_THE_STORE = ["upload"]
 EXTRA = [
+    *((request, "404", {"status": 404}) for request in [*REQUESTS, *TAG_REQUESTS]),
+    *((request, "403", {"status": 403}) for request in [*REQUESTS, *TAG_REQUESTS]),
+    *((request, "503 for good", {"status": 503, "times": 5}) for request in TAG_REQUESTS),
+    ("make the tag", "answer lost to the last try", {"lost_reply": True, "tries": 0}),
     ("commit", "412, somebody else was quicker", {"other_commit": {}}),
     ("commit", "409", {"status": 409}),
     ("commit", "503 for good", {"status": 503, "times": 4}),
+    ("commit", "answer lost to the last try", {"lost_reply": True, "tries": 0}),
     ("commit", "500, three times", {"status": 500, "times": 3}),
     ("commit", "answer lost, three times", {"lost_reply": True, "times": 3}),
-    ("commit", "403", {"status": 403}),
     ("commit", "400", {"status": 400}),
     ("commit", "Retry-After 1 h", {"status": 429, "retry_after": 3600}),
-    ("upload", "403", {"status": 403}),
+    ("upload", "403 for good", {"status": 403, "times": 4}),
     ("read the tree", "401", {"status": 401}),
 ]
 # By xet, which brings the chunks of files to a store of their own; its client tries again by itself.
@@ -61,72 +73,139 @@ XET_CASES = [
     )
     for name in names
 ]
-FAILS = {"503 for good": "PushError", "403": "PermissionError", "400": "ValueError", "401": "PermissionError"} | {
-    "Retry-After 1 h": "PushError"
+FAILS = {
+    "503 for good": "PushError",
+    "403 for good": "PushError",
+    "Retry-After 1 h": "PushError",
+    "403": "PermissionError",
+    "401": "PermissionError",
+    "404": "FileNotFoundError",
+    "400": "ValueError",
 }
 
 
 def scenario(request, fault):
-    method, pattern, more = REQUESTS[request]
+    method, pattern, more = (REQUESTS | TAG_REQUESTS)[request]
     first = more.get("first", False)
     nth = {"nth": more["nth"]} if "nth" in more else {}
-    return {"method": method, "pattern": pattern, "first": first, "alone": first, "fault": {**nth, **fault}}
+    return {"method": method, "pattern": pattern, "first": first, "alone": first, "tag": request in TAG_REQUESTS} | {
+        "fault": {**nth, **fault}
+    }
 
 
 def xet_scenario(request, fault):
     method, pattern = XET_REQUESTS[request]
-    return {"method": method, "pattern": pattern, "first": False, "alone": "{repo}" not in pattern, "fault": fault}
+    return {
+        "method": method,
+        "pattern": pattern,
+        "first": False,
+        "alone": "{repo}" not in pattern,
+        "tag": False,
+        "fault": fault,
+    }
 
 
-CASES = [(request, name, fault) for request in REQUESTS for name, fault in FAULTS.items()] + EXTRA
+CASES = [(request, name, fault) for request in [*REQUESTS, *TAG_REQUESTS] for name, fault in FAULTS.items()] + EXTRA
 
 
 def push_into_trouble(folder, cases, scenarios, *, xet):
-    """Outcome by request and fault, after a table of them."""
+    """Outcome by request and fault, after a table of them; and what came of the stories."""
     file = folder / "scenarios.json"
     file.write_text(json.dumps(scenarios))
     started = time.monotonic()
     with HubServer(folder / "hub") as hub:
-        found = last_json(run_client(hub, SCRIPT, file, timeout=240, xet=xet))
+        stories = [] if xet else ["--stories"]
+        told = last_json(run_client(hub, SCRIPT, file, *stories, timeout=240, xet=xet))
+    found = told["outcomes"]
     print(f"\n{len(cases)} pushes into trouble in {time.monotonic() - started:.0f} s{', by xet' if xet else ''}")
     print(f"{'request':<26}{'fault':<34}{'ended with':<18}{'commits':>8}{'hits':>6}")
     for (request, fault, _), outcome in zip(cases, found, strict=True):
         ended = outcome["error"] or "the commit"
         print(f"{request:<26}{fault:<34}{ended:<18}{outcome['new_commits']:>8}{outcome['hits']:>6}")
-    return dict(zip([(request, fault) for request, fault, _ in cases], found, strict=True))
+    return dict(zip([(request, fault) for request, fault, _ in cases], found, strict=True)), told["stories"]
 
 
 @pytest.fixture(scope="module")
-def outcomes(tmp_path_factory):
+def told(tmp_path_factory):
     scenarios = [scenario(request, fault) for request, _, fault in CASES]
     return push_into_trouble(tmp_path_factory.mktemp("faults"), CASES, scenarios, xet=False)
 
 
 @pytest.fixture(scope="module")
+def outcomes(told):
+    return told[0]
+
+
+@pytest.fixture(scope="module")
+def stories(told):
+    return told[1]
+
+
+@pytest.fixture(scope="module")
 def xet_outcomes(tmp_path_factory):
     scenarios = [xet_scenario(request, fault) for request, _, fault in XET_CASES]
-    return push_into_trouble(tmp_path_factory.mktemp("xet"), XET_CASES, scenarios, xet=True)
+    return push_into_trouble(tmp_path_factory.mktemp("xet"), XET_CASES, scenarios, xet=True)[0]
 
 
-def check_outcome(outcome, fault):
+def check_outcome(outcome, request, fault):
     assert outcome["hits"] > 0, "the fault never met a request"
     assert outcome["right"], outcome
     assert outcome["new_commits"] == 1, outcome
     assert outcome["others_kept"], outcome
+    assert outcome["is_tagged"], outcome
     assert outcome["repeat_commits"] == 0, outcome
     assert outcome["repeat_is_head"], outcome
-    assert outcome["error"] == FAILS.get(fault), outcome
-    if outcome["error"]:
-        assert outcome["untouched"], outcome
-    else:
+    renewed = request in OF_THE_STORE and fault in ("403", "404")  # an address that the store signed has expired
+    assert outcome["error"] == (None if renewed else FAILS.get(fault)), outcome
+    if outcome["error"] is None:
         assert outcome["is_head"], outcome
+    elif request in AFTER_THE_COMMIT:
+        assert outcome["committed"], outcome
+        assert "The artifact is there" in outcome["message"], outcome
+        assert "tag 'v2'" in outcome["message"], outcome
+        assert "as it was" not in outcome["message"], outcome
+    else:
+        assert outcome["untouched"] in (True, None), outcome
+        assert "is there" not in outcome["message"], outcome
+    if outcome["error"] == "FileNotFoundError":
+        assert "doge/scenario-" in outcome["message"], outcome
 
 
 @pytest.mark.parametrize(("request_name", "fault"), [case[:2] for case in CASES], ids=lambda part: part)
 def test_a_push_commits_once_or_changes_nothing_and_then_completes(outcomes, request_name, fault):
-    check_outcome(outcomes[request_name, fault], fault)
+    check_outcome(outcomes[request_name, fault], request_name, fault)
 
 
 @pytest.mark.parametrize(("request_name", "fault"), [case[:2] for case in XET_CASES], ids=lambda part: part)
 def test_a_push_by_xet_commits_once_or_changes_nothing_and_then_completes(xet_outcomes, request_name, fault):
-    check_outcome(xet_outcomes[request_name, fault], fault)
+    check_outcome(xet_outcomes[request_name, fault], request_name, fault)
+
+
+@pytest.mark.parametrize("moment", ["before", "after"])
+def test_a_tag_that_somebody_else_makes_meanwhile_on_other_content_is_not_taken_for_ours(stories, moment):
+    outcome = stories[f"a tag made {moment} we look, before"]
+    assert outcome["error"] == "FileExistsError"
+    assert "The artifact is there" in outcome["message"]
+    assert outcome["committed"]
+    assert outcome["tag stays"]
+
+
+@pytest.mark.parametrize("moment", ["before", "after"])
+def test_a_tag_that_somebody_else_makes_meanwhile_on_our_commit_is_ours(stories, moment):
+    outcome = stories[f"a tag made {moment} we look, ours"]
+    assert outcome["error"] is None
+    assert outcome["tag stays"]
+
+
+def test_the_same_content_may_have_the_same_tag_again_and_other_content_may_not(stories):
+    story = stories["a tag again"]
+    assert story["same"]["error"] is None
+    assert story["back"]["error"] is None
+    assert story["other"]["error"] == "FileExistsError"
+    assert "Nothing was pushed" in story["other"]["message"]
+    assert story["tag stays"]
+
+
+def test_what_a_person_wrote_into_the_card_while_we_pushed_is_kept(stories):
+    assert "Notes of a person" in stories["an edit meanwhile"]["card"]
+    assert stories["an edit meanwhile"]["line"], "each commit must be made on the one before"

@@ -271,7 +271,7 @@ class DomainWeights:
             PermissionError: There is no token, or it may not write there. Says what to do.
             ValueError: The name is not valid, or a file holds an access token.
             FileExistsError: The repository holds something else, or `tag` is taken.
-            PushError: The Hub could not be reached for too long. What it held is untouched.
+            PushError: The Hub could not be reached for too long. Says what it holds now.
         """
         from hf_doge.artifacts.weights_publication import (
             push_weights,

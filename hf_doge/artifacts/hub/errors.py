@@ -1,7 +1,8 @@
 """What the Hub and the network answer, told apart: worth another try, or to be told to the user with what to do."""
 
 from collections.abc import Iterator
-from typing import NoReturn
+from typing import Any, NoReturn
+from urllib.parse import urlsplit
 
 from huggingface_hub.errors import (
     BadRequestError,
@@ -21,11 +22,12 @@ from hf_doge.artifacts.provenance import hide_tokens
 TransportError: type[Exception] = HfHubHTTPError.__mro__[1]
 
 _TRANSIENT = {408, 425, 429, 500, 502, 503, 504}
+_EXPIRED = {400, 401, 403, 404, 410}  # what stores answer when the address they signed is too old
 _MOVED = {409, 412}
 
 
 class PushError(ConnectionError):
-    """The Hub did not take a push, after all tries. What it held before is untouched; the same push again completes it."""
+    """The Hub did not take a push, after all tries. Says what is there now; the same push again completes it."""
 
 
 class FetchError(ConnectionError):
@@ -53,12 +55,23 @@ def check_token(token: str | bool | None) -> None:
 
 
 def status_of(error: BaseException) -> int | None:
-    """The HTTP status behind an error, if there is one. Uploads to the store of large files wrap it in errors of their own."""
-    for one in _chain(error):
-        response = getattr(one, "response", None)
-        if response is not None:
-            return response.status_code
-    return None
+    """The HTTP status behind an error, if there is one."""
+    response = _response_of(error)
+    return None if response is None else response.status_code
+
+
+def is_of_the_hub(url: str) -> bool:
+    """Whether an address is the Hub's own, and not that of a store of large files, which signs addresses for a while."""
+    from huggingface_hub import constants
+
+    mine, other = urlsplit(constants.ENDPOINT), urlsplit(url)
+    return (mine.scheme, mine.netloc) == (other.scheme, other.netloc)
+
+
+def is_expired(error: BaseException) -> bool:
+    """Whether a store did not take its own address any more. The Hub signs another when it is asked again."""
+    response = _response_of(error)
+    return response is not None and response.status_code in _EXPIRED and not is_of_the_hub(str(response.url))
 
 
 def is_transient(error: BaseException) -> bool:
@@ -67,7 +80,7 @@ def is_transient(error: BaseException) -> bool:
         return False
     status = status_of(error)
     if status is not None:
-        return status in _TRANSIENT
+        return status in _TRANSIENT or is_expired(error)
     # Errors of transport have no answer. The store of large files says ConnectionError, or RuntimeError.
     return isinstance(error, (TransportError, ConnectionError, TimeoutError, RuntimeError))
 
@@ -95,7 +108,7 @@ def explain(error: Exception, repo_id: str, *, action: str) -> Exception:
     The error to raise for what another try would not mend, with what to do; itself where it says enough.
 
     Args:
-        error (`Exception`): From `huggingface_hub`.
+        error (`Exception`): From `huggingface_hub`, about what the Hub itself answered.
         repo_id (`str`): The dataset repository.
         action (`str`): `"push to"` or `"read"`.
     """
@@ -136,6 +149,12 @@ def explain(error: Exception, repo_id: str, *, action: str) -> Exception:
         )
     if isinstance(error, BadRequestError) or status == 400:
         return ValueError(f"The Hub refuses to {action} {url} as it was asked to: {said or error}")
+    if status is not None:
+        wrong = "does not know what it was asked for" if status == 404 else f"answered with status {status}"
+        kind = FileNotFoundError if status == 404 else ConnectionError
+        return kind(
+            f"Cannot {action} {url}: the Hub {wrong}. Check the name, HF_ENDPOINT and your plan's limits. {said}"
+        )
     return error
 
 
@@ -147,6 +166,11 @@ def raise_explained(error: Exception, repo_id: str, *, action: str) -> NoReturn:
     raise explained from error
 
 
+def _response_of(error: BaseException) -> Any | None:
+    """Uploads to the store of large files wrap it in errors of their own."""
+    return next((one.response for one in _chain(error) if getattr(one, "response", None) is not None), None)
+
+
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
     while error is not None:
         yield error
@@ -156,11 +180,9 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
 def shortly(error: BaseException) -> str:
     """An error in less than a line."""
     status = status_of(error)
-    return (
-        f"HTTP status {status}"
-        if status is not None
-        else f"{type(error).__name__}: {hide_tokens(_on_one_line(str(error)))[:200]}"
-    )
+    if status is not None:
+        return f"HTTP status {status}{' of the store of large files' if is_expired(error) else ''}"
+    return f"{type(error).__name__}: {hide_tokens(_on_one_line(str(error)))[:200]}"
 
 
 def _on_one_line(text: str) -> str:

@@ -10,8 +10,9 @@ committed twice.
 import logging
 import os
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import NoReturn
@@ -28,7 +29,6 @@ from hf_doge.artifacts.hub.errors import (
     explain,
     is_moved,
     is_transient,
-    raise_explained,
     shortly,
 )
 from hf_doge.artifacts.hub.publication import Publication, content_sha256, git_blob_id, merge_card, refuse_token, size
@@ -41,6 +41,7 @@ CARD_FILE = "README.md"
 _REPO_TYPE = "dataset"
 _BATCH_BYTES = 64 * 2**20  # uploaded between two points that a killed push can go on from
 _BATCH_FILES = 100
+_UNTOUCHED = "What the repository held is as it was"
 # What git refuses in the name of a branch or a tag.
 _NOT_IN_GIT_NAMES = re.compile(r"[\s~^:?*\[\\\x00-\x1f\x7f]|\.\.|@\{|//|(^|/)\.|\.lock(/|$)|^[-/@]$|^[-/]|[/.]$|^$")
 # What may be in a repository before the artifact is: made by the Hub itself, or a licence.
@@ -174,7 +175,7 @@ class _Push:
         )
         self._operations: dict[str, CommitOperationAdd] = {}
         self._proposals: set[str] = set()
-        self._is_committed = False
+        self._standing = _UNTOUCHED  # what is true of the repository, for errors
 
     def run(self, *, message: str, description: str | None, private: bool | None) -> CommitInfo:
         """From the name to the tag."""
@@ -183,7 +184,6 @@ class _Push:
             self._proposals = self._list_proposals()
         commit = self._commit(message, description or "")
         if self.tag is not None:
-            self._is_committed = True
             self._set_tag(commit.oid)
         logger.info("%s holds the artifact at commit %s.", commit.commit_url.partition("/commit/")[0], commit.oid[:12])
         return commit
@@ -215,6 +215,7 @@ class _Push:
             plan = self._compare(head)
             if plan.is_empty:
                 return self._describe(head.commit, message, description)
+            self._standing = _UNTOUCHED
             self._require_free_tag()
             operations = self._upload(plan)
             try:
@@ -230,14 +231,38 @@ class _Push:
                 )
             except Exception as error:  # what the Hub answered, or did not: from four libraries
                 delay = self.patience.next_delay(error, delays, also=is_moved(error))
-                if delay is None:
+                if is_transient(error):
+                    self._standing = "The answer to the commit was lost, so it may be there or not"
+                elif delay is None:
                     self._give_up(error)
-                logger.info("The Hub did not take the commit (%s). Looking again in %.3g s.", shortly(error), delay)
+                logger.info("The Hub did not take the commit (%s). Looking whether it is there.", shortly(error))
+                failure = error
+            if delay is None:
+                return self._last_look(failure, message, description)
             self.patience.sleep(delay)
             proposal = self._find_proposal() if self.create_pr else None
             if proposal is not None:
                 number, head = proposal
                 return self._describe(head.commit, message, description, proposal=number)
+
+    def _last_look(self, failure: Exception, message: str, description: str) -> CommitInfo:
+        """Whether the commit is there, whose answer was lost, when there is to be no other."""
+        number, head = None, None
+        with self._no_patience():
+            if self.create_pr:
+                number, head = self._find_proposal() or (None, None)
+            elif self._compare(found := self._read_head(self.revision)).is_empty:
+                head = found
+        if head is None:
+            self._standing = _UNTOUCHED
+            self._give_up(failure)
+        return self._describe(head.commit, message, description, proposal=number)
+
+    @contextmanager
+    def _no_patience(self) -> Iterator[None]:
+        patience, self.patience = self.patience, replace(self.patience, tries=0)
+        yield
+        self.patience = patience
 
     def _read_head(self, revision: str | None) -> _Head:
         """What the repository holds now. The tree is that of the commit, whatever comes after it."""
@@ -372,28 +397,53 @@ class _Push:
     def _require_free_tag(self) -> None:
         """
         Raises:
-            FileExistsError: The tag is on another commit than the one that is to be made.
+            FileExistsError: The tag is on other content than what is to be pushed.
         """
-        if self.tag is not None and self.tag in self._tags():
+        if self.tag is not None and not self._holds(self._tags().get(self.tag)):
             raise FileExistsError(
                 f"{self.repo_id!r} has a tag {self.tag!r} already, on other content. Choose another name, or delete it by"
                 f" `hf repos tag delete {self.repo_id} {self.tag} --type dataset`. Nothing was pushed."
             )
 
+    def _holds(self, commit: str | None) -> bool:
+        """Whether the commit of a tag has the publication; also if there is no tag."""
+        if commit is None:
+            return True
+        head = self._read_head(commit)
+        try:
+            return self.publication.manifest in head.paths and self._compare(head).is_empty
+        except FileExistsError:  # something else was there then
+            return False
+
     def _set_tag(self, commit: str) -> None:
-        targets = self._tags()
-        if targets.get(self.tag) == commit:
-            return
-        if self.tag in targets:
-            raise FileExistsError(
-                f"{self.repo_id!r} has a tag {self.tag!r} already, on commit {targets[self.tag][:12]}, not on {commit[:12]},"
-                " which holds the artifact now. Choose another name."
-            )
-        self._try(
-            lambda: self.api.create_tag(
-                self.repo_id, repo_type=_REPO_TYPE, tag=self.tag, revision=commit, exist_ok=True
-            )
-        )
+        """Until the tag is on the commit, or on another one with the same content; whoever put it there."""
+        delays, at = self.patience.delays(), f"at commit {commit[:12]}"
+        lacking = f"The artifact is there, but without its tag {self.tag!r}, {at}"
+        self._standing = f"The artifact is there, {at}; whether it has its tag {self.tag!r} is not known"
+        while True:
+            found = self._tags().get(self.tag)
+            if found == commit or (found is not None and self._holds(found)):
+                return
+            if found is not None:
+                raise FileExistsError(
+                    f"{self.repo_id!r} has a tag {self.tag!r} already, on commit {found[:12]}, which has other content."
+                    f" {lacking}. Choose another name."
+                )
+            try:
+                # Not `exist_ok`: a tag that somebody else has made meanwhile may be on another commit.
+                self.api.create_tag(self.repo_id, repo_type=_REPO_TYPE, tag=self.tag, revision=commit)
+                return
+            except Exception as error:  # as above
+                delay = self.patience.next_delay(error, delays, also=is_moved(error))
+                failure = error
+            if delay is None:
+                if is_transient(failure):  # it may have been made, and the answer lost
+                    with self._no_patience():
+                        if self._tags().get(self.tag) == commit:
+                            return
+                self._standing = lacking
+                self._give_up(failure)
+            self.patience.sleep(delay)
 
     def _try(self, action: Callable[[], Result]) -> Result:
         """One request, or several that can be repeated together."""
@@ -404,16 +454,15 @@ class _Push:
 
     def _give_up(self, error: Exception) -> NoReturn:
         if is_transient(error) or is_moved(error):
-            state = (
-                f"The artifact is there, but without its tag {self.tag!r}"
-                if self._is_committed
-                else "What the repository held is as it was"
-            )
             raise PushError(
-                f"The push to {self.repo_id!r} did not end: {shortly(error)}. {state}. Push again later: only what is missing"
-                " will be sent."
+                f"The push to {self.repo_id!r} did not end: {shortly(error)}. {self._standing}. Push again later: only what"
+                " is missing will be sent."
             ) from error
-        raise_explained(error, self.repo_id, action="push to")
+        explained = explain(error, self.repo_id, action="push to")
+        if explained is error:
+            raise error
+        standing = "" if self._standing == _UNTOUCHED else f" {self._standing}."
+        raise type(explained)(f"{str(explained).rstrip()}{standing}") from error
 
 
 def _is_git_name(name: object) -> bool:

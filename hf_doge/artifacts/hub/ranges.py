@@ -6,15 +6,21 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import NamedTuple
-from urllib.parse import urlsplit
 
 from huggingface_hub.errors import EntryNotFoundError
 
 from hf_doge._version import __version__
-from hf_doge.artifacts.hub.errors import FetchError, TransportError, is_transient, raise_explained, shortly, status_of
+from hf_doge.artifacts.hub.errors import (
+    FetchError,
+    TransportError,
+    is_expired,
+    is_of_the_hub,
+    is_transient,
+    raise_explained,
+    shortly,
+)
 from hf_doge.artifacts.hub.retries import Patience
 
-_EXPIRED = {400, 401, 403, 404, 410}  # what stores answer when the address they signed is too old
 _CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+)")
 
 
@@ -157,7 +163,7 @@ class RangedFile:
         try:
             return self._request(place, start, stop)
         except (OSError, TransportError) as error:
-            if self._is_of_the_hub(place.url) or status_of(error) not in _EXPIRED:
+            if not is_expired(error):
                 raise
         with self._lock:
             if self._place is place:
@@ -168,7 +174,7 @@ class RangedFile:
         from huggingface_hub import constants, get_session
         from huggingface_hub.utils import build_hf_headers, hf_raise_for_status
 
-        token = self._token if self._is_of_the_hub(place.url) else False
+        token = self._token if is_of_the_hub(place.url) else False
         headers = build_hf_headers(token=token, library_name="hf_doge", library_version=__version__)
         headers |= {"Range": f"bytes={start}-{stop - 1}", "Accept-Encoding": "identity"}
         asked = {"headers": headers, "follow_redirects": False, "timeout": constants.HF_HUB_DOWNLOAD_TIMEOUT}
@@ -192,13 +198,6 @@ class RangedFile:
         if len(content) != stop - start:
             raise ConnectionError(f"Asked for {stop - start} bytes, got {len(content)}.")
         return bytes(content)
-
-    @staticmethod
-    def _is_of_the_hub(url: str) -> bool:
-        from huggingface_hub import constants
-
-        mine, other = urlsplit(constants.ENDPOINT), urlsplit(url)
-        return (mine.scheme, mine.netloc) == (other.scheme, other.netloc)
 
 
 def read_all(
