@@ -551,9 +551,11 @@ def test_after_its_first_batch_a_recorder_runs_one_forward_per_batch():
         lambda module, args, kwargs: sizes.append(len(kwargs["input_ids"])), with_kwargs=True
     )
     with EmbeddingGradientRecorder(model) as recorder:
-        for _ in range(3):
+        recorder.record(batch)  # before it, its examples are compared with some of them alone
+        sizes.clear()
+        for _ in range(2):
             recorder.record(batch)
-    assert sizes == [4, 1, 1, 4, 4, 4]  # before the first batch, its examples are compared with two of them alone
+    assert sizes == [4, 4]
 
 
 def test_rows_are_recorded_under_no_grad_and_hold_no_graph():
@@ -646,17 +648,29 @@ def test_batch_normalisation_by_running_statistics_is_not_refused():
 
 
 @pytest.mark.parametrize("certainty", [12.0, 1e4])  # a tiny loss, and one that rounds to 0
-def test_a_vanishing_loss_leaves_the_check_to_the_next_batch(certainty):
+def test_a_vanishing_loss_hides_nothing(certainty):
     model, batch = build(Toy, mix=across_batch), toy_batch()
-    bias = torch.tensor([certainty, 0.0, 0.0])
     with torch.no_grad():
-        model.layer.bias.copy_(bias)
+        model.layer.bias.copy_(torch.tensor([certainty, 0.0, 0.0]))
+    with pytest.raises(ValueError, match="must not depend on its batch"):
+        record(model, {**batch, "labels": torch.zeros(4, dtype=torch.long)})
+
+
+class Regression(Toy):
+    """A loss that no other label makes larger, and that is no mean over examples."""
+
+    def forward(self, input_ids, labels, attention_mask=None):
+        logits = super().forward(input_ids, torch.zeros_like(labels, dtype=torch.long)).logits
+        return SimpleNamespace(loss=(logits[:, 0] - labels).square().sum(), logits=logits)
+
+
+def test_a_vanishing_loss_without_classes_leaves_the_check_to_the_next_batch():
+    model, batch = build(Regression), toy_batch()
+    exact = model(batch["input_ids"], batch["labels"]).logits[:, 0].detach()
     with EmbeddingGradientRecorder(model) as recorder:
-        recorder.record({**batch, "labels": torch.zeros(4, dtype=torch.long)})
-        with torch.no_grad():
-            model.layer.bias.zero_()
+        recorder.record({**batch, "labels": exact})
         with pytest.raises(ValueError, match="must not depend on its batch"):
-            recorder.record(batch)
+            recorder.record({**batch, "labels": exact + 1})
 
 
 def test_a_loss_that_is_no_mean_over_labels_is_refused():

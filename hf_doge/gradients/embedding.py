@@ -20,8 +20,26 @@ from torch import Tensor, nn
 
 from hf_doge.functional.tracin_we import check_top_k
 from hf_doge.gradients.embedding_uses import EmbeddingUses, Lookup, input_embedding_matrix
-from hf_doge.gradients.example_losses import IGNORE_INDEX, ExampleLosses, LossFunction, check_finite
-from hf_doge.gradients.independence import few_examples, rows_agree, single_example
+from hf_doge.gradients.example_losses import (
+    IGNORE_INDEX,
+    ExampleLosses,
+    LossFunction,
+    check_finite,
+    logits_of,
+    loss_of,
+    not_a_mean,
+)
+from hf_doge.gradients.independence import (
+    altered_batches,
+    class_name,
+    few_examples,
+    label_names,
+    label_range,
+    lengths_agree,
+    rows_agree,
+    single_example,
+    with_classes,
+)
 from hf_doge.gradients.padding import Group, Layout, padding_mask, split_by_length, tokens_per_call
 from hf_doge.gradients.token_rows import PositionGradients, TokenRows, join_groups
 
@@ -29,6 +47,7 @@ TIED_PARTS = ("input", "output", "full", "own")
 
 _CONCLUSIVE_LOSS = 1e-3  # below it the gradient of a cross-entropy is mostly rounding in float32
 _NUM_COMPARED = 4  # examples of a batch that are run together, to be compared with some of them alone
+_NUM_CLASSES = 256  # so many are all asked about before a training; of more, some, and then those that occur
 
 
 class EmbeddingGradientRecorder(AbstractContextManager):
@@ -139,6 +158,11 @@ class EmbeddingGradientRecorder(AbstractContextManager):
         self._from_logits: bool | None = None if _labels_are_optional(model) and not self._encoder_decoder else False
         self._uses: EmbeddingUses | None = None
         self._warned = False
+        self._few: dict[str, object] | None = None  # examples to ask about further labels with
+        self._label_name: str | None = None  # whose values are asked about one by one
+        self._num_labels: int | None = None  # how many there are, if that is known
+        self._asked: set[int] = set()
+        self._unasked: set[int] = set()
 
     def __enter__(self) -> "EmbeddingGradientRecorder":
         self.virtual = not self.matrix.requires_grad
@@ -160,8 +184,12 @@ class EmbeddingGradientRecorder(AbstractContextManager):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._uses = None
-        self._stack.close()
+        try:
+            if kind is None:
+                self._ask_further(at_least=1)
+        finally:
+            self._uses = None
+            self._stack.close()
 
     def record(self, batch: Mapping[str, object]) -> TokenRows:
         """
@@ -181,10 +209,11 @@ class EmbeddingGradientRecorder(AbstractContextManager):
         """
         batch = self._prepared(batch)
         mask = padding_mask(batch) if self._may_split else None
-        if self._verify and len(batch["input_ids"]) > 1:
+        if self._verify:
             padded = mask is not None and self._layout is None and not bool(mask.all())
-            if padded or not self._verified:
+            if len(batch["input_ids"]) > 1 and (padded or not self._verified):
                 self._compare(batch)
+            self._note_labels(batch)
         if self._verified and self._from_logits is None:
             self._from_logits = self._logits_suffice(batch)
         labels = batch.get("labels")
@@ -212,6 +241,15 @@ class EmbeddingGradientRecorder(AbstractContextManager):
             self._compare(batch)
         else:
             check_finite(self._differentiate(batch)[1])
+        self._note_labels(batch)
+        self.ask_all_labels()
+
+    def ask_all_labels(self) -> None:
+        """Ask about the labels that the batches so far did not have as well, before an hour of training is lost."""
+        if self._num_labels is not None:
+            step = -(-self._num_labels // max(_NUM_CLASSES, self._num_places()))
+            self._unasked |= set(range(0, self._num_labels, step)) - self._asked
+            self._ask_further(at_least=1)
 
     def _prepared(self, batch: Mapping[str, object]) -> dict[str, object]:
         if self._uses is None:
@@ -248,7 +286,7 @@ class EmbeddingGradientRecorder(AbstractContextManager):
         with torch.enable_grad():
             if from_logits:
                 outputs = self.model(**_without_labels(batch))
-                differentiated = outputs.logits
+                differentiated = logits_of(outputs)
                 grad_outputs, loss, scales = self._losses.at_logits(differentiated, batch)
             else:
                 outputs = self.model(**batch)
@@ -311,6 +349,8 @@ class EmbeddingGradientRecorder(AbstractContextManager):
             self._stands_alone(few, gradients, place, chosen[place]) for place in map(chosen.index, compared)
         ]
         self._verified = all(conclusive)
+        if self._few is None:
+            self._ask(few)
         mask = padding_mask(batch)
         if self._verified and self._may_split and mask is not None and not bool(mask[sorted(compared)].all()):
             read_once = torch.equal(gradients.token_ids, few["input_ids"])
@@ -344,11 +384,110 @@ class EmbeddingGradientRecorder(AbstractContextManager):
                 f"padding than without in `{name}`. Pad inputs and labels on the side the model was made for, label "
                 f"padding {IGNORE_INDEX}, and pass `attention_mask` and, with padding on the left, `position_ids`."
             )
-        raise ValueError(
-            f"An example's gradient must not depend on its batch, but example {example} of the batch has another alone "
-            f"than together with the others in `{name}`. Its layers or its loss mix examples: pass a `loss_fn` if it "
-            "is the loss, or record with batch size 1."
+        raise self._dependent(f"example {example} of the batch", "")
+
+    def _dependent(self, example: str, where: str) -> ValueError:
+        return ValueError(
+            f"An example's gradient must not depend on its batch, but {example} has another alone "
+            f"than together with the others{where} in `{type(self.model).__name__}`. Its layers or its loss (class weights?)"
+            " mix examples: pass a `loss_fn` if it is the loss, or record with batch size 1."
         )
+
+    def _ask(self, few: dict[str, object]) -> None:
+        """
+        Refuse the model if an example has other rows where the others of the batch are altered: what the examples at hand
+        have in common, all of one class, say, can hide that they depend on each other.
+        """
+        with torch.no_grad():
+            logits = logits_of(self.model(**few))
+        ranges = {name: label_range(few, name, logits) for name in label_names(few)}
+        classes = class_name(few, ranges)
+        places = torch.arange(len(few["input_ids"]), device=few["input_ids"].device)
+        for first in places.tolist():
+            turned = few_examples(few, places.roll(-first))
+            alone, loss = self._rows_alone(turned, 0, strip_padding=False)
+            if float(loss) < _CONCLUSIVE_LOSS and ranges.get(classes) is not None:
+                other = (turned[classes][:1] + 1) % ranges[classes]
+                turned[classes] = torch.cat([other, turned[classes][1:]])
+                alone, loss = self._rows_alone(turned, 0, strip_padding=False)
+            if float(loss) >= _CONCLUSIVE_LOSS:
+                break
+        else:
+            return  # all too small to tell anything
+        for altered in altered_batches(turned, ranges):
+            self._require_unmoved(altered, alone)
+        self._few, self._label_name, self._num_labels = turned, classes, ranges.get(classes)
+
+    def _require_unmoved(self, altered: dict[str, object], alone: tuple[Tensor, Tensor]) -> None:
+        gradients, loss = self._differentiate(altered)
+        together = gradients.example_rows(0)
+        if loss.isfinite() and not (
+            self._agree(together, alone) and lengths_agree(together, alone, dtype=self._dtype)
+        ):
+            raise self._dependent("an example", " when these are altered (other labels, tokens or lengths)")
+
+    def _note_labels(self, batch: dict[str, object]) -> None:
+        """Ask about the labels of a batch that were not asked about."""
+        first = not self._asked
+        if self._losses.by_token and self._label_name is None:
+            self._ask_of_terms(batch)
+        if self._label_name not in batch or len(self._asked) == self._num_labels:
+            return
+        labels = batch[self._label_name]
+        self._unasked |= set(labels[labels != IGNORE_INDEX].unique().tolist()) - self._asked
+        # Weights of classes would make the rows of this very batch wrong; those of tokens make the whole loss another.
+        self._ask_further(at_least=self._num_places() if self._losses.by_token and not first else 1)
+
+    def _num_places(self) -> int:
+        """How many labels are asked about in one forward."""
+        labels = self._few[self._label_name]
+        return int((labels != IGNORE_INDEX).sum()) if self._losses.by_token else len(labels) - 1
+
+    def _ask_further(self, *, at_least: int) -> None:
+        """Ask about labels that wait for it, as many at a time as the examples have room for."""
+        if len(self._unasked) < at_least:
+            return
+        by_token, name = self._losses.by_token, self._label_name
+        alone = None if by_token else self._rows_alone(self._few, 0, strip_padding=False)[0]
+        for classes in torch.tensor(sorted(self._unasked)).split(self._num_places()):
+            if by_token:
+                self._require_equal_terms(with_classes(self._few, name, classes, first=0))
+            else:
+                self._require_unmoved(with_classes(self._few, name, classes, first=1), alone)
+        self._asked |= self._unasked
+        self._unasked = set()
+
+    def _ask_of_terms(self, batch: dict[str, object]) -> None:
+        """Refuse a loss that is the mean over labelled tokens only for some numbers of them."""
+        some = torch.arange(len(batch["labels"]), device=batch["labels"].device)[:_NUM_COMPARED]
+        few = few_examples(batch, some)
+        few["labels"] = self._losses.counted_labels(few["labels"])
+        with torch.no_grad():
+            logits = logits_of(self.model(**few))
+        self._few, self._label_name, self._num_labels = few, "labels", logits.shape[-1]
+        labels = few["labels"].clone()
+        places = (labels[0] != IGNORE_INDEX).nonzero().squeeze(1)
+        labels[0, places[: len(places) // 2]] = IGNORE_INDEX
+        if len(labels) > 1:
+            labels[-1] = IGNORE_INDEX
+        self._require_equal_terms({**few, "labels": labels}, silent=len(labels) > 1)
+
+    def _require_equal_terms(self, batch: dict[str, object], *, silent: bool = False) -> None:
+        """`silent`: the last example has no label, so that nothing of the loss may be its own."""
+        self._uses.clear()
+        with torch.enable_grad():
+            outputs = self.model(**batch)
+        lookups = [lookup.output for lookup in self._uses.lookups]
+        self._uses.clear()
+        if not self._losses.has_equal_terms(outputs, batch):
+            raise not_a_mean(" where the labels are others than those of the first examples (class weights?)")
+        if not silent or not lookups:
+            return
+        grads = torch.autograd.grad(loss_of(outputs), lookups, allow_unused=True, materialize_grads=True)
+        nothing = self.matrix.new_zeros(len(batch["input_ids"]), 0, self.matrix.shape[1])
+        sizes = join_by_example(grads, nothing, batch["input_ids"]).flatten(start_dim=1).float().norm(dim=1)
+        if sizes[-1] > 1e-12 * sizes.max():  # it is exactly 0 where nothing but the labelled tokens has a part
+            raise not_a_mean(": an example without a label has a part in it (a loss that balances experts?)")
 
     def _logits_suffice(self, batch: dict[str, object]) -> bool | None:
         """Whether an example has the same rows if the model computes its logits only; None where that cannot be told."""
@@ -374,8 +513,11 @@ class EmbeddingGradientRecorder(AbstractContextManager):
         return gradients.example_rows(0), loss
 
     def _agree(self, together: tuple[Tensor, Tensor], alone: tuple[Tensor, Tensor]) -> bool:
-        autocast = torch.is_autocast_enabled(self.matrix.device.type)
-        return rows_agree(together, alone, dtype=torch.float16 if autocast else self.matrix.dtype)
+        return rows_agree(together, alone, dtype=self._dtype)
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        return torch.float16 if torch.is_autocast_enabled(self.matrix.device.type) else self.matrix.dtype
 
 
 def counted_positions(lookup: Lookup, batch: Mapping[str, object], *, pad_token_id: int | None = None) -> Tensor:

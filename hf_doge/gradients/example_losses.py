@@ -15,10 +15,14 @@ from torch.nn import functional as F
 IGNORE_INDEX = -100  # a label that no loss counts, as in PyTorch and transformers
 LOSS_REDUCTIONS = ("sum", "mean")
 
+ANSWERS = ("start_positions", "end_positions")  # the labels of question answering: places among the tokens
+
 LossFunction = Callable[[object, Mapping[str, object]], Tensor]
 
 _TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4}
 _HALF_TOLERANCE = 1e-2
+_TERM_TOLERANCE = {torch.float64: 1e-6, torch.float32: 2e-3}  # relative to the gradient of one term
+_HALF_TERM_TOLERANCE = 5e-2
 
 
 class ExampleLosses:
@@ -41,6 +45,7 @@ class ExampleLosses:
         self.loss_fn = loss_fn
         self.reduction = reduction
         self._label_shift: int | None = None
+        self._one_term = False  # whether labels with an axis more are yes or no for each class of an example
 
     @property
     def by_token(self) -> bool:
@@ -64,14 +69,22 @@ class ExampleLosses:
                 labels have a position axis.
         """
         labels, mask = batch.get("labels"), batch.get("attention_mask")
-        if self.loss_fn is not None or labels is None or labels.is_floating_point():
+        if self.loss_fn is not None:
+            return batch
+        _check_answers(batch)
+        if labels is None or not _are_numbers(labels):
             return batch
         _check_labelled(labels)
-        if labels[0].numel() == 1:
+        if labels[0].numel() == 1 or self._one_term:
             return batch
         if self._label_shift is None:
             with torch.no_grad():
-                self._label_shift = _find_label_shift(model(**batch), labels)
+                outputs = model(**batch)
+            logits, apart = logits_of(outputs), labels.shape != batch["input_ids"].shape
+            if apart and isinstance(logits, Tensor) and logits.shape == labels.shape and labels.min() >= 0:
+                self._one_term = True
+                return batch
+            self._label_shift = _find_label_shift(outputs, labels)
         if self._label_shift == 1 and mask is not None and mask.shape == labels.shape:
             labels = labels.clone()
             labels[:, 1:][mask[:, :-1] == 0] = IGNORE_INDEX
@@ -102,7 +115,7 @@ class ExampleLosses:
                     f"{tuple(losses.shape)}. Reduce over tokens, not over examples."
                 )
             return losses.sum(), torch.ones_like(losses, requires_grad=False)
-        loss = getattr(outputs, "loss", None)
+        loss = loss_of(outputs)
         if loss is None:
             raise ValueError(
                 f"The model must return a loss, but it returned none for a batch with {sorted(batch)}. Add labels to "
@@ -142,7 +155,7 @@ class ExampleLosses:
 
     def has_logits(self, outputs: object, batch: Mapping[str, object]) -> bool:
         """Whether [`at_logits`] can be used: the model returned a line of logits for each label."""
-        logits = getattr(outputs, "logits", None)
+        logits = logits_of(outputs)
         return (
             self.by_token
             and isinstance(logits, Tensor)
@@ -151,13 +164,82 @@ class ExampleLosses:
             and logits.shape[:-1] == batch["labels"].shape
         )
 
+    def counted_labels(self, labels: Tensor) -> Tensor:
+        """The labels without those that no position predicts: the first of each text, in a causal model."""
+        counted = labels.clone()
+        counted[:, : self._label_shift or 0] = IGNORE_INDEX
+        return counted
+
+    def has_equal_terms(self, outputs: object, batch: Mapping[str, object]) -> bool:
+        """
+        Whether the loss that a model returned with gradients on weighs all labelled tokens of the batch alike, and no other.
+
+        Its gradient at each line of logits must be that of [`at_logits`] over their number, which tells weights apart that
+        the loss itself hides: those of a model that knows nothing yet are all nearly the same.
+        """
+        loss, logits = loss_of(outputs), logits_of(outputs)
+        (grad,) = torch.autograd.grad(loss, logits, allow_unused=True, retain_graph=True)
+        if grad is None:  # the loss is of logits that the model keeps to itself
+            shift = self._label_shift
+            errors = _shift_errors(loss, logits, batch["labels"])
+            return errors[shift] < torch.inf
+        expected, finite, _ = self.at_logits(logits, batch)
+        if not finite.isfinite():
+            return True  # for other reasons than weights, which `check_finite` gives
+        num_terms = self._count_terms(batch).sum().to(logits.device, torch.promote_types(grad.dtype, torch.float32))
+        sizes = expected.norm(dim=-1, dtype=num_terms.dtype).clamp(min=0.1)
+        errors = (grad * num_terms).sub_(expected).norm(dim=-1)
+        return bool((errors <= _TERM_TOLERANCE.get(logits.dtype, _HALF_TERM_TOLERANCE) * sizes).all())
+
     def _count_terms(self, batch: Mapping[str, object]) -> Tensor:
         """How many of the terms that the model's loss averages belong to each example, shape `(B,)`."""
         labels = batch.get("labels")
-        if labels is None or labels.is_floating_point():
+        if labels is None or not _are_numbers(labels) or self._one_term:
             return torch.ones(batch["input_ids"].shape[0])
         labelled = (labels != IGNORE_INDEX).reshape(len(labels), -1)
         return labelled[:, self._label_shift or 0 :].sum(dim=1)
+
+
+def loss_of(outputs: object) -> Tensor | None:
+    """The loss among what a model returned: an object, a dictionary, or a tuple that begins with it."""
+    return _part_of(outputs, "loss", 0)
+
+
+def logits_of(outputs: object) -> Tensor | None:
+    """The logits among what a model returned; in a tuple they come first, or after the loss."""
+    return _part_of(outputs, "logits", 1 if loss_of(outputs) is not None else 0)
+
+
+def _part_of(outputs: object, name: str, place: int) -> Tensor | None:
+    if isinstance(outputs, Mapping):
+        return outputs.get(name)
+    if not isinstance(outputs, tuple | list) or hasattr(outputs, name):
+        return getattr(outputs, name, None)
+    found = outputs[place] if len(outputs) > place else None
+    scalar = isinstance(found, Tensor) and found.ndim == 0
+    return found if scalar == (name == "loss") else None
+
+
+def _are_numbers(labels: Tensor) -> bool:
+    """Whether labels are classes or tokens; others are numbers to come close to, or truth values."""
+    return not labels.is_floating_point() and labels.dtype != torch.bool
+
+
+def _check_answers(batch: Mapping[str, object]) -> None:
+    """Models leave answers outside of the tokens out of their mean, so that the others of the batch count more."""
+    input_ids, mask = batch["input_ids"], batch.get("attention_mask")
+    if not isinstance(mask, Tensor) or mask.shape != input_ids.shape:
+        mask = torch.ones_like(input_ids)
+    ends = (mask * torch.arange(1, input_ids.shape[-1] + 1, device=mask.device)).amax(dim=-1)
+    for name in ANSWERS:
+        places = batch.get(name)
+        outside = isinstance(places, Tensor) and (places.reshape(len(input_ids), -1) >= ends[:, None]).any(dim=1)
+        if isinstance(outside, Tensor) and outside.any():
+            raise ValueError(
+                f"Every example must have its answer among its tokens, but `{name}` of those at"
+                f" {outside.nonzero().squeeze(1).tolist()} of the batch lies behind them. Drop them, or let it be 0, the"
+                " first token, where there is no answer."
+            )
 
 
 def check_finite(loss: Tensor) -> None:
@@ -177,8 +259,21 @@ def _check_labelled(labels: Tensor) -> None:
 
 def _find_label_shift(outputs: object, labels: Tensor) -> int:
     """0 where a position predicts its own label, 1 where it predicts the next: whichever gives the model's loss."""
-    logits, loss = getattr(outputs, "logits", None), outputs.loss
+    logits, loss = logits_of(outputs), loss_of(outputs)
+    if loss is None:
+        raise ValueError(
+            "The model must return its loss for a batch with labels, but it returned none. Pass `loss_fn`, which returns"
+            " one loss per example."
+        )
     check_finite(loss)
+    errors = _shift_errors(loss, logits, labels)
+    if not errors or min(errors) == torch.inf:
+        raise not_a_mean("")
+    return errors.index(min(errors))
+
+
+def _shift_errors(loss: Tensor, logits: object, labels: Tensor) -> list[float]:
+    """How far the cross-entropy of the logits is from the loss, for either shift; infinity where that is too far."""
     errors = []
     if isinstance(logits, Tensor) and logits.shape[:-1] == labels.shape:
         logits = logits.to(loss.dtype if loss.dtype.itemsize >= 4 else torch.float32)
@@ -187,11 +282,12 @@ def _find_label_shift(outputs: object, labels: Tensor) -> int:
             expected = F.cross_entropy(predicted, labels[:, shift:].flatten(), ignore_index=IGNORE_INDEX)
             errors.append(float((expected - loss).abs()))
     tolerance = _TOLERANCE.get(loss.dtype, _HALF_TOLERANCE) * float(loss.abs().clamp(min=1.0))
-    errors = [error if error <= tolerance else torch.inf for error in errors]  # NaN too: no label left after the shift
-    if not errors or min(errors) == torch.inf:
-        raise ValueError(
-            "The model's own loss must be the mean cross-entropy of its logits over the labelled tokens, but it is "
-            "not, so the share of each example is unknown. Pass `loss_fn(outputs, batch)`, which returns one loss per "
-            "example."
-        )
-    return errors.index(min(errors))
+    return [error if error <= tolerance else torch.inf for error in errors]  # NaN too: no label left after the shift
+
+
+def not_a_mean(where: str) -> ValueError:
+    """The error of a loss whose share of each example is unknown."""
+    return ValueError(
+        f"The model's own loss must be the mean cross-entropy of its logits over the labelled tokens, but it is not{where},"
+        " so the share of each example is unknown. Pass `loss_fn(outputs, batch)`, which returns one loss per example."
+    )

@@ -205,6 +205,7 @@ def check_first_batch(recorder: EmbeddingGradientRecorder, batches: SequentialBa
         random = few.are_random()
         with full_precision(recorder.model), recorder:
             recorder.record(few.collate(0, seed=few.seed))
+            recorder.ask_all_labels()
     return random
 
 

@@ -1,0 +1,285 @@
+"""Rows of an example are those it has alone, or the model is refused: whatever the order of the data hides at first."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+import transformers
+from torch import nn
+from torch.nn import functional as F
+
+from hf_doge.gradients.embedding import EmbeddingGradientRecorder
+
+V, WIDTH, CLASSES = 24, 6, 3
+REFUSED = "must not depend on its batch|must be the mean cross-entropy"
+WEIGHTS = torch.tensor([1.0, 2.0, 20.0])
+
+
+def terms(logits, labels):
+    return F.cross_entropy(logits.flatten(end_dim=-2), labels.flatten(), reduction="none")
+
+
+def weighted(logits, labels, mask):
+    return F.cross_entropy(logits, labels, weight=WEIGHTS.to(logits.dtype))
+
+
+def nearly_equal_weights(logits, labels, mask):
+    return F.cross_entropy(logits, labels, weight=torch.tensor([1.0, 1.0, 1.05], dtype=logits.dtype))
+
+
+def focal_over_its_weights(logits, labels, mask):
+    hard = WEIGHTS.to(logits.dtype)[labels] * (1 - logits.softmax(dim=1).gather(1, labels[:, None])[:, 0]) ** 2
+    return (hard * terms(logits, labels)).sum() / hard.detach().sum()
+
+
+def summed(logits, labels, mask):
+    return terms(logits, labels).sum()
+
+
+def contrastive(logits, labels, mask):
+    """Pulls examples of one class together: nothing to do where each has its own."""
+    pairs = (labels[:, None] == labels) & ~torch.eye(len(labels), dtype=torch.bool)
+    likeness = F.normalize(logits, dim=1) @ F.normalize(logits, dim=1).T
+    return terms(logits, labels).mean() - (likeness * pairs).sum() / len(labels)
+
+
+def pushed_apart(logits, labels, mask):
+    """Nothing to do where all are of one class."""
+    pairs = labels[:, None] != labels
+    return terms(logits, labels).mean() + ((logits @ logits.T) * pairs).sum() / len(labels)
+
+
+def weighted_by_length(logits, labels, mask):
+    lengths = mask.sum(dim=1).to(logits.dtype)
+    return (terms(logits, labels) * lengths).sum() / lengths.sum()
+
+
+def mean_of_weighted(logits, labels, mask):
+    return (WEIGHTS.to(logits.dtype)[labels] * terms(logits, labels)).mean()
+
+
+def focal(logits, labels, mask):
+    return ((1 - logits.softmax(dim=1).gather(1, labels[:, None])[:, 0]) ** 2 * terms(logits, labels)).mean()
+
+
+class Own(nn.Module):
+    """A classifier of texts, or of tokens, with a loss of its own."""
+
+    def __init__(self, loss, *, pooled=True, label="labels", mix=None):
+        super().__init__()
+        self.embedding, self.head = nn.Embedding(V, WIDTH), nn.Linear(WIDTH, CLASSES)
+        self.loss, self.pooled, self.label, self.mix = loss, pooled, label, mix
+
+    def get_input_embeddings(self):
+        return self.embedding
+
+    def forward(self, input_ids, attention_mask, **batch):
+        hidden = self.embedding(input_ids).tanh() * attention_mask[..., None]
+        if self.pooled:
+            hidden = hidden.sum(dim=1) / attention_mask.sum(dim=1, keepdim=True)
+        if self.mix is not None:
+            hidden = self.mix(hidden)
+        logits = self.head(hidden)
+        labels = batch.get(self.label)
+        return SimpleNamespace(
+            logits=logits, loss=None if labels is None else self.loss(logits, labels, attention_mask)
+        )
+
+
+def build(*arguments, dtype=torch.float32, **options):
+    torch.manual_seed(0)
+    model = Own(*arguments, **options)
+    with torch.no_grad():
+        model.embedding.weight.mul_(2)
+    return model.to(dtype)
+
+
+def batches(labels, *, name="labels", length=5, alike=False):
+    """Batches of three or more examples with these labels, in order; `alike`: the first holds one text three times."""
+    generator = torch.Generator().manual_seed(0)
+    for number, own in enumerate(labels):
+        ids = torch.randint(V, (len(own), length), generator=generator)
+        if alike and number == 0:
+            ids = ids[:1].expand_as(ids).clone()
+        mask = torch.ones_like(ids)
+        if number:
+            mask[0, 3:] = 0
+        yield {"input_ids": ids, "attention_mask": mask, name: torch.tensor(own)}
+
+
+ORDERS = {"sorted": [[0, 0, 0], [1, 1, 1], [2, 2, 0]], "rare": [[0, 1, 0, 1], [1, 0, 1, 0], [0, 2, 1, 1]]}
+
+
+def recorded(model, given, **options):
+    with EmbeddingGradientRecorder(model, **options) as recorder:
+        return [rows for batch in given for rows in recorder.record(batch)]
+
+
+def assert_as_alone(model, given):
+    given = list(given)
+    single = [
+        {key: value[i : i + 1] for key, value in batch.items()}
+        for batch in given
+        for i in range(len(batch["input_ids"]))
+    ]
+    for (tokens, rows), (own_tokens, own_rows) in zip(recorded(model, given), recorded(model, single), strict=True):
+        dense = torch.zeros(V, WIDTH).index_add_(0, tokens, rows) - torch.zeros(V, WIDTH).index_add_(
+            0, own_tokens, own_rows
+        )
+        assert dense.norm() <= 1e-4 * own_rows.norm()
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize(
+    "loss",
+    [weighted, nearly_equal_weights, focal_over_its_weights, summed, contrastive, pushed_apart, weighted_by_length],
+)
+def test_losses_that_mix_examples_are_refused_whatever_the_order(loss, order):
+    with pytest.raises(ValueError, match=REFUSED):
+        recorded(build(loss), batches(ORDERS[order]))
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("loss", [mean_of_weighted, focal])
+def test_losses_that_are_a_mean_over_examples_are_recorded_exactly(loss, order):
+    assert_as_alone(build(loss), batches(ORDERS[order]))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_class_weights_are_found_in_any_precision_and_its_rounding_is_none(dtype):
+    with pytest.raises(ValueError, match=REFUSED):
+        recorded(build(weighted, dtype=dtype), batches(ORDERS["sorted"]))
+    model = build(lambda logits, labels, mask: F.cross_entropy(logits, labels), dtype=dtype)
+    assert len(recorded(model, batches(ORDERS["rare"]))) == 12
+
+
+def test_classes_that_logits_do_not_tell_of_are_asked_about_where_they_occur():
+    model = build(weighted)
+    forward = model.forward
+    model.forward = lambda **batch: SimpleNamespace(loss=forward(**batch).loss)
+    with pytest.raises(ValueError, match=REFUSED):
+        recorded(model, batches(ORDERS["sorted"]))
+
+
+def test_labels_of_another_name_are_asked_about():
+    with pytest.raises(ValueError, match=REFUSED):
+        recorded(build(weighted, label="targets"), batches(ORDERS["sorted"], name="targets"))
+
+
+def test_a_batch_of_equal_texts_does_not_hide_a_norm_over_the_batch():
+    def norm(hidden):
+        return (hidden - hidden.mean(dim=0)) / (hidden.std(dim=0, correction=0) + 0.1)
+
+    model = build(lambda logits, labels, mask: F.cross_entropy(logits, labels), mix=norm)
+    with pytest.raises(ValueError, match=REFUSED):
+        recorded(model, batches(ORDERS["sorted"], alike=True))
+
+
+def test_all_classes_are_asked_about_before_a_training():
+    (first, *_) = batches(ORDERS["rare"])
+    with EmbeddingGradientRecorder(build(weighted)) as recorder, pytest.raises(ValueError, match=REFUSED):
+        recorder.check(first)
+
+
+def test_numbers_and_truth_values_are_asked_about():
+    def by_number_of_positives(logits, labels, mask):
+        return F.binary_cross_entropy_with_logits(logits, labels.float(), reduction="sum") / labels.sum().clamp(min=1)
+
+    def mean(logits, labels, mask):
+        return F.binary_cross_entropy_with_logits(logits, labels.float())
+
+    for kind in (float, bool, int):
+        several = [[[kind(1), kind(0), kind(0)]] * 3, [[kind(1), kind(1), kind(0)], [kind(0), kind(0), kind(1)]]]
+        with pytest.raises(ValueError, match=REFUSED):
+            recorded(build(by_number_of_positives), batches(several))
+        assert_as_alone(build(mean), batches(several))
+
+
+# Labels of tokens
+
+
+def tagged(loss):
+    return build(loss, pooled=False)
+
+
+def plain(logits, labels, mask):
+    return F.cross_entropy(logits.flatten(end_dim=1), labels.flatten())
+
+
+def weighted_tokens(logits, labels, mask):
+    return F.cross_entropy(logits.flatten(end_dim=1), labels.flatten(), weight=WEIGHTS)
+
+
+def mean_of_texts(logits, labels, mask):
+    counted = (labels != -100).sum(dim=1)
+    return (terms(logits, labels).reshape(labels.shape).sum(dim=1) / counted).mean()
+
+
+def over_the_mask(logits, labels, mask):
+    return terms(logits, labels).sum() / mask.sum()
+
+
+def over_the_texts(logits, labels, mask):
+    return terms(logits, labels).sum() / (5 * len(labels))
+
+
+def with_a_penalty(logits, labels, mask):
+    return plain(logits, labels, mask) + 1e-6 * logits.square().mean()
+
+
+TAGS = [[[0] * 5] * 3, [[1, 0, 2, -100, -100]] * 3]
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [weighted_tokens, mean_of_texts, over_the_mask, over_the_texts, with_a_penalty],
+    ids=lambda loss: loss.__name__,
+)
+def test_losses_of_tokens_that_are_no_mean_over_labels_are_refused_whatever_the_first_labels(loss):
+    with pytest.raises(ValueError, match=REFUSED):
+        recorded(tagged(loss), batches(TAGS))
+    assert_as_alone(tagged(plain), batches(TAGS))
+
+
+def test_weights_of_tokens_are_refused_one_example_at_a_time_too():
+    with pytest.raises(ValueError, match=REFUSED):
+        recorded(tagged(weighted_tokens), batches([[[0] * 5], [[1, 0, 2, 1, 1]]]))
+
+
+def test_the_weight_of_one_token_of_a_large_vocabulary_is_found_where_it_occurs(monkeypatch):
+    monkeypatch.setattr("hf_doge.gradients.embedding._NUM_CLASSES", 1)
+    weight = torch.ones(400)
+    weight[399] = 3
+
+    def loss(logits, labels, mask):
+        logits = F.pad(logits, (0, 397), value=-3.0)
+        return SimpleNamespace(
+            logits=logits, loss=F.cross_entropy(logits.flatten(end_dim=1), labels.flatten(), weight=weight)
+        )
+
+    model = tagged(None)
+    model.loss, model.forward_once = (lambda logits, labels, mask: (logits, labels, mask)), model.forward
+    model.forward = lambda **batch: loss(*model.forward_once(**batch).loss)
+    tags = [[[0, 1, 2, 0, 1]] * 3, [[3, 4, 5, 6, 7]] * 3]
+    assert len(recorded(model, batches(tags))) == 6
+    with pytest.raises(ValueError, match=REFUSED):
+        recorded(model, batches([*tags, [[0, 399, 1, 1, 1]] * 3]))
+
+
+@pytest.mark.parametrize(
+    ("coefficient", "dtype"), [(0.001, torch.float32), (1e-5, torch.float32), (0.001, torch.bfloat16)]
+)
+def test_a_loss_that_balances_experts_is_refused_however_small(coefficient, dtype):
+    torch.manual_seed(0)
+    config = transformers.MixtralConfig(
+        vocab_size=V, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1,
+        num_key_value_heads=1, num_local_experts=4, num_experts_per_tok=1, output_router_logits=True, router_aux_loss_coef=coefficient,
+        bos_token_id=0, eos_token_id=0,
+    )  # fmt: skip
+    model = transformers.MixtralForCausalLM(config).to(dtype)
+    ids = torch.randint(V, (3, 6), generator=torch.Generator().manual_seed(0))
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+    with pytest.raises(ValueError, match=REFUSED):
+        recorded(model, [batch])
+    config.output_router_logits = False
+    assert len(recorded(model, [batch])) == 3
