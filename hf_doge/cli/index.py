@@ -68,7 +68,7 @@ def _parse(argv: Sequence[str]) -> Namespace:
         type=Path,
         nargs="+",
         required=True,
-        help="Folders that a Trainer saved, in order of training.",
+        help="Folders that a Trainer saved, in any order: each says its step.",
     )
     parser.add_argument(
         "--data", type=Path, required=True, help="The training examples: JSONL (.gz or not), one record on a line."

@@ -44,7 +44,7 @@ from hf_doge.tracing.ranges import Range, share_ranges
 from hf_doge.tracing.second_moments import SecondMoments, require_saved_optimizer, saved_second_moments
 from hf_doge.tracing.settings import RecordingSettings
 from hf_doge.tracing.shared_index import SharedIndex, open_shared_index
-from hf_doge.tracing.weights import describe_checkpoint, load_model, stored_path
+from hf_doge.tracing.weights import describe_checkpoint, in_order_of_steps, load_model, stored_path
 
 SECOND_MOMENT_EPS = 1e-8
 
@@ -232,7 +232,9 @@ def record_dataset(
 
     Args:
         folder (`str` or `os.PathLike`): Of the index, new or of the same dataset, model and settings.
-        checkpoints (`Sequence`): Folders with a model or adapter of transformers, in the order of training.
+        checkpoints (`Sequence`):
+            Folders with a model or adapter of transformers, in any order: their steps, from `trainer_state.json` or their
+            names, say which comes first. Where none has a step, the order of training.
         dataset (`Dataset` or [`Examples`]): Tokenised as for training, with labels; its readable columns are kept.
         collator (`Callable`, *optional*): What makes batches of examples, as in training; pads by the tokenizer if left out.
         tokenizer (`PreTrainedTokenizerBase`, *optional*): The one of the model.
@@ -241,7 +243,7 @@ def record_dataset(
             `optimizer.pt` that the Trainer saved in each checkpoint, see [`saved_second_moments`]; the rows are those
             that `TracInWECallback(second_moment=True)` would have recorded in training.
         learning_rates (`Sequence[float]`, *optional*):
-            In force at each checkpoint; else read from its `trainer_state.json`, if the Trainer logged at that very step.
+            In force at each checkpoint, in the order of `checkpoints`; else read from its `trainer_state.json`, if the Trainer logged at that very step.
         batch_size (`int`): How many examples at once; changes no row.
         device (`str` or `torch.device`, *optional*): Where to compute; a GPU if there is one.
         seed (`int`): Of whatever the collator draws.
@@ -269,6 +271,10 @@ def record_dataset(
         raise ValueError(f"`checkpoints` must be a list of folders, but got {str(checkpoints)!r} alone.")
     paths = [Path(checkpoint) for checkpoint in checkpoints]
     _require_after_training(settings, paths, learning_rates)
+    if not add_examples:
+        order = in_order_of_steps(paths, _recorded_steps(Path(folder)))
+        paths = [paths[place] for place in order]
+        learning_rates = None if learning_rates is None else [learning_rates[place] for place in order]
     recorded = _checkpoints_to_grow(Path(folder), paths, learning_rates) if add_examples else []
     facts: list[dict[str, Any] | None] = [
         None  # known from the index, once it is seen which one it is
@@ -277,7 +283,7 @@ def record_dataset(
         for position, path in enumerate(paths)
     ]
     device = device or default_device()
-    whole = set() if add_examples else _whole_checkpoints(Path(folder))
+    whole = {} if add_examples else _recorded_steps(Path(folder))
     if settings.second_moment:
         for path, fact in zip(paths, facts, strict=True):
             if fact is None or fact["name"] not in whole:
@@ -332,11 +338,11 @@ def record_dataset(
     return index.writer
 
 
-def _whole_checkpoints(folder: Path) -> set[str]:
-    """Names of the checkpoints that an index has, if it is there."""
+def _recorded_steps(folder: Path) -> dict[str, int]:
+    """Name -> step of the checkpoints that an index has, if it is there."""
     if not (folder / MANIFEST).is_file():
-        return set()
-    return {entry["name"] for entry in read_config(folder)["checkpoints"]}
+        return {}
+    return {entry["name"]: entry["step"] for entry in read_config(folder)["checkpoints"]}
 
 
 def _checkpoints_to_grow(

@@ -1,7 +1,9 @@
 """The weights of recorded checkpoints: where they are, saving and loading them."""
 
 import json
+import logging
 import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,8 @@ from torch import nn
 
 from hf_doge.artifacts.files import staged_folder
 from hf_doge.tracing.fingerprints import unwrap_model
+
+logger = logging.getLogger(__name__)
 
 MODELS = "models"
 
@@ -96,10 +100,8 @@ def describe_checkpoint(path: Path, *, learning_rate: float | None = None) -> di
     """
     if not path.is_dir():
         raise FileNotFoundError(f"A checkpoint must be a folder, but {str(path)!r} is none. Look at its name.")
-    state_file = path / "trainer_state.json"
-    state = json.loads(state_file.read_text(encoding="utf-8")) if state_file.is_file() else {}
-    number = path.name.rpartition("-")[2]
-    step = state.get("global_step", int(number) if number.isdecimal() else 0)
+    state = _trainer_state(path)
+    step = checkpoint_step(path)
     if learning_rate is None:
         learning_rate = logged_learning_rate(state.get("log_history", ()), step)
     if learning_rate is None:
@@ -107,7 +109,64 @@ def describe_checkpoint(path: Path, *, learning_rate: float | None = None) -> di
             f"The learning rate in force at {str(path)!r} must be known, but its trainer_state.json has none logged at step"
             f" {step}. Pass `learning_rates`, one for each checkpoint (all 1 weighs them alike)."
         )
-    return {"name": path.name, "step": step, "epoch": state.get("epoch"), "learning_rate": float(learning_rate)}
+    return {"name": path.name, "step": step or 0, "epoch": state.get("epoch"), "learning_rate": float(learning_rate)}
+
+
+def checkpoint_step(path: Path) -> int | None:
+    """After which step a checkpoint was saved: by its `trainer_state.json`, else by its name; None where neither says it."""
+    step = _trainer_state(path).get("global_step")
+    number = path.resolve().name.rpartition("-")[2]  # a link may be called "last"
+    if isinstance(step, int):
+        return step
+    return int(number) if number.isascii() and number.isdecimal() else None
+
+
+def in_order_of_steps(paths: Sequence[Path], recorded: Mapping[str, int]) -> list[int]:
+    """
+    The places of checkpoints in `paths`, by ascending step: the last one is the model whose predictions are traced.
+
+    Args:
+        paths (`Sequence[Path]`): Folders of checkpoints.
+        recorded (`Mapping[str, int]`): Name -> step of checkpoints that an index has already.
+
+    Raises:
+        ValueError: One is given twice, or of some the step is known and of others it is not.
+    """
+    steps = [checkpoint_step(path) for path in paths]
+    places: dict[Any, str] = {step: name for name, step in recorded.items() if step > 0}
+    known = bool(places) or any(step is not None for step in steps)
+    for path, step in zip(paths, steps, strict=True):
+        if step is None and known and len(paths) + len(recorded) > 1 and path.name not in recorded:
+            raise ValueError(
+                f"Checkpoints are ordered by their steps, but that of {str(path)!r} is unknown: it has no trainer_state.json"
+                " and its name does not end with '-' and a number. Call it 'checkpoint-' and its step."
+            )
+        for place in {path.resolve(), step} - {None}:
+            if places.setdefault(place, path.name) != path.name:
+                raise ValueError(
+                    f"Each checkpoint counts once, but {path.name!r} and {places[place]!r} are both"
+                    + (f" of step {step}" if place == step else f" the folder {str(place)!r}")
+                    + ". Name one of them."
+                )
+    if None in steps and len(paths) > 1:
+        logger.warning(
+            "The steps of %s are unknown, so they are taken in this order, the last as the end of the training. Folders"
+            " called 'checkpoint-<step>' are ordered by themselves.",
+            [path.name for path in paths],
+        )
+        return list(range(len(paths)))
+    return sorted(range(len(paths)), key=lambda place: steps[place] or 0)
+
+
+def _trainer_state(path: Path) -> dict[str, Any]:
+    file = path / "trainer_state.json"
+    try:
+        state = json.loads(file.read_bytes()) if file.is_file() else {}
+    except ValueError as error:  # no JSON, or no UTF-8
+        raise ValueError(f"{str(file)!r} must be JSON as the Trainer writes it, but it is not: {error}") from error
+    if not isinstance(state, dict) or not all(isinstance(entry, dict) for entry in state.get("log_history") or ()):
+        raise ValueError(f"{str(file)!r} must hold the state of a Trainer, but it holds something else.")
+    return state
 
 
 def logged_learning_rate(log_history: Any, step: int) -> float | None:

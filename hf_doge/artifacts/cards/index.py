@@ -150,6 +150,7 @@ def _render(
         second_moment=config["second_moment"],
         sides=_SIDES.get(str(config.get("tied")), ""),
         columns=", ".join(map(code, tables["examples"].schema.names)) if columns else "",
+        numbered=any("number" in one for one in checkpoints),
         has_offsets="offsets" in tables,
         redacted=redacted,
         computation=_computation(config),

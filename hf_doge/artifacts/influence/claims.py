@@ -51,6 +51,9 @@ def check_claims(config: Mapping[str, Any], *, source: str) -> None:
         )
     for path in config["files"]:
         require_inside(path, source=source)
+    numbers = [entry.get("number", place) for place, entry in enumerate(config["checkpoints"])]
+    good = all(_is_count(number) and 0 <= number < 2**31 for number in numbers) and len(set(numbers)) == len(numbers)
+    require(good, "must have a `number` of its own for each checkpoint", numbers)
     for checkpoint in config["checkpoints"]:
         shown = [checkpoint.get(key) for key in ("name", "revision", "model_class", "fingerprint")]
         require_printable(f"What {source!r} says of a checkpoint", shown)

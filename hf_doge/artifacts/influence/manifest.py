@@ -2,7 +2,7 @@
 
 import json
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -111,7 +111,33 @@ def parse_config(content: bytes, *, source: str) -> dict[str, Any]:
             _check_kinds(file, _FILE_KINDS if config["dtype"] == "int8" else _FILE_KINDS | _OFFSETS_KINDS, place)
         _check_coverage(checkpoint, config["num_examples"], source)
     check_claims(config, source=source)
-    return config
+    return {**config, "checkpoints": ordered_checkpoints(config["checkpoints"])}
+
+
+def ordered_checkpoints(entries: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """
+    Checkpoints by ascending step, in whatever order they were recorded.
+
+    Their rows name them by a number, which is their place among them unless they have another: then `number` says it.
+    """
+    numbered = [(checkpoint_number(entries, place), dict(entry)) for place, entry in enumerate(entries)]
+    if all(isinstance(entry.get("step"), int) for entry in entries):
+        numbered.sort(key=lambda one: (one[1]["step"], one[0]))
+    for place, (number, entry) in enumerate(numbered):
+        entry.pop("number", None)
+        if number != place:
+            entry["number"] = number
+    return [entry for _, entry in numbered]
+
+
+def checkpoint_number(entries: Sequence[Mapping[str, Any]], place: int) -> int:
+    """By which number the rows of a checkpoint name it."""
+    return entries[place].get("number", place)
+
+
+def next_checkpoint_number(entries: Sequence[Mapping[str, Any]]) -> int:
+    """A number that no checkpoint has yet."""
+    return 1 + max((checkpoint_number(entries, place) for place in range(len(entries))), default=-1)
 
 
 def warn_of_unknown(config: Mapping[str, Any]) -> None:

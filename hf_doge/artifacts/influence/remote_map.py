@@ -23,6 +23,7 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from hf_doge.artifacts.hub.ranges import ByteRange, RangedFile, join_near, read_all
+from hf_doge.artifacts.influence.manifest import checkpoint_number
 from hf_doge.artifacts.influence.offsets import read_offsets
 from hf_doge.artifacts.influence.row_map import Arrays, RowMap, map_arrays, map_name, note_use, open_place
 
@@ -66,7 +67,7 @@ class RemoteMap:
         offsets: Sequence[Path],
         cache_dir: Path,
     ) -> None:
-        self._config, self._checkpoint = config, checkpoint
+        self._config, self._number = config, checkpoint_number(config["checkpoints"], checkpoint)
         self._entry = config["checkpoints"][checkpoint]
         self._segments, self._offsets = segments, offsets
         self._place = cache_dir / f"{map_name(config, self._entry)}-remote"
@@ -131,7 +132,7 @@ class RemoteMap:
         return read_offsets(
             self._offsets[position],
             config=self._config,
-            checkpoint=self._checkpoint,
+            checkpoint=self._number,
             file=self._entry["files"][position],
         )
 

@@ -31,7 +31,7 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from hf_doge.artifacts.influence.manifest import example_dtype, to_json
+from hf_doge.artifacts.influence.manifest import checkpoint_number, example_dtype, to_json
 from hf_doge.artifacts.influence.offsets import read_offsets
 from hf_doge.artifacts.influence.segments import SegmentReader
 
@@ -205,17 +205,17 @@ def _size_on_disk(path: Path) -> int:
 
 def _build(building: Path, folder: Path, config: Mapping[str, Any], checkpoint: int) -> Arrays:
     """Merge the segments: count the rows of each token, then put each segment's rows to their places."""
-    entry = config["checkpoints"][checkpoint]
+    entry, number = config["checkpoints"][checkpoint], checkpoint_number(config["checkpoints"], checkpoint)
     files = sorted(entry["files"], key=lambda file: file["first_example"])
     counts = np.zeros(config["vocabulary_size"], dtype=np.int64)
     segments = []
     for file in files:
-        segments.append(SegmentReader(folder / file["path"], config=config, checkpoint=checkpoint, file=file))
+        segments.append(SegmentReader(folder / file["path"], config=config, checkpoint=number, file=file))
         own = np.zeros_like(counts)
         for tokens in segments[-1].tokens():
             own += np.bincount(tokens, minlength=len(counts))
         if file.get("offsets_path") is not None:
-            _check_offsets(folder, config, checkpoint, file, own)
+            _check_offsets(folder, config, number, file, own)
         counts += own
     offsets = np.concatenate([[0], np.cumsum(counts)])
     arrays = map_arrays(config, int(offsets[-1]))

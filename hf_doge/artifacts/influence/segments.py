@@ -6,7 +6,7 @@ read by its place in bytes, over HTTP say, without a Parquet reader. A second fi
 
 | column | |
 |---|---|
-| `checkpoint`, `first_example` | which segment: position of the checkpoint, and what the segment's name ends with |
+| `checkpoint`, `first_example` | which segment: number of the checkpoint, and what the segment's name ends with |
 | `token_id` | ascending |
 | `first_row`, `num_rows` | rows `[first_row, first_row + num_rows)` of the segment, all of one row group |
 | `grad_byte`, `example_byte` | where in the file the first of them begins, and its example id |
@@ -78,7 +78,7 @@ def encode_segment(
         tokens, examples (`numpy.ndarray` of shape `(num_rows,)`): Token and example of each row, by ascending example.
         rows (`torch.Tensor` of shape `(num_rows, stored_width)` and dtype float32): Their gradients.
         dtype (`str`): How they are stored.
-        checkpoint (`int`): Position of the checkpoint.
+        checkpoint (`int`): Number of the checkpoint, see [`checkpoint_number`].
         facts (`dict`): What else goes into the file's own metadata: the name of the checkpoint and the `first_example`.
     """
     order = np.argsort(tokens, kind="stable")
@@ -182,7 +182,7 @@ class SegmentReader:
     Args:
         path (`Path`): The file.
         config (`Mapping`): The content of config.json.
-        checkpoint (`int`): Position of the checkpoint.
+        checkpoint (`int`): Number of the checkpoint, see [`checkpoint_number`].
         file (`Mapping`): The entry of the segment in `config`.
     """
 

@@ -48,9 +48,12 @@ from hf_doge.artifacts.influence.manifest import (
     MANIFEST,
     OFFSETS,
     SETTINGS,
+    checkpoint_number,
     example_dtype,
     examples_files,
     first_added_example,
+    next_checkpoint_number,
+    ordered_checkpoints,
     read_config,
     require_checkpoints,
     to_json,
@@ -365,7 +368,8 @@ class IndexWriter:
         if second_moments is not None:
             facts["second_moments"] = second_moments
         facts = check_json("checkpoint", facts)
-        return CheckpointWriter(self, facts, position=len(self.config["checkpoints"]), borders=borders)
+        number = next_checkpoint_number(self.config["checkpoints"])
+        return CheckpointWriter(self, facts, position=number, borders=borders)
 
     def _checkpoint_to_grow(
         self,
@@ -387,8 +391,8 @@ class IndexWriter:
             raise ValueError(f"Checkpoint {name!r} has the new examples already. Go on with the others.")
         if growth.examples_sha256 is None:
             raise ValueError("The examples must come before the first checkpoint. Call `write_examples`.")
-        position = self.checkpoint_names.index(name)
-        entry = self.config["checkpoints"][position]
+        place = self.checkpoint_names.index(name)
+        entry, position = self.config["checkpoints"][place], checkpoint_number(self.config["checkpoints"], place)
         if fingerprint != entry["fingerprint"]:
             raise ValueError(
                 f"Checkpoint {name!r} was recorded with other weights: their fingerprint is"
@@ -431,33 +435,33 @@ class IndexWriter:
         facts, position = dict(checkpoint.facts), checkpoint.facts["position"]
         del facts["position"]
         if self._growth is not None:
-            before = self.config["checkpoints"][position]["files"]
+            before = self.config["checkpoints"][self.checkpoint_names.index(facts["name"])]["files"]
             self._growth.done[facts["name"]] = (checkpoint, checkpoint.files(before, segments))
             if len(self._growth.done) == len(self.config["checkpoints"]):
                 self._finish_growth(self._growth)
             return
-        if position != len(self.config["checkpoints"]):
+        if position != next_checkpoint_number(self.config["checkpoints"]):
             raise ValueError(
                 "Checkpoints must be written one after the other, but two were open. Write this one again."
             )
         files = checkpoint.files((), segments)
         checkpoint.settle()
-        self._replace_checkpoints([*self.config["checkpoints"], {**facts, "files": files}])
+        entries = [*self.config["checkpoints"], {**facts, "number": position, "files": files}]
+        self._replace_checkpoints(ordered_checkpoints(entries))
         checkpoint.clean()
 
     def _finish_growth(self, growth: Growth) -> None:
         """All checkpoints have the new examples: let them appear in one step."""
         for checkpoint, _ in growth.done.values():
             checkpoint.settle()
-        config = growth.config()
-        self._replace(config, renewed_card(self.folder, config, {}))
+        self._replace_all(growth.config())
         for checkpoint, _ in growth.done.values():
             checkpoint.clean()
         self.first_example, self._growth = 0, None
 
     def forget(self, name: str) -> None:
         """
-        Remove a whole checkpoint and those written after it, which a run that was set back makes again.
+        Remove a whole checkpoint and those of later steps, which a run that was set back makes again.
 
         Args:
             name (`str`): One of `checkpoint_names`.
@@ -471,9 +475,12 @@ class IndexWriter:
                 shutil.rmtree(self.folder / place / name, ignore_errors=True)
 
     def _replace_checkpoints(self, checkpoints: list[dict[str, Any]]) -> None:
-        table = checkpoints_table(checkpoints)
-        files = {**self.config["files"], CHECKPOINTS_FILE: sha256(table)}
-        config = {**self.config, "checkpoints": checkpoints, "files": files}
+        self._replace_all({**self.config, "checkpoints": checkpoints})
+
+    def _replace_all(self, config: dict[str, Any]) -> None:
+        """Put another config.json in place, with the table of the checkpoints and the card that go with it."""
+        table = checkpoints_table(config["checkpoints"])
+        config = {**config, "files": {**config["files"], CHECKPOINTS_FILE: sha256(table)}}
         written = {CHECKPOINTS_FILE: table}
         self._replace(config, {**written, **renewed_card(self.folder, config, written)})
 
@@ -499,6 +506,14 @@ def _example_contents(table: pa.Table, paths: Sequence[str]) -> dict[str, bytes]
 
 
 def checkpoints_table(checkpoints: Sequence[Mapping[str, Any]]) -> bytes:
-    """The table of the checkpoints, in Parquet: the facts that config.json has of each."""
+    """
+    The table of the checkpoints, in Parquet: the facts that config.json has of each, by ascending step.
+
+    Where their rows do not name them by their place in it, it has what they say in a column `checkpoint`.
+    """
     rows = [{key: entry[key] for key in CHECKPOINT_FACTS} for entry in checkpoints]
-    return to_parquet(pa.Table.from_pylist(rows, schema=_CHECKPOINTS_SCHEMA))
+    table = pa.Table.from_pylist(rows, schema=_CHECKPOINTS_SCHEMA)
+    if any("number" in entry for entry in checkpoints):
+        numbers = [checkpoint_number(checkpoints, place) for place in range(len(checkpoints))]
+        table = table.append_column("checkpoint", pa.array(numbers, pa.int32()))
+    return to_parquet(table)
