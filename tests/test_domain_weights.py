@@ -647,7 +647,6 @@ def test_weights_of_others_are_read_and_normalised(tmp_path, name, text, shape):
         ("w.json", '{"wiki": NaN, "web": 2}', "domain 'wiki' has nan"),
         ("w.yaml", "wiki: .nan\nweb: 2\n", "domain 'wiki' has nan"),
         ("w.yaml", "wiki: lots\nweb: 2\n", "domain 'wiki' has 'lots'"),
-        ("w.yaml", "2019: 0.5\nweb: 2\n", r"non-empty strings, but got 2019 \(int\)"),
         ("w.json", '{"wiki": 0, "web": 0}', r"all of \['wiki', 'web'\] are 0"),
         ("w.json", "{}", "must map domain names to ratios, but it holds {}"),
         ("w.json", '{"train_domain_weights": {}}', "must map domain names to ratios"),

@@ -27,8 +27,11 @@ from hf_doge.artifacts.files import (
     sha256,
     sole_writer,
 )
+from hf_doge.artifacts.parquet import read_parquet
 from hf_doge.artifacts.readers import parse_json
 from hf_doge.artifacts.trajectory import Trajectory
+from hf_doge.checks import show
+from hf_doge.text import printable
 
 if TYPE_CHECKING:
     from hf_doge.artifacts.domain_weights import DomainWeights
@@ -38,7 +41,6 @@ MANIFEST = "domain_weights.json"
 WEIGHTS_FILE = "weights/train-00000-of-00001.parquet"
 TRAJECTORY_FILE = "trajectory/train-00000-of-00001.parquet"
 CARD_FILE = "README.md"
-_LARGEST_TABLE = 2**32
 FETCHED_FILES = (MANIFEST, WEIGHTS_FILE, TRAJECTORY_FILE)
 
 _WEIGHTS_SCHEMA = pa.schema(
@@ -108,7 +110,7 @@ def _read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     }
     trajectory = None
     if TRAJECTORY_FILE in contents:
-        trajectory = Trajectory.from_table(_from_parquet(contents[TRAJECTORY_FILE], TRAJECTORY_FILE))
+        trajectory = Trajectory.from_table(read_parquet(contents[TRAJECTORY_FILE], TRAJECTORY_FILE))
     names = manifest["domain_names"]
     if sorted(names) != sorted(manifest["mean"]):
         raise ValueError(f"`domain_names` of {MANIFEST} must be the domains of `mean`, but is {names}.")
@@ -147,14 +149,14 @@ def parse_manifest(content: bytes, *, source: str) -> dict[str, Any]:
     manifest = parse_json(content, source=source)
     version = manifest.get("format_version") if isinstance(manifest, dict) else None
     major = version.partition(".")[0] if isinstance(version, str) else ""
-    if not major.isdecimal():
+    if not major.isdecimal() or len(major) > 9:
         raise ValueError(
-            f"{source!r} must have a `format_version` such as {FORMAT_VERSION!r}, but got {version!r}. If it holds"
+            f"{source!r} must have a `format_version` such as {FORMAT_VERSION!r}, but got {show(version)}. If it holds"
             " plain weights, read it by `DomainWeights.from_file`."
         )
     if int(major) > int(FORMAT_VERSION.partition(".")[0]):
         raise ValueError(
-            f"{source!r} has format {version}, but hf_doge {__version__} reads up to {FORMAT_VERSION}. Update with"
+            f"{source!r} has format {printable(version)[:40]}, but hf_doge {__version__} reads up to {FORMAT_VERSION}. Update with"
             " `pip install -U hf-doge`."
         )
     for key, kind in _KEYS.items():
@@ -202,18 +204,3 @@ def _to_parquet(table: pa.Table) -> bytes:
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink, compression="zstd", write_page_index=True)  # the Hub's viewer reads pages by the index
     return sink.getvalue().to_pybytes()
-
-
-def _from_parquet(content: bytes, name: str) -> pa.Table:
-    # On this thread: a process that ends soon after pyarrow started its reading threads may be aborted at exit.
-    try:
-        file = pq.ParquetFile(pa.BufferReader(content))
-        groups = [file.metadata.row_group(number) for number in range(file.metadata.num_row_groups)]
-        size = sum(group.total_byte_size for group in groups)
-        if size > _LARGEST_TABLE:  # a few bytes of Parquet can claim any number of rows
-            raise ValueError(
-                f"{name!r} must need at most {_LARGEST_TABLE / 2**30:g} GiB of memory, but claims {size / 2**30:.3g} GiB."
-            )
-        return file.read(use_threads=False)
-    except (pa.ArrowException, OSError) as error:
-        raise ValueError(f"{name!r} must be a table in Parquet, but it is not: {error}") from error

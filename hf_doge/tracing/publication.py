@@ -28,8 +28,9 @@ from hf_doge.artifacts.influence.manifest import (
     require_checkpoints,
     to_json,
 )
-from hf_doge.artifacts.influence.tables import read_table, to_parquet
+from hf_doge.artifacts.influence.tables import to_parquet
 from hf_doge.artifacts.influence.writer import checkpoints_table
+from hf_doge.artifacts.parquet import read_parquet
 from hf_doge.artifacts.provenance import hide_tokens, public_content, public_name
 from hf_doge.checks import check_flag, check_names
 from hf_doge.tracing.examples import LABEL_COLUMNS
@@ -232,7 +233,7 @@ def _redacted_examples(folder: Path, config: Mapping[str, Any], keep_columns: It
                 f"{str(folder / path)!r} was altered since it was written: its sha256 is not the recorded one. Nothing was"
                 " pushed. Record it again."
             )
-        table = read_table(folder / path)
+        table = read_parquet(folder / path, str(folder / path))
         unknown = sorted(kept - set(table.column_names))
         if unknown:
             raise ValueError(f"`keep_columns` must be among {table.column_names}, but got {unknown}.")

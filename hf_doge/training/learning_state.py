@@ -173,12 +173,11 @@ class LearningState:
 
 
 def _read_trajectory(path: Path) -> Trajectory:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
+    from hf_doge.artifacts.parquet import read_parquet
 
     try:
-        table = pq.ParquetFile(path).read(use_threads=False)
-    except (pa.ArrowException, OSError) as error:
+        table = read_parquet(path, str(path))
+    except (ValueError, OSError) as error:
         raise ValueError(
             f"{path} must hold the trajectory up to the checkpoint, but it is missing, altered or cut off. Resume from "
             "an earlier checkpoint."

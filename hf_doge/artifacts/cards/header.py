@@ -6,15 +6,12 @@ from typing import Any
 
 import yaml
 
+from hf_doge.artifacts.readers import SafeLoader, check_yaml
 from hf_doge.text import printable
 
 DIGEST_KEY = "description"  # a field of every `datasets.BuilderConfig`, without effect on what is read
 DIGEST_PREFIX = "Content "
 _SIZES = ("1K", "10K", "100K", "1M", "10M", "100M", "1B", "10B", "100B", "1T")
-
-
-# libyaml's reader, ten times as fast, where PyYAML was built with it.
-_Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
 class _Dumper(yaml.SafeDumper):
@@ -45,9 +42,10 @@ def parse_header(text: str) -> dict[str, Any]:
         HeaderError: It is not YAML, or is no mapping of names.
     """
     try:
-        content = yaml.load(text, Loader=_Loader)  # a safe one
-    except yaml.YAMLError as error:
-        raise HeaderError(f"the YAML at its head cannot be read: {error}") from error
+        check_yaml(text)
+        content = yaml.load(text, Loader=SafeLoader)  # a safe one
+    except (yaml.YAMLError, ValueError) as error:  # the latter of dates that are none and numbers without end
+        raise HeaderError(f"the YAML at its head cannot be read: {printable(error, keep=chr(10))}") from error
     if content is None:
         return {}
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
@@ -131,7 +129,7 @@ def size_category(num_rows: int) -> str:
 
 def _replace_lines(text: str, changes: Mapping[str, Any]) -> str:
     """Lines of changed keys replaced where they stand, new keys at the end."""
-    root = yaml.compose(text, Loader=_Loader)
+    root = yaml.compose(text, Loader=SafeLoader)
     lines = text.splitlines(keepends=True)
     if lines and not lines[-1].endswith("\n"):
         lines[-1] += "\n"

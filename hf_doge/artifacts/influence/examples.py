@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from hf_doge.artifacts.influence.manifest import examples_files
-from hf_doge.artifacts.influence.tables import as_stored, read_table, to_parquet
+from hf_doge.artifacts.influence.tables import as_stored, to_parquet
+from hf_doge.artifacts.parquet import check_claims_of_footer, open_parquet, read_parquet
 from hf_doge.text import require_printable
 
 
@@ -57,14 +57,9 @@ def check_number_of_examples(folder: Path, config: Mapping[str, Any]) -> None:
     """
     found = 0
     for path in examples_files(config):
-        try:
-            found += pq.read_metadata(folder / path).num_rows
-        except (pa.ArrowException, OSError) as error:
-            if getattr(error, "errno", None) is not None:  # of the system, not of Parquet
-                raise
-            raise ValueError(
-                f"{str(folder / path)!r} must be a Parquet file, but cannot be read: {error}. Fetch it again."
-            ) from error
+        with open_parquet(folder / path, str(folder / path)) as file:
+            check_claims_of_footer(file, str(folder / path), (folder / path).stat().st_size)
+            found += file.metadata.num_rows
     if found != config["num_examples"]:
         raise ValueError(
             f"The index in {str(folder)!r} must have {config['num_examples']} examples, as its config.json says, but its"
@@ -82,7 +77,7 @@ def read_examples(folder: Path, config: Mapping[str, Any]) -> pa.Table:
     check_number_of_examples(folder, config)
     first, tables = 0, []
     for path in examples_files(config):
-        table = read_table(folder / path)
+        table = read_parquet(folder / path, str(folder / path))
         require_printable(f"Columns in {str(folder / path)!r}", table.column_names)
         ids = table["example_id"].to_numpy() if "example_id" in table.column_names else None
         if ids is None or not np.array_equal(ids, np.arange(first, first + len(table))):

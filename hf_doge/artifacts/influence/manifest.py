@@ -10,6 +10,7 @@ from hf_doge._version import __version__
 from hf_doge.artifacts.files import file_sha256
 from hf_doge.artifacts.influence.claims import check_claims
 from hf_doge.artifacts.readers import parse_json
+from hf_doge.checks import show
 from hf_doge.text import printable
 
 FORMAT_VERSION = "1.0"  # a newer major number tells older readers that they would misread the files
@@ -91,14 +92,14 @@ def parse_config(content: bytes, *, source: str) -> dict[str, Any]:
     config = parse_json(content, source=source)
     version = config.get("format_version") if isinstance(config, dict) else None
     major = version.partition(".")[0] if isinstance(version, str) else ""
-    if not major.isdecimal():
+    if not major.isdecimal() or len(major) > 9:
         raise ValueError(
-            f"{source!r} must have a `format_version` such as {FORMAT_VERSION!r}, but got {version!r}: it does not"
+            f"{source!r} must have a `format_version` such as {FORMAT_VERSION!r}, but got {show(version)}: it does not"
             " belong to an influence index. Choose another folder."
         )
     if int(major) > int(FORMAT_VERSION.partition(".")[0]):
         raise ValueError(
-            f"{source!r} has format {version}, but hf_doge {__version__} reads up to {FORMAT_VERSION}. Update with"
+            f"{source!r} has format {printable(version)[:40]}, but hf_doge {__version__} reads up to {FORMAT_VERSION}. Update with"
             " `pip install -U hf-doge`."
         )
     _check_kinds(config, _KINDS, source)

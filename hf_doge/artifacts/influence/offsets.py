@@ -5,11 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from hf_doge.artifacts.influence.manifest import example_dtype
 from hf_doge.artifacts.influence.segments import LARGEST_PAGE, OFFSETS_SCHEMA, describe_schema
+from hf_doge.artifacts.parquet import open_parquet, read_parquet
 
 _MAGIC_BYTES = 4  # that a Parquet file begins with
 
@@ -45,22 +44,15 @@ def read_offsets(
                 f"The offsets in {str(path)!r} are damaged or were manipulated: {law}. Fetch the index again."
             )
 
-    try:
-        with pq.ParquetFile(path) as table_file:
-            names, schema = table_file.schema_arrow.names, table_file.schema_arrow
-            require(
-                names == OFFSETS_SCHEMA.names and schema.types == OFFSETS_SCHEMA.types,
-                f"columns must be {describe_schema(OFFSETS_SCHEMA)}, but are {describe_schema(schema)}",
-            )
-            num_runs = table_file.metadata.num_rows
-            require(num_runs <= file["num_rows"], f"{num_runs} runs cannot share {file['num_rows']} rows")
-            table = table_file.read(use_threads=False)
-    except (pa.ArrowException, OSError) as error:
-        if getattr(error, "errno", None) is not None:  # of the system, not of Parquet
-            raise
-        raise ValueError(
-            f"{str(path)!r} must be a Parquet file, but cannot be read: {error}. Fetch it again."
-        ) from error
+    with open_parquet(path, str(path)) as table_file:
+        schema = table_file.schema_arrow
+        require(
+            schema.names == OFFSETS_SCHEMA.names and schema.types == OFFSETS_SCHEMA.types,
+            f"columns must be {describe_schema(OFFSETS_SCHEMA)}, but are {describe_schema(schema)}",
+        )
+        num_runs = table_file.metadata.num_rows
+        require(num_runs <= file["num_rows"], f"{num_runs} runs cannot share {file['num_rows']} rows")
+    table = read_parquet(path, str(path))
     require(not any(column.null_count for column in table.columns), "no value may be null")
     runs = {name: table[name].to_numpy() for name in table.column_names}
     tokens, counts = runs["token_id"], runs["num_rows"].astype(np.int64)

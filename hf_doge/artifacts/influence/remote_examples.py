@@ -20,6 +20,8 @@ import pyarrow.parquet as pq
 from hf_doge.artifacts.files import write_atomically
 from hf_doge.artifacts.hub.ranges import ByteRange, RangedFile, read_all
 from hf_doge.artifacts.influence.manifest import to_json
+from hf_doge.artifacts.parquet import check_claims_of_footer, open_parquet, read_parquet
+from hf_doge.text import require_printable
 
 _END_BYTES = 2**16  # what pyarrow looks at first
 _LARGEST_GROUP = 2**28  # bytes in memory; ours have 1024 rows
@@ -90,13 +92,10 @@ class _PartialParquet:
             known = self._known()
         self.require(known is not None, "what was fetched of it cannot be read back")
         self._crcs: dict[str, int] = known["crcs"]
-        try:
-            with pq.ParquetFile(self._path) as parquet:
-                metadata, self.schema = parquet.metadata, parquet.schema_arrow
-        except (pa.ArrowException, OSError) as error:
-            if getattr(error, "errno", None) is not None:  # of the system, not of Parquet
-                raise
-            raise self._error(f"it must be a Parquet file, but cannot be read: {error}") from error
+        with open_parquet(self._path, file.path) as parquet:
+            metadata, self.schema = parquet.metadata, parquet.schema_arrow
+            check_claims_of_footer(parquet, file.path, known["size"])
+        require_printable(f"Columns in {file.path!r} of {file.repo_id!r}", self.schema.names)
         self.groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
         for group in self.groups:
             places = self._place(group)
@@ -130,8 +129,7 @@ class _PartialParquet:
 
     def read(self, number: int, ids: np.ndarray) -> pa.Table:
         """A row group that was fetched, and is that of some examples."""
-        with pq.ParquetFile(self._path) as file:
-            table = file.read_row_group(number, use_threads=False)
+        table = read_parquet(self._path, self._file.path, groups=[number])
         found = table["example_id"].to_numpy() if "example_id" in table.column_names else None
         self.require(
             found is not None and np.array_equal(found, ids), f"group {number} must have the examples from {ids[0]} on"

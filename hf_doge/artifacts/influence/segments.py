@@ -26,6 +26,7 @@ from torch import Tensor
 from hf_doge.artifacts.influence.encoding import encode_rows
 from hf_doge.artifacts.influence.manifest import example_dtype
 from hf_doge.artifacts.influence.tables import to_parquet
+from hf_doge.artifacts.parquet import check_claims_of_footer, open_parquet
 from hf_doge.text import printable
 
 _ROW_GROUP_SIZE = 16_384  # what DuckDB and the Hub's viewer read fastest
@@ -238,22 +239,15 @@ class SegmentReader:
             yield tokens, columns
 
     def _batches(self, columns: list[str] | None) -> Iterator[pa.RecordBatch]:
-        try:
+        with open_parquet(self._path, str(self._path)) as file:
+            self._check_schema(file)
             # On this thread: a process that ends soon after pyarrow started its reading threads may be aborted at exit.
-            with pq.ParquetFile(self._path) as file:
-                self._check_schema(file)
-                for batch in file.iter_batches(batch_size=_ROW_GROUP_SIZE, columns=columns, use_threads=False):
-                    has_null = any(column.null_count for column in batch.columns)
-                    if columns is None:
-                        has_null |= batch.column("grad").flatten().null_count > 0
-                    self._require(not has_null, "no value may be null")
-                    yield batch
-        except (pa.ArrowException, OSError) as error:
-            if getattr(error, "errno", None) is not None:  # of the system, not of Parquet
-                raise
-            raise ValueError(
-                f"{str(self._path)!r} must be a Parquet file, but cannot be read: {error}. Fetch it again."
-            ) from error
+            for batch in file.iter_batches(batch_size=_ROW_GROUP_SIZE, columns=columns, use_threads=False):
+                has_null = any(column.null_count for column in batch.columns)
+                if columns is None:
+                    has_null |= batch.column("grad").flatten().null_count > 0
+                self._require(not has_null, "no value may be null")
+                yield batch
 
     def _check_schema(self, file: pq.ParquetFile) -> None:
         """What the end of the file says, before anything else is read."""
@@ -269,9 +263,14 @@ class SegmentReader:
         )
         groups = [file.metadata.row_group(number).num_rows for number in range(file.metadata.num_row_groups)]
         self._require(max(groups, default=0) <= _ROW_GROUP_SIZE, f"groups must have at most {_ROW_GROUP_SIZE} rows")
+        row_bytes, size = config["stored_width"] * np.dtype(config["dtype"]).itemsize, self._path.stat().st_size
+        self._require(
+            max(groups, default=0) * row_bytes <= max(LARGEST_PAGE, row_bytes),
+            f"groups must have at most {LARGEST_PAGE} bytes of rows",
+        )
+        check_claims_of_footer(file, str(self._path), size)
         if config["dtype"] != "int8":
-            needed = num_rows * config["stored_width"] * np.dtype(config["dtype"]).itemsize
-            size = self._path.stat().st_size
+            needed = num_rows * row_bytes
             self._require(needed <= size, f"{num_rows} rows take {needed} bytes, but it has {size}")
 
     def _require(self, holds: Any, law: str) -> None:

@@ -1,6 +1,5 @@
 """Arrow tables as Parquet."""
 
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -20,11 +19,4 @@ def to_parquet(table: pa.Table, **options: Any) -> bytes:
 
 def as_stored(table: pa.Table) -> pa.Table:
     """A table as it comes back from its Parquet file, which has no seconds, say."""
-    return read_table(pa.BufferReader(to_parquet(table)))
-
-
-def read_table(path: Path | pa.BufferReader) -> pa.Table:
-    """A whole Parquet file."""
-    # On this thread: a process that ends soon after pyarrow started its reading threads may be aborted at exit.
-    with pq.ParquetFile(path) as file:
-        return file.read(use_threads=False)
+    return pq.ParquetFile(pa.BufferReader(to_parquet(table))).read(use_threads=False)
