@@ -1,5 +1,6 @@
 """What is to be known of the training examples."""
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,10 @@ import pyarrow.compute as pc
 from hf_doge.artifacts.influence.manifest import examples_files
 from hf_doge.artifacts.influence.tables import as_stored, to_parquet
 from hf_doge.artifacts.parquet import check_claims_of_footer, open_parquet, read_parquet
+from hf_doge.artifacts.readers import parse_json
 from hf_doge.text import require_printable
+
+_PLAIN_FEATURES = {"Value", "ClassLabel", "List", "LargeList", "Sequence", "Array2D", "Array3D", "Array4D", "Array5D"}
 
 
 def ordered_examples(table: pa.Table, num_examples: int) -> pa.Table:
@@ -92,4 +96,28 @@ def read_examples(folder: Path, config: Mapping[str, Any]) -> pa.Table:
             )
         tables.append(table)
         first += len(table)
-    return pa.concat_tables(tables)
+    return pa.concat_tables(tables).replace_schema_metadata(harmless_metadata(tables[0].schema))
+
+
+def harmless_metadata(schema: pa.Schema) -> dict[bytes, bytes]:
+    """
+    What a file of examples says of its columns to `datasets`, without images, audio and any other type that would be decoded
+    when a row is read: decoding fetches the addresses that the file gives. Such columns are plain, with the path as text.
+    """
+    try:
+        noted = parse_json((schema.metadata or {})[b"huggingface"], source="the metadata of the examples")
+        features = noted["info"]["features"].items()
+    except (KeyError, TypeError, AttributeError, ValueError):  # none, or none that `datasets` wrote
+        return {}
+    kept = {name: feature for name, feature in features if _types(feature) <= _PLAIN_FEATURES}
+    return {b"huggingface": json.dumps({"info": {"features": kept}}).encode()}
+
+
+def _types(feature: Any) -> set[str]:
+    """Names of all types in a feature, as its JSON has them, nested ones too."""
+    if isinstance(feature, list):
+        return set().union(*map(_types, feature))
+    if not isinstance(feature, dict):
+        return set()
+    own = {feature["_type"]} if isinstance(feature.get("_type"), str) else set()
+    return own.union(*map(_types, feature.values()))

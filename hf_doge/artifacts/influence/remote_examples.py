@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 
 from hf_doge.artifacts.files import write_atomically
 from hf_doge.artifacts.hub.ranges import ByteRange, RangedFile, read_all
+from hf_doge.artifacts.influence.examples import harmless_metadata
 from hf_doge.artifacts.influence.manifest import to_json
 from hf_doge.artifacts.parquet import check_claims_of_footer, open_parquet, read_parquet
 from hf_doge.text import require_printable
@@ -48,7 +49,8 @@ class RemoteExamples:
             _PartialParquet(file, cache_dir / f"examples-{checksum[:32]}")
             for file, checksum in zip(files, checksums, strict=True)
         ]
-        self.schema: pa.Schema = self._parts[0].schema
+        first = self._parts[0].schema
+        self.schema: pa.Schema = first.with_metadata(harmless_metadata(first))
         for part in self._parts:
             part.require(part.schema == self.schema, "it must have the columns of the other examples")
         counts = [group.num_rows for part in self._parts for group in part.groups]
