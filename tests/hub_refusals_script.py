@@ -22,6 +22,8 @@ from hf_doge.artifacts.hub.publication import Publication
 from hf_doge.artifacts.hub.push import push_publication
 from hf_doge.artifacts.hub.retries import Patience
 from hf_doge.artifacts.weights_publication import weights_publication
+from hf_doge.cli.push import main as push_command
+from hf_doge.tracing.publication import prepare_index_push
 from tests.hub.handle import HubControl
 from tests.hub.tokens import BAD_TOKEN, OTHER_TOKEN, READ_TOKEN
 from tests.hub.tokens import TOKEN as WRITE_TOKEN
@@ -80,6 +82,7 @@ def pushing(folder):
     attempt("something else", lambda: push("doge/photos"))
     index = write_index(folder / "index", random_rows(20))
     InfluenceIndex.from_pretrained(index, cache_dir=folder / "maps").push_to_hub("doge/index")
+    texts_over_none(InfluenceIndex.from_pretrained(index, cache_dir=folder / "maps"))
     attempt("weights over an index", lambda: push("doge/index"))
     push("doge/weights", tag="v1")
     attempt(
@@ -117,6 +120,23 @@ def pushing(folder):
             "doge/index", redact_text=True, keep_columns=["nothing"]
         ),
     )
+
+
+def texts_over_none(index):
+    """A repository that holds an index without its texts."""
+    name = "doge/without-texts"
+    index.push_to_hub(name, redact_text=True, tag="v1")
+    head = HfApi().repo_info(name, repo_type="dataset").sha
+    for way, options in {"": {}, " on a branch": {"revision": "other"}, " as a proposal": {"create_pr": True}}.items():
+        attempt(f"texts over none{way}", partial(index.push_to_hub, name, **options))
+    folder = str(index.reader.folder)
+    attempt("texts over none from the shell", lambda: push_command([folder, name, "--tag", "v2"]))
+    attempt("texts over none in training", lambda: prepare_index_push(name, token=None, private=None))
+    attempt("no texts over none", lambda: prepare_index_push(name, redact_text=True, token=None, private=None))
+    attempt("no texts over none again", lambda: index.push_to_hub(name, redact_text=True, tag="v1"))
+    assert HfApi().repo_info(name, repo_type="dataset").sha == head
+    attempt("texts over none, said", lambda: push_command([folder, name, "--publish_text"]))
+    assert HfApi().repo_info(name, repo_type="dataset").sha != head
 
 
 def reading(folder):

@@ -9,6 +9,7 @@ import pytest
 from hf_doge.tracing.background_push import BackgroundPush
 from hf_doge.tracing.callback import TracInWECallback
 from tests.hub.handle import HubServer, last_json, run_client
+from tests.influence_rows import random_rows, write_index
 
 TRAINING = """
 import json, sys, warnings
@@ -105,4 +106,16 @@ def test_a_token_that_may_not_push_is_told_before_the_training(tmp_path):
         seen = last_json(run_client(hub, TRAINING, tmp_path / "client", token=hub.read_token))
         assert seen["error"][0] == "PermissionError"
         assert "may not push to the dataset repository 'doge/traced'" in seen["error"][1]
+        assert not (tmp_path / "client" / "run" / "checkpoint-1").exists()
+
+
+def test_that_texts_would_go_where_there_were_none_is_told_before_the_training(tmp_path):
+    with HubServer(tmp_path / "state") as hub:
+        folder = write_index(tmp_path / "index", random_rows(5))
+        config = json.loads((folder / "config.json").read_text())
+        hub.create("doge/traced")
+        hub.commit("doge/traced", {"config.json": json.dumps({**config, "redacted": True})})
+        seen = last_json(run_client(hub, TRAINING, tmp_path / "client"))
+        assert seen["error"][0] == "PermissionError"
+        assert "published without the texts" in seen["error"][1]
         assert not (tmp_path / "client" / "run" / "checkpoint-1").exists()

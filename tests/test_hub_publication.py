@@ -59,6 +59,16 @@ def test_an_altered_table_of_examples_is_not_published_redacted_either(folder, t
         publish(altered, redact_text=True)
 
 
+def test_texts_go_over_an_index_without_them_only_by_an_explicit_word(folder):
+    redacted = read(publish(folder, redact_text=True), "config.json")
+    with pytest.raises(PermissionError, match=r"published without the texts.*`publish_text=True`.*--publish_text"):
+        publish(folder).check_manifest(redacted)
+    publish(folder, publish_text=True).check_manifest(redacted)
+    publish(folder, redact_text=True).check_manifest(redacted)
+    with pytest.raises(ValueError, match="`publish_text` must be True or False"):
+        publish(folder, publish_text="no")
+
+
 def test_redacting_what_was_published_with_its_texts_warns_of_the_history(folder):
     plain, redacted = publish(folder), publish(folder, redact_text=True)
     with pytest.warns(UserWarning, match="earlier commits of 'doge/index' still hold the texts"):

@@ -40,6 +40,14 @@ def errors(tmp_path_factory):
         ("index over weights", "FileExistsError", ["no config.json", "domain_weights.json"]),
         ("tag is taken", "FileExistsError", ["a tag 'v1' already", "Nothing was pushed"]),
         ("tag alone fails", "PushError", ["artifact is there, but without its tag 'v1'", "Push again"]),
+        *(
+            (
+                f"texts over none{way}",
+                "PermissionError",
+                ["'doge/without-texts'", "without the texts", "`publish_text=True`"],
+            )
+            for way in ("", " on a branch", " as a proposal", " from the shell", " in training")
+        ),
         ("over a newer format", "FileExistsError", ["format 2.0", "pip install -U hf-doge"]),
         ("a token inside", "ValueError", ["looks like an access token", "not pushed"]),
         ("a path that leaves", "ValueError", ["must stay within the repository", "'../m'"]),
@@ -77,6 +85,7 @@ def test_what_cannot_be_is_refused_with_what_to_do(errors, attempt, kind, words)
     "attempt",
     [
         *("then tag", "same tag, same content", "unknown keys", "after it"),
+        *("no texts over none", "no texts over none again", "texts over none, said"),
         *(f"address expired, {status}{part}" for status in (403, 404) for part in ("", ", hits")),
     ],
 )

@@ -21,8 +21,10 @@ def main(argv: Sequence[str]) -> int:
         "tag": args.tag,
     }
     if (args.folder / WEIGHTS_MANIFEST).is_file():
-        if args.redact_text or args.keep_columns or args.no_models:
-            raise ValueError("`--redact_text`, `--keep_columns` and `--no_models` are for influence indices.")
+        if args.redact_text or args.keep_columns or args.no_models or args.publish_text:
+            raise ValueError(
+                "`--redact_text`, `--keep_columns`, `--publish_text` and `--no_models` are for influence indices."
+            )
         commit = DomainWeights.from_pretrained(args.folder).push_to_hub(args.repo_id, **options)
     elif (args.folder / INDEX_MANIFEST).is_file():
         from hf_doge.tracing.index import InfluenceIndex
@@ -32,6 +34,7 @@ def main(argv: Sequence[str]) -> int:
             redact_text=args.redact_text,
             keep_columns=args.keep_columns,
             include_models=not args.no_models,
+            publish_text=args.publish_text,
             **options,
         )
     else:
@@ -63,5 +66,10 @@ def _parse(argv: Sequence[str]) -> Namespace:
         "--redact_text", action="store_true", help="Leave out every column of an index's examples that can hold text."
     )
     parser.add_argument("--keep_columns", nargs="+", default=(), help="But for these.")
+    parser.add_argument(
+        "--publish_text",
+        action="store_true",
+        help="Publish the texts also where the repository holds the index without them.",
+    )
     parser.add_argument("--no_models", action="store_true", help="Leave out the weights of an index's checkpoints.")
     return parser.parse_args(argv)

@@ -324,7 +324,9 @@ class TracInWECallback(TrainerCallback):
         from hf_doge.tracing.publication import prepare_index_push, push_index_folder
 
         options = {"token": args.hub_token, "private": args.hub_private_repo}
-        run_on_main_process(lambda sign_of_life: prepare_index_push(self.hub_index_id, **options))
+        run_on_main_process(
+            lambda sign_of_life: prepare_index_push(self.hub_index_id, redact_text=self.redact_text, **options)
+        )
         if process_index() > 0:
             return
         redact = ", redact_text=True" if self.redact_text else ""

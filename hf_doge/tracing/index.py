@@ -212,6 +212,7 @@ class InfluenceIndex:
         redact_text: bool = False,
         keep_columns: Sequence[str] = (),
         include_models: bool = True,
+        publish_text: bool = False,
         commit_message: str | None = None,
         commit_description: str | None = None,
         private: bool | None = None,
@@ -238,13 +239,17 @@ class InfluenceIndex:
             include_models (`bool`):
                 Publish the weights and the tokenizer of each checkpoint that is on this machine, under `models/`, so that
                 others can search at once. Otherwise they must pass `load_model` or `model`.
+            publish_text (`bool`):
+                Publish the texts also where the repository holds an index that was pushed with `redact_text`, which is
+                refused otherwise.
             commit_message, commit_description, private, token, revision, create_pr, tag: See [`DomainWeights.push_to_hub`].
 
         Returns:
             `huggingface_hub.CommitInfo` or `None`: See [`DomainWeights.push_to_hub`].
 
         Raises:
-            PermissionError, FileExistsError, PushError: See [`DomainWeights.push_to_hub`].
+            PermissionError: See [`DomainWeights.push_to_hub`]; or the repository holds the index without its texts.
+            FileExistsError, PushError: See [`DomainWeights.push_to_hub`].
             ValueError: As there; or a file of the index was altered, or `keep_columns` names no column.
         """
         self.reader.require_whole("`push_to_hub`")
@@ -257,6 +262,7 @@ class InfluenceIndex:
             redact_text=redact_text,
             keep_columns=keep_columns,
             include_models=include_models,
+            publish_text=publish_text,
             commit_message=commit_message,
             commit_description=commit_description,
             private=private,

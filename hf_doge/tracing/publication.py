@@ -3,7 +3,7 @@
 import json
 import logging
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -57,6 +57,7 @@ def index_publication(
     redact_text: bool = False,
     keep_columns: Sequence[str] = (),
     include_models: bool = True,
+    publish_text: bool = False,
 ) -> Publication:
     """
     The files of an index for the Hub. Those of gradients and models are read when they are sent, not now.
@@ -68,12 +69,14 @@ def index_publication(
         redact_text (`bool`): Leave out all columns of the examples that are not numbers, dates or labels.
         keep_columns (`Sequence[str]`): Columns to publish nevertheless.
         include_models (`bool`): Publish the weights of the checkpoints that are on this machine.
+        publish_text (`bool`): Publish the texts also where the repository holds an index without them.
 
     Raises:
         ValueError: `keep_columns` names no column, or is given without `redact_text`.
     """
     check_flag("redact_text", redact_text)
     check_flag("include_models", include_models)
+    redact_text, publish_text = check_flag("redact_text", redact_text), check_flag("publish_text", publish_text)
     keep_columns = [keep_columns] if isinstance(keep_columns, str) else keep_columns
     keep_columns = list(check_names(keep_columns, what="`keep_columns`")) if keep_columns else []
     if keep_columns and not redact_text:
@@ -102,20 +105,11 @@ def index_publication(
             published, folder, files=rewritten, repo_id=repo_id, redacted=published["redacted"], existing=existing
         )
 
-    def check_manifest(content: bytes) -> None:
-        found = parse_config(content, source=f"{MANIFEST} of {repo_id}")
-        if published["redacted"] and not found.get("redacted"):
-            warnings.warn(
-                f"This push takes the texts out of the examples, but earlier commits of {repo_id!r} still hold the texts."
-                " Delete the repository and push again, if nobody is to read them.",
-                stacklevel=2,
-            )
-
     return Publication(
         files,
         manifest=MANIFEST,
         owned=_is_owned,
-        check_manifest=check_manifest,
+        check_manifest=_check_of(repo_id, redacted=published["redacted"], publish_text=publish_text),
         card=card,
         checksums={path: checksum for path, checksum in checksums.items() if path not in rewritten},
     )
@@ -128,6 +122,7 @@ def push_index_folder(
     redact_text: bool = False,
     keep_columns: Sequence[str] = (),
     include_models: bool = True,
+    publish_text: bool = False,
     commit_message: str | None = None,
     **options: Any,
 ) -> CommitInfo | None:
@@ -141,22 +136,48 @@ def push_index_folder(
         redact_text=redact_text,
         keep_columns=keep_columns,
         include_models=include_models,
+        publish_text=publish_text,
     )
     message = commit_message or f"Upload influence index, {len(config['checkpoints'])} checkpoints"
     return push_publication(publication, repo_id, commit_message=message, **options)
 
 
-def prepare_index_push(repo_id: str, *, token: str | bool | None, private: bool | None) -> None:
+def prepare_index_push(
+    repo_id: str, *, redact_text: bool = False, token: str | bool | None, private: bool | None
+) -> None:
     """
     Make the repository now, so that what would refuse a later push does so before the work.
 
     Raises:
-        PermissionError, ValueError: As [`push_publication`]. A Hub that does not answer is no reason: it may later.
+        PermissionError, ValueError, FileExistsError:
+            As [`push_publication`]. A Hub that does not answer is no reason: it may later.
     """
+    check = _check_of(repo_id, redacted=redact_text, publish_text=False)
     try:
-        ensure_repository(repo_id, token=token, private=private)
+        ensure_repository(repo_id, manifest=MANIFEST, check_manifest=check, token=token, private=private)
     except ConnectionError as error:
         logger.warning("%s The index is pushed at the end if that has changed by then.", error)
+
+
+def _check_of(repo_id: str, *, redacted: bool, publish_text: bool) -> Callable[[bytes], None]:
+    """What [`Publication`] asks of the config.json that is there."""
+
+    def check(content: bytes) -> None:
+        there = bool(parse_config(content, source=f"{MANIFEST} of {repo_id}").get("redacted"))
+        if there and not redacted and not publish_text:
+            raise PermissionError(
+                f"The index in {repo_id!r} was published without the texts of its examples, and this push would publish them."
+                " Nothing was pushed. Pass `redact_text=True` (`--redact_text`) to leave them out again, or"
+                " `publish_text=True` (`hf-doge push --publish_text`) if everybody who sees the repository may read them."
+            )
+        if redacted and not there:
+            warnings.warn(
+                f"This push takes the texts out of the examples, but earlier commits of {repo_id!r} still hold the texts."
+                " Delete the repository and push again, if nobody is to read them.",
+                stacklevel=2,
+            )
+
+    return check
 
 
 def _is_owned(path: str) -> bool:

@@ -27,7 +27,8 @@ class Publication:
             Whether a path in the repository is the artifact's: those that are, and are not among `files`, are removed by
             the push. All others are somebody else's and stay.
         check_manifest (`Callable[[bytes], None]`):
-            Raises `ValueError` if a manifest that the repository holds is not one that may be replaced.
+            Raises `ValueError` if a manifest that the repository holds is not one that may be replaced, and
+            `PermissionError` if it may be only by who says so.
         card (`Callable[[str | None], str]`, *optional*):
             Makes the README.md out of the one in the repository (`None`: there is none); what a person wrote stays.
         checksums (`Mapping[str, str]`): sha256 that local files must have.

@@ -121,14 +121,26 @@ def push_publication(
     return push.run(message=commit_message, description=commit_description, private=private)
 
 
-def ensure_repository(repo_id: str, *, token: str | bool | None = None, private: bool | None = None) -> None:
+def ensure_repository(
+    repo_id: str,
+    *,
+    manifest: str,
+    check_manifest: Callable[[bytes], None],
+    token: str | bool | None = None,
+    private: bool | None = None,
+) -> None:
     """
-    Make a dataset repository if it does not exist.
+    Make a dataset repository if it does not exist; if it does, see that an artifact may be pushed to it.
+
+    Args:
+        manifest (`str`), check_manifest (`Callable[[bytes], None]`): As of the [`Publication`] that is to be pushed.
 
     Raises:
-        PermissionError, ValueError, PushError: As [`push_publication`].
+        PermissionError, ValueError, FileExistsError, PushError: As [`push_publication`].
     """
-    _Push(None, repo_id, token=token, patience=Patience(tries=1)).prepare(private)
+    push = _Push(None, repo_id, token=token, patience=Patience(tries=1))
+    push.prepare(private)
+    push.require_replaceable(push.read_head(None), manifest, check_manifest)
 
 
 class _Push:
@@ -211,7 +223,7 @@ class _Push:
         """Until the head holds the publication."""
         delays = self.patience.delays()
         while True:
-            head = self._read_head(self.revision)
+            head = self.read_head(self.revision)
             plan = self._compare(head)
             if plan.is_empty:
                 return self._describe(head.commit, message, description)
@@ -251,7 +263,7 @@ class _Push:
         with self._no_patience():
             if self.create_pr:
                 number, head = self._find_proposal() or (None, None)
-            elif self._compare(found := self._read_head(self.revision)).is_empty:
+            elif self._compare(found := self.read_head(self.revision)).is_empty:
                 head = found
         if head is None:
             self._standing = _UNTOUCHED
@@ -264,7 +276,7 @@ class _Push:
         yield
         self.patience = patience
 
-    def _read_head(self, revision: str | None) -> _Head:
+    def read_head(self, revision: str | None) -> _Head:
         """What the repository holds now. The tree is that of the commit, whatever comes after it."""
         commit = self._try(lambda: self.api.repo_info(self.repo_id, repo_type=_REPO_TYPE, revision=revision).sha)
         entries = self._try(
@@ -277,28 +289,34 @@ class _Push:
             small={file.path: file.blob_id for file in files if file.lfs is None},
         )
 
-    def _compare(self, head: _Head) -> _Plan:
+    def require_replaceable(self, head: _Head, manifest: str, check_manifest: Callable[[bytes], None]) -> None:
         """
         Raises:
             FileExistsError: The repository holds something else.
         """
-        publication = self.publication
-        if publication.manifest in head.paths:
-            manifest = self._download(head, publication.manifest)
+        if manifest in head.paths:
             try:
-                publication.check_manifest(manifest)
+                check_manifest(self._download(head, manifest))
             except ValueError as error:
                 raise FileExistsError(
                     f"The dataset repository {self.repo_id!r} must be new or hold an artifact of the same kind, but its"
-                    f" {publication.manifest} is another: {error} Choose another name."
+                    f" {manifest} is another: {error} Choose another name."
                 ) from error
         else:
             foreign = sorted(head.paths - _NEUTRAL_FILES)
             if foreign:
                 raise FileExistsError(
                     f"The dataset repository {self.repo_id!r} must be new or hold an artifact of the same kind, but it has no"
-                    f" {publication.manifest} and holds {foreign[:5]}. Choose another name."
+                    f" {manifest} and holds {foreign[:5]}. Choose another name."
                 )
+
+    def _compare(self, head: _Head) -> _Plan:
+        """
+        Raises:
+            FileExistsError: The repository holds something else.
+        """
+        publication = self.publication
+        self.require_replaceable(head, publication.manifest, publication.check_manifest)
         files = dict(publication.files)
         if publication.card is not None:
             written = self._download(head, CARD_FILE) if CARD_FILE in head.paths else None
@@ -384,7 +402,7 @@ class _Push:
     def _find_proposal(self) -> tuple[int, _Head] | None:
         """A proposal that came into being by this push, though its answer was lost."""
         for ref in sorted(self._list_proposals() - self._proposals):
-            head = self._read_head(ref)
+            head = self.read_head(ref)
             if self._compare(head).is_empty:
                 return int(ref.rpartition("/")[2]), head
         return None
@@ -409,7 +427,7 @@ class _Push:
         """Whether the commit of a tag has the publication; also if there is no tag."""
         if commit is None:
             return True
-        head = self._read_head(commit)
+        head = self.read_head(commit)
         try:
             return self.publication.manifest in head.paths and self._compare(head).is_empty
         except FileExistsError:  # something else was there then
