@@ -76,6 +76,12 @@ def flags_of(data_dir, learned, output_dir):
     return [f"--data_dir={data_dir}", f"--tokenizer={learned / 'tokenizer'}", f"--output_dir={output_dir}", *TINY]
 
 
+def instead(flags, *others):
+    """The flags without those that the others give another value."""
+    given = {word.partition("=")[0] for word in others if word.startswith("--")}
+    return [*(word for word in flags if word.partition("=")[0] not in given), *others]
+
+
 def refusal(capsys, *argv):
     """The one line that a command refuses with."""
     assert main([str(word) for word in argv]) == 2
@@ -157,7 +163,8 @@ def test_what_to_resume_from_is_said_in_words_or_by_a_folder(tmp_path, given, me
 
 def test_learn_stopped_by_sigterm_saves_a_checkpoint_and_goes_on_from_it(data_dir, learned, tmp_path, capsys):
     run = tmp_path / "run"
-    flags = [*flags_of(data_dir, learned, run), "--save_steps=2", "--max_steps=40", "--enable_jit_checkpoint"]
+    flags = [*flags_of(data_dir, learned, run), "--save_steps=2", "--enable_jit_checkpoint"]
+    flags = instead(flags, "--max_steps=40")
 
     def terminate_after_a_checkpoint():
         while not (run / "checkpoint-2" / "trainer_state.json").exists():
@@ -430,17 +437,42 @@ def test_an_unknown_flag_is_refused(data_dir, capsys):
     assert "--mue" in capsys.readouterr().err
 
 
-def test_an_unknown_key_of_a_config_file_is_refused(data_dir, tmp_path, capsys):
-    config = tmp_path / "config.json"
-    config.write_text(json.dumps({"data_dir": str(data_dir), "mue": 1}))
-    assert main(["learn", str(config)]) == 2
-    assert "--mue" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("- a\n- b\n", "must map flags to values"),
+        ("just words", "must map flags to values"),
+        ("{unclosed", "must be YAML or JSON"),
+        ('{"mue": 1}', "it has 'mue', that is `--mue`. Did you mean 'mu'?"),
+        ("max_step: 3", "it has 'max_step'"),  # no key is completed
+        ("mu: 1\nmu: 2\n", "'mu' stands twice"),
+        ('{"mu": 1, "mu": 1}', "'mu' stands twice"),
+        ("accelerator_config:\n  split_batches: true\n  split_batches: false\n", "'split_batches' stands twice"),
+        ("learning_rate: 1\nlearning-rate: 2\n", "'learning_rate' and 'learning-rate' are the same"),
+        ("domains: [[a]]", "under 'domains', but got ['a']"),
+        ('{"output_dir": "\\ud800"}', "under 'output_dir'"),
+        ("mu: \xff", "must be YAML or JSON"),
+    ],
+)
+def test_a_config_file_that_means_something_else_than_it_says_is_refused(text, message, tmp_path, capsys):
+    (tmp_path / "config.yaml").write_bytes(text.encode("latin-1"))
+    line = refusal(capsys, "learn", tmp_path / "config.yaml")
+    assert "config.yaml' must" in line
+    assert message in line
 
 
-@pytest.mark.parametrize("text", ["- a\n- b\n", "just words", "{unclosed"])
-def test_a_config_file_that_is_no_mapping_is_refused(text, tmp_path, capsys):
-    (tmp_path / "config.yaml").write_text(text)
-    assert "config.yaml' must" in refusal(capsys, "learn", tmp_path / "config.yaml")
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--mu=1", "--mu=2"],
+        ["--mu", "1", "--mu=2"],
+        ["--learning-rate=1", "--learning_rate=2"],
+        ["--self_term", "--no_self_term"],
+    ],
+)
+def test_a_flag_given_twice_is_refused_unless_it_says_the_same(flags, data_dir, tmp_path, capsys):
+    assert "A flag must be given once" in learn_refusal(capsys, data_dir, tmp_path, *flags)
+    assert "Give either `--tokenizer`" in learn_refusal(capsys, data_dir, tmp_path, "--mu=1", "--mu=1")
 
 
 def test_a_missing_config_file_is_refused(tmp_path, capsys):
@@ -453,7 +485,8 @@ TOKENIZER = "--train_tokenizer_vocab=300"
 
 
 def learn_refusal(capsys, data_dir, tmp_path, *flags):
-    return refusal(capsys, "learn", f"--data_dir={data_dir}", f"--output_dir={tmp_path / 'out'}", *TINY, *flags)
+    flags = instead(TINY, *flags)
+    return refusal(capsys, "learn", f"--data_dir={data_dir}", f"--output_dir={tmp_path / 'out'}", *flags)
 
 
 def test_a_missing_folder_is_refused(tmp_path, capsys):
@@ -506,7 +539,7 @@ def test_a_split_that_is_there_twice_is_refused(data_dir, tmp_path, capsys):
     ],
 )
 def test_bad_flags_are_refused_with_what_to_do(flags, message, data_dir, tmp_path, capsys):
-    assert message in learn_refusal(capsys, data_dir, tmp_path, TOKENIZER, *flags)
+    assert message in learn_refusal(capsys, data_dir, tmp_path, *instead([TOKENIZER], *flags))
 
 
 @pytest.mark.parametrize(
@@ -517,10 +550,18 @@ def test_bad_flags_are_refused_with_what_to_do(flags, message, data_dir, tmp_pat
         ('{"text": "fine"}\nnot json\n', "line 2 of"),
         ('{"text": 3}\n', "in line 1 of"),
         ("[1, 2]\n", "line 1 of"),
+        ('{"text": "a"}\n\n{"text": "b"}\n', "line 2 of"),
+        ('{"text": "fine"}\n{"text": "\\ud800"}\n', "lone surrogate"),
+        ('{"text": "fine"}\n{"text": "a", "n": {"m": ["\\udc00"]}}\n', "line 2 of"),
+        ('{"text": "a", "text": "b"}\n', "the key 'text' stands twice"),
+        ('{"text": "a", "n": NaN}\n', "JSON knows no NaN"),
+        ('{"text": "fine"}\n{"text": "\xff"}\n', "line 2 of"),
+        ('{"text": "a", "n": ' + "9" * 5000 + "}\n", "line 1 of"),
+        ('{"text": "a", "n": ' + "[" * 10**5 + "]" * 10**5 + "}\n", "line 1 of"),
     ],
 )
 def test_a_bad_record_is_refused_with_file_and_line(content, message, data_dir, tmp_path, capsys):
-    (data_dir / "code.train.jsonl").write_text(content)
+    (data_dir / "code.train.jsonl").write_bytes(content.encode("latin-1"))
     line = learn_refusal(capsys, data_dir, tmp_path, TOKENIZER)
     assert message in line
     assert "code.train.jsonl" in line
@@ -578,3 +619,27 @@ def test_weights_of_other_domains_are_refused_by_name(data_dir, learned, tmp_pat
 def test_report_of_a_folder_without_results_is_refused(tmp_path, capsys):
     assert "holds neither" in refusal(capsys, "report", tmp_path)
     assert "does not" in refusal(capsys, "report", tmp_path / "missing")
+
+
+# Whoever reads
+
+
+def piped(command, *, stdin_lines, env):
+    words = [sys.executable, "-m", "hf_doge", *command]
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, **env})
+    lines = [process.stdout.readline() for _ in range(stdin_lines)]
+    process.stdout.close()
+    errors = process.stderr.read().decode()
+    process.stderr.close()
+    return process.wait(), b"".join(lines), errors
+
+
+@pytest.mark.parametrize("env", [{}, {"PYTHONIOENCODING": "ascii", "LANG": "C"}])
+def test_a_reader_that_stops_or_knows_no_letters_is_no_error(env, tmp_path):
+    weights = DomainWeights({f"Wörter{number}": 1 / 2000 for number in range(2000)})
+    weights.save_pretrained(tmp_path / "é" / "domain_weights")
+    code, line, errors = piped(["report", str(tmp_path / "é")], stdin_lines=1, env=env)
+    assert (code, line[:18]) == (0, b"## Learned weights")
+    assert "error" not in errors
+    assert "Traceback" not in errors
+    assert (tmp_path / "é" / "report.md").exists()

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from importlib import import_module
 
 from hf_doge._version import __version__
-from hf_doge.cli.console import is_main_process, say
+from hf_doge.cli.console import is_main_process, lasting_output, say
 from hf_doge.text import printable
 
 COMMANDS = {
@@ -51,7 +51,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         `int`: 0 if all went well, 2 if it was asked for something that cannot be, said in one line on standard error,
             130 if it was interrupted, 143 if SIGTERM stopped it after a checkpoint that it had been asked to save then.
     """
-    argv = list(sys.argv[1:] if argv is None else argv)
+    with lasting_output():
+        return _run(list(sys.argv[1:] if argv is None else argv))
+
+
+def _run(argv: list[str]) -> int:
     if not argv or argv[0] in ("-h", "--help"):
         say(USAGE)
         return 0

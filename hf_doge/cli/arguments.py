@@ -1,14 +1,21 @@
 """Flags that several commands share, and how flags are read from the command line and from a file."""
 
 import json
+import math
+from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from difflib import get_close_matches
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
+
+from hf_doge.artifacts.readers import parse_json
+from hf_doge.checks import LARGEST_RATE, check_count, check_number, is_unicode, show
 
 CONFIG_SUFFIXES = (".yaml", ".yml", ".json")
 
@@ -41,6 +48,12 @@ class DataArguments:
     max_validation_tokens: int | None = field(
         default=None, metadata={"help": "Use no more than this many validation tokens of each domain."}
     )
+
+    def __post_init__(self) -> None:
+        for name in ("train_tokenizer_vocab", "max_train_tokens", "max_validation_tokens"):
+            check_count(f"--{name}", getattr(self, name), optional=True)
+        if not 2 <= self.block_size <= 2**31:
+            raise ValueError(f"`--block_size` must be at least 2 tokens, but got {self.block_size}.")
 
 
 @dataclass
@@ -84,12 +97,60 @@ def parse(argv: Sequence[str], *dataclasses: type, prog: str, description: str, 
     parser.description = description
     parser.set_defaults(dataloader_pin_memory=torch.cuda.is_available(), **defaults)  # else torch warns on a CPU
     argv = list(argv)
+    configured = []
     if argv and not argv[0].startswith("-") and Path(argv[0]).suffix in CONFIG_SUFFIXES:
-        argv = [*read_flags(Path(argv[0])), *argv[1:]]
-    return parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
+        configured = read_flags(Path(argv.pop(0)), parser)
+    refuse_repeated_flags(parser, argv)
+    parsed = parser.parse_args_into_dataclasses([*configured, *argv], look_for_args_file=False)
+    for args in parsed:
+        _check_numbers(args)
+    return parsed
 
 
-def read_flags(path: Path) -> list[str]:
+def parse_once(parser: ArgumentParser, argv: Sequence[str]) -> Namespace:
+    """
+    What a parser makes of the words of the command line.
+
+    Raises:
+        `SystemExit`: as `argparse` does, after `--help` or for flags it does not understand.
+        `ValueError`: if a flag is given twice.
+    """
+    refuse_repeated_flags(parser, argv)
+    return parser.parse_args(argv)
+
+
+def refuse_repeated_flags(parser: ArgumentParser, argv: Sequence[str]) -> None:
+    """
+    `argparse` would take the last one, unseen.
+
+    Raises:
+        `ValueError`: if a flag is given twice with different values, under whichever of its names, or a key stands twice in
+            its JSON.
+    """
+    seen: dict[str, list[str]] = {}
+    for position, word in enumerate(argv):
+        if word == "--":
+            return
+        flag, _, value = word.partition("=")
+        if (value or word).startswith("{"):
+            parse_json((value or word).encode(), source=flag if value else word)
+        if not flag.startswith("--"):
+            continue
+        actions = parser._option_string_actions
+        found = [flag] if flag in actions else [name for name in actions if name.startswith(flag)]
+        names = {actions[name].dest for name in found}
+        if len(names) != 1:  # unknown or more than one: for argparse to refuse
+            continue
+        (name,) = names
+        rest = takewhile(lambda one: not one.startswith("--"), argv[position + 1 :])
+        given = [found[0], *([value] if "=" in word else rest)]
+        if seen.setdefault(name, given) != given:
+            raise ValueError(
+                f"A flag must be given once, but `{' '.join(seen[name])}` and `{' '.join(given)}` differ."
+            )
+
+
+def read_flags(path: Path, parser: ArgumentParser) -> list[str]:
     """
     The flags in a YAML or JSON file.
 
@@ -97,27 +158,61 @@ def read_flags(path: Path) -> list[str]:
     value left empty or `null` leaves the default.
 
     Raises:
-        `ValueError`: if the file is not a mapping of flags to values.
+        `ValueError`: if the file is not a mapping of flags of the parser to values, or a key stands in it twice.
     """
+    source = str(path)
     try:
-        contents = yaml.load(path.read_text(encoding="utf-8"), Loader=yaml.BaseLoader)  # JSON is YAML too
-    except yaml.YAMLError as error:
-        raise ValueError(
-            f"{str(path)!r} must be YAML or JSON, but it is not: {' '.join(str(error).split())}."
-        ) from error
+        contents = _ConfigLoader(path.read_text(encoding="utf-8")).get_single_data()  # JSON is YAML too
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise ValueError(f"{source!r} must be YAML or JSON, but it is not: {' '.join(str(error).split())}.") from error
     if not isinstance(contents, dict):
-        raise ValueError(
-            f"{str(path)!r} must map flags to values, as in `learning_rate: 5e-4`. Write one flag per line."
-        )
-    flags = []
+        raise ValueError(f"{source!r} must map flags to values, as in `learning_rate: 5e-4`. Write one flag per line.")
+    flags, seen = [], {}
     for name, value in contents.items():
+        action = parser._option_string_actions.get(f"--{name}")
+        if action is None:
+            near = get_close_matches(str(name), [flag[2:] for flag in parser._option_string_actions], n=1)
+            advice = f" Did you mean {near[0]!r}?" if near else ""
+            raise ValueError(
+                f"{source!r} must hold flags of `{parser.prog}` only, but it has {name!r}, that is `--{name}`.{advice}"
+            )
+        if action.dest in seen:
+            raise ValueError(
+                f"{source!r} must set each flag once, but {seen[action.dest]!r} and {name!r} are the same."
+            )
+        seen[action.dest] = name
         if value in ("", "null"):
             continue
+        values = value if isinstance(value, list) else [json.dumps(value) if isinstance(value, dict) else value]
+        odd = [one for one in values if not isinstance(one, str) or not is_unicode(one)]
+        if odd:
+            raise ValueError(f"{source!r} must have texts or numbers under {name!r}, but got {show(odd[0])}.")
         if isinstance(value, list):
             flags += [f"--{name}", *value]
         else:
-            flags.append(f"--{name}={json.dumps(value) if isinstance(value, dict) else value}")
+            flags.append(f"--{name}={values[0]}")
     return flags
+
+
+class _ConfigLoader(yaml.BaseLoader):
+    """All scalars as they are written; no key twice, at any level."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        repeated = sorted({key for key in keys if keys.count(key) > 1})
+        if repeated:
+            raise yaml.YAMLError(f"keys must be unique, but {repeated[0]!r} stands twice. Keep one of them")
+        return super().construct_mapping(node, deep=deep)
+
+
+def _check_numbers(args: Any) -> None:
+    """No float that a flag can give is NaN, and a learning rate stays where its products with gradients are finite."""
+    for one in fields(args):
+        value = getattr(args, one.name)
+        if isinstance(value, float) and math.isnan(value):
+            raise ValueError(f"`--{one.name}` must be a number, but got {value}.")
+    if isinstance(args, TrainingArguments):
+        check_number("--learning_rate", args.learning_rate, least=0, most=LARGEST_RATE)
 
 
 def get_output_dir(args: TrainingArguments) -> Path:

@@ -40,10 +40,6 @@ class BlockMaker:
     block_size: int
     cache_dir: Path
 
-    def __post_init__(self) -> None:
-        if self.block_size < 2:
-            raise ValueError(f"`--block_size` must be at least 2 tokens, but got {self.block_size}.")
-
     def load(self, path: Path, *, name: str, max_tokens: int | None = None) -> Dataset:
         """
         The blocks of a file, as a dataset with a column `input_ids`.

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from hf_doge.cli import compare, learn
+from hf_doge.cli.arguments import parse_once
 from hf_doge.cli.console import say
 from hf_doge.cli.demo_corpus import build_demo_corpus
 from hf_doge.cli.demo_influence import trace_continuation
@@ -53,7 +54,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument(
         "--output_dir", type=Path, default=Path("demo"), help="Where everything goes (default: %(default)s)."
     )
-    folder = parser.parse_args(argv).output_dir
+    folder = parse_once(parser, argv).output_dir
     num_threads = torch.get_num_threads()
     # Threads of one small product wait for each other: two of them beside other programs took thirty times as long.
     torch.set_num_threads(1)

@@ -1,10 +1,9 @@
 """The data folder: one pair of JSONL files per domain."""
 
-import gzip
-import json
-import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+
+from hf_doge.artifacts.jsonl import read_jsonl
 
 SPLITS = ("train", "validation")
 SUFFIXES = (".jsonl", ".jsonl.gz")
@@ -97,34 +96,17 @@ def select_domains(
 
 def read_documents(path: Path) -> Iterator[str]:
     """
-    Yield the texts of a JSONL file.
+    Yield the texts of a JSONL file, see [`read_jsonl`].
 
     Raises:
         `ValueError`: for a line that is not a JSON record with a string `text`, naming file and line, and for a file
             without any.
     """
-    try:
-        yield from _read_lines(path)
-    except (EOFError, zlib.error, gzip.BadGzipFile, UnicodeDecodeError) as error:
-        raise ValueError(f"A data file must be whole UTF-8 text, but {str(path)!r} is not: {error}.") from error
-
-
-def _read_lines(path: Path) -> Iterator[str]:
-    number = 0
-    with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as file:
-        for number, line in enumerate(file, start=1):
-            try:
-                text = json.loads(line)["text"]
-            except (json.JSONDecodeError, KeyError, TypeError) as error:
-                raise ValueError(
-                    f"Every line must be a JSON record with a field `text`, but line {number} of {str(path)!r} is "
-                    f"{line[:60]!r}. Correct or remove it."
-                ) from error
-            if not isinstance(text, str):
-                raise ValueError(
-                    f"`text` must be a string, but in line {number} of {str(path)!r} it is {type(text).__name__}. "
-                    "Correct or remove that record."
-                )
-            yield text
-    if number == 0:
-        raise ValueError(f"A data file must hold at least one record, but {str(path)!r} is empty. Fill or remove it.")
+    for number, record in enumerate(read_jsonl(path), start=1):
+        if not isinstance(record.get("text"), str):
+            found = f"is {type(record['text']).__name__}" if "text" in record else f"is missing among {sorted(record)}"
+            raise ValueError(
+                f"Every record must have a string `text`, but in line {number} of {str(path)!r} it {found}. Correct or "
+                "remove that record."
+            )
+        yield record["text"]

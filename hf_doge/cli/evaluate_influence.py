@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from hf_doge.checks import check_count, check_seed
 from hf_doge.cli.arguments import parse
 from hf_doge.cli.console import save_plot, say
 from hf_doge.influence_plots import plot_case_deletion
@@ -53,6 +54,18 @@ class InfluenceEvaluationArguments:
     max_length: int = field(default=32, metadata={"help": "Tokens per text."})
     width: int = field(default=32, metadata={"help": "Width of the embedding."})
     data_seed: int = field(default=0, metadata={"help": "Seed of the draw of examples and points."})
+
+    def __post_init__(self) -> None:
+        for name in ("num_points", "seeds", "num_train", "num_test", "width"):
+            check_count(f"--{name}", getattr(self, name))
+        check_count("--max_length", self.max_length, least=5)
+        check_seed("--data_seed", self.data_seed, least=0)
+        for k in self.ks:
+            check_count("--ks", k)
+        for name in ("ks", "scorers"):
+            values = getattr(self, name)
+            if not values or len(set(values)) < len(values):
+                raise ValueError(f"`--{name}` must name each once, and at least one, but got {values}.")
 
 
 def main(argv: Sequence[str]) -> int:

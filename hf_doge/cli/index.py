@@ -8,8 +8,9 @@ from typing import Any
 from datasets import ClassLabel, Dataset
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
+from hf_doge.cli.arguments import parse_once
 from hf_doge.cli.console import say
-from hf_doge.cli.records import read_records, select_fields
+from hf_doge.cli.records import check_text_fields, read_records, select_fields
 from hf_doge.gradients.embedding import TIED_PARTS
 from hf_doge.tracing.processes import process_index
 from hf_doge.tracing.queries import text_fields
@@ -135,7 +136,7 @@ def _parse(argv: Sequence[str]) -> Namespace:
         ),
     )
     parser.add_argument("--batch_size", type=int, default=8, help="Examples at once; changes no result. Default: 8.")
-    return parser.parse_args(argv)
+    return parse_once(parser, argv)
 
 
 def _load(args: Namespace, tokenizer: PreTrainedTokenizerBase) -> Dataset:
@@ -143,7 +144,10 @@ def _load(args: Namespace, tokenizer: PreTrainedTokenizerBase) -> Dataset:
     config = AutoConfig.from_pretrained(args.checkpoints[-1])
     generative = (config.architectures or [""])[0].endswith(LANGUAGE_MODELS)
     records = read_records(args.data)
-    names = args.text_field or text_fields(records[0])
+    try:
+        names = check_text_fields(args.text_field) or text_fields(records[0])
+    except ValueError as error:
+        raise ValueError(f"Line 1 of {str(args.data)!r}: {error}") from error
     rows = [
         select_fields(
             record,

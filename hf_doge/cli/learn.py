@@ -8,6 +8,7 @@ from datasets import Dataset, concatenate_datasets
 from transformers import set_seed
 
 from hf_doge.artifacts import DomainWeights
+from hf_doge.checks import check_count
 from hf_doge.cli.arguments import DataArguments, ModelArguments, get_output_dir, get_resume, parse
 from hf_doge.cli.blocks import collate_blocks
 from hf_doge.cli.console import save_plot, say
@@ -43,6 +44,7 @@ class TargetArguments:
     )
 
     def __post_init__(self) -> None:
+        check_count("--max_target_tokens", self.max_target_tokens, optional=True)
         if not 0 < self.heldout_fraction < 1:
             raise ValueError(f"`--heldout_fraction` must be in (0, 1), but got {self.heldout_fraction}.")
         if self.target is not None and HELDOUT_MIX in self.target and len(self.target) > 1:

@@ -1,10 +1,10 @@
 """Which model: one that exists, or a new one of a given shape."""
 
-import json
 from pathlib import Path
 
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from hf_doge.artifacts.readers import parse_json
 from hf_doge.cli.arguments import ModelArguments
 
 # Layers, attention heads and hidden size. The last four are the sizes of the DoGE paper (60M, 82M, 124M and 210M with
@@ -68,9 +68,9 @@ def make_model(name_or_path: str | None, config: PretrainedConfig | None) -> Pre
 
 def _read_config(path: Path, defaults: dict) -> PretrainedConfig:
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"`--model_config` must be a JSON file, but {str(path)!r} is not: {error}.") from error
+        values = parse_json(path.read_bytes(), source=str(path))
+    except ValueError as error:
+        raise ValueError(f"`--model_config` must be a JSON file, but: {error}") from error
     if not isinstance(values, dict) or "model_type" not in values:
         raise ValueError(
             f"`--model_config` must hold an object with a `model_type`, but {str(path)!r} does not. "

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hf_doge.artifacts import DomainWeights
+from hf_doge.cli.arguments import parse_once
 from hf_doge.cli.console import say
 
 WEIGHTS_MANIFEST, INDEX_MANIFEST = "domain_weights.json", "config.json"
@@ -72,4 +73,4 @@ def _parse(argv: Sequence[str]) -> Namespace:
         help="Publish the texts also where the repository holds the index without them.",
     )
     parser.add_argument("--no_models", action="store_true", help="Leave out the weights of an index's checkpoints.")
-    return parser.parse_args(argv)
+    return parse_once(parser, argv)

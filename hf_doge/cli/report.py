@@ -10,6 +10,7 @@ from pathlib import Path
 from hf_doge.artifacts import DomainWeights
 from hf_doge.artifacts.cards.markdown import code_block, escape
 from hf_doge.artifacts.files import write_atomically
+from hf_doge.cli.arguments import parse_once
 from hf_doge.cli.console import save_plot, say
 from hf_doge.evaluation.comparison import Comparison
 from hf_doge.plots import plot_comparison
@@ -43,7 +44,7 @@ def main(argv: Sequence[str]) -> int:
         description="Show the learned weights and comparisons in a folder, and write them into one report.md with plots.",
     )
     parser.add_argument("folder", type=Path, help="Output folder of `hf-doge learn`, `compare` or `demo`.")
-    folder = parser.parse_args(argv).folder
+    folder = parse_once(parser, argv).folder
     sections = collect_sections(folder)
     say("\n".join(section.to_markdown(embed=False) for section in sections))
     say(f"Report: {write_report(folder, sections)}")

@@ -7,8 +7,9 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from hf_doge.cli.arguments import parse_once
 from hf_doge.cli.console import say
-from hf_doge.cli.records import read_records
+from hf_doge.cli.records import check_text_fields, read_records
 from hf_doge.text import printable
 from hf_doge.tracing.index import KERNELS, SPECIAL_TOKENS, InfluenceIndex
 from hf_doge.tracing.processes import process_index
@@ -97,7 +98,7 @@ def _parse(argv: Sequence[str]) -> Namespace:
     parser.add_argument("--batch_size", type=int, default=32, help="Queries at once. Default: 32.")
     parser.add_argument("--html", type=Path, default=None, help="Write a page with shaded words to this file.")
     parser.add_argument("--json", action="store_true", help="Print one JSON object for each hit.")
-    return parser.parse_args(argv)
+    return parse_once(parser, argv)
 
 
 def _read_queries(args: Namespace) -> list[Any]:
@@ -105,9 +106,12 @@ def _read_queries(args: Namespace) -> list[Any]:
         raise ValueError("Give either `--query`, texts, or `--queries`, a file of them.")
     if args.query is not None:
         return args.query
-    queries = []
+    queries, text_names = [], check_text_fields(args.text_field)
     for number, record in enumerate(read_records(args.queries), start=1):
-        names = args.text_field or text_fields(record)
+        try:
+            names = text_names or text_fields(record)
+        except ValueError as error:
+            raise ValueError(f"Line {number} of {str(args.queries)!r}: {error}") from error
         missing = [name for name in names if not isinstance(record.get(name), str)]
         if missing:
             raise ValueError(

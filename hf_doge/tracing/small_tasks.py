@@ -1,7 +1,5 @@
 """A text classification task out of a folder of labelled JSONL, small enough to train on again and again."""
 
-import gzip
-import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -11,6 +9,9 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
+
+from hf_doge.artifacts.jsonl import read_jsonl
+from hf_doge.checks import check_count, check_seed, show
 
 PAD, UNKNOWN, START, SEPARATOR = "[PAD]", "[UNK]", "[CLS]", "[SEP]"
 SPECIAL_TOKENS = (PAD, UNKNOWN, START, SEPARATOR)
@@ -66,7 +67,10 @@ def load_small_task(
         FileNotFoundError: if a file is missing.
         ValueError: if a file has fewer examples than asked for, or a record lacks a field.
     """
-    generator = np.random.default_rng(seed)
+    for name, value, least in (("num_train", num_train, 1), ("num_test", num_test, 1), ("min_count", min_count, 1)):
+        check_count(name, value, least=least)
+    check_count("max_length", max_length, least=5)  # [CLS], two parts and their [SEP]
+    generator = np.random.default_rng(check_seed("seed", seed, least=0))
     train = _draw(_read(_find(Path(data_dir), task, "train")), num_train, generator, f"{task}.train")
     test = _draw(_read(_find(Path(data_dir), task, "test")), num_test, generator, f"{task}.test")
     counts = Counter(word for parts, _ in train for part in parts for word in split_words(part))
@@ -100,15 +104,15 @@ def _find(data_dir: Path, task: str, split: str) -> Path:
 
 
 def _read(path: Path) -> list[tuple[list[str], int]]:
-    with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as file:
-        records = [json.loads(line) for line in file if line.strip()]
     examples = []
-    for number, record in enumerate(records, start=1):
+    for number, record in enumerate(read_jsonl(path), start=1):
         parts = [record[name] for name in ("text", "premise", "hypothesis") if name in record]
-        if not parts or not isinstance(record.get("label"), int):
+        label = record.get("label")
+        has_label = isinstance(label, int) and not isinstance(label, bool) and 0 <= label < 2**16
+        if not parts or not all(isinstance(part, str) for part in parts) or not has_label:
             raise ValueError(
-                f"Every record must have `text` (or `premise` and `hypothesis`) and an integer `label`, but record "
-                f"{number} of {str(path)!r} has {sorted(record)}."
+                f"Every record must have a string `text` (or `premise` and `hypothesis`) and a `label`, a whole number from "
+                f"0 on, but line {number} of {str(path)!r} has {show(record)}."
             )
         examples.append((parts, record["label"]))
     return examples
