@@ -12,9 +12,10 @@ from hf_doge import DomainWeightedSampler, DomainWeights, interleave_domains
 from hf_doge.artifacts.cards.header import dump_header, parse_header
 from hf_doge.artifacts.cards.markdown import code, code_block, escape, json_block
 from hf_doge.artifacts.influence.manifest import parse_config
+from hf_doge.artifacts.provenance import public_command, public_content
 from hf_doge.cli import main
 from hf_doge.evaluation.comparison import Comparison, MixtureRun
-from hf_doge.text import printable, require_printable
+from hf_doge.text import hide_secrets, printable, require_printable
 from hf_doge.tracing.html import render_page
 from hf_doge.tracing.words import Reading
 from tests.influence_rows import open_writer, random_rows, write_checkpoint, write_index
@@ -187,3 +188,40 @@ def test_hf_doge_report_shows_no_name_as_markup(tmp_path, capsys):
 def test_errors_at_the_shell_are_one_harmless_line(tmp_path, capsys):
     assert main(["report", str(tmp_path / "\x1b[2Jno")]) == 2
     assert is_harmless(capsys.readouterr().err)
+
+
+SECRET = "aB3" * 12
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        f"hf_{SECRET}", f"x=hf_{SECRET}", f"my_hf_{SECRET}", f"api_org_{SECRET}", f"hf_oauth_{SECRET}.x-{SECRET}", f"ghp_{SECRET}",
+        f"--hub_token {SECRET}", f"--hub-token={SECRET}", f"python x.py --token '{SECRET}' --y 1", f"HF_TOKEN={SECRET} python x.py",
+        f"https://me:{SECRET}@a.b/c", f"https://{SECRET}@a.b", f"https://a.b/c?x=1&token={SECRET}&y=2", f"Authorization: Bearer {SECRET}",
+        f"https://s3/x?X-Amz-Signature={SECRET}&X-Amz-Credential={SECRET}", f"wandb_api_key={SECRET}", f'password="{SECRET}"',
+        f"a\n--api_token {SECRET}\nb",
+    ],
+)  # fmt: skip
+def test_no_secret_stays_in_what_others_may_read(text, tmp_path):
+    assert SECRET not in hide_secrets(text)
+    metadata = {"command": text, "note": text, "model": {"name_or_path": text, "config": {"x": text}}}
+    DomainWeights({"a": 1.0}, recipe={"name": "paper", "arguments": {"x": text}}, metadata=metadata).save_pretrained(
+        tmp_path
+    )
+    assert SECRET not in (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert SECRET not in json.dumps([public_command(["x", *text.split()]), public_content({"x": [text]})])
+
+
+def test_what_is_no_secret_stays():
+    for text in (
+        "--special_tokens count --top_k_tokens 3 --tokenizer bert --train_tokenizer_vocab 300",
+        "hf_internal-testing/tiny-random-llama_of-many-words hf_doge hf_transfer sk-learn-of-many-words-and-more https://a.b/c?x=1 me@example.com tokens=5 num_tokens=7",
+        "[PAD] </s> the token was refused",
+    ):
+        assert hide_secrets(text) == text
+    config = {"eos_token": "</s>", "pad_token": "<pad>", "special_tokens": "count"}
+    assert public_content(config) == config
+    assert public_content({"hub_token": SECRET, "api_key": SECRET, "token": SECRET}) == {
+        "hub_token": "***", "api_key": "***", "token": "***",
+    }  # fmt: skip

@@ -12,18 +12,12 @@ from typing import Any
 
 import hf_doge
 from hf_doge._version import __version__
+from hf_doge.text import HIDDEN, hide_secrets, names_secret
 
 LIBRARIES = ("torch", "transformers", "accelerate", "datasets", "huggingface_hub")
 
 _HUB_FILE = re.compile(r"hf://datasets/([^/@]+/[^/@]+|[^/@]+)@([0-9A-Za-z._-]+)/")
 _HUB_NAME = re.compile(r"(datasets/)?[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)?(@[A-Za-z0-9._/-]+)?")
-_TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{20,}")
-_SECRET_FLAG = re.compile(
-    r"-{1,2}(?:\w+[_-])?(?:(?:hub|hf|api|access|auth|bearer)[_-]?token|token|password|secret|api[_-]?key|secret[_-]?key)",
-    flags=re.IGNORECASE,
-)
-_HIDDEN = "***"
-_CREDENTIALS = re.compile(r"(?<=://)[^/\s@]+@")
 _SEPARATORS = re.compile(r"(://|[=,;:'\"\n]+)")  # paths come behind them, as in `--data=wiki:/home/me/x`
 _PATH_START = r"(?:~[\w.-]*|\.{1,2}|[A-Za-z]:)?[/\\]+(?=[^\s/\\])"
 _PATH = re.compile(rf"(?<!\S){_PATH_START}\S+|(?<!\S)~[\w.-]+(?!\S)")
@@ -37,10 +31,8 @@ def public_name(name: Any) -> str | None:
     """
     if name is None or not str(name):
         return None
-    text = str(name)
-    if _HUB_NAME.fullmatch(text) and not _exists(text):
-        return hide_tokens(text)
-    return hide_tokens(_last_part(text))
+    text = hide_secrets(str(name))
+    return text if _HUB_NAME.fullmatch(text) and not _exists(text) else _last_part(text)
 
 
 def public_content(content: Any) -> Any:
@@ -49,7 +41,10 @@ def public_content(content: Any) -> Any:
     tokens. For configurations of models, which name where they were loaded from, and arguments.
     """
     if isinstance(content, Mapping):
-        return {key: public_content(value) for key, value in content.items()}
+        return {
+            key: HIDDEN if value and isinstance(value, str) and names_secret(str(key)) else public_content(value)
+            for key, value in content.items()
+        }
     if isinstance(content, list | tuple):
         return [public_content(value) for value in content]
     return _shortened(content) if isinstance(content, str) else content
@@ -70,20 +65,15 @@ def public_command(arguments: Sequence[str] | None = None) -> str:
     shown, hide_next = ["python", "-m", module] if module else [_program(first)], False
     for argument in rest:
         flag, is_assignment, _ = argument.partition("=")
-        is_secret = _SECRET_FLAG.fullmatch(flag) is not None
+        is_secret = names_secret(flag, flag=True)
         if hide_next:
-            shown.append(_HIDDEN)
+            shown.append(HIDDEN)
         elif is_secret and is_assignment:
-            shown.append(f"{flag}={_HIDDEN}")
+            shown.append(f"{flag}={HIDDEN}")
         else:
             shown.append(_shortened(argument))
         hide_next = is_secret and not is_assignment
-    return shlex.join(shown)
-
-
-def hide_tokens(text: str) -> str:
-    """Text without access tokens of the Hub."""
-    return _TOKEN.sub(f"hf_{_HIDDEN}", text)
+    return hide_secrets(shlex.join(shown))
 
 
 def describe_process() -> dict[str, Any]:
@@ -121,7 +111,7 @@ def describe_model(model: Any) -> dict[str, Any]:
 
 
 def _shortened(text: str) -> str:
-    text = hide_tokens(_CREDENTIALS.sub("", text))
+    text = hide_secrets(text)
     pieces = _SEPARATORS.split(text)
     for position in range(0, len(pieces), 2):
         piece, before = pieces[position], pieces[position - 1] if position else ""

@@ -10,7 +10,7 @@ from importlib import import_module
 
 from hf_doge._version import __version__
 from hf_doge.cli.console import is_main_process, lasting_output, say
-from hf_doge.text import printable
+from hf_doge.text import hide_secrets, printable
 
 COMMANDS = {
     "demo": "learn weights on text found on this machine and see whether they help; no data, no network, minutes",
@@ -79,7 +79,7 @@ def _run(argv: list[str]) -> int:
         return INTERRUPTED
     except (ValueError, OSError, FloatingPointError) as error:
         logger.debug("What was refused:", exc_info=True)
-        return _refuse(f"hf-doge {command}", printable(" ".join(str(error).split())))
+        return _refuse(f"hf-doge {command}", printable(hide_secrets(" ".join(str(error).split()))))
 
 
 def _end_process_group() -> None:

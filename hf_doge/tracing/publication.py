@@ -31,8 +31,9 @@ from hf_doge.artifacts.influence.manifest import (
 from hf_doge.artifacts.influence.tables import to_parquet
 from hf_doge.artifacts.influence.writer import checkpoints_table
 from hf_doge.artifacts.parquet import read_parquet
-from hf_doge.artifacts.provenance import hide_tokens, public_content, public_name
+from hf_doge.artifacts.provenance import public_content, public_name
 from hf_doge.checks import check_flag, check_names
+from hf_doge.text import hide_secrets
 from hf_doge.tracing.examples import LABEL_COLUMNS
 from hf_doge.tracing.models import checkpoint_folders
 from hf_doge.tracing.weights import MODELS
@@ -242,7 +243,7 @@ def _without_paths(content: Any, key: str = "") -> Any:
     if key.endswith("name_or_path"):
         return public_name(content) or ""
     is_local = key.endswith(("_path", "_file", "_dir", "_folder")) or f"{Path.home()}/" in content
-    return public_content(content) if is_local else hide_tokens(content)
+    return public_content(content) if is_local else hide_secrets(content)
 
 
 def _redacted_examples(folder: Path, config: Mapping[str, Any], keep_columns: Iterable[str]) -> dict[str, bytes]:

@@ -5,7 +5,8 @@ from typing import Any
 
 from hf_doge.artifacts.cards.markdown import code_block, escape
 from hf_doge.artifacts.cards.rendering import listing
-from hf_doge.artifacts.provenance import hide_tokens, public_name
+from hf_doge.artifacts.provenance import public_name
+from hf_doge.text import hide_secrets
 
 
 def hub_link(name: Any) -> str:
@@ -49,5 +50,5 @@ def run_facts(metadata: Mapping[str, Any], *, written_by: str | None) -> str:
         }
     )
     command = metadata.get("command")
-    shown = f"\n\nCommand:\n\n{code_block(hide_tokens(str(command)), 'bash')}" if command else ""
+    shown = f"\n\nCommand:\n\n{code_block(hide_secrets(str(command)), 'bash')}" if command else ""
     return (f"\n{facts}" if facts else "") + shown

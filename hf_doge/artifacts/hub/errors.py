@@ -16,7 +16,7 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import get_token
 
-from hf_doge.artifacts.provenance import hide_tokens
+from hf_doge.text import hide_secrets, printable
 
 # httpx in huggingface_hub 1, httpx2 in 2: whichever it is, its errors of transport have this class.
 TransportError: type[Exception] = HfHubHTTPError.__mro__[1]
@@ -119,7 +119,9 @@ def explain(error: Exception, repo_id: str, *, action: str) -> Exception:
             f"Cannot {action} {url}: HF_HUB_OFFLINE is set. Unset it, or fetch the artifact once while online."
         )
     if isinstance(error, HFValidationError):
-        return ValueError(f"A repository must be named like 'user/name', but got {repo_id!r}: {error}")
+        return ValueError(
+            f"A repository must be named like 'user/name', but got {repo_id!r}: {hide_secrets(str(error))}"
+        )
     if isinstance(error, GatedRepoError):
         return PermissionError(
             f"Access to {url} must be asked for on its page, and given, before you can {action} it. {said}"
@@ -182,13 +184,13 @@ def shortly(error: BaseException) -> str:
     status = status_of(error)
     if status is not None:
         return f"HTTP status {status}{' of the store of large files' if is_expired(error) else ''}"
-    return f"{type(error).__name__}: {hide_tokens(_on_one_line(str(error)))[:200]}"
+    return f"{type(error).__name__}: {hide_secrets(_on_one_line(str(error)))[:200]}"
 
 
 def _on_one_line(text: str) -> str:
-    return " ".join(text.split())
+    return printable(" ".join(text.split()))
 
 
 def _server_message(error: Exception) -> str:
     message = next((one.server_message for one in _chain(error) if getattr(one, "server_message", None)), None)
-    return f"(The Hub says: {_on_one_line(str(message))})" if message else ""
+    return f"(The Hub says: {hide_secrets(_on_one_line(str(message)))})" if message else ""

@@ -1,17 +1,15 @@
 """What a repository is to hold of an artifact."""
 
 import hashlib
-import re
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from hf_doge.artifacts.files import file_sha256, sha256
+from hf_doge.text import holds_token
 
 _PIECE = 1 << 20
-# What `huggingface_hub` calls an access token. Shorter words that begin alike are none.
-_TOKEN = re.compile(rb"\bhf_[A-Za-z0-9]{30,}\b")
 _TEXT_FILES = (".json", ".md", ".jsonl", ".txt", ".yaml", ".yml", ".jinja")
 
 
@@ -62,7 +60,7 @@ def refuse_token(path: str, content: bytes) -> None:
     Raises:
         ValueError: The content has what looks like an access token of the Hub. The message does not repeat it.
     """
-    if _TOKEN.search(content):
+    if holds_token(content.decode("latin-1")):
         raise ValueError(
             f"{path!r} holds what looks like an access token of the Hub, and is not pushed. Remove it from the metadata of"
             " the artifact, and revoke the token if the file was shared before."
