@@ -220,7 +220,7 @@ def test_a_limit_on_epochs_holds_for_learned_weights(tmp_path):
     [
         ({"mode": "both"}, "`mode` must be one of"),
         (
-            {"reweight_steps": 1},
+            {"sampler_lag_steps": 1},
             "`sampler_lag_steps` must be at least 2, since the DataLoader runs up to 8 examples ahead",
         ),
         ({"dataloader_num_workers": 4}, "`sampler_lag_steps` must be at least 10"),
@@ -231,6 +231,16 @@ def test_a_limit_on_epochs_holds_for_learned_weights(tmp_path):
 def test_what_cannot_be_exact_is_refused(tmp_path, options, message):
     with pytest.raises(ValueError, match=message):
         online(tmp_path, **options)
+
+
+def test_the_defaults_start(tmp_path):
+    options = {name: value for name, value in OPTIONS.items() if name != "reweight_steps"}
+    trainer = DoGETrainer(
+        tiny_llama(), DoGEConfig(str(tmp_path), mode="online", **options), train_dataset=three_domains()
+    )
+    trainer.train()
+    assert trainer.args.lag_steps == 2
+    assert len(trainer.domain_weights.trajectory.steps) == trainer.state.global_step
 
 
 def test_a_proxy_has_no_limit_on_epochs(tmp_path):

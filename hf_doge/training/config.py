@@ -52,6 +52,7 @@ _CHECKS = {
     "seed": partial(check_seed, least=0, most=2**32 - 1),
     "data_seed": partial(check_seed, least=0, most=2**32 - 1, optional=True),
 }
+_LEAST_LAG = 2  # steps: a DataLoader without workers runs one batch ahead of the step
 WEIGHTS_SUFFIX = "-domain-weights"  # of the repository of the weights, behind the name of the model's
 
 
@@ -169,7 +170,7 @@ class DoGEConfig(TrainingArguments):
         default=None,
         metadata={
             "help": "Online mode: steps from an update of the weights to the first examples drawn by them; at least as many "
-            "as the DataLoader runs ahead. Default: `reweight_steps`."
+            "as the DataLoader runs ahead. Default: `reweight_steps`, but at least 2."
         },
     )
     lagged_update: bool = field(
@@ -271,7 +272,7 @@ class DoGEConfig(TrainingArguments):
     @property
     def lag_steps(self) -> int:
         """Steps from an update of the weights to the first examples drawn by them, in force in online mode."""
-        return self.reweight_steps if self.sampler_lag_steps is None else self.sampler_lag_steps
+        return max(self.reweight_steps, _LEAST_LAG) if self.sampler_lag_steps is None else self.sampler_lag_steps
 
     def get_recipe(self) -> Recipe:
         """The ingredients in force: the recipe's, where none was given beside it."""

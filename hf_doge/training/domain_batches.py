@@ -33,8 +33,13 @@ class DomainBatches:
         self, dataset: Dataset, domains: DomainIndex, *, examples_per_domain: int, batch_size: int, seed: int
     ) -> None:
         self._dataset = dataset
-        self._sampler = DomainWeightedSampler(domains, dict.fromkeys(domains.names, 1.0), seed=seed)
-        self._examples_per_step = examples_per_domain * len(domains.names)
+        self._domains = domains
+        self.plan(examples_per_domain=examples_per_domain, batch_size=batch_size, seed=seed)
+
+    def plan(self, *, examples_per_domain: int, batch_size: int, seed: int) -> None:
+        """Decide the examples of every step, as when this was made."""
+        self._sampler = DomainWeightedSampler(self._domains, dict.fromkeys(self._domains.names, 1.0), seed=seed)
+        self._examples_per_step = examples_per_domain * len(self._domains.names)
         self._batch_size = batch_size
 
     def batches(
@@ -91,7 +96,6 @@ class TargetBatches(DomainBatches):
             )
         dataset, targets = merge_domains(target_dataset, TARGET_COLUMN)
         self.weights = _check_target_weights(target_weights, targets.names)
-        self._targets = targets
         super().__init__(dataset, targets, **kwargs)
 
     @cached_property
@@ -102,7 +106,7 @@ class TargetBatches(DomainBatches):
 
     def describe(self) -> dict[str, dict[str, float]]:
         """Rows and weight of each target, by name."""
-        sizes = zip(self._targets.names, self._targets.sizes.tolist(), strict=True)
+        sizes = zip(self._domains.names, self._domains.sizes.tolist(), strict=True)
         return {name: {"num_rows": size, "weight": self.weights[i]} for i, (name, size) in enumerate(sizes)}
 
 

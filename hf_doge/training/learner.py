@@ -3,6 +3,7 @@
 import time
 import zlib
 from collections.abc import Mapping
+from copy import copy
 from pathlib import Path
 from typing import Any
 
@@ -48,8 +49,6 @@ class DomainLearner:
         initial_weights: DomainWeights | Mapping[str, float] | None,
     ) -> None:
         self.trainer = trainer
-        self.args = trainer.args
-        self.recipe = trainer.args.get_recipe()
         self.domains = domains
         self.targets = targets
         self.target_weights = None if targets is None else targets.weights  # by position
@@ -61,7 +60,17 @@ class DomainLearner:
         self._loss = DomainLoss(trainer)
         self._reduction = Reduction()
         self._trained_parameters: list[int] = []
+        self.read_arguments()
         self._alignment = self.alignment
+
+    def read_arguments(self) -> None:
+        """
+        Take the arguments as they stand. A copy, so that what the artifact records is what the weights are learned with,
+        whatever is set while or after they are.
+        """
+        self.args = copy(self.trainer.args)
+        self.recipe = self.args.get_recipe()
+        self._trained_parameters = []  # for the alignment to be chosen again
 
     @property
     def alignment(self) -> DomainAlignment:
@@ -99,6 +108,7 @@ class DomainLearner:
         """Start anew, or from where a checkpoint stands."""
         names = self.domains.names
         self.metrics = DomainMetrics(names)
+        self._loss = DomainLoss(self.trainer)
         if checkpoint is None:
             self.state = LearningState.fresh(names, self.initial_weights)
         else:
@@ -150,7 +160,7 @@ class DomainLearner:
         """Once for each step: asked for again, by a resumed run too, what was learned is the same artifact to the byte."""
         step = self.trainer.state.global_step
         if self._described_step != step:
-            self._described_step, self.state.described = step, describe_run(self.trainer)
+            self._described_step, self.state.described = step, describe_run(self.trainer, self.args)
         described = self.state.described
         cost = {"seconds": round(self.state.seconds, 1), "num_tokens_seen": int(self.state.num_tokens.sum())}
         objective = "universal" if self.target_weights is None else "target"

@@ -14,7 +14,7 @@ from transformers import Trainer
 
 from hf_doge.artifacts.domain_weights import DomainWeights
 from hf_doge.checks import check_choice, check_number, check_text
-from hf_doge.sampling.domains import DomainIndex, StreamDomains, merge_domains
+from hf_doge.sampling.domains import StreamDomains, merge_domains
 from hf_doge.sampling.sampler import DomainWeightedSampler
 from hf_doge.sampling.schedule import DRAW_MODES
 from hf_doge.sampling.streaming import (
@@ -97,19 +97,7 @@ class DomainWeightedMixin:
         check_text("domain_column", domain_column, what="the name of a column")
         check_choice("draw", draw, DRAW_MODES)
         check_number("max_epochs_per_domain", max_epochs_per_domain, above=0, finite=False, optional=True)
-        if getattr(args, "auto_find_batch_size", False):
-            raise ValueError(
-                "The order depends on the batch size, so `auto_find_batch_size` must be off. Set the size."
-            )
-        strategy = getattr(args, "train_sampling_strategy", "random")
-        strategy = "group_by_length" if getattr(args, "group_by_length", False) else strategy
-        if strategy != "random":
-            raise ValueError(
-                f"The order is drawn by the weights, so `train_sampling_strategy` must be 'random', but got {strategy!r}. Set "
-                "it to 'random'. If the trainer needs its own order, as trl's KTOTrainer does for every loss with a KL term "
-                "(all but `loss_type='apo_zero_unpaired'`), mix the data instead: pass `interleave_domains(datasets, "
-                "weights)` to that trainer without the mixin."
-            )
+        self._refuse_arguments(args)
         self.domain_sampler, self._domain_column = None, domain_column
         self._identity, self._resumed_step = None, 0
         if holds_streams(train_dataset):
@@ -118,8 +106,7 @@ class DomainWeightedMixin:
                     "The length of a stream is not known, so `max_epochs_per_domain` must be unset for streams, but "
                     f"got {max_epochs_per_domain}. Lower the weights of the small domains instead."
                 )
-            if getattr(args, "max_steps", -1) <= 0:
-                raise ValueError("A mixture of streams has no end, so `max_steps` must be positive. Set it.")
+            self._refuse_endless(args)
             seed = args.seed if args.data_seed is None else args.data_seed
             mixed = interleave_domains(
                 train_dataset,
@@ -145,7 +132,14 @@ class DomainWeightedMixin:
         self._refuse_lost_order()
         if self.train_dataset is not merged:  # the trainer has prepared another
             _, domains = merge_domains(self.train_dataset, domain_column)
-        self.domain_sampler = self._make_sampler(domains, domain_weights, max_epochs_per_domain, draw)
+        self._drawn = {
+            "domains": domains,
+            "weights": domain_weights,
+            "draw": draw,
+            "max_epochs_per_domain": max_epochs_per_domain,
+        }
+        self._draws = self._read_draws()
+        self.domain_sampler = DomainWeightedSampler(**self._drawn, **self._draws)
         self.add_callback(SamplerGuardCallback(self.domain_sampler))
 
     def _refuse_lost_column(self, domain_column: str) -> None:
@@ -171,26 +165,61 @@ class DomainWeightedMixin:
             f"instead: pass `interleave_domains(datasets, weights)` as `train_dataset` to {owner} without the mixin."
         )
 
-    def _make_sampler(
-        self,
-        domains: DomainIndex,
-        domain_weights: DomainWeights | Mapping[str, float],
-        max_epochs_per_domain: float | None,
-        draw: str,
-    ) -> DomainWeightedSampler:
+    @staticmethod
+    def _refuse_arguments(args: Any) -> None:
+        if getattr(args, "auto_find_batch_size", False):
+            raise ValueError(
+                "The order depends on the batch size, so `auto_find_batch_size` must be off. Set the size."
+            )
+        strategy = getattr(args, "train_sampling_strategy", "random")
+        strategy = "group_by_length" if getattr(args, "group_by_length", False) else strategy
+        if strategy != "random":
+            raise ValueError(
+                f"The order is drawn by the weights, so `train_sampling_strategy` must be 'random', but got {strategy!r}. Set "
+                "it to 'random'. If the trainer needs its own order, as trl's KTOTrainer does for every loss with a KL term "
+                "(all but `loss_type='apo_zero_unpaired'`), mix the data instead: pass `interleave_domains(datasets, "
+                "weights)` to that trainer without the mixin."
+            )
+
+    @staticmethod
+    def _refuse_endless(args: Any) -> None:
+        if getattr(args, "max_steps", -1) <= 0:
+            raise ValueError("A mixture of streams has no end, so `max_steps` must be positive. Set it.")
+
+    def _read_draws(self) -> dict[str, Any]:
+        """What the arguments say of the sampler."""
         args = self.args
         step_size = examples_per_step(args)
         num_samples = ceil(len(self.train_dataset) / step_size) * step_size  # whole batches on every process
-        num_epochs = args.max_steps * step_size / num_samples if args.max_steps > 0 else args.num_train_epochs
-        return DomainWeightedSampler(
-            domains,
-            domain_weights,
-            num_samples=num_samples,
-            num_epochs=num_epochs,
-            seed=args.seed if args.data_seed is None else args.data_seed,
-            draw=draw,
-            max_epochs_per_domain=max_epochs_per_domain,
-        )
+        return {
+            "num_samples": num_samples,
+            "num_epochs": args.max_steps * step_size / num_samples if args.max_steps > 0 else args.num_train_epochs,
+            "seed": args.seed if args.data_seed is None else args.data_seed,
+        }
+
+    def _read_arguments(self) -> None:
+        """Follow what was set in the arguments since they were last read: at train begin, and in each trial of a search."""
+        args = self.args
+        self._refuse_arguments(args)
+        if self.domain_sampler is None:
+            self._refuse_endless(args)
+            seed, mixed = args.seed if args.data_seed is None else args.data_seed, self._stream_settings["seed"]
+            if seed != mixed:
+                raise ValueError(
+                    f"The seed of a mixture of streams must stay what the trainer was made with, {mixed}, but is {seed} now. "
+                    "Make another trainer, or set `data_seed`, which the streams follow, from the start."
+                )
+            return
+        draws = self._read_draws()
+        names = ["num_samples", "seed", *(["num_epochs"] if self._drawn["max_epochs_per_domain"] is not None else [])]
+        if any(draws[name] != self._draws[name] for name in names):
+            self._draws = draws
+            self.domain_sampler.__init__(**self._drawn, **draws)  # the same object, which others may hold
+
+    def _hp_search_setup(self, trial: Any) -> None:
+        super()._hp_search_setup(trial)
+        self._read_arguments()
+        self._identity = self._describe_identity()
 
     def _warn_of_reading_everything(self, mixed: IterableDataset) -> None:
         config, num_processes = self.args.accelerator_config, self.args.world_size
@@ -212,6 +241,7 @@ class DomainWeightedMixin:
         set on the way; one of another run is refused, see [`~hf_doge.training.run_identity.describe_identity`]; and one that
         has made its last step makes none, where the Trainer makes one more. `True` takes the last whole checkpoint.
         """
+        self._read_arguments()
         checkpoint = resolve_checkpoint(resume_from_checkpoint, self.args.output_dir, learns=self._learns_weights)
         self._identity = self._describe_identity()
         self._resumed_step = read_step(checkpoint)

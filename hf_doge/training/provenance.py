@@ -109,7 +109,7 @@ def _count_tokens(dataset: Dataset) -> np.ndarray | None:
     return lengths
 
 
-def describe_run(trainer: Trainer) -> dict[str, Any]:
+def describe_run(trainer: Trainer, args: TrainingArguments) -> dict[str, Any]:
     """Identity of model and tokenizer, what was run, and the versions of what ran it; of local paths the last part only."""
     model, tokenizer = trainer.model, trainer.processing_class
     config = getattr(model, "config", None)
@@ -129,13 +129,13 @@ def describe_run(trainer: Trainer) -> dict[str, Any]:
         "training": {
             "max_steps": trainer.state.max_steps,
             "global_step": trainer.state.global_step,
-            "train_batch_size": examples_per_step(trainer.args),
-            "learning_rate": trainer.args.learning_rate,
-            "lr_scheduler_type": str(trainer.args.lr_scheduler_type.value),
-            "seed": trainer.args.seed,
-            "arguments": describe_arguments(trainer.args),
-            "num_processes": trainer.args.world_size,
-            "device": trainer.args.device.type,
+            "train_batch_size": examples_per_step(args),
+            "learning_rate": args.learning_rate,
+            "lr_scheduler_type": str(args.lr_scheduler_type.value),
+            "seed": args.seed,
+            "arguments": describe_arguments(args),
+            "num_processes": args.world_size,
+            "device": args.device.type,
             "total_flos": float(trainer.state.total_flos) or None,
         },
         **describe_process(),

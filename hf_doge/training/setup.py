@@ -38,6 +38,11 @@ def refuse_unsupported(args: DoGEConfig, train_dataset: Any, *, has_target: bool
             "`mode='online'` must be able to read any row by its number, so every domain must be a `datasets.Dataset`, "
             "but got streams. Load them without `streaming=True`, or set `mode='proxy'`."
         )
+    refuse_unsupported_arguments(args, has_target=has_target)
+
+
+def refuse_unsupported_arguments(args: DoGEConfig, *, has_target: bool) -> None:
+    """The part of [`refuse_unsupported`] that does not depend on the data."""
     if args.recipe == "official" and not has_target:
         raise ValueError(
             "`recipe='official'` compares with a held-out set, but `target_dataset` is None. Pass a held-out mix of "

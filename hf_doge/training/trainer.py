@@ -23,7 +23,12 @@ from hf_doge.training.learner import DomainLearner
 from hf_doge.training.lost_process import explaining_lost_process
 from hf_doge.training.mixture import DomainWeightedMixin
 from hf_doge.training.preemption import PreemptionCallback
-from hf_doge.training.setup import refuse_unsupported, refuse_unsupported_engine, weights_in_order
+from hf_doge.training.setup import (
+    refuse_unsupported,
+    refuse_unsupported_arguments,
+    refuse_unsupported_engine,
+    weights_in_order,
+)
 from hf_doge.training.step_gradients import StepGradients
 
 DOMAIN_WEIGHTS_FOLDER = "domain_weights"
@@ -114,17 +119,9 @@ class DoGEMixin(DomainWeightedMixin):
             domains = StreamDomains(tuple(train_dataset))
         else:
             train_dataset, domains = merge_domains(train_dataset, args.domain_column)
-        names, batch_size = domains.names, examples_per_step(args)
-        if batch_size < len(names) and not args.is_online:
-            raise ValueError(
-                f"Every step must hold every domain, but {batch_size} examples a step cannot hold {len(names)} domains. "
-                "Raise `per_device_train_batch_size`, `gradient_accumulation_steps` or the number of processes."
-            )
-        if max_epochs_per_domain is not None and not args.is_online:
-            raise ValueError(
-                "A proxy sees the same number of examples of every domain, so `max_epochs_per_domain` must be unset, but got "
-                f"{max_epochs_per_domain}. Cap the epochs where the learned weights are used, or set `mode='online'`."
-            )
+        names = domains.names
+        self._refuse_lost_domains(args, names)
+        self._refuse_useless_cap(args, max_epochs_per_domain)
         first_weights = weights_in_order(initial_weights if args.is_online else None, names)
         super().__init__(
             model,
@@ -136,24 +133,18 @@ class DoGEMixin(DomainWeightedMixin):
             **kwargs,
         )
         refuse_unsupported_engine(self)
-        seed = args.seed if args.data_seed is None else args.data_seed
         if not is_streamed:
             domains = self.domain_sampler.domains  # of the train set as the trainer prepared it
         lookup = DomainLookup(None if is_streamed else self.train_dataset.features[args.domain_column], names)
-        self.data_collator = DomainCollator(self.data_collator, args.domain_column, lookup, seed=seed)
-        share = ceil(batch_size / len(names))
-        pieces = {"batch_size": args.train_batch_size}
+        plan = self._plan(names)
+        self.data_collator = DomainCollator(self.data_collator, args.domain_column, lookup, seed=plan["seed"])
+        self._domain_collator = self.data_collator
         self._alignment_batches = self._targets = None
         if args.is_online:
-            self._refuse_short_lag()
-            self._alignment_batches = DomainBatches(
-                self.train_dataset, domains, examples_per_domain=share, seed=seed + 1, **pieces
-            )
+            self._alignment_batches = DomainBatches(self.train_dataset, domains, **{**plan, "seed": plan["seed"] + 1})
         if target_dataset is not None:
-            share = args.per_device_target_batch_size or share
-            self._targets = TargetBatches(
-                target_dataset, target_weights, examples_per_domain=share, seed=seed, **pieces
-            )
+            self._targets = TargetBatches(target_dataset, target_weights, **self._plan(names, for_targets=True))
+        self._fixed_arguments = {name: getattr(args, name) for name in ("mode", "domain_column")}
         self._learner = DomainLearner(
             self,
             domains,
@@ -182,6 +173,38 @@ class DoGEMixin(DomainWeightedMixin):
 
     def _describe_identity(self) -> dict[str, Any]:
         return {**super()._describe_identity(), **self._learner.identity}
+
+    def _read_arguments(self) -> None:
+        super()._read_arguments()
+        args, names = self.args, self._learner.domains.names
+        for name, value in self._fixed_arguments.items():
+            if getattr(args, name) != value:
+                raise ValueError(
+                    f"`{name}` must stay what the trainer was made with, {value!r}, but is {getattr(args, name)!r} now. Make "
+                    "another trainer."
+                )
+        args.check_arguments()
+        refuse_unsupported_arguments(args, has_target=self._targets is not None)
+        self._refuse_lost_domains(args, names)
+        plan = self._plan(names)
+        self._domain_collator.seed = plan["seed"]
+        if args.is_online:
+            self._alignment_batches.plan(**{**plan, "seed": plan["seed"] + 1})
+        if self._targets is not None:
+            self._targets.plan(**self._plan(names, for_targets=True))
+        self._learner.read_arguments()
+
+    def _plan(self, names: tuple[str, ...], *, for_targets: bool = False) -> dict[str, int]:
+        """How many examples of every domain or target a step looks at, and by which seed."""
+        args = self.args
+        if args.is_online:
+            self._refuse_short_lag()
+        share = ceil(examples_per_step(args) / len(names))
+        return {
+            "examples_per_domain": args.per_device_target_batch_size or share if for_targets else share,
+            "batch_size": args.train_batch_size,
+            "seed": args.seed if args.data_seed is None else args.data_seed,
+        }
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
@@ -237,7 +260,7 @@ class DoGEMixin(DomainWeightedMixin):
 
     @property
     def _is_reweighting(self) -> bool:
-        return self.state.global_step % self.args.reweight_steps == 0
+        return self.state.global_step % self._learner.args.reweight_steps == 0
 
     def _reweighting_step(self, step: StepGradients) -> Tensor:
         """Align, update the weights, and step with the new ones (with `lagged_update`, with the old)."""
@@ -245,7 +268,7 @@ class DoGEMixin(DomainWeightedMixin):
         alignment = learner.alignment.align(step)
         before = learner.shares(alignment.usable)
         learner.update_weights(alignment, set(step.present_domains))
-        shares = before if self.args.lagged_update else learner.shares(alignment.usable)
+        shares = before if self._learner.args.lagged_update else learner.shares(alignment.usable)
         learner.alignment.write_gradient(step, shares * alignment.step_scales)
         return learner.weighted_loss(alignment.losses, alignment.usable)
 
@@ -269,7 +292,9 @@ class DoGEMixin(DomainWeightedMixin):
         """Update the weights by examples of their own, and tell the sampler from which draw on they hold."""
         learner, step = self._learner, self.state.global_step
         shares = {"process_index": self.args.process_index, "num_processes": self.args.world_size}
-        pieces = self._alignment_batches.batches(step // self.args.reweight_steps, self._signature_columns, **shares)
+        pieces = self._alignment_batches.batches(
+            step // self._learner.args.reweight_steps, self._signature_columns, **shares
+        )
         gradients = learner.prepare(
             [self.data_collator(features) for features, _ in pieces],
             self._target_batches(),
@@ -282,7 +307,7 @@ class DoGEMixin(DomainWeightedMixin):
         learner.alignment.forget()
         learner.update_weights(alignment, set(gradients.present_domains))
         weights = dict(zip(learner.state.names, learner.state.weights.tolist(), strict=True))
-        first_draw = (step + self.args.lag_steps) * examples_per_step(self.args)
+        first_draw = (step + learner.args.lag_steps) * examples_per_step(self.args)
         if self.domain_sampler.max_epochs_per_domain is None or first_draw < self.domain_sampler.num_planned:
             self.domain_sampler.set_weights(weights, first_draw=first_draw)
 
@@ -291,9 +316,26 @@ class DoGEMixin(DomainWeightedMixin):
         if self._targets is None:
             return []
         shares = {"process_index": self.args.process_index, "num_processes": self.args.world_size}
-        looks = self.state.global_step // self.args.reweight_steps
+        looks = self.state.global_step // self._learner.args.reweight_steps
         pieces = self._targets.batches(looks, self._signature_columns, **shares)
         return [(self.data_collator(features), ids) for features, ids in pieces]
+
+    @staticmethod
+    def _refuse_lost_domains(args: DoGEConfig, names: tuple[str, ...]) -> None:
+        batch_size = examples_per_step(args)
+        if batch_size < len(names) and not args.is_online:
+            raise ValueError(
+                f"Every step must hold every domain, but {batch_size} examples a step cannot hold {len(names)} domains. "
+                "Raise `per_device_train_batch_size`, `gradient_accumulation_steps` or the number of processes."
+            )
+
+    @staticmethod
+    def _refuse_useless_cap(args: DoGEConfig, max_epochs_per_domain: float | None) -> None:
+        if max_epochs_per_domain is not None and not args.is_online:
+            raise ValueError(
+                "A proxy sees the same number of examples of every domain, so `max_epochs_per_domain` must be unset, but got "
+                f"{max_epochs_per_domain}. Cap the epochs where the learned weights are used, or set `mode='online'`."
+            )
 
     def _refuse_short_lag(self) -> None:
         """Weights must not be due before a draw that the DataLoader has taken already."""

@@ -1,0 +1,137 @@
+"""What is set in the arguments after a trainer was made counts from train begin, as a hyperparameter search sets it."""
+
+import numpy as np
+import pytest
+import torch
+from transformers import TrainingArguments
+
+from hf_doge.training.config import DoGEConfig
+from hf_doge.training.mixture import DomainWeightedTrainer
+from hf_doge.training.trainer import DoGETrainer
+from tests.tiny import three_domains, tiny_llama
+
+QUIET = {"use_cpu": True, "report_to": "none", "save_strategy": "no", "disable_tqdm": True, "max_steps": 3}
+
+
+def make_trainer(folder, **changes):
+    options = {"per_device_train_batch_size": 6, "learning_rate": 0.05, "optim": "sgd", "mu": 0.1, **QUIET, **changes}
+    data = {"train_dataset": three_domains(8), "target_dataset": three_domains(6)["code"]}
+    return DoGETrainer(None, DoGEConfig(str(folder), **options), model_init=lambda: tiny_llama(), **data)
+
+
+def learned(trainer):
+    weights = trainer.domain_weights
+    recipe = {name: value for name, value in weights.recipe.items() if name != "arguments"}
+    arguments = {name: value for name, value in weights.recipe["arguments"].items() if name != "hub_weights_id"}
+    training = {k: v for k, v in weights.metadata["training"].items() if k != "seconds"}
+    parameters = torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
+    return weights.last, weights.trajectory.scores.tolist(), recipe, arguments, training, parameters.tolist()
+
+
+CHANGES = [
+    {"mu": 5.0, "smoothing": 0.1},
+    {"recipe": "official"},
+    {"normalization": "cosine", "self_term": False},
+    {"seed": 7},
+    {"per_device_train_batch_size": 9, "alignment": "streamed", "alignment_parameters": "mlp"},
+    {"per_device_target_batch_size": 1, "reweight_steps": 2, "trajectory_steps": 2},
+    {"mode": "online", "sampler_lag_steps": 3, "seed": 7, "mu": 0.01},
+]
+
+
+@pytest.mark.parametrize("changes", CHANGES, ids=lambda changes: "-".join(changes))
+def test_a_trial_of_a_search_is_the_run_of_a_trainer_made_for_it(tmp_path, changes):
+    first = {"mode": changes.get("mode", "proxy")}
+    trainer = make_trainer(tmp_path, **first)
+    trainer.train()
+
+    def model_init():  # a trial's arguments are set inside of `train`, next to this
+        for name, value in changes.items():
+            setattr(trainer.args, name, value)
+        return tiny_llama()
+
+    trainer.model_init = model_init
+    trainer.train()
+    made = make_trainer(tmp_path, **changes)
+    made.train()
+    assert learned(trainer) == learned(made)
+
+
+def test_arguments_set_between_two_trainings_count_from_the_second(tmp_path):
+    trainer = make_trainer(tmp_path)
+    found = []
+    for mu in (0.1, 5.0, 0.1):
+        trainer.args.mu = mu
+        trainer.train()
+        found.append(learned(trainer))
+        assert trainer.domain_weights.recipe["mu"] == trainer.domain_weights.recipe["arguments"]["mu"] == mu
+    assert found[0] == found[2] != found[1]
+
+
+def test_arguments_set_after_the_training_are_not_recorded_of_it(tmp_path):
+    trainer = make_trainer(tmp_path)
+    trainer.train()
+    before = learned(trainer)
+    trainer.args.mu, trainer.args.learning_rate, trainer.args.seed, trainer.args.reweight_steps = 5.0, 1.0, 3, 4
+    assert learned(trainer) == before
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("mode", "online", "`mode` must stay what the trainer was made with, 'proxy', but is 'online' now"),
+        ("domain_column", "kind", "`domain_column` must stay"),
+        ("mu", -1.0, "`mu` must be"),
+        ("fp16", True, "fp16 loss scaling"),
+        ("per_device_train_batch_size", 2, "2 examples a step cannot hold 3 domains"),
+        ("auto_find_batch_size", True, "`auto_find_batch_size`"),
+    ],
+)
+def test_what_may_not_change_is_refused_at_train_begin(tmp_path, name, value, message):
+    trainer = make_trainer(tmp_path)
+    setattr(trainer.args, name, value)
+    with pytest.raises(ValueError, match=message):
+        trainer.train()
+
+
+def drawn(trainer):
+    seen, collate = [], trainer.data_collator
+
+    def watch(features):
+        seen.append([feature["input_ids"] for feature in features])
+        return collate(features)
+
+    trainer.data_collator = watch
+    trainer.train()
+    trainer.data_collator = collate
+    return seen[: trainer.state.global_step]
+
+
+def mix(folder, **changes):
+    args = TrainingArguments(str(folder), **{"per_device_train_batch_size": 4, **QUIET, **changes})
+    options = {"train_dataset": three_domains(8), "domain_weights": {"arxiv": 0.6, "books": 0.3, "code": 0.1}}
+    return DomainWeightedTrainer(tiny_llama(), args, max_epochs_per_domain=1.0, **options)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"seed": 3}, {"per_device_train_batch_size": 5}, {"max_steps": 4}, {"data_seed": 9}]
+)
+def test_a_mixture_is_drawn_by_the_arguments_at_train_begin(tmp_path, changes):
+    trainer = mix(tmp_path)
+    sampler = trainer.domain_sampler
+    drawn(trainer)
+    for name, value in changes.items():
+        setattr(trainer.args, name, value)
+    assert drawn(trainer) == drawn(mix(tmp_path, **changes))
+    assert trainer.domain_sampler is sampler
+    assert np.isclose(sum(sampler.effective_weights.values()), 1)
+
+
+def test_the_seed_of_streams_may_not_change(tmp_path):
+    streams = {name: data.to_iterable_dataset() for name, data in three_domains().items()}
+    args = TrainingArguments(str(tmp_path), **QUIET)
+    weights = dict.fromkeys(streams, 1.0)
+    trainer = DomainWeightedTrainer(tiny_llama(), args, train_dataset=streams, domain_weights=weights)
+    args.seed = 3
+    with pytest.raises(ValueError, match=r"seed of a mixture of streams must stay .* 42, but is 3 now"):
+        trainer.train()
