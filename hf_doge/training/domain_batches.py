@@ -101,7 +101,7 @@ class TargetBatches(DomainBatches):
     @cached_property
     def fingerprints(self) -> dict[str, str]:
         """A fingerprint of the content of each target, by name."""
-        described = describe_domains(self._dataset, self._targets, domain_column=TARGET_COLUMN)
+        described = describe_domains(self._dataset, self._domains, domain_column=TARGET_COLUMN)
         return {name: facts["fingerprint"] for name, facts in described.items()}
 
     def describe(self) -> dict[str, dict[str, float]]:
