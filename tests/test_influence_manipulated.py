@@ -170,7 +170,12 @@ CLAIMS = {
     "must have finite learning rates": set_in("checkpoints", 0, "learning_rate", value=-1),
     r"must lie in the folder, but got '\.\./x'": set_in(*FILE, "path", value="../x"),
     "must lie in the folder, but got '/etc/x'": set_in(*FILE, "offsets_path", value="/etc/x"),
-    r"must lie in the folder, but got 'C:\\\\x'": set_in(*FILE, "path", value="C:\\x"),
+    "must lie in the folder, but got 'C:x'": set_in(*FILE, "path", value="C:x"),
+    "must lie in the folder, but got '//server/share/x'": set_in(*FILE, "path", value="//server/share/x"),
+    r"must lie in the folder, but got '\.\.\\\\x'": set_in(*FILE, "path", value="..\\x"),
+    r"must lie in the folder, but got 'a\\x00'": set_in(*FILE, "path", value="a\0"),
+    "must lie in the folder, but got ''": set_in(*FILE, "path", value=""),
+    r"must lie in the folder, but got '\.'": set_in("files", ".", value="0"),
     r"must lie in the folder, but got 'examples/\.\./\.\./x'": set_in("files", "examples/../../x", value="0"),
     "must not lead out of the folder by `path`": set_in("checkpoints", 0, "path", value="models/../../x"),
 }

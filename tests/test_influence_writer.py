@@ -620,6 +620,30 @@ def test_in_one_process_the_later_writer_takes_over(tmp_path, rows):
     assert [entry["name"] for entry in config_of(folder)["checkpoints"]] == ["checkpoint-1", "checkpoint-2"]
 
 
+@pytest.mark.parametrize("grows", [False, True])
+def test_a_closed_writer_touches_nothing(tmp_path, rows, grows):
+    folder = tmp_path / "index"
+    write_index(folder, some(rows, 0, 30) if grows else rows)
+    writer = open_writer(folder, add_examples=grows)
+    name = "checkpoint-0" if grows else "checkpoint-1"
+    facts = {**FACTS, "step": 0 if grows else 1}
+    checkpoint = writer.checkpoint(name, **facts)
+    checkpoint.add(some(rows, checkpoint.num_done, NUM_EXAMPLES))
+    writer.close()
+    before = contents(folder)
+    texts = pa.table({"example_id": range(NUM_EXAMPLES), "text": ["other"] * NUM_EXAMPLES})
+    for attempt in (
+        lambda: checkpoint.add(rows),
+        checkpoint.finish,
+        lambda: writer.checkpoint(name, **facts),
+        lambda: writer.write_examples(texts),
+        lambda: writer.forget("checkpoint-0"),
+    ):
+        with pytest.raises(ValueError, match="closed, or opened anew since"):
+            attempt()
+    assert contents(folder) == before
+
+
 def test_a_writer_that_is_forgotten_holds_no_lock(tmp_path):
     folder = tmp_path / "index"
     writer = open_writer(folder)

@@ -91,10 +91,11 @@ def replace_files(folder: Path, files: Mapping[str, bytes], *, manifest: str) ->
     folder.mkdir(parents=True, exist_ok=True)
     sync_folder(folder.parent)
     staged = {name: _stage(folder, name, content) for name, content in files.items()}
+    for name in order:
+        (folder / name).parent.mkdir(exist_ok=True)
     sync_folder(folder)
     for name in order:
         path = folder / name
-        path.parent.mkdir(exist_ok=True)
         try:
             os.replace(staged[name], path)
         except FileNotFoundError:  # without locks, another process that saves the same has been quicker
@@ -155,6 +156,7 @@ def write_atomically(path: Path, content: bytes) -> None:
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
+    sync_folder(path.parent)
 
 
 @contextmanager

@@ -81,6 +81,7 @@ def _copy(source: Path, target: Path) -> None:
         for entry in source.iterdir():
             if not entry.name.startswith(".") and not entry.name.endswith(PARTIAL):
                 _copy(entry, target / entry.name)
+        sync_folder(target)
     elif source.is_file():
         shutil.copyfile(source, target)
         sync_folder(target)

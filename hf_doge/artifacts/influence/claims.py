@@ -80,11 +80,9 @@ def require_inside(path: str, *, source: str) -> None:
     Raises:
         ValueError: The path of a file of an index is not plainly within the folder, on any system.
     """
-    posix, windows = PurePosixPath(path), PureWindowsPath(path)
-    plain = (
-        not posix.is_absolute() and not windows.drive and not windows.root and "\\" not in path and "\0" not in path
-    )
-    if not plain or ".." in posix.parts or not posix.parts:
+    parts, windows = PurePosixPath(path).parts, PureWindowsPath(path)
+    anchored = windows.drive or windows.root  # which `/` is as well
+    if anchored or "\\" in path or "\0" in path or ".." in parts or not parts:
         raise ValueError(f"Files in {source!r} must lie in the folder, but got {path!r}.")
 
 

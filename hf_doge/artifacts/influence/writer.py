@@ -293,6 +293,7 @@ class IndexWriter:
         Raises:
             ValueError: An example is missing or repeats, or the index has other examples already.
         """
+        self.require_open()
         table = ordered_examples(table, self.num_examples)
         if self._growth is not None:
             self._growth.write_examples(self.folder, table)
@@ -347,6 +348,7 @@ class IndexWriter:
         Raises:
             ValueError: It is whole already, or an argument cannot be kept; or there are no examples yet.
         """
+        self.require_open()
         if not name or set(name) - _NAME_CHARACTERS or name.startswith(".") or name.endswith(PARTIAL):
             raise ValueError(
                 f"The name of a checkpoint must be of letters, digits, '.', '_' and '-', not begin with '.' and not end"
@@ -363,7 +365,6 @@ class IndexWriter:
             raise ValueError("The examples must come before the first checkpoint. Call `write_examples`.")
         learning_rate = check_number("learning_rate", learning_rate, least=0, most=LARGEST_RATE)
         values = (name, step, epoch, learning_rate, str(path), revision, model_class, fingerprint)
-        self.require_open()
         facts = dict(zip(CHECKPOINT_FACTS, values, strict=True))
         if second_moments is not None:
             facts["second_moments"] = second_moments
@@ -381,7 +382,6 @@ class IndexWriter:
         borders: Sequence[int] | None,
     ) -> CheckpointWriter:
         """A checkpoint of the index, to be given the rows of the examples that are added."""
-        self.require_open()
         if name not in self.checkpoint_names:
             raise ValueError(
                 f"Examples are added at the checkpoints of the index, {self.checkpoint_names}, but got {name!r}. Add the"
