@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import torch
+from transformers import TrainerCallback
 
 from hf_doge.training.config import DoGEConfig
 from hf_doge.training.trainer import DoGETrainer
@@ -16,6 +17,15 @@ from tests.tiny import three_domains, tiny_gpt2
 
 STEPS = 6
 RANK = int(os.environ.get("RANK", "0"))
+
+
+class Beginning(TrainerCallback):
+    """The step that a training began at."""
+
+    step = None
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.step = state.global_step
 
 
 class FaultyTrainer(DoGETrainer):
@@ -29,7 +39,8 @@ class FaultyTrainer(DoGETrainer):
 
     def __init__(self, *args, fault=None, **kwargs):
         super().__init__(*args, **kwargs)
-        self.fault = fault or {}
+        self.fault, self.beginning = fault or {}, Beginning()
+        self.add_callback(self.beginning)
 
     def is_at(self, *kinds, step):
         return self.fault.get("kind") in kinds and self.fault["rank"] == RANK and step == self.fault["step"]
@@ -101,7 +112,7 @@ def note(trainer, path):
             "scores": torch.from_numpy(learned.trajectory.scores),
             "mean": torch.tensor(list(learned.mean.values())),
             "parameters": torch.cat([p.detach().flatten() for p in trainer.model.parameters()]),
-            "began_at": trainer._initial_global_step,
+            "began_at": trainer.beginning.step,
         },
         path,
     )
