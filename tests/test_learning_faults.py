@@ -85,7 +85,11 @@ def finished(folders, broken):
     term = {"folder": str(folders["term"]), "fault": {"kind": "term", "rank": 1, "step": 3}, "outcome": "stopped"}
     jobs = [{"folder": str(folders["undisturbed"])}, term]
     jobs += [{"folder": str(folders[name]), "resume": True} for name in RESUMED_AT]
-    return launch(SCRIPT, json.dumps(jobs)).stdout
+    result = launch(SCRIPT, json.dumps(jobs), check=False)
+    if "don't know how to restore data location" in result.stdout:
+        pytest.skip("transformers 5.0 cannot read a checkpoint back to the device of a process on the CPU, `cpu:0`")
+    assert result.returncode == 0, result.stdout[-6000:]
+    return result.stdout
 
 
 def load(folder, rank=0, outcome="outcome"):
