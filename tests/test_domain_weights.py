@@ -608,6 +608,11 @@ def test_a_kill_in_the_save_after_a_killed_save_leaves_the_newest_whole_version(
         _check_crashed(sorted(crashed.iterdir()), before, make_weights(2))
 
 
+def test_weights_are_saved_into_folders_that_do_not_exist(tmp_path):
+    make_weights(1).save_pretrained(tmp_path / "a" / "b" / "weights")
+    assert DomainWeights.from_pretrained(tmp_path / "a" / "b" / "weights") == make_weights(1)
+
+
 # Weights written by others
 
 

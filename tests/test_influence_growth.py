@@ -114,6 +114,19 @@ def grow_step_by_step(folder, rows, *, stop_after=None):
         step()
 
 
+def test_borders_cut_the_segments_of_examples_that_are_added(tmp_path, rows):
+    folder = begun(tmp_path / "index", rows[:1])
+    writer = open_writer(folder, num_examples=NUM_EXAMPLES, add_examples=True)
+    with writer.checkpoint("checkpoint-0", step=0, borders=[33, 35], **FACTS) as checkpoint:
+        assert checkpoint.missing() == [(FIRST, 33), (33, 35), (35, NUM_EXAMPLES)]
+        for first, last in checkpoint.missing():
+            checkpoint.begin(first, last)
+            checkpoint.add(some(rows[0], first, last))
+        checkpoint.finish()
+    files = json.loads((folder / "config.json").read_text())["checkpoints"][0]["files"]
+    assert {FIRST, 33, 35} <= {file["first_example"] for file in files}
+
+
 @pytest.mark.parametrize("stop", [1, 2, 3, 4, 5, 6])
 def test_an_interrupted_growth_shows_nothing_and_goes_on(tmp_path, rows, stop):
     folder = begun(tmp_path / "index", rows)
