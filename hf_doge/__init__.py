@@ -12,6 +12,7 @@ from hf_doge._version import __version__
 if TYPE_CHECKING:
     from hf_doge.artifacts.domain_weights import DomainWeights
     from hf_doge.artifacts.trajectory import Trajectory
+    from hf_doge.mixing.estimate import estimate_domain_weights
     from hf_doge.sampling.sampler import DomainWeightedSampler
     from hf_doge.sampling.streaming import interleave_domains
     from hf_doge.tracing.callback import TracInWECallback
@@ -31,6 +32,7 @@ _MODULES = {
     "InfluenceIndex": "hf_doge.tracing.index",
     "TracInWECallback": "hf_doge.tracing.callback",
     "Trajectory": "hf_doge.artifacts.trajectory",
+    "estimate_domain_weights": "hf_doge.mixing.estimate",
     "interleave_domains": "hf_doge.sampling.streaming",
 }
 
@@ -46,6 +48,7 @@ __all__ = [
     "TracInWECallback",
     "Trajectory",
     "__version__",
+    "estimate_domain_weights",
     "interleave_domains",
 ]
 

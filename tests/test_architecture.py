@@ -20,12 +20,13 @@ BELOW = {
     "sampling": set(),
     "artifacts": {"functional", "gradients", "sampling", "plots", "_version"},
     "evaluation": {"functional", "artifacts", "plots", "_version"},
+    "mixing": {"functional", "sampling", "artifacts", "_version"},
     "plots": {"artifacts"},
     "influence_plots": {"plots"},
     "training": {"functional", "gradients", "sampling", "artifacts", "evaluation", "plots", "_version"},
     "tracing": {"functional", "gradients", "artifacts", "evaluation", "_version"},
     "cli": {
-        *("functional", "gradients", "sampling", "artifacts", "evaluation", "training", "tracing"),
+        *("functional", "gradients", "sampling", "artifacts", "evaluation", "training", "tracing", "mixing"),
         *("plots", "influence_plots", "_version"),
     },
 }

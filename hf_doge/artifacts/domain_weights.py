@@ -131,13 +131,57 @@ class DomainWeights:
         Raises:
             ValueError: A domain lacks `num_tokens`, or none has a token.
         """
-        for name, facts in check_mapping("domains", domains).items():
-            check_mapping(f"domains[{name!r}]", facts)
-        unknown = [name for name, facts in domains.items() if facts.get("num_tokens") is None]
-        if unknown:
-            raise ValueError(f"Natural weights need `num_tokens` of every domain, but domains {unknown} have none.")
-        tokens = {name: facts["num_tokens"] for name, facts in domains.items()}
+        tokens = _known_tokens(domains, "Natural weights")
         return cls.from_mapping(tokens, recipe={"name": "natural"}, domains=domains)
+
+    @classmethod
+    def from_temperature(cls, domains: Mapping[str, Mapping[str, Any]], *, temperature: float) -> "DomainWeights":
+        """
+        Weights in proportion to `num_tokens ** (1 / temperature)`: natural at 1, nearer to uniform the higher it is.
+
+        Args:
+            domains (`Mapping[str, Mapping]`): As in [`~DomainWeights.domains`], with `num_tokens` for every domain.
+            temperature (`float`): Positive.
+
+        Raises:
+            ValueError: A domain lacks `num_tokens`, none has a token, or the temperature is not positive and finite.
+        """
+        temperature = check_number("temperature", temperature, above=0)
+        tokens = _known_tokens(domains, "Weights by temperature")
+        most = max(tokens.values())
+        ratios = {name: (count / most) ** (1 / temperature) if count else 0.0 for name, count in tokens.items()}
+        return cls.from_mapping(ratios, recipe={"name": "temperature", "temperature": temperature}, domains=domains)
+
+    @classmethod
+    def unimax(
+        cls, domains: Mapping[str, Mapping[str, Any]], *, num_tokens: int, max_epochs: float
+    ) -> "DomainWeights":
+        """
+        Equal parts, except that no domain is read more than `max_epochs` times within a budget of `num_tokens`: what a
+        small domain cannot take goes to the others in equal parts (UniMax, https://huggingface.co/papers/2304.09151).
+
+        Args:
+            domains (`Mapping[str, Mapping]`): As in [`~DomainWeights.domains`], with `num_tokens` for every domain.
+            num_tokens (`int`): Tokens of the whole training, at least 1.
+            max_epochs (`float`): Positive.
+
+        Raises:
+            ValueError: A domain lacks `num_tokens`, or all of them together cannot fill the budget.
+        """
+        tokens = _known_tokens(domains, "UniMax weights")
+        num_tokens, max_epochs = check_count("num_tokens", num_tokens), check_number("max_epochs", max_epochs, above=0)
+        if max_epochs * sum(tokens.values()) < num_tokens:
+            raise ValueError(
+                f"{max_epochs} epochs of {sum(tokens.values())} tokens must fill the budget of {num_tokens} tokens, but do "
+                "not. Raise `max_epochs` or lower `num_tokens`."
+            )
+        left, shares = float(num_tokens), {}
+        by_size = sorted(tokens, key=tokens.get)
+        for position, name in enumerate(by_size):
+            shares[name] = min(left / (len(by_size) - position), max_epochs * tokens[name])
+            left -= shares[name]
+        recipe = {"name": "unimax", "num_tokens": num_tokens, "max_epochs": max_epochs}
+        return cls.from_mapping({name: shares[name] for name in tokens}, recipe=recipe, domains=domains)
 
     @classmethod
     def from_file(cls, path: str | os.PathLike) -> "DomainWeights":
@@ -343,3 +387,12 @@ class DomainWeights:
         heaviest = sorted(self.mean.items(), key=lambda item: -item[1])
         shown = ", ".join(f"{name}: {weight:.4f}" for name, weight in heaviest[:8])
         return f"DomainWeights({shown}{f', and {len(heaviest) - 8} more' if len(heaviest) > 8 else ''})"
+
+
+def _known_tokens(domains: Mapping[str, Mapping[str, Any]], which: str) -> dict[str, int]:
+    for name, facts in check_mapping("domains", domains).items():
+        check_mapping(f"domains[{name!r}]", facts)
+    unknown = [name for name, facts in domains.items() if facts.get("num_tokens") is None]
+    if unknown:
+        raise ValueError(f"{which} need `num_tokens` of every domain, but domains {unknown} have none.")
+    return {name: facts["num_tokens"] for name, facts in domains.items()}

@@ -14,6 +14,7 @@ from hf_doge.text import hide_secrets, printable
 
 COMMANDS = {
     "demo": "learn weights on text found on this machine and see whether they help; no data, no network, minutes",
+    "estimate": "estimate domain weights in seconds, without training",
     "learn": "learn domain weights with a small proxy model",
     "train": "train a model on given weights",
     "compare": "train the same model on several mixtures and tabulate its perplexities",

@@ -95,7 +95,9 @@ def parse(argv: Sequence[str], *dataclasses: type, prog: str, description: str, 
     """
     parser = HfArgumentParser(dataclasses, prog=prog, usage="%(prog)s [CONFIG.yaml] --data_dir DIR [flags]")
     parser.description = description
-    parser.set_defaults(dataloader_pin_memory=torch.cuda.is_available(), **defaults)  # else torch warns on a CPU
+    parser.set_defaults(**defaults)
+    if any(issubclass(kind, TrainingArguments) for kind in dataclasses):
+        parser.set_defaults(dataloader_pin_memory=torch.cuda.is_available())  # else torch warns on a CPU
     argv = list(argv)
     configured = []
     if argv and not argv[0].startswith("-") and Path(argv[0]).suffix in CONFIG_SUFFIXES:

@@ -18,8 +18,8 @@ def load_weights(spec: str, domains: Mapping[str, Mapping[str, int]]) -> DomainW
     The weights that a word on the command line stands for, in the order of the domains.
 
     Args:
-        spec (`str`): `uniform`, `natural` (in proportion to tokens), the output folder of `hf-doge learn`, a folder or
-            Hub name of an artifact, or a JSON or YAML file of weights.
+        spec (`str`): `uniform`, `natural` (in proportion to tokens), `temperature:T`, `unimax:TOKENS:EPOCHS`, the output
+            folder of `hf-doge learn` or `estimate`, a folder or Hub name of an artifact, or a JSON or YAML file of weights.
         domains (`Mapping[str, Mapping[str, int]]`): What there is to train on, from [`describe_blocks`].
 
     Raises:
@@ -30,6 +30,9 @@ def load_weights(spec: str, domains: Mapping[str, Mapping[str, int]]) -> DomainW
         return DomainWeights.uniform(domains)
     if spec == "natural":
         return DomainWeights.natural(domains)
+    rule, _, values = spec.partition(":")
+    if rule in ("temperature", "unimax") and values:
+        return _weigh_by_rule(rule, values.split(":"), domains)
     path = Path(spec)
     if path.is_file():
         weights = DomainWeights.from_file(path)
@@ -42,3 +45,17 @@ def load_weights(spec: str, domains: Mapping[str, Mapping[str, int]]) -> DomainW
             f"{sorted(weights.mean)}. Choose the domains with `--domains` and `--target`."
         )
     return DomainWeights.from_mapping({name: weights.mean[name] for name in domains}, domains=domains)
+
+
+def _weigh_by_rule(rule: str, values: list[str], domains: Mapping[str, Mapping[str, int]]) -> DomainWeights:
+    try:
+        if rule == "temperature":
+            (temperature,) = map(float, values)
+            return DomainWeights.from_temperature(domains, temperature=temperature)
+        num_tokens, max_epochs = map(float, values)
+        return DomainWeights.unimax(domains, num_tokens=int(num_tokens), max_epochs=max_epochs)
+    except (ValueError, OverflowError) as error:
+        raise ValueError(
+            f"A mixture by rule is `temperature:T` or `unimax:TOKENS:EPOCHS`, but {rule}:{':'.join(values)} is not one that "
+            f"can be computed: {error}"
+        ) from error

@@ -147,6 +147,18 @@ def _origin(weights: "DomainWeights") -> str:
         return (
             "In proportion to the tokens of each domain, as training on all the data: a baseline, nothing was learned."
         )
+    if name == "ngram_em":
+        return (
+            "Estimated without training: under these weights, n-gram models of the domains make the text of the target most"
+            " likely."
+        )
+    if name == "temperature":
+        return "In proportion to a power of the tokens of each domain: a rule, nothing was learned."
+    if name == "unimax":
+        return (
+            "Equal parts, but for domains too small for theirs within the allowed epochs"
+            " ([UniMax](https://huggingface.co/papers/2304.09151)): a rule, nothing was learned."
+        )
     return "How they were chosen is told below, as far as it was recorded."
 
 

@@ -1,0 +1,74 @@
+"""`hf-doge estimate`: domain weights in seconds, without training."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from datasets import concatenate_datasets
+
+from hf_doge.cli.arguments import DataArguments, parse
+from hf_doge.cli.console import save_plot, say
+from hf_doge.cli.data import load_domain_data
+from hf_doge.cli.mixtures import describe_blocks, load_weights
+from hf_doge.mixing.estimate import estimate_domain_weights
+
+DOMAIN_WEIGHTS_FOLDER = "domain_weights"
+DEFAULT_VOCAB = 4096
+
+
+@dataclass
+class EstimateArguments:
+    """What the weights should serve, and where they go."""
+
+    output_dir: str = field(default="doge_estimate", metadata={"help": "Folder for weights, blocks and tokenizer."})
+    target: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Domain(s) that the weights should serve and that are kept out of the mixture. Without one, "
+            "`--mixture` says by which rule the domains are weighed."
+        },
+    )
+    mixture: str = field(
+        default="natural",
+        metadata={
+            "help": "Without a target: uniform, natural, temperature:T (in proportion to tokens to the power of 1/T), or "
+            "unimax:TOKENS:EPOCHS (equal parts of TOKENS tokens, none read more than EPOCHS times)."
+        },
+    )
+    order: int = field(default=2, metadata={"help": "1 for unigrams, 2 for bigrams interpolated with them."})
+    max_target_tokens: int = field(
+        default=100_000, metadata={"help": "Use no more than this many train tokens of each target domain."}
+    )
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the command."""
+    data_args, args = parse(
+        argv,
+        DataArguments,
+        EstimateArguments,
+        prog="hf-doge estimate",
+        description=(
+            "Estimate domain weights without training: those under which n-gram models of the domains make the target most "
+            "likely, or by a rule. Without --tokenizer and --train_tokenizer_vocab, a tokenizer of "
+            f"{DEFAULT_VOCAB:,} entries is trained on the domains first."
+        ),
+        defaults={},
+    )
+    if data_args.tokenizer is None and data_args.train_tokenizer_vocab is None:
+        data_args.train_tokenizer_vocab = DEFAULT_VOCAB
+    output_dir = Path(args.output_dir)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    targets = args.target or ()
+    data = load_domain_data(data_args, output_dir, targets=targets, max_target_tokens=args.max_target_tokens)
+    if targets:
+        target = concatenate_datasets(list(data.targets.values()))
+        weights = estimate_domain_weights(data.train, target, order=args.order, max_target_tokens=None)
+    else:
+        weights = load_weights(args.mixture, describe_blocks(data.train, data_args.block_size))
+    folder = output_dir / DOMAIN_WEIGHTS_FOLDER
+    weights.save_pretrained(folder, plot=True)
+    plot = save_plot(weights.plot, output_dir / "domain_weights.png")
+    say(weights.summary())
+    say(f"Weights: {folder}{f', plot: {plot}' if plot else ''}")
+    return 0

@@ -1,0 +1,1 @@
+"""Mixtures found without DoGE: from n-gram statistics and from fixed rules."""
