@@ -352,7 +352,7 @@ def test_demo_goes_from_a_corpus_to_a_report(data_dir, tmp_path, monkeypatch, ca
         assert str(folder / path) in printed
     assert "proponent 1" in printed
     assert "Mean influence of an example, by domain" in printed
-    assert printed.count("learned against uniform, average") == 1
+    assert printed.count("learned against uniform, geometric mean") == 1
     assert (folder / "report.md").read_text().count("data:image/png;base64,") == 2
 
 
@@ -597,7 +597,12 @@ def test_a_model_config_that_does_not_fit_is_refused(config, message, data_dir, 
         (["--weights", "nowhere"], "nowhere"),
         (["--weights", "a=uniform", "a=natural"], "'a' in 'a=natural'"),
         (["--weights", "a/b=uniform"], "'a/b' in"),
-        (["--baselines", "doremi"], "must be among ['uniform', 'natural'], but got ['doremi']"),
+        (
+            ["--mixtures", "doremi"],
+            "must be among uniform, natural, temperature:T, unimax:EPOCHS and estimated, but got 'doremi'",
+        ),
+        (["--mixtures", "estimated"], "An estimate needs a target"),
+        (["--mixtures", "temperature:0"], "'temperature:0' cannot be computed"),
         (["--seeds", "1", "1"], "distinct seeds"),
     ],
 )

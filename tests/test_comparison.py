@@ -1,5 +1,7 @@
+import dataclasses
 import json
 import math
+import re
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -48,22 +50,85 @@ def test_a_target_is_in_no_average(runs):
     assert comparison.summary()["uniform"]["ca"]["mean"] == pytest.approx(105.0)
 
 
-def test_verdict_says_better_only_where_every_seed_is(runs):
-    verdict = Comparison(runs).verdict("learned", "uniform").splitlines()
-    assert len(verdict) == 4
-    assert "ca (target, not trained on): 85.00 against 105.00 (-19.0 %), better in every seed" in verdict[0]
-    assert "average: 23.75 against 27.50 (-13.6 %), better in every seed" in verdict[1]
-    assert "geometric mean: 21.50 against 22.00 (-2.3 %), no consistent difference: better in 1 of 2" in verdict[2]
-    assert "lower on 1 of 2 training domains" in verdict[3]
+def paired(change, *, seeds=5, noise=0.0, target_losses=None):
+    """Runs whose perplexities differ by a factor, up to a noise that is another one in each seed."""
+    runs = []
+    for seed in range(seeds):
+        level = 40.0 * (1 + seed)  # seeds differ by more than mixtures do
+        for mixture, factor in (("uniform", 1.0), ("learned", change * math.exp(noise * (-1) ** seed))):
+            run = make_run(mixture, seed, {"code": 10.0 * factor, "prose": 40.0 * factor, "ca": level * factor})
+            losses = {name: {"ca": run.losses["ca"] + shift(mixture)} for name, shift in (target_losses or {}).items()}
+            runs.append(dataclasses.replace(run, target_losses=losses))
+    return runs
 
 
-def test_verdict_says_not_better_where_every_seed_is_worse(runs):
-    assert "NOT better: worse in every seed" in Comparison(runs).verdict("uniform", "learned")
+def test_a_paired_change_is_the_mean_of_the_seeds_log_ratios_with_students_interval():
+    ratios = np.log([0.9, 0.8, 0.95])
+    runs = [make_run("uniform", seed, {"code": 10.0 * seed, "prose": 40.0}) for seed in (1, 2, 3)]
+    runs += [
+        make_run("learned", seed, {"code": 10.0 * seed * math.exp(ratio), "prose": 40.0})
+        for seed, ratio in zip((1, 2, 3), ratios, strict=True)
+    ]
+    change = Comparison(runs).paired_changes("learned", "uniform")["code"]
+    half = 4.303 * ratios.std(ddof=1) / math.sqrt(3)
+    assert change.mean == pytest.approx(100 * (math.exp(ratios.mean()) - 1))
+    assert change.low == pytest.approx(100 * (math.exp(ratios.mean() - half) - 1))
+    assert change.high == pytest.approx(100 * (math.exp(ratios.mean() + half) - 1))
 
 
-def test_equal_mixtures_are_not_called_better():
+def test_pairing_sees_a_small_change_under_a_large_spread_of_seeds():
+    comparison = Comparison(paired(0.98, noise=0.005))
+    assert comparison.summary()["uniform"]["ca"]["std"] > 50
+    assert "better." in comparison.verdict("learned", "uniform").splitlines()[0]
+    assert "NOT better: worse" in comparison.verdict("uniform", "learned")
+
+
+def test_a_difference_within_the_noise_is_undecided_and_says_what_could_have_been_detected():
+    verdict = Comparison(paired(1.0, noise=0.02)).verdict("learned", "uniform")
+    assert re.search(r"undecided: 5 seeds could have detected [23]\.\d %", verdict)
+    table = Comparison(paired(1.0, noise=0.02)).to_markdown()
+    assert re.search(r"paired by seed.*5 seeds could have detected [23]\.\d %", table)
+
+
+def test_one_seed_decides_nothing():
     runs = [make_run(name, 1, {"code": 10.0, "prose": 40.0}) for name in ("uniform", "learned")]
-    assert "better in 0 of 1 seeds" in Comparison(runs).verdict("learned", "uniform")
+    assert "one seed decides nothing" in Comparison(runs).verdict("learned", "uniform")
+
+
+def test_a_verdict_on_a_target_rests_on_the_longest_adaptation():
+    measures = {
+        "calibrated": lambda mixture: 0.0,
+        "adapted_25": lambda mixture: 0.0,
+        "adapted_100": lambda mixture: -0.2 if mixture == "learned" else 0.0,
+    }
+    comparison = Comparison(paired(1.02, noise=0.01, target_losses=measures))
+    assert comparison.measures == ("calibrated", "adapted_25", "adapted_100")
+    first, second = comparison.verdict("learned", "uniform").splitlines()
+    assert first.startswith("- learned against uniform, ca after 100 steps on it: -16.")
+    assert first.endswith("better.")
+    assert "ca (target, not trained on) +2.2" in second
+    assert "ca at its own temperature +2.2" in second
+
+
+def test_bits_per_byte_compare_tokenizers(tmp_path):
+    runs = [
+        dataclasses.replace(run, bytes_per_token={"code": 2.0, "prose": 4.0, "ca": 1.0})
+        for run in paired(0.5, seeds=2)
+    ]
+    comparison = Comparison(runs)
+    assert comparison.bits_per_byte()["uniform"]["prose"] == pytest.approx(math.log2(40) / 4)
+    assert "Bits per byte" in comparison.to_markdown()
+    comparison.save(tmp_path)
+    assert Comparison.load(tmp_path).runs == runs
+
+
+def test_a_comparison_saved_before_there_were_measures_still_loads(runs, tmp_path):
+    Comparison(runs).save(tmp_path)
+    contents = json.loads((tmp_path / "comparison.json").read_text())
+    for run in contents["runs"]:
+        del run["target_losses"], run["bytes_per_token"]
+    (tmp_path / "comparison.json").write_text(json.dumps(contents))
+    assert Comparison.load(tmp_path).runs == runs
 
 
 def test_table_has_all_rows_bold_minimum_and_verdict(runs):

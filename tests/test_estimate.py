@@ -224,5 +224,5 @@ def test_the_command_estimates_for_a_target_and_by_rules(tmp_path, capsys):
     assert "ngram_em" in capsys.readouterr().out
     assert main(["estimate", *flags, f"--output_dir={tmp_path / 'rule'}", "--mixture", "temperature:2"]) == 0
     assert DomainWeights.from_pretrained(tmp_path / "rule" / "domain_weights").recipe["temperature"] == 2
-    assert main(["estimate", *flags, f"--output_dir={tmp_path / 'bad'}", "--mixture", "unimax:1e12:2"]) == 2
+    assert main(["estimate", *flags, f"--output_dir={tmp_path / 'bad'}", "--mixture", "unimax:2:1e12"]) == 2
     assert "must fill the budget" in capsys.readouterr().err

@@ -11,8 +11,8 @@ import torch
 
 from benchmarks.reproduce.__main__ import main
 from benchmarks.reproduce.doremi import update_doremi_weights
-from benchmarks.reproduce.intervals import t_interval
 from benchmarks.reproduce.store import PartStore
+from hf_doge.evaluation.intervals import t_interval
 
 # Name, further arguments, and the tables it must leave.
 CASES = [

@@ -33,7 +33,6 @@ from benchmarks.reproduce.doge_universal import (
     tabulate_perplexity,
     tabulate_weights,
 )
-from benchmarks.reproduce.intervals import t_interval
 from benchmarks.reproduce.language_models import (
     TextSettings,
     TrainingSettings,
@@ -49,6 +48,7 @@ from benchmarks.reproduce.plots import plot_changes
 from benchmarks.reproduce.report import Results, Table
 from hf_doge.artifacts.domain_weights import DomainWeights
 from hf_doge.cli.learn import carve_heldout_mix
+from hf_doge.evaluation.intervals import t_interval
 
 ARMS = ("uniform", "natural", "paper_sum", "official_mix")
 CAPPED = {f"{arm}, capped": arm for arm in ("uniform", "paper_sum", "official_mix")}

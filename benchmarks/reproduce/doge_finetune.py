@@ -35,7 +35,6 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, TrainingArgument
 from benchmarks.reproduce.arguments import Arguments
 from benchmarks.reproduce.doge_universal import format_change, round_figures
 from benchmarks.reproduce.finetune_tasks import collate_questions, evaluate_answers, load_questions
-from benchmarks.reproduce.intervals import t_interval
 from benchmarks.reproduce.language_models import (
     TextSettings,
     TrainingSettings,
@@ -48,6 +47,7 @@ from benchmarks.reproduce.language_models import (
 from benchmarks.reproduce.plots import plot_changes
 from benchmarks.reproduce.report import Results, Table
 from hf_doge.artifacts.domain_weights import DomainWeights
+from hf_doge.evaluation.intervals import t_interval
 from hf_doge.training.config import DoGEConfig
 from hf_doge.training.mixture import DomainWeightedTrainer
 from hf_doge.training.trainer import DoGETrainer

@@ -37,7 +37,6 @@ from datasets import Dataset
 
 from benchmarks.reproduce.arguments import Arguments
 from benchmarks.reproduce.doge_universal import format_change, round_figures
-from benchmarks.reproduce.intervals import Interval, t_interval
 from benchmarks.reproduce.language_models import (
     TextSettings,
     TrainingSettings,
@@ -52,6 +51,7 @@ from benchmarks.reproduce.plots import plot_changes
 from benchmarks.reproduce.report import Results, Table
 from hf_doge.artifacts.domain_weights import DomainWeights
 from hf_doge.cli.data import DomainData
+from hf_doge.evaluation.intervals import Interval, t_interval
 
 STAGES = ("languages", "english")
 FOLDERS = {"languages": "multilingual", "english": "lm"}

@@ -46,7 +46,6 @@ from transformers import AutoModelForCausalLM
 
 from benchmarks.reproduce.arguments import Arguments
 from benchmarks.reproduce.doremi import learn_doremi_weights
-from benchmarks.reproduce.intervals import t_interval
 from benchmarks.reproduce.language_models import (
     TextSettings,
     TrainingSettings,
@@ -64,6 +63,7 @@ from benchmarks.reproduce.report import Results, Table
 from hf_doge.artifacts.domain_weights import DomainWeights
 from hf_doge.cli.data import DomainData
 from hf_doge.cli.learn import carve_heldout_mix
+from hf_doge.evaluation.intervals import t_interval
 
 STAGES = ("core", "variants", "arms", "size", "causes", "stability", "fresh")
 CORE_ARMS = ("uniform", "paper_sum", "official_mix")

@@ -32,12 +32,12 @@ from transformers import AutoModelForCausalLM
 
 from benchmarks.reproduce.arguments import Arguments
 from benchmarks.reproduce.doge_universal import ARMS, Universal, format_change, round_figures
-from benchmarks.reproduce.intervals import t_interval
 from benchmarks.reproduce.machine import describe_data
 from benchmarks.reproduce.plots import plot_changes
 from benchmarks.reproduce.report import Results, Table
 from benchmarks.reproduce.store import PartStore
 from hf_doge.cli.domain_files import find_domain_files, read_documents
+from hf_doge.evaluation.intervals import t_interval
 
 PUBLIC_TASKS = ("copa", "sciq", "logiqa", "piqa", "wic", "winogrande")
 CONTEXT_CHARS, CONTINUATION_CHARS, NUM_CHOICES = 90, 45, 4

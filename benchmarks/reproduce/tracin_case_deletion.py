@@ -53,12 +53,12 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.reproduce.arguments import Arguments
-from benchmarks.reproduce.intervals import Interval, t_interval
 from benchmarks.reproduce.layer_gradients import cancellation_by_entry, layer_gradients, weight_layers
 from benchmarks.reproduce.report import Results, Table, new_figure
 from benchmarks.reproduce.tracin_scorers import AdamCheckpoint, make_adam_scorer, make_experiment_scorer
 from hf_doge.evaluation.influence.case_deletion import case_deletion
 from hf_doge.evaluation.influence.deletion_result import CaseDeletionResult
+from hf_doge.evaluation.intervals import Interval, t_interval
 from hf_doge.functional.tracin_we import cancellation_ratio
 from hf_doge.tracing.cancellation import cancellation_ratios
 from hf_doge.tracing.influence_evaluation import RECIPES

@@ -36,13 +36,13 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from benchmarks.reproduce.arguments import Arguments
-from benchmarks.reproduce.intervals import t_interval
 from benchmarks.reproduce.layer_gradients import layer_gradients
 from benchmarks.reproduce.report import Results, Table, new_figure
 from hf_doge.cli.domain_files import find_domain_files, read_documents
 from hf_doge.cli.tokenizer import train_tokenizer
 from hf_doge.evaluation.influence.case_deletion import strongest
 from hf_doge.evaluation.influence.journal import removal_digest
+from hf_doge.evaluation.intervals import t_interval
 from hf_doge.tracing.scorers import BM25Scorer
 from hf_doge.tracing.scorers.embedding import record_rows
 from hf_doge.tracing.small_tasks import split_words

@@ -34,13 +34,13 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.reproduce.arguments import Arguments
-from benchmarks.reproduce.intervals import Interval, t_interval
 from benchmarks.reproduce.layer_gradients import cancellation_by_entry, layer_gradients, weight_layers
 from benchmarks.reproduce.report import Results, Table, new_figure
 from benchmarks.reproduce.tracin_case_deletion import MIDDLE_LAYERS, model_maker
 from benchmarks.reproduce.tracin_scorers import OverCheckpointsScorer, influence_last_all
 from hf_doge.evaluation.influence.mislabelled import flip_labels
 from hf_doge.evaluation.influence.rank_metrics import area_under_roc, recall_at, spearman
+from hf_doge.evaluation.intervals import Interval, t_interval
 from hf_doge.functional.tracin_we import cancellation_ratio
 from hf_doge.tracing.influence_evaluation import RECIPES
 from hf_doge.tracing.scorers import RepresenterScorer, make_scorer

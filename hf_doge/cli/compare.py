@@ -1,7 +1,7 @@
 """`hf-doge compare`: the same model on several mixtures."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -11,12 +11,14 @@ from hf_doge.artifacts import DomainWeights
 from hf_doge.cli.arguments import DataArguments, ModelArguments, get_output_dir, get_resume, parse
 from hf_doge.cli.blocks import collate_blocks
 from hf_doge.cli.console import save_plot, say
-from hf_doge.cli.data import load_domain_data
-from hf_doge.cli.mixtures import describe_blocks, load_weights
+from hf_doge.cli.data import DomainData, load_domain_data, measure_bytes_per_token
+from hf_doge.cli.mixtures import ESTIMATED, describe_blocks, estimate_for_targets, is_rule, load_weights
 from hf_doge.cli.models import get_config, make_model
 from hf_doge.evaluation.comparison import BASELINES
 from hf_doge.plots import plot_comparison
+from hf_doge.training.adaptation import Adaptation
 from hf_doge.training.compare import compare_mixtures
+from hf_doge.training.global_batch import examples_per_step
 
 
 @dataclass
@@ -31,9 +33,14 @@ class ComparisonArguments:
             "file of weights."
         },
     )
-    baselines: list[str] = field(
+    mixtures: list[str] = field(
         default_factory=lambda: list(BASELINES),
-        metadata={"help": "Which of uniform and natural (in proportion to tokens) to compare with."},
+        metadata={
+            "aliases": ["--baselines"],
+            "help": "Mixtures by name: uniform, natural (in proportion to tokens), temperature:T (in proportion to tokens to "
+            "the power of 1/T), unimax:EPOCHS (equal parts, no domain read more than EPOCHS times), and, with a target, "
+            "estimated (by n-grams, see `hf-doge estimate`). Each is compared with uniform and natural, seed by seed.",
+        },
     )
     seeds: list[int] = field(
         default_factory=lambda: [1, 2, 3],
@@ -41,6 +48,19 @@ class ComparisonArguments:
     )
     target: list[str] | None = field(
         default=None, metadata={"help": "Domain(s) that no model is trained on, but all are evaluated on."}
+    )
+    max_target_tokens: int = field(
+        default=100_000, metadata={"help": "Use no more than this many train tokens of each target."}
+    )
+    adapt_steps: list[int] = field(
+        default_factory=lambda: [25, 100],
+        metadata={
+            "help": "Also measure each model on the targets after so many training steps on their train text, each a training "
+            "of its own. 0 leaves this out."
+        },
+    )
+    adapt_learning_rate: float | None = field(
+        default=None, metadata={"help": "Peak learning rate of these steps. Default: --learning_rate."}
     )
 
 
@@ -54,8 +74,8 @@ def main(argv: Sequence[str]) -> int:
         TrainingArguments,
         prog="hf-doge compare",
         description=(
-            "Train the same model for the same number of tokens on uniform, natural and given weights, and tabulate its "
-            "perplexity on every domain. Finished runs are kept and not trained again. Every argument of a Trainer is a "
+            "Train the same model for the same number of tokens on several mixtures, and tabulate its perplexity on every "
+            "domain and target, with paired changes against uniform and natural and their intervals over seeds. Finished runs are kept and not trained again. Every argument of a Trainer is a "
             "flag too, except that --seeds takes the place of --seed."
         ),
         defaults={"output_dir": "doge_comparison", "learning_rate": 5e-4, "save_strategy": "no"},
@@ -66,8 +86,13 @@ def main(argv: Sequence[str]) -> int:
             f"name no checkpoint, but got {args.resume_from_checkpoint!r}. Leave it out."
         )
     output_dir = get_output_dir(args)
-    data = load_domain_data(data_args, output_dir, targets=comparison_args.target or ())
-    mixtures = load_mixtures(comparison_args, describe_blocks(data.train, data_args.block_size))
+    data = load_domain_data(
+        data_args,
+        output_dir,
+        targets=comparison_args.target or (),
+        max_target_tokens=comparison_args.max_target_tokens,
+    )
+    mixtures = load_mixtures(comparison_args, data, block_size=data_args.block_size, args=args)
     config = get_config(model_args, data.tokenizer, data_args.block_size)
     comparison = compare_mixtures(
         partial(make_model, model_args.model_name_or_path, config),
@@ -82,6 +107,8 @@ def main(argv: Sequence[str]) -> int:
             "model": model_args.model_name_or_path or config.to_dict(),
             "data": data.fingerprints,
         },
+        adaptation=_get_adaptation(comparison_args, data),
+        bytes_per_token=measure_bytes_per_token(data),
     )
     comparison.save(output_dir)
     plot = save_plot(partial(plot_comparison, comparison.to_plot_rows()), output_dir / "comparison.png")
@@ -90,27 +117,46 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def load_mixtures(args: ComparisonArguments, domains: dict[str, dict[str, int]]) -> dict[str, DomainWeights]:
+def _get_adaptation(args: ComparisonArguments, data: DomainData) -> Adaptation | None:
+    if not data.targets or args.adapt_steps == [0]:
+        return None
+    return Adaptation(data.targets, steps=tuple(args.adapt_steps), learning_rate=args.adapt_learning_rate)
+
+
+def load_mixtures(
+    comparison_args: ComparisonArguments, data: DomainData, *, block_size: int, args: TrainingArguments
+) -> dict[str, DomainWeights]:
     """
-    Weights of every mixture by name, baselines first.
+    Weights of every mixture by name, those by rule first.
 
     Raises:
-        `ValueError`: for an unknown baseline, and for names that are repeated or cannot name a file.
+        `ValueError`: for an unknown rule, and for names that are repeated or cannot name a file.
     """
-    unknown = sorted(set(args.baselines) - set(BASELINES))
-    if unknown:
-        raise ValueError(
-            f"`--baselines` must be among {list(BASELINES)}, but got {unknown}. Give others as `--weights`."
-        )
-    mixtures = {name: load_weights(name, domains) for name in args.baselines}
-    for word in args.weights or ():
-        name, equals, spec = word.partition("=")
-        if not equals:
-            name, spec = "learned", word
+    domains = describe_blocks(data.train, block_size)
+    num_tokens = args.max_steps * examples_per_step(args) * block_size if args.max_steps > 0 else None
+    mixtures: dict[str, DomainWeights] = {}
+
+    def add(name: str, word: str, make: Callable[[], DomainWeights]) -> None:
         if name in mixtures or not re.fullmatch(r"[\w.-]+", name):
             raise ValueError(
                 f"Every mixture must have a name of its own, of letters, digits and .-_, but got {name!r} in {word!r}. "
                 "Write `--weights name=WEIGHTS`."
             )
-        mixtures[name] = load_weights(spec, domains)
+        mixtures[name] = make()
+
+    for word in comparison_args.mixtures:
+        if word == ESTIMATED:
+            add(word, word, partial(estimate_for_targets, data))
+        elif is_rule(word):
+            add(word.replace(":", "-"), word, partial(load_weights, word, domains, num_tokens=num_tokens))
+        else:
+            raise ValueError(
+                f"`--mixtures` must be among uniform, natural, temperature:T, unimax:EPOCHS and {ESTIMATED}, but got {word!r}. "
+                "Give others as `--weights`."
+            )
+    for word in comparison_args.weights or ():
+        name, equals, spec = word.partition("=")
+        if not equals:
+            name, spec = "learned", word
+        add(name, word, partial(load_weights, spec, domains, num_tokens=num_tokens))
     return mixtures

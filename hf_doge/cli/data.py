@@ -98,3 +98,13 @@ def load_domain_data(
             for (name, split), limit in limits.items()
         },
     )
+
+
+def measure_bytes_per_token(data: DomainData, *, max_blocks: int = 200) -> dict[str, float]:
+    """UTF-8 bytes of text for each token, by domain and target, of their first validation blocks."""
+    sizes = {}
+    for name, rows in data.validation.items():
+        blocks = rows[:max_blocks]["input_ids"]
+        texts = data.tokenizer.batch_decode(blocks, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        sizes[name] = sum(len(text.encode()) for text in texts) / sum(map(len, blocks))
+    return sizes

@@ -4,13 +4,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from datasets import concatenate_datasets
-
 from hf_doge.cli.arguments import DataArguments, parse
 from hf_doge.cli.console import save_plot, say
 from hf_doge.cli.data import load_domain_data
-from hf_doge.cli.mixtures import describe_blocks, load_weights
-from hf_doge.mixing.estimate import estimate_domain_weights
+from hf_doge.cli.mixtures import describe_blocks, estimate_for_targets, load_weights
 
 DOMAIN_WEIGHTS_FOLDER = "domain_weights"
 DEFAULT_VOCAB = 4096
@@ -32,7 +29,7 @@ class EstimateArguments:
         default="natural",
         metadata={
             "help": "Without a target: uniform, natural, temperature:T (in proportion to tokens to the power of 1/T), or "
-            "unimax:TOKENS:EPOCHS (equal parts of TOKENS tokens, none read more than EPOCHS times)."
+            "unimax:EPOCHS:TOKENS (equal parts of TOKENS tokens, no domain read more than EPOCHS times)."
         },
     )
     order: int = field(default=2, metadata={"help": "1 for unigrams, 2 for bigrams interpolated with them."})
@@ -62,8 +59,7 @@ def main(argv: Sequence[str]) -> int:
     targets = args.target or ()
     data = load_domain_data(data_args, output_dir, targets=targets, max_target_tokens=args.max_target_tokens)
     if targets:
-        target = concatenate_datasets(list(data.targets.values()))
-        weights = estimate_domain_weights(data.train, target, order=args.order, max_target_tokens=None)
+        weights = estimate_for_targets(data, order=args.order)
     else:
         weights = load_weights(args.mixture, describe_blocks(data.train, data_args.block_size))
     folder = output_dir / DOMAIN_WEIGHTS_FOLDER

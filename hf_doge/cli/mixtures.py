@@ -3,9 +3,13 @@
 from collections.abc import Mapping
 from pathlib import Path
 
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
 
 from hf_doge.artifacts import DomainWeights
+from hf_doge.cli.data import DomainData
+from hf_doge.mixing.estimate import estimate_domain_weights
+
+ESTIMATED = "estimated"
 
 
 def describe_blocks(train: Mapping[str, Dataset], block_size: int) -> dict[str, dict[str, int]]:
@@ -13,14 +17,36 @@ def describe_blocks(train: Mapping[str, Dataset], block_size: int) -> dict[str, 
     return {name: {"num_rows": len(rows), "num_tokens": len(rows) * block_size} for name, rows in train.items()}
 
 
-def load_weights(spec: str, domains: Mapping[str, Mapping[str, int]]) -> DomainWeights:
+def estimate_for_targets(data: DomainData, *, order: int = 2) -> DomainWeights:
+    """
+    The n-gram estimate for the train text of the targets.
+
+    Raises:
+        `ValueError`: without a target.
+    """
+    if not data.targets:
+        raise ValueError("An estimate needs a target, but there is none. Name one with `--target`.")
+    return estimate_domain_weights(
+        data.train, concatenate_datasets(list(data.targets.values())), order=order, max_target_tokens=None
+    )
+
+
+def is_rule(spec: str) -> bool:
+    """Whether a word on the command line names a mixture by rule, and no folder or file."""
+    return spec in ("uniform", "natural") or spec.partition(":")[0] in ("temperature", "unimax")
+
+
+def load_weights(
+    spec: str, domains: Mapping[str, Mapping[str, int]], *, num_tokens: int | None = None
+) -> DomainWeights:
     """
     The weights that a word on the command line stands for, in the order of the domains.
 
     Args:
-        spec (`str`): `uniform`, `natural` (in proportion to tokens), `temperature:T`, `unimax:TOKENS:EPOCHS`, the output
+        spec (`str`): `uniform`, `natural` (in proportion to tokens), `temperature:T`, `unimax:EPOCHS[:TOKENS]`, the output
             folder of `hf-doge learn` or `estimate`, a folder or Hub name of an artifact, or a JSON or YAML file of weights.
         domains (`Mapping[str, Mapping[str, int]]`): What there is to train on, from [`describe_blocks`].
+        num_tokens (`int`, *optional*): Tokens of the whole training, for `unimax:EPOCHS`.
 
     Raises:
         `FileNotFoundError`: if there is no such folder, file or repository.
@@ -30,9 +56,8 @@ def load_weights(spec: str, domains: Mapping[str, Mapping[str, int]]) -> DomainW
         return DomainWeights.uniform(domains)
     if spec == "natural":
         return DomainWeights.natural(domains)
-    rule, _, values = spec.partition(":")
-    if rule in ("temperature", "unimax") and values:
-        return _weigh_by_rule(rule, values.split(":"), domains)
+    if is_rule(spec):
+        return _weigh_by_rule(spec, domains, num_tokens)
     path = Path(spec)
     if path.is_file():
         weights = DomainWeights.from_file(path)
@@ -47,15 +72,19 @@ def load_weights(spec: str, domains: Mapping[str, Mapping[str, int]]) -> DomainW
     return DomainWeights.from_mapping({name: weights.mean[name] for name in domains}, domains=domains)
 
 
-def _weigh_by_rule(rule: str, values: list[str], domains: Mapping[str, Mapping[str, int]]) -> DomainWeights:
+def _weigh_by_rule(spec: str, domains: Mapping[str, Mapping[str, int]], num_tokens: int | None) -> DomainWeights:
+    rule, *values = spec.split(":")
     try:
         if rule == "temperature":
             (temperature,) = map(float, values)
             return DomainWeights.from_temperature(domains, temperature=temperature)
-        num_tokens, max_epochs = map(float, values)
-        return DomainWeights.unimax(domains, num_tokens=int(num_tokens), max_epochs=max_epochs)
+        max_epochs, *budget = map(float, values)
+        if budget:
+            (num_tokens,) = map(int, budget)
+        if num_tokens is None:
+            raise ValueError("the tokens of the training are not known here, so name them")
+        return DomainWeights.unimax(domains, num_tokens=num_tokens, max_epochs=max_epochs)
     except (ValueError, OverflowError) as error:
         raise ValueError(
-            f"A mixture by rule is `temperature:T` or `unimax:TOKENS:EPOCHS`, but {rule}:{':'.join(values)} is not one that "
-            f"can be computed: {error}"
+            f"Mixtures by rule are `temperature:T` and `unimax:EPOCHS[:TOKENS]`, but {spec!r} cannot be computed: {error}"
         ) from error

@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 from hf_doge._version import __version__
 from hf_doge.artifacts.cards.markdown import escape
 from hf_doge.checks import check_names
+from hf_doge.evaluation.intervals import Interval, t_interval
 
 BASELINES = ("uniform", "natural")
 
@@ -30,6 +31,10 @@ class MixtureRun:
         losses (`dict[str, float]`): Mean validation loss per token, in nats, of every training domain and target.
         epochs (`dict[str, float]`): How many times the run went through each training domain.
         train_tokens (`int`): Tokens trained on, over all domains.
+        target_losses (`dict[str, dict[str, float]]`):
+            Losses of the targets by another measure than the model as it is: `"calibrated"` (its logits divided by one
+            temperature, fitted on train text of the target) or `"adapted_<steps>"` (after so many steps on that text).
+        bytes_per_token (`dict[str, float]`): UTF-8 bytes of a validation token, by domain and target where known.
     """
 
     mixture: str
@@ -38,6 +43,8 @@ class MixtureRun:
     losses: dict[str, float]
     epochs: dict[str, float]
     train_tokens: int
+    target_losses: dict[str, dict[str, float]] = field(default_factory=dict)
+    bytes_per_token: dict[str, float] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
@@ -46,7 +53,7 @@ class MixtureRun:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "MixtureRun":
         """The run in a dict that may hold more keys."""
-        return cls(**{field.name: values[field.name] for field in fields(cls)})
+        return cls(**{known.name: values[known.name] for known in fields(cls) if known.name in values})
 
 
 class Comparison:
@@ -55,7 +62,12 @@ class Comparison:
 
     A domain's perplexity is `exp` of its mean loss per token. The average is the arithmetic mean over training domains,
     as in the DoGE paper's tables; the geometric mean is `exp` of the mean loss, which no single domain dominates.
-    Targets, which no model is trained on, have rows of their own and are in neither.
+    Targets, which no model is trained on, have rows of their own and are in neither. A small model that has never seen a
+    target is over-confident there, and the more so the nearer its mixture is, which hides what it has learned: so targets
+    are also measured at the model's own temperature and after a few steps on them, where the runs tell.
+
+    Mixtures are compared seed by seed. The runs of one seed share the initial parameters and the order of the documents in
+    each domain, so their differences are much smaller than the spread over seeds.
 
     Args:
         runs (`Iterable[MixtureRun]`):
@@ -140,6 +152,17 @@ class Comparison:
             for mixture in self.mixtures
         }
 
+    def bits_per_byte(self) -> dict[str, dict[str, float]]:
+        """`[mixture][domain or target]`, mean over seeds, of those whose text's size in bytes every run tells."""
+        known = [name for name in self.domains + self.targets if all(name in run.bytes_per_token for run in self.runs)]
+        return {
+            mixture: {
+                name: float(np.mean([_bits_per_byte(run, name) for run in self.runs if run.mixture == mixture]))
+                for name in known
+            }
+            for mixture in self.mixtures
+        }
+
     def epochs(self, mixture: str) -> dict[str, float]:
         """How many times each training domain was gone through, mean over seeds."""
         runs = [run for run in self.runs if run.mixture == mixture]
@@ -150,37 +173,69 @@ class Comparison:
         runs = [run for run in self.runs if run.mixture == mixture]
         return {name: sum(run.weights[name] for run in runs) / len(runs) for name in self.domains}
 
-    def verdict(self, mixture: str, baseline: str) -> str:
-        """
-        One sentence per yardstick on whether `mixture` beats `baseline`, seed against seed.
+    @property
+    def measures(self) -> tuple[str, ...]:
+        """How targets are measured besides as they are, weakest first: `"calibrated"`, then `"adapted_<steps>"` by steps."""
+        found = set.intersection(*(set(run.target_losses) for run in self.runs))
+        return tuple(sorted(found, key=lambda measure: _steps_of(measure) or 0))
 
-        The yardsticks are the targets, where there are any, then the average and the geometric mean.
+    def paired_changes(self, mixture: str, reference: str) -> dict[str, Interval]:
         """
-        ours, theirs = self.perplexities(mixture), self.perplexities(baseline)
-        names = f"{escape(mixture)} against {escape(baseline)}"
-        lines = []
-        for row in (*self.targets, "average", "geometric mean"):
-            wins = int((ours[row] < theirs[row]).sum())
-            change = 100 * (ours[row].mean() / theirs[row].mean() - 1)
-            if wins == len(self.seeds):
-                judgement = "better in every seed"
-            elif (ours[row] > theirs[row]).all():
-                judgement = "NOT better: worse in every seed"
-            else:
-                judgement = f"no consistent difference: better in {wins} of {len(self.seeds)} seeds"
-            lines.append(
-                f"{names}, {escape(self._row_label(row))}: {_format(ours[row].mean())} against "
-                f"{_format(theirs[row].mean())} ({change:+.1f} %), {judgement}."
-            )
-        better = sum(ours[name].mean() < theirs[name].mean() for name in self.domains)
-        lines.append(f"{names}: lower on {better} of {len(self.domains)} training domains.")
+        Change of perplexity from `reference` to `mixture` in percent, seed by seed, with a 95 % interval over seeds.
+
+        Rows are the domains and targets, `"geometric mean"`, and `"<target>, <measure>"` for each of `measures`. The mean and
+        the interval are of differences of log-perplexity, turned into percent at the end.
+        """
+        ours, theirs = self._row_losses(mixture), self._row_losses(reference)
+        return {row: _to_percent(t_interval(ours[row] - theirs[row])) for row in ours}
+
+    def _row_losses(self, mixture: str) -> dict[str, np.ndarray]:
+        losses = self._losses[mixture]
+        rows = dict(zip(self.domains + self.targets, losses.T, strict=True))
+        rows["geometric mean"] = losses[:, : len(self.domains)].mean(axis=1)
+        runs = {run.seed: run for run in self.runs if run.mixture == mixture}
+        for target in self.targets:
+            for measure in self.measures:
+                rows[f"{target}, {measure}"] = np.array(
+                    [runs[seed].target_losses[measure][target] for seed in self.seeds]
+                )
+        return rows
+
+    @property
+    def verdict_rows(self) -> tuple[str, ...]:
+        """
+        What a verdict rests on: each target by its strongest measure (adapted as long as was tried, else calibrated, else as
+        it is), or the geometric mean of the training domains where there is no target.
+        """
+        if not self.targets:
+            return ("geometric mean",)
+        return tuple(f"{target}, {self.measures[-1]}" if self.measures else target for target in self.targets)
+
+    def verdict(self, mixture: str, baseline: str) -> str:
+        """Whether `mixture` beats `baseline`, seed against seed: one sentence for each of `verdict_rows`, then the others."""
+        names, changes = f"{escape(mixture)} against {escape(baseline)}", self.paired_changes(mixture, baseline)
+        others = [
+            f"{escape(self.row_label(row))} {_format_change(change)} %"
+            for row, change in changes.items()
+            if row not in self.verdict_rows and row not in self.domains
+        ]
+        lines = [
+            f"{names}, {escape(self.row_label(row))}: {_format_change(changes[row])} %, {_judge(changes[row])}."
+            for row in self.verdict_rows
+        ]
+        better = sum(changes[name].mean < 0 for name in self.domains)
+        told = "".join(f"; {other}" for other in others)
+        lines.append(
+            f"{names}, besides: lower on {better} of {len(self.domains)} training domains{told}."
+        )
         return "\n".join(f"- {line}" for line in lines)
 
     def to_markdown(self) -> str:
         """
         Tables of perplexities, and of weights and epochs, one column per mixture; the lowest mean is bold.
 
-        Under them stands the [`~Comparison.verdict`] on each mixture against `"uniform"` and `"natural"`.
+        Under them stand the paired changes against `"uniform"` and `"natural"`, and the [`~Comparison.verdict`] on each
+        mixture against them.
         """
         summary = self.summary()
         rows = next(iter(summary.values()))
@@ -189,9 +244,10 @@ class Comparison:
             cells = [summary[mixture][row] for mixture in self.mixtures]
             lowest = min(cell["mean"] for cell in cells)
             perplexity_rows.append(
-                [escape(self._row_label(row))]
+                [escape(self.row_label(row))]
                 + [_format_cell(cell["mean"], cell["std"], is_bold=cell["mean"] == lowest) for cell in cells]
             )
+        header = ["", *map(escape, self.mixtures)]
         mixture_rows = [
             [escape(name)]
             + [f"{self.weights(mixture)[name]:.4f}, {self.epochs(mixture)[name]:.2f}" for mixture in self.mixtures]
@@ -204,14 +260,20 @@ class Comparison:
             if mixture not in BASELINES and baseline in self.mixtures
         ]
         if verdicts and len(self.seeds) < 3:
-            verdicts.append(f"From {len(self.seeds)} seed(s): a difference of the size of the spread is noise.")
+            verdicts.append(f"From {len(self.seeds)} seed(s) no interval means much. Run at least 5.")
         seeds = (
             f"seed {self.seeds[0]}" if len(self.seeds) == 1 else f"mean ± standard deviation over seeds {self.seeds}"
         )
-        header = ["", *map(escape, self.mixtures)]
+        sizes = self.bits_per_byte()
+        bits = [[escape(self.row_label(n)), *(f"{sizes[m][n]:.3f}" for m in self.mixtures)] for n in sizes[self.mixtures[0]]]
+        bits_table = (
+            f"Bits per byte of text, which compare across tokenizers.\n\n{_markdown_table(header, bits)}\n\n"
+            if bits
+            else ""
+        )
         return (
             f"Validation perplexity after {self.train_tokens:,} training tokens, {seeds}. Lower is better.\n\n"
-            f"{_markdown_table(header, perplexity_rows)}\n\n"
+            f"{_markdown_table(header, perplexity_rows)}\n\n{self._paired_tables()}{bits_table}"
             "Weight of each domain, and epochs: how many times it was gone through.\n\n"
             f"{_markdown_table(header, mixture_rows)}\n" + "".join(f"\n{verdict}\n" for verdict in verdicts)
         )
@@ -219,7 +281,7 @@ class Comparison:
     def to_plot_rows(self) -> list[dict[str, Any]]:
         """One row per mixture and row of the table, as [`~hf_doge.plots.plot_comparison`] takes them."""
         return [
-            {"mixture": mixture, "domain": self._row_label(row), **cell}
+            {"mixture": mixture, "domain": self.row_label(row), **cell}
             for mixture, rows in self.summary().items()
             for row, cell in rows.items()
         ]
@@ -236,6 +298,8 @@ class Comparison:
                 "epochs": run.epochs.get(name),
                 "loss": run.losses[name],
                 "perplexity": math.exp(run.losses[name]),
+                "bits_per_byte": _bits_per_byte(run, name),
+                **{f"loss_{measure}": run.target_losses[measure].get(name) for measure in self.measures},
                 "train_tokens": run.train_tokens,
             }
             for run in self.runs
@@ -264,8 +328,64 @@ class Comparison:
         contents = json.loads((Path(save_directory) / "comparison.json").read_text(encoding="utf-8"))
         return cls(MixtureRun.from_dict(run) for run in contents["runs"])
 
-    def _row_label(self, row: str) -> str:
+    def _paired_tables(self) -> str:
+        """For each baseline, what every other mixture changes, in percent with intervals."""
+        tables = []
+        for baseline in BASELINES:
+            others = [mixture for mixture in self.mixtures if mixture != baseline]
+            if baseline not in self.mixtures or not others:
+                continue
+            changes = {mixture: self.paired_changes(mixture, baseline) for mixture in others}
+            rows = [
+                [escape(self.row_label(row)), *(_format_change(changes[mixture][row]) for mixture in others)]
+                for row in changes[others[0]]
+            ]
+            widths = [
+                change.half_width for found in changes.values() for row in self.verdict_rows for change in [found[row]]
+            ]
+            seen = f" {len(self.seeds)} seeds could have detected {max(widths):.1f} %." if None not in widths else ""
+            tables.append(
+                f"Change of perplexity against {escape(baseline)} in percent, paired by seed, with 95 % intervals. Below 0 is "
+                f"better.{seen}\n\n{_markdown_table(['', *map(escape, others)], rows)}\n\n"
+            )
+        return "".join(tables)
+
+    def row_label(self, row: str) -> str:
+        """What a row is called in tables."""
+        target, comma, measure = row.rpartition(", ")
+        if comma and measure in self.measures:
+            steps = _steps_of(measure)
+            return f"{target} at its own temperature" if steps is None else f"{target} after {steps} steps on it"
         return f"{row} (target, not trained on)" if row in self.targets else row
+
+
+def _steps_of(measure: str) -> int | None:
+    name, _, steps = measure.partition("_")
+    return int(steps) if name == "adapted" else None
+
+
+def _to_percent(interval: Interval) -> Interval:
+    """Differences of log-perplexity as changes of perplexity in percent."""
+    low, high = (None if end is None else 100 * math.expm1(end) for end in (interval.low, interval.high))
+    return Interval(100 * math.expm1(interval.mean), low, high, interval.num_values)
+
+
+def _format_change(change: Interval) -> str:
+    ends = "" if change.low is None else f" [{change.low:+.1f}, {change.high:+.1f}]"
+    return f"{change.mean:+.1f}{ends}"
+
+
+def _judge(change: Interval) -> str:
+    if change.low is None:
+        return "one seed decides nothing"
+    if not change.excludes_zero:
+        return f"undecided: {change.num_values} seeds could have detected {change.half_width:.1f} %"
+    return "better" if change.high < 0 else "NOT better: worse"
+
+
+def _bits_per_byte(run: MixtureRun, name: str) -> float | None:
+    size = run.bytes_per_token.get(name)
+    return None if size is None else run.losses[name] / math.log(2) / size
 
 
 def _format(perplexity: float) -> str:

@@ -24,6 +24,7 @@ from hf_doge._version import __version__
 from hf_doge.artifacts.domain_weights import DomainWeights
 from hf_doge.artifacts.files import write_atomically
 from hf_doge.evaluation.comparison import Comparison, MixtureRun
+from hf_doge.training.adaptation import Adaptation
 from hf_doge.training.global_batch import examples_per_step
 from hf_doge.training.mixture import DomainWeightedTrainer
 
@@ -48,9 +49,14 @@ def compare_mixtures(
     data_collator: Callable[[list[dict]], dict],
     tokens_per_example: int,
     identity: Mapping[str, Any],
+    adaptation: Adaptation | None = None,
+    bytes_per_token: Mapping[str, float] | None = None,
 ) -> Comparison:
     """
     Train one model per mixture and seed, all for the same number of examples, and evaluate each on every domain.
+
+    The runs of one seed differ by their weights and what follows from them alone: they begin with the same parameters, read
+    the documents of each domain in the same order, and mixtures with the same weights are the same run.
 
     A finished run is a file `runs/<mixture>-seed<seed>.json` in the output folder. Called again with the same arguments,
     it is read instead of trained; with others, or interrupted before its file was written, it is trained from the start.
@@ -75,6 +81,10 @@ def compare_mixtures(
             Length of every example.
         identity (`Mapping[str, Any]`):
             What else decides the result, in plain values: model and data. A finished run of another one is not reused.
+        adaptation ([`Adaptation`], *optional*):
+            Measure the targets at the model's own temperature and after a few steps on them, too.
+        bytes_per_token (`Mapping[str, float]`, *optional*):
+            UTF-8 bytes of a validation token by domain and target, for bits per byte.
 
     Raises:
         `ValueError`: without mixtures or seeds, with repeated seeds, and for weights of other domains.
@@ -93,6 +103,8 @@ def compare_mixtures(
             weights = mixtures[name].mean
             path = runs_folder / f"{name}-seed{seed}.json"
             arguments = {"training": _related_arguments(args), "weights": weights, **identity}
+            if adaptation is not None:
+                arguments["adaptation"] = adaptation.identity
             run = _read_finished(path, arguments)
             if run is None:
                 run = _train(
@@ -105,6 +117,8 @@ def compare_mixtures(
                     data_collator=data_collator,
                     tokens_per_example=tokens_per_example,
                     progress=progress,
+                    adaptation=adaptation,
+                    bytes_per_token=bytes_per_token or {},
                 )
                 _write_finished(path, run, arguments)
             runs.append(run)
@@ -123,6 +137,8 @@ def _train(
     data_collator: Callable[[list[dict]], dict],
     tokens_per_example: int,
     progress: tqdm,
+    adaptation: Adaptation | None,
+    bytes_per_token: Mapping[str, float],
 ) -> MixtureRun:
     set_seed(args.seed)
     trainer = DomainWeightedTrainer(
@@ -146,6 +162,8 @@ def _train(
         losses={name: metrics[f"eval_{name}_loss"] for name in eval_dataset},
         epochs=trainer.get_domain_epochs(),
         train_tokens=trainer.state.global_step * step_size * tokens_per_example,
+        target_losses={} if adaptation is None else adaptation.measure(trainer, eval_dataset),
+        bytes_per_token=dict(bytes_per_token),
     )
 
 

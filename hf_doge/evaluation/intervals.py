@@ -36,6 +36,11 @@ class Interval:
         return f"{self.mean:{sign}.{digits}f} [{self.low:{sign}.{digits}f}, {self.high:{sign}.{digits}f}]"
 
     @property
+    def half_width(self) -> float | None:
+        """The smallest mean that would exclude 0, given how the values scatter; `None` for a single value."""
+        return None if self.low is None else (self.high - self.low) / 2
+
+    @property
     def excludes_zero(self) -> bool:
         """Whether the whole interval lies on one side of 0."""
         return self.low is not None and (self.low > 0 or self.high < 0)
