@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from hf_doge.tracing.index import InfluenceIndex
     from hf_doge.training.config import DoGEConfig
     from hf_doge.training.mixture import DomainWeightedMixin, DomainWeightedTrainer
+    from hf_doge.training.sweep import sweep_domain_weights
     from hf_doge.training.trainer import DoGEMixin, DoGETrainer
 
 _MODULES = {
@@ -34,6 +35,7 @@ _MODULES = {
     "Trajectory": "hf_doge.artifacts.trajectory",
     "estimate_domain_weights": "hf_doge.mixing.estimate",
     "interleave_domains": "hf_doge.sampling.streaming",
+    "sweep_domain_weights": "hf_doge.training.sweep",
 }
 
 __all__ = [
@@ -50,6 +52,7 @@ __all__ = [
     "__version__",
     "estimate_domain_weights",
     "interleave_domains",
+    "sweep_domain_weights",
 ]
 
 

@@ -111,6 +111,37 @@ def plot_comparison(table: Sequence[Mapping[str, Any]], path: str | os.PathLike 
     return figure
 
 
+def plot_sweep(runs: Sequence[Mapping[str, Any]], path: str | os.PathLike | None = None) -> "Figure":
+    """
+    The loss of each run of a sweep against what the law predicts for it, fitted with it and without it.
+
+    Args:
+        runs (`Sequence[Mapping]`): One for each mixture: `objective`, `predicted` and `predicted_left_out`, in nats.
+        path (`str` or `os.PathLike`, *optional*): Where to write the picture; the suffix decides the format.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    figure = _new_figure(5.6, 5.2)
+    axes = figure.subplots()
+    observed = np.array([run["objective"] for run in runs])
+    for position, (key, label) in enumerate(
+        (("predicted_left_out", "predicted without the run"), ("predicted", "fitted with it"))
+    ):
+        color, _, marker, filling = _STYLES[position]
+        axes.plot(
+            observed, [run[key] for run in runs], marker, color=color, markerfacecolor=filling, label=label, zorder=3
+        )
+    ends = observed.min(), observed.max()
+    axes.plot(ends, ends, color="black", linewidth=0.8, zorder=1)
+    axes.set_xlabel("loss of the run, nats a token")
+    axes.set_ylabel("loss by the law")
+    axes.legend(frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    _write(figure, path)
+    return figure
+
+
 def _draw_trajectory(axes: "Axes", trajectory: "Trajectory", names: list[str]) -> None:
     """Weights over steps: the first of `names` each in a style of its own, the rest in grey."""
     steps = trajectory.steps

@@ -23,7 +23,7 @@ BELOW = {
     "mixing": {"functional", "sampling", "artifacts", "_version"},
     "plots": {"artifacts"},
     "influence_plots": {"plots"},
-    "training": {"functional", "gradients", "sampling", "artifacts", "evaluation", "plots", "_version"},
+    "training": {"functional", "gradients", "sampling", "artifacts", "evaluation", "mixing", "plots", "_version"},
     "tracing": {"functional", "gradients", "artifacts", "evaluation", "_version"},
     "cli": {
         *("functional", "gradients", "sampling", "artifacts", "evaluation", "training", "tracing", "mixing"),

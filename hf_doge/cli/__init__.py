@@ -16,6 +16,7 @@ COMMANDS = {
     "demo": "learn weights on text found on this machine and see whether they help; no data, no network, minutes",
     "estimate": "estimate domain weights in seconds, without training",
     "learn": "learn domain weights with a small proxy model",
+    "sweep": "find the best mixture by small runs and a law fitted to them",
     "train": "train a model on given weights",
     "compare": "train the same model on several mixtures and tabulate its perplexities",
     "index": "record what each training example pushed, at saved checkpoints",

@@ -4,6 +4,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 
 from transformers import TrainingArguments
 
@@ -46,6 +47,12 @@ class ComparisonArguments:
         default_factory=lambda: [1, 2, 3],
         metadata={"help": "Seeds of model initialisation and data order; every mixture is trained once with each."},
     )
+
+
+@dataclass
+class MeasureArguments:
+    """What the mixtures should serve, and how that is measured."""
+
     target: list[str] | None = field(
         default=None, metadata={"help": "Domain(s) that no model is trained on, but all are evaluated on."}
     )
@@ -63,14 +70,26 @@ class ComparisonArguments:
         default=None, metadata={"help": "Peak learning rate of these steps. Default: --learning_rate."}
     )
 
+    def load(self, data_args: DataArguments, output_dir: Path) -> DomainData:
+        """Blocks of the domains and targets."""
+        targets, limit = self.target or (), self.max_target_tokens
+        return load_domain_data(data_args, output_dir, targets=targets, max_target_tokens=limit)
+
+    def get_adaptation(self, data: DomainData) -> Adaptation | None:
+        """How the targets are measured, if there are any and it was not left out."""
+        if not data.targets or self.adapt_steps == [0]:
+            return None
+        return Adaptation(data.targets, steps=tuple(self.adapt_steps), learning_rate=self.adapt_learning_rate)
+
 
 def main(argv: Sequence[str]) -> int:
     """Run the command."""
-    data_args, model_args, comparison_args, args = parse(
+    data_args, model_args, comparison_args, measure_args, args = parse(
         argv,
         DataArguments,
         ModelArguments,
         ComparisonArguments,
+        MeasureArguments,
         TrainingArguments,
         prog="hf-doge compare",
         description=(
@@ -86,12 +105,7 @@ def main(argv: Sequence[str]) -> int:
             f"name no checkpoint, but got {args.resume_from_checkpoint!r}. Leave it out."
         )
     output_dir = get_output_dir(args)
-    data = load_domain_data(
-        data_args,
-        output_dir,
-        targets=comparison_args.target or (),
-        max_target_tokens=comparison_args.max_target_tokens,
-    )
+    data = measure_args.load(data_args, output_dir)
     mixtures = load_mixtures(comparison_args, data, block_size=data_args.block_size, args=args)
     config = get_config(model_args, data.tokenizer, data_args.block_size)
     comparison = compare_mixtures(
@@ -107,7 +121,7 @@ def main(argv: Sequence[str]) -> int:
             "model": model_args.model_name_or_path or config.to_dict(),
             "data": data.fingerprints,
         },
-        adaptation=_get_adaptation(comparison_args, data),
+        adaptation=measure_args.get_adaptation(data),
         bytes_per_token=measure_bytes_per_token(data),
     )
     comparison.save(output_dir)
@@ -115,12 +129,6 @@ def main(argv: Sequence[str]) -> int:
     say(comparison.to_markdown())
     say(f"Table: {output_dir / 'comparison.md'} (.parquet, .json){f', plot: {plot}' if plot else ''}")
     return 0
-
-
-def _get_adaptation(args: ComparisonArguments, data: DomainData) -> Adaptation | None:
-    if not data.targets or args.adapt_steps == [0]:
-        return None
-    return Adaptation(data.targets, steps=tuple(args.adapt_steps), learning_rate=args.adapt_learning_rate)
 
 
 def load_mixtures(

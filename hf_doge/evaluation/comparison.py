@@ -186,10 +186,11 @@ class Comparison:
         Rows are the domains and targets, `"geometric mean"`, and `"<target>, <measure>"` for each of `measures`. The mean and
         the interval are of differences of log-perplexity, turned into percent at the end.
         """
-        ours, theirs = self._row_losses(mixture), self._row_losses(reference)
+        ours, theirs = self.row_losses(mixture), self.row_losses(reference)
         return {row: _to_percent(t_interval(ours[row] - theirs[row])) for row in ours}
 
-    def _row_losses(self, mixture: str) -> dict[str, np.ndarray]:
+    def row_losses(self, mixture: str) -> dict[str, np.ndarray]:
+        """Loss in nats a token by row of [`~Comparison.paired_changes`], shape `(num_seeds,)` each."""
         losses = self._losses[mixture]
         rows = dict(zip(self.domains + self.targets, losses.T, strict=True))
         rows["geometric mean"] = losses[:, : len(self.domains)].mean(axis=1)

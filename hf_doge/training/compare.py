@@ -4,10 +4,12 @@ import copy
 import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
+from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 from transformers import (
     PreTrainedModel,
@@ -86,6 +88,9 @@ def compare_mixtures(
         bytes_per_token (`Mapping[str, float]`, *optional*):
             UTF-8 bytes of a validation token by domain and target, for bits per byte.
 
+    Several processes may be called alike at the same time, on one machine or several that see the output folder: they share
+    the runs, and each returns all of them.
+
     Raises:
         `ValueError`: without mixtures or seeds, with repeated seeds, and for weights of other domains.
     """
@@ -96,34 +101,44 @@ def compare_mixtures(
     runs_folder = Path(args.output_dir) / RUNS_FOLDER
     runs_folder.mkdir(parents=True, exist_ok=True)
     pending = [(name, seed) for seed in seeds for name in mixtures]
-    runs = []
+    finished: dict[tuple[str, int], MixtureRun] = {}
+    others: list[tuple[str, int]] = []  # at work in other processes
     with tqdm(total=len(pending), bar_format=_BAR_FORMAT, disable=args.disable_tqdm) as progress:
-        for name, seed in pending:
-            progress.set_description(f"{name}, seed {seed} ({len(runs) + 1} of {len(pending)})")
+        for position, (name, seed) in enumerate(chain(pending, others)):
+            progress.set_description(f"{name}, seed {seed} ({len(finished) + 1} of {len(pending)})")
             weights = mixtures[name].mean
             path = runs_folder / f"{name}-seed{seed}.json"
             arguments = {"training": _related_arguments(args), "weights": weights, **identity}
             if adaptation is not None:
                 arguments["adaptation"] = adaptation.identity
-            run = _read_finished(path, arguments)
-            if run is None:
-                run = _train(
-                    make_model,
-                    _arguments_of_run(args, path.with_suffix(""), seed),
-                    mixture=name,
-                    domain_weights=weights,
-                    train_dataset=train_dataset,
-                    eval_dataset=eval_dataset,
-                    data_collator=data_collator,
-                    tokens_per_example=tokens_per_example,
-                    progress=progress,
-                    adaptation=adaptation,
-                    bytes_per_token=bytes_per_token or {},
-                )
-                _write_finished(path, run, arguments)
-            runs.append(run)
-            progress.update(len(runs) - progress.n)
-    return Comparison(runs)
+            lock = FileLock(path.with_suffix(".lock"), timeout=0 if position < len(pending) else -1)
+            try:
+                lock.acquire()
+            except Timeout:
+                others.append((name, seed))
+                continue
+            try:
+                run = _read_finished(path, arguments)
+                if run is None:
+                    run = _train(
+                        make_model,
+                        _arguments_of_run(args, path.with_suffix(""), seed),
+                        mixture=name,
+                        domain_weights=weights,
+                        train_dataset=train_dataset,
+                        eval_dataset=eval_dataset,
+                        data_collator=data_collator,
+                        tokens_per_example=tokens_per_example,
+                        progress=progress,
+                        adaptation=adaptation,
+                        bytes_per_token=bytes_per_token or {},
+                    )
+                    _write_finished(path, run, arguments)
+            finally:
+                lock.release()
+            finished[name, seed] = run
+            progress.update(len(finished) - progress.n)
+    return Comparison(finished[key] for key in pending)
 
 
 def _train(

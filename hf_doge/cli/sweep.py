@@ -1,0 +1,128 @@
+"""`hf-doge sweep`: the best mixture that small runs can find."""
+
+import logging
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from importlib.util import find_spec
+
+from transformers import TrainingArguments
+
+from hf_doge.cli.arguments import DataArguments, ModelArguments, get_output_dir, parse
+from hf_doge.cli.blocks import collate_blocks
+from hf_doge.cli.compare import MeasureArguments
+from hf_doge.cli.console import save_plot, say
+from hf_doge.cli.mixtures import estimate_for_targets
+from hf_doge.cli.models import get_config, make_model
+from hf_doge.plots import plot_sweep
+from hf_doge.training.sweep import MIN_RANK_CORRELATION, sweep_domain_weights
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class SweepArguments:
+    """Which mixtures are tried, and what their law is asked for."""
+
+    num_mixtures: int = field(default=16, metadata={"help": "Mixtures to train on, each with every seed."})
+    seeds: list[int] = field(default_factory=lambda: [1], metadata={"help": "Seeds of the runs."})
+    concentration: float = field(
+        default=1.0,
+        metadata={
+            "help": "How near the mixtures stay to natural proportions, equal parts and the estimate. Positive."
+        },
+    )
+    kl_penalty: float = field(
+        default=0.01, metadata={"help": "Nats of loss that a nat of divergence from natural proportions costs."}
+    )
+    max_epochs_per_domain: float | None = field(
+        default=None, metadata={"help": "The weights found read no domain more often than this."}
+    )
+    full_tokens: int | None = field(
+        default=None,
+        metadata={
+            "help": "Tokens of the training that the weights are for, which the cap refers to. Default: of a run."
+        },
+    )
+    jobs: int = field(
+        default=1,
+        metadata={
+            "help": "Processes on this machine that share the runs. More machines that see --output_dir share them by the "
+            "same command."
+        },
+    )
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the command."""
+    data_args, model_args, sweep_args, measure_args, args = parse(
+        argv,
+        DataArguments,
+        ModelArguments,
+        SweepArguments,
+        MeasureArguments,
+        TrainingArguments,
+        prog="hf-doge sweep",
+        description=(
+            "Train small models on several mixtures, fit a law of their losses, and find the weights at its minimum. Finished "
+            "runs are kept and not trained again. Every argument of a Trainer is a flag too."
+        ),
+        defaults={"output_dir": "doge_sweep", "learning_rate": 5e-4, "save_strategy": "no"},
+    )
+    if find_spec("scipy") is None:
+        raise ValueError("A sweep needs scipy. Install it by `pip install 'hf-doge[sweep]'`.")
+    if sweep_args.jobs < 1:
+        raise ValueError(f"`--jobs` must be at least 1, but got {sweep_args.jobs}.")
+    output_dir = get_output_dir(args)
+    data = measure_args.load(data_args, output_dir)
+    config = get_config(model_args, data.tokenizer, data_args.block_size)
+    helpers = [
+        subprocess.Popen([sys.executable, "-m", "hf_doge", "sweep", *argv, "--jobs=1"], stdout=subprocess.DEVNULL)
+        for _ in range(sweep_args.jobs - 1)
+    ]
+    try:
+        weights, comparison = sweep_domain_weights(
+            partial(make_model, model_args.model_name_or_path, config),
+            args,
+            train_dataset=data.train,
+            eval_dataset=data.validation,
+            data_collator=collate_blocks,
+            tokens_per_example=data_args.block_size,
+            identity={"model": model_args.model_name_or_path or config.to_dict(), "data": data.fingerprints},
+            adaptation=measure_args.get_adaptation(data),
+            centers=[estimate_for_targets(data)] if data.targets else [],
+            num_mixtures=sweep_args.num_mixtures,
+            seeds=sweep_args.seeds,
+            concentration=sweep_args.concentration,
+            kl_penalty=sweep_args.kl_penalty,
+            max_epochs_per_domain=sweep_args.max_epochs_per_domain,
+            full_tokens=sweep_args.full_tokens,
+        )
+    finally:
+        for helper in helpers:
+            helper.terminate()  # what it was training, if anything, is nobody's any more
+            helper.wait()
+    folder = output_dir / "domain_weights"
+    weights.save_pretrained(folder, plot=True)
+    comparison.save(output_dir)
+    plot = save_plot(partial(plot_sweep, weights.metadata["sweep"]), output_dir / "sweep.png")
+    say(weights.summary())
+    say(_describe(weights.recipe))
+    say(f"Weights: {folder}{f', plot: {plot}' if plot else ''}")
+    return 0
+
+
+def _describe(recipe: dict) -> str:
+    change, low, high = recipe["predicted_change"]
+    text = (
+        f"Predicted change of the loss from natural proportions: {change:+.4f} nats [{low:+.4f}, {high:+.4f}]. Rank correlation "
+        f"of the law with runs it has not seen: {recipe['rank_correlation']:.2f}."
+    )
+    if recipe["rank_correlation"] < MIN_RANK_CORRELATION:
+        text += (
+            f"\nThe law does not fit: below {MIN_RANK_CORRELATION} its optimum is a guess. Train longer, with more mixtures or "
+            "seeds, and compare before use."
+        )
+    return text
