@@ -136,7 +136,7 @@ def test_the_arms_of_a_seed_differ_by_their_weights_alone(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"steps": (0,)}, "whole numbers of at least 1"),
+        ({"steps": (0,)}, "`steps` must be at least 1"),
         ({"steps": (3, 3)}, "must be different"),
         ({"learning_rate": math.inf}, "positive and finite"),
     ],

@@ -12,6 +12,7 @@ from hf_doge.artifacts.readers import read_ratios
 from hf_doge.artifacts.summary import summarize
 from hf_doge.artifacts.trajectory import Trajectory
 from hf_doge.checks import (
+    check_count,
     check_flag,
     check_json,
     check_mapping,

@@ -10,6 +10,7 @@ from importlib.util import find_spec
 
 from transformers import TrainingArguments
 
+from hf_doge.checks import check_count
 from hf_doge.cli.arguments import DataArguments, ModelArguments, get_output_dir, parse
 from hf_doge.cli.blocks import collate_blocks
 from hf_doge.cli.compare import MeasureArguments
@@ -73,8 +74,7 @@ def main(argv: Sequence[str]) -> int:
     )
     if find_spec("scipy") is None:
         raise ValueError("A sweep needs scipy. Install it by `pip install 'hf-doge[sweep]'`.")
-    if sweep_args.jobs < 1:
-        raise ValueError(f"`--jobs` must be at least 1, but got {sweep_args.jobs}.")
+    check_count("--jobs", sweep_args.jobs)
     output_dir = get_output_dir(args)
     data = measure_args.load(data_args, output_dir)
     config = get_config(model_args, data.tokenizer, data_args.block_size)

@@ -226,9 +226,7 @@ class Comparison:
         ]
         better = sum(changes[name].mean < 0 for name in self.domains)
         told = "".join(f"; {other}" for other in others)
-        lines.append(
-            f"{names}, besides: lower on {better} of {len(self.domains)} training domains{told}."
-        )
+        lines.append(f"{names}, besides: lower on {better} of {len(self.domains)} training domains{told}.")
         return "\n".join(f"- {line}" for line in lines)
 
     def to_markdown(self) -> str:
@@ -266,7 +264,10 @@ class Comparison:
             f"seed {self.seeds[0]}" if len(self.seeds) == 1 else f"mean ± standard deviation over seeds {self.seeds}"
         )
         sizes = self.bits_per_byte()
-        bits = [[escape(self.row_label(n)), *(f"{sizes[m][n]:.3f}" for m in self.mixtures)] for n in sizes[self.mixtures[0]]]
+        bits = [
+            [escape(self.row_label(n)), *(f"{sizes[m][n]:.3f}" for m in self.mixtures)]
+            for n in sizes[self.mixtures[0]]
+        ]
         bits_table = (
             f"Bits per byte of text, which compare across tokenizers.\n\n{_markdown_table(header, bits)}\n\n"
             if bits

@@ -10,10 +10,10 @@ from tqdm.auto import tqdm
 
 from hf_doge.artifacts.domain_weights import DomainWeights
 from hf_doge.artifacts.provenance import describe_process
+from hf_doge.checks import check_count, check_mapping, check_names, check_number
 from hf_doge.functional.mixture_weights import fit_mixture_weights
 from hf_doge.mixing.ngrams import SourceCounts, TargetBigrams
 from hf_doge.mixing.tokens import iterate_tokens
-from hf_doge.sampling.domains import check_names
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
@@ -67,13 +67,10 @@ def estimate_domain_weights(
         ValueError: A domain or the target has no tokens, the target has too few or is one of the domains, or an argument is
             out of its range.
     """
-    if not isinstance(train_dataset, Mapping) or not train_dataset:
-        raise ValueError(
-            "`train_dataset` must map names of domains to datasets, at least one, but got "
-            f"{train_dataset if not train_dataset else type(train_dataset).__name__}."
-        )
-    names = check_names(train_dataset)
-    _refuse_arguments(order=order, max_tokens=max_tokens, max_target_tokens=max_target_tokens, tolerance=tolerance)
+    names = check_names(check_mapping("train_dataset", train_dataset))
+    order, max_tokens = check_count("order", order, most=2), check_count("max_tokens", max_tokens, optional=True)
+    max_target_tokens = check_count("max_target_tokens", max_target_tokens, optional=True)
+    tolerance = check_number("tolerance", tolerance, above=0, below=1, unit="nats")
     _refuse_target_among(train_dataset, target_dataset)
     read = partial(iterate_tokens, processing_class=processing_class, text_column=text_column)
     target = TargetBigrams.of(read(target_dataset, "The target", only_labels=True), max_tokens=max_target_tokens)
@@ -120,16 +117,6 @@ def estimate_domain_weights(
         },
         metadata=describe_process(),
     )
-
-
-def _refuse_arguments(*, order: int, max_tokens: int | None, max_target_tokens: int | None, tolerance: float) -> None:
-    if order not in (1, 2) or isinstance(order, bool):
-        raise ValueError(f"`order` must be 1 (unigrams) or 2 (bigrams), but got {order!r}.")
-    for name, count in (("max_tokens", max_tokens), ("max_target_tokens", max_target_tokens)):
-        if count is not None and (not isinstance(count, int) or isinstance(count, bool) or count < 1):
-            raise ValueError(f"`{name}` must be a whole number of at least 1, but got {count!r}.")
-    if not 0 < tolerance < 1:
-        raise ValueError(f"`tolerance` must be in (0, 1) nats, but got {tolerance!r}.")
 
 
 def _refuse_target_among(train_dataset: Mapping[str, Any], target_dataset: Any) -> None:

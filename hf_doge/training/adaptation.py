@@ -1,7 +1,6 @@
 """What a model is worth on a target it was not trained on: at its own temperature, and after a few steps on the target."""
 
 import copy
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +9,8 @@ import torch
 from datasets import Dataset
 from torch import Tensor, nn
 from transformers import PrinterCallback, ProgressCallback, Trainer, set_seed
+
+from hf_doge.checks import check_count, check_number
 
 CALIBRATED = "calibrated"
 NUM_CALIBRATION_LOGITS = 2**25  # 128 MiB of them in float32
@@ -32,12 +33,11 @@ class Adaptation:
     learning_rate: float | None = None
 
     def __post_init__(self) -> None:
-        if any(isinstance(steps, bool) or not isinstance(steps, int) or steps < 1 for steps in self.steps):
-            raise ValueError(f"`steps` must be whole numbers of at least 1, but got {self.steps}.")
+        for steps in self.steps:
+            check_count("steps", steps)
         if len(set(self.steps)) != len(self.steps):
             raise ValueError(f"`steps` must be different, but got {self.steps}.")
-        if self.learning_rate is not None and not 0 < self.learning_rate < math.inf:
-            raise ValueError(f"`learning_rate` must be positive and finite, but got {self.learning_rate}.")
+        check_number("learning_rate", self.learning_rate, above=0, optional=True)
         empty = sorted(name for name, dataset in self.train_dataset.items() if len(dataset) == 0)
         if empty:
             raise ValueError(f"Every target must have train text, but {empty} have none.")

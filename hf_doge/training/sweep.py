@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, TrainingArguments
 
 from hf_doge.artifacts.domain_weights import DomainWeights
 from hf_doge.artifacts.provenance import describe_process
+from hf_doge.checks import check_count, check_mapping, check_names, check_number
 from hf_doge.evaluation.comparison import Comparison
 from hf_doge.mixing.sweep import SweepFit, design_mixtures, fit_sweep
 from hf_doge.training.adaptation import Adaptation
@@ -63,7 +64,12 @@ def sweep_domain_weights(
     Raises:
         ValueError: There are fewer mixtures than the law needs, or the cap leaves too few tokens.
     """
-    names = tuple(train_dataset)
+    names = check_names(check_mapping("train_dataset", train_dataset))
+    check_count("num_mixtures", num_mixtures)
+    check_number("concentration", concentration, above=0)
+    check_number("kl_penalty", kl_penalty, least=0)
+    check_number("max_epochs_per_domain", max_epochs_per_domain, above=0, optional=True)
+    check_count("full_tokens", full_tokens, optional=True)
     if num_mixtures < len(names) + 2:
         raise ValueError(
             f"A sweep over {len(names)} domains must have at least {len(names) + 2} mixtures, one more than its law has "
