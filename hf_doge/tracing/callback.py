@@ -221,9 +221,10 @@ class TracInWECallback(TrainerCallback):
         self._started = True
         if not self._is_due(state.global_step):
             return
-        if control.should_save:
-            self._await_save(args, state)
-        elif self.record_steps is not None:
+        asked = self.record_steps is not None
+        if control.should_save or (asked and args.save_strategy in (SaveStrategy.EPOCH, SaveStrategy.BEST)):
+            self._await_save(args, state)  # by epoch, or where an evaluation is the best so far, a save may be next
+        elif asked:
             self._record(args, state, **kwargs)
 
     def on_epoch_end(
@@ -233,6 +234,9 @@ class TracInWECallback(TrainerCallback):
         if self._end is not None:
             control.should_save = control.should_evaluate = control.should_log = False
         elif self._awaited_step == state.global_step and self.record_steps is not None:
+            best = args.save_strategy == SaveStrategy.BEST and control.should_evaluate
+            if control.should_save or (best and state.global_step < state.max_steps):
+                return  # the save is next; if it does not come, the next step begins with the recording
             self._record(args, state, **kwargs)
         elif control.should_save and self._is_due(state.global_step) and self._recorded_step != state.global_step:
             self._await_save(args, state)

@@ -23,7 +23,8 @@ from hf_doge.tracing.recording import check_first_batch, make_recorder, record_c
 from hf_doge.tracing.second_moments import SecondMoments, keeps_second_moments, second_moments_of
 from hf_doge.tracing.settings import RecordingSettings
 from hf_doge.tracing.shared_index import SharedIndex, open_shared_index
-from hf_doge.tracing.weights import logged_learning_rate
+from hf_doge.tracing.trained_loss import ADVICE, TrainedLoss
+from hf_doge.tracing.weights import group_learning_rate, logged_learning_rate
 
 logger = logging.getLogger(__name__)
 
@@ -66,6 +67,7 @@ class CheckpointRecording:
         self.batch_size = batch_size
         self.seed = seed
         self._index: SharedIndex | None = None
+        self._trained_loss: TrainedLoss | None = None
 
     def start(
         self, *, model: nn.Module, train_dataloader: DataLoader, args: TrainingArguments, state: TrainerState
@@ -93,9 +95,25 @@ class CheckpointRecording:
         )
         self._recorder = make_recorder(model, self.options, self.tokenizer)
         run_on_all_processes(lambda sign_of_life: self._try(state))
+        if self.options.loss_fn is not None or process_index() > 0:
+            return
+        if args.label_smoothing_factor:
+            factor = args.label_smoothing_factor
+            warnings.warn(
+                f"Labels are smoothed in training (`label_smoothing_factor={factor}`).{ADVICE}", stacklevel=2
+            )
+            return
+        self._trained_loss = TrainedLoss(model, args)
 
     def before_optimizer_step(self, *, learning_rate: float, state: TrainerState) -> None:
-        """Nothing: rows are made at saves."""
+        """Rows are made at saves. At the first step it shows whether their loss is what is trained."""
+        trained, self._trained_loss = self._trained_loss, None
+        if trained is None:
+            return
+        difference = trained.difference()
+        trained.close()
+        if difference is not None:
+            warnings.warn(f"{difference}{ADVICE}", stacklevel=2)
 
     def after_first_step(self, *, model: nn.Module) -> None:
         """See that the optimizer keeps what `second_moment` needs; it does so from its first step on."""
@@ -132,7 +150,10 @@ class CheckpointRecording:
         self._record(model, run_on_main_process(lambda sign_of_life: self._plan_to_finish(model, facts, state)))
 
     def stop(self) -> None:
-        """Let go of the index."""
+        """Let go of the index, and of the model."""
+        if self._trained_loss is not None:
+            self._trained_loss.close()
+        self._trained_loss = None
         if self._index is not None:
             self._index.close()
         self._index = None
@@ -198,7 +219,7 @@ class CheckpointRecording:
             facts = plan
         learning_rate = plan.get("learning_rate") if plan.get("step") == step else None
         if learning_rate is None:
-            learning_rate = logged_learning_rate(state.log_history, step)
+            learning_rate = self._logged_rate(model, state)
         if learning_rate is None:
             warnings.warn(
                 f"Training resumes at step {step}, which was saved but not recorded, and its learning rate is unknown: it"
@@ -207,6 +228,12 @@ class CheckpointRecording:
             )
             return None
         return self._plan_to_record(model, {**facts, "learning_rate": learning_rate})
+
+    def _logged_rate(self, model: nn.Module, state: TrainerState) -> float | None:
+        """That of the embeddings' parameter group, from the log, which has that of the first."""
+        logged = logged_learning_rate(state.log_history, state.global_step)
+        group = find_group(self.optimizer, input_embedding_matrix(unwrap_model(model)))
+        return group_learning_rate(logged, self.optimizer.param_groups[0], group)
 
     def _is_recorded(self, name: str, model: nn.Module) -> bool:
         recorded = {

@@ -8,6 +8,7 @@ Rows are those of each example alone, in evaluation mode and the precision of th
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,12 @@ from hf_doge.tracing.processes import (
 )
 from hf_doge.tracing.query_rows import slice_rows
 from hf_doge.tracing.ranges import Range, share_ranges
-from hf_doge.tracing.second_moments import SecondMoments, require_saved_optimizer, saved_second_moments
+from hf_doge.tracing.second_moments import (
+    SecondMoments,
+    require_saved_optimizer,
+    saved_group_rate,
+    saved_second_moments,
+)
 from hf_doge.tracing.settings import RecordingSettings
 from hf_doge.tracing.shared_index import SharedIndex, open_shared_index
 from hf_doge.tracing.weights import describe_checkpoint, in_order_of_steps, load_model, stored_path
@@ -282,6 +288,11 @@ def record_dataset(
         else describe_checkpoint(path, learning_rate=None if learning_rates is None else learning_rates[position])
         for position, path in enumerate(paths)
     ]
+    for path, fact in zip(paths, facts, strict=True):
+        if fact is not None and learning_rates is None:
+            fact["learning_rate"] = saved_group_rate(
+                path, fact["learning_rate"], partial(load_model, path, trainable=True)
+            )
     device = device or default_device()
     whole = {} if add_examples else _recorded_steps(Path(folder))
     if settings.second_moment:

@@ -6,7 +6,7 @@ same groups are made of the loaded model, and believed only where all numbers an
 """
 
 import pickle
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from transformers.trainer import OPTIMIZER_NAME
 
 from hf_doge.gradients.embedding_uses import input_embedding_matrix
 from hf_doge.tracing.fingerprints import tensor_fingerprint, unwrap_model
+from hf_doge.tracing.weights import group_learning_rate
 
 AVERAGE = "exp_avg_sq"
 WHAT_TO_DO = (
@@ -131,6 +132,55 @@ def saved_second_moments(folder: Path, model: nn.Module) -> SecondMoments:
     return moments
 
 
+def saved_group_rate(folder: Path, logged: float, load: Callable[[], nn.Module]) -> float:
+    """
+    The learning rate of the input embeddings at a checkpoint, where the Trainer logged that of the first parameter group.
+
+    Args:
+        folder (`Path`): Of the checkpoint. Without `optimizer.pt`, all groups are taken to have one rate.
+        logged (`float`): What the Trainer logged.
+        load (`Callable`): Loads the model, which is needed only where the groups have several.
+
+    Raises:
+        ValueError: They have, and it is not certain which group the embeddings are in, or what its rate was.
+    """
+    path = folder / OPTIMIZER_NAME
+    if not path.is_file():
+        return logged
+    try:
+        states, groups = _read(path)
+    except ValueError:  # of a kind that keeps its groups elsewhere
+        return logged
+    rates = [group_learning_rate(logged, groups[0], group) if "lr" in group else logged for group in groups]
+    if set(rates) == {logged}:
+        return logged
+    model = load()
+    matrix = input_embedding_matrix(model)
+    number, _ = _number_by_groups(states, groups, model, matrix)
+    numbers = [number] if number is not None else _numbers_of_shape(states, matrix)
+    if states and not numbers:
+        return logged  # frozen, as training knows them; then those of the first group count
+    found = {
+        rate for rate, group in zip(rates, groups, strict=True) if not states or set(numbers) & set(group["params"])
+    }
+    if len(found) != 1 or None in found:
+        raise ValueError(
+            f"The learning rate of the input embeddings at {str(folder)!r} must be known, but the optimizer's parameter"
+            f" groups have several ({[group['lr'] for group in groups]}) and {str(path)!r} does not tell theirs. Pass"
+            " `learning_rates` (`hf-doge index --learning_rates`), one for each checkpoint."
+        )
+    return found.pop()
+
+
+def _numbers_of_shape(states: Mapping[int, Mapping[str, Any]], matrix: Tensor) -> list[int]:
+    """The entries that can be of the matrix."""
+    return [
+        number
+        for number, state in states.items()
+        if any(isinstance(value, Tensor) and value.shape == matrix.shape for value in state.values())
+    ]
+
+
 def _read(path: Path) -> tuple[dict[int, dict[str, Any]], list[dict[str, Any]]]:
     """States by number, and parameter groups. Tensors stay on disk until they are looked at."""
     try:
@@ -184,11 +234,7 @@ def _number_by_shape(
     states: Mapping[int, Mapping[str, Any]], model: nn.Module, matrix: Tensor, *, path: Path, why_not: str
 ) -> int:
     """The number of the only entry that can be of the matrix."""
-    entries = [
-        number
-        for number, state in states.items()
-        if any(isinstance(value, Tensor) and value.shape == matrix.shape for value in state.values())
-    ]
+    entries = _numbers_of_shape(states, matrix)
     names = [name for name, parameter in model.named_parameters() if parameter.shape == matrix.shape]
     if len(entries) != 1 or len(names) != 1:
         raise ValueError(

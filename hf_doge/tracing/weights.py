@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -173,6 +174,24 @@ def logged_learning_rate(log_history: Any, step: int) -> float | None:
     """The learning rate that made step `step`, if the Trainer logged at that step. (It logs the one before the scheduler.)"""
     rates = [entry["learning_rate"] for entry in log_history if entry.get("step") == step and "learning_rate" in entry]
     return rates[-1] if rates else None
+
+
+def group_learning_rate(logged: float | None, first: Mapping[str, Any], group: Mapping[str, Any]) -> float | None:
+    """
+    The learning rate of a parameter group, where that of the first one is logged.
+
+    Schedules of transformers multiply the rate that each group begins with (`initial_lr`) by one factor. None where the
+    groups do not agree with that.
+    """
+    if logged is None or group is first:
+        return logged
+    begun = [float(one.get("initial_lr", one["lr"])) for one in (first, group)]
+    now = [float(one["lr"]) for one in (first, group)]
+    if begun[0] == begun[1] and now[0] == now[1]:
+        return logged
+    if begun[0] <= 0 or not math.isclose(now[0] * begun[1], now[1] * begun[0], rel_tol=1e-6, abs_tol=1e-300):
+        return None
+    return logged * (begun[1] / begun[0])
 
 
 def _load_adapter(path: Path, *, trainable: bool) -> nn.Module:
