@@ -35,7 +35,9 @@ _MAX_SIDE_BY_SIDE = 16  # with more domains the bars go under the trajectory, no
 _MAX_NAME_LENGTH = 28
 
 
-def plot_domain_weights(weights: "DomainWeights", path: str | os.PathLike | None = None) -> "Figure":
+def plot_domain_weights(
+    weights: "DomainWeights", path: str | os.PathLike | None = None, *, max_domains: int | None = None
+) -> "Figure":
     """
     Two panels: the weights over the steps, and the mean weights against uniform and natural proportions.
 
@@ -45,6 +47,7 @@ def plot_domain_weights(weights: "DomainWeights", path: str | os.PathLike | None
     Args:
         weights (`DomainWeights`): What to draw.
         path (`str` or `os.PathLike`, *optional*): Where to write the picture; the suffix decides the format.
+        max_domains (`int`, *optional*): How many domains have a bar, the heaviest; by default all.
 
     Returns:
         `matplotlib.figure.Figure`: not known to pyplot, so nothing needs closing.
@@ -53,19 +56,20 @@ def plot_domain_weights(weights: "DomainWeights", path: str | os.PathLike | None
         ImportError: matplotlib is not installed.
     """
     names = sorted(weights.names, key=weights.mean.get, reverse=True)
-    rows_height = 1.3 + _ROW_HEIGHT * len(names)
+    shown = names[:max_domains]
+    rows_height = 1.3 + _ROW_HEIGHT * len(shown)
     if weights.trajectory is None:
         figure = _new_figure(7.0, rows_height)
         bars = figure.subplots()
     else:
-        if len(names) > _MAX_SIDE_BY_SIDE:
+        if len(shown) > _MAX_SIDE_BY_SIDE:
             figure = _new_figure(8.5, 4.2 + rows_height)
             lines, bars = figure.subplots(2, 1, height_ratios=[4.2, rows_height])
         else:
             figure = _new_figure(12.0, max(4.2, rows_height))
             lines, bars = figure.subplots(1, 2, width_ratios=[1.1, 1])
         _draw_trajectory(lines, weights.trajectory, names)
-    _draw_weights(bars, weights, names)
+    _draw_weights(bars, weights, shown)
     _write(figure, path)
     return figure
 
@@ -203,8 +207,9 @@ def _draw_weights(axes: "Axes", weights: "DomainWeights", names: list[str]) -> N
     rows = range(len(names))
     values = [weights.mean[name] for name in names]
     series = [axes.barh(rows, values, height=0.6, color=_BAR, edgecolor="black", linewidth=0.7, label="weight")]
-    uniform = f"uniform (1/{len(names)})"
-    series.append(axes.axvline(1 / len(names), color="black", linewidth=1.2, linestyle="--", label=uniform))
+    num_domains = len(weights.names)
+    uniform = f"uniform (1/{num_domains})"
+    series.append(axes.axvline(1 / num_domains, color="black", linewidth=1.2, linestyle="--", label=uniform))
     if (natural := weights.natural_proportions) is not None:
         shares = [natural[name] for name in names]
         series += axes.plot(shares, rows, "D", color="black", markerfacecolor="white", markersize=5, clip_on=False)
@@ -217,7 +222,8 @@ def _draw_weights(axes: "Axes", weights: "DomainWeights", names: list[str]) -> N
     column = {"transform": axes.get_yaxis_transform(), "va": "center", "fontsize": "small", "family": "monospace"}
     for row, value in zip(rows, values, strict=True):
         axes.text(1.02, row, "<.001" if 0 < value < 0.0005 else f"{value:.3f}", **column)
-    axes.set_xlabel("weight")
+    left_out = num_domains - len(names)
+    axes.set_xlabel(f"weight ({left_out:,} lighter domains are not shown)" if left_out else "weight")
     axes.legend(
         handles=series,
         title="Mean weights",

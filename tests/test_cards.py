@@ -628,3 +628,27 @@ def test_every_table_of_an_index_changes_its_card_with_its_content(tmp_path):
     for name, entry in before.items():
         assert entry["data_files"] == after[name]["data_files"]
         assert entry != after[name]
+
+
+def test_a_card_of_many_domains_is_short_and_says_what_it_leaves_out(tmp_path):
+    names = [f"domain {number}" for number in range(20_000)]
+    facts = {name: {"num_tokens": 5, "fingerprint": name} for name in names}
+    recipe = {"name": "paper", "arguments": {"initial": dict.fromkeys(names, 1)}}
+    weights = DomainWeights.from_mapping(dict.fromkeys(names, 1), domains=facts, recipe=recipe)
+    weights.save_pretrained(tmp_path)
+    card = read(tmp_path)
+    assert len(card) < 50_000
+    assert "19,800 more rows are left out here" in card
+    assert "more lines are left out here" in card
+    assert "and 19,992 more" in card
+    assert pq.read_metadata(next((tmp_path / "weights").iterdir())).num_rows == 20_000
+
+
+def test_the_picture_of_a_card_shows_the_heaviest_of_many_domains():
+    from hf_doge.plots import plot_domain_weights
+
+    weights = DomainWeights.from_mapping({f"domain {number}": number + 1 for number in range(300)})
+    (axes,) = plot_domain_weights(weights, max_domains=50).axes
+    assert [label.get_text() for label in axes.get_yticklabels()] == [f"domain {299 - n}" for n in range(50)]
+    assert axes.get_xlabel() == "weight (250 lighter domains are not shown)"
+    assert draw_plot(weights).startswith(b"\x89PNG")

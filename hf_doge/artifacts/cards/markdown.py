@@ -9,6 +9,7 @@ from hf_doge.artifacts.cards.merge import escape_markers
 from hf_doge.text import printable
 
 _SPECIAL = re.compile(r"([\\`*\[\]|~$])|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])")
+_MOST_ROWS, _MOST_LINES, _LONGEST_LINE = 200, 400, 2000  # beyond which nobody reads a card
 _ENTITIES = {"&": "&amp;", "<": "&lt;", ">": "&gt;"}
 
 
@@ -29,16 +30,35 @@ def code(text: Any) -> str:
 
 
 def table(columns: Mapping[str, Sequence[Any]]) -> str:
-    """Equally long columns under their titles, the first to the left, the others to the right. Cells are escaped."""
+    """
+    Equally long columns under their titles, the first to the left, the others to the right. Cells are escaped. Of many rows
+    the first are shown, and a note says how many were left out.
+    """
+    rows = list(zip(*columns.values(), strict=True))
     lines = [" | ".join(columns), " | ".join(["---", *["---:"] * (len(columns) - 1)])]
-    lines += [" | ".join(escape(cell) for cell in row) for row in zip(*columns.values(), strict=True)]
-    return "\n".join(f"| {line} |" for line in lines)
+    lines += [" | ".join(escape(cell) for cell in row) for row in rows[:_MOST_ROWS]]
+    return "\n".join(f"| {line} |" for line in lines) + _left_out(len(rows) - _MOST_ROWS, "rows")
 
 
 def json_block(content: Any) -> str:
     """A fenced block of readable JSON, that no text in it can end."""
-    text = printable(json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False), keep="\n")
-    return f"```json\n{text.replace('<!--', chr(92) + 'u003c!--')}\n```"
+    lines = printable(json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False), keep="\n").splitlines()
+    text = "\n".join(line[:_LONGEST_LINE] for line in lines[:_MOST_LINES])
+    left_out = _left_out(len(lines) - _MOST_LINES, "lines")
+    return f"```json\n{text.replace('<!--', chr(92) + 'u003c!--')}\n```{left_out}"
+
+
+def names_of(names: Sequence[Any], shown: int = 8) -> str:
+    """Some names, escaped, and how many more there are."""
+    return ", ".join(map(escape, names[:shown])) + (f" and {len(names) - shown:,} more" if len(names) > shown else "")
+
+
+def _left_out(number: int, what: str) -> str:
+    return (
+        f"\n\n{number:,} more {what} are left out here; the files next to this card have them all."
+        if number > 0
+        else ""
+    )
 
 
 def code_block(text: str, language: str = "text") -> str:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from hf_doge._version import __version__
 from hf_doge.artifacts.cards.facts import counted, hub_link, join, part_of, run_facts
-from hf_doge.artifacts.cards.markdown import escape, json_block, seconds, table
+from hf_doge.artifacts.cards.markdown import escape, json_block, names_of, seconds, table
 from hf_doge.artifacts.cards.merge import Card
 from hf_doge.artifacts.cards.rendering import listing, place_of, render
 from hf_doge.artifacts.cards.tables import TableFacts, config_entry
@@ -28,7 +28,8 @@ _OBJECTIVES = {
     "universal": "They serve the mean loss of the training domains themselves, as a small step of training lowers it.",
     "target": "They serve the loss on the target that they were learned for, as a small step of training lowers it.",
 }
-_MOST_DRAWN = 300  # domains, each a row of the picture; with 10,000 it took minutes and 25 MB
+_MOST_DRAWN = 1000  # domains, each a line of the trajectory; with 10,000 it took minutes
+_MOST_BARS = 50  # the heaviest; with 300 a picture took 3 s, at each save
 
 
 def weights_card(
@@ -90,7 +91,7 @@ def draw_plot(weights: "DomainWeights") -> bytes | None:
     from hf_doge.plots import plot_domain_weights
 
     picture = io.BytesIO()
-    plot_domain_weights(weights).savefig(picture, format="png", metadata={"Software": None})
+    plot_domain_weights(weights, max_domains=_MOST_BARS).savefig(picture, format="png", metadata={"Software": None})
     return picture.getvalue()
 
 
@@ -205,7 +206,7 @@ def _data(weights: "DomainWeights") -> str | None:
         ", ".join(hub_link(name) for name in dataset.get("sources") or ()),
         counted(sum(rows), "sequences") if None not in rows else None,
         counted(sum(tokens), "tokens") if None not in tokens else None,
-        f"fingerprint {', '.join(map(escape, fingerprints))}" if fingerprints else None,
+        f"fingerprint {names_of(fingerprints)}" if fingerprints else None,
     )
 
 
