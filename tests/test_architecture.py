@@ -24,7 +24,7 @@ BELOW = {
     "plots": {"artifacts"},
     "influence_plots": {"plots"},
     "training": {"functional", "gradients", "sampling", "artifacts", "evaluation", "mixing", "plots", "_version"},
-    "tracing": {"functional", "gradients", "artifacts", "evaluation", "_version"},
+    "tracing": {"functional", "gradients", "sampling", "artifacts", "evaluation", "_version"},
     "cli": {
         *("functional", "gradients", "sampling", "artifacts", "evaluation", "training", "tracing", "mixing"),
         *("plots", "influence_plots", "_version"),

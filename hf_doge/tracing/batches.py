@@ -1,8 +1,6 @@
 """Batches for recording: every example once, in order, without a trace in the user's random state or collator."""
 
-import copy
 import random
-import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -12,9 +10,9 @@ import torch
 from torch import Tensor
 
 from hf_doge.checks import check_count, check_function, check_seed
+from hf_doge.sampling.collation import SeededCollator, differ, preserved, unseeded_copy
 
 _PACKED_KEYS = ("seq_lengths", "cu_seq_lens_q", "cu_seq_lens_k", "cu_seqlens", "seq_idx", "document_ids")
-_WRAPPED_COLLATORS = ("data_collator", "collator", "collate_fn")
 
 
 class SequentialBatches:
@@ -22,7 +20,7 @@ class SequentialBatches:
     The examples of a dataset in order of their position, batch by batch.
 
     All random numbers that a dataset or collator draws (masking) come from `seed` and the position of the batch: the
-    same at every checkpoint and after an interruption. They are drawn from copies of the collator's own generators.
+    same at every checkpoint and after an interruption, as [`SeededCollator`] says.
     Iterate inside [`preserved_random_state`].
 
     Args:
@@ -35,6 +33,7 @@ class SequentialBatches:
     def __init__(self, dataset: Any, collator: Callable, *, batch_size: int, seed: int = 0) -> None:
         self.dataset = dataset
         self.collator = check_function("collator", collator)
+        self._collate = SeededCollator(unseeded_copy(collator), seed=None)
         self.batch_size = check_count("batch_size", batch_size)
         self.seed = check_seed("seed", seed)
 
@@ -63,17 +62,14 @@ class SequentialBatches:
         _seed_everything(seed)
         fetch = getattr(self.dataset, "__getitems__", None)
         items = fetch(positions) if fetch is not None else [self.dataset[position] for position in positions]
-        batch = _with_own_generators(self.collator, seed)(items)
+        batch = self._collate(items, seed)
         _refuse_packed(batch, num_examples=len(positions))
         return batch
 
     def are_random(self) -> bool:
         """Whether the first batch depends on the seed."""
         first, second = (self.collate(0, seed=seed) for seed in (self.seed, self.seed + 1))
-        return any(
-            isinstance(value, Tensor) and not (value.shape == second[key].shape and torch.equal(value, second[key]))
-            for key, value in first.items()
-        )
+        return differ(first, second)
 
 
 @contextmanager
@@ -84,16 +80,13 @@ def preserved_random_state(seed: int | None = None) -> Iterator[None]:
     Args:
         seed (`int`, *optional*): Where those inside begin.
     """
-    state, numpy_state, torch_state = random.getstate(), np.random.get_state(), torch.get_rng_state()
     cuda_states = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else None
     try:
-        if seed is not None:
-            _seed_everything(seed % 2**32)
-        yield
+        with preserved():
+            if seed is not None:
+                _seed_everything(seed % 2**32)
+            yield
     finally:
-        random.setstate(state)
-        np.random.set_state(numpy_state)
-        torch.set_rng_state(torch_state)
         if cuda_states is not None:
             torch.cuda.set_rng_state_all(cuda_states)
 
@@ -102,25 +95,6 @@ def _seed_everything(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
-
-
-def _with_own_generators(collator: Callable, seed: int) -> Callable:
-    """A copy of the collator that draws from generators of its own, so that those of training stay where they are."""
-    if isinstance(collator, types.FunctionType | types.MethodType | types.BuiltinFunctionType | type):
-        return collator
-    if not hasattr(collator, "__dict__"):
-        return collator
-    twin = copy.copy(collator)
-    for name, value in vars(collator).items():
-        if isinstance(value, torch.Generator):
-            object.__setattr__(twin, name, torch.Generator(value.device).manual_seed(seed))
-        elif isinstance(value, np.random.Generator):
-            object.__setattr__(twin, name, np.random.default_rng(seed))
-        elif isinstance(value, random.Random):
-            object.__setattr__(twin, name, random.Random(seed))
-        elif name in _WRAPPED_COLLATORS and callable(value):
-            object.__setattr__(twin, name, _with_own_generators(value, seed))
-    return twin
 
 
 def _refuse_packed(batch: Mapping[str, Any], *, num_examples: int) -> None:

@@ -1,11 +1,12 @@
 """Carrying each example's domain through any data collator."""
 
-import zlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from datasets import ClassLabel
+
+from hf_doge.sampling.collation import SeededCollator
 
 DOMAIN_IDS = "domain_ids"
 
@@ -30,13 +31,10 @@ class DomainLookup:
         return self.positions.get(str(label), -1)
 
 
-class DomainCollator:
+class DomainCollator(SeededCollator):
     """
     Calls the user's collator without the domain column and hands the domains on beside its batch, as `domain_ids` of
     shape `(batch_size,)`, -1 for a domain that is not a training domain.
-
-    Random draws of the collator (masking, say) are seeded by the seed and the batch's first and last example. They so
-    depend on neither worker count nor history, and a resumed run masks what the uninterrupted one masks.
     """
 
     def __init__(
@@ -47,16 +45,12 @@ class DomainCollator:
         *,
         seed: int,
     ) -> None:
-        self.collator = collator
+        super().__init__(collator, seed=seed)
         self.domain_column = domain_column
         self.domain_of_label = domain_of_label
-        self.seed = seed
 
-    def __call__(self, features: list[dict[str, Any]]) -> dict[str, Any]:
+    def __call__(self, features: list[dict[str, Any]], seed: int | None = None) -> dict[str, Any]:
         """Collate a list of examples."""
         domains = [self.domain_of_label(feature.get(self.domain_column)) for feature in features]
         features = [{k: v for k, v in feature.items() if k != self.domain_column} for feature in features]
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(zlib.crc32(f"{self.seed} {features[0]} {features[-1]}".encode()))
-            batch = self.collator(features)
-        return {**batch, DOMAIN_IDS: torch.tensor(domains)}
+        return {**super().__call__(features, seed), DOMAIN_IDS: torch.tensor(domains)}

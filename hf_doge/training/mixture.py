@@ -14,6 +14,7 @@ from transformers import Trainer
 
 from hf_doge.artifacts.domain_weights import DomainWeights
 from hf_doge.checks import check_choice, check_number, check_text
+from hf_doge.sampling.collation import SeededCollator
 from hf_doge.sampling.domains import StreamDomains, merge_domains
 from hf_doge.sampling.sampler import DomainWeightedSampler
 from hf_doge.sampling.schedule import DRAW_MODES
@@ -45,6 +46,9 @@ class DomainWeightedMixin:
     `dispatch_batches` and the workers are: an epoch is the number of rows, rounded up to whole optimizer steps. A
     checkpoint can be resumed on another number of processes, or with other accumulation, as long as the examples of an
     optimizer step stay the same number. Weights that differ between processes are refused at train begin.
+
+    What the data collator draws (masks, say) is a function of the seed and the batch, see [`SeededCollator`], so that a
+    resumed run draws what the uninterrupted one draws.
 
     A dict of streams (`IterableDataset`) is mixed by [`interleave_domains`], which tells how processes and workers
     share a stream. The mixture has no end, so set `max_steps`. Resuming is exact, but by the Trainer's way: what was
@@ -117,6 +121,7 @@ class DomainWeightedMixin:
                 domain_column=domain_column if self._labels_streams else None,
             )
             super().__init__(model=model, args=args, train_dataset=mixed, **kwargs)
+            self._seeded_collator = self.data_collator = SeededCollator(self.data_collator, seed=seed)
             if self._labels_streams:
                 self._refuse_lost_column(domain_column)
             self._warn_of_reading_everything(mixed)
@@ -140,6 +145,8 @@ class DomainWeightedMixin:
         }
         self._draws = self._read_draws()
         self.domain_sampler = DomainWeightedSampler(**self._drawn, **self._draws)
+        seed = self.domain_sampler.seed
+        self._seeded_collator = self.data_collator = SeededCollator(self.data_collator, seed=seed)
         self.add_callback(SamplerGuardCallback(self.domain_sampler))
 
     def _refuse_lost_column(self, domain_column: str) -> None:
@@ -211,6 +218,7 @@ class DomainWeightedMixin:
                 )
             return
         draws = self._read_draws()
+        self._seeded_collator.seed = draws["seed"]
         names = ["num_samples", "seed", *(["num_epochs"] if self._drawn["max_epochs_per_domain"] is not None else [])]
         if any(draws[name] != self._draws[name] for name in names):
             self._draws = draws

@@ -137,8 +137,8 @@ class DoGEMixin(DomainWeightedMixin):
             domains = self.domain_sampler.domains  # of the train set as the trainer prepared it
         lookup = DomainLookup(None if is_streamed else self.train_dataset.features[args.domain_column], names)
         plan = self._plan(names)
-        self.data_collator = DomainCollator(self.data_collator, args.domain_column, lookup, seed=plan["seed"])
-        self._domain_collator = self.data_collator
+        collator = DomainCollator(self.data_collator.collator, args.domain_column, lookup, seed=plan["seed"])
+        self._seeded_collator = self.data_collator = collator
         self._alignment_batches = self._targets = None
         if args.is_online:
             self._alignment_batches = DomainBatches(self.train_dataset, domains, **{**plan, "seed": plan["seed"] + 1})
@@ -187,7 +187,6 @@ class DoGEMixin(DomainWeightedMixin):
         refuse_unsupported_arguments(args, has_target=self._targets is not None)
         self._refuse_lost_domains(args, names)
         plan = self._plan(names)
-        self._domain_collator.seed = plan["seed"]
         if args.is_online:
             self._alignment_batches.plan(**{**plan, "seed": plan["seed"] + 1})
         if self._targets is not None:
