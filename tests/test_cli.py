@@ -152,6 +152,25 @@ def test_learn_resumes_from_the_last_checkpoint_to_the_same_weights(data_dir, le
     assert DomainWeights.from_pretrained(tmp_path / "whole" / "domain_weights").mean == whole.mean
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+@pytest.mark.parametrize("file", ["optimizer.pt", "domain_sampler.json"])
+def test_a_full_disk_is_one_line_and_the_run_goes_on_from_the_last_whole_checkpoint(
+    data_dir, learned, tmp_path, capsys, file
+):
+    run = tmp_path / "run"
+    flags = ["--save_steps=1", *flags_of(data_dir, learned, run)]
+    (run / "checkpoint-2").mkdir(parents=True)
+    (run / "checkpoint-2" / file).symlink_to("/dev/full")
+    assert main(["learn", *flags]) == 2
+    said = capsys.readouterr().err
+    (line,) = [line for line in said.splitlines() if "error:" in line]
+    assert "hf-doge learn: error: a file could not be written, since the disk is full or a quota is used up (" in line
+    assert "Traceback" not in said
+    (run / "checkpoint-2" / file).unlink()
+    assert main(["learn", *flags, "--resume_from_checkpoint=last"]) == 0
+    assert len(DomainWeights.from_pretrained(run / "domain_weights").trajectory.steps) == 3
+
+
 @pytest.mark.parametrize(
     ("given", "meant"),
     [("false", None), ("False", None), ("none", None), ("None", None), ("true", True), ("last", True), (".", ".")],

@@ -18,6 +18,7 @@ import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, DataCollatorForLanguageModeling, TrainerCallback, TrainingArguments
 
+from hf_doge.training.checkpoints import resolve_checkpoint
 from hf_doge.training.config import DoGEConfig
 from hf_doge.training.mixture import DomainWeightedTrainer
 from hf_doge.training.trainer import DoGETrainer
@@ -379,7 +380,8 @@ def make_weighted(folder, **options):
     defaults |= {"learning_rate": 0.01, "report_to": "none", "use_cpu": True, "disable_tqdm": True}
     data = {"train_dataset": options.pop("data", three_domains(8)), "domain_weights": options.pop("weights", WEIGHTS)}
     model = options.pop("model", None) or tiny_gpt2(dropout=0.1)
-    return DomainWeightedTrainer(model, TrainingArguments(str(folder), **{**defaults, **options}), **data)
+    trainer_class = options.pop("trainer_class", DomainWeightedTrainer)
+    return trainer_class(model, TrainingArguments(str(folder), **{**defaults, **options}), **data)
 
 
 WEIGHTS = {"arxiv": 0.6, "books": 0.1, "code": 0.3}
@@ -516,3 +518,18 @@ def test_a_half_written_checkpoint_of_a_weighted_trainer_is_passed_over(weighted
     trainer = make_weighted(tmp_path / "cut", max_steps=4)
     trainer.train(resume_from_checkpoint=True)
     assert trainer.state.global_step == 4
+
+
+def test_a_checkpoint_that_is_half_written_over_an_older_one_is_not_whole(weighted, tmp_path):
+    shutil.copytree(weighted, tmp_path / "run")
+
+    class Failing(DomainWeightedTrainer):
+        def _save_optimizer_and_scheduler(self, output_dir):
+            if output_dir.endswith("checkpoint-4"):
+                raise KeyboardInterrupt
+            super()._save_optimizer_and_scheduler(output_dir)
+
+    trainer = make_weighted(tmp_path / "run", max_steps=4, learning_rate=0.02, trainer_class=Failing)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert resolve_checkpoint(True, str(tmp_path / "run"), learns=False).name == "checkpoint-2"

@@ -1,12 +1,16 @@
 """The command line, `hf-doge` or `python -m hf_doge`: one module per command, imported when it is called."""
 
 import atexit
+import errno
 import gc
 import logging
 import os
+import re
 import sys
 from collections.abc import Sequence
 from importlib import import_module
+
+from safetensors import SafetensorError
 
 from hf_doge._version import __version__
 from hf_doge.cli.console import is_main_process, lasting_output, say
@@ -35,6 +39,15 @@ USAGE = "\n".join(
         "",
         "hf-doge COMMAND --help lists the flags of a command.",
     ]
+)
+
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
+_NO_ROOM_IN_WORDS = re.compile(
+    r"No space left|Disk quota exceeded|os error (28|122)\b|PytorchStreamWriter failed|inline_container.*unexpected pos"
+)
+_FULL_DISK = (
+    "a file could not be written, since the disk is full or a quota is used up ({}). What was saved before is whole: make "
+    "room and run the command again; `learn` and `train` go on with `--resume_from_checkpoint last`."
 )
 
 INTERRUPTED = 130  # what shells say of a program that Ctrl-C ended
@@ -79,9 +92,22 @@ def _run(argv: list[str]) -> int:
     except KeyboardInterrupt:
         sys.stderr.write(f"\nhf-doge {command}: interrupted. What was saved is kept.\n")
         return INTERRUPTED
-    except (ValueError, OSError, FloatingPointError) as error:
+    except (ValueError, OSError, FloatingPointError, RuntimeError, SafetensorError) as error:
+        if _is_full_disk(error):
+            return _refuse(f"hf-doge {command}", _FULL_DISK.format(printable(" ".join(str(error).split()))))
+        if isinstance(error, (RuntimeError, SafetensorError)):
+            raise
         logger.debug("What was refused:", exc_info=True)
         return _refuse(f"hf-doge {command}", printable(hide_secrets(" ".join(str(error).split()))))
+
+
+def _is_full_disk(error: BaseException | None) -> bool:
+    """Whether a write failed for want of room; torch does not say why it did, and safetensors in words only."""
+    while error is not None:
+        if (isinstance(error, OSError) and error.errno in _NO_ROOM) or _NO_ROOM_IN_WORDS.search(str(error)):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def _end_process_group() -> None:

@@ -24,7 +24,7 @@ from hf_doge.sampling.streaming import (
     warn_that_all_processes_read_everything,
 )
 from hf_doge.sampling.weights import to_shares
-from hf_doge.training.checkpoints import read_step, resolve_checkpoint
+from hf_doge.training.checkpoints import TRAINER_STATE_FILE, read_step, resolve_checkpoint
 from hf_doge.training.global_batch import describe_reading, examples_per_step
 from hf_doge.training.provenance import describe_domains
 from hf_doge.training.run_identity import RUN_FILE, describe_identity, refuse_other_run
@@ -319,8 +319,11 @@ class DomainWeightedMixin:
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the model; in a checkpoint, also what the stream of examples depends on."""
-        super().save_model(output_dir, _internal_call)
         is_checkpoint = _internal_call and output_dir is not None  # `push_to_hub` names no folder
+        if is_checkpoint and self.args.should_save:
+            # Of an older checkpoint that lies there: half written over, it must not count as whole.
+            (Path(output_dir) / TRAINER_STATE_FILE).unlink(missing_ok=True)
+        super().save_model(output_dir, _internal_call)
         if not is_checkpoint or not self.args.should_save:
             return
         folder = Path(output_dir)
