@@ -152,6 +152,10 @@ def test_the_fingerprint_of_rows_is_that_of_their_content_however_they_were_load
     for way, dataset in loaded.items():
         assert fingerprint_rows(dataset, np.arange(3000), without="domain") == expected, way
     assert fingerprint_rows(torn, np.roll(np.arange(3000), 1000), without="domain") == expected
+    long = Dataset.from_dict({"text": ["x" * 200_000] * 200 + ["y"]})
+    assert fingerprint_rows(long, np.arange(201), without="domain") != fingerprint_rows(
+        long.select(range(200)), np.arange(200), without="domain"
+    )
     for other in (torn, plain.select(range(2999)), Dataset.from_list([{**row, "score": 0.0} for row in rows])):
         assert fingerprint_rows(other, np.arange(len(other)), without="domain") != expected
 

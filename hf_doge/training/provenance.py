@@ -5,7 +5,7 @@ import json
 import re
 from dataclasses import MISSING, fields
 from enum import Enum
-from math import isfinite
+from math import ceil, isfinite
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from hf_doge.artifacts.provenance import (
 from hf_doge.sampling.domains import DomainIndex, StreamDomains
 from hf_doge.training.global_batch import examples_per_step
 
-_NUM_SAMPLED, _NUM_READ_AT_ONCE = 1024, 256  # rows of a domain for its fingerprint
+_NUM_SAMPLED, _NUM_READ_AT_ONCE, _NUM_BYTES_READ = 1024, 64, 32_000_000  # of a domain for its fingerprint
 
 # Where things go and how they are shown, which changes no number, and differs from machine to machine.
 _UNTOLD = re.compile(
@@ -61,7 +61,8 @@ def describe_domains(
 def fingerprint_rows(dataset: Dataset, rows: np.ndarray, *, without: str) -> str:
     """
     Digest of content: how many rows there are, and what up to 1024 of them hold, evenly spaced, the first and the last
-    among them. The same content gives the same 16 hex digits, wherever it lies and however it was loaded.
+    among them; fewer if they are so long that 32 MB are read before. The same content gives the same 16 hex digits,
+    wherever it lies and however it was loaded.
 
     Args:
         dataset (`Dataset`): Read as it is stored: no transform runs, no file is opened.
@@ -72,12 +73,17 @@ def fingerprint_rows(dataset: Dataset, rows: np.ndarray, *, without: str) -> str
     chosen = rows if count <= _NUM_SAMPLED else rows[np.arange(_NUM_SAMPLED) * (count - 1) // (_NUM_SAMPLED - 1)]
     digest = hashlib.sha256(str(count).encode())
     columns = sorted(set(dataset.column_names) - {without})
-    for start in range(0, len(chosen) if columns else 0, _NUM_READ_AT_ONCE):
-        stored = dataset.select_columns(columns).with_format("arrow")
-        table = stored[chosen[start : start + _NUM_READ_AT_ONCE].tolist()]
+    stored, num_read = dataset.select_columns(columns).with_format("arrow"), 0
+    num_parts = ceil(len(chosen) / _NUM_READ_AT_ONCE) if columns else 0
+    for part in range(num_parts):  # each from end to end
+        table = stored[chosen[part::num_parts].tolist()]
         for column in columns:
             values = [_without_folder(value) for value in table.column(column).to_pylist()]
-            digest.update(json.dumps([column, values], sort_keys=True, default=_to_text).encode())
+            content = json.dumps([column, values], sort_keys=True, default=_to_text).encode()
+            digest.update(content)
+            num_read += len(content)
+        if num_read > _NUM_BYTES_READ:
+            break
     return digest.hexdigest()[:16]
 
 
