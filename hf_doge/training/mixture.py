@@ -305,8 +305,7 @@ class DomainWeightedMixin:
         return describe_domains(self.train_dataset, domains, domain_column=self._domain_column)
 
     def set_initial_training_values(self, *args: Any, **kwargs: Any) -> tuple:
-        """As the Trainer's; a run that has made its last step has no epoch left. By now a search has set its arguments."""
-        self._identity = self._describe_identity()
+        """As the Trainer's; a run that has made its last step has no epoch left."""
         num_epochs, steps_per_epoch, *others, max_steps = super().set_initial_training_values(*args, **kwargs)
         if self._resumed_step >= max_steps:
             num_epochs = self._resumed_step // steps_per_epoch
