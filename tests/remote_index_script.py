@@ -203,7 +203,7 @@ def damaged_cache() -> dict:
 def manipulated() -> dict:
     """Files that are what config.json says, but no gradients of these examples."""
 
-    def of(change: Callable[[Path, dict], None]) -> str:
+    def of(change: Callable[[Path, dict], None], *, sha256: str | None = None) -> str:
         folder = WORK / "manipulated"
         shutil.rmtree(folder, ignore_errors=True)
         shutil.copytree(WORK / "newer", folder)
@@ -212,6 +212,7 @@ def manipulated() -> dict:
         change(folder, file)
         for kind in ("", "offsets_"):
             file[f"{kind}sha256"] = hashlib.sha256((folder / file[f"{kind}path"]).read_bytes()).hexdigest()
+        file["sha256"] = sha256 or file["sha256"]
         (folder / "config.json").write_text(json.dumps(config))
         name = push("manipulated", folder)
         remote = RemoteIndexReader.open(name, cache_dir=WORK / "manipulated-cache")
@@ -251,6 +252,7 @@ def manipulated() -> dict:
         "offsets beyond the file": of(offsets(grad_byte=shifted)),
         "offsets not ascending": of(offsets(grad_byte=swapped)),
         "tokens not ascending": of(offsets(token_id=swapped)),
+        "another file": of(lambda folder, file: None, sha256="0" * 64),
     }
 
 

@@ -65,6 +65,7 @@ def test_a_cache_that_was_deleted_under_an_open_index_is_made_again(seen):
 
 
 MANIPULATED = {
+    "another file": "is not the file that its config.json tells of: its sha256 is [0-9a-f]{64}, not 0{64}",
     "NaN": "gradients/checkpoint-0/segment-00000000.parquet' in 'doge/manipulated' is damaged .* must be finite",
     "example out of range": r"segment-00000000.parquet' .* the examples of a token must ascend within \[0, ",
     "offsets beyond the file": "segment-00000000.parquet' .* but it has ",
