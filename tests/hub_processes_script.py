@@ -6,7 +6,8 @@ from pathlib import Path
 from datasets import Dataset
 from transformers import DataCollatorForLanguageModeling, Trainer, TrainingArguments
 
-from hf_doge import DoGEConfig, DoGETrainer, TracInWECallback
+from hf_doge import DoGEConfig, DoGETrainer, DomainWeights, InfluenceIndex, TracInWECallback
+from tests.influence_rows import random_rows, write_index
 from tests.launch import end_process_group
 from tests.tiny import language_model_rows, tiny_gpt2, tiny_tokenizer
 
@@ -36,7 +37,27 @@ def learn(folder):
     trainer.train()
     trainer.push_to_hub()
     trainer.push_to_hub()
-    trainer.domain_weights.push_to_hub("doge/direct")  # by all processes, as a script does that knows of none
+    save_and_push(trainer, folder)
+
+
+def save_and_push(trainer, folder):
+    """By all processes, as a script does that knows of none; each reads at once what it has saved."""
+    weights = trainer.domain_weights
+    weights.push_to_hub("doge/direct")
+    saved = [DomainWeights.from_pretrained("doge/direct")]
+    for number in range(5):
+        weights.save_pretrained(folder / "saved" / str(number))
+        saved.append(DomainWeights.from_pretrained(folder / "saved" / str(number)))
+    trainer.save_model(folder / "model")
+    assert all(one.mean == weights.mean for one in saved)
+    if trainer.is_world_process_zero():  # alone, as a script does that knows of the others
+        weights.save_pretrained(folder / "alone")
+        weights.push_to_hub("doge/alone")
+        write_index(folder / "rows", random_rows(40))
+    trainer.accelerator.wait_for_everyone()
+    InfluenceIndex.from_pretrained(folder / "rows", cache_dir=folder / "maps").save_pretrained(folder / "copy")
+    assert len(InfluenceIndex.from_pretrained(folder / "copy", cache_dir=folder / "maps")) == 40
+    (folder / f"read-{trainer.accelerator.process_index}").touch()
 
 
 def record(folder):

@@ -14,7 +14,9 @@ def hub(tmp_path_factory):
         folder = tmp_path_factory.mktemp("client")
         environment = client_environment(server)
         kept = {name: environment[name] for name in environment if name.startswith("HF_") or "proxy" in name.lower()}
+        server.fail("POST", "doge/direct/commit/", delay=1.5)  # so that others would read before it
         launch(REPOSITORY / "tests" / "hub_processes_script.py", folder, **{"HF_HUB_OFFLINE": "0", **kept})
+        server.folder = folder
         yield server
 
 
@@ -24,6 +26,13 @@ def titles(hub, repo_id):
 
 def test_two_processes_push_the_weights_in_one_commit(hub):
     assert titles(hub, "doge/direct")[:-1] == ["Upload domain weights, 2 domains"]
+
+
+def test_every_process_reads_what_all_have_saved_and_pushed_when_its_own_call_returns(hub):
+    assert {path.name for path in hub.folder.glob("read-*")} == {"read-0", "read-1"}
+    assert (hub.folder / "alone" / "domain_weights.json").exists()
+    assert len(titles(hub, "doge/alone")) == 2
+    assert not [path for path in hub.folder.rglob(".*") if path.name.startswith((".hf_doge-", ".tmp"))]
 
 
 def test_a_trainer_on_two_processes_pushes_model_and_weights_once_and_a_repeated_push_adds_nothing(hub):

@@ -310,7 +310,7 @@ class DomainWeights:
 
         Returns:
             `huggingface_hub.CommitInfo`: The commit; of a repository that held everything already, its head. `None` on all
-                processes but the first of those that `accelerate launch` or `torchrun` started.
+                processes but the first of those that `accelerate launch` or `torchrun` started, when that one has pushed.
 
         Raises:
             PermissionError: There is no token, or it may not write there. Says what to do.

@@ -8,7 +8,6 @@ committed twice.
 """
 
 import logging
-import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -31,6 +30,7 @@ from hf_doge.artifacts.hub.errors import (
     is_transient,
     shortly,
 )
+from hf_doge.artifacts.hub.launched import is_first_process, told_to_others, wait_for_first
 from hf_doge.artifacts.hub.publication import Publication, content_sha256, git_blob_id, merge_card, refuse_token, size
 from hf_doge.artifacts.hub.retries import Patience, Result
 from hf_doge.checks import check_flag, check_text
@@ -96,7 +96,7 @@ def push_publication(
 
     Returns:
         `CommitInfo`: The commit that was made, or the head where it holds everything already. `None` on all processes but
-            the first one that `accelerate launch` or `torchrun` started: one pushes for all.
+            the first one that `accelerate launch` or `torchrun` started: one pushes for all, and the others wait for it.
 
     Raises:
         PermissionError: There is no token, or it may not write.
@@ -107,18 +107,21 @@ def push_publication(
     check_flag("private", private, optional=True)
     check_text("commit_message", commit_message)
     check_text("commit_description", commit_description, optional=True)
-    if os.environ.get("RANK", "0") != "0":
+    place = f"{repo_id}@{revision}"
+    if not is_first_process():
+        wait_for_first(place)
         return None
-    push = _Push(
-        publication,
-        repo_id,
-        token=token,
-        revision=revision,
-        create_pr=create_pr,
-        tag=tag,
-        patience=patience or Patience(),
-    )
-    return push.run(message=commit_message, description=commit_description, private=private)
+    with told_to_others(place):
+        push = _Push(
+            publication,
+            repo_id,
+            token=token,
+            revision=revision,
+            create_pr=create_pr,
+            tag=tag,
+            patience=patience or Patience(),
+        )
+        return push.run(message=commit_message, description=commit_description, private=private)
 
 
 def ensure_repository(
