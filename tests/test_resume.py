@@ -526,10 +526,10 @@ def test_a_checkpoint_that_is_half_written_over_an_older_one_is_not_whole(weight
     class Failing(DomainWeightedTrainer):
         def _save_optimizer_and_scheduler(self, output_dir):
             if output_dir.endswith("checkpoint-4"):
-                raise KeyboardInterrupt
+                raise KeyboardInterrupt("here")
             super()._save_optimizer_and_scheduler(output_dir)
 
     trainer = make_weighted(tmp_path / "run", max_steps=4, learning_rate=0.02, trainer_class=Failing)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt, match="here"):
         trainer.train()
     assert resolve_checkpoint(True, str(tmp_path / "run"), learns=False).name == "checkpoint-2"
