@@ -17,9 +17,9 @@ from hf_doge.artifacts.influence.growth import Growth
 from hf_doge.gradients.token_rows import TokenRows
 from hf_doge.tracing import index_folder
 from hf_doge.tracing.index import InfluenceIndex
+from hf_doge.tracing.pretrained import load_model
 from hf_doge.tracing.recording import record_dataset
 from hf_doge.tracing.settings import RecordingSettings
-from hf_doge.tracing.weights import load_model
 from tests.influence_rows import (
     FACTS,
     NUM_EXAMPLES,

@@ -209,3 +209,13 @@ def test_examples_in_another_order_are_refused(folder):
     sign_anew(folder)
     with pytest.raises(ValueError, match="must have the examples 0 to 39 in this order"):
         len(IndexReader.open(folder).examples)
+
+
+def test_a_scale_other_than_the_one_of_the_rows_is_told(folder, tmp_path):
+    def double(config):
+        config["checkpoints"][0]["files"][1]["scale"] *= 2
+
+    change_config(folder, double)
+    path = json.loads((folder / "config.json").read_text())["checkpoints"][0]["files"][1]["path"]
+    with pytest.raises(ValueError, match=f"The rows of '{path}' were written with the scale .*, but config.json"):
+        IndexReader.open(folder, cache_dir=tmp_path / "cache")

@@ -8,10 +8,10 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForSequenceClassification, GPT2Config, GPT2ForSequenceClassification
 
 from hf_doge.artifacts.influence import IndexReader
+from hf_doge.tracing.pretrained import load_model
 from hf_doge.tracing.recording import record_dataset
 from hf_doge.tracing.second_moments import saved_second_moments
 from hf_doge.tracing.settings import RecordingSettings
-from hf_doge.tracing.weights import load_model
 from tests.recorded_training import (
     causal_collator,
     classification_data,

@@ -109,7 +109,7 @@ def main(argv: Sequence[str]) -> int:
     mixtures = load_mixtures(comparison_args, data, block_size=data_args.block_size, args=args)
     config = get_config(model_args, data.tokenizer, data_args.block_size)
     comparison = compare_mixtures(
-        partial(make_model, model_args.model_name_or_path, config),
+        partial(make_model, model_args.model_name_or_path, config, data.tokenizer),
         args,
         mixtures=mixtures,
         seeds=comparison_args.seeds,

@@ -46,7 +46,7 @@ def trace_continuation(corpus_dir: Path, folder: Path, *, tokenizer_dir: Path, b
     Returns:
         `Path`: the page, `influence.html`.
     """
-    tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir)
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir, trust_remote_code=False)
     train = _blocks_with_domain(corpus_dir, tokenizer, blocks_dir)
     model = _train_and_record(train, tokenizer, folder)
     query = _continue(model, tokenizer, PROMPT)

@@ -3,21 +3,16 @@
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
-
-from datasets import ClassLabel, Dataset
-from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
 from hf_doge.cli.arguments import parse_once
 from hf_doge.cli.console import say
-from hf_doge.cli.records import check_text_fields, read_records, select_fields
+from hf_doge.cli.index_data import load_examples
 from hf_doge.gradients.embedding import TIED_PARTS
+from hf_doge.tracing.encoding import MASKINGS
+from hf_doge.tracing.pretrained import load_tokenizer, tokenizer_place
 from hf_doge.tracing.processes import process_index
-from hf_doge.tracing.queries import text_fields
 from hf_doge.tracing.recording import record_dataset
 from hf_doge.tracing.settings import DTYPES, SPECIAL_TOKENS, RecordingSettings
-
-LANGUAGE_MODELS = ("ForCausalLM", "LMHeadModel")
 
 
 def main(argv: Sequence[str]) -> int:
@@ -26,8 +21,8 @@ def main(argv: Sequence[str]) -> int:
     missing = [path for path in args.checkpoints if not path.is_dir()]
     if missing:
         raise FileNotFoundError(f"Checkpoints must be folders that a Trainer wrote, but {str(missing[0])!r} is none.")
-    tokenizer = AutoTokenizer.from_pretrained(args.tokenizer or args.checkpoints[0])
-    dataset = _load(args, tokenizer)
+    tokenizer = load_tokenizer(args.tokenizer or tokenizer_place(args.checkpoints[0]) or args.checkpoints[0])
+    dataset, encoding = load_examples(args, tokenizer)
     settings = RecordingSettings(
         top_k_tokens=args.top_k_tokens,
         top_k_unit=args.top_k_unit,
@@ -46,6 +41,7 @@ def main(argv: Sequence[str]) -> int:
         learning_rates=args.learning_rates,
         batch_size=args.batch_size,
         add_examples=args.add_examples,
+        encoding=encoding,
     )
     if process_index() > 0:
         return 0
@@ -72,7 +68,13 @@ def _parse(argv: Sequence[str]) -> Namespace:
         help="Folders that a Trainer saved, in any order: each says its step.",
     )
     parser.add_argument(
-        "--data", type=Path, required=True, help="The training examples: JSONL (.gz or not), one record on a line."
+        "--data",
+        type=Path,
+        required=True,
+        help=(
+            "The training examples: JSONL (.gz or not), one record on a line: a text or a pair with a label, prompt and "
+            "completion, messages, or input_ids with labels. Its other fields are kept with the examples."
+        ),
     )
     parser.add_argument(
         "--add_examples",
@@ -90,7 +92,19 @@ def _parse(argv: Sequence[str]) -> Namespace:
         help="Field of the text, or the two of a pair. Default: text, or premise and hypothesis, or the like.",
     )
     parser.add_argument(
-        "--label_field", default="label", help="Field of a classifier's label, a number or a name. Default: label."
+        "--label_field",
+        default="label",
+        help="Field of a classifier's label, a number or a name, or of the text that a model from text to text writes. "
+        "Default: label.",
+    )
+    parser.add_argument(
+        "--masking",
+        default=None,
+        choices=MASKINGS,
+        help=(
+            "Which tokens of prompt and completion, or of messages, alone had a loss in training. Default: those of the "
+            "completion; all of messages (none is masked)."
+        ),
     )
     parser.add_argument(
         "--tokenizer", default=None, help="Folder or Hub name. Default: the one saved with the first checkpoint."
@@ -137,51 +151,3 @@ def _parse(argv: Sequence[str]) -> Namespace:
     )
     parser.add_argument("--batch_size", type=int, default=8, help="Examples at once; changes no result. Default: 8.")
     return parse_once(parser, argv)
-
-
-def _load(args: Namespace, tokenizer: PreTrainedTokenizerBase) -> Dataset:
-    """The examples, tokenised as the model is fed them, with their text beside them."""
-    config = AutoConfig.from_pretrained(args.checkpoints[-1])
-    generative = (config.architectures or [""])[0].endswith(LANGUAGE_MODELS)
-    records = read_records(args.data)
-    try:
-        names = check_text_fields(args.text_field) or text_fields(records[0])
-    except ValueError as error:
-        raise ValueError(f"Line 1 of {str(args.data)!r}: {error}") from error
-    rows = [
-        select_fields(
-            record,
-            text_fields=names,
-            label_field=None if generative else args.label_field,
-            where=f"line {number} of {str(args.data)!r}",
-        )
-        for number, record in enumerate(records, start=1)
-    ]
-
-    if not generative:
-        rows = [{**row, "label": _label_number(row["label"], config.label2id)} for row in rows]
-    dataset = Dataset.from_list(rows)
-    if not generative and _has_label_names(config):
-        dataset = dataset.cast_column(
-            "label", ClassLabel(names=[config.id2label[i] for i in range(config.num_labels)])
-        )
-
-    def tokenise(row: dict[str, Any]) -> dict[str, Any]:
-        texts = [row[name] for name in names]
-        encoded = dict(tokenizer(*texts, truncation=args.max_length is not None, max_length=args.max_length))
-        return {**encoded, "labels": encoded["input_ids"]} if generative else encoded
-
-    return dataset.map(tokenise, desc="Tokenising")
-
-
-def _has_label_names(config: PretrainedConfig) -> bool:
-    """Whether somebody named the model's labels."""
-    return config.label2id.keys() != {f"LABEL_{number}" for number in range(config.num_labels)}
-
-
-def _label_number(label: int | str, numbers: dict[str, int]) -> int:
-    if isinstance(label, str) and label not in numbers:
-        raise ValueError(
-            f"Labels must be numbers or names that the model knows, {sorted(numbers)}, but got {label!r}."
-        )
-    return numbers[label] if isinstance(label, str) else label

@@ -6,6 +6,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 
 from hf_doge.artifacts.readers import parse_json
 from hf_doge.cli.arguments import ModelArguments
+from hf_doge.tracing.pretrained import foreign_files
 
 # Layers, attention heads and hidden size. The last four are the sizes of the DoGE paper (60M, 82M, 124M and 210M with
 # GPT-2's vocabulary); the others run on a laptop.
@@ -59,11 +60,27 @@ def get_config(
     return config
 
 
-def make_model(name_or_path: str | None, config: PretrainedConfig | None) -> PreTrainedModel:
-    """The model saved under a name or path, or a new one drawn from torch's generator."""
+def make_model(
+    name_or_path: str | None, config: PretrainedConfig | None, tokenizer: PreTrainedTokenizerBase | None = None
+) -> PreTrainedModel:
+    """
+    The model saved under a name or path, or a new one drawn from torch's generator.
+
+    Raises:
+        `ValueError`: for a saved model that has fewer embeddings than the tokenizer has entries, or code of its own.
+    """
     if name_or_path is not None:
-        return AutoModelForCausalLM.from_pretrained(name_or_path)
-    return AutoModelForCausalLM.from_config(config)
+        with foreign_files(name_or_path):
+            model = AutoModelForCausalLM.from_pretrained(name_or_path, trust_remote_code=False)
+        num_embeddings = len(model.get_input_embeddings().weight)
+        if tokenizer is not None and num_embeddings < len(tokenizer):
+            raise ValueError(
+                f"The model must have an embedding for each of the tokenizer's {len(tokenizer)} entries, but that of "
+                f"{name_or_path!r} has {num_embeddings}. Give its own tokenizer as `--tokenizer`, or resize it by "
+                "`resize_token_embeddings` and save it."
+            )
+        return model
+    return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
 
 
 def _read_config(path: Path, defaults: dict) -> PretrainedConfig:

@@ -37,9 +37,9 @@ def select_fields(
             raise ValueError(f"Every record must have a text in {name!r}, but {where} has {record.get(name)!r:.60}.")
     selected = {name: record[name] for name in text_fields}
     if label_field is not None:
-        if isinstance(record.get(label_field), bool) or not isinstance(record.get(label_field), int | str):
+        if not isinstance(record.get(label_field), int | float | str | list):
             raise ValueError(
-                f"Every record must have a label, a whole number or a name, in {label_field!r}, but {where} has "
+                f"Every record must have a label, a number or a name, in {label_field!r}, but {where} has "
                 f"{record.get(label_field)!r:.60}. Name the field with `--label_field`."
             )
         selected["label"] = record[label_field]

@@ -11,7 +11,9 @@ from hf_doge.cli.arguments import parse_once
 from hf_doge.cli.console import say
 from hf_doge.cli.records import check_text_fields, read_records
 from hf_doge.text import printable
+from hf_doge.tracing.encoding import DIALOGUE_FIELDS, MASKINGS, is_dialogue
 from hf_doge.tracing.index import KERNELS, SPECIAL_TOKENS, InfluenceIndex
+from hf_doge.tracing.pretrained import load_tokenizer
 from hf_doge.tracing.processes import process_index
 from hf_doge.tracing.queries import text_fields
 
@@ -24,13 +26,12 @@ def main(argv: Sequence[str]) -> int:
     """Run the command."""
     args = _parse(argv)
     queries = _read_queries(args)
-    processing_class = None
-    if args.tokenizer is not None:
-        from transformers import AutoTokenizer
-
-        processing_class = AutoTokenizer.from_pretrained(args.tokenizer)
     index = InfluenceIndex.from_pretrained(
-        args.index, revision=args.revision, streaming=args.streaming, processing_class=processing_class
+        args.index,
+        revision=args.revision,
+        streaming=args.streaming,
+        processing_class=None if args.tokenizer is None else load_tokenizer(args.tokenizer),
+        masking=args.masking,
     )
     hits = index.search(
         queries,
@@ -75,7 +76,10 @@ def _parse(argv: Sequence[str]) -> Namespace:
         "--queries",
         type=Path,
         default=None,
-        help="JSONL file of them instead (.gz or not): a field text, or premise and hypothesis, and perhaps a label.",
+        help=(
+            "JSONL file of them instead (.gz or not): a field text, or premise and hypothesis, and perhaps a label; or prompt "
+            "and completion, or messages."
+        ),
     )
     parser.add_argument("--text_field", nargs="+", default=None, help="Field of the text in it, or the two of a pair.")
     parser.add_argument(
@@ -95,6 +99,12 @@ def _parse(argv: Sequence[str]) -> Namespace:
         "--synonym_threshold", type=float, default=0.5, help="Smallest cosine of such words. Default: 0.5."
     )
     parser.add_argument("--tokenizer", default=None, help="Folder or Hub name. Default: the one of the checkpoints.")
+    parser.add_argument(
+        "--masking",
+        default=None,
+        choices=MASKINGS,
+        help="Which tokens of prompt and completion, or of messages, are scored. Default: as the examples were masked.",
+    )
     parser.add_argument("--batch_size", type=int, default=32, help="Queries at once. Default: 32.")
     parser.add_argument("--html", type=Path, default=None, help="Write a page with shaded words to this file.")
     parser.add_argument("--json", action="store_true", help="Print one JSON object for each hit.")
@@ -108,6 +118,9 @@ def _read_queries(args: Namespace) -> list[Any]:
         return args.query
     queries, text_names = [], check_text_fields(args.text_field)
     for number, record in enumerate(read_records(args.queries), start=1):
+        if args.text_field is None and is_dialogue(record):
+            queries.append({name: record[name] for name in DIALOGUE_FIELDS if name in record})
+            continue
         try:
             names = text_names or text_fields(record)
         except ValueError as error:

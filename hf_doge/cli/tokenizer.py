@@ -4,9 +4,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from hf_doge.cli.domain_files import read_documents
+from hf_doge.tracing.pretrained import load_tokenizer
 
 END_OF_TEXT = "<|endoftext|>"
 MAX_TRAINING_CHARS = 20_000_000
@@ -40,14 +41,14 @@ def get_tokenizer(
             f"your data, but got {name_or_path!r} and {train_vocab_size!r}."
         )
     if name_or_path is not None:
-        tokenizer = AutoTokenizer.from_pretrained(name_or_path)
+        tokenizer = load_tokenizer(name_or_path)
     elif is_trained:
         if not save_directory.is_dir():
             raise FileNotFoundError(
                 f"All processes must see the output folder, but this one does not find {str(save_directory)!r}, which the "
                 "main process has just written. Put `--output_dir` on a file system that every machine mounts there."
             )
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(save_directory)
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(save_directory, trust_remote_code=False)
     else:
         tokenizer = train_tokenizer(files, train_vocab_size)
         tokenizer.save_pretrained(save_directory)

@@ -56,7 +56,7 @@ def main(argv: Sequence[str]) -> int:
     config = get_config(model_args, data.tokenizer, data_args.block_size)
     set_seed(args.seed)
     trainer = DomainWeightedTrainer(
-        make_model(model_args.model_name_or_path, config),
+        make_model(model_args.model_name_or_path, config, data.tokenizer),
         args,
         train_dataset=data.train,
         domain_weights=weights,

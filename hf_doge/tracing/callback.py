@@ -15,7 +15,8 @@ from hf_doge.checks import check_count, check_flag, check_function, check_path, 
 from hf_doge.gradients.example_losses import LossFunction
 from hf_doge.tracing.background_push import BackgroundPush
 from hf_doge.tracing.checkpoint_recording import CheckpointRecording, find_group
-from hf_doge.tracing.examples import choose_examples
+from hf_doge.tracing.examples import choose_examples, has_texts
+from hf_doge.tracing.pretrained import warn_if_unsearchable
 from hf_doge.tracing.processes import process_index, run_on_main_process
 from hf_doge.tracing.settings import DEFAULT_MAX_SEGMENT_BYTES, RecordingSettings
 from hf_doge.tracing.weights import MODELS, has_weights, save_model, stored_path
@@ -50,7 +51,7 @@ class TracInWECallback(TrainerCallback):
             Folder of the index: new, or the one that this training was recording to before it was interrupted.
         dataset (`Dataset`, *optional*):
             What to record instead of the Trainer's dataset, tokenised like it. Columns that the model does not take
-            (text, domain, ...) are kept beside each example. May also be the Trainer's dataset before it was tokenised
+            (text, domain, ...) are kept with each example; without it the Trainer has dropped them. May also be the Trainer's dataset before it was tokenised
             (same rows), for its columns alone. Needed if training reads a stream.
         collator (`Callable`, *optional*): What makes a batch of examples instead of the Trainer's, say one that masks no
             tokens at random. Chance in it is seeded by `seed`.
@@ -174,6 +175,7 @@ class TracInWECallback(TrainerCallback):
                 stacklevel=2,
             )
         model, dataloader = kwargs["model"], kwargs["train_dataloader"]
+        warn_if_unsearchable(model)
         self._recording = self._make_recording(args, dataloader, kwargs["processing_class"], kwargs["optimizer"])
         try:
             self._recording.start(model=model, train_dataloader=dataloader, args=args, state=state)
@@ -267,6 +269,13 @@ class TracInWECallback(TrainerCallback):
 
     def _make_recording(self, args: TrainingArguments, dataloader: Any, tokenizer: Any, optimizer: Any) -> Any:
         examples = choose_examples(self.dataset, dataloader.dataset)
+        if self.dataset is None and args.remove_unused_columns and not has_texts(examples.described):
+            warnings.warn(
+                "The index keeps no text, source or the like of its examples: the Trainer drops the columns that the model does"
+                " not take before a callback sees them. Pass `dataset=`, the train dataset with its columns, to have them"
+                " with the hits and for `domain_influence`.",
+                stacklevel=3,
+            )
         if self.settings.record == "online":
             from hf_doge.tracing.online import OnlineRecording
 

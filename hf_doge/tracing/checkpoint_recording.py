@@ -17,9 +17,9 @@ from hf_doge.artifacts.files import write_atomically
 from hf_doge.gradients.embedding_uses import input_embedding_matrix
 from hf_doge.tracing.batches import SequentialBatches
 from hf_doge.tracing.examples import Examples
-from hf_doge.tracing.fingerprints import model_fingerprint, unwrap_model
+from hf_doge.tracing.fingerprints import has_fingerprint, unwrap_model
 from hf_doge.tracing.processes import process_index, run_on_all_processes, run_on_main_process
-from hf_doge.tracing.recording import check_first_batch, make_recorder, record_checkpoint
+from hf_doge.tracing.recording import check_first_batch, encoding_of, make_recorder, record_checkpoint
 from hf_doge.tracing.second_moments import SecondMoments, keeps_second_moments, second_moments_of
 from hf_doge.tracing.settings import RecordingSettings
 from hf_doge.tracing.shared_index import SharedIndex, open_shared_index
@@ -90,7 +90,7 @@ class CheckpointRecording:
             dataset=self.dataset,
             tokenizer=self.tokenizer,
             settings=self.options,
-            metadata={"collator_seed": self.seed},
+            metadata=lambda: {"collator_seed": self.seed, **encoding_of(self._batches, self.tokenizer, args)},
             seed=self.seed,
         )
         self._recorder = make_recorder(model, self.options, self.tokenizer)
@@ -239,7 +239,7 @@ class CheckpointRecording:
         recorded = {
             checkpoint["name"]: checkpoint["fingerprint"] for checkpoint in self._index.writer.config["checkpoints"]
         }
-        return recorded[name] == model_fingerprint(model)
+        return has_fingerprint(model, recorded[name])
 
     def _forget_plan(self) -> None:
         (self.folder / PLAN_FILE).unlink(missing_ok=True)

@@ -1,5 +1,6 @@
 """The training examples as the index shows them: one row each, with an id, a checksum and what a person can read."""
 
+import copy
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -75,6 +76,14 @@ def choose_examples(given: Any | None, loaded: Any) -> Examples:
     return Examples(loaded, given)
 
 
+def has_texts(dataset: Any) -> bool:
+    """Whether a column of a dataset holds texts, names or what else a person reads."""
+    if isinstance(dataset, Dataset):
+        return any(_has_text(kind) for kind in _schema(dataset)[1])
+    first = dataset[0]
+    return not isinstance(first, Mapping) or any(isinstance(value, str) for value in first.values())
+
+
 def prune_columns(dataset: Any, model: torch.nn.Module) -> Any:
     """Only the columns that the model takes, and labels under any of their names, as the Trainer prunes them."""
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -86,10 +95,25 @@ def prune_columns(dataset: Any, model: torch.nn.Module) -> Any:
     return dataset.select_columns([name for name in dataset.column_names if name in accepted])
 
 
-def padding_collator(tokenizer: Any | None) -> Callable:
-    """The Trainer's default; with a tokenizer it pads, labels of tokens too."""
+def padding_collator(
+    tokenizer: Any | None, *, pad_token_id: int | None = None, vocabulary_size: int | None = None
+) -> Callable:
+    """
+    The Trainer's default; with a tokenizer it pads, labels of tokens too.
+
+    Args:
+        tokenizer (`PreTrainedTokenizerBase`, *optional*): One without a padding token pads with any other: masks tell.
+        pad_token_id (`int`, *optional*): Of the model, for such a tokenizer.
+        vocabulary_size (`int`, *optional*): How many tokens the model knows; a padding token beyond is none.
+    """
     if not hasattr(tokenizer, "pad"):
         return default_data_collator
+    known = range(len(tokenizer) if vocabulary_size is None else vocabulary_size)
+    if getattr(tokenizer, "pad_token_id", 0) not in known:
+        tokenizer = copy.deepcopy(tokenizer)
+        candidates = (pad_token_id, tokenizer.eos_token_id, 0)
+        padding = next(one for one in candidates if one in known)
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(padding)
     return _PaddingCollator(tokenizer)
 
 
@@ -122,6 +146,7 @@ def describe_examples(
     vocabulary_size: int,
     num_positions: int | None = None,
     num_classes: int | None = None,
+    label_law: Callable[[np.ndarray, int], str | None] = lambda labels, num_tokens: None,
     keep_ids: bool = False,
     sign_of_life: Callable[[], None] = lambda: None,
 ) -> pa.Table:
@@ -138,6 +163,7 @@ def describe_examples(
         vocabulary_size (`int`): Number of rows of the embedding matrix.
         num_positions (`int`, *optional*): How many tokens the model has room for, if that is limited.
         num_classes (`int`, *optional*): Of how many the label of an example must be one.
+        label_law (`Callable`): What is wrong with the labels of an example of so many tokens, from [`label_law`].
         keep_ids (`bool`): Whether to have `input_ids` in any case.
         sign_of_life (`Callable`): Called every now and then.
 
@@ -169,6 +195,9 @@ def describe_examples(
                 f"The label of example {position} must be a whole number from 0 to {num_classes - 1}, the classes of the"
                 f" model, but got {labels.tolist()}."
             )
+        wrong = None if labels is None or not labels.ndim else label_law(labels, len(ids))
+        if wrong is not None:
+            raise ValueError(f"The labels of example {position} must {wrong}. Label the examples as for training.")
         if labels is not None and labels.ndim and labels.dtype.kind in "iu" and (labels == IGNORE_INDEX).all():
             silent.append(position)
         hashes.append(content_hash(ids, *([] if labels is None else [labels])))

@@ -36,7 +36,17 @@ def model_fingerprint(model: nn.Module) -> str:
     Returns:
         `str`: sha256 in hexadecimal.
     """
-    return _fingerprint(unwrap_model(model).named_parameters())
+    parameters = dict(unwrap_model(model).named_parameters())
+    # An adapter puts a trained copy in the place of a head, and keeps the head, which is neither used nor saved with it.
+    copied = {name.partition(".modules_to_save.")[0] for name in parameters if ".modules_to_save." in name}
+    return _fingerprint(
+        (name, tensor) for name, tensor in parameters.items() if name.partition(".original_module.")[0] not in copied
+    )
+
+
+def has_fingerprint(model: nn.Module, recorded: str) -> bool:
+    """Whether a model is the one of a fingerprint, also one that was recorded by an older version of this package."""
+    return recorded in (model_fingerprint(model), _fingerprint(unwrap_model(model).named_parameters()))
 
 
 def buffer_fingerprint(model: nn.Module) -> str:

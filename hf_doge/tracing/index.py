@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow.compute as pc
-from datasets import ClassLabel, Dataset
+from datasets import ClassLabel, Dataset, Value
 from torch import nn
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from hf_doge.artifacts.files import write_atomically
 from hf_doge.artifacts.hub.fetch import fetch_folder
@@ -26,6 +26,7 @@ from hf_doge.artifacts.influence import IndexReader
 from hf_doge.artifacts.influence.remote import RemoteIndexReader
 from hf_doge.checks import check_choice, check_count, check_flag, check_function, check_number, check_path, show
 from hf_doge.gradients.example_losses import LossFunction
+from hf_doge.tracing.encoding import Encoding
 from hf_doge.tracing.fingerprints import tokenizer_fingerprint
 from hf_doge.tracing.hits import (
     HIT_FEATURES,
@@ -40,6 +41,7 @@ from hf_doge.tracing.hits import (
 from hf_doge.tracing.html import render_page
 from hf_doge.tracing.index_folder import FETCHED_FILES, copy_index
 from hf_doge.tracing.models import LoadModel, checkpoint_folders
+from hf_doge.tracing.pretrained import load_tokenizer, tokenizer_place
 from hf_doge.tracing.queries import TEXT_FIELDS, Query, check_queries
 from hf_doge.tracing.query_rows import QueryRowMaker
 from hf_doge.tracing.scoring import QueryScorer
@@ -68,6 +70,8 @@ class InfluenceIndex:
     - a `datasets.Dataset` with `input_ids` (and `labels` or `label`), as the model is trained on;
     - a text or a list of texts, or dictionaries with one text (`text`) or a pair (`premise`, `hypothesis`, ...) and perhaps
       a `label`, all tokenised with `processing_class` and cut where the model's input ends;
+    - for a language model dictionaries with `prompt` and `completion`, or `messages`, as trl's SFTTrainer takes them: they go
+      through the chat template, and are masked, ended and cut as the training examples were;
     - a batch, a dictionary of tensors as the model is fed.
 
     A query without a label is traced for what the model predicts at the last checkpoint: its class, or for a language model
@@ -94,6 +98,7 @@ class InfluenceIndex:
         load_model: LoadModel | None = None,
         processing_class: Any | None = None,
         loss_fn: LossFunction | None = None,
+        masking: str | None = None,
         token: str | bool | None = None,
     ) -> None:
         self.reader = reader
@@ -112,6 +117,7 @@ class InfluenceIndex:
                     "`AutoTokenizer.from_pretrained`."
                 )
             self._check_tokenizer(self._given_tokenizer)
+        self._encoding = Encoding.of(self.config, masking)
         self._loading = {"model": model, "load_model": load_model, "loss_fn": loss_fn, "token": token}
 
     @classmethod
@@ -129,6 +135,7 @@ class InfluenceIndex:
         load_model: LoadModel | None = None,
         processing_class: Any | None = None,
         loss_fn: LossFunction | None = None,
+        masking: str | None = None,
         streaming: bool = False,
     ) -> "InfluenceIndex":
         """
@@ -151,6 +158,9 @@ class InfluenceIndex:
             processing_class (`PreTrainedTokenizerBase`, *optional*):
                 Tokenizer of the model. By default the one saved with the checkpoints.
             loss_fn (`Callable`, *optional*): The one the index was recorded with, if any.
+            masking (`str`, *optional*):
+                Which tokens of a prompt with its completion, or of messages, are scored: `"none"` is ignored, those of the
+                `"completion"` alone, or of the `"assistant"` alone. By default as the training examples were masked.
             streaming (`bool`):
                 Leave an index of the Hub there, and read of it what each query needs: the rows of its tokens, by ranges of
                 bytes, once; and the examples and models when first needed. The answers are the same. A folder is read
@@ -190,6 +200,7 @@ class InfluenceIndex:
             load_model=load_model,
             processing_class=processing_class,
             loss_fn=loss_fn,
+            masking=masking,
             token=token,
         )
 
@@ -293,8 +304,9 @@ class InfluenceIndex:
         for position, checkpoint in reversed(list(enumerate(self.reader.checkpoints))):
             self.reader.fetch_model(position)
             for path in checkpoint_folders(checkpoint, self.reader.folder):
-                if (path / "tokenizer_config.json").is_file():
-                    tokenizer = AutoTokenizer.from_pretrained(path)
+                place = tokenizer_place(path)
+                if place is not None:
+                    tokenizer = load_tokenizer(place)
                     self._check_tokenizer(tokenizer)
                     return tokenizer
         return None
@@ -378,7 +390,7 @@ class InfluenceIndex:
 
         self._build_maps()
         hits = share_work(len(records), work)
-        return make_hits(hits, self.reader.examples_of([hit["example_id"] for hit in hits]))
+        return make_hits(hits, self._with_text(self.reader.examples_of([hit["example_id"] for hit in hits])))
 
     def scores(
         self,
@@ -556,6 +568,14 @@ class InfluenceIndex:
             write_atomically(Path(path), page.encode())
         return page
 
+    def _with_text(self, examples: Dataset) -> Dataset:
+        """Examples of which the index keeps no text, with the one that their tokens decode to."""
+        tokenizer = self.processing_class
+        if tokenizer is None or "input_ids" not in examples.column_names or "text" in examples.column_names:
+            return examples
+        texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in examples["input_ids"]]
+        return examples.add_column("text", texts, feature=Value("string"))
+
     def _build_maps(self) -> None:
         build_on_each_machine(len(self.reader.checkpoints), self.reader.build_map)
 
@@ -578,6 +598,7 @@ class InfluenceIndex:
             tokenizer=self.processing_class,
             synonym_threshold=synonym_threshold if kernel == "synonym" else None,
             fetch_model=self.reader.fetch_model,
+            encoding=self._encoding,
             **self._loading,
         )
         asked, rows = maker.record(
@@ -592,7 +613,11 @@ class InfluenceIndex:
     def _domains(self, column: str) -> tuple[list[Any], np.ndarray]:
         """Names of the domains in order of appearance, and the domain of each example."""
         if not isinstance(column, str) or column not in self.examples.column_names:
-            raise ValueError(f"`column` must be one of {self.examples.column_names}, but got {column!r}.")
+            raise ValueError(
+                f"`column` must be one of {self.examples.column_names}, but got {column!r}. The Trainer drops columns that the"
+                " model does not take: an index keeps them that is recorded with `TracInWECallback(dataset=...)`, the train"
+                " dataset with its columns, or by `hf-doge index`."
+            )
         values = self.examples.with_format("arrow")[column]
         distinct = pc.unique(values)
         names = distinct.to_pylist()
@@ -602,7 +627,11 @@ class InfluenceIndex:
         return names, pc.index_in(values, value_set=distinct).to_numpy()
 
     def _check(self, queries: Any) -> list[dict[str, Any]]:
-        return check_queries(queries, self.processing_class, vocabulary_size=self.reader.vocabulary_size)
+        tokenizer, folder, missing = self.processing_class, self.reader.folder, []
+        if tokenizer is None:
+            named = [checkpoint for checkpoint in self.reader.checkpoints if checkpoint["path"]]
+            missing = [str(folder / one["path"]) for one in named if not any(checkpoint_folders(one, folder))]
+        return check_queries(queries, tokenizer, vocabulary_size=self.reader.vocabulary_size, missing=missing)
 
     def _check_options(
         self, *, special_tokens: str, batch_size: int, cosine: bool, kernel: str, synonym_threshold: float

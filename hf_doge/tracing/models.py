@@ -6,17 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
-from safetensors.torch import load_model as load_weights
 from torch import nn
 
-from hf_doge.text import printable
-from hf_doge.tracing.fingerprints import model_fingerprint
+from hf_doge.tracing.fingerprints import has_fingerprint, model_fingerprint
+from hf_doge.tracing.pretrained import ADAPTER_FILE, fill_adapter, read_weights
+from hf_doge.tracing.pretrained import load_model as load_pretrained
+from hf_doge.tracing.weights import MODELS
 
 LoadModel = Callable[[str], nn.Module]
-
-_WEIGHTS_FILE = "model.safetensors"
-_ADAPTER_FILE = "adapter_config.json"
 
 
 def load_checkpoint(
@@ -25,6 +22,7 @@ def load_checkpoint(
     folder: Path,
     model: nn.Module | None = None,
     load_model: LoadModel | None = None,
+    vocabulary_size: int | None = None,
     token: str | bool | None = None,
     fetch: Callable[[], None] = lambda: None,
 ) -> nn.Module:
@@ -36,8 +34,9 @@ def load_checkpoint(
         folder (`Path`): The index. A relative path is looked for in here first, then where Python runs, then on the Hub.
         model (`nn.Module`, *optional*):
             A model of the right shape. Taken itself where it is the recorded one; else a copy of it takes the weights
-            from the `model.safetensors` of the checkpoint's folder.
+            from the checkpoint's folder, safetensors in one file or several.
         load_model (`Callable`, *optional*): `load_model(path)` makes the model instead, for classes of your own.
+        vocabulary_size (`int`, *optional*): Of the index, see [`~hf_doge.tracing.weights.load_model`].
         token (`str` or `bool`, *optional*): For a private repository on the Hub.
         fetch (`Callable`): Called before the folder is looked into.
 
@@ -49,10 +48,10 @@ def load_checkpoint(
         raise ValueError(
             f"`model` must be a torch.nn.Module, but got {model!r:.80}. Leave it out for classes of transformers."
         )
-    if model is not None and model_fingerprint(model) == checkpoint["fingerprint"]:
+    if model is not None and has_fingerprint(model, checkpoint["fingerprint"]):
         return model
     fetch()
-    path = _find(checkpoint, folder)
+    path = _find(checkpoint, folder, required=load_model is None)
     if load_model is not None:
         loaded = load_model(path)
         if not isinstance(loaded, nn.Module):
@@ -60,81 +59,108 @@ def load_checkpoint(
     elif model is not None:
         loaded = _fill(model, checkpoint, path)
     else:
-        loaded = _load(checkpoint, path, token=token)
-    fingerprint = model_fingerprint(loaded)
-    if fingerprint != checkpoint["fingerprint"]:
-        raise ValueError(
-            f"Checkpoint {checkpoint['name']!r} must hold the weights that were recorded, but those of {path!r} differ: "
-            f"their fingerprint is {fingerprint[:12]}, the recorded one {str(checkpoint['fingerprint'])[:12]}. Bring the "
-            "recorded checkpoint back, in the dtype of its training, or record the index again."
-        )
+        loaded = _load(checkpoint, path, vocabulary_size=vocabulary_size, token=token)
+    if not has_fingerprint(loaded, checkpoint["fingerprint"]):
+        raise _differs(loaded, checkpoint, path)
     return loaded.to("cuda") if torch.cuda.is_available() else loaded
 
 
 def checkpoint_folders(checkpoint: Mapping[str, Any], folder: Path) -> Iterator[Path]:
-    """Where a checkpoint may lie on this machine."""
-    path = Path(checkpoint["path"] or "")
-    yield from (place for place in (folder / path, path) if checkpoint["path"] and place.is_dir())
+    """
+    Where a checkpoint may lie on this machine: where it was recorded, or where it lies to the index as it did then, if both
+    have moved. Whatever is found is used for its fingerprint only.
+    """
+    if not checkpoint["path"]:
+        return
+    path = Path(checkpoint["path"])
+    moved = [folder.absolute().parent / Path(*path.parts[-depth:]) for depth in (2, 1)] if path.is_absolute() else []
+    yield from (place for place in (folder / path, path, *moved) if place.is_dir())
 
 
-def _find(checkpoint: Mapping[str, Any], folder: Path) -> str:
-    """A folder, or the path as it was recorded."""
+def _find(checkpoint: Mapping[str, Any], folder: Path, *, required: bool) -> str:
+    """A folder, or the name on the Hub that was recorded; where not `required`, what was recorded if nothing is there."""
     found = next(checkpoint_folders(checkpoint, folder), None)
-    if found is None and (not checkpoint["path"] or Path(checkpoint["path"]).is_absolute()):
+    path = checkpoint["path"] or ""
+    own = path.startswith((f"{MODELS}/", ".", "/", "~")) or path.count("/") > 1
+    if required and found is None and (not path or own or Path(path).is_absolute()):
         raise _missing(checkpoint, folder)
-    return str(found or checkpoint["path"])
+    return str(found or path)
 
 
 def _missing(checkpoint: Mapping[str, Any], folder: Path) -> FileNotFoundError:
+    """What to say of a checkpoint that is nowhere on this machine."""
+    path = checkpoint["path"]
+    cause = (
+        "the index was published without it"
+        if not path
+        else f"{str(folder / path)!r} was moved or deleted since it was recorded"
+    )
     return FileNotFoundError(
-        f"Checkpoint {checkpoint['name']!r} of the index must be there to compute the gradients of queries, but "
-        f"{checkpoint['path']!r} is neither a folder (here or in {str(folder)!r}) nor a model on the Hub. Put it back "
-        "there, or pass `load_model`, which gets this path and returns the model."
+        f"Checkpoint {checkpoint['name']!r} of the index must be there to compute the gradients of queries, but {cause}. Put"
+        f" it back, or next to {str(folder)!r} as it was, or pass `load_model`, a function that gets {path!r} and returns"
+        " the model from where it is now (`hf_doge.InfluenceIndex.from_pretrained(..., load_model=...)`)."
     )
 
 
 def _fill(model: nn.Module, checkpoint: Mapping[str, Any], path: str) -> nn.Module:
-    weights = Path(path) / _WEIGHTS_FILE
-    if not weights.is_file():
+    if hasattr(model, "get_base_model") and (Path(path) / ADAPTER_FILE).is_file():
+        return fill_adapter(copy.deepcopy(model), Path(path))
+    weights = read_weights(Path(path))
+    if weights is None:
         raise FileNotFoundError(
-            f"Checkpoint {checkpoint['name']!r} must have a {_WEIGHTS_FILE} to fill `model` with, but {path!r} has none. "
-            "Pass `load_model`, which gets this path and returns the model."
+            f"Checkpoint {checkpoint['name']!r} must have its weights in safetensors to fill `model` with, but {path!r} has "
+            "none of a whole model. Pass `load_model`, which gets this path and returns the model."
         )
     filled = copy.deepcopy(model)
     try:
-        load_weights(filled, weights)
-    except RuntimeError as error:  # what torch raises where names or shapes differ
-        raise ValueError(
-            f"`model` must have the shape of the recorded one, but the weights of checkpoint {checkpoint['name']!r} in "
-            f"{path!r} do not fit `{type(model).__name__}`: {error!s:.200}"
-        ) from error
+        missing, unexpected = filled.load_state_dict(weights, strict=False)
+    except RuntimeError as error:  # what torch raises where shapes differ
+        raise _does_not_fit(model, checkpoint, path, str(error)) from error
+    # Of tensors that share their memory one is saved.
+    own = filled.state_dict()
+    given = {own[name].data_ptr() for name in weights if name in own}
+    missing = [name for name in missing if own[name].data_ptr() not in given]
+    if missing or unexpected:
+        raise _does_not_fit(model, checkpoint, path, f"missing {missing[:3]}, unexpected {unexpected[:3]}")
     return filled
 
 
-def _load(checkpoint: Mapping[str, Any], path: str, *, token: str | bool | None) -> nn.Module:
-    options = {"revision": checkpoint.get("revision"), "token": token}
-    loader = _find_class(checkpoint, path)
-    try:
-        return loader.from_pretrained(path, **{name: value for name, value in options.items() if value is not None})
-    except OSError as error:
-        raise FileNotFoundError(
-            f"Checkpoint {checkpoint['name']!r} of the index must be there to compute the gradients of queries, but "
-            f"{path!r} cannot be loaded: {printable(error, keep=chr(10))}. Put it back, or pass `load_model`, which gets"
-            " this path and returns the model."
-        ) from error
+def _does_not_fit(model: nn.Module, checkpoint: Mapping[str, Any], path: str, how: str) -> ValueError:
+    return ValueError(
+        f"`model` must have the shape of the recorded one, but the weights of checkpoint {checkpoint['name']!r} in "
+        f"{path!r} do not fit `{type(model).__name__}`: {how:.200}"
+    )
 
 
-def _find_class(checkpoint: Mapping[str, Any], path: str) -> Any:
-    """What has the `from_pretrained` of the recorded class."""
+def _load(
+    checkpoint: Mapping[str, Any], path: str, *, vocabulary_size: int | None, token: str | bool | None
+) -> nn.Module:
     name = str(checkpoint["model_class"]).rpartition(".")[2]
-    if (Path(path) / _ADAPTER_FILE).is_file() or name.startswith("Peft"):
-        import peft  # an optional package, needed by indexes of its models alone
+    hub = {"revision": checkpoint.get("revision"), "token": token}
+    options = {"model_class": name, "vocabulary_size": vocabulary_size, **hub}
+    dtypes = checkpoint.get("dtypes")
+    loaded = load_pretrained(path, dtypes=dtypes, **options)
+    if dtypes is None and name.startswith("Peft") and not has_fingerprint(loaded, checkpoint["fingerprint"]):
+        # An older index does not tell which dtype the base of the adapter was loaded in.
+        for dtype in ("bfloat16", "float16", "float32"):
+            other = load_pretrained(path, dtypes={"loaded": dtype}, **options)
+            if has_fingerprint(other, checkpoint["fingerprint"]):
+                return other
+    return loaded
 
-        return getattr(peft, f"Auto{name}", peft.AutoPeftModel)
-    found = getattr(transformers, name, None)
-    if found is None:
-        raise ValueError(
-            f"The class of checkpoint {checkpoint['name']!r} must be one of transformers, but it is {name!r}. Pass "
-            "`load_model`, which gets its path and returns the model, or `model`, whose copy takes its weights."
+
+def _differs(loaded: nn.Module, checkpoint: Mapping[str, Any], path: str) -> ValueError:
+    """The weights are others; whether the dtype is, or what an adapter was put on, depends on what was found."""
+    found = sorted({str(parameter.dtype).removeprefix("torch.") for parameter in loaded.parameters()})
+    base = getattr(getattr(loaded, "active_peft_config", None), "base_model_name_or_path", None)
+    return ValueError(
+        f"Checkpoint {checkpoint['name']!r} must hold the weights that were recorded, but those of {path!r} differ: "
+        f"their fingerprint is {model_fingerprint(loaded)[:12]} ({', '.join(found)}), the recorded one "
+        f"{str(checkpoint['fingerprint'])[:12]}. "
+        + (
+            "Bring the recorded checkpoint back, in the dtype of its training, or record the index again."
+            if base is None
+            else f"It is an adapter: its base, {base!r}, must be the one of the training too, unchanged since and loaded as"
+            " then. Bring both back, or pass `load_model`, which gets the path of the adapter and returns the model."
         )
-    return found
+    )

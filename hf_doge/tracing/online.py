@@ -16,24 +16,27 @@ import json
 import logging
 import shutil
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase, TrainerState, TrainingArguments
 
 from hf_doge.artifacts.influence import IndexWriter
 from hf_doge.gradients.embedding_uses import input_embedding_matrix
+from hf_doge.tracing.batches import SequentialBatches
 from hf_doge.tracing.checkpoint_recording import require_whole_weights
 from hf_doge.tracing.fingerprints import model_fingerprint, unwrap_model
 from hf_doge.tracing.online_capture import CaughtRows, TrainingCapture
 from hf_doge.tracing.online_identity import IdentifiedBatches
 from hf_doge.tracing.online_spill import RowSpill, Segment, merged_rows, read_journal, read_segments
+from hf_doge.tracing.pretrained import describe_dtypes
 from hf_doge.tracing.processes import require_shared_folder, run_on_all_processes, run_on_main_process
-from hf_doge.tracing.recording import require_same_embeddings
+from hf_doge.tracing.recording import encoding_of, require_same_embeddings
 from hf_doge.tracing.settings import RecordingSettings
 from hf_doge.tracing.shared_index import open_writer
 
@@ -97,7 +100,9 @@ class OnlineRecording:
         self._require_same_examples(batches)
         self._args = args
         self._matrix = input_embedding_matrix(model)
-        run_on_main_process(lambda sign_of_life: self._open_writer(model, sign_of_life))
+        recorded = getattr(self.dataset, "recorded", self.dataset)
+        few = SequentialBatches(recorded, _as_it_is, batch_size=1)
+        run_on_main_process(lambda sign_of_life: self._open_writer(model, few, sign_of_life))
         require_shared_folder(self.folder)
         self._last_step = self._resume(model, state)
         vocabulary_size, width = self._matrix.shape
@@ -222,13 +227,14 @@ class OnlineRecording:
         if self._args.process_index == 0:
             shutil.rmtree(self.folder / PARTIAL, ignore_errors=True)
 
-    def _open_writer(self, model: nn.Module, sign_of_life: Callable[[], None]) -> None:
+    def _open_writer(self, model: nn.Module, few: SequentialBatches, sign_of_life: Callable[[], None]) -> None:
         self._writer = open_writer(
             self.folder,
             model=model,
             dataset=self.dataset,
             tokenizer=self.tokenizer,
             settings=self.options,
+            metadata=lambda: encoding_of(few, self.tokenizer, self._args, known={"inputs": None}),
             sign_of_life=sign_of_life,
         )
 
@@ -301,6 +307,7 @@ class OnlineRecording:
             learning_rate=1.0,
             model_class=type(model).__name__,
             fingerprint=model_fingerprint(model),
+            dtypes=describe_dtypes(model),
         )
         with checkpoint as writer:
             blocks = merged_rows(
@@ -348,3 +355,9 @@ def _require_supported(args: TrainingArguments) -> None:
 def _tokens(example: Any) -> list | None:
     tokens = example.get("input_ids") if isinstance(example, Mapping) else None
     return tokens.tolist() if hasattr(tokens, "tolist") else tokens
+
+
+def _as_it_is(items: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+    """One example without its collator, which sees what is trained on and nothing else; what it adds is not known."""
+    names = [name for name in ("input_ids", "labels", "attention_mask") if items[0].get(name) is not None]
+    return {name: torch.as_tensor(items[0][name])[None] for name in names}

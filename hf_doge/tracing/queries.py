@@ -7,7 +7,8 @@ Every query becomes a dictionary of what the model is fed for it alone, unpadded
 import inspect
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import takewhile
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,8 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
 from hf_doge.gradients.example_losses import IGNORE_INDEX
-from hf_doge.tracing.limits import num_classes, num_positions
+from hf_doge.tracing.encoding import Encoding, check_dialogue, is_dialogue
+from hf_doge.tracing.limits import label_law, num_classes, num_positions, takes_padding, wants_fractions
 from hf_doge.tracing.words import Reading, read_ids, read_text
 
 TEXT_FIELDS = (
@@ -55,7 +57,7 @@ class Query:
 
 
 def check_queries(
-    queries: Any, tokenizer: PreTrainedTokenizerBase | None, *, vocabulary_size: int
+    queries: Any, tokenizer: PreTrainedTokenizerBase | None, *, vocabulary_size: int, missing: Sequence[str] = ()
 ) -> list[dict] | Dataset:
     """
     Bring queries into one of two forms, before any model is loaded: raw records, or features with `input_ids`.
@@ -65,6 +67,7 @@ def check_queries(
             label), or a batch (a dictionary of tensors, as a model is fed).
         tokenizer (`PreTrainedTokenizerBase`, *optional*): Needed by texts.
         vocabulary_size (`int`): Number of rows of the embedding matrix.
+        missing (`Sequence[str]`): Folders of checkpoints that are not there, where there is no tokenizer.
 
     Returns:
         `list[dict]`: one per query. With `input_ids`, the other values are tensors.
@@ -101,8 +104,9 @@ def check_queries(
     elif tokenizer is not None:
         _check_texts(records)
     else:
+        cause = f", of which {missing[0]!r} was moved or deleted since it was recorded" if missing else ""
         raise ValueError(
-            "Queries in words need the tokenizer of the model, but the index found none beside its checkpoints. Pass "
+            f"Queries in words need the tokenizer of the model, but the index found none with its checkpoints{cause}. Pass "
             "`processing_class` to `InfluenceIndex.from_pretrained`, or queries with `input_ids`."
         )
     _check_labels(records)
@@ -116,6 +120,8 @@ def make_queries(
     *,
     batch_size: int,
     first_position: int = 0,
+    encoding: Encoding | None = None,
+    check_kind: bool = True,
 ) -> list[Query]:
     """
     Tokenise texts, keep what the model takes, and give labels to queries that have none.
@@ -129,12 +135,22 @@ def make_queries(
         tokenizer (`PreTrainedTokenizerBase`, *optional*): See [`check_queries`].
         batch_size (`int`): For predicting.
         first_position (`int`): What errors call the first of them, where they are a part of what was asked.
+        encoding ([`Encoding`], *optional*): How the words of the recorded examples became tokens and labels.
+        check_kind (`bool`): Whether labels must be those of the model's own loss.
     """
     accepted = accepted_arguments(model)
-    queries = [_make_query(record, model, tokenizer, accepted) for record in records]
+    encoding = encoding or Encoding()
+    queries = [_make_query(record, model, tokenizer, accepted, encoding) for record in records]
+    vocabulary_size = len(model.get_input_embeddings().weight)
     for position, query in enumerate(queries, start=first_position):
+        largest = int(query.features["input_ids"].max())
+        if largest >= vocabulary_size:
+            raise ValueError(
+                f"The tokenizer makes token {largest} of query {position}, but the model has embeddings for {vocabulary_size}"
+                " tokens only. Pass the tokenizer of the training as `processing_class`."
+            )
         _check_length(query, model, position)
-        _check_label(query, model, position)
+        _check_label(query, model, position, check_kind=check_kind)
     unlabelled = [query for query in queries if "labels" not in query.features]
     for start in range(0, len(unlabelled), batch_size):
         _predict_labels(unlabelled[start : start + batch_size], model)
@@ -150,10 +166,13 @@ def make_queries(
 def batches(queries: Sequence[Query], model: nn.Module, *, batch_size: int) -> Iterator[dict[str, Tensor]]:
     """The queries in order, padded on the right; one by one where the model takes no `attention_mask`."""
     pad_token_id = getattr(getattr(model, "config", None), "pad_token_id", None) or 0
-    masked = accepts(model, "attention_mask")
+    if not 0 <= pad_token_id < len(model.get_input_embeddings().weight):
+        pad_token_id = 0  # masked in any case
+    masked = accepts(model, "attention_mask") and takes_padding(model)
     start = 0
     while start < len(queries):
-        features = [query.features for query in queries[start : start + (batch_size if masked else 1)]]
+        few = [query.features for query in queries[start : start + (batch_size if masked else 1)]]
+        features = list(takewhile(lambda one: one.keys() == few[0].keys(), few))  # noqa: B023
         start += len(features)
         yield _collate(features, pad_token_id=pad_token_id, masked=masked)
 
@@ -193,8 +212,8 @@ def text_fields(record: Mapping[str, Any]) -> list[str]:
 def _dataset_records(dataset: Dataset) -> list[dict[str, Any]]:
     if "input_ids" in dataset.column_names:
         texts = ("string", "large_string")
-        kept = [name for name, kind in dataset.features.items() if getattr(kind, "dtype", None) not in texts]
-        dataset = dataset.select_columns(kept)
+        for_people = [name for name, kind in dataset.features.items() if getattr(kind, "dtype", None) in texts]
+        dataset = dataset.remove_columns([name for name in for_people if name not in LABEL_FIELDS])
     return dataset.with_format(None).to_list()
 
 
@@ -226,14 +245,24 @@ def _tensors(record: Mapping[str, Any]) -> dict[str, Any]:
     label = _label_field(record)
     tensors = {"input_ids": record["input_ids"]}
     for name, value in record.items():
-        if value is None or isinstance(value, str) or (name in LABEL_FIELDS and name != label):
-            continue
-        key = "labels" if name in LABEL_FIELDS else name
-        try:
-            tensors[key] = torch.as_tensor(value)
-        except (TypeError, ValueError, RuntimeError):
-            continue  # columns for people, such as lists of texts
+        if name in LABEL_FIELDS:
+            if name == label:
+                tensors["labels"] = value if isinstance(value, str) else _numbers(value)
+        elif value is not None and not isinstance(value, str):
+            try:
+                tensors[name] = torch.as_tensor(value)
+            except (TypeError, ValueError, RuntimeError):
+                continue  # columns for people, such as lists of texts
     return tensors
+
+
+def _numbers(label: Any) -> Tensor:
+    try:
+        return torch.as_tensor(label)
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise ValueError(
+            f"The label of a query must be a number, numbers or a name, but got {label!r:.80}."
+        ) from error
 
 
 def _label_field(record: Mapping[str, Any]) -> str | None:
@@ -243,8 +272,19 @@ def _label_field(record: Mapping[str, Any]) -> str | None:
 
 def _check_texts(records: Sequence[Mapping[str, Any]]) -> None:
     for position, record in enumerate(records):
-        if not any(record[name].strip() for name in text_fields(record)):
+        wrong = check_dialogue(record) if is_dialogue(record) else None
+        if wrong is not None:
+            raise ValueError(f"Query {position} must {wrong}, but got {record!r:.200}.")
+        names = ("prompt", "completion") if is_dialogue(record) else text_fields(record)
+        texts = [record[name] for name in names if isinstance(record.get(name), str)]
+        if texts and not any(text.strip() for text in texts):
             raise ValueError(f"Every query must have a text, but query {position} is empty. Drop it.")
+        try:
+            "".join(texts).encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(
+                f"Queries must be Unicode, but query {position} has half of a character: {error}."
+            ) from error
 
 
 def _check_tokens(records: Sequence[Mapping[str, Any]], vocabulary_size: int) -> None:
@@ -275,12 +315,38 @@ def _check_length(query: Query, model: nn.Module, position: int) -> None:
             f"Every query must fit into the model: query {position} has {length} tokens, but the model has positions for "
             f"{limit}. Cut it as the training examples were."
         )
+    config = getattr(model, "config", None)
+    if query.features["input_ids"].ndim != 1 and num_classes(model) is not None:
+        raise ValueError(
+            f"Query {position} must have one list of `input_ids`, but has a nested one. Give one query for each."
+        )
+    for name, end in (("token_type_ids", getattr(config, "type_vocab_size", None)), ("position_ids", limit)):
+        values = query.features.get(name)
+        if values is None:
+            continue
+        if values.shape[-1] != length or values.min() < 0 or (end and values.max() >= end):
+            raise ValueError(
+                f"The `{name}` of query {position} must be one for each of its {length} tokens"
+                + (f", from 0 to {end - 1}" if end else "")
+                + f", but got {values.tolist()!r:.80}."
+            )
 
 
-def _check_label(query: Query, model: nn.Module, position: int) -> None:
+def _check_label(query: Query, model: nn.Module, position: int, *, check_kind: bool) -> None:
     """The class of a text must be one that the model has, as a whole number; it may come as a float, as from pandas."""
     classes, label = num_classes(model), query.features.get("labels")
-    if label is None or classes is None:
+    if label is None:
+        return
+    if classes is None:
+        ids = query.features["input_ids"]
+        wrong = label_law(model)(label.numpy(), ids.shape[-1]) if check_kind else None
+        if wrong is not None:
+            raise ValueError(
+                f"The labels of query {position} must {wrong}. Label it as the recorded examples, or leave its labels out"
+                " to trace what the model predicts."
+            )
+        if check_kind and wants_fractions(model):
+            query.features["labels"] = label.float()
         return
     value = label.item() if label.numel() == 1 else math.nan
     if not (math.isfinite(value) and value == int(value) and 0 <= value < classes):
@@ -296,7 +362,7 @@ def _check_labels(records: Sequence[Mapping[str, Any]]) -> None:
     for position, record in enumerate(records):
         labels = record.get(_label_field(record))
         if isinstance(labels, int | float):
-            labels = torch.tensor(labels)
+            labels = _numbers(labels)
         if isinstance(labels, Tensor) and not labels.is_floating_point() and bool((labels == IGNORE_INDEX).all()):
             silent.append(position)
     if silent:
@@ -307,26 +373,65 @@ def _check_labels(records: Sequence[Mapping[str, Any]]) -> None:
 
 
 def _make_query(
-    record: Mapping[str, Any], model: nn.Module, tokenizer: PreTrainedTokenizerBase | None, accepted: set[str]
+    record: Mapping[str, Any],
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase | None,
+    accepted: set[str],
+    encoding: Encoding,
 ) -> Query:
     if "input_ids" in record:
         features = {name: value for name, value in record.items() if name in accepted or name == "labels"}
+        if isinstance(features.get("labels"), str):
+            features["labels"] = _label_tensor(features["labels"], model, tokenizer)
         ids, mask = features["input_ids"], features.get("attention_mask")
         counted = ids.flatten() if mask is None or mask.shape != ids.shape else ids[mask.bool()]
         return Query(features, read_ids(tokenizer, counted.tolist()))
+    if is_dialogue(record) and _continues_texts(model):
+        ids, labels = encoding.encode(record, tokenizer)
+        return Query({"input_ids": torch.tensor(ids), "labels": torch.tensor(labels)}, read_ids(tokenizer, ids))
     texts = [record[name] for name in text_fields(record)]
-    max_length = find_max_length(model, tokenizer)
+    if not _continues_texts(model):
+        encoding = replace(encoding, ends=False)
+    limits = (find_max_length(model, tokenizer), encoding.max_length if encoding.truncation == "tokenizer" else None)
+    max_length = min((limit for limit in limits if limit is not None), default=None)
     encoded = tokenizer(*texts, truncation=max_length is not None, max_length=max_length)
-    features = {name: torch.tensor(value) for name, value in encoded.items() if name in accepted}
+    fed = accepted if encoding.inputs is None else accepted & {"input_ids", *encoding.inputs}
+    features = {name: torch.tensor(value) for name, value in encoded.items() if name in fed}
     if features["input_ids"].numel() == 0:
         raise ValueError(f"Every query must have tokens, but {texts} have none. Drop it.")
     label = _label_field(record)
     if label is not None:
-        features["labels"] = _label_tensor(record[label], model)
-    return Query(features, read_text(tokenizer, texts, max_length=max_length))
+        features["labels"] = _label_tensor(record[label], model, tokenizer)
+    return _finished(
+        Query(features, read_text(tokenizer, texts, max_length=max_length)), tokenizer, encoding, max_length
+    )
 
 
-def _label_tensor(label: Any, model: nn.Module) -> Tensor:
+def _finished(query: Query, tokenizer: Any, encoding: Encoding, max_length: int | None) -> Query:
+    """A text with the end that the recorded examples have, cut as they were."""
+    ids, end, reading = query.features["input_ids"], tokenizer.eos_token_id, query.reading
+    if encoding.ends and int(ids[-1]) != end and (max_length is None or len(ids) < max_length):
+        longer = {name: torch.cat([value, value[-1:]]) for name, value in query.features.items() if value.ndim}
+        query.features |= {**longer, "input_ids": torch.cat([ids, torch.tensor([end])])}
+        tokens = [*reading.tokens, tokenizer.eos_token]
+        reading = Reading(reading.text, [*reading.token_ids, end], [*reading.spans, None], tokens)
+    part = encoding.part(len(query.features["input_ids"])) if encoding.truncation != "tokenizer" else slice(None)
+    query.features = {name: value[part] if value.ndim else value for name, value in query.features.items()}
+    query.reading = Reading(reading.text, reading.token_ids[part], reading.spans[part], reading.tokens[part])
+    return query
+
+
+def _continues_texts(model: nn.Module) -> bool:
+    """Whether it predicts each next token of what it reads, as far as its class and configuration tell."""
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    decides = type(inner).__name__.endswith(("Classification", "QuestionAnswering", "MultipleChoice", "MaskedLM"))
+    return not decides and not getattr(getattr(inner, "config", None), "is_encoder_decoder", False)
+
+
+def _label_tensor(label: Any, model: nn.Module, tokenizer: PreTrainedTokenizerBase | None) -> Tensor:
+    writes = tokenizer is not None and type(model).__name__.endswith("ForConditionalGeneration")
+    if isinstance(label, str) and writes and getattr(model.config, "is_encoder_decoder", False):
+        return torch.tensor(tokenizer(text_target=label, verbose=False)["input_ids"])
     if isinstance(label, str):
         names = getattr(getattr(model, "config", None), "label2id", None) or {}
         if label not in names:
@@ -335,7 +440,7 @@ def _label_tensor(label: Any, model: nn.Module) -> Tensor:
                 "number."
             )
         label = names[label]
-    return torch.as_tensor(label)
+    return _numbers(label)
 
 
 def find_max_length(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> int | None:

@@ -17,6 +17,7 @@ from hf_doge.gradients.embedding import EmbeddingGradientRecorder
 from hf_doge.gradients.embedding_uses import input_embedding_matrix
 from hf_doge.gradients.example_losses import LossFunction
 from hf_doge.gradients.token_rows import TokenRows
+from hf_doge.tracing.encoding import Encoding
 from hf_doge.tracing.models import LoadModel, load_checkpoint
 from hf_doge.tracing.queries import Query, batches, make_queries
 from hf_doge.tracing.settings import padding_token_id
@@ -33,6 +34,7 @@ class QueryRowMaker:
         tokenizer (`PreTrainedTokenizerBase`, *optional*): Of the model.
         model, load_model, token: See [`load_checkpoint`].
         loss_fn (`Callable`, *optional*): What the index was recorded with, if it was not the model's own loss.
+        encoding ([`Encoding`], *optional*): How words become tokens and labels.
         synonym_threshold (`float`, *optional*): Look for synonyms of the queries' tokens, of at least this cosine.
         fetch_model (`Callable[[int], None]`): Called with the position of a checkpoint whose model is about to be loaded.
         synonyms (`list[Neighbours]`): What was found at each checkpoint, after [`~QueryRowMaker.record`].
@@ -44,6 +46,7 @@ class QueryRowMaker:
     model: nn.Module | None = None
     load_model: LoadModel | None = None
     loss_fn: LossFunction | None = None
+    encoding: Encoding | None = None
     token: str | bool | None = None
     synonym_threshold: float | None = None
     fetch_model: Callable[[int], None] = lambda position: None
@@ -86,6 +89,7 @@ class QueryRowMaker:
                 folder=self.folder,
                 model=self.model,
                 load_model=self.load_model,
+                vocabulary_size=self.config["vocabulary_size"],
                 token=self.token,
                 fetch=partial(self.fetch_model, position),
             )
@@ -93,7 +97,13 @@ class QueryRowMaker:
             verify = queries is None
             if queries is None:
                 queries = make_queries(
-                    records, model, self.tokenizer, batch_size=batch_size, first_position=first_position
+                    records,
+                    model,
+                    self.tokenizer,
+                    batch_size=batch_size,
+                    first_position=first_position,
+                    encoding=self.encoding,
+                    check_kind=self.loss_fn is None,
                 )
             rows.append(self._record_at(model, queries, batch_size, drop_token_ids, verify=verify))
             if self.synonym_threshold is not None:

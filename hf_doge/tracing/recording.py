@@ -26,12 +26,15 @@ from hf_doge.gradients.embedding_uses import input_embedding_matrix
 from hf_doge.gradients.independence import full_precision
 from hf_doge.gradients.token_rows import TokenRows
 from hf_doge.tracing.batches import SequentialBatches, preserved_random_state
+from hf_doge.tracing.encoding import describe_encoding
 from hf_doge.tracing.examples import Examples, padding_collator, prune_columns
 from hf_doge.tracing.fingerprints import (
     buffer_fingerprint,
     model_fingerprint,
     unwrap_model,
 )
+from hf_doge.tracing.limits import takes_padding
+from hf_doge.tracing.pretrained import describe_dtypes, load_model
 from hf_doge.tracing.processes import (
     default_device,
     join_processes,
@@ -48,9 +51,9 @@ from hf_doge.tracing.second_moments import (
     saved_group_rate,
     saved_second_moments,
 )
-from hf_doge.tracing.settings import RecordingSettings
+from hf_doge.tracing.settings import RecordingSettings, text_tokenizer
 from hf_doge.tracing.shared_index import SharedIndex, open_shared_index
-from hf_doge.tracing.weights import describe_checkpoint, in_order_of_steps, load_model, stored_path
+from hf_doge.tracing.weights import describe_checkpoint, in_order_of_steps, stored_path
 
 SECOND_MOMENT_EPS = 1e-8
 
@@ -112,7 +115,7 @@ def record_checkpoint(
             return weights
         require_same_embeddings(index.writer, model)
         entry = {**facts, "model_class": type(model).__name__, "fingerprint": weights["weights"]}
-        entry["second_moments"] = moments
+        entry |= {"second_moments": moments, "dtypes": describe_dtypes(model)}
         checkpoint = opened.enter_context(index.writer.checkpoint(name, **entry, borders=index.borders))
         return {**weights, "facts": checkpoint.facts, "missing": checkpoint.missing()}
 
@@ -215,6 +218,19 @@ def check_first_batch(recorder: EmbeddingGradientRecorder, batches: SequentialBa
     return random
 
 
+def encoding_of(
+    batches: SequentialBatches,
+    tokenizer: Any | None,
+    args: Any | None = None,
+    *,
+    known: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """For config.json: how the examples were made, as some of them show or as is `known`, so that queries are made alike."""
+    with preserved_random_state():
+        seen = describe_encoding(batches.some(32), text_tokenizer(tokenizer), args)
+    return {"encoding": {**seen, **(known or {})}}
+
+
 def record_dataset(
     folder: str | os.PathLike,
     checkpoints: Sequence[str | os.PathLike],
@@ -229,6 +245,7 @@ def record_dataset(
     seed: int = 0,
     progress: bool = True,
     add_examples: bool = False,
+    encoding: Mapping[str, Any] | None = None,
 ) -> IndexWriter:
     """
     Record a dataset at checkpoints that a Trainer has saved before; those that the index has whole are left as they are.
@@ -258,6 +275,7 @@ def record_dataset(
             Add to a whole index the examples of `dataset` that come behind its own, with the settings that it was made with
             and at all of its checkpoints, in any order. They are written to further files, which show all at once when
             the last checkpoint has them; after an interruption the same call goes on.
+        encoding (`Mapping`, *optional*): What is known of how texts became tokens and labels, for queries, see [`Encoding`].
 
     Returns:
         `IndexWriter`: of the index, closed; on the main process its `checkpoint_names` say what it holds.
@@ -306,7 +324,8 @@ def record_dataset(
         for path, fact in zip(paths, facts, strict=True):
             if index is not None and fact is not None and index.has_whole(fact["name"]):
                 continue
-            model = load_model(path, device=device, trainable=settings.second_moment)
+            dtypes = next((entry.get("dtypes") for entry in recorded if entry["name"] == path.name), None)
+            model = load_model(path, dtypes=dtypes, device=device, trainable=settings.second_moment)
             if fact is None:
                 fact = _recorded_facts(recorded, model, path, taken=taken)
                 taken.append(fact["name"])
@@ -317,17 +336,21 @@ def record_dataset(
             if settings.second_moment and fact["name"] not in whole:
                 moments = saved_second_moments(path, model)
             if index is None:
-                examples = (
-                    dataset if isinstance(dataset, Examples) else Examples(prune_columns(dataset, model), dataset)
+                examples = dataset if isinstance(dataset, Examples) else Examples(dataset, dataset)
+                examples = Examples(prune_columns(examples.recorded, model), examples.described)
+                pad_token_id = getattr(getattr(model, "config", None), "pad_token_id", None)
+                collator = collator or padding_collator(
+                    tokenizer, pad_token_id=pad_token_id, vocabulary_size=len(input_embedding_matrix(model))
                 )
-                collator = collator or padding_collator(tokenizer)
-                batches = SequentialBatches(examples.recorded, collator, batch_size=batch_size, seed=seed)
+                at_once = batch_size if takes_padding(model) else 1
+                batches = SequentialBatches(examples.recorded, collator, batch_size=at_once, seed=seed)
                 index = open_shared_index(
                     folder,
                     model=model,
                     dataset=examples,
                     tokenizer=tokenizer,
                     settings=settings,
+                    metadata=partial(encoding_of, batches, tokenizer, known=encoding),
                     seed=seed,
                     add_examples=add_examples,
                 )

@@ -22,7 +22,7 @@ from hf_doge.tracing.fingerprints import (
     tokenizer_fingerprint,
     unwrap_model,
 )
-from hf_doge.tracing.limits import num_classes, num_positions
+from hf_doge.tracing.limits import label_law, num_classes, num_positions
 from hf_doge.tracing.processes import (
     process_index,
     require_shared_folder,
@@ -40,7 +40,7 @@ def open_writer(
     dataset: Any,
     tokenizer: Any | None,
     settings: RecordingSettings,
-    metadata: Mapping[str, Any] | None = None,
+    metadata: Callable[[], Mapping[str, Any]] = dict,
     add_examples: bool = False,
     sign_of_life: Callable[[], None] = lambda: None,
 ) -> IndexWriter:
@@ -53,7 +53,7 @@ def open_writer(
         dataset (`Dataset` or [`Examples`]): Tokenised examples; their readable columns are kept.
         tokenizer (`PreTrainedTokenizerBase`, *optional*): What turned text into these tokens; a processor will do.
         settings ([`RecordingSettings`]): How rows are made and stored.
-        metadata (`Mapping`, *optional*): Anything else worth knowing, in terms of JSON.
+        metadata (`Callable`): Returns anything else worth knowing, in terms of JSON, of examples that were checked.
         add_examples (`bool`): Whether the index is there, and is to have the examples behind its own in `dataset` as well.
         sign_of_life (`Callable`): Called every now and then.
 
@@ -72,6 +72,7 @@ def open_writer(
         vocabulary_size=len(matrix),
         num_positions=num_positions(model),
         num_classes=num_classes(model) if settings.loss_fn is None else None,
+        label_law=label_law(model) if settings.loss_fn is None else lambda labels, num_tokens: None,
         keep_ids=add_examples and _has_ids(Path(folder)),
         sign_of_life=sign_of_life,
     )
@@ -97,7 +98,7 @@ def open_writer(
                 **describe_process(),
                 "model": describe_model(model),
                 "dataset": describe_dataset(dataset.described),
-                **(metadata or {}),
+                **metadata(),
             },
         },
     )
@@ -155,7 +156,7 @@ def open_shared_index(
     dataset: Examples,
     tokenizer: Any | None,
     settings: RecordingSettings,
-    metadata: Mapping[str, Any] | None = None,
+    metadata: Callable[[], Mapping[str, Any]] = dict,
     seed: int = 0,
     add_examples: bool = False,
 ) -> SharedIndex:

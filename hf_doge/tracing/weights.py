@@ -3,13 +3,10 @@
 import json
 import logging
 import math
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-import transformers
 from torch import nn
 
 from hf_doge.artifacts.files import staged_folder
@@ -50,41 +47,6 @@ def save_model(model: nn.Module, path: Path, *, processing_class: Any | None = N
             save_state(model, str(staged / "model.safetensors"))
         if hasattr(processing_class, "save_pretrained"):
             processing_class.save_pretrained(staged)
-
-
-def load_model(
-    path: str | os.PathLike, *, device: str | torch.device | None = None, trainable: bool = False
-) -> nn.Module:
-    """
-    The model of a checkpoint folder, of the class that its config.json names, in the dtype it was saved in.
-
-    Args:
-        path (`str` or `os.PathLike`): The folder.
-        device (`str` or `torch.device`, *optional*): Where to put it.
-        trainable (`bool`): Whether what an adapter trains requires gradients, as in training; else nothing of it does.
-
-    Raises:
-        FileNotFoundError: The folder has no model of transformers and no adapter of peft.
-        ValueError: Its class is unknown to transformers.
-    """
-    path = Path(path)
-    if (path / "adapter_config.json").is_file():
-        model = _load_adapter(path, trainable=trainable)
-    elif (path / "config.json").is_file():
-        names = json.loads((path / "config.json").read_text(encoding="utf-8")).get("architectures") or [None]
-        model_class = getattr(transformers, names[0] or "", None)
-        if model_class is None:
-            raise ValueError(
-                f"{str(path / 'config.json')!r} must name a class of transformers under `architectures`, but it names"
-                f" {names[0]!r}. Save the model by `save_pretrained`, or record it with `TracInWECallback` in training."
-            )
-        model = model_class.from_pretrained(path)
-    else:
-        raise FileNotFoundError(
-            f"A checkpoint must be a folder with config.json or adapter_config.json, but {str(path)!r} has neither. Name"
-            " the checkpoint folders that the Trainer wrote."
-        )
-    return model if device is None else model.to(device)
 
 
 def describe_checkpoint(path: Path, *, learning_rate: float | None = None) -> dict[str, Any]:
@@ -192,10 +154,3 @@ def group_learning_rate(logged: float | None, first: Mapping[str, Any], group: M
     if begun[0] <= 0 or not math.isclose(now[0] * begun[1], now[1] * begun[0], rel_tol=1e-6, abs_tol=1e-300):
         return None
     return logged * (begun[1] / begun[0])
-
-
-def _load_adapter(path: Path, *, trainable: bool) -> nn.Module:
-    from peft import PeftConfig, PeftModel  # an extra: only who trained with it has it
-
-    base = PeftConfig.from_pretrained(path).base_model_name_or_path
-    return PeftModel.from_pretrained(load_model(base), path, is_trainable=trainable)

@@ -18,6 +18,7 @@ _LARGEST = {
     "vocabulary_size": 2**26,  # 512 MiB of offsets; vocabularies have some 2 ** 18 tokens
     "num_examples": 2**40,
 }
+_DTYPES = ("float64", "float32", "bfloat16", "float16", "int8", "uint8")
 _LARGEST_PROJECTION = 2**28  # entries, of 8 bytes each
 
 
@@ -60,6 +61,8 @@ def check_claims(config: Mapping[str, Any], *, source: str) -> None:
         path = checkpoint.get("path")
         require(path is None or isinstance(path, str), "must have text or nothing under `path`", path)
         require(".." not in PurePosixPath(path or "").parts, "must not lead out of the folder by `path`", path)
+        dtypes = checkpoint.get("dtypes")
+        require(dtypes is None or _are_dtypes(dtypes), "must have names of dtypes under `dtypes`", dtypes)
         rate = checkpoint["learning_rate"]
         require(math.isfinite(rate) and rate >= 0, "must have finite learning rates of at least 0", rate)
         for file in checkpoint["files"]:
@@ -84,6 +87,13 @@ def require_inside(path: str, *, source: str) -> None:
     anchored = windows.drive or windows.root  # which `/` is as well
     if anchored or "\\" in path or "\0" in path or ".." in parts or not parts:
         raise ValueError(f"Files in {source!r} must lie in the folder, but got {path!r}.")
+
+
+def _are_dtypes(dtypes: Any) -> bool:
+    others = dtypes.get("parameters") if isinstance(dtypes, dict) else None
+    if not isinstance(others, dict):
+        return False
+    return all(kind in _DTYPES for kind in (dtypes.get("loaded"), dtypes.get("default"), *others.values()))
 
 
 def _is_count(value: Any) -> bool:

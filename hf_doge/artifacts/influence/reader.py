@@ -23,6 +23,7 @@ from hf_doge.artifacts.influence.manifest import (
 )
 from hf_doge.artifacts.influence.row_map import RowMap, default_cache_dir
 from hf_doge.artifacts.influence.search import add_scores, ends
+from hf_doge.artifacts.influence.segments import check_scales
 from hf_doge.artifacts.influence.synonym_search import Neighbours, synonym_matches
 
 if TYPE_CHECKING:
@@ -96,6 +97,7 @@ class IndexReader:
             check_files(folder, recorded_checksums(config), verify=verify)
             if verify:
                 check_number_of_examples(folder, config)
+                check_scales(folder, config)
             return config
 
         config = read_settled(folder, MANIFEST, read)

@@ -27,6 +27,7 @@ from hf_doge.artifacts.influence.encoding import encode_rows
 from hf_doge.artifacts.influence.manifest import example_dtype
 from hf_doge.artifacts.influence.tables import to_parquet
 from hf_doge.artifacts.parquet import check_claims_of_footer, open_parquet
+from hf_doge.artifacts.readers import parse_json
 from hf_doge.text import printable
 
 _ROW_GROUP_SIZE = 16_384  # what DuckDB and the Hub's viewer read fastest
@@ -277,6 +278,24 @@ class SegmentReader:
         if not holds:
             raise ValueError(
                 f"The gradients in {str(self._path)!r} are damaged or were manipulated: {law}. Fetch the index again."
+            )
+
+
+def check_scales(folder: Path, config: Mapping[str, Any]) -> None:
+    """
+    Raises:
+        ValueError: config.json gives the rows of a segment another scale than the segment was written with.
+    """
+    for file in (file for checkpoint in config["checkpoints"] for file in checkpoint["files"]):
+        path = folder / file["path"]
+        with open_parquet(path, str(path)) as opened:
+            facts = opened.metadata.metadata or {}
+        told = parse_json(facts.get(b"hf_doge", b"{}"), source=str(path))
+        written = told.get("scale", file["scale"]) if isinstance(told, dict) else None
+        if written != file["scale"]:
+            raise ValueError(
+                f"The rows of {file['path']!r} were written with the scale {written!r}, but config.json in {str(folder)!r} has"
+                f" {file['scale']!r}. It is damaged or was manipulated: fetch the index again."
             )
 
 

@@ -330,6 +330,7 @@ class IndexWriter:
         model_class: str,
         fingerprint: str,
         second_moments: str | None = None,
+        dtypes: Mapping[str, Any] | None = None,
         borders: Sequence[int] | None = None,
     ) -> CheckpointWriter:
         """
@@ -342,6 +343,7 @@ class IndexWriter:
             path (`str` or `os.PathLike`), revision (`str`, *optional*): Where the model can be loaded from.
             model_class (`str`), fingerprint (`str`): Which model that must be.
             second_moments (`str`, *optional*): Fingerprint of Adam's second moments, where rows are divided by them.
+            dtypes (`Mapping`, *optional*): In which dtypes to load the model, where that is not as it was saved.
             borders (`Sequence[int]`, *optional*): Examples that a segment begins with, however full the one before is.
                 With the same borders any number of processes writes the same files, in any order of their ranges.
 
@@ -366,8 +368,8 @@ class IndexWriter:
         learning_rate = check_number("learning_rate", learning_rate, least=0, most=LARGEST_RATE)
         values = (name, step, epoch, learning_rate, str(path), revision, model_class, fingerprint)
         facts = dict(zip(CHECKPOINT_FACTS, values, strict=True))
-        if second_moments is not None:
-            facts["second_moments"] = second_moments
+        optional = {"second_moments": second_moments, "dtypes": dtypes}
+        facts |= {key: value for key, value in optional.items() if value is not None}
         facts = check_json("checkpoint", facts)
         number = next_checkpoint_number(self.config["checkpoints"])
         return CheckpointWriter(self, facts, position=number, borders=borders)

@@ -1,0 +1,196 @@
+"""The training examples of `hf-doge index`: records of texts, chats or tokens, as the model of the checkpoints is fed them."""
+
+from argparse import Namespace
+from collections.abc import Sequence
+from typing import Any
+
+import pyarrow as pa
+from datasets import ClassLabel, Dataset
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+from hf_doge.artifacts.influence.examples import read_examples
+from hf_doge.artifacts.influence.manifest import EXAMPLES_FILE, read_config
+from hf_doge.cli.records import check_text_fields, read_records, select_fields
+from hf_doge.tracing.encoding import DIALOGUE_FIELDS, Encoding, check_dialogue, is_dialogue
+from hf_doge.tracing.examples import LABEL_COLUMNS, Examples
+from hf_doge.tracing.pretrained import saved_model
+from hf_doge.tracing.queries import text_fields
+
+# What comes with `input_ids`; the model says which of them it takes.
+_FED = ("labels", "label", "label_ids", "start_positions", "end_positions", "decoder_input_ids", "token_type_ids")
+_OWN = ("input_ids", "attention_mask", "labels", "example_id", "content_hash")
+_CONTINUES, _ANSWERS = ("ForCausalLM", "LMHeadModel"), ("ForConditionalGeneration",)
+
+Rows = list[dict[str, Any]]
+
+
+def load_examples(args: Namespace, tokenizer: PreTrainedTokenizerBase) -> tuple[Examples, dict[str, Any]]:
+    """
+    Args:
+        args (`Namespace`): Of `hf-doge index`.
+        tokenizer (`PreTrainedTokenizerBase`): Of the model.
+
+    Returns:
+        `tuple[Examples, dict]`: the examples, with whatever else their records hold, and what is known of how they were made.
+
+    Raises:
+        ValueError: A record is not what the model of the last checkpoint can be fed, or its label is none that it has.
+    """
+    model_class, config = saved_model(args.checkpoints[-1])
+    name, records = model_class.__name__, read_records(args.data)
+    places = [f"line {number} of {str(args.data)!r}" for number in range(1, len(records) + 1)]
+    told = {} if args.max_length is None else {"max_length": args.max_length, "truncation": "tokenizer"}
+    continues = name.endswith(_CONTINUES) and not getattr(config, "is_encoder_decoder", False)
+    if "input_ids" in records[0]:
+        rows = _tokenised(records, places)
+        if continues and "labels" not in rows[0]:
+            rows = [{**row, "labels": row["input_ids"]} for row in rows]
+    elif continues and args.text_field is None and is_dialogue(records[0]):
+        rows, told = _dialogues(args, records, places, tokenizer)
+    elif continues or name.endswith((*_ANSWERS, "ForSequenceClassification")):
+        rows = _texts(args, records, places, tokenizer, None if continues else config, answers=name.endswith(_ANSWERS))
+    else:
+        raise ValueError(
+            f"Labels are made for classifiers of texts and for language models, but {str(args.checkpoints[-1])!r} holds a"
+            f" `{name}`. Give records with `input_ids` and its labels, tokenised as for training, or record in training by"
+            " `TracInWECallback`."
+        )
+    fed = sorted({*rows[0]} & {*tokenizer.model_input_names, "input_ids", "attention_mask", *_FED})
+    dataset = _dataset(
+        [{**other, **row} for other, row in zip(_other_columns(args, records), rows, strict=True)], args
+    )
+    if isinstance(rows[0].get("label"), int) and _has_label_names(config):
+        names = [config.id2label[number] for number in range(config.num_labels)]
+        dataset = dataset.cast_column("label", ClassLabel(names=names))
+    return Examples(dataset.select_columns(fed), dataset), told
+
+
+def _tokenised(records: Rows, places: Sequence[str]) -> Rows:
+    for record, place in zip(records, places, strict=True):
+        ids = record.get("input_ids")
+        if not isinstance(ids, list) or not ids or not all(type(token) is int for token in ids):
+            raise ValueError(
+                f"Every record must have whole numbers under `input_ids`, as the first has, but {place} has {ids!r:.60}."
+            )
+    return [{name: value for name, value in record.items() if name in (*_OWN[:3], *_FED)} for record in records]
+
+
+def _dialogues(
+    args: Namespace, records: Rows, places: Sequence[str], tokenizer: PreTrainedTokenizerBase
+) -> tuple[Rows, dict[str, Any]]:
+    """Prompts with completions, or messages, as trl's SFTTrainer makes tokens and labels of them."""
+    masking = args.masking or ("none" if "messages" in records[0] else "completion")
+    masks = () if masking == "none" else (masking,)
+    told = {
+        "masks": list(masks),
+        "ends": isinstance(records[0].get("completion"), str) and tokenizer.eos_token is not None,
+    }
+    told |= {} if args.max_length is None else {"max_length": args.max_length, "truncation": "keep_start"}
+    encoding, rows = Encoding(**{**told, "masks": masks}), []
+    for record, place in zip(records, places, strict=True):
+        wrong = check_dialogue(record) if is_dialogue(record) else "have the fields of the first record"
+        if wrong is not None:
+            raise ValueError(f"Every record must {wrong}, but {place} has {record!r:.100}.")
+        try:
+            ids, labels = encoding.encode(record, tokenizer)
+        except ValueError as error:
+            raise ValueError(f"{place[0].upper()}{place[1:]} cannot be an example: {error}") from error
+        shown = {name: record[name] for name in DIALOGUE_FIELDS[:3] if name in record}
+        rows.append({**shown, "input_ids": ids, "attention_mask": [1] * len(ids), "labels": labels})
+    return rows, told
+
+
+def _texts(
+    args: Namespace,
+    records: Rows,
+    places: Sequence[str],
+    tokenizer: PreTrainedTokenizerBase,
+    config: PretrainedConfig | None,
+    *,
+    answers: bool,
+) -> Rows:
+    """Texts: with their labels for a classifier of this configuration, or with the texts that answer them."""
+    others = {key: value for key, value in records[0].items() if key != args.label_field}
+    try:
+        names = check_text_fields(args.text_field) or text_fields(others)
+    except ValueError as error:
+        raise ValueError(f"{places[0][0].upper()}{places[0][1:]}: {error}") from error
+    limits = {"truncation": args.max_length is not None, "max_length": args.max_length}
+    rows = []
+    for record, place in zip(records, places, strict=True):
+        label_field = None if config is None else args.label_field
+        row = select_fields(record, text_fields=names, label_field=label_field, where=place)
+        row |= tokenizer(*(row[name] for name in names), **limits)
+        if config is None:
+            row["labels"] = row["input_ids"]
+        elif answers:
+            answer = row.pop("label")
+            if not isinstance(answer, str):
+                raise ValueError(
+                    f"Every record must have the text that answers it in {args.label_field!r}, but {place} has {answer!r}."
+                )
+            row |= {"target": answer, "labels": tokenizer(text_target=answer, **limits)["input_ids"]}
+        else:
+            row["label"] = _label(row["label"], config, place)
+        rows.append(row)
+    return rows
+
+
+def _label(label: Any, config: PretrainedConfig, place: str) -> int | float | list[float]:
+    """The class of a label; the numbers of a regression or of several labels as they are."""
+    several = config.problem_type == "multi_label_classification"
+    if several or config.num_labels == 1:
+        values = label if isinstance(label, list) and several else [label]
+        if len(values) != config.num_labels or not all(isinstance(value, int | float) for value in values):
+            raise ValueError(
+                f"Labels must be {config.num_labels} number(s) for this model, but {place} has {label!r:.60}."
+            )
+        return [float(value) for value in values] if several else float(label)
+    numbers = config.label2id
+    spellings = (label, str(label), str(label).lower()) if isinstance(label, bool) else (label,)
+    named = next((numbers[one] for one in spellings if isinstance(one, str) and one in numbers), None)
+    whole = isinstance(label, bool) or (isinstance(label, float) and label.is_integer())
+    number = named if named is not None else int(label) if whole else label
+    if not isinstance(number, int) or not 0 <= number < config.num_labels:
+        raise ValueError(
+            f"Labels must be numbers from 0 to {config.num_labels - 1} or names that the model knows, {sorted(numbers)}, but"
+            f" {place} has {label!r:.60}."
+        )
+    return number
+
+
+def _other_columns(args: Namespace, records: Rows) -> Rows:
+    """
+    What else a person can read of the records, such as their source, where it is of one kind in all of them. An index that is
+    there keeps the columns that it was begun with, and the values in them that records do not have.
+    """
+    examples = args.output_dir / EXAMPLES_FILE
+    written = read_examples(args.output_dir, read_config(args.output_dir)) if examples.is_file() else None
+    kept = []
+    for name in {name: None for record in records for name in record}:
+        kinds = {type(record.get(name)) for record in records} - {type(None)}
+        if name in (*_OWN, *LABEL_COLUMNS) or (written is not None and name not in written.column_names):
+            continue
+        if kinds in ({str}, {bool}, {float}, {int}, {int, float}):
+            kept.append(name)
+    others = [{name: record.get(name) for name in kept} for record in records]
+    known = set().union(*records) | {*_OWN, *LABEL_COLUMNS, "target", "label_name"}
+    for name in () if written is None else set(written.column_names) - known:
+        values = written[name].to_pylist()
+        for other, value in zip(others, [*values, *[None] * len(others)], strict=False):
+            other[name] = value
+    return others
+
+
+def _dataset(rows: Rows, args: Namespace) -> Dataset:
+    try:
+        return Dataset.from_list(rows)
+    except (pa.ArrowException, OverflowError, ValueError, TypeError) as error:
+        raise ValueError(
+            f"Every field must hold values of one kind in all records, but those of {str(args.data)!r} do not: {error!s:.200}"
+        ) from error
+
+
+def _has_label_names(config: PretrainedConfig) -> bool:
+    """Whether somebody named the model's labels."""
+    return config.label2id.keys() != {f"LABEL_{number}" for number in range(config.num_labels)}

@@ -1,0 +1,162 @@
+"""`hf-doge index` on each kind of model: its labels are those of the training, or it says in words what it needs."""
+
+import json
+
+import pytest
+from transformers import (
+    BertForQuestionAnswering,
+    BertForSequenceClassification,
+    BertForTokenClassification,
+    LlamaForSequenceClassification,
+)
+
+from hf_doge import InfluenceIndex
+from hf_doge.cli import main
+from tests.tiny import _bert_config, tiny_bert, tiny_llama, tiny_t5, tiny_tokenizer
+
+TEXTS = ["w1 w2 w3", "w4 w2", "w5 w2 w7 w8"]
+NAMED = {"id2label": {0: "false", 1: "true"}, "label2id": {"false": 0, "true": 1}}
+
+
+def llama_classifier():
+    config = tiny_llama().config
+    config.num_labels, config.pad_token_id = 2, None
+    return LlamaForSequenceClassification(config)
+
+
+MODELS = {
+    "language model": tiny_llama,
+    "masked": tiny_bert,
+    "text to text": tiny_t5,
+    "two classes": lambda: BertForSequenceClassification(_bert_config(num_labels=2)),
+    "true or false": lambda: BertForSequenceClassification(_bert_config(num_labels=2, **NAMED)),
+    "several classes": lambda: BertForSequenceClassification(
+        _bert_config(num_labels=3, problem_type="multi_label_classification")
+    ),
+    "a number": lambda: BertForSequenceClassification(_bert_config(num_labels=1)),
+    "without padding": llama_classifier,
+    "tagger": lambda: BertForTokenClassification(_bert_config(num_labels=3)),
+    "answers": lambda: BertForQuestionAnswering(_bert_config()),
+}
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("kinds")
+    for name, make in MODELS.items():
+        make().save_pretrained(folder / name.replace(" ", "-"))
+        tiny_tokenizer().save_pretrained(folder / name.replace(" ", "-"))
+    return folder
+
+
+@pytest.fixture
+def index(checkpoints, tmp_path, monkeypatch):
+    """Index records at a model; the exit status."""
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+
+    def run(kind, records, *options):
+        (tmp_path / "data.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+        argv = [
+            "--checkpoints",
+            str(checkpoints / kind.replace(" ", "-")),
+            "--data",
+            str(tmp_path / "data.jsonl"),
+            *options,
+        ]
+        return main(["index", *argv, "--learning_rates", "1", "--output_dir", str(tmp_path / "index")])
+
+    return run
+
+
+def labelled(labels, **columns):
+    return [{"text": text, "label": label, "source": text[:2]} for text, label in zip(TEXTS, labels, strict=True)]
+
+
+TOKENS = [{"input_ids": [5, 6, 7], "labels": [5, 6, 7]}, {"input_ids": [8, 6], "labels": [-100, 6]}]
+TAGS = [{"input_ids": [5, 6, 7], "labels": [0, 1, 2]}, {"input_ids": [8, 6], "labels": [0, -100]}]
+PAIRS = [{"prompt": "w1 w2", "completion": " w3"}, {"prompt": "w1 w2", "completion": " w4 w2"}]
+GOOD = {
+    "texts": ("language model", [{"text": text} for text in TEXTS]),
+    "tokens": ("language model", TOKENS),
+    "tokens without labels": ("language model", [{"input_ids": [5, 6, 7]}, {"input_ids": [8, 6]}]),
+    "prompts with completions": ("language model", PAIRS),
+    "texts that are written": ("text to text", labelled(["w1", "w2 w3", "w4"])),
+    "true and false": ("two classes", labelled([True, False, True])),
+    "true and false by name": ("true or false", labelled([True, "false", "true"])),
+    "whole numbers as floats": ("two classes", labelled([1.0, 0.0, 1])),
+    "several classes": ("several classes", labelled([[1, 0, 1], [0, 0, 1], [1, 1, 1]])),
+    "numbers": ("a number", labelled([0.5, 1, -2])),
+    "texts that cannot be padded": ("without padding", labelled([0, 1, 1])),
+    "tags": ("tagger", TAGS),
+}
+
+
+@pytest.mark.parametrize("case", GOOD)
+def test_what_is_indexed_is_its_own_strongest_proponent(case, index, tmp_path):
+    kind, records = GOOD[case]
+    assert index(kind, records) == 0
+    found = InfluenceIndex.from_pretrained(tmp_path / "index", cache_dir=tmp_path / "maps")
+    scores = found.scores(records)
+    assert (scores.diagonal() > 0).all()
+    if case == "prompts with completions":
+        assert found.config["metadata"]["encoding"]["masks"] == ["completion"]
+    if "source" in records[0]:
+        assert set(found.domain_influence(records, "source")["domain"]) == {"w1", "w4", "w5"}
+
+
+BAD = {
+    "masked": ([{"text": "w1"}], "holds a `BertForMaskedLM`. Give records with `input_ids`"),
+    "tagger": ([{"text": "w1"}], "holds a `BertForTokenClassification`. Give records with"),
+    "answers": ([{"text": "w1"}], "holds a `BertForQuestionAnswering`. Give records with"),
+    "text to text": (labelled([1, 2, 3]), "line 1 of .* has 1"),
+    "two classes": (labelled([0, 2, 1]), "from 0 to 1 or names that the model knows.* line 2 of .* has 2"),
+    "true or false": (labelled(["no", "yes", "no"]), r"\['false', 'true'\], but line 1 of .* has 'no'"),
+    "several classes": (labelled([[1, 0], [0, 1], [1, 1]]), r"must be 3 number.* line 1 of .* has \[1, 0\]"),
+    "a number": (labelled(["much", 1, 2]), "must be 1 number.* line 1 of .* has 'much'"),
+    "language model": ([{"input_ids": [5, 6, 7], "labels": [5, 6]}], "as many as its 3 tokens, but there are 2"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_what_cannot_be_indexed_is_told_in_words(kind, index, capsys):
+    records, message = BAD[kind]
+    assert index(kind, records) == 2
+    told = capsys.readouterr().err
+    assert "Traceback" not in told
+    with pytest.raises(ValueError, match=message):
+        raise ValueError(told.strip().splitlines()[-1])
+
+
+@pytest.mark.parametrize(
+    ("kind", "records", "message"),
+    [
+        ("tagger", [{"input_ids": [5, 6], "labels": [0, 3]}], "must be from 0 to 2, or -100, but hold 3"),
+        ("language model", [{"input_ids": [5, 6], "labels": [5, 99]}], "must be from 0 to 31, or -100, but hold 99"),
+        ("language model", [{"messages": []}], "lists of messages with `role` and `content`"),
+        ("language model", [{"messages": [{"role": "user", "content": "w1"}]}], "chat template of the training"),
+        ("language model", [{"prompt": "w1", "completion": "w2"}, {"text": "w1"}], "line 2 of"),
+        ("language model", [{"input_ids": "w1"}], "whole numbers under `input_ids`"),
+    ],
+)
+def test_a_record_that_cannot_be_indexed_is_named(kind, records, message, index, capsys):
+    assert index(kind, records) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("kind", "query", "message"),
+    [
+        ("language model", {"text": "w1 w2", "label": 1}, "one whole number for each token of a `LlamaForCausalLM`"),
+        ("language model", {"input_ids": [5, 6, 7], "labels": [5, 6]}, "as many as its 3 tokens, but there are 2"),
+        ("language model", {"input_ids": [5, 6], "labels": [5, 32]}, "from 0 to 31, or -100, but hold 32"),
+        ("tagger", {"input_ids": [5, 6], "labels": [0, 3]}, "from 0 to 2, or -100, but hold 3"),
+        ("several classes", {"text": "w1", "label": 1}, "be 3 numbers"),
+        ("two classes", {"text": "w1", "label": [0, 1]}, "must be a whole number from 0 to 1"),
+        ("two classes", {"text": "w1", "label": "no"}, "one of the model's labels"),
+    ],
+)
+def test_a_query_with_labels_of_another_kind_is_refused(kind, query, message, index, tmp_path):
+    records = next(records for one, records in GOOD.values() if one == kind)
+    assert index(kind, records) == 0
+    with pytest.raises(ValueError, match=message):
+        InfluenceIndex.from_pretrained(tmp_path / "index", cache_dir=tmp_path / "maps").scores([query])
