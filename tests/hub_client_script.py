@@ -140,15 +140,15 @@ def cards(api):
     data = DatasetCardData(license="mit", tags=["doge"], size_categories=["n<1K"], pretty_name="yes: 1e3")
     card = DatasetCard.from_template(data, template_str="---\n{{ card_data }}\n---\n\n# Mixture\n")
     validate_card(card)
-    card.push_to_hub(REPO)
-    wrong = DatasetCard("---\nlicense: not-a-license\nsize_categories: [12]\n---\n")
     readme = {"path_in_repo": "README.md", "repo_id": REPO, "repo_type": "dataset"}
+    api.upload_file(path_or_fileobj=str(card).encode(), **readme)
+    wrong = DatasetCard("---\nlicense: not-a-license\nsize_categories: [12]\n---\n")
     return {
         "pretty_name": DatasetCard.load(REPO).data.pretty_name,
         "info": api.dataset_info(REPO).card_data.to_dict(),
         "tags": api.dataset_info(REPO).tags,
         "found": [one.id for one in api.list_datasets(filter="doge")],
-        "invalid": outcome(wrong.validate),
+        "invalid": outcome(validate_card, wrong),
         "pushed_invalid": outcome(api.upload_file, path_or_fileobj=str(wrong).encode(), **readme),
         "no_yaml": outcome(api.upload_file, path_or_fileobj=b"---\na: [1\n---\n", **readme),
     }

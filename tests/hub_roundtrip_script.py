@@ -57,7 +57,7 @@ def check_index(folder):
         folder, classifier(tokenizer), tokenizer, tokenised(sentences(24), tokenizer), dtype="float16"
     )
     local = InfluenceIndex.from_pretrained(local_folder, cache_dir=folder / "maps")
-    commit = local.push_to_hub(INDEX, tag="v1", private=True)
+    commit = local.push_to_hub(INDEX, tag="v1", private=True, commit_message="An index")
     again = local.push_to_hub(INDEX)
     fetched = InfluenceIndex.from_pretrained(INDEX, cache_dir=folder / "fetched")
     hits, remote = local.search(QUERIES, top_k=3), fetched.search(QUERIES, top_k=3)

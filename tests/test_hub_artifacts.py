@@ -42,6 +42,11 @@ def test_what_is_pushed_is_what_is_read(seen, what):
     assert seen[what] is True
 
 
+def test_commits_have_the_message_that_was_given(seen, hub):
+    assert hub.commits("doge/mixture")[0]["title"] == "Another mixture"
+    assert [one["title"] for one in hub.commits("doge/influence")][:-1] == ["An index"]
+
+
 def test_cards_are_valid_and_name_every_configuration(seen):
     assert seen["weights_card"] == [["n<1K"], ["weights"]]
     assert seen["index_card"][1] == ["gradients", "examples", "checkpoints", "offsets"]

@@ -4,6 +4,7 @@ import json
 import time
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 
 from tests.hub.handle import HubServer, last_json, run_client
@@ -72,6 +73,8 @@ XET_CASES = [
         ("commit", ["503", "answer lost"]),
     )
     for name in names
+    # huggingface_hub 1 remembers the answer of the push before
+    if request != "ask for the store" or not huggingface_hub.__version__.startswith("1.")
 ]
 FAILS = {
     "503 for good": "PushError",

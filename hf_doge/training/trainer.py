@@ -407,7 +407,9 @@ class DoGEMixin(DomainWeightedMixin):
             What `Trainer.push_to_hub` returns.
         """
         try:
-            return super().push_to_hub(commit_message, blocking, token, revision, private, **kwargs)
+            if private is not None:  # transformers 5.0 does not know it
+                kwargs["private"] = private
+            return super().push_to_hub(commit_message, blocking, token, revision, **kwargs)
         finally:
             if self.is_world_process_zero() and getattr(self, "hub_model_id", None) is not None:
                 self.domain_weights.push_to_hub(

@@ -377,4 +377,7 @@ def last_json(result: subprocess.CompletedProcess) -> Any:
 def validate_card(card: Any) -> None:
     """Ask the Hub whether a card is valid; `RepoCard.validate` of huggingface_hub 1.3 asks huggingface.co alone."""
     body = {"repoType": card.repo_type, "content": str(card)}
-    hf_raise_for_status(get_session().post(f"{constants.ENDPOINT}/api/validate-yaml", json=body))
+    response = get_session().post(f"{constants.ENDPOINT}/api/validate-yaml", json=body)
+    if response.status_code == 400:
+        raise ValueError(response.text)
+    hf_raise_for_status(response)

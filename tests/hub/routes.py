@@ -582,7 +582,9 @@ class Hub:
                 verify = f"{request.origin}/{PREFIX[kind]}{repository_id}.git/info/lfs/objects/verify"
                 answer |= {"authenticated": True, "actions": {"upload": {"href": upload}, "verify": {"href": verify}}}
             objects.append(answer)
-        return as_json({"transfer": "basic", "objects": objects, "hash_algo": "sha256"})
+        # huggingface_hub before 2 offers xet here; later ones do not ask
+        transfer = "xet" if "xet" in payload.get("transfers", ()) else "basic"
+        return as_json({"transfer": transfer, "objects": objects, "hash_algo": "sha256"})
 
     def commit(self, request: Request, kind: str, repository_id: str, revision: str) -> Reply:
         """One commit from lines of JSON: all of it, or nothing."""
