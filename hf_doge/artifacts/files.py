@@ -18,7 +18,7 @@ import shutil
 import sys
 import uuid
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO, TypeVar
 
@@ -241,10 +241,9 @@ def staged_folder(place: Path) -> Iterator[Path]:
     """
     prefix = f"{STAGED_PREFIX}{place.name}"
     place.parent.mkdir(parents=True, exist_ok=True)
-    staged = place.with_name(f"{prefix}-{uuid.uuid4().hex}")
-    staged.mkdir()
-    try:
-        with sole_writer(staged):  # by which others know that it is in use
+    with ExitStack() as locks:
+        staged = _make_locked_folder(place.with_name(prefix), locks)
+        try:
             yield staged
             mode = staged.stat().st_mode & 0o666  # some libraries write files that their owner alone may read
             for path in staged.rglob("*"):
@@ -253,11 +252,23 @@ def staged_folder(place: Path) -> Iterator[Path]:
             sync_folder(staged)
             _move_folder(staged, place)
             sync_folder(place.parent)
-    finally:
-        shutil.rmtree(staged, ignore_errors=True)  # or what was replaced
+        finally:
+            shutil.rmtree(staged, ignore_errors=True)  # or what was replaced
     for left in place.parent.iterdir():
-        if left.name.startswith((f"{prefix}-", f"{prefix}.")) and _is_abandoned(left):
-            shutil.rmtree(left, ignore_errors=True)
+        if left.name.startswith((f"{prefix}-", f"{prefix}.")):
+            _remove_if_abandoned(left)
+
+
+def _make_locked_folder(prefix: Path, locks: ExitStack) -> Path:
+    """A new folder, locked before others take it for abandoned."""
+    while True:
+        folder = prefix.with_name(f"{prefix.name}-{uuid.uuid4().hex}")
+        folder.mkdir()
+        with ExitStack() as attempt, suppress(FileNotFoundError):
+            attempt.enter_context(sole_writer(folder))
+            if folder.is_dir():
+                locks.push(attempt.pop_all())
+                return folder
 
 
 def _move_folder(staged: Path, place: Path) -> None:
@@ -300,19 +311,15 @@ def _exchange(one: Path, other: Path) -> bool:
     return False
 
 
-def _is_abandoned(folder: Path) -> bool:
-    """Whether nobody is at a folder. Where there are no locks, nobody can tell."""
-    try:
+def _remove_if_abandoned(folder: Path) -> None:
+    """Remove a folder that nobody is at, as its lock tells. Where there are no locks, nobody can tell."""
+    with suppress(OSError, AttributeError):  # gone already, in use, or without locks
         descriptor = os.open(folder, os.O_RDONLY)
-    except OSError:  # gone already
-        return False
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return True
-    except (OSError, AttributeError):
-        return False
-    finally:
-        os.close(descriptor)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(folder, ignore_errors=True)  # under the lock, for which who has just made it waits
+        finally:
+            os.close(descriptor)
 
 
 def sync_folder(path: Path) -> None:
