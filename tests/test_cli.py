@@ -13,11 +13,13 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
-from transformers import TrainingArguments
+from transformers import BartConfig, BartForConditionalGeneration, MambaConfig, MambaForCausalLM, TrainingArguments
 
 from hf_doge.artifacts import DomainWeights
 from hf_doge.cli import COMMANDS, main
-from hf_doge.cli.arguments import get_resume
+from hf_doge.cli.arguments import ModelArguments, get_resume
+from hf_doge.cli.models import get_config, make_model
+from tests.tiny import tiny_bert, tiny_classifier, tiny_gpt2, tiny_llama, tiny_t5, tiny_tokenizer
 
 TINY = [
     "--block_size=16",
@@ -667,3 +669,46 @@ def test_a_reader_that_stops_or_knows_no_letters_is_no_error(env, tmp_path):
     assert "error" not in errors
     assert "Traceback" not in errors
     assert (tmp_path / "é" / "report.md").exists()
+
+
+def tiny_bart():
+    sizes = {"encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2, "decoder_attention_heads": 2}
+    return BartForConditionalGeneration(
+        BartConfig(vocab_size=32, d_model=16, encoder_ffn_dim=24, decoder_ffn_dim=24, **sizes)
+    )
+
+
+def tiny_mamba():
+    return MambaForCausalLM(MambaConfig(vocab_size=32, hidden_size=16, num_hidden_layers=1, state_size=4))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (tiny_bert, "but in a model of type 'bert' tokens see those behind them"),
+        (tiny_classifier, "but in a model of type 'bert' tokens see those behind them"),
+        (tiny_t5, "must be a causal language model, but is a model of type 't5'"),
+        (tiny_bart, "must be a causal language model, but is an encoder and decoder"),
+        (tiny_llama, None),
+        (tiny_gpt2, None),
+        (tiny_mamba, None),
+    ],
+)
+def test_only_causal_language_models_are_trained(make, message, tmp_path):
+    make().save_pretrained(tmp_path / "model")
+    if message is None:
+        assert not make_model(str(tmp_path / "model"), None).training
+    else:
+        with pytest.raises(ValueError, match=message):
+            make_model(str(tmp_path / "model"), None)
+
+
+def test_a_configuration_of_an_encoder_is_refused(data_dir, learned, tmp_path, capsys):
+    file = tmp_path / "config.json"
+    shape = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    file.write_text(json.dumps({"model_type": "roberta", **shape}))
+    flags = instead(flags_of(data_dir, learned, tmp_path / "out"), f"--model_config={file}")
+    for command, weights in (("learn", []), ("train", ["--weights=uniform"])):
+        assert "tokens see those behind them" in refusal(capsys, command, *flags, *weights)
+    file.write_text(json.dumps({"model_type": "roberta", "is_decoder": True, **shape}))
+    assert make_model(None, get_config(ModelArguments(model_config=str(file)), tiny_tokenizer(), 8)) is not None

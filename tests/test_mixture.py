@@ -6,16 +6,24 @@ from collections import Counter
 
 import pytest
 import torch
-from datasets import Dataset, concatenate_datasets
+from datasets import Dataset, DatasetDict, IterableDatasetDict, concatenate_datasets
 from torch.utils.data import DataLoader, RandomSampler, SequentialSampler, WeightedRandomSampler
-from transformers import DataCollatorForSeq2Seq, Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer, TrainingArguments
+from transformers import (
+    DataCollatorForSeq2Seq,
+    Seq2SeqTrainer,
+    Seq2SeqTrainingArguments,
+    Trainer,
+    TrainingArguments,
+    default_data_collator,
+)
 
 from hf_doge.artifacts.domain_weights import DomainWeights
+from hf_doge.sampling.streaming import interleave_domains
 from hf_doge.training.config import DoGEConfig
 from hf_doge.training.mixture import SAMPLER_FILE, DomainWeightedMixin, DomainWeightedTrainer
 from hf_doge.training.run_identity import RUN_FILE
 from hf_doge.training.trainer import DoGEMixin, DoGETrainer
-from tests.tiny import three_domains, tiny_llama, tiny_t5
+from tests.tiny import three_domains, tiny_bert, tiny_llama, tiny_t5
 
 WEIGHTS = {"arxiv": 0.5, "books": 0.0, "code": 0.5}
 
@@ -439,3 +447,51 @@ def test_learning_refuses_a_sampler_of_ones_own_and_the_pairs_of_preference_trai
     paired = DoGETrainer(tiny_llama(), args, train_dataset=three_domains(), data_collator=pairs)
     with pytest.raises(ValueError, match=r"several rows of one example.*`DomainWeightedMixin` can train"):
         paired.train()
+
+
+@pytest.mark.parametrize("names", [("train",), ("train", "test"), ("train_sft", "test_sft"), ("validation", "books")])
+def test_the_splits_of_a_dataset_are_no_domains(tmp_path, names):
+    splits = DatasetDict(dict(zip(names, three_domains().values(), strict=False)))
+    weights = dict.fromkeys(names, 1.0)
+    message = "look like the splits of one dataset. Pass one split, such as `dataset\\['"
+    with pytest.raises(ValueError, match=message):
+        DomainWeightedTrainer(tiny_llama(), arguments(tmp_path), train_dataset=splits, domain_weights=weights)
+    with pytest.raises(ValueError, match=message):
+        DoGETrainer(tiny_llama(), arguments(tmp_path, DoGEConfig), train_dataset=splits)
+    with pytest.raises(ValueError, match=message):
+        interleave_domains(IterableDatasetDict({k: v.to_iterable_dataset() for k, v in splits.items()}), weights)
+    if names == ("train", "test"):
+        with pytest.raises(ValueError, match=message):
+            interleave_domains(dict(splits), weights)
+
+
+def test_domains_may_come_in_a_dataset_dict_or_be_called_like_a_split(tmp_path):
+    domains = DatasetDict(three_domains())
+    DomainWeightedTrainer(tiny_llama(), arguments(tmp_path), train_dataset=domains, domain_weights=WEIGHTS)
+    interleave_domains({"dev": domains["code"], "ops": domains["books"]}, {"dev": 1.0, "ops": 1.0})
+
+
+@pytest.mark.parametrize("is_merged", [False, True])
+@pytest.mark.parametrize("cls", [DomainWeightedTrainer, DoGETrainer])
+def test_the_domain_column_reaches_neither_collator_nor_model_where_all_columns_are_kept(tmp_path, cls, is_merged):
+    train = three_domains()
+    if is_merged:
+        train = concatenate_datasets([data.add_column("domain", [0] * 4) for data in train.values()])
+    weights = {} if cls is DoGETrainer else {"domain_weights": {"0": 1.0} if is_merged else WEIGHTS}
+    args = arguments(tmp_path, DoGEConfig, remove_unused_columns=False, max_steps=1)
+    trainer = cls(tiny_bert(), args, train_dataset=train, **weights)
+    assert "domain" not in next(iter(trainer.get_train_dataloader()))
+    trainer.train()
+
+
+def test_a_collator_of_ones_own_gets_the_column_that_its_dataset_came_with(tmp_path):
+    seen, merged = [], concatenate_datasets([data.add_column("domain", [0] * 4) for data in three_domains().values()])
+
+    def collate(features):
+        seen.extend(feature.pop("domain") for feature in features)
+        return default_data_collator(features)
+
+    args = arguments(tmp_path, remove_unused_columns=False, max_steps=1)
+    options = {"train_dataset": merged, "domain_weights": {"0": 1.0}, "data_collator": collate}
+    DomainWeightedTrainer(tiny_bert(), args, **options).train()
+    assert seen[:4] == [0] * 4

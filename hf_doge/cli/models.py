@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_doge.artifacts.readers import parse_json
@@ -22,6 +23,11 @@ MODEL_SIZES = {
     "210m": (24, 12, 768),
 }
 MODEL_TYPES = ("llama", "gpt2")
+_NUM_TOKENS = 4  # of a text to try a model out with
+_ADVICE = (
+    "Give a decoder, such as one of GPT-2 or Llama; masked language models, classifiers and models of two parts are trained with "
+    "`DoGETrainer` or `DomainWeightedTrainer` in Python."
+)
 
 
 def get_config(
@@ -67,20 +73,60 @@ def make_model(
     The model saved under a name or path, or a new one drawn from torch's generator.
 
     Raises:
-        `ValueError`: for a saved model that has fewer embeddings than the tokenizer has entries, or code of its own.
+        ValueError: for a model that is no causal language model: what the commands train predicts each token from those
+            before it; and for a saved one that has fewer embeddings than the tokenizer has entries, or code of its own.
     """
-    if name_or_path is not None:
-        with foreign_files(name_or_path):
-            model = AutoModelForCausalLM.from_pretrained(name_or_path, trust_remote_code=False)
-        num_embeddings = len(model.get_input_embeddings().weight)
-        if tokenizer is not None and num_embeddings < len(tokenizer):
-            raise ValueError(
-                f"The model must have an embedding for each of the tokenizer's {len(tokenizer)} entries, but that of "
-                f"{name_or_path!r} has {num_embeddings}. Give its own tokenizer as `--tokenizer`, or resize it by "
-                "`resize_token_embeddings` and save it."
-            )
-        return model
-    return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    given = f"`--model_name_or_path` {name_or_path!r}" if name_or_path is not None else "`--model_config`"
+    try:
+        if name_or_path is None:
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        else:
+            with foreign_files(name_or_path):
+                config = _find_config(name_or_path)
+                model = AutoModelForCausalLM.from_pretrained(name_or_path, trust_remote_code=False)
+    except ValueError as error:
+        if "Unrecognized configuration class" not in str(error):
+            raise
+        raise ValueError(f"{given} must be a causal language model, but is a {_kind(config)}. {_ADVICE}") from error
+    if getattr(config, "is_encoder_decoder", False):
+        raise ValueError(f"{given} must be a causal language model, but is an encoder and decoder. {_ADVICE}")
+    if _looks_ahead(model):
+        raise ValueError(
+            f"{given} must be a causal language model, but in a {_kind(model.config)} tokens see those behind them, which they "
+            f"are to predict. {_ADVICE}"
+        )
+    num_embeddings = len(model.get_input_embeddings().weight)
+    if tokenizer is not None and num_embeddings < len(tokenizer):
+        raise ValueError(
+            f"The model must have an embedding for each of the tokenizer's {len(tokenizer)} entries, but that of "
+            f"{name_or_path!r} has {num_embeddings}. Give its own tokenizer as `--tokenizer`, or resize it by "
+            "`resize_token_embeddings` and save it."
+        )
+    return model
+
+
+def _find_config(name_or_path: str) -> PretrainedConfig | None:
+    """`None` for a folder of adapters."""
+    if (Path(name_or_path) / "adapter_config.json").is_file():
+        return None
+    return AutoConfig.from_pretrained(name_or_path, trust_remote_code=False)
+
+
+def _kind(config: PretrainedConfig | None) -> str:
+    return f"model of type {getattr(config, 'model_type', None)!r}"
+
+
+@torch.no_grad()
+def _looks_ahead(model: PreTrainedModel) -> bool:
+    """Whether what is predicted from the first token changes with the tokens behind it."""
+    was_training, size = model.training, model.get_input_embeddings().weight.shape[0]
+    model.eval()
+    with torch.random.fork_rng(devices=[]):
+        texts = torch.arange(2 * _NUM_TOKENS, device=model.device).reshape(2, -1) % size
+        texts[:, 0] = 0
+        first, second = (model(input_ids=text[None], use_cache=False).logits[0, 0].float() for text in texts)
+    model.train(was_training)
+    return bool((first - second).norm() > 1e-4 * (first - first.mean()).norm())
 
 
 def _read_config(path: Path, defaults: dict) -> PretrainedConfig:

@@ -1,6 +1,7 @@
 """Which rows of a dataset belong to which domain."""
 
 import hashlib
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -14,6 +15,8 @@ from hf_doge.sampling.ordering import stable_order
 
 if TYPE_CHECKING:
     import datasets
+
+_SPLITS = {"train", "test", "validation", "valid", "val", "dev", "eval"}
 
 
 class DomainIndex:
@@ -170,6 +173,7 @@ def merge_domains(
     import datasets
 
     if isinstance(train_dataset, Mapping):
+        refuse_splits(train_dataset)
         merged, index = concatenate_domains(train_dataset)
         if domain_column in merged.column_names:
             raise ValueError(
@@ -187,6 +191,20 @@ def merge_domains(
     if len(train_dataset) == 0:
         raise ValueError("A dataset must have rows to draw from, but the one given is empty.")
     return train_dataset, DomainIndex.from_labels(train_dataset[domain_column])
+
+
+def refuse_splits(domains: Mapping[str, object]) -> None:
+    """Raise for what `load_dataset` returns without `split`, and for the same as a plain dict: test data is no domain."""
+    import datasets
+
+    words = {name: set(re.split(r"[^a-z]+", str(name).lower())) for name in domains}
+    splits = [name for name, found in words.items() if found & _SPLITS]
+    is_loaded = isinstance(domains, (datasets.DatasetDict, datasets.IterableDatasetDict))
+    if splits and (is_loaded or ("train" in domains and len(splits) == len(domains) > 1)):
+        raise ValueError(
+            f"The entries of a dict of datasets are domains, but {splits} look like the splits of one dataset. Pass one "
+            f"split, such as `dataset[{splits[0]!r}]`, with a column that tells the domain; if they are domains, rename them."
+        )
 
 
 def concatenate_domains(domains: "Mapping[str, datasets.Dataset]") -> tuple["datasets.Dataset", DomainIndex]:

@@ -13,7 +13,7 @@ import torch
 from datasets.iterable_dataset import _BaseExamplesIterable
 
 from hf_doge.checks import check_choice, check_count, check_names, check_seed, check_text
-from hf_doge.sampling.domains import concatenate_domains, merge_domains, refuse_different_features
+from hf_doge.sampling.domains import concatenate_domains, merge_domains, refuse_different_features, refuse_splits
 from hf_doge.sampling.permutation import derive_key
 from hf_doge.sampling.sampler import MOST_DRAWS, DomainWeightedSampler
 from hf_doge.sampling.schedule import DRAW_MODES, DrawSchedule
@@ -97,6 +97,7 @@ def interleave_domains(
         raise TypeError(f"Domains must be a dict from name to dataset, but got {type(domains).__name__}.")
     if not domains:
         raise ValueError("There must be at least one domain, but got an empty dict.")
+    refuse_splits(domains)
     num_samples = check_count("num_samples", num_samples, most=MOST_DRAWS, optional=True)
     seed = check_seed("seed", seed)
     check_choice("draw", draw, DRAW_MODES)

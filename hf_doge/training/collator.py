@@ -31,6 +31,22 @@ class DomainLookup:
         return self.positions.get(str(label), -1)
 
 
+class ColumnCollator:
+    """Calls the user's collator without the domain column, where the Trainer leaves all columns in the dataset."""
+
+    def __init__(self, collator: Callable[[list], Any], domain_column: str) -> None:
+        self.collator = collator
+        self.domain_column = domain_column
+
+    def __call__(self, features: list[Any]) -> Any:
+        """Collate a list of examples."""
+        return self.collator([_without(feature, self.domain_column) for feature in features])
+
+
+def _without(feature: Any, column: str) -> Any:
+    return {k: v for k, v in feature.items() if k != column} if isinstance(feature, Mapping) else feature
+
+
 class DomainCollator(SeededCollator):
     """
     Calls the user's collator without the domain column and hands the domains on beside its batch, as `domain_ids` of

@@ -25,6 +25,7 @@ from hf_doge.sampling.streaming import (
 )
 from hf_doge.sampling.weights import to_shares
 from hf_doge.training.checkpoints import TRAINER_STATE_FILE, read_step, resolve_checkpoint
+from hf_doge.training.collator import ColumnCollator
 from hf_doge.training.global_batch import describe_reading, examples_per_step
 from hf_doge.training.provenance import describe_domains
 from hf_doge.training.run_identity import RUN_FILE, describe_identity, refuse_other_run
@@ -59,10 +60,11 @@ class DomainWeightedMixin:
         model (`PreTrainedModel` or `torch.nn.Module`): The model to train.
         args (`TrainingArguments`): Its training arguments.
         train_dataset (`datasets.Dataset`, or mapping of `str` to `datasets.Dataset` or `datasets.IterableDataset`):
-            One dataset with a column `domain_column`, one dataset per domain, or one stream per domain.
+            One dataset with a column `domain_column`, one dataset per domain, or one stream per domain. The splits of a
+            `DatasetDict` are no domains.
         domain_weights (`DomainWeights` or `dict[str, float]`): Share of the drawn examples by domain.
-        domain_column (`str`): Column that names each example's domain. `remove_unused_columns`, on by default,
-            keeps it from the model. Not used for streams.
+        domain_column (`str`): Column that names each example's domain. It reaches neither collator
+            nor model, unless the dataset came with it and `remove_unused_columns` is off. Not used for streams.
         max_epochs_per_domain (`float`, *optional*): Most times that a domain may be repeated over the whole run; what
             exceeds it goes to the other domains, and is logged. Not for streams.
         draw (`str`): `"quota"` (low variance) or `"iid"` (as in the paper).
@@ -135,6 +137,9 @@ class DomainWeightedMixin:
         super().__init__(model=model, args=args, train_dataset=merged, **kwargs)
         self._refuse_lost_column(domain_column)
         self._refuse_lost_order()
+        is_ours = isinstance(train_dataset, Mapping) or kwargs.get("data_collator") is None
+        if is_ours and not self.args.remove_unused_columns:
+            self.data_collator = ColumnCollator(self.data_collator, domain_column)
         if self.train_dataset is not merged:  # the trainer has prepared another
             _, domains = merge_domains(self.train_dataset, domain_column)
         self._drawn = {
