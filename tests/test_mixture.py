@@ -467,8 +467,9 @@ def test_the_splits_of_a_dataset_are_no_domains(tmp_path, names):
 
 def test_domains_may_come_in_a_dataset_dict_or_be_called_like_a_split(tmp_path):
     domains = DatasetDict(three_domains())
-    DomainWeightedTrainer(tiny_llama(), arguments(tmp_path), train_dataset=domains, domain_weights=WEIGHTS)
-    interleave_domains({"dev": domains["code"], "ops": domains["books"]}, {"dev": 1.0, "ops": 1.0})
+    trainer = DomainWeightedTrainer(tiny_llama(), arguments(tmp_path), train_dataset=domains, domain_weights=WEIGHTS)
+    assert list(trainer.domain_sampler.domains.names) == list(domains)
+    assert len(interleave_domains({"dev": domains["code"], "ops": domains["books"]}, {"dev": 1.0, "ops": 1.0})) == 8
 
 
 @pytest.mark.parametrize("is_merged", [False, True])
