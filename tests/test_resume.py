@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
 from transformers import AutoModelForCausalLM, DataCollatorForLanguageModeling, TrainerCallback, TrainingArguments
 
 from hf_doge.training.checkpoints import resolve_checkpoint
@@ -533,3 +533,16 @@ def test_a_checkpoint_that_is_half_written_over_an_older_one_is_not_whole(weight
     with pytest.raises(KeyboardInterrupt, match="here"):
         trainer.train()
     assert resolve_checkpoint(True, str(tmp_path / "run"), learns=False).name == "checkpoint-2"
+
+
+def test_rows_that_a_transform_draws_at_random_are_told_since_no_resumed_run_sees_them_again(tmp_path):
+    def transform(draw):
+        return lambda rows: {**rows, "input_ids": [[draw(), *row[1:]] for row in rows["input_ids"]]}
+
+    rows = concatenate_datasets(
+        [data.add_column("domain", [name] * len(data)) for name, data in three_domains(8).items()]
+    )
+    data = {"weights": WEIGHTS, "max_steps": 1}
+    with pytest.warns(UserWarning, match="must give the same row each time, but its transform draws at random"):
+        make_weighted(tmp_path, data=rows.with_transform(transform(lambda: random.randrange(30))), **data).train()
+    make_weighted(tmp_path / "plain", data=rows.with_transform(transform(lambda: 3)), **data).train()

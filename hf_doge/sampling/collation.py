@@ -75,7 +75,7 @@ class SeededCollator:
         if seed is None and self.seed is None:
             return self.collator(examples)
         if seed is None:
-            content = f"{self.seed} {_describe(examples[0])} {_describe(examples[-1])}"
+            content = f"{self.seed} {describe_example(examples[0])} {describe_example(examples[-1])}"
             seed = zlib.crc32(content.encode(errors="surrogatepass"))
         before = None
         if self._generators is None:
@@ -233,7 +233,7 @@ def _set_state(generator: Generator, state: Any) -> None:
         generator.set_state(state)
 
 
-def _describe(example: Any) -> str:
+def describe_example(example: Any) -> str:
     """An example as text: of an image its bytes, of no object its place in memory."""
     if isinstance(example, Mapping):
         example = {key: value.tobytes() if _is_image(value) else value for key, value in example.items()}

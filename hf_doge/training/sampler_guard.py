@@ -1,5 +1,6 @@
 """Keeping our sampler in the DataLoader, alike on all processes, and at the right place."""
 
+import warnings
 from math import ceil
 from typing import Any
 
@@ -7,6 +8,7 @@ from accelerate import skip_first_batches
 from torch.utils.data import DataLoader, Sampler
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from hf_doge.sampling.collation import describe_example, seeded
 from hf_doge.sampling.sampler import DomainWeightedSampler
 from hf_doge.training.global_batch import examples_per_batch
 from hf_doge.training.same_stream import refuse_different_streams
@@ -23,7 +25,7 @@ def get_innermost_sampler(dataloader: DataLoader) -> Sampler:
 class SamplerGuardCallback(TrainerCallback):
     """
     Raises at train begin if something replaced the trainer's sampler, if the processes do not draw alike, or if an
-    epoch does not come out even; and moves the sampler to the epoch at hand. That includes a resumed epoch, where
+    epoch does not come out even; warns of rows that are drawn at random; and moves the sampler to the epoch at hand. That includes a resumed epoch, where
     accelerate's wrapper for skipped batches does not pass `set_epoch` on, and, with `dispatch_batches`, skips too few.
     """
 
@@ -47,6 +49,8 @@ class SamplerGuardCallback(TrainerCallback):
         settings["rows by domain"] = dict(zip(domains.names, domains.sizes.tolist(), strict=True))
         refuse_different_streams(self.sampler.fingerprint(), settings, self.sampler.effective_weights)
         self._refuse_uneven_epoch(args, dataloader)
+        if state.global_step > 0 or args.save_strategy != "no":
+            _warn_of_random_rows(dataloader.dataset)
         self._draws_not_skipped = _count_draws_not_skipped(args, state, dataloader)
 
     def on_epoch_begin(
@@ -67,6 +71,22 @@ class SamplerGuardCallback(TrainerCallback):
                 "draws would be lost or trained on twice. Tensor, context and sequence parallelism and batch samplers "
                 "of one's own are not supported."
             )
+
+
+def _warn_of_random_rows(dataset: Any) -> None:
+    """The data collator is seeded, a transform of the dataset is not."""
+    if (getattr(dataset, "format", None) or {}).get("type") != "custom":
+        return
+    rows = []
+    for seed in range(2):
+        with seeded((), seed):
+            rows.append(describe_example(dataset[0]))
+    if rows[0] != rows[1]:
+        warnings.warn(
+            "The train set must give the same row each time, but its transform draws at random, so a resumed run sees other "
+            "rows than one that was not interrupted. Draw in the data collator, whose generators are seeded by the batch.",
+            stacklevel=2,
+        )
 
 
 def _count_draws_not_skipped(args: TrainingArguments, state: TrainerState, dataloader: DataLoader) -> int:
