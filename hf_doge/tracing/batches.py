@@ -58,15 +58,15 @@ class SequentialBatches:
             ValueError: if it is packed: then what it holds are not examples.
         """
         positions = list(range(start, min(start + self.batch_size, len(self))))
-        return self._collate(positions, (seed * 1_000_003 + start) % 2**32)
+        return self._batch(positions, (seed * 1_000_003 + start) % 2**32)
 
     def some(self, count: int) -> Iterator[Mapping[str, Any]]:
         """Batches of a few examples from all over the dataset. Iterate inside [`preserved_random_state`]."""
         positions = range(0, len(self), max(1, len(self) // count))[:count]
         for start in range(0, len(positions), self.batch_size):
-            yield self._collate(list(positions[start : start + self.batch_size]), self.seed % 2**32)
+            yield self._batch(list(positions[start : start + self.batch_size]), self.seed % 2**32)
 
-    def _collate(self, positions: list[int], seed: int) -> Mapping[str, Any]:
+    def _batch(self, positions: list[int], seed: int) -> Mapping[str, Any]:
         _seed_everything(seed)
         fetch = getattr(self.dataset, "__getitems__", None)
         items = fetch(positions) if fetch is not None else [self.dataset[position] for position in positions]
