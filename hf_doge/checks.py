@@ -64,7 +64,7 @@ def check_number(
     try:
         number = number if isinstance(number, int | float) and abs(number) < 2**63 else float(number)
     except OverflowError:
-        number = math.inf
+        number = math.nan  # beyond every float
     fits = (
         not math.isnan(number)
         and not (finite and math.isinf(number))
@@ -104,7 +104,7 @@ def check_text(name: str, value: Any, *, what: str = "a text that is not blank",
     """A string that is not blank and that UTF-8 can hold."""
     if optional and value is None:
         return None
-    if not isinstance(value, str) or not value.strip() or not is_unicode(value):
+    if not isinstance(value, str) or not value.strip() or "\0" in value or not is_unicode(value):
         raise ValueError(f"`{name}` must be {what}, but got {show(value)}.")
     return value
 
@@ -152,7 +152,7 @@ def check_mapping(name: str, value: Any, *, optional: bool = False) -> Mapping |
 
 def check_names(names: Iterable[str], *, what: str = "Domain names") -> tuple[str, ...]:
     """Names as a tuple: strings, not blank, all different, without characters that cannot be seen; at least one."""
-    if isinstance(names, str | bytes) or not isinstance(names, Iterable):
+    if isinstance(names, str | bytes) or not isinstance(names, Iterable) or getattr(names, "ndim", 1) == 0:
         raise ValueError(f"{what} must be a list of strings, but got {show(names)}.")
     names = tuple(names)
     if not names:
@@ -234,13 +234,13 @@ def check_json(name: str, value: Any) -> Any:
 
 
 def check_shape(name: str, tensor: Any, shape: Sequence[int | None]) -> None:
-    """An array or tensor of this shape; `None` stands for any size."""
-    found = getattr(tensor, "shape", None)
+    """A tensor of torch of this shape; `None` stands for any size."""
+    found = tensor.shape if hasattr(tensor, "new_zeros") else None
     fits = found is not None and len(found) == len(shape)
     if not fits or any(size not in (None, one) for one, size in zip(found, shape, strict=True)):
         law = f"({', '.join('any' if size is None else str(size) for size in shape)})"
         got = f"the shape {tuple(found)}" if found is not None else show(tensor)
-        raise ValueError(f"`{name}` must be an array or tensor of shape {law}, but got {got}.")
+        raise ValueError(f"`{name}` must be a tensor of shape {law}, but got {got}.")
 
 
 def is_unicode(text: str) -> bool:

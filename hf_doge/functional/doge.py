@@ -102,8 +102,11 @@ def clamp_scores(scores: Tensor, *, score_min: float | None = None, score_max: f
     Bound the scores from below and above; `None` leaves that side open. The authors' code uses [0, 5], so that a
     domain whose gradient opposes the target is never lowered by its own score, only not raised. The paper has no bound.
     """
-    score_min = check_number("score_min", score_min, finite=False, optional=True)
-    score_max = check_number("score_max", score_max, finite=False, optional=True)
+    largest = torch.finfo(scores.dtype).max
+    for name, bound in (("score_min", score_min), ("score_max", score_max)):
+        bound = check_number(name, bound, finite=False, optional=True)
+        if bound is not None and largest < abs(bound) < torch.inf:
+            raise ValueError(f"`{name}` must be at most {largest:g} or infinite, but got {bound:g}.")
     if score_min is None and score_max is None:
         return scores
     if score_min is not None and score_max is not None and score_min > score_max:

@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from hf_doge.checks import check_count, check_names
+from hf_doge.checks import check_count, check_names, show
 from hf_doge.sampling.ordering import stable_order
 
 if TYPE_CHECKING:
@@ -246,6 +246,11 @@ def _read_labels(labels: Sequence[str | int]) -> tuple[pa.DictionaryArray, Seque
     elif hasattr(labels, "to_numpy") and not isinstance(labels, (pa.Array, pa.ChunkedArray)):  # of pandas or polars
         labels = labels.to_numpy()
     if not isinstance(labels, (list, tuple, np.ndarray, pa.Array, pa.ChunkedArray)):
+        if not hasattr(labels, "source") or not hasattr(labels, "features"):
+            raise ValueError(
+                f"Domain labels must be a column of a dataset, an array or a list, but got {show(labels)}. For sizes by"
+                " domain, pass a dict."
+            )
         labels, row_order, names = _read_column(labels)
     if not isinstance(labels, (pa.Array, pa.ChunkedArray)):
         try:

@@ -394,7 +394,7 @@ def _checkpoint_path(args: TrainingArguments, state: TrainerState) -> Path:
 def _checked_steps(steps: int | Sequence[int] | None) -> int | frozenset[int] | None:
     if steps is None:
         return None
-    if isinstance(steps, str) or not isinstance(steps, Iterable) or getattr(steps, "ndim", 1) == 0:
+    if isinstance(steps, str | bytes) or not isinstance(steps, Iterable) or getattr(steps, "ndim", 1) == 0:
         return check_count("record_steps", steps)
     numbers = frozenset(check_count("record_steps", step) for step in steps)
     if not numbers:

@@ -614,7 +614,7 @@ class InfluenceIndex:
         """Names of the domains in order of appearance, and the domain of each example."""
         if not isinstance(column, str) or column not in self.examples.column_names:
             raise ValueError(
-                f"`column` must be one of {self.examples.column_names}, but got {column!r}. The Trainer drops columns that the"
+                f"`column` must be one of {self.examples.column_names}, but got {show(column)}. The Trainer drops columns that the"
                 " model does not take: an index keeps them that is recorded with `TracInWECallback(dataset=...)`, the train"
                 " dataset with its columns, or by `hf-doge index`."
             )
@@ -661,7 +661,7 @@ class InfluenceIndex:
     def _checked_ids(self, ids: Sequence[int]) -> np.ndarray:
         try:
             found = np.asarray(ids if isinstance(ids, np.ndarray) or not isinstance(ids, Iterable) else list(ids))
-        except ValueError:  # lists of several lengths
+        except (TypeError, ValueError):  # lists of several lengths, a tensor without a length
             found = np.asarray(None)
         whole = found.ndim == 1 and (found.dtype.kind in "iu" or not len(found)) and not isinstance(ids, str | bytes)
         if not whole or (len(found) and not 0 <= found.min() <= found.max() < len(self)):

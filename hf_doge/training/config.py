@@ -17,6 +17,7 @@ from hf_doge.checks import (
     check_repo_id,
     check_seed,
     check_text,
+    show,
 )
 from hf_doge.functional.doge import NORMALIZATIONS
 
@@ -30,7 +31,7 @@ _CHECKS = {
     "normalization": partial(check_choice, choices=NORMALIZATIONS, optional=True),
     "mu": partial(check_number, least=1 / LARGEST_RATE, most=LARGEST_RATE),
     "smoothing": partial(check_number, least=0, below=1),
-    "score_min": partial(check_number, below=math.inf, finite=False, optional=True),
+    "score_min": partial(check_number, below=math.inf, finite=False, optional=True),  # and see `check_arguments`
     "score_max": partial(check_number, above=-math.inf, finite=False, optional=True),
     "domain_max_grad_norm": partial(check_number, least=0, finite=False, optional=True),
     "gradient_memory_budget": partial(check_number, least=0, unit="GiB", finite=False),
@@ -238,6 +239,11 @@ class DoGEConfig(TrainingArguments):
         """
         for name, check in _CHECKS.items():
             setattr(self, name, check(name, getattr(self, name)))
+        for name in ("score_min", "score_max"):
+            if LARGEST_RATE < abs(getattr(self, name) or 0) < math.inf:
+                raise ValueError(
+                    f"`{name}` must be in [-{LARGEST_RATE:g}, {LARGEST_RATE:g}] or infinite, but got {getattr(self, name)}."
+                )
         rate = self.learning_rate / self.mu
         if not rate <= LARGEST_RATE:
             raise ValueError(
@@ -261,7 +267,7 @@ class DoGEConfig(TrainingArguments):
                 re.compile(self.alignment_parameters)
             except (re.error, TypeError) as error:
                 raise ValueError(
-                    f"`alignment_parameters` must be a regular expression, but got {self.alignment_parameters!r}: {error}."
+                    f"`alignment_parameters` must be a regular expression, but got {show(self.alignment_parameters)}: {error}."
                 ) from error
 
     @property

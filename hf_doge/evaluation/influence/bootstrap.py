@@ -2,6 +2,8 @@
 
 import numpy as np
 
+from hf_doge.checks import check_count, check_number, check_seed
+
 
 def bootstrap_interval(
     values: np.ndarray, *, confidence: float = 0.95, num_resamples: int = 10_000, seed: int = 0
@@ -24,9 +26,9 @@ def bootstrap_interval(
     Raises:
         ValueError: if `confidence` is not between 0 and 1.
     """
-    if not 0 < confidence < 1:
-        raise ValueError(f"`confidence` must lie between 0 and 1, but got {confidence}.")
-    generator = np.random.default_rng(seed)
+    confidence = check_number("confidence", confidence, above=0, below=1)
+    num_resamples = check_count("num_resamples", num_resamples)
+    generator = np.random.default_rng(check_seed("seed", seed, least=0))
     draws = generator.integers(len(values), size=(num_resamples, len(values)))
     tail = (1 - confidence) / 2
     low, high = np.quantile(values[draws].mean(axis=1), [tail, 1 - tail])

@@ -2,6 +2,8 @@
 
 import numpy as np
 
+from hf_doge.checks import check_count, check_number
+
 
 def average_ranks(values: np.ndarray) -> np.ndarray:
     """Ranks from 1 along the last axis, ascending; equal values share the mean of their ranks."""
@@ -48,8 +50,7 @@ def top_overlap(first: np.ndarray, second: np.ndarray, k: int) -> np.ndarray:
         ValueError: if the shapes differ, a score is no finite number, or `k` is out of range.
     """
     first, second = _check_pair(first, second)
-    if not 1 <= k <= first.shape[-1]:
-        raise ValueError(f"`k` must be from 1 to the {first.shape[-1]} examples, but got {k}.")
+    k = check_count("k", k, most=first.shape[-1])
     tops = [np.argsort(-scores, axis=-1, kind="stable")[..., :k] for scores in (first, second)]
     return (tops[0][..., :, None] == tops[1][..., None, :]).any(axis=-1).mean(axis=-1)
 
@@ -67,8 +68,7 @@ def recall_at(suspicion: np.ndarray, positive: np.ndarray, fraction: float) -> f
         ValueError: if shapes differ, there is no positive, or `fraction` is out of range.
     """
     suspicion, positive = _check_labels(suspicion, positive)
-    if not 0 < fraction <= 1:
-        raise ValueError(f"`fraction` must be above 0 and at most 1, but got {fraction}.")
+    fraction = check_number("fraction", fraction, above=0, most=1)
     count = round(fraction * len(suspicion))
     inspected = np.argsort(-suspicion, kind="stable")[:count]
     return float(positive[inspected].sum() / positive.sum())
