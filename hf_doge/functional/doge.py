@@ -103,8 +103,11 @@ def clamp_scores(scores: Tensor, *, score_min: float | None = None, score_max: f
     domain whose gradient opposes the target is never lowered by its own score, only not raised. The paper has no bound.
     """
     largest = torch.finfo(scores.dtype).max
+    score_min, score_max = (
+        None if bound is None else float(check_number(name, bound, finite=False))
+        for name, bound in (("score_min", score_min), ("score_max", score_max))
+    )
     for name, bound in (("score_min", score_min), ("score_max", score_max)):
-        bound = check_number(name, bound, finite=False, optional=True)
         if bound is not None and largest < abs(bound) < torch.inf:
             raise ValueError(f"`{name}` must be at most {largest:g} or infinite, but got {bound:g}.")
     if score_min is None and score_max is None:
