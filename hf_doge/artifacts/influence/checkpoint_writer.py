@@ -375,7 +375,6 @@ class _Place:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
 
     def settle(self) -> None:
-        sync_folder(self.partial)
         shutil.rmtree(self.final, ignore_errors=True)  # of a checkpoint that was forgotten
         self.partial.rename(self.final)
         sync_folder(self.final.parent)
