@@ -33,7 +33,7 @@ class SequentialBatches:
     def __init__(self, dataset: Any, collator: Callable, *, batch_size: int, seed: int = 0) -> None:
         self.dataset = dataset
         self.collator = check_function("collator", collator)
-        self._collate = SeededCollator(unseeded_copy(collator), seed=None)
+        self._seeded_collator = SeededCollator(unseeded_copy(collator), seed=None)
         self.batch_size = check_count("batch_size", batch_size)
         self.seed = check_seed("seed", seed)
 
@@ -70,7 +70,7 @@ class SequentialBatches:
         _seed_everything(seed)
         fetch = getattr(self.dataset, "__getitems__", None)
         items = fetch(positions) if fetch is not None else [self.dataset[position] for position in positions]
-        batch = self._collate(items, seed)
+        batch = self._seeded_collator(items, seed)
         _refuse_packed(batch, num_examples=len(positions))
         return batch
 
