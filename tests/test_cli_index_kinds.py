@@ -12,6 +12,7 @@ from transformers import (
 
 from hf_doge import InfluenceIndex
 from hf_doge.cli import main
+from hf_doge.cli.models import make_model
 from tests.tiny import _bert_config, tiny_bert, tiny_llama, tiny_t5, tiny_tokenizer
 
 TEXTS = ["w1 w2 w3", "w4 w2", "w5 w2 w7 w8"]
@@ -56,14 +57,9 @@ def index(checkpoints, tmp_path, monkeypatch):
 
     def run(kind, records, *options):
         (tmp_path / "data.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-        argv = [
-            "--checkpoints",
-            str(checkpoints / kind.replace(" ", "-")),
-            "--data",
-            str(tmp_path / "data.jsonl"),
-            *options,
-        ]
-        return main(["index", *argv, "--learning_rates", "1", "--output_dir", str(tmp_path / "index")])
+        argv = ["--checkpoints", str(checkpoints / kind.replace(" ", "-")), "--data", str(tmp_path / "data.jsonl")]
+        options = options or ("--output_dir", str(tmp_path / "index"))
+        return main(["index", *argv, "--learning_rates", "1", *options])
 
     return run
 
@@ -160,3 +156,34 @@ def test_a_query_with_labels_of_another_kind_is_refused(kind, query, message, in
     assert index(kind, records) == 0
     with pytest.raises(ValueError, match=message):
         InfluenceIndex.from_pretrained(tmp_path / "index", cache_dir=tmp_path / "maps").scores([query])
+
+
+def test_a_tokenizer_without_padding_is_padded_for(checkpoints, index, tmp_path):
+    folder = checkpoints / "no-padding"
+    tiny_llama().save_pretrained(folder)
+    tokenizer = tiny_tokenizer()
+    tokenizer.pad_token = None
+    tokenizer.save_pretrained(folder)
+    records = [{"text": text} for text in TEXTS]
+    assert index("no-padding", records) == 0
+    found = InfluenceIndex.from_pretrained(tmp_path / "index", cache_dir=tmp_path / "maps").scores(records)
+    assert index("language model", records, "--output_dir", str(tmp_path / "padded")) == 0
+    padded = InfluenceIndex.from_pretrained(tmp_path / "padded", cache_dir=tmp_path / "maps")
+    assert found == pytest.approx(padded.scores(records), rel=1e-3, abs=1e-9)
+
+
+def test_a_model_of_fewer_tokens_than_its_tokenizer_is_told(checkpoints, index, tmp_path, capsys):
+    model = tiny_llama()
+    model.resize_token_embeddings(20)
+    model.save_pretrained(checkpoints / "small")
+    tiny_tokenizer().save_pretrained(checkpoints / "small")
+    assert index("small", [{"text": "w1 w27"}]) == 2
+    assert (
+        "must have tokens from 0 to 19, the rows of the embedding matrix, but has 5 to 31" in capsys.readouterr().err
+    )
+    assert index("small", [{"text": "w1 w2"}]) == 0
+    found = InfluenceIndex.from_pretrained(tmp_path / "index", cache_dir=tmp_path / "maps")
+    with pytest.raises(ValueError, match="makes token 31 of query 1, but the model has embeddings for 20 tokens only"):
+        found.scores(["w1", "w27"])
+    with pytest.raises(ValueError, match=r"embedding for each of the tokenizer's 32 entries, but that of .* has 20"):
+        make_model(str(checkpoints / "small"), None, tiny_tokenizer())

@@ -281,3 +281,19 @@ def test_an_adapter_is_indexed_and_searched_from_the_shell(base, tmp_path, capsy
     assert main(["search", "--index", str(tmp_path / "index"), "--query", "w1 w2"]) == 0
     influence = open_index(tmp_path).domain_influence("w1 w2 w3", "source")
     assert set(influence["domain"]) == {"a", "b"}
+
+
+def test_columns_that_the_trainer_drops_are_kept_of_the_dataset_that_is_given(tmp_path):
+    rows = CLASSES.add_column("text", ["w1 w2 w3 w4", "w5 w2 w3"]).add_column("source", ["wiki", "books"])
+    with pytest.warns(
+        UserWarning, match=r"keeps no text, source .* Pass `dataset=`, the train dataset with its columns"
+    ):
+        record(tmp_path / "without", tiny_classifier(), rows)
+    without = open_index(tmp_path / "without")
+    with pytest.raises(ValueError, match=r"`column` must be one of .* `TracInWECallback\(dataset=...\)`"):
+        without.domain_influence("w1 w2", "source")
+    assert set(without.search("w1 w2")["text"]) == {"w1 w2 w3 w4", "w5 w2 w3"}  # what their tokens decode to
+    record(tmp_path / "with", tiny_classifier(), rows, dataset=rows)
+    index = open_index(tmp_path / "with")
+    assert set(index.domain_influence("w1 w2", "source")["domain"]) == {"wiki", "books"}
+    assert set(index.search("w1 w2")["source"]) == {"wiki", "books"}
