@@ -210,7 +210,8 @@ class InfluenceIndex:
 
         Args:
             save_directory (`str` or `os.PathLike`):
-                New, empty, or an index to replace. An interrupted copy leaves what was there before.
+                New, empty, or an index to replace, in one step: whoever reads it meanwhile finds the old or the new one. An
+                interrupted copy leaves what was there before. Several processes may save to one folder.
         """
         check_path("save_directory", save_directory)
         self.reader.require_whole("`save_pretrained`")
