@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
+from hf_doge.checks import show
 from hf_doge.gradients.example_losses import IGNORE_INDEX
 from hf_doge.tracing.encoding import Encoding, check_dialogue, is_dialogue
 from hf_doge.tracing.limits import label_law, num_classes, num_positions, takes_padding, wants_fractions
@@ -258,10 +259,10 @@ def _tensors(record: Mapping[str, Any]) -> dict[str, Any]:
 
 def _numbers(label: Any) -> Tensor:
     try:
-        return torch.as_tensor(label)
+        return torch.as_tensor(str(label) if isinstance(label, complex) else label)  # torch would take that too
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         raise ValueError(
-            f"The label of a query must be a number, numbers or a name, but got {label!r:.80}."
+            f"The label of a query must be a number, numbers or a name, but got {show(label)}."
         ) from error
 
 
@@ -274,7 +275,7 @@ def _check_texts(records: Sequence[Mapping[str, Any]]) -> None:
     for position, record in enumerate(records):
         wrong = check_dialogue(record) if is_dialogue(record) else None
         if wrong is not None:
-            raise ValueError(f"Query {position} must {wrong}, but got {record!r:.200}.")
+            raise ValueError(f"Query {position} must {wrong}, but got {show(record)}.")
         names = ("prompt", "completion") if is_dialogue(record) else text_fields(record)
         texts = [record[name] for name in names if isinstance(record.get(name), str)]
         if texts and not any(text.strip() for text in texts):
