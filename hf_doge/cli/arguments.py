@@ -14,7 +14,7 @@ import torch
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
-from hf_doge.artifacts.readers import parse_json
+from hf_doge.artifacts.readers import check_yaml, parse_json
 from hf_doge.checks import LARGEST_RATE, check_count, check_number, is_unicode, show
 
 CONFIG_SUFFIXES = (".yaml", ".yml", ".json")
@@ -164,7 +164,9 @@ def read_flags(path: Path, parser: ArgumentParser) -> list[str]:
     """
     source = str(path)
     try:
-        contents = _ConfigLoader(path.read_text(encoding="utf-8")).get_single_data()  # JSON is YAML too
+        text = path.read_text(encoding="utf-8")
+        check_yaml(text)
+        contents = _ConfigLoader(text).get_single_data()  # JSON is YAML too
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ValueError(f"{source!r} must be YAML or JSON, but it is not: {' '.join(str(error).split())}.") from error
     if not isinstance(contents, dict):

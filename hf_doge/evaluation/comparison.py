@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 
 from hf_doge._version import __version__
 from hf_doge.artifacts.cards.markdown import escape
+from hf_doge.artifacts.readers import parse_json
 from hf_doge.checks import check_names
 from hf_doge.evaluation.intervals import Interval, t_interval
 
@@ -327,8 +328,14 @@ class Comparison:
     @classmethod
     def load(cls, save_directory: str | Path) -> "Comparison":
         """Read what [`~Comparison.save`] wrote."""
-        contents = json.loads((Path(save_directory) / "comparison.json").read_text(encoding="utf-8"))
-        return cls(MixtureRun.from_dict(run) for run in contents["runs"])
+        path = Path(save_directory) / "comparison.json"
+        contents = parse_json(path.read_bytes(), source=str(path))
+        try:
+            return cls(MixtureRun.from_dict(run) for run in contents["runs"])
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f"{str(path)!r} must hold the runs of a comparison, but does not: {error!r:.200}."
+            ) from error
 
     def _paired_tables(self) -> str:
         """For each baseline, what every other mixture changes, in percent with intervals."""

@@ -32,6 +32,7 @@ from hf_doge.artifacts.influence.tables import to_parquet
 from hf_doge.artifacts.influence.writer import checkpoints_table
 from hf_doge.artifacts.parquet import read_parquet
 from hf_doge.artifacts.provenance import public_content, public_name
+from hf_doge.artifacts.readers import parse_json
 from hf_doge.checks import check_flag, check_names
 from hf_doge.text import hide_secrets
 from hf_doge.tracing.examples import LABEL_COLUMNS
@@ -217,7 +218,7 @@ def _model_file(path: Path) -> bytes | Path:
     """JSON is read and written without local paths; anything else goes as it is."""
     if path.name not in ("config.json", "adapter_config.json", "tokenizer_config.json"):
         return path
-    content = json.loads(path.read_text(encoding="utf-8"))
+    content = parse_json(path.read_bytes(), source=str(path))
     cleaned = _without_paths(content)
     base = content.get("base_model_name_or_path")
     if base and cleaned["base_model_name_or_path"] != base:

@@ -1,6 +1,5 @@
 """The weights of recorded checkpoints: where they are, saving and loading them."""
 
-import json
 import logging
 import math
 from collections.abc import Mapping, Sequence
@@ -10,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from hf_doge.artifacts.files import staged_folder
+from hf_doge.artifacts.readers import parse_json
 from hf_doge.tracing.fingerprints import unwrap_model
 
 logger = logging.getLogger(__name__)
@@ -124,7 +124,7 @@ def in_order_of_steps(paths: Sequence[Path], recorded: Mapping[str, int]) -> lis
 def _trainer_state(path: Path) -> dict[str, Any]:
     file = path / "trainer_state.json"
     try:
-        state = json.loads(file.read_bytes()) if file.is_file() else {}
+        state = parse_json(file.read_bytes(), source=str(file)) if file.is_file() else {}
     except ValueError as error:  # no JSON, or no UTF-8
         raise ValueError(f"{str(file)!r} must be JSON as the Trainer writes it, but it is not: {error}") from error
     if not isinstance(state, dict) or not all(isinstance(entry, dict) for entry in state.get("log_history") or ()):

@@ -10,6 +10,7 @@ import numpy as np
 
 from hf_doge._version import __version__
 from hf_doge.artifacts.cards.markdown import escape
+from hf_doge.artifacts.readers import parse_json
 from hf_doge.evaluation.influence.bootstrap import bootstrap_interval
 
 NOISE = "retraining noise"
@@ -166,7 +167,8 @@ class CaseDeletionResult:
     @classmethod
     def load(cls, save_directory: str | Path) -> "CaseDeletionResult":
         """Read what [`~CaseDeletionResult.save`] wrote."""
-        contents = json.loads((Path(save_directory) / "case_deletion.json").read_text(encoding="utf-8"))
+        path = Path(save_directory) / "case_deletion.json"
+        contents = parse_json(path.read_bytes(), source=str(path))
         return cls(
             ks=tuple(contents["ks"]),
             seeds=tuple(contents["seeds"]),
