@@ -47,7 +47,7 @@ def main() -> None:
 
     files = {file.name.split(".train.")[0]: file for file in sorted(args.data_dir.glob("*.train.jsonl*"))}
     sources = {name: read(file) for name, file in files.items() if name != args.target}
-    tokenizer = AutoTokenizer.from_pretrained(args.tokenizer or args.model)
+    tokenizer = AutoTokenizer.from_pretrained(args.tokenizer or args.model, trust_remote_code=False)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     target = read(next(args.data_dir.glob(f"{args.target}.validation.jsonl*"))).map(
         lambda batch: {"input_ids": tokenizer(batch["text"], truncation=True, max_length=256)["input_ids"]},
@@ -62,7 +62,7 @@ def main() -> None:
 
         peft_config = LoraConfig(r=8, target_modules="all-linear")
     trainer = DoGESFTTrainer(
-        model=AutoModelForCausalLM.from_pretrained(args.model),
+        model=AutoModelForCausalLM.from_pretrained(args.model, trust_remote_code=False),
         args=DoGESFTConfig(
             args.output_dir,
             mode="online",

@@ -57,7 +57,7 @@ def main() -> None:
 
     # Load.
     weights = DomainWeights.from_pretrained(args.domain_weights)
-    tokenizer = AutoTokenizer.from_pretrained(args.tokenizer)
+    tokenizer = AutoTokenizer.from_pretrained(args.tokenizer, trust_remote_code=False)
     train_dataset, eval_dataset = (
         load_blocks(args.data_dir, split, list(weights.mean), tokenizer, args.block_size)
         for split in ("train", "validation")
