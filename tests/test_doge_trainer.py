@@ -398,6 +398,16 @@ def test_a_loss_that_is_not_a_number_keeps_the_weights_and_spares_the_model(tmp_
     assert trainer.state.log_history[2]["nonfinite_domain_steps"] == 3
 
 
+@pytest.mark.parametrize("alignment", ["per_domain", "streamed"])
+def test_a_target_whose_loss_is_not_a_number_keeps_the_weights_and_spares_the_model(tmp_path, alignment):
+    args = config(tmp_path, max_steps=2, alignment=alignment)
+    target = domains_with_a_spoilt_one()["books"]
+    trainer = train(tiny_llama(), args, three_domains(), target, compute_loss_func=spoilt_loss)
+    assert list(trainer.domain_weights.last.values()) == pytest.approx([1 / 3] * 3)
+    assert torch.isfinite(flat_parameters(trainer.model)).all()
+    assert not torch.equal(flat_parameters(trainer.model), flat_parameters(tiny_llama()))
+
+
 @pytest.mark.parametrize("alignment", ["single_pass", "per_domain", "streamed"])
 @pytest.mark.parametrize("reweight_steps", [1, 100])
 def test_a_gradient_that_is_not_a_number_of_a_loss_that_is_spares_the_model(tmp_path, alignment, reweight_steps):
