@@ -214,11 +214,17 @@ def write_task(folder, *, num_train=40, num_test=12):
 
 
 def flags(folder, *more):
-    return [
-        *("evaluate-influence", "--data_dir", str(folder), "--task", "toy", "--output_dir", str(folder / "out")),
-        *("--num_train", "40", "--num_test", "12", "--num_points", "2", "--seeds", "1", "--ks", "10", "--width", "8"),
-        *("--scorers", "tracin_we", "random", *more),
-    ]
+    """Those of a small run; a flag in `more` takes the place of it."""
+    own = {
+        "--data_dir": [str(folder)],
+        "--task": ["toy"],
+        "--output_dir": [str(folder / "out")],
+        "--num_train": ["40"],
+    }
+    own |= {"--num_test": ["12"], "--num_points": ["2"], "--seeds": ["1"], "--ks": ["10"], "--width": ["8"]}
+    own |= {"--scorers": ["tracin_we", "random"]}
+    kept = [word for name, values in own.items() if name not in more for word in (name, *values)]
+    return ["evaluate-influence", *kept, *more]
 
 
 @pytest.mark.parametrize("architecture", ["cnn", "transformer"])
@@ -242,7 +248,7 @@ def test_the_command_leaves_table_plot_and_journal_and_continues(tmp_path, capsy
 def test_the_command_names_the_extra_of_a_scorer_whose_library_is_missing(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "bm25s", None)
     write_task(tmp_path)
-    assert hf_doge([*flags(tmp_path), "--scorers", "bm25"]) == 2
+    assert hf_doge(flags(tmp_path, "--scorers", "bm25")) == 2
     assert "hf-doge[evaluate-influence]" in capsys.readouterr().err
 
 
@@ -258,6 +264,6 @@ def test_the_command_names_the_extra_of_a_scorer_whose_library_is_missing(tmp_pa
 )
 def test_the_command_says_in_one_line_what_cannot_be(tmp_path, capsys, more, message):
     write_task(tmp_path)
-    assert hf_doge([*flags(tmp_path), *more]) == 2
+    assert hf_doge(flags(tmp_path, *more)) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert message in error
