@@ -25,7 +25,8 @@ _TOLERANCE = 2e-5  # relative: room for float32's rounding, and for no other ter
 _HALF_TOLERANCE = 2e-2
 _NUM_AS_THEY_ARE = 2  # trials before those with other labels
 _MAX_TRIALS = 18
-_LOUDER = 16.0  # a power of two
+_LOUDER = (16.0, 1024.0)  # powers of two, in turns
+_MAX_EXAMPLES = 8  # of a trial with more than two
 _NUM_TRIALS_TOGETHER = 6  # where all processes must make the same calls
 
 ComputeLoss = Callable[[DomainSlice, int], Tensor]
@@ -84,7 +85,7 @@ class LossLaw:
         self._casts = _can_be_cast(model)
         self._tolerance = _HALF_TOLERANCE if is_half or not self._casts else _TOLERANCE
         self._batches = batches
-        self._groups = _group(batches)
+        self._groups, self._largest = _group(batches)
         self._doubled: list[tuple[float, float, float]] = []
         self._trials: list[_Trial] = []
 
@@ -136,15 +137,17 @@ class LossLaw:
         return min(_NUM_AS_THEY_ARE + (max(num_windows, 2) if len(classes) > 1 else 0), _MAX_TRIALS)
 
     def _try(self, number: int, *, is_random: tuple[bool, bool]) -> None:
-        group = self._groups[number % len(self._groups)]
+        # two are enough for most; what depends on how often a label occurs needs more
+        group = self._groups[number % len(self._groups)] if number % _NUM_AS_THEY_ARE else self._largest
         whole, what = self._alter(self._slice(group), number)
         if number < _NUM_AS_THEY_ARE:
             self.model.train()
             once, again, twice = (self._value(whole, factor * whole.num_items) for factor in (1, 1, 2))
             self._doubled.append((once, twice, abs(once - again)))
         self.model.train(not is_random[0])
-        parts = self._split(whole, by_rows=len(group[1]) > 1 and not is_random[1])
-        with _louder(self.model) if number >= _NUM_AS_THEY_ARE else nullcontext():
+        parts = self._split(whole, size=1 if is_random[1] else len(group[1]))
+        factor = _LOUDER[number // _NUM_AS_THEY_ARE % 2] if number >= _NUM_AS_THEY_ARE else 1.0
+        with _louder(self.model, factor):
             losses = tuple(self._value(piece, whole.num_items) for piece in (whole, *parts))
         counts = tuple(piece.num_items for piece in (whole, *parts))
         if counts[1] + counts[2] == counts[0] and min(counts) > 0 and all(map(isfinite, losses)):
@@ -232,11 +235,12 @@ class LossLaw:
             labels[counted] = classes[(first + torch.arange(num)) % len(classes)].to(labels.device, labels.dtype)
         return self._with_labels(piece, labels), "with other labels"
 
-    def _split(self, piece: DomainSlice, *, by_rows: bool) -> list[DomainSlice]:
-        """Two parts of a slice: the one example and the other, or the same examples with every other label."""
-        if by_rows:
-            whole = MicroBatch(piece.inputs, torch.zeros(2), labels_are_shifted=self._labels_are_shifted)
-            return [whole.pick(torch.tensor([row])) for row in range(2)]
+    def _split(self, piece: DomainSlice, *, size: int) -> list[DomainSlice]:
+        """Two parts of a slice: the first of `size` examples and the others, or all of them with every other label."""
+        if size > 1:
+            whole = MicroBatch(piece.inputs, torch.zeros(size), labels_are_shifted=self._labels_are_shifted)
+            first = max(1, size // 3)
+            return [whole.pick(torch.arange(first)), whole.pick(torch.arange(first, size))]
         if not self._can_be_ignored:
             return [DomainSlice(piece.inputs, 0)] * 2  # which no trial is made of
         labels = piece.inputs[self._label_name]
@@ -264,7 +268,7 @@ class LossLaw:
         if self.is_divided is None:
             return
         tried = [(trial, trial.sums(is_divided=self.is_divided)) for trial in self._trials]
-        usual = max(((abs(a) + abs(b)) / trial.counts[0] for trial, (_, a, b) in tried), default=0.0)
+        usual = min(max(((abs(a) + abs(b)) / trial.counts[0] for trial, (_, a, b) in tried), default=0.0), 1.0)
         noise = max(
             (10 * noise / abs(once) for once, _, noise in self._doubled if once and isfinite(noise)), default=0
         )
@@ -326,8 +330,11 @@ def _is_integer(value: Any, least_dims: int) -> bool:
     )
 
 
-def _group(batches: Sequence[MicroBatch]) -> list[tuple[MicroBatch, Tensor]]:
-    """Two labelled examples each. An example that is alone in its micro-batch is taken twice, if its inputs can be."""
+def _group(batches: Sequence[MicroBatch]) -> tuple[list[tuple[MicroBatch, Tensor]], tuple[MicroBatch, Tensor]]:
+    """
+    Two labelled examples each, and a few more of one micro-batch. An example that is alone in its micro-batch is taken
+    twice, if its inputs can be.
+    """
     pairs, singles = [], []
     for batch in batches:
         rows = (batch.items > 0).nonzero().squeeze(1)
@@ -335,7 +342,10 @@ def _group(batches: Sequence[MicroBatch]) -> list[tuple[MicroBatch, Tensor]]:
         tensors = [value for value in batch.inputs.values() if torch.is_tensor(value) and value.dim() > 0]
         can_be_repeated = all(len(value) == batch.num_examples for value in tensors)
         singles.append((batch, rows[[0, 0]] if can_be_repeated else rows[:1]))
-    return pairs or singles
+    groups = pairs or singles
+    largest = max(batches, key=lambda batch: int((batch.items > 0).sum()))
+    rows = (largest.items > 0).nonzero().squeeze(1)[:_MAX_EXAMPLES]
+    return groups, (largest, rows) if len(rows) > 2 else groups[0]
 
 
 def _can_be_cast(model: nn.Module) -> bool:
@@ -358,7 +368,7 @@ def _device_state(device: torch.device) -> Tensor:
 
 
 @contextmanager
-def _louder(model: nn.Module) -> Iterator[None]:
+def _louder(model: nn.Module, factor: float) -> Iterator[None]:
     """
     The outputs of a model larger by a power of two, which can be taken back to the bit: one that has learned nothing has
     the same loss for all labels, of which every function is additive.
@@ -366,14 +376,14 @@ def _louder(model: nn.Module) -> Iterator[None]:
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     weights = [parameter for parameter in model.parameters() if parameter.dim() == 2 and not is_spread(parameter)]
     weight = getattr(head, "weight", weights[-1] if weights else None)
-    if weight is None or is_spread(weight) or not weight.is_floating_point():
+    if factor == 1 or weight is None or is_spread(weight) or not weight.is_floating_point():
         yield
         return
-    weight.data.mul_(_LOUDER)
+    weight.data.mul_(factor)
     try:
         yield
     finally:
-        weight.data.div_(_LOUDER)
+        weight.data.div_(factor)
 
 
 @contextmanager
