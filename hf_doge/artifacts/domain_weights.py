@@ -263,7 +263,7 @@ class DomainWeights:
         `datasets.load_dataset(save_directory, "weights")` and `"trajectory"` open it. An artifact in the folder is
         replaced as one: a crash at any point leaves the old or the new one to [`~DomainWeights.from_pretrained`], and
         saving again completes it. Other files stay, and so does what a person wrote into `README.md`: only the block between
-        our markers and our keys of its YAML are written anew, and without markers it is kept whole, with a warning.
+        our markers and our keys of its YAML are written again; without markers only digests of the data change, with a warning.
 
         Several processes may call this for one folder, as those of `accelerate launch` do in a script that knows of none:
         they save one after the other, and each can read an artifact when it returns.
