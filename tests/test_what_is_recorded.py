@@ -5,11 +5,13 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import BertForSequenceClassification, Trainer
+from datasets import Dataset
+from transformers import BertForQuestionAnswering, BertForSequenceClassification, Trainer
 from transformers.trainer_utils import set_seed
 
 from hf_doge.artifacts.influence import IndexReader
 from hf_doge.tracing.callback import TracInWECallback
+from hf_doge.tracing.index import InfluenceIndex
 from hf_doge.tracing.recording import record_dataset
 from tests.recorded_training import classification_data, make_trainer, train
 from tests.tiny import tiny_classifier, tiny_tokenizer
@@ -184,3 +186,85 @@ def test_weights_that_the_trainer_saved_are_not_copied(tmp_path, tokenizer, stra
     for entry in reader.checkpoints:
         place = tmp_path / "index" / entry["path"] if not entry["path"].startswith("/") else entry["path"]
         assert type(model).from_pretrained(place).config.num_labels == 3
+
+
+# What the Trainer takes
+
+
+class Own(BertForSequenceClassification):
+    form = dict
+
+    def forward(self, input_ids, attention_mask=None, labels=None):
+        outputs = super().forward(input_ids, attention_mask=attention_mask, labels=labels)
+        if self.form is dict:
+            return {"loss": outputs.loss, "logits": outputs.logits}
+        return (outputs.logits,) if labels is None else (outputs.loss, outputs.logits)
+
+
+@pytest.mark.parametrize("record", ["checkpoint", "online"])
+def test_models_that_return_a_dictionary_or_a_tuple_are_recorded_as_others(tmp_path, tokenizer, record):
+    found = []
+    for form in (None, dict, tuple):
+        model = tiny_classifier() if form is None else Own(tiny_classifier().config)
+        model.load_state_dict(tiny_classifier().state_dict())
+        model.form = form
+        reader = train(
+            tmp_path / str(form), tokenizer=tokenizer, model=model, recording={"record": record, "dtype": "float32"}
+        )
+        found.append([segment["sha256"] for entry in reader.config["checkpoints"] for segment in entry["files"]])
+    assert found[0] == found[1] == found[2]
+
+
+def several_labels():
+    data = classification_data().remove_columns("label")
+    return data.add_column("labels", [[float(i % 2), 1.0, float(i % 3 == 0)] for i in range(len(data))])
+
+
+def test_several_labels_are_inferred_by_the_training_and_searched(tmp_path, tokenizer):
+    model = tiny_classifier()
+    seen = []
+
+    class Watching(Trainer):
+        def training_step(self, *args, **kwargs):
+            seen.append(self.model.config.problem_type)
+            return super().training_step(*args, **kwargs)
+
+    train(tmp_path, tokenizer=tokenizer, model=model, dataset=several_labels(), trainer_class=Watching)
+    assert seen == [None, *["multi_label_classification"] * 3]
+    index = InfluenceIndex.from_pretrained(tmp_path / "index", cache_dir=tmp_path / "maps")
+    scores = index.scores(several_labels().remove_columns(["text", "domain"]).select(range(4)))
+    squares = index.self_influence()
+    own = dict(zip(squares["example_id"], squares["score"], strict=True))
+    assert [scores[i, i] for i in range(4)] == pytest.approx([own[i] for i in range(4)], rel=1e-3)
+    assert len(index.search("w3 w5 w7", top_k=1)) >= 1
+
+
+def question_answering(**options):
+    config = tiny_classifier().config
+    config.num_labels = 2
+    model = BertForQuestionAnswering(config)
+    ids = [[5, 6, 7, 8], [9, 4, 11, 12], [5, 9, 13, 7], [8, 8, 6, 4]]
+    columns = {"input_ids": ids, "start_positions": [1, 0, 1, 0], "end_positions": [2, 1, 3, 2], **options}
+    return model, Dataset.from_dict(columns)
+
+
+def test_answers_are_recorded_and_searched(tmp_path, tokenizer):
+    model, data = question_answering()
+    train(tmp_path, tokenizer=tokenizer, model=model, dataset=data)
+    index = InfluenceIndex.from_pretrained(tmp_path / "index", cache_dir=tmp_path / "maps")
+    scores, squares = index.scores(data), index.self_influence()
+    own = dict(zip(squares["example_id"], squares["score"], strict=True))
+    assert [scores[i, i] for i in range(4)] == pytest.approx([own[i] for i in range(4)], rel=1e-3)
+    assert len(index.search(["w3 w5", "w7 w7 w4 w9"], top_k=1)) >= 2  # for the answers that the model finds
+    _, data = question_answering(end_positions=[2, 1, 4, 2])
+    with pytest.raises(ValueError, match="must have its answer among its tokens, but `end_positions`"):
+        train(tmp_path / "outside", tokenizer=tokenizer, model=model, dataset=data)
+
+
+def test_some_trained_tokens_of_an_embedding_are_refused_in_words(tmp_path, tokenizer):
+    peft = pytest.importorskip("peft")
+    options = peft.LoraConfig(target_modules=["query"], trainable_token_indices=[5, 6], task_type="SEQ_CLS")
+    for record in ("checkpoint", "online"):
+        model = peft.get_peft_model(tiny_classifier(), options)
+        with pytest.raises(ValueError, match="trained as a whole or not at all"):
+            train(tmp_path / record, tokenizer=tokenizer, model=model, recording={"record": record})

@@ -175,6 +175,7 @@ class EmbeddingGradientRecorder(AbstractContextManager):
             )
         with ExitStack() as stack:
             stack.enter_context(_evaluation_mode(self.model))
+            stack.enter_context(_same_problem_type(self.model))
             stack.enter_context(_no_parameter_gradients(self.model))
             uses = EmbeddingUses(self.model, lookups=self.tied != "output", projections=self.tied != "input")
             self._uses = stack.enter_context(uses)
@@ -306,6 +307,13 @@ class EmbeddingGradientRecorder(AbstractContextManager):
                 "a module that holds the matrix). Use `tied='input'`."
             )
         wanted = [use.output for use in (*lookups, *projections)]
+        embeddings = self.model.get_input_embeddings()
+        if not lookups and any(hasattr(module, "trainable_tokens_delta") for module in embeddings.modules()):
+            raise ValueError(
+                "The input embeddings must be trained as a whole or not at all, but of those of"
+                f" `{type(self.model).__name__}` only some tokens are (`trainable_token_indices` of PEFT), which are kept"
+                " apart. Train all of them (`modules_to_save` with the name of the embedding layer), or none."
+            )
         if not wanted or not differentiated.requires_grad:
             raise ValueError(
                 f"The loss must depend on what the model reads from its input embeddings, but "
@@ -619,6 +627,18 @@ def _evaluation_mode(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in training:
             module.training = mode
+
+
+@contextmanager
+def _same_problem_type(model: nn.Module) -> Iterator[None]:
+    """Classifiers of transformers note in their configuration what they make of the first labels: that is training's to do."""
+    configs = [module.config for module in model.modules() if hasattr(getattr(module, "config", None), "problem_type")]
+    kinds = [config.problem_type for config in configs]
+    try:
+        yield
+    finally:
+        for config, kind in zip(configs, kinds, strict=True):
+            config.problem_type = kind
 
 
 @contextmanager

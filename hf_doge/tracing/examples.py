@@ -190,7 +190,8 @@ def describe_examples(
                 f"Example {position} must fit into the model, but it has {len(ids)} tokens and the model has positions for"
                 f" {num_positions}. Tokenise with `truncation=True`, as for training."
             )
-        if num_classes is not None and labels is not None and not _is_class(labels, num_classes):
+        fits = labels is None or _is_class(labels, num_classes) or _is_one_of_each(labels, num_classes)
+        if num_classes is not None and not fits:
             raise ValueError(
                 f"The label of example {position} must be a whole number from 0 to {num_classes - 1}, the classes of the"
                 f" model, but got {labels.tolist()}."
@@ -242,8 +243,15 @@ def count_tokens(dataset: Any, *, sign_of_life: Callable[[], None] = lambda: Non
     return counts
 
 
-def _is_class(label: np.ndarray, num_classes: int) -> bool:
-    return label.size == 1 and label.dtype.kind in "biu" and 0 <= label.item() < num_classes
+def _is_one_of_each(labels: np.ndarray, num_classes: int | None) -> bool:
+    """Whether labels are fractions, one for each class, which models take for several classes at once unless told."""
+    return labels.dtype.kind == "f" and labels.shape == (num_classes,)
+
+
+def _is_class(label: np.ndarray, num_classes: int | None) -> bool:
+    return (
+        num_classes is not None and label.size == 1 and label.dtype.kind in "biu" and 0 <= label.item() < num_classes
+    )
 
 
 def _check_own_ids(column: pa.ChunkedArray | None, num_examples: int) -> None:

@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from hf_doge.gradients.embedding import counted_positions, join_by_example
 from hf_doge.gradients.embedding_uses import EmbeddingUses
+from hf_doge.gradients.example_losses import loss_of
 from hf_doge.gradients.token_rows import PositionGradients
 from hf_doge.tracing.online_identity import EXAMPLE_IDS
 from hf_doge.tracing.online_scale import TrainingScale, check_loss_is_all, without_num_items
@@ -195,7 +196,7 @@ class TrainingCapture(AbstractContextManager):
         self._uses.clear()  # the graph must not outlive the step
         ids, self._ids = self._ids, None
         log_probs = getattr(outputs, "log_probs", None) if kwargs.get(_FUSED) else None
-        loss = getattr(outputs, "loss", None) if log_probs is None else -log_probs.sum()
+        loss = loss_of(outputs) if log_probs is None else -log_probs.sum()
         if loss is None or not loss.requires_grad or not lookups:
             self._stack.close()
             raise ValueError(

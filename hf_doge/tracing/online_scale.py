@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from hf_doge.gradients.embedding import EmbeddingGradientRecorder
 from hf_doge.gradients.embedding_uses import input_embedding_matrix
-from hf_doge.gradients.example_losses import IGNORE_INDEX, ExampleLosses, check_finite
+from hf_doge.gradients.example_losses import IGNORE_INDEX, ExampleLosses, check_finite, loss_of
 from hf_doge.gradients.independence import full_precision
 from hf_doge.tracing.batches import preserved_random_state
 
@@ -115,11 +115,11 @@ class TrainingScale:
     @torch.no_grad()
     def _find_num_items(self, batch: Mapping[str, object]) -> bool:
         """Whether the model divides by the number it is given rather than by its own count."""
-        loss = self.model(**batch).loss
+        loss = loss_of(self.model(**batch))
         check_finite(loss)
         num_terms, _ = self._num_terms(batch)
         num_items = 2 * num_terms.to(loss.device) + 1
-        given = self.model(**batch, **{NUM_ITEMS: num_items}).loss
+        given = loss_of(self.model(**batch, **{NUM_ITEMS: num_items}))
         ignored, used = (
             torch.isclose(given * ratio, loss, rtol=_HALF_TOLERANCE) for ratio in (1, num_items / num_terms)
         )

@@ -19,7 +19,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
 from hf_doge.checks import show
-from hf_doge.gradients.example_losses import IGNORE_INDEX
+from hf_doge.gradients.example_losses import ANSWERS, IGNORE_INDEX, logits_of
 from hf_doge.tracing.encoding import Encoding, check_dialogue, is_dialogue
 from hf_doge.tracing.limits import label_law, num_classes, num_positions, takes_padding, wants_fractions
 from hf_doge.tracing.words import Reading, read_ids, read_text
@@ -152,13 +152,14 @@ def make_queries(
             )
         _check_length(query, model, position)
         _check_label(query, model, position, check_kind=check_kind)
-    unlabelled = [query for query in queries if "labels" not in query.features]
+    unlabelled = [query for query in queries if not {"labels", *ANSWERS} & set(query.features)]
     for start in range(0, len(unlabelled), batch_size):
         _predict_labels(unlabelled[start : start + batch_size], model)
     config = getattr(model, "config", None)
     if getattr(config, "is_encoder_decoder", False):
         for query in queries:
-            targets = query.features["labels"].flatten()
+            labels = query.features.get("labels")
+            targets = query.features["input_ids"][:0] if labels is None else labels.flatten()
             ids = [*query.features["input_ids"].tolist(), *targets[targets != IGNORE_INDEX].tolist()]
             query.reading = read_ids(tokenizer, ids)
     return queries
@@ -169,7 +170,9 @@ def batches(queries: Sequence[Query], model: nn.Module, *, batch_size: int) -> I
     pad_token_id = getattr(getattr(model, "config", None), "pad_token_id", None) or 0
     if not 0 <= pad_token_id < len(model.get_input_embeddings().weight):
         pad_token_id = 0  # masked in any case
+    # Where an answer is, models look for among padding as well.
     masked = accepts(model, "attention_mask") and takes_padding(model)
+    masked = masked and not any(accepts(model, name) for name in ANSWERS)
     start = 0
     while start < len(queries):
         few = [query.features for query in queries[start : start + (batch_size if masked else 1)]]
@@ -465,9 +468,14 @@ def _predict_labels(queries: Sequence[Query], model: nn.Module) -> None:
         done = 0
         for batch in batches(queries, model, batch_size=len(queries)):
             outputs = model(**{name: value.to(_device(model)) for name, value in batch.items()})
-            logits = getattr(outputs, "logits", None)
+            logits = logits_of(outputs)
             for row in range(len(batch["input_ids"])):
                 features = queries[done].features
+                if getattr(outputs, "end_logits", None) is not None:
+                    for name, scores in zip(ANSWERS, (outputs.start_logits, outputs.end_logits), strict=True):
+                        features[name] = scores[row].argmax().cpu()
+                    done += 1
+                    continue
                 scores = logits[row].cpu() if isinstance(logits, Tensor) else None
                 features["labels"] = _predicted(scores, features, model)
                 done += 1
