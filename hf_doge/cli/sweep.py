@@ -1,6 +1,6 @@
 """`hf-doge sweep`: the best mixture that small runs can find."""
 
-import logging
+import os
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ from hf_doge.cli.models import get_config, make_model
 from hf_doge.plots import plot_sweep
 from hf_doge.training.sweep import MIN_RANK_CORRELATION, sweep_domain_weights
 
-logger = logging.getLogger(__name__)
+IS_HELPER = "HF_DOGE_SWEEP_HELPER"  # in the environment of a process that another one started to share its runs
 
 
 @dataclass
@@ -78,9 +78,11 @@ def main(argv: Sequence[str]) -> int:
     output_dir = get_output_dir(args)
     data = measure_args.load(data_args, output_dir)
     config = get_config(model_args, data.tokenizer, data_args.block_size)
+    command = [sys.executable, "-m", "hf_doge", "sweep", *argv]
+    alone = {**os.environ, IS_HELPER: "1"}
     helpers = [
-        subprocess.Popen([sys.executable, "-m", "hf_doge", "sweep", *argv, "--jobs=1"], stdout=subprocess.DEVNULL)
-        for _ in range(sweep_args.jobs - 1)
+        subprocess.Popen(command, stdout=subprocess.DEVNULL, env=alone)
+        for _ in range(0 if IS_HELPER in os.environ else sweep_args.jobs - 1)
     ]
     try:
         weights, comparison = sweep_domain_weights(
