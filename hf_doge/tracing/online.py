@@ -359,5 +359,7 @@ def _tokens(example: Any) -> list | None:
 
 def _as_it_is(items: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
     """One example without its collator, which sees what is trained on and nothing else; what it adds is not known."""
+    if not isinstance(items[0], Mapping):  # only its collator knows how to read it
+        return {}
     names = [name for name in ("input_ids", "labels", "attention_mask") if items[0].get(name) is not None]
     return {name: torch.as_tensor(items[0][name])[None] for name in names}
