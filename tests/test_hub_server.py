@@ -190,7 +190,7 @@ def test_clients_meet_the_faults(facts):
     error_of(faults["commit_lost"], status=None, text="reset", name="ReadError")
     assert faults["after_lost"] == faults["before_lost"] + 1
     error_of(faults["commit_race"], status=412, text="A commit has happened since")
-    assert faults["download_resumed"]
+    assert faults["download_completed"]
 
 
 # datasets and transformers

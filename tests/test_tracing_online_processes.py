@@ -136,6 +136,7 @@ def test_a_killed_process_ends_the_other_and_one_process_finishes_what_two_began
     checkpoints = json.loads((killed / "index" / "config.json").read_text())["checkpoints"]
     assert [checkpoint["step"] for checkpoint in checkpoints] == [2]
     assert not list((killed / "index" / "gradients").rglob("checkpoint-4*/*.parquet"))
-    train_online(killed, accumulation=2, resume=True)
+    # with the batches of the two, as transformers 5.0 goes on with the batch size of the checkpoint
+    train_online(killed, accumulation=4, resume=True)
     assert_same_index(killed, alone)
     assert not (killed / "index" / PARTIAL).exists()
