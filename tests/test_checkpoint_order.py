@@ -13,6 +13,7 @@ import torch
 from hf_doge.artifacts.influence import IndexReader
 from hf_doge.tracing.index import InfluenceIndex
 from hf_doge.tracing.recording import record_dataset
+from hf_doge.tracing.weights import checkpoint_step, in_order_of_steps
 from tests.influence_rows import (
     NUM_EXAMPLES,
     dense_scores,
@@ -163,3 +164,43 @@ def test_a_checkpoint_counts_once_and_has_a_step(tmp_path, run, caplog):
         writer = record(tmp_path / "of no step", paths, tokenizer)
     assert writer.checkpoint_names == ["b", "a"]
     assert "steps of ['b', 'a'] are unknown" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("names", "last"),
+    [
+        (("step_100", "step_12", "step_8"), "step_100"),
+        (("epoch_10", "epoch_9"), "epoch_10"),
+        (("ckpt8", "ckpt.12"), "ckpt.12"),
+    ],
+)
+def test_names_of_other_trainers_tell_the_step_too(tmp_path, names, last):
+    paths = [tmp_path / name for name in names]
+    assert in_order_of_steps(paths, {})[-1] == names.index(last)
+
+
+@pytest.mark.parametrize(
+    ("names", "recorded", "message"),
+    [
+        (["epoch-2", "checkpoint-9"], {}, "some of .* count epochs, others steps"),
+        (["checkpoint-9"], {"epoch-2": 2}, "some of .* count epochs, others steps"),
+        (["checkpoint-9"], {"final": 0}, r"\['final'\] of the index have none"),
+    ],
+)
+def test_steps_and_what_is_none_are_not_put_in_one_order(tmp_path, names, recorded, message):
+    with pytest.raises(ValueError, match=message):
+        in_order_of_steps([tmp_path / name for name in names], recorded)
+
+
+@pytest.mark.parametrize("step", ['"12"', "12.0", "true", "-3", "1e400", "9" * 30])
+def test_a_state_without_a_step_that_can_be_is_refused_by_name(tmp_path, step):
+    (tmp_path / "trainer_state.json").write_text(f'{{"global_step": {step}}}')
+    with pytest.raises(ValueError, match=r"`global_step` in .*trainer_state.json' must be a step"):
+        checkpoint_step(tmp_path)
+
+
+def test_a_checkpoint_has_a_name_from_within(tmp_path, run, monkeypatch):
+    folder, tokenizer = run
+    monkeypatch.chdir(folder / "checkpoint-12")
+    writer = record(tmp_path / "index", [".", "../checkpoint-8"], tokenizer)
+    assert writer.checkpoint_names == ["checkpoint-8", "checkpoint-12"]

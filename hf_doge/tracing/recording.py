@@ -293,7 +293,7 @@ def record_dataset(
     settings = settings or RecordingSettings()
     if isinstance(checkpoints, str | os.PathLike):
         raise ValueError(f"`checkpoints` must be a list of folders, but got {str(checkpoints)!r} alone.")
-    paths = [Path(checkpoint) for checkpoint in checkpoints]
+    paths = [Path(os.path.abspath(checkpoint)) for checkpoint in checkpoints]  # '.' has a name too
     _require_after_training(settings, paths, learning_rates)
     if not add_examples:
         order = in_order_of_steps(paths, _recorded_steps(Path(folder)))

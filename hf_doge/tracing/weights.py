@@ -2,6 +2,7 @@
 
 import logging
 import math
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -78,10 +79,17 @@ def describe_checkpoint(path: Path, *, learning_rate: float | None = None) -> di
 def checkpoint_step(path: Path) -> int | None:
     """After which step a checkpoint was saved: by its `trainer_state.json`, else by its name; None where neither says it."""
     step = _trainer_state(path).get("global_step")
-    number = path.resolve().name.rpartition("-")[2]  # a link may be called "last"
-    if isinstance(step, int):
-        return step
-    return int(number) if number.isascii() and number.isdecimal() else None
+    return _named_step(path.resolve().name) if step is None else step  # a link may be called "last"
+
+
+def _named_step(name: str) -> int | None:
+    """`checkpoint-12`, `step_12` (accelerate) and `ckpt12` say 12."""
+    number = re.search(r"[0-9]+$", name)
+    return int(number[0]) if number and len(number[0]) < 19 else None
+
+
+def _counts_epochs(name: str, step: int | None) -> bool:
+    return step is not None and _named_step(name) == step and re.search("epoch", name, re.IGNORECASE) is not None
 
 
 def in_order_of_steps(paths: Sequence[Path], recorded: Mapping[str, int]) -> list[int]:
@@ -98,11 +106,25 @@ def in_order_of_steps(paths: Sequence[Path], recorded: Mapping[str, int]) -> lis
     steps = [checkpoint_step(path) for path in paths]
     places: dict[Any, str] = {step: name for name, step in recorded.items() if step > 0}
     known = bool(places) or any(step is not None for step in steps)
+    named = [*recorded.items(), *((path.resolve().name, step) for path, step in zip(paths, steps, strict=True))]
+    epochs = {_counts_epochs(name, step) for name, step in named if step}
+    unplaced = [name for name in recorded if _named_step(name) is None] if known and not places else []
+    if len(epochs) > 1 or (unplaced and {path.name for path in paths} - set(recorded)):
+        raise ValueError(
+            "Checkpoints are ordered by their steps, but "
+            + (
+                f"{unplaced} of the index have"
+                if unplaced
+                else f"some of {sorted({name for name, _ in named})} count epochs"
+            )
+            + (" none" if unplaced else ", others steps")
+            + ". Call all of them 'checkpoint-' and their steps, and record them in a new folder."
+        )
     for path, step in zip(paths, steps, strict=True):
         if step is None and known and len(paths) + len(recorded) > 1 and path.name not in recorded:
             raise ValueError(
                 f"Checkpoints are ordered by their steps, but that of {str(path)!r} is unknown: it has no trainer_state.json"
-                " and its name does not end with '-' and a number. Call it 'checkpoint-' and its step."
+                " and its name does not end with a number. Call it 'checkpoint-' and its step."
             )
         for place in {path.resolve(), step} - {None}:
             if places.setdefault(place, path.name) != path.name:
@@ -129,6 +151,9 @@ def _trainer_state(path: Path) -> dict[str, Any]:
         raise ValueError(f"{str(file)!r} must be JSON as the Trainer writes it, but it is not: {error}") from error
     if not isinstance(state, dict) or not all(isinstance(entry, dict) for entry in state.get("log_history") or ()):
         raise ValueError(f"{str(file)!r} must hold the state of a Trainer, but it holds something else.")
+    step = state.get("global_step")
+    if step is not None and not (type(step) is int and 0 <= step < 2**63):
+        raise ValueError(f"`global_step` in {str(file)!r} must be a step, but got {step!r:.80}.")
     return state
 
 
