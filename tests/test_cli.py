@@ -228,6 +228,10 @@ def test_train_draws_by_the_learned_weights_and_evaluates_every_domain(data_dir,
     assert set(results["perplexity"]) == {"code", "prose", "wiki"}
     assert (output_dir / "model.safetensors").exists()
     assert "perplexity" in capsys.readouterr().out
+    before = contents(output_dir)
+    finished = ["--weights", str(learned), *flags_of(data_dir, learned, output_dir), "--resume_from_checkpoint=last"]
+    assert main(["train", *finished]) == 0
+    assert contents(output_dir) == before
 
 
 @pytest.mark.parametrize("weights", ["uniform", "natural"])
