@@ -1,35 +1,22 @@
 """What is set in the arguments after a trainer was made counts from train begin, as a hyperparameter search sets it."""
 
-from typing import ClassVar
-
 import numpy as np
 import pytest
 import torch
-from transformers import TrainingArguments
+from transformers import Trainer, TrainingArguments, default_data_collator
 
 from hf_doge.training.config import DoGEConfig
 from hf_doge.training.mixture import DomainWeightedTrainer
-from hf_doge.training.trainer import DoGETrainer
+from hf_doge.training.trainer import DoGEMixin, DoGETrainer
 from tests.tiny import three_domains, tiny_llama
 
 QUIET = {"use_cpu": True, "report_to": "none", "save_strategy": "no", "disable_tqdm": True, "max_steps": 3}
 
 
-class SearchedTrainer(DoGETrainer):
-    """Sets the arguments of a trial where a hyperparameter search sets them, inside of `train`."""
-
-    trial: ClassVar = {}
-
-    def _hp_search_setup(self, trial):
-        for name, value in self.trial.items():
-            setattr(self.args, name, value)
-        super()._hp_search_setup(trial)
-
-
-def make_trainer(folder, **changes):
+def make_trainer(folder, cls=DoGETrainer, **changes):
     options = {"per_device_train_batch_size": 6, "learning_rate": 0.05, "optim": "sgd", "mu": 0.1, **QUIET, **changes}
     data = {"train_dataset": three_domains(8), "target_dataset": three_domains(6)["code"]}
-    return SearchedTrainer(None, DoGEConfig(str(folder), **options), model_init=lambda: tiny_llama(), **data)
+    return cls(None, DoGEConfig(str(folder), **options), model_init=lambda: tiny_llama(), **data)
 
 
 def learned(trainer):
@@ -58,11 +45,44 @@ def test_a_trial_of_a_search_is_the_run_of_a_trainer_made_for_it(tmp_path, chang
     trainer = make_trainer(tmp_path, **first)
     trainer.train()
 
-    trainer.trial = changes
+    def model_init():  # a trial's arguments are set inside of `train`, next to this
+        for name, value in changes.items():
+            setattr(trainer.args, name, value)
+        return tiny_llama()
+
+    trainer.model_init = model_init
     trainer.train()
     made = make_trainer(tmp_path, **changes)
     made.train()
     assert learned(trainer) == learned(made)
+
+
+class Searching(Trainer):
+    """Sets up a trial as the Trainer's own search does."""
+
+    trial = None
+
+    def _hp_search_setup(self, trial):
+        for name, value in self.trial.items():
+            setattr(self.args, name, value)
+
+
+class LearningSearching(DoGEMixin, Searching):
+    pass
+
+
+@pytest.mark.parametrize("changes", [{}, {"mu": 5.0, "seed": 7, "per_device_train_batch_size": 9, "max_steps": 4}])
+def test_a_trial_without_a_model_yet_is_the_run_of_a_trainer_made_for_it(tmp_path, changes):
+    trainer = make_trainer(tmp_path, cls=LearningSearching, save_strategy="steps", save_steps=2)
+    for trainer.trial in ({"mu": 0.3}, {"mu": 0.1, **changes}):
+        trainer.model = None  # as a search leaves it behind; `model_init` makes that of a trial
+        trainer.train()
+    made = make_trainer(tmp_path / "made", **changes)
+    made.train()
+    assert learned(trainer)[:3] + learned(trainer)[5:] == learned(made)[:3] + learned(made)[5:]
+    made.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    with pytest.raises(ValueError, match="must go on as it began"):
+        make_trainer(tmp_path, **{**changes, "mu": 0.3}).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
 
 
 def test_arguments_set_between_two_trainings_count_from_the_second(tmp_path):
@@ -93,6 +113,9 @@ def test_arguments_set_after_the_training_are_not_recorded_of_it(tmp_path):
         ("fp16", True, "fp16 loss scaling"),
         ("per_device_train_batch_size", 2, "2 examples a step cannot hold 3 domains"),
         ("auto_find_batch_size", True, "`auto_find_batch_size`"),
+        ("label_smoothing_factor", 0.1, "`label_smoothing_factor` must stay what the trainer was made with, 0.0"),
+        ("neftune_noise_alpha", 5.0, "`neftune_noise_alpha` must stay"),
+        ("bf16", True, "`bf16` must stay"),
     ],
 )
 def test_what_may_not_change_is_refused_at_train_begin(tmp_path, name, value, message):
@@ -100,6 +123,47 @@ def test_what_may_not_change_is_refused_at_train_begin(tmp_path, name, value, me
     setattr(trainer.args, name, value)
     with pytest.raises(ValueError, match=message):
         trainer.train()
+
+
+def test_a_schedule_set_by_its_name_is_recorded(tmp_path):
+    trainer = make_trainer(tmp_path)
+    trainer.args.lr_scheduler_type = "constant"
+    trainer.train()
+    assert trainer.domain_weights.metadata["training"]["lr_scheduler_type"] == "constant"
+
+
+def test_what_else_may_not_be_set_late_is_refused_in_words(tmp_path):
+    trainer = make_trainer(tmp_path)
+    trainer.data_collator = default_data_collator
+    with pytest.raises(ValueError, match="Pass `data_collator` when the trainer is made"):
+        trainer.train()
+    trainer = make_trainer(tmp_path)
+    trainer.args = TrainingArguments(str(tmp_path), **QUIET)
+    with pytest.raises(ValueError, match="`args` must be a `DoGEConfig`, but is a TrainingArguments now"):
+        trainer.train()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda data: data.select(range(5)),
+        lambda data: data.select(range(len(data))[::-1]),
+        lambda data: {"a": data},
+        lambda data: data.remove_columns("domain"),
+        lambda data: None,
+    ],
+)
+def test_another_train_set_is_refused(tmp_path, change):
+    trainer = mix(tmp_path)
+    trainer.train_dataset = change(trainer.train_dataset)
+    with pytest.raises(ValueError, match="`train_dataset` must stay what the trainer was made with"):
+        trainer.train()
+
+
+def test_the_same_train_set_with_another_column_is_taken(tmp_path):
+    first, second = mix(tmp_path), mix(tmp_path)
+    second.train_dataset = second.train_dataset.add_column("extra", range(24))
+    assert drawn(first) == drawn(second)
 
 
 def drawn(trainer):

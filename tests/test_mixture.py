@@ -414,6 +414,7 @@ class Ordered(Trainer):
     ("sampler", "is_lost"),
     [
         (SequentialSampler, True),
+        (lambda data: None, True),
         (lambda data: RandomSampler(data, replacement=True), True),
         (lambda data: RandomSampler(data, num_samples=3), True),
         (lambda data: WeightedRandomSampler([1.0] * len(data), len(data)), True),
@@ -426,10 +427,41 @@ def test_a_sampler_that_would_be_lost_is_refused_unless_it_is_a_plain_random_one
 
     options = {"train_dataset": three_domains(), "domain_weights": WEIGHTS}
     if is_lost:
-        with pytest.raises(ValueError, match="`_get_train_sampler` of Ordered returns a"):
+        with pytest.raises(ValueError, match=r"`_get_train_sampler` of Ordered returns (a|none)"):
             Mixed(tiny_llama(), arguments(tmp_path), **options)
     else:
         Mixed(tiny_llama(), arguments(tmp_path), **options).train()
+
+
+def test_the_mixin_comes_before_the_trainer():
+    with pytest.raises(TypeError, match=r"must come before .* Write `class Turned\(DomainWeightedMixin, Ordered\)`"):
+
+        class Turned(Ordered, DomainWeightedMixin):
+            pass
+
+
+def test_a_sampler_is_asked_for_as_the_trainer_asks(tmp_path):
+    class Needy(Trainer):
+        def _get_train_sampler(self, train_dataset):
+            return RandomSampler(train_dataset)
+
+    class Mixed(DomainWeightedMixin, Needy):
+        pass
+
+    Mixed(tiny_llama(), arguments(tmp_path), train_dataset=three_domains(), domain_weights=WEIGHTS).train()
+
+
+@pytest.mark.parametrize("is_list", [False, True])
+def test_batches_that_no_sampler_of_ours_draws_are_refused(tmp_path, is_list):
+    class Own(DomainWeightedTrainer):
+        def get_train_dataloader(self):
+            data, batches = self.train_dataset.remove_columns("domain"), [[0, 1, 2, 3]] * 3
+            loader = DataLoader(data, batch_sampler=batches, collate_fn=self.data_collator)
+            return list(loader) if is_list else loader
+
+    trainer = Own(tiny_llama(), arguments(tmp_path), train_dataset=three_domains(), domain_weights=WEIGHTS)
+    with pytest.raises(RuntimeError, match=r"must draw through .* but its innermost sampler is list"):
+        trainer.train()
 
 
 def test_learning_refuses_a_sampler_of_ones_own_and_the_pairs_of_preference_trainers(tmp_path, tokenizer):

@@ -103,6 +103,15 @@ class DomainIndex:
         rows = stable_order(codes, len(found))
         return cls(names, sizes, starts, grouped_rows=rows.astype(np.int32) if len(rows) <= 2**31 else rows)
 
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, DomainIndex):
+            return NotImplemented
+        return self.names == other.names and all(
+            np.array_equal(getattr(self, name), getattr(other, name)) for name in ("sizes", "_starts", "_grouped_rows")
+        )
+
+    __hash__ = None
+
     @property
     def num_rows(self) -> int:
         """Rows of all domains together."""

@@ -1,6 +1,6 @@
 """The mean loss of a domain over a whole step, whatever loss the model or `compute_loss_func` defines."""
 
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -23,9 +23,13 @@ class DomainLoss:
 
     def __init__(self, trainer: Trainer) -> None:
         self.trainer = trainer
-        self.labels_are_shifted = _are_labels_shifted(trainer.model)
         self._is_divided: bool | None = None
         self._process_scale = _process_scale(trainer)
+
+    @cached_property
+    def labels_are_shifted(self) -> bool:
+        """See [`count_items`]; asked for in a step, since a search makes the model of a trial after its trainer begins."""
+        return _are_labels_shifted(self.trainer.model)
 
     def __call__(self, model: nn.Module, piece: DomainSlice, num_items: int) -> Tensor:
         """

@@ -184,6 +184,11 @@ class DomainLearner:
             spare (`dict[str, Any]`, *optional*): A micro-batch that this process has in any case.
         """
         for inputs in batches:
+            if DOMAIN_IDS not in inputs:
+                raise ValueError(
+                    "Every batch must come with its domains, which the trainer's own data collator adds, but a batch came "
+                    "without. Pass `data_collator` when the trainer is made, and leave `trainer.data_collator` alone."
+                )
             if (inputs[DOMAIN_IDS] < 0).any():
                 raise ValueError(
                     f"Every train example must come with its {self.args.domain_column!r}, but some come without. Keep "

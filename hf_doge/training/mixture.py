@@ -1,5 +1,6 @@
 """Training any model on data drawn by domain weights: [`DomainWeightedTrainer`] and the mixin behind it."""
 
+import inspect
 import json
 from collections.abc import Mapping
 from functools import cached_property
@@ -33,6 +34,7 @@ from hf_doge.training.sampler_guard import SamplerGuardCallback, StreamGuardCall
 
 SAMPLER_FILE = "domain_sampler.json"  # in a checkpoint
 READING_FILE = "domain_streams.json"  # likewise, of a mixture of streams
+_READ_ONCE = ("label_smoothing_factor", "neftune_noise_alpha", "bf16")  # by the Trainer, when it is made
 _ENDLESS = 2**62  # examples of a stream that the training ends, not the data
 
 
@@ -132,6 +134,7 @@ class DomainWeightedMixin:
             settings = {"seed": seed, "draw": draw, "domains": names}
             self._stream_settings = {**settings, "weights": weights}
             self.add_callback(StreamGuardCallback(settings, weights))
+            self._remember_what_is_fixed()
             return
         merged, domains = merge_domains(train_dataset, domain_column)
         super().__init__(model=model, args=args, train_dataset=merged, **kwargs)
@@ -153,6 +156,17 @@ class DomainWeightedMixin:
         seed = self.domain_sampler.seed
         self._seeded_collator = self.data_collator = SeededCollator(self.data_collator, seed=seed)
         self.add_callback(SamplerGuardCallback(self.domain_sampler))
+        self._remember_what_is_fixed()
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        order = cls.__mro__
+        if Trainer in order and order.index(Trainer) < order.index(DomainWeightedMixin):
+            base = next(base.__name__ for base in cls.__bases__ if issubclass(base, Trainer))
+            raise TypeError(
+                f"The mixin must come before the trainer it changes, but {cls.__name__} names {base} first. Write `class "
+                f"{cls.__name__}({next(b.__name__ for b in cls.__bases__ if issubclass(b, DomainWeightedMixin))}, {base})`."
+            )
 
     def _refuse_lost_column(self, domain_column: str) -> None:
         column_names = self.train_dataset.column_names  # `None` for streams that do not know
@@ -165,15 +179,15 @@ class DomainWeightedMixin:
 
     def _refuse_lost_order(self) -> None:
         """The sampler that ours takes the place of must be a plain random one: another means something to its trainer."""
-        lost = super()._get_train_sampler()
-        is_plain = type(lost) is RandomSampler and not lost.replacement and lost.num_samples == len(self.train_dataset)
-        if lost is None or is_plain:
+        get_sampler = super()._get_train_sampler
+        lost = get_sampler(self.train_dataset) if inspect.signature(get_sampler).parameters else get_sampler()
+        if type(lost) is RandomSampler and not lost.replacement and lost.num_samples == len(self.train_dataset):
             return
         below = type(self).__mro__[type(self).__mro__.index(DomainWeightedMixin) + 1 :]
         owner = next(cls.__name__ for cls in below if "_get_train_sampler" in vars(cls))
         raise ValueError(
             "Examples are drawn by the weights, so the trainer must have no order of its own, but `_get_train_sampler` of "
-            f"{owner} returns a {type(lost).__name__}, whose order (groups of one prompt, say) would be lost. Mix the data "
+            f"{owner} returns {'a ' + type(lost).__name__ if lost is not None else 'none'}, whose order (groups of one prompt, say) would be lost. Mix the data "
             f"instead: pass `interleave_domains(datasets, weights)` as `train_dataset` to {owner} without the mixin."
         )
 
@@ -213,6 +227,7 @@ class DomainWeightedMixin:
         """Follow what was set in the arguments since they were last read: at train begin, and in each trial of a search."""
         args = self.args
         self._refuse_arguments(args)
+        self._refuse_late_changes()
         if self.domain_sampler is None:
             self._refuse_endless(args)
             seed, mixed = args.seed if args.data_seed is None else args.data_seed, self._stream_settings["seed"]
@@ -228,6 +243,33 @@ class DomainWeightedMixin:
         if any(draws[name] != self._draws[name] for name in names):
             self._draws = draws
             self.domain_sampler.__init__(**self._drawn, **draws)  # the same object, which others may hold
+
+    def _remember_what_is_fixed(self, *names: str) -> None:
+        """What the Trainer or we read once, when the trainer is made."""
+        self._prepared_data = self.train_dataset
+        self._fixed_arguments = {name: getattr(self.args, name) for name in (*_READ_ONCE, *names)}
+
+    def _refuse_late_changes(self) -> None:
+        for name, value in self._fixed_arguments.items():
+            now = getattr(self.args, name, None)
+            if now != value:
+                raise ValueError(
+                    f"`{name}` must stay what the trainer was made with, {value!r}, but is {now!r} now. Make another trainer."
+                )
+        data, column = self.train_dataset, self._domain_column
+        is_same = data is self._prepared_data
+        if (
+            not is_same
+            and self.domain_sampler is not None
+            and isinstance(data, Dataset)
+            and column in data.column_names
+        ):
+            is_same = merge_domains(data, column)[1] == self.domain_sampler.domains  # other columns do no harm
+        if not is_same:
+            raise ValueError(
+                "`train_dataset` must stay what the trainer was made with, since its rows are drawn by their number, but it is "
+                f"another {type(data).__name__} now. Make another trainer."
+            )
 
     def _hp_search_setup(self, trial: Any) -> None:
         super()._hp_search_setup(trial)
@@ -256,10 +298,12 @@ class DomainWeightedMixin:
         """
         self._read_arguments()
         checkpoint = resolve_checkpoint(resume_from_checkpoint, self.args.output_dir, learns=self._learns_weights)
-        self._identity = self._describe_identity()
+        # In a trial of a search there is no model until the Trainer has made one, and then `_hp_search_setup` describes it.
+        self._identity = None if self.model is None else self._describe_identity()
         self._resumed_step = read_step(checkpoint)
         if checkpoint is not None:
-            refuse_other_run(checkpoint, self._identity)
+            if self._identity is not None:
+                refuse_other_run(checkpoint, self._identity)
             if self._resumed_step > self._get_max_steps():
                 raise ValueError(
                     f"A run must be resumed before its end, step {self._get_max_steps()}, but {checkpoint} is of step "

@@ -15,11 +15,14 @@ from hf_doge.training.same_stream import refuse_different_streams
 
 
 def get_innermost_sampler(dataloader: DataLoader) -> Sampler:
-    """The sampler that decides which examples are read, below every wrapper of accelerate."""
-    batch_sampler = dataloader.batch_sampler
+    """
+    The sampler that decides which examples are read, below every wrapper of accelerate; if there is none, what decides in its
+    place.
+    """
+    batch_sampler = getattr(dataloader, "batch_sampler", dataloader)
     while hasattr(batch_sampler, "batch_sampler"):
         batch_sampler = batch_sampler.batch_sampler
-    return batch_sampler.sampler
+    return getattr(batch_sampler, "sampler", batch_sampler)
 
 
 class SamplerGuardCallback(TrainerCallback):

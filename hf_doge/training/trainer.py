@@ -144,7 +144,7 @@ class DoGEMixin(DomainWeightedMixin):
             self._alignment_batches = DomainBatches(self.train_dataset, domains, **{**plan, "seed": plan["seed"] + 1})
         if target_dataset is not None:
             self._targets = TargetBatches(target_dataset, target_weights, **self._plan(names, for_targets=True))
-        self._fixed_arguments = {name: getattr(args, name) for name in ("mode", "domain_column")}
+        self._remember_what_is_fixed("mode", "domain_column")
         self._learner = DomainLearner(
             self,
             domains,
@@ -175,14 +175,10 @@ class DoGEMixin(DomainWeightedMixin):
         return {**super()._describe_identity(), **self._learner.identity}
 
     def _read_arguments(self) -> None:
-        super()._read_arguments()
         args, names = self.args, self._learner.domains.names
-        for name, value in self._fixed_arguments.items():
-            if getattr(args, name) != value:
-                raise ValueError(
-                    f"`{name}` must stay what the trainer was made with, {value!r}, but is {getattr(args, name)!r} now. Make "
-                    "another trainer."
-                )
+        if not isinstance(args, DoGEConfig):
+            raise ValueError(f"`args` must be a `DoGEConfig`, but is a {type(args).__name__} now.")
+        super()._read_arguments()
         args.check_arguments()
         refuse_unsupported_arguments(args, has_target=self._targets is not None)
         self._refuse_lost_domains(args, names)
