@@ -121,6 +121,69 @@ def test_a_loss_of_tokens_that_is_no_mean_over_them_is_refused(tmp_path, loss_fu
         learn(tmp_path, tiny_llama(), domains, loss_func=loss_func)
 
 
+def hand_weighted_token(outputs, labels, num_items_in_batch=None):
+    logits, labels = outputs.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
+    weights = torch.where(labels == 31, 5.0, 1.0)
+    return -(weights * logits.log_softmax(-1).gather(1, labels[:, None]).squeeze(1)).sum() / weights.sum()
+
+
+def rare_ignored(outputs, labels, num_items_in_batch=None):
+    return F.cross_entropy(outputs.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=31)
+
+
+def rare_ignored_and_divided(outputs, labels, num_items_in_batch=None):
+    logits, labels = outputs.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
+    return F.cross_entropy(logits, labels, ignore_index=31, reduction="sum") / num_items_in_batch
+
+
+class WeightedByColumn(DoGETrainer):
+    """A mean by the weights of a column."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        labels, weights = inputs["labels"][:, 1:], inputs.pop("token_weights")[:, 1:]
+        logits = model(input_ids=inputs["input_ids"]).logits
+        losses = F.cross_entropy(logits[:, :-1].transpose(1, 2), labels, reduction="none")
+        weights = weights * labels.ne(-100)
+        return (losses * weights).sum() / weights.sum()
+
+
+class Mixup(DoGETrainer):
+    """Mixes the examples of a batch, in training mode alone."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        labels = inputs.pop("labels")
+        logits = model(**inputs).logits
+        if model.training:
+            share = float(np.random.beta(1, 1))
+            logits = share * logits + (1 - share) * logits[torch.randperm(len(logits))]
+        return F.cross_entropy(logits, labels)
+
+
+def test_a_loss_that_does_otherwise_with_a_token_or_a_weight_that_does_not_occur_is_refused(tmp_path):
+    domains = {name: data for name, data in three_domains().items() if name != "code"}  # without the rare token
+    weighted = {name: data.add_column("token_weights", [[1.0] * 8] * 4) for name, data in domains.items()}
+    for loss_func in (hand_weighted_token, rare_ignored):
+        with pytest.raises(ValueError, match="in two parts"):
+            learn(tmp_path, tiny_llama(), domains, loss_func=loss_func)
+    with pytest.raises(ValueError, match="in two parts"):
+        learn(tmp_path, tiny_llama(), weighted, cls=WeightedByColumn, remove_unused_columns=False)
+    learn(tmp_path, tiny_llama(), domains, loss_func=rare_ignored_and_divided)
+
+
+def test_a_loss_that_compares_examples_in_training_mode_alone_is_refused(tmp_path):
+    with pytest.raises(
+        ValueError, match=r"labels \(of examples in training mode, against either half of them twice\)"
+    ):
+        learn(tmp_path, tiny_classifier(), classifier_domains(), cls=Mixup)
+
+
+class NoisyByNumPy(DoGETrainer):
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        labels = inputs.pop("labels")
+        logits = model(**inputs).logits
+        return F.cross_entropy(logits + torch.from_numpy(np.random.randn(*logits.shape)).float(), labels)
+
+
 def small_term(outputs, labels, num_items_in_batch=None):
     return float64_causal_loss(outputs, labels, num_items_in_batch) + 3e-4 * outputs.logits.exp().mean()
 
@@ -149,6 +212,8 @@ def tiny_mixtral(**options):
 def test_the_auxiliary_loss_of_routed_experts_is_refused_at_its_default_coefficient(tmp_path):
     with pytest.raises(ValueError, match="Switch off auxiliary losses"):
         learn(tmp_path, tiny_mixtral(output_router_logits=True), three_domains())
+    with pytest.raises(ValueError, match="Switch off auxiliary losses"):
+        learn(tmp_path, tiny_mixtral(output_router_logits=True, router_aux_loss_coef=1e-5), three_domains())
     learn(tmp_path, tiny_mixtral(), three_domains())
 
 
@@ -184,6 +249,8 @@ CUT = {
     "multi-label": (tiny_classifier, lambda: multi_labels(three_domains()), {}),
     "one example": (tiny_llama, lambda: {"a": three_domains()["code"].select([0])}, {}),
     "labels that do not count": (tiny_gpt2, half_dropped, {"per_device_train_batch_size": 4}),
+    "noise of NumPy's": (tiny_classifier, classifier_domains, {"cls": NoisyByNumPy}),
+    "noise in embeddings": (tiny_llama, lambda: three_domains(masked=0.4), {"neftune_noise_alpha": 5.0}),
     "a constant in a mean": (
         tiny_classifier,
         classifier_domains,

@@ -1,5 +1,6 @@
 """What cutting a step by domain takes for granted of its loss, tried before the first step."""
 
+import inspect
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -18,11 +19,13 @@ from torch.overrides import TorchFunctionMode
 from hf_doge.gradients.alignment import RandomReplay
 from hf_doge.gradients.independence import full_precision
 from hf_doge.gradients.sharding import is_sharded, is_spread
+from hf_doge.sampling.collation import seeded
 from hf_doge.training.step_gradients import DomainSlice, MicroBatch, count_items
 
 IGNORED = -100
 _TOLERANCE = 2e-5  # relative: room for float32's rounding, and for no other term
 _HALF_TOLERANCE = 2e-2
+_DOUBLED_TOLERANCE = 1e-6  # halving is exact in any precision
 _NUM_AS_THEY_ARE = 2  # trials before those with other labels
 _MAX_TRIALS = 18
 _LOUDER = (16.0, 1024.0)  # powers of two, in turns
@@ -105,6 +108,8 @@ class LossLaw:
             num_trials = _NUM_TRIALS_TOGETHER if makes_same_calls else self._count_trials()
             for number in range(num_trials):
                 self._try(number, is_random=is_random)
+            if is_random[0] or makes_same_calls:
+                self._try_in_training()
         self._judge()
 
     def compare(self, other: ComputeLoss) -> float | None:
@@ -122,17 +127,16 @@ class LossLaw:
         group = self._slice(self._groups[0])
         for is_training in (True, False):
             self.model.train(is_training)
-            before = torch.random.get_rng_state(), _device_state(self._device)
+            before = _random_states(self._device)
             with self._targets:
                 self._compute_loss(group, group.num_items)
-            after = torch.random.get_rng_state(), _device_state(self._device)
-            found.append(not all(map(torch.equal, before, after)))
+            found.append(before != _random_states(self._device))
         return tuple(found)
 
     def _count_trials(self) -> int:
         classes = self._classes
         if classes is None:
-            return _NUM_AS_THEY_ARE + 1
+            return _NUM_AS_THEY_ARE + len(_LOUDER)
         num_windows = ceil(len(classes) / max(1, self._slice(self._groups[0]).num_items // 2))
         return min(_NUM_AS_THEY_ARE + (max(num_windows, 2) if len(classes) > 1 else 0), _MAX_TRIALS)
 
@@ -153,8 +157,39 @@ class LossLaw:
         if counts[1] + counts[2] == counts[0] and min(counts) > 0 and all(map(isfinite, losses)):
             self._trials.append(_Trial(what, counts, losses))
 
+    def _try_in_training(self) -> None:
+        """
+        Two sets of examples with each other against either with itself, where training mode draws random numbers: what is
+        drawn for a place is then the same in all of them.
+        """
+        batch, rows = self._largest
+        alike = self._find_alike(batch, rows)
+        rows = alike if len(alike) else rows[:1].repeat(2)  # so that all processes make the same calls
+        one, other = rows.chunk(2)
+        orders = [batch.pick(torch.cat(order)) for order in ((one, other), (other, one), (one, one), (other, other))]
+        self.model.train()
+        with _louder(self.model, _LOUDER[0]):
+            mixed, turned, *same = (self._value(piece, orders[0].num_items) for piece in orders)
+        if len(alike) and all(map(isfinite, (mixed, turned, *same))):
+            what = "of examples in training mode, against either half of them twice"
+            self._trials.append(_Trial(what, (orders[0].num_items,) * 3, (mixed + turned, *same)))
+
+    def _find_alike(self, batch: MicroBatch, rows: Tensor) -> Tensor:
+        """Of which as many random numbers are drawn: an even number with as many labels and the same masks."""
+        tensors = [value for value in batch.inputs.values() if torch.is_tensor(value) and value.dim() > 1]
+        masks = [
+            value
+            for value in tensors
+            if _is_integer(value, 2) and len(value) == batch.num_examples and value.max() <= 1
+        ]
+        is_alike = batch.items[rows] == batch.items[rows[0]]
+        for mask in masks:
+            is_alike &= (mask[rows] == mask[rows[0]]).flatten(1).all(dim=1).cpu()
+        alike = rows[is_alike].unique()
+        return alike[: len(alike) // 2 * 2]
+
     def _value(self, piece: DomainSlice, num_items: int, compute_loss: ComputeLoss | None = None) -> float:
-        with self._replay("trial"):
+        with seeded((), 0), self._replay("trial"):
             return float(
                 (compute_loss or self._compute_loss)(
                     DomainSlice(dict(piece.inputs), piece.num_items), max(num_items, 1)
@@ -197,14 +232,21 @@ class LossLaw:
         seen = torch.cat([batch.inputs[name].reshape(-1).cpu() for batch in self._batches]).unique()
         seen = seen[seen != IGNORED]
         known = next((n for batch in self._batches if (n := self._targets.num_classes(batch.inputs[name]))), 0)
+        config = getattr(self.model, "config", None)
         if not known and self._batches[0].inputs[name].dim() == 1:
-            known = getattr(getattr(self.model, "config", None), "num_labels", 0) or 0
+            known = getattr(config, "num_labels", 0) or 0
+        elif not known:
+            known = len(getattr(_head(self.model), "weight", ()))
         others = torch.arange(known, dtype=seen.dtype)
         others = (
             others[~torch.isin(others, seen)] if len(seen) and seen.min() >= 0 and seen.max() < known else seen[:0]
         )
+        special = [getattr(config, f"{kind}_token_id", None) for kind in ("pad", "eos", "bos")]
+        special = torch.tensor([label for label in special if isinstance(label, int)] + self._targets.special)
+        first = torch.isin(others, special.to(others.dtype))
         generator = torch.Generator().manual_seed(0)
-        return torch.cat([some[torch.randperm(len(some), generator=generator)] for some in (seen, others)])
+        parts = (seen, others[first], others[~first])
+        return torch.cat([some[torch.randperm(len(some), generator=generator)] for some in parts])
 
     @cached_property
     def _can_be_ignored(self) -> bool:
@@ -213,11 +255,15 @@ class LossLaw:
         if name is None or not _is_integer(self._batches[0].inputs[name], 1):
             return False
         labels = [batch.inputs[name] for batch in self._batches]
-        return any(bool((found == IGNORED).any()) or self._targets.num_classes(found) > 0 for found in labels)
+        return not self._targets.ignores_another and any(
+            bool((found == IGNORED).any()) or self._targets.num_classes(found) > 0 for found in labels
+        )
 
     def _alter(self, piece: DomainSlice, number: int) -> tuple[DomainSlice, str]:
-        """The same examples with fewer labels, or with other ones."""
+        """The same examples with fewer labels, or with other ones and other weights."""
         name = self._label_name
+        if number >= _NUM_AS_THEY_ARE:
+            piece = DomainSlice({**piece.inputs, **self._with_other_weights(piece)}, piece.num_items)
         if number == 0 or name is None:
             return piece, "as they are"
         labels = piece.inputs[name].clone()
@@ -234,6 +280,19 @@ class LossLaw:
             first = (number - _NUM_AS_THEY_ARE) * ceil(num / 2)
             labels[counted] = classes[(first + torch.arange(num)) % len(classes)].to(labels.device, labels.dtype)
         return self._with_labels(piece, labels), "with other labels"
+
+    def _with_other_weights(self, piece: DomainSlice) -> dict[str, Tensor]:
+        """What the model does not take is for the loss alone, such as weights of examples or tokens, which may be all 1 here."""
+        model = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+        taken, generator = (
+            {*inspect.signature(model.forward).parameters, self._label_name},
+            torch.Generator().manual_seed(0),
+        )
+        return {
+            name: value * (1 - torch.rand(value.shape, generator=generator) / 2).to(value)
+            for name, value in piece.inputs.items()
+            if name not in taken and torch.is_tensor(value) and value.dim() > 0 and value.is_floating_point()
+        }
 
     def _split(self, piece: DomainSlice, *, size: int) -> list[DomainSlice]:
         """Two parts of a slice: the first of `size` examples and the others, or all of them with every other label."""
@@ -253,7 +312,7 @@ class LossLaw:
         for once, twice, noise in self._doubled:
             if once == 0 or not (isfinite(once) and isfinite(twice)):
                 continue
-            room = 10 * noise + _TOLERANCE * abs(once)
+            room = 10 * noise + _DOUBLED_TOLERANCE * abs(once)
             found = [
                 is_divided for is_divided, factor in ((True, 2), (False, 1)) if abs(factor * twice - once) <= room
             ]
@@ -265,9 +324,9 @@ class LossLaw:
                     "`compute_loss_func` do one of the two."
                 )
             self.is_divided = found[0]
-        if self.is_divided is None:
-            return
-        tried = [(trial, trial.sums(is_divided=self.is_divided)) for trial in self._trials]
+        tried = [(trial, trial.sums(is_divided=bool(self.is_divided))) for trial in self._trials]
+        if self.is_divided is None:  # by what holds for both kinds
+            tried = [(trial, sums) for trial, sums in tried if trial.counts[1] == trial.counts[2] == trial.counts[0]]
         usual = min(max(((abs(a) + abs(b)) / trial.counts[0] for trial, (_, a, b) in tried), default=0.0), 1.0)
         noise = max(
             (10 * noise / abs(once) for once, _, noise in self._doubled if once and isfinite(noise)), default=0
@@ -291,6 +350,8 @@ class _Targets(TorchFunctionMode):
     def __init__(self) -> None:
         super().__init__()
         self._found: list[tuple[Tensor, int]] = []
+        self.special: list[int] = []  # classes that a loss treats otherwise
+        self.ignores_another = False  # than -100
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -298,6 +359,15 @@ class _Targets(TorchFunctionMode):
             logits, target = (
                 args[at] if len(args) > at else kwargs[name] for at, name in enumerate(("input", "target"))
             )
+            weight, ignored = (
+                args[at] if len(args) > at else kwargs.get(name, default)
+                for at, name, default in ((2, "weight", None), (4, "ignore_index", IGNORED))
+            )
+            if weight is not None:
+                self.special += (weight != weight.median()).nonzero().flatten().tolist()
+            if ignored != IGNORED:
+                self.ignores_another = True
+                self.special.append(ignored)
             if not target.is_floating_point():
                 self._found.append((_counted(target), logits.shape[min(1, logits.dim() - 1)]))
         return func(*args, **kwargs)
@@ -367,15 +437,24 @@ def _device_state(device: torch.device) -> Tensor:
     return torch.empty(0) if device.type == "cpu" else torch.get_device_module(device).get_rng_state(device)
 
 
+def _random_states(device: torch.device) -> tuple:
+    numpy_state = np.random.get_state()
+    states = torch.random.get_rng_state(), _device_state(device)
+    return random.getstate(), numpy_state[1].tobytes(), numpy_state[2], *(state.numpy().tobytes() for state in states)
+
+
+def _head(model: nn.Module) -> nn.Module | None:
+    return model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+
+
 @contextmanager
 def _louder(model: nn.Module, factor: float) -> Iterator[None]:
     """
     The outputs of a model larger by a power of two, which can be taken back to the bit: one that has learned nothing has
     the same loss for all labels, of which every function is additive.
     """
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     weights = [parameter for parameter in model.parameters() if parameter.dim() == 2 and not is_spread(parameter)]
-    weight = getattr(head, "weight", weights[-1] if weights else None)
+    weight = getattr(_head(model), "weight", weights[-1] if weights else None)
     if factor == 1 or weight is None or is_spread(weight) or not weight.is_floating_point():
         yield
         return
