@@ -33,6 +33,7 @@ _BAR = "#9ecae1"
 _ROW_HEIGHT = 0.22  # inches for one domain
 _MAX_SIDE_BY_SIDE = 16  # with more domains the bars go under the trajectory, not beside it
 _MAX_NAME_LENGTH = 28
+_MAX_PIXELS = 65_000  # on a side; matplotlib 3.8 draws fewer than 2**16
 
 
 def plot_domain_weights(
@@ -317,7 +318,8 @@ def _new_figure(width: float, height: float) -> "Figure":
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError("Plots need matplotlib. Install it by `pip install 'hf-doge[plot]'`.") from error
-    figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
+    dpi = min(150, _MAX_PIXELS / max(width, height))
+    figure = Figure(figsize=(width, height), dpi=dpi, layout="constrained")
     FigureCanvasAgg(figure)
     return figure
 

@@ -121,7 +121,7 @@ def test_the_arms_of_a_seed_differ_by_their_weights_alone(tmp_path):
     def order_inside(run):
         kinds = {tuple(row): name for name, dataset in domains.items() for row in dataset["input_ids"][:].tolist()}
         found = {name: [] for name in domains}
-        for row in seen[run][:24]:
+        for row in seen[run][12:36]:  # the collator is tried out on the first batch, of 6, twice
             if row in kinds:
                 found[kinds[row]].append(row)
         return found

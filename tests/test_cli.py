@@ -228,6 +228,10 @@ def test_train_draws_by_the_learned_weights_and_evaluates_every_domain(data_dir,
     assert set(results["perplexity"]) == {"code", "prose", "wiki"}
     assert (output_dir / "model.safetensors").exists()
     assert "perplexity" in capsys.readouterr().out
+    before = contents(output_dir)
+    finished = ["--weights", str(learned), *flags_of(data_dir, learned, output_dir), "--resume_from_checkpoint=last"]
+    assert main(["train", *finished]) == 0
+    assert contents(output_dir) == before
 
 
 @pytest.mark.parametrize("weights", ["uniform", "natural"])
@@ -471,7 +475,7 @@ def test_an_unknown_flag_is_refused(data_dir, capsys):
         ("accelerator_config:\n  split_batches: true\n  split_batches: false\n", "'split_batches' stands twice"),
         ("learning_rate: 1\nlearning-rate: 2\n", "'learning_rate' and 'learning-rate' are the same"),
         ("domains: [[a]]", "under 'domains', but got ['a']"),
-        ('{"output_dir": "\\ud800"}', "under 'output_dir'"),
+        ('{"output_dir": "\\ud800"}', ("under 'output_dir'", "invalid Unicode")),  # the second: PyYAML 6.0.0
         ("mu: \xff", "must be YAML or JSON"),
     ],
 )
@@ -479,7 +483,7 @@ def test_a_config_file_that_means_something_else_than_it_says_is_refused(text, m
     (tmp_path / "config.yaml").write_bytes(text.encode("latin-1"))
     line = refusal(capsys, "learn", tmp_path / "config.yaml")
     assert "config.yaml' must" in line
-    assert message in line
+    assert any(words in line for words in ([message] if isinstance(message, str) else message))
 
 
 @pytest.mark.parametrize(

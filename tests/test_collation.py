@@ -4,6 +4,7 @@ import copy
 import functools
 import pickle
 import random
+import types
 import warnings
 
 import numpy as np
@@ -23,6 +24,14 @@ OTHER = [{"input_ids": [9, 8, 7, 6, 5, 4] * 8}]
 
 def draw_from_a_global(examples):
     return {"x": torch.from_numpy(SHARED.random(3))}
+
+
+helpers = types.ModuleType("helpers")  # of a user
+helpers.GENERATOR = np.random.default_rng(0)
+
+
+def draw_from_another_module(examples):
+    return {"x": torch.from_numpy(helpers.GENERATOR.random(3))}
 
 
 def draw_from_libraries(examples):
@@ -81,6 +90,7 @@ def masking(**options):
 COLLATORS = {
     "libraries": lambda: draw_from_libraries,
     "global": lambda: draw_from_a_global,
+    "another module": lambda: draw_from_another_module,
     "default": lambda: draw_from_a_default,
     "closure": draw_from_a_closure,
     "attributes": Drawing,

@@ -283,3 +283,126 @@ def test_a_loss_that_balances_experts_is_refused_however_small(coefficient, dtyp
         recorded(model, [batch])
     config.output_router_logits = False
     assert len(recorded(model, [batch])) == 3
+
+
+# What only later examples have
+
+ALL = [[0, 1, 2, 0]]
+COUNTED = [[0, 1, 2, 0, 1]] * 4
+
+
+def with_inputs(labels, **values):
+    """Batches of four with these labels; `values`: for each batch a further input."""
+    for number, batch in enumerate(batches(labels * len(next(iter(values.values()))))):
+        yield {**batch, **{name: torch.tensor(value[number]) for name, value in values.items()}}
+
+
+class Reading(Own):
+    """With a loss that reads further inputs, and no mask if the batch has none."""
+
+    def forward(self, input_ids, attention_mask=None, **batch):
+        mask = (input_ids != 0).long() if attention_mask is None else attention_mask
+        hidden = self.embedding(input_ids).tanh() * mask[..., None]
+        if self.pooled:
+            hidden = hidden.sum(dim=1) / mask.sum(dim=1, keepdim=True)
+        logits = self.head(hidden)
+        return SimpleNamespace(logits=logits, loss=self.loss(logits, batch, mask))
+
+
+def reading(loss, *, pooled=True, padding=None):
+    torch.manual_seed(0)
+    model = Reading(loss, pooled=pooled)
+    model.embedding = nn.Embedding(V, WIDTH, padding_idx=padding)
+    return model
+
+
+def mean_by(weight):
+    """The mean of the losses by a weight of each, over the sum of the weights."""
+
+    def loss(logits, batch, mask):
+        weights = weight(batch, mask).float()
+        losses = terms(logits, batch["labels"]).reshape(batch["labels"].shape)
+        return (weights * losses).sum() / weights.sum()
+
+    return loss
+
+
+GROUPS = {"group": [[5] * 4, [5] * 4, [5] * 4, [5] * 4, [5, 6, 0, 6]]}
+by_group = mean_by(lambda batch, mask: 1 + 4 * (batch["group"] == 6))
+LATER = {
+    "group": (reading(by_group), with_inputs(ALL, **GROUPS)),
+    "a number for each": (
+        reading(mean_by(lambda batch, mask: batch["importance"])),
+        with_inputs(ALL, importance=[[0.5] * 4, [0.5, 1.0, 2.0, 4.0]]),
+    ),
+    "a number for each token": (
+        reading(mean_by(lambda batch, mask: batch["importance"]), pooled=False),
+        with_inputs([COUNTED], importance=[[[1.0] * 5] * 4, [[1.0, 2, 3, 4, 5], [5.0, 1, 1, 1, 1], [1.0] * 5, [2.0] * 5]]),
+    ),
+    "a mask of tokens": (
+        reading(mean_by(lambda batch, mask: batch["counts"]), pooled=False),
+        with_inputs([COUNTED], counts=[[[1] * 5] * 4, [[1, 0, 0, 1, 1], [1] * 5, [0, 0, 0, 0, 1], [1] * 5]]),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", LATER)
+def test_what_only_later_examples_have_is_looked_at(kind):
+    model, given = LATER[kind]
+    with pytest.raises(ValueError, match=REFUSED):
+        recorded(model, given)
+
+
+def test_the_last_batch_of_many_is_looked_at():
+    numbers = iter(range(100))
+    model = reading(mean_by(lambda batch, mask: 1 + 4 * (batch["number"] == 39)))
+    given = list(with_inputs(ALL, number=[[next(numbers) for _ in range(4)] for _ in range(10)]))
+    assert len(recorded(model, given[:9])) == 36
+    with pytest.raises(ValueError, match=REFUSED):
+        recorded(model, given)
+
+
+def test_padding_that_no_mask_tells_of_is_looked_at():
+    model = reading(mean_by(lambda batch, mask: mask.sum(dim=1)), padding=0)
+    first, second = ({**one, "input_ids": one["input_ids"].clamp(min=1)} for one in batches(ALL * 2))
+    second["input_ids"][0, 2:] = 0
+    for batch in (first, second):
+        del batch["attention_mask"]
+    with pytest.raises(ValueError, match=REFUSED):
+        recorded(model, [first, second])
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        lambda logits, batch, mask: (
+            terms(logits, batch["labels"]).topk(min(8, len(logits))).values.mean()
+        ),  # the hardest ones
+        lambda logits, batch, mask: plain_loss(logits, batch) + (0.1 * logits.mean() ** 2 if len(logits) > 4 else 0.0),
+    ],
+)
+def test_what_shows_in_whole_batches_only_is_looked_at(loss):
+    with pytest.raises(ValueError, match=REFUSED):
+        recorded(reading(loss), batches([[0, 1, 2, 0] * 4]))
+
+
+def plain_loss(logits, batch):
+    return F.cross_entropy(logits, batch["labels"])
+
+
+def test_an_example_without_a_loss_alone_is_compared_with_the_others():
+    model = reading(lambda logits, batch, mask: F.cross_entropy(logits @ logits.T, torch.arange(len(logits))))
+    (batch,) = batches(ALL)
+    del batch["labels"]
+    with pytest.raises(ValueError, match=REFUSED):
+        recorded(model, [batch])
+
+
+@pytest.mark.parametrize("order", [("labels", "task"), ("task", "labels")])
+def test_other_inputs_get_no_values_that_they_never_have(order):
+    for tasks in ([[0] * 4] * 3, [[1, 0, 1, 0]] * 3):
+        table = torch.eye(1 + max(tasks[0]), CLASSES)
+        model = reading(lambda logits, batch, mask, table=table: plain_loss(logits + table[batch["task"]], batch))
+        given = [{**{name: batch[name] for name in ("input_ids", "attention_mask", *order)}}
+                 for batch in with_inputs(ALL, task=tasks)]  # fmt: skip
+        assert_as_alone(model, given)

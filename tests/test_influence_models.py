@@ -9,6 +9,7 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, Trainer
 
 from hf_doge import InfluenceIndex, TracInWECallback
@@ -129,6 +130,17 @@ def foreign(recorded, tmp_path):
 
 def change(path, **values):
     path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
+def test_a_model_with_old_names_of_bert_fills_the_given_one(foreign):
+    folder, weights = foreign
+    expected = open_index(folder).scores(CLASSES)
+    saved = load_file(weights / "model.safetensors")
+    old = {name.replace("Norm.weight", "Norm.gamma").replace("Norm.bias", "Norm.beta"): saved[name] for name in saved}
+    assert set(old) != set(saved)
+    save_file(old, weights / "model.safetensors", {"format": "pt"})
+    assert open_index(folder, model=tiny_classifier(seed=5)).scores(CLASSES) == pytest.approx(expected)
+    assert open_index(folder).scores(CLASSES) == pytest.approx(expected)
 
 
 def test_a_model_of_several_files_fills_the_given_one(foreign):

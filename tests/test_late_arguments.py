@@ -1,5 +1,7 @@
 """What is set in the arguments after a trainer was made counts from train begin, as a hyperparameter search sets it."""
 
+from typing import ClassVar
+
 import numpy as np
 import pytest
 import torch
@@ -13,7 +15,18 @@ from tests.tiny import three_domains, tiny_llama
 QUIET = {"use_cpu": True, "report_to": "none", "save_strategy": "no", "disable_tqdm": True, "max_steps": 3}
 
 
-def make_trainer(folder, cls=DoGETrainer, **changes):
+class SearchedTrainer(DoGETrainer):
+    """Sets the arguments of a trial where a hyperparameter search sets them, inside of `train`."""
+
+    trial: ClassVar = {}
+
+    def _hp_search_setup(self, trial):
+        for name, value in self.trial.items():
+            setattr(self.args, name, value)
+        super()._hp_search_setup(trial)
+
+
+def make_trainer(folder, cls=SearchedTrainer, **changes):
     options = {"per_device_train_batch_size": 6, "learning_rate": 0.05, "optim": "sgd", "mu": 0.1, **QUIET, **changes}
     data = {"train_dataset": three_domains(8), "target_dataset": three_domains(6)["code"]}
     return cls(None, DoGEConfig(str(folder), **options), model_init=lambda: tiny_llama(), **data)
@@ -45,12 +58,7 @@ def test_a_trial_of_a_search_is_the_run_of_a_trainer_made_for_it(tmp_path, chang
     trainer = make_trainer(tmp_path, **first)
     trainer.train()
 
-    def model_init():  # a trial's arguments are set inside of `train`, next to this
-        for name, value in changes.items():
-            setattr(trainer.args, name, value)
-        return tiny_llama()
-
-    trainer.model_init = model_init
+    trainer.trial = changes
     trainer.train()
     made = make_trainer(tmp_path, **changes)
     made.train()

@@ -379,6 +379,8 @@ def make_weighted(folder, **options):
     defaults = {"per_device_train_batch_size": 3, "save_strategy": "steps", "save_steps": 2, "max_steps": 5}
     defaults |= {"learning_rate": 0.01, "report_to": "none", "use_cpu": True, "disable_tqdm": True}
     data = {"train_dataset": options.pop("data", three_domains(8)), "domain_weights": options.pop("weights", WEIGHTS)}
+    if "collator" in options:
+        data["data_collator"] = options.pop("collator")
     model = options.pop("model", None) or tiny_gpt2(dropout=0.1)
     trainer_class = options.pop("trainer_class", DomainWeightedTrainer)
     return trainer_class(model, TrainingArguments(str(folder), **{**defaults, **options}), **data)
@@ -490,6 +492,19 @@ def test_the_checkpoint_of_another_run_is_refused_by_what_differs(weighted, chan
     trainer = make_weighted(weighted, **{"max_steps": 4, **changes})
     with pytest.raises(ValueError, match=f"must go on as it began, but the checkpoint .*{re.escape(named)}"):
         trainer.train(resume_from_checkpoint=True)
+
+
+def test_the_checkpoint_of_a_run_that_masked_otherwise_is_refused(tmp_path):
+    rows = {name: data.remove_columns("labels") for name, data in three_domains(8).items()}
+
+    def make(**options):
+        collator = masked_language_modeling(**options)
+        return make_weighted(tmp_path, data=rows, model=tiny_bert(), collator=collator, max_steps=2)
+
+    make(seed=1).train()
+    make(seed=2, pad_to_multiple_of=4).train(resume_from_checkpoint=True)  # masks by the seed of the run
+    with pytest.raises(ValueError, match=r"{'data_collator': {'random_replace_prob': 0\.1}} and this run"):
+        make(random_replace_prob=0.2).train(resume_from_checkpoint=True)
 
 
 def test_what_moves_no_weight_may_differ_in_a_resumed_run(weighted, tmp_path):

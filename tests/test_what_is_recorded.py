@@ -54,6 +54,47 @@ class Halved(Trainer):
         return 0.5 * super().compute_loss(*args, **kwargs)
 
 
+class Regularised(Trainer):
+    """Its logits get the gradient of the model's loss alone."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        outputs = model(**inputs, output_hidden_states=True)
+        return outputs.loss + 0.1 * outputs.hidden_states[1].square().mean()
+
+
+class Twice(Trainer):
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        return model(**inputs).loss + model(**{**inputs, "input_ids": inputs["input_ids"].flip(0)}).loss
+
+
+class Inside(Trainer):
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        labels = inputs.pop("labels")
+        return F.cross_entropy(model.classifier(model.bert(**inputs).pooler_output), labels)
+
+
+class Beside(Trainer):
+    """The model's loss is in what is logged, not in what is trained."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        outputs = model(**inputs)
+        return outputs.loss.detach() + F.cross_entropy(outputs.logits, inputs["labels"])
+
+
+class Later(Trainer):
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        outputs = model(**inputs)
+        return outputs.loss + (outputs.logits.square().mean() if self.state.global_step > 1 else 0)
+
+
+class Teacher(Trainer):
+    """Another run of the model, of which nothing is trained."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        model(**inputs)
+        return model(**inputs, output_hidden_states=True).loss
+
+
 def own_loss(outputs, labels, num_items_in_batch=None):
     return F.cross_entropy(outputs.logits, labels, weight=torch.tensor([1.0, 2.0, 3.0]))
 
@@ -63,6 +104,11 @@ OTHERS = {
     "from logits": {"trainer_class": FromItsLogits},
     "penalised": {"trainer_class": Penalised},
     "accumulated": {"trainer_class": Penalised, "gradient_accumulation_steps": 2},
+    "hidden states": {"trainer_class": Regularised},
+    "two runs": {"trainer_class": Twice},
+    "a part of the model": {"trainer_class": Inside},
+    "detached": {"trainer_class": Beside},
+    "later": {"trainer_class": Later},
     "label smoothing": {"label_smoothing_factor": 0.1},
 }
 
@@ -89,7 +135,15 @@ def test_a_loss_function_of_the_trainer_is_told_unless_it_is_the_recorded_one(tm
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"trainer_class": Halved}, {"bf16": True}, {"gradient_accumulation_steps": 2}]
+    "options",
+    [
+        {},
+        {"trainer_class": Halved},
+        {"trainer_class": Teacher},
+        {"gradient_checkpointing": True},
+        {"bf16": True},
+        {"gradient_accumulation_steps": 2},
+    ],
 )
 def test_multiples_of_the_models_own_loss_are_nothing_to_tell(tmp_path, tokenizer, options):
     train(tmp_path, tokenizer=tokenizer, **options)  # a warning of ours would be an error

@@ -229,12 +229,12 @@ def get_output_dir(args: TrainingArguments) -> Path:
 def get_resume(args: TrainingArguments) -> str | bool | None:
     """
     What to resume from: with `--resume_from_checkpoint last` (or `true`) the last checkpoint of the output folder, with
-    `none` (or `false`) nothing.
+    `none` (or `false`) nothing. The argument is unset, so that what is saved does not depend on how often a run was resumed.
 
     Raises:
         `ValueError`: for a word that is none of these and no folder.
     """
-    asked = args.resume_from_checkpoint
+    asked, args.resume_from_checkpoint = args.resume_from_checkpoint, None
     word = str(asked).strip().lower()
     if word in ("none", "false", "no", ""):
         return None

@@ -99,10 +99,11 @@ def main(argv: Sequence[str]) -> int:
         ),
         defaults={"output_dir": "doge_comparison", "learning_rate": 5e-4, "save_strategy": "no"},
     )
-    if isinstance(get_resume(args), str):
+    resume = get_resume(args)
+    if isinstance(resume, str):
         raise ValueError(
             "`hf-doge compare` keeps finished runs and trains the others from their start, so `--resume_from_checkpoint` must "
-            f"name no checkpoint, but got {args.resume_from_checkpoint!r}. Leave it out."
+            f"name no checkpoint, but got {resume!r}. Leave it out."
         )
     output_dir = get_output_dir(args)
     data = measure_args.load(data_args, output_dir)

@@ -30,6 +30,7 @@ from hf_doge.gradients.example_losses import (
     not_a_mean,
 )
 from hf_doge.gradients.independence import (
+    Novelty,
     altered_batches,
     class_name,
     few_examples,
@@ -46,6 +47,8 @@ from hf_doge.gradients.token_rows import PositionGradients, TokenRows, join_grou
 TIED_PARTS = ("input", "output", "full", "own")
 
 _CONCLUSIVE_LOSS = 1e-3  # below it the gradient of a cross-entropy is mostly rounding in float32
+_CONCLUSIVE_DISTANCE = 1e-7  # the same of a distance to labels that are numbers, which no softmax rounds
+_LATER_ROOM = 6  # for rounding, where batch after batch is looked at: more of them may have an unlucky example
 _NUM_COMPARED = 4  # examples of a batch that are run together, to be compared with some of them alone
 _NUM_CLASSES = 256  # so many are all asked about before a training; of more, some, and then those that occur
 
@@ -161,6 +164,9 @@ class EmbeddingGradientRecorder(AbstractContextManager):
         self._few: dict[str, object] | None = None  # examples to ask about further labels with
         self._label_name: str | None = None  # whose values are asked about one by one
         self._num_labels: int | None = None  # how many there are, if that is known
+        self._novelty = Novelty()
+        self._last: dict[str, object] | None = None  # a batch that was not compared
+        self._compared_last = False
         self._asked: set[int] = set()
         self._unasked: set[int] = set()
 
@@ -188,6 +194,9 @@ class EmbeddingGradientRecorder(AbstractContextManager):
         try:
             if kind is None:
                 self._ask_further(at_least=1)
+                if self._last is not None and not self._compared_last and self._novelty.num_batches > 8:
+                    self._compared_last = True
+                    self._parts(self._last, compare=True)
         finally:
             self._uses = None
             self._stack.close()
@@ -208,22 +217,35 @@ class EmbeddingGradientRecorder(AbstractContextManager):
             ValueError: if the batch has no `input_ids`, an example has no label, or the model does not fit (see above).
             RuntimeError: if called outside the context.
         """
-        batch = self._prepared(batch)
-        mask = padding_mask(batch) if self._may_split else None
+        given, batch = batch, self._prepared(batch)
         if self._verify:
+            mask = padding_mask(batch) if self._may_split else None
             padded = mask is not None and self._layout is None and not bool(mask.all())
             if len(batch["input_ids"]) > 1 and (padded or not self._verified):
                 self._compare(batch)
             self._note_labels(batch)
         if self._verified and self._from_logits is None:
             self._from_logits = self._logits_suffice(batch)
+        compare = self._verify and self._novelty.found(
+            given, padding_ids=self._padding_ids(), token_labels=self._losses.by_token
+        )
+        rows = self._parts(batch, compare=compare)
+        self._last = None if compare or not self._verify else batch
+        return rows
+
+    def _parts(self, batch: dict[str, object], *, compare: bool) -> TokenRows:
+        """The rows of a batch; those of two of its examples may be compared with these alone, by the model's own loss."""
         labels = batch.get("labels")
         by_class = isinstance(labels, Tensor) and not labels.is_floating_point()
-        groups = self._groups(batch, mask)
+        groups = self._groups(batch, padding_mask(batch) if self._may_split else None)
+        largest = max(groups, key=lambda group: len(group.examples))
         parts = []
         for group in groups:
             gradients, loss = self._differentiate(group.batch, from_logits=bool(self._from_logits) and by_class)
             check_finite(loss)
+            if compare and group is largest:
+                for place in {0, len(group.examples) - 1}:
+                    self._stands_alone(batch, gradients, place, int(group.examples[place]), loss, room=_LATER_ROOM)
             parts.append(gradients.merge(top_k=self.top_k, top_k_unit=self.top_k_unit, virtual=self.virtual))
         return join_groups(parts, torch.cat([group.examples for group in groups]))
 
@@ -354,7 +376,8 @@ class EmbeddingGradientRecorder(AbstractContextManager):
         gradients, loss = self._differentiate(few)
         check_finite(loss)
         conclusive = [
-            self._stands_alone(few, gradients, place, chosen[place]) for place in map(chosen.index, compared)
+            self._stands_alone(few, gradients, place, chosen[place], loss, within=place)
+            for place in map(chosen.index, compared)
         ]
         self._verified = all(conclusive)
         if self._few is None:
@@ -371,28 +394,60 @@ class EmbeddingGradientRecorder(AbstractContextManager):
         padded = torch.zeros_like(input_ids, dtype=torch.bool)
         if isinstance(mask, Tensor) and mask.shape == input_ids.shape:
             padded |= mask == 0
-        for token in (self.pad_token_id, getattr(self.model.get_input_embeddings(), "padding_idx", None)):
+        for token in self._padding_ids():
             if token is not None:
                 padded |= input_ids == token
         return padded.reshape(len(input_ids), -1).sum(dim=1)
 
-    def _stands_alone(self, batch: dict[str, object], gradients: PositionGradients, place: int, example: int) -> bool:
-        """Refuse the model if the example at a place has other rows alone; False where its loss is too small to tell."""
-        together = gradients.example_rows(place)
-        alone, loss = self._rows_alone(batch, place, strip_padding=True)
-        if self._agree(together, alone):
+    def _padding_ids(self) -> tuple[int | None, ...]:
+        return self.pad_token_id, getattr(self.model.get_input_embeddings(), "padding_idx", None)
+
+    def _stands_alone(
+        self,
+        batch: dict[str, object],
+        gradients: PositionGradients,
+        place: int,
+        example: int,
+        loss: Tensor,
+        *,
+        within: int | None = None,
+        room: float = 1,
+    ) -> bool:
+        """
+        Refuse the model if the example at a place has other rows alone; False where its loss is too small to tell.
+
+        Args:
+            batch (`dict`): With the example, at `within` if that is not `example`.
+            gradients ([`PositionGradients`]): Of some examples, the example at `place`.
+            loss (`torch.Tensor`): Theirs, summed.
+            room (`float`): For rounding, see [`rows_agree`].
+        """
+        together, at = gradients.example_rows(place), example if within is None else within
+        alone, own_loss = self._rows_alone(batch, at, strip_padding=len(batch["input_ids"]) > 1)
+        if self._agree(together, alone, room=room):
             return bool((alone[1] != 0).any())
-        if float(loss) < _CONCLUSIVE_LOSS:
-            return False
-        padded, _ = self._rows_alone(batch, place, strip_padding=False)
+        if not self._is_conclusive(own_loss, batch):
+            # next to nothing alone: then rounding is small against the rows of the others
+            sizes = gradients.input_grads.flatten(start_dim=1).norm(dim=1) * gradients.scales
+            least = float(sizes.max()) if self._is_conclusive(loss, batch) else torch.inf
+            if self._agree(together, alone, room=room, least=least):
+                return False
+        padded, _ = self._rows_alone(batch, at, strip_padding=False)
         name = type(self.model).__name__
-        if self._agree(together, padded):
+        if self._agree(together, padded, room=room):
             raise ValueError(
                 f"Padding must not change an example's gradient, but example {example} of the batch has another with "
                 f"padding than without in `{name}`. Pad inputs and labels on the side the model was made for, label "
                 f"padding {IGNORE_INDEX}, and pass `attention_mask` and, with padding on the left, `position_ids`."
             )
         raise self._dependent(f"example {example} of the batch", "")
+
+    def _is_conclusive(self, loss: Tensor, batch: Mapping[str, object]) -> bool:
+        """Whether the gradient of a loss is more than rounding."""
+        labels = batch.get("labels")
+        numbers = isinstance(labels, Tensor) and labels.is_floating_point() and self._dtype.itemsize >= 4
+        numbers = numbers and not bool(((labels == 0) | (labels == 1)).all())
+        return float(loss) >= (_CONCLUSIVE_DISTANCE if numbers else _CONCLUSIVE_LOSS)
 
     def _dependent(self, example: str, where: str) -> ValueError:
         return ValueError(
@@ -414,11 +469,11 @@ class EmbeddingGradientRecorder(AbstractContextManager):
         for first in places.tolist():
             turned = few_examples(few, places.roll(-first))
             alone, loss = self._rows_alone(turned, 0, strip_padding=False)
-            if float(loss) < _CONCLUSIVE_LOSS and ranges.get(classes) is not None:
+            if not self._is_conclusive(loss, turned) and ranges.get(classes) is not None:
                 other = (turned[classes][:1] + 1) % ranges[classes]
                 turned[classes] = torch.cat([other, turned[classes][1:]])
                 alone, loss = self._rows_alone(turned, 0, strip_padding=False)
-            if float(loss) >= _CONCLUSIVE_LOSS:
+            if self._is_conclusive(loss, turned):
                 break
         else:
             return  # all too small to tell anything
@@ -520,8 +575,10 @@ class EmbeddingGradientRecorder(AbstractContextManager):
         gradients, loss = self._differentiate(self._alone(batch, place, strip_padding=strip_padding))
         return gradients.example_rows(0), loss
 
-    def _agree(self, together: tuple[Tensor, Tensor], alone: tuple[Tensor, Tensor]) -> bool:
-        return rows_agree(together, alone, dtype=self._dtype)
+    def _agree(
+        self, together: tuple[Tensor, Tensor], alone: tuple[Tensor, Tensor], *, least: float = 0.0, room: float = 1
+    ) -> bool:
+        return rows_agree(together, alone, dtype=self._dtype, least=least, room=room)
 
     @property
     def _dtype(self) -> torch.dtype:

@@ -5,7 +5,8 @@ The examples of one batch can hide that they depend on each other: where all hav
 the plain mean. So the others are asked about with other labels, each class among them, other tokens and other lengths.
 """
 
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -20,6 +21,8 @@ _HALF_TOLERANCE = 0.3
 # Of the length of one gradient along the other: rounding of single numbers averages out in it.
 _LENGTH_TOLERANCE = {torch.float64: 1e-5, torch.float32: 2e-3}
 _HALF_LENGTH_TOLERANCE = 0.08
+
+_MOST_VALUES = 64  # an input of more is a number of its own for each example
 
 _INPUTS = {"input_ids", "attention_mask", "token_type_ids", "position_ids"}
 
@@ -86,14 +89,26 @@ def _without_ignored_ends(labels: Tensor) -> Tensor:
     return labels[:, labelled.min() : labelled.max() + 1]
 
 
-def rows_agree(example: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor], *, dtype: torch.dtype) -> bool:
+def rows_agree(
+    example: tuple[Tensor, Tensor],
+    other: tuple[Tensor, Tensor],
+    *,
+    dtype: torch.dtype,
+    least: float = 0.0,
+    room: float = 1,
+) -> bool:
     """
     Whether two computations of an example's `tokens (W,), rows (W, width)` in `dtype` differ by rounding only. A row
     that one of them lacks counts as zero.
+
+    Args:
+        least (`float`): The norm that such rows have at least, where `other` may be all rounding.
+        room (`float`): How many times what a first look allows for rounding.
     """
     (tokens, rows), (other_tokens, other_rows) = example, other
     _, difference = token_gradient_rows(torch.cat([tokens, other_tokens]), torch.cat([rows, -other_rows]))
-    return bool(difference.norm() <= _TOLERANCE.get(dtype, _HALF_TOLERANCE) * other_rows.norm())
+    tolerance = min(0.5, room * _TOLERANCE.get(dtype, _HALF_TOLERANCE))
+    return bool(difference.norm() <= tolerance * other_rows.norm().clamp(min=least))
 
 
 @contextmanager
@@ -123,6 +138,50 @@ def lengths_agree(example: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor], 
     return bool((length - 1).abs() <= _LENGTH_TOLERANCE.get(dtype, _HALF_LENGTH_TOLERANCE))
 
 
+class Novelty:
+    """
+    Which batches to look at again: those with what none before them had (a value, numbers of another size, more positions,
+    padding), for it may be what makes examples depend on each other; and the first, eighth, sixteenth, thirty-second one.
+    """
+
+    def __init__(self) -> None:
+        self.num_batches = 0
+        self._values: dict[str, set[int]] = {}
+        self._ranges: dict[str, tuple[float, float]] = {}
+
+    def found(self, batch: Mapping[str, object], *, padding_ids: Iterable[int | None], token_labels: bool) -> bool:
+        """Whether to look at a batch. `token_labels`: its `labels` are tokens, too many to know each."""
+        self.num_batches += 1
+        count = self.num_batches
+        new = count == 1 or (count >= 8 and count & (count - 1) == 0)
+        ids = batch["input_ids"]
+        padded = any(bool((ids == token).any()) for token in padding_ids if token is not None)
+        new |= self._add("padding", {int(padded)}) | self._extends("length", 1.0, float(ids.shape[-1]))
+        for name, values in batch.items():
+            if not isinstance(values, Tensor) or not values.numel() or name in _INPUTS - {"attention_mask"}:
+                continue
+            if not name.startswith("decoder_") and not (name == "labels" and token_labels):
+                if values.is_floating_point():
+                    new |= self._extends(name, float(values.min()), float(values.max()))
+                else:
+                    new |= self._add(name, set(values.unique().tolist()))
+        return new
+
+    def _add(self, name: str, values: set[int]) -> bool:
+        known = self._values.setdefault(name, set())
+        new = len(known) < _MOST_VALUES and not values <= known
+        known |= values
+        return new
+
+    def _extends(self, name: str, least: float, most: float) -> bool:
+        low, high = self._ranges.get(name, (math.inf, -math.inf))
+        room = max(high - low, 0)
+        new = least < low - room or most > high + room
+        if new:
+            self._ranges[name] = min(low, least), max(high, most)
+        return new
+
+
 def label_names(batch: Mapping[str, object]) -> list[str]:
     """What of a batch says what is to be predicted: all that is neither tokens nor goes with them."""
     size = len(batch["input_ids"])
@@ -148,7 +207,7 @@ def label_range(batch: Mapping[str, object], name: str, logits: object) -> int |
 
 def class_name(batch: Mapping[str, object], ranges: Mapping[str, int | None]) -> str | None:
     """Which of the labels says of what class an example is, if any: one whole number."""
-    for name in ranges:
+    for name in sorted(ranges, key=lambda name: name != "labels"):
         labels = batch[name]
         if labels[0].numel() == 1 and labels.dtype in (torch.int64, torch.int32) and name not in ANSWERS:
             return name
@@ -165,7 +224,10 @@ def altered_batches(batch: Mapping[str, object], ranges: Mapping[str, int | None
     """
     yield _other_tokens(batch)
     for change in (lambda labels: labels.roll(1, dims=0), lambda labels: labels[:1].expand_as(labels), _opposite):
-        other = {name: torch.cat([batch[name][:1], change(batch[name])[1:]]) for name in ranges}
+        # Whole numbers that go with labels (which task or source an example is of) may have no other values.
+        fixed = set(ranges) - {"labels"} if change is _opposite and "labels" in ranges else set()
+        fixed = {name for name in fixed if _is_whole(batch[name])}
+        other = {name: torch.cat([batch[name][:1], change(batch[name])[1:]]) for name in ranges if name not in fixed}
         if any(not torch.equal(labels, batch[name]) for name, labels in other.items()):
             yield {**batch, **other}
     for name, count in ranges.items():
@@ -180,6 +242,10 @@ def with_classes(batch: Mapping[str, object], name: str, classes: Tensor, *, fir
     drawn = classes.to(labels.device, labels.dtype)
     labels[first:].view(-1)[places] = drawn[torch.arange(len(places), device=labels.device) % len(drawn)]
     return {**batch, name: labels}
+
+
+def _is_whole(values: Tensor) -> bool:
+    return not values.is_floating_point() and values.dtype != torch.bool
 
 
 def _opposite(labels: Tensor) -> Tensor:

@@ -43,7 +43,7 @@ class SeededCollator:
 
     What it draws so depends on neither worker count nor history, and a resumed run masks what the uninterrupted one masks.
     Seeded are torch's, NumPy's and Python's own generators, and those that the collator holds: in attributes, what it wraps,
-    closures, defaults, and globals of its code, also if the first call makes them. All are left as they were. For the first
+    closures, defaults, and globals of its code, of other modules too, also if the first call makes them. All are left as they were. For the first
     batch it is called thrice, to see whether it draws from what cannot be seen; of that it warns.
 
     Args:
@@ -185,8 +185,10 @@ def _parts_of_function(function: types.FunctionType) -> list[Any]:
         code = codes.popleft()
         names += code.co_names
         codes += [constant for constant in code.co_consts if isinstance(constant, types.CodeType)]
-    named = [function.__globals__[name] for name in dict.fromkeys(names) if name in function.__globals__]
-    return [*cells, *defaults, *named]
+    names = list(dict.fromkeys(names))
+    named = [function.__globals__[name] for name in names if name in function.__globals__]
+    modules = [one for one in named if isinstance(one, types.ModuleType)]  # `module.generator`
+    return [*cells, *defaults, *named, *(vars(one)[name] for one in modules for name in names if name in vars(one))]
 
 
 def _is_filled(cell: types.CellType) -> bool:

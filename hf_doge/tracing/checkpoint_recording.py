@@ -106,13 +106,11 @@ class CheckpointRecording:
         self._trained_loss = TrainedLoss(model, args)
 
     def before_optimizer_step(self, *, learning_rate: float, state: TrainerState) -> None:
-        """Rows are made at saves. At the first step it shows whether their loss is what is trained."""
-        trained, self._trained_loss = self._trained_loss, None
-        if trained is None:
-            return
-        difference = trained.difference()
-        trained.close()
+        """Rows are made at saves. Steps show whether their loss is what is trained."""
+        difference = None if self._trained_loss is None else self._trained_loss.difference()
         if difference is not None:
+            self._trained_loss.close()
+            self._trained_loss = None
             warnings.warn(f"{difference}{ADVICE}", stacklevel=2)
 
     def after_first_step(self, *, model: nn.Module) -> None:

@@ -112,6 +112,11 @@ def _fill(model: nn.Module, checkpoint: Mapping[str, Any], path: str) -> nn.Modu
             "none of a whole model. Pass `load_model`, which gets this path and returns the model."
         )
     filled = copy.deepcopy(model)
+    # BERT's old names: transformers 5.0 writes them for a model that it has loaded.
+    names = filled.state_dict().keys()
+    for name in set(weights) - names:
+        new = name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
+        weights[new] = weights.pop(name)
     try:
         missing, unexpected = filled.load_state_dict(weights, strict=False)
     except RuntimeError as error:  # what torch raises where shapes differ

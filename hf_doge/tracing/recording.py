@@ -5,6 +5,7 @@ Rows are those of each example alone, in evaluation mode and the precision of th
 `loss_fn`): whatever the batch, accumulation, autocast, label smoothing and dropout of training.
 """
 
+import copy
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
@@ -215,6 +216,12 @@ def check_first_batch(recorder: EmbeddingGradientRecorder, batches: SequentialBa
         with full_precision(recorder.model), recorder:
             recorder.record(few.collate(0, seed=few.seed))
             recorder.ask_all_labels()
+        # What later examples have may be what makes them depend on each other. They are looked at by a copy, for what the
+        # recorder learns of the first batch decides how rows are rounded.
+        last = (len(few) - 1) // few.batch_size * few.batch_size
+        with full_precision(recorder.model), copy.copy(recorder) as other:
+            for batch in (*few.some(2 * few.batch_size), few.collate(last, seed=few.seed)):
+                other.record(batch)
     return random
 
 

@@ -1,6 +1,7 @@
-"""Whether what a Trainer differentiates is the loss that its model returns: seen at the first step, as no name tells it."""
+"""Whether what a Trainer differentiates is the loss that its model returns: seen at the first steps, as no name tells it."""
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from hf_doge.tracing.fingerprints import unwrap_model
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
 _HALF_TOLERANCE = 5e-2
 _MOST_LOGITS = 2**24  # of more, a second gradient could take memory that the training does not have
+_FIRST_STEPS = 8  # are all looked at, and then those at powers of two
 _FUSED = "fused_lm_head"  # with this, the model returns what trl adds up to the same loss
 
 ADVICE = (
@@ -25,6 +27,9 @@ class TrainedLoss:
     """
     Looks on while a model is trained, until [`close`]. What is computed does not change by a bit.
 
+    The first step can hide what later ones show: where all labels of a batch are equal, weights of classes are none. So
+    some more are looked at, ever fewer of them.
+
     Args:
         model (`nn.Module`): Of the Trainer.
         args (`TrainingArguments`): Where the model is run by other means than its own forward, nothing is seen.
@@ -34,41 +39,78 @@ class TrainedLoss:
         self._model = unwrap_model(model)
         self._is_seen = not (args.torch_compile or args.deepspeed or args.n_gpu > 1 or hasattr(args, "reweight_steps"))
         self._half_precision = args.fp16 or args.bf16
-        self._found: list[dict[str, Any]] = []
+        self._runs: list[dict[str, Any]] = []  # of the model, up to the first backward of a step
+        self._num_steps = 0
+        self._was_run = False
         self._hook = self._model.register_forward_hook(self._after_forward, with_kwargs=True)
 
     def close(self) -> None:
         """Leave the model as it was."""
         self._hook.remove()
-        self._found.clear()
+        self._runs.clear()
 
     def difference(self) -> str | None:
-        """After a backward: what is differentiated instead of the model's loss, if it is something else, in words."""
-        for found in self._found:
-            if not found["has_loss"]:
-                return "The model is trained without a loss of its own, by one that is computed from its outputs."
-            if "loss_grad" not in found:
-                return "The model returns a loss, but another one is trained, computed from its outputs."
-            if "expected" in found:
-                dtype = found["expected"].dtype
-                tolerance = _HALF_TOLERANCE if self._half_precision else _TOLERANCE.get(dtype, _HALF_TOLERANCE)
-                expected = found["loss_grad"].to(dtype) * found["expected"]
-                if (found["logits_grad"] - expected).norm() > tolerance * expected.norm():
-                    return "The loss that is trained is that of the model and something more."
+        """After the backward of a step: what is differentiated instead of the model's loss, if something else, in words."""
+        runs, self._runs = self._runs, []
+        self._num_steps += 1
+        if self._num_steps == 1 and self._is_seen and not self._was_run:
+            return "What is trained is not computed by a run of the whole model, so its loss is another one."
+        used = [run for run in runs if run["backward"]] or runs
+        if len(used) > 1:
+            return "The loss that is trained is made of several runs of the model."
+        return self._difference(used[0]) if used else None
+
+    def _difference(self, run: Mapping[str, Any]) -> str | None:
+        if not run["has_loss"]:
+            return "The model is trained without a loss of its own, by one that is computed from its outputs."
+        if "loss_grad" not in run:
+            return "The model returns a loss, but another one is trained, computed from its outputs."
+        for expected, found in zip(run["expected"], run["found"], strict=True):
+            tolerance = _HALF_TOLERANCE if self._half_precision else _TOLERANCE.get(expected.dtype, _HALF_TOLERANCE)
+            expected = run["loss_grad"].to(expected.dtype) * expected
+            if found is not None and (found - expected).norm() > tolerance * expected.norm():
+                return "The loss that is trained is that of the model and something more."
         return None
 
     def _after_forward(self, module: nn.Module, args: tuple, kwargs: Mapping[str, Any], outputs: object) -> None:
-        if not (self._is_seen and module.training and torch.is_grad_enabled()) or self._found or kwargs.get(_FUSED):
+        self._was_run = True
+        if not (self._is_seen and module.training and torch.is_grad_enabled()) or kwargs.get(_FUSED):
             return
-        loss, logits = loss_of(outputs), logits_of(outputs)
-        found: dict[str, Any] = {"has_loss": isinstance(loss, Tensor) and loss.requires_grad}
-        self._found.append(found)  # without the loss itself, whose graph is not to outlive the step
-        if not found["has_loss"]:
+        number = self._num_steps + 1
+        due = number <= _FIRST_STEPS or number & (number - 1) == 0
+        begun = any(run["backward"] for run in self._runs)
+        if not due or begun or len(self._runs) > 1:
             return
-        loss.register_hook(lambda grad: found.update(loss_grad=grad.detach().clone()))
-        if isinstance(logits, Tensor) and logits.requires_grad and logits.numel() <= _MOST_LOGITS:
-            (expected,) = torch.autograd.grad(loss, logits, retain_graph=True, allow_unused=True)
-            if expected is not None:
-                found["expected"] = expected
-                found["logits_grad"] = torch.zeros_like(expected)
-                logits.register_hook(lambda grad: found.update(logits_grad=grad.detach().clone()))
+        loss = loss_of(outputs)
+        run: dict[str, Any] = {"has_loss": isinstance(loss, Tensor) and loss.requires_grad, "backward": False}
+        self._runs.append(run)  # without the loss itself, whose graph is not to outlive the step
+        watched = _watched(module, outputs)
+        if run["has_loss"]:
+            grads = torch.autograd.grad(loss, watched, retain_graph=True, allow_unused=True) if watched else ()
+            watched = [tensor for tensor, grad in zip(watched, grads, strict=True) if grad is not None]
+            run["expected"] = [grad for grad in grads if grad is not None]
+            loss.register_hook(lambda grad: run.update(loss_grad=grad.detach().clone(), backward=True))
+        run["found"] = [None] * len(watched)
+        for place, tensor in enumerate(watched):
+            tensor.register_hook(partial(_note, run, place))
+
+
+def _watched(module: nn.Module, outputs: object) -> list[Tensor]:
+    """What else a loss may be computed from, the logits first, as far as another gradient of it takes little memory."""
+    hidden = getattr(outputs, "hidden_states", None)
+    # Checkpointed activations cannot be differentiated by.
+    if not isinstance(hidden, tuple) or any(
+        getattr(part, "gradient_checkpointing", False) for part in module.modules()
+    ):
+        hidden = ()
+    watched, room = [], _MOST_LOGITS
+    for tensor in (logits_of(outputs), *hidden[::-1]):
+        if isinstance(tensor, Tensor) and tensor.requires_grad and tensor.numel() <= room:
+            room -= tensor.numel()
+            watched.append(tensor)
+    return watched
+
+
+def _note(run: dict[str, Any], place: int, grad: Tensor) -> None:
+    run["found"][place] = grad.detach().clone()
+    run["backward"] = True

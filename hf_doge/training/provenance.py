@@ -25,7 +25,7 @@ from hf_doge.artifacts.provenance import (
 from hf_doge.sampling.domains import DomainIndex, StreamDomains
 from hf_doge.training.global_batch import examples_per_step
 
-_NUM_SAMPLED, _NUM_READ_AT_ONCE, _NUM_BYTES_READ = 1024, 64, 32_000_000  # of a domain for its fingerprint
+_NUM_SAMPLED, _NUM_READ_AT_ONCE, _NUM_BYTES_READ = 16_384, 64, 32_000_000  # of a domain for its fingerprint
 
 # Where things go and how they are shown, which changes no number, and differs from machine to machine.
 _UNTOLD = re.compile(
@@ -60,7 +60,7 @@ def describe_domains(
 
 def fingerprint_rows(dataset: Dataset, rows: np.ndarray, *, without: str) -> str:
     """
-    Digest of content: how many rows there are, and what up to 1024 of them hold, evenly spaced, the first and the last
+    Digest of content: how many rows there are, and what up to 16,384 of them hold, evenly spaced, the first and the last
     among them; fewer if they are so long that 32 MB are read before. The same content gives the same 16 hex digits,
     wherever it lies and however it was loaded.
 
@@ -78,13 +78,25 @@ def fingerprint_rows(dataset: Dataset, rows: np.ndarray, *, without: str) -> str
     for part in range(num_parts):  # each from end to end
         table = stored[chosen[part::num_parts].tolist()]
         for column in columns:
-            values = [_without_folder(value) for value in table.column(column).to_pylist()]
-            content = json.dumps([column, values], sort_keys=True, default=_to_text).encode()
+            content = _content(column, table.column(column))
             digest.update(content)
             num_read += len(content)
         if num_read > _NUM_BYTES_READ:
             break
     return digest.hexdigest()[:16]
+
+
+def _content(name: str, column: pa.ChunkedArray) -> bytes:
+    """A column as bytes, the same in whatever type it is stored. Of tokens it is their numbers, which is much faster than text."""
+    kind = column.type
+    is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+    if is_list and pa.types.is_integer(kind.value_type) and not column.null_count:
+        numbers = pc.list_flatten(column)
+        if len(numbers) and not numbers.null_count:
+            lengths = pc.list_value_length(column).to_pylist()
+            return json.dumps([name, lengths]).encode() + numbers.to_numpy().astype("<i8").tobytes()
+    values = [_without_folder(value) for value in column.to_pylist()]
+    return json.dumps([name, values], sort_keys=True, default=_to_text).encode()
 
 
 def _without_folder(value: Any) -> Any:

@@ -4,13 +4,15 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
 from transformers import Trainer, TrainingArguments
 
 from hf_doge.artifacts.provenance import public_name
+from hf_doge.sampling.collation import SeededCollator
+from hf_doge.training.collator import ColumnCollator
 from hf_doge.training.config import DoGEConfig
 from hf_doge.training.global_batch import examples_per_step
 from hf_doge.training.learning_state import STATE_FILE
@@ -35,6 +37,7 @@ _DOGE_ARGUMENTS = {field.name for field in fields(DoGEConfig)} - {field.name for
 _UNSTEADY_CONFIG = re.compile(
     r"^(transformers_version|architectures|.*dtype|_.*|use_cache|.*_token_id|problem_type|.*name_or_path|.*attn_impl.*|inference_mode)$"
 )
+_SAME_BATCH = re.compile(r"^(seed|return_.*|pad_to_multiple_of|padding_free|tf_.*)$")  # of a collator: ours seeds it
 _LENGTHLESS_SCHEDULES = ("constant", "constant_with_warmup", "inverse_sqrt", "reduce_lr_on_plateau")
 
 
@@ -66,7 +69,18 @@ def describe_identity(trainer: Trainer, *, max_steps: int, has_planned_draws: bo
     )
     if has_planned_draws or not (has_own_schedule or is_lengthless):
         identity["max_steps"] = max_steps
-    return {**identity, "model": _describe_model(model, Path(args.output_dir))}
+    collator = _describe_collator(trainer.data_collator)
+    return {**identity, "data_collator": collator, "model": _describe_model(model, Path(args.output_dir))}
+
+
+def _describe_collator(collator: Any) -> dict[str, Any]:
+    """The settings of a collator that is a dataclass, as those of transformers and trl are; of others none are known."""
+    while isinstance(collator, (SeededCollator, ColumnCollator)):
+        collator = collator.collator
+    if not is_dataclass(collator):
+        return {}
+    settings = {one.name: getattr(collator, one.name) for one in fields(collator) if not _SAME_BATCH.match(one.name)}
+    return {name: value for name, value in settings.items() if isinstance(value, (bool, int, float, str))}
 
 
 def _describe_model(model: Any, output_dir: Path) -> dict[str, Any]:
@@ -118,7 +132,7 @@ def refuse_other_run(checkpoint: Path, own: Mapping[str, Any]) -> None:
     before, now = {}, {}
     for name, value in own.items():
         if name in saved and saved[name] != value:
-            before[name], now[name] = _only_different(saved[name], value, is_open=name == "model")
+            before[name], now[name] = _only_different(saved[name], value, is_open=name in ("model", "data_collator"))
     before, now = ({name: part for name, part in one.items() if before[name] != now[name]} for one in (before, now))
     if before:
         why = "the schedule of the learning rate, or the plan of the draws, depends on `max_steps`. "
