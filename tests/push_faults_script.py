@@ -15,6 +15,7 @@ from hashlib import sha256
 from pathlib import Path
 
 from huggingface_hub import HfApi
+from huggingface_hub.constants import HF_HUB_CACHE
 
 from hf_doge.artifacts.hub.publication import Publication
 from hf_doge.artifacts.hub.push import push_publication
@@ -185,6 +186,7 @@ def main():
             for number, (name, story) in enumerate(STORIES.items() if "--stories" in sys.argv else ())
         }
         stories = {name: story.result() for name, story in begun.items()}
+    stories["cached"] = sorted(path.name for path in Path(HF_HUB_CACHE).glob("*--*"))
     print(json.dumps({"outcomes": [outcomes[number] for number in range(len(scenarios))], "stories": stories}))
 
 

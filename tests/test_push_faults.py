@@ -212,3 +212,7 @@ def test_the_same_content_may_have_the_same_tag_again_and_other_content_may_not(
 def test_what_a_person_wrote_into_the_card_while_we_pushed_is_kept(stories):
     assert "Notes of a person" in stories["an edit meanwhile"]["card"]
     assert stories["an edit meanwhile"]["line"], "each commit must be made on the one before"
+
+
+def test_a_push_leaves_nothing_in_the_cache(stories):
+    assert stories["cached"] == []
