@@ -733,3 +733,11 @@ def test_a_process_that_ends_right_after_loading_ends_well(tmp_path):
     )
     for _ in range(5):  # pyarrow's reading threads, if there were any, would abort some of these at exit
         assert subprocess.run([sys.executable, "-c", load], cwd=REPOSITORY, capture_output=True).returncode == 0
+
+
+def test_a_save_leaves_no_file_open(tmp_path):
+    make_weights().save_pretrained(tmp_path)
+    before = len(os.listdir("/dev/fd"))
+    for _ in range(3):
+        make_weights().save_pretrained(tmp_path)
+    assert len(os.listdir("/dev/fd")) <= before
