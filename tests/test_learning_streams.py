@@ -178,7 +178,7 @@ OCCUPIED = {name: stream.map(lambda row: {**row, "domain": "x"}) for name, strea
         ({"mode": "online"}, ValueError, "got streams. Load them without `streaming=True`, or set `mode='proxy'`"),
         ({"streams": STREAM}, ValueError, "or pass a dict with one stream per domain"),
         ({"streams": {"a": STREAM, "b": three_domains()["code"]}}, TypeError, "all `datasets.IterableDataset`"),
-        ({"streams": {" ": STREAM}}, ValueError, "Domain names must not be blank"),
+        ({"streams": {" ": STREAM}}, ValueError, "Domain names must be non-empty strings"),
         ({"gradient_accumulation_steps": 1, "per_device_train_batch_size": 2}, ValueError, "cannot hold 3 domains"),
     ],
 )

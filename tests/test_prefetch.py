@@ -45,7 +45,7 @@ def test_the_epoch_sought_may_be_announced_and_another_begins_at_its_first_row()
 
 
 def test_a_draw_before_the_first_is_refused():
-    with pytest.raises(ValueError, match="`draw` must not be negative, but got -1"):
+    with pytest.raises(ValueError, match="`draw` must be at least 0, but got -1"):
         make().seek(-1)
 
 

@@ -63,7 +63,7 @@ def write_index(data_dir: Path, folder: Path, task_name: str, architecture: str,
         dataset=Examples(dataset, dataset),
         tokenizer=tokenizer,
         settings=settings,
-        metadata={
+        metadata=lambda: {
             "experiment": "tracin_case_deletion",
             "task": task_name,
             "architecture": architecture,
