@@ -339,7 +339,7 @@ def test_given_learning_rates_are_taken(tmp_path, checkpoints):
         ({"settings": RecordingSettings(record="online")}, "with `record='checkpoint'`"),
         ({"learning_rates": 0.1}, "one number for each checkpoint, but there are 1 for 3"),
         ({"learning_rates": [1, 1, "x"]}, "`learning_rates` must be a number, but got .x."),
-        ({"learning_rates": [1, 1, float("inf")]}, "`learning_rates` must be in .0, 1e+30., but got inf"),
+        ({"learning_rates": [1, 1, float("inf")]}, "`learning_rates` must be in .*, but got inf"),
         ({"batch_size": 1.5}, "`batch_size` must be a whole number, but got"),
         ({"batch_size": "2"}, "`batch_size` must be a whole number, but got"),
         ({"seed": "a"}, "`seed` must be a whole number"),
