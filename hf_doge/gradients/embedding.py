@@ -217,6 +217,13 @@ class EmbeddingGradientRecorder(AbstractContextManager):
             ValueError: if the batch has no `input_ids`, an example has no label, or the model does not fit (see above).
             RuntimeError: if called outside the context.
         """
+        return self._record(batch)
+
+    def look_at(self, batch: Mapping[str, object]) -> None:
+        """Refuse a batch as [`record`] would, and keep nothing of it."""
+        self._record(batch)
+
+    def _record(self, batch: Mapping[str, object]) -> TokenRows:
         given, batch = batch, self._prepared(batch)
         if self._verify:
             mask = padding_mask(batch) if self._may_split else None

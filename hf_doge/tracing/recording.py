@@ -221,7 +221,7 @@ def check_first_batch(recorder: EmbeddingGradientRecorder, batches: SequentialBa
         last = (len(few) - 1) // few.batch_size * few.batch_size
         with full_precision(recorder.model), copy.copy(recorder) as other:
             for batch in (*few.some(2 * few.batch_size), few.collate(last, seed=few.seed)):
-                other.record(batch)
+                other.look_at(batch)
     return random
 
 
