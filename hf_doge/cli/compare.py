@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from transformers import TrainingArguments
 
@@ -81,6 +82,22 @@ class MeasureArguments:
             return None
         return Adaptation(data.targets, steps=tuple(self.adapt_steps), learning_rate=self.adapt_learning_rate)
 
+    def run_options(self, data: DomainData, data_args: DataArguments, model_args: ModelArguments) -> dict[str, Any]:
+        """What all runs of a comparison or a sweep share, as [`compare_mixtures`] takes it."""
+        config = get_config(model_args, data.tokenizer, data_args.block_size)
+        return {
+            "make_model": partial(make_model, model_args.model_name_or_path, config, data.tokenizer),
+            "train_dataset": data.train,
+            "eval_dataset": data.validation,
+            "data_collator": collate_blocks,
+            "tokens_per_example": data_args.block_size,
+            "identity": {
+                "model": model_args.model_name_or_path or config.to_dict(),
+                "data": data.fingerprints,
+            },
+            "adaptation": self.get_adaptation(data),
+        }
+
 
 def main(argv: Sequence[str]) -> int:
     """Run the command."""
@@ -108,21 +125,11 @@ def main(argv: Sequence[str]) -> int:
     output_dir = get_output_dir(args)
     data = measure_args.load(data_args, output_dir)
     mixtures = load_mixtures(comparison_args, data, block_size=data_args.block_size, args=args)
-    config = get_config(model_args, data.tokenizer, data_args.block_size)
     comparison = compare_mixtures(
-        partial(make_model, model_args.model_name_or_path, config, data.tokenizer),
-        args,
+        args=args,
         mixtures=mixtures,
         seeds=comparison_args.seeds,
-        train_dataset=data.train,
-        eval_dataset=data.validation,
-        data_collator=collate_blocks,
-        tokens_per_example=data_args.block_size,
-        identity={
-            "model": model_args.model_name_or_path or config.to_dict(),
-            "data": data.fingerprints,
-        },
-        adaptation=measure_args.get_adaptation(data),
+        **measure_args.run_options(data, data_args, model_args),
         bytes_per_token=measure_bytes_per_token(data),
     )
     comparison.save(output_dir)

@@ -12,11 +12,9 @@ from transformers import TrainingArguments
 
 from hf_doge.checks import check_count
 from hf_doge.cli.arguments import DataArguments, ModelArguments, get_output_dir, parse
-from hf_doge.cli.blocks import collate_blocks
 from hf_doge.cli.compare import MeasureArguments
 from hf_doge.cli.console import save_plot, say
 from hf_doge.cli.mixtures import estimate_for_targets
-from hf_doge.cli.models import get_config, make_model
 from hf_doge.plots import plot_sweep
 from hf_doge.training.sweep import MIN_RANK_CORRELATION, sweep_domain_weights
 
@@ -77,7 +75,7 @@ def main(argv: Sequence[str]) -> int:
     check_count("--jobs", sweep_args.jobs)
     output_dir = get_output_dir(args)
     data = measure_args.load(data_args, output_dir)
-    config = get_config(model_args, data.tokenizer, data_args.block_size)
+    options = measure_args.run_options(data, data_args, model_args)
     command = [sys.executable, "-m", "hf_doge", "sweep", *argv]
     alone = {**os.environ, IS_HELPER: "1"}
     helpers = [
@@ -86,14 +84,8 @@ def main(argv: Sequence[str]) -> int:
     ]
     try:
         weights, comparison = sweep_domain_weights(
-            partial(make_model, model_args.model_name_or_path, config),
-            args,
-            train_dataset=data.train,
-            eval_dataset=data.validation,
-            data_collator=collate_blocks,
-            tokens_per_example=data_args.block_size,
-            identity={"model": model_args.model_name_or_path or config.to_dict(), "data": data.fingerprints},
-            adaptation=measure_args.get_adaptation(data),
+            args=args,
+            **options,
             centers=[estimate_for_targets(data)] if data.targets else [],
             num_mixtures=sweep_args.num_mixtures,
             seeds=sweep_args.seeds,
