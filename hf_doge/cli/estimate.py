@@ -5,11 +5,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from hf_doge.cli.arguments import DataArguments, parse
-from hf_doge.cli.console import save_plot, say
 from hf_doge.cli.data import load_domain_data
-from hf_doge.cli.mixtures import describe_blocks, estimate_for_targets, load_weights
+from hf_doge.cli.mixtures import describe_blocks, estimate_for_targets, load_weights, save_results
 
-DOMAIN_WEIGHTS_FOLDER = "domain_weights"
 DEFAULT_VOCAB = 4096
 
 
@@ -62,9 +60,5 @@ def main(argv: Sequence[str]) -> int:
         weights = estimate_for_targets(data, order=args.order)
     else:
         weights = load_weights(args.mixture, describe_blocks(data.train, data_args.block_size))
-    folder = output_dir / DOMAIN_WEIGHTS_FOLDER
-    weights.save_pretrained(folder, plot=True)
-    plot = save_plot(weights.plot, output_dir / "domain_weights.png")
-    say(weights.summary())
-    say(f"Weights: {folder}{f', plot: {plot}' if plot else ''}")
+    save_results(weights, output_dir)
     return 0

@@ -2,20 +2,19 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from datasets import Dataset, concatenate_datasets
 from transformers import set_seed
 
-from hf_doge.artifacts import DomainWeights
 from hf_doge.checks import check_count
 from hf_doge.cli.arguments import DataArguments, ModelArguments, get_output_dir, get_resume, parse
 from hf_doge.cli.blocks import collate_blocks
-from hf_doge.cli.console import save_plot, say
+from hf_doge.cli.console import say
 from hf_doge.cli.data import load_shared_domain_data
+from hf_doge.cli.mixtures import save_results
 from hf_doge.cli.models import get_config, make_model
 from hf_doge.training.config import DoGEConfig
-from hf_doge.training.trainer import DOMAIN_WEIGHTS_FOLDER, DoGETrainer
+from hf_doge.training.trainer import DoGETrainer
 
 HELDOUT_MIX = "heldout_mix"
 TERMINATED = 143  # what shells say of a program that SIGTERM ended
@@ -99,15 +98,6 @@ def main(argv: Sequence[str]) -> int:
     if args.should_save:
         save_results(trainer.domain_weights, output_dir)
     return 0
-
-
-def save_results(weights: DomainWeights, output_dir: Path) -> None:
-    """Write the learned weights and their plot, and print both the weights and where they are."""
-    folder = output_dir / DOMAIN_WEIGHTS_FOLDER
-    weights.save_pretrained(folder, plot=True)
-    plot = save_plot(weights.plot, output_dir / "domain_weights.png")
-    say(weights.summary())
-    say(f"Weights: {folder}{f', plot: {plot}' if plot else ''}")
 
 
 def carve_heldout_mix(train: Mapping[str, Dataset], fraction: float) -> tuple[dict[str, Dataset], Dataset]:

@@ -6,8 +6,10 @@ from pathlib import Path
 from datasets import Dataset, concatenate_datasets
 
 from hf_doge.artifacts import DomainWeights
+from hf_doge.cli.console import save_plot, say
 from hf_doge.cli.data import DomainData
 from hf_doge.mixing.estimate import estimate_domain_weights
+from hf_doge.training.trainer import DOMAIN_WEIGHTS_FOLDER
 
 ESTIMATED = "estimated"
 
@@ -29,6 +31,15 @@ def estimate_for_targets(data: DomainData, *, order: int = 2) -> DomainWeights:
     return estimate_domain_weights(
         data.train, concatenate_datasets(list(data.targets.values())), order=order, max_target_tokens=None
     )
+
+
+def save_results(weights: DomainWeights, output_dir: Path) -> None:
+    """Write weights and their plot, and print both the weights and where they are."""
+    folder = output_dir / DOMAIN_WEIGHTS_FOLDER
+    weights.save_pretrained(folder, plot=True)
+    plot = save_plot(weights.plot, output_dir / "domain_weights.png")
+    say(weights.summary())
+    say(f"Weights: {folder}{f', plot: {plot}' if plot else ''}")
 
 
 def is_rule(spec: str) -> bool:
@@ -62,7 +73,7 @@ def load_weights(
     if path.is_file():
         weights = DomainWeights.from_file(path)
     else:
-        learned = path / "domain_weights"
+        learned = path / DOMAIN_WEIGHTS_FOLDER
         weights = DomainWeights.from_pretrained(learned if learned.is_dir() else spec)
     if set(weights.mean) != set(domains):
         raise ValueError(
