@@ -3,11 +3,13 @@
 import ast
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
 
 import hf_doge
+from tests.hub.handle import HubServer, last_json, run_client
 
 PACKAGE = Path(hf_doge.__file__).parent
 
@@ -56,6 +58,140 @@ def test_imports_point_down(path):
             assert root not in ("transformers", "accelerate"), f"{path.name} imports {module}"
         if room == "functional":
             assert root in ("torch", "hf_doge", "collections", "dataclasses", "typing", "math"), module
+
+
+# Sizes. The lists of exceptions may only shrink; what stands in them is how large it is today.
+
+MODULES = {path: ast.parse(path.read_text()) for path in sorted(PACKAGE.rglob("*.py"))}
+MAX_FILE, MAX_BODY, MAX_PARAMETERS = 400, 60, 12
+LONG_FILES = {
+    "artifacts/hub/push.py": 490,
+    "artifacts/influence/checkpoint_writer.py": 402,
+    "artifacts/influence/writer.py": 521,
+    "evaluation/comparison.py": 428,
+    "gradients/alignment.py": 434,
+    "gradients/embedding.py": 717,
+    "gradients/segmented.py": 471,
+    "tracing/callback.py": 404,
+    "tracing/index.py": 696,
+    "tracing/queries.py": 522,
+    "tracing/recording.py": 444,
+    "training/loss_law.py": 502,
+    "training/mixture.py": 441,
+    "training/trainer.py": 422,
+}
+LONG_BODIES = {"_parse": 100, "record_dataset": 81, "choose_alignment": 62, "__init__": 61}
+MANY_PARAMETERS = {
+    "tracing/callback.py:__init__": 21,
+    "tracing/index.py:from_pretrained": 13,
+    "tracing/recording.py:record_dataset": 13,
+    "training/sweep.py:sweep_domain_weights": 15,
+}
+
+
+def name_of(path):
+    return path.relative_to(PACKAGE).as_posix()
+
+
+def functions():
+    for path, tree in MODULES.items():
+        yield from ((path, node) for node in ast.walk(tree) if isinstance(node, ast.FunctionDef))
+
+
+def lines_of_body(function):
+    body = function.body[ast.get_docstring(function) is not None :]
+    return body[-1].end_lineno - body[0].lineno + 1 if body else 0
+
+
+def number_of_parameters(function):
+    given = function.args
+    named = [*given.posonlyargs, *given.args, *given.kwonlyargs, *filter(None, (given.vararg, given.kwarg))]
+    return sum(argument.arg not in ("self", "cls") for argument in named)
+
+
+def test_no_file_is_longer_than_400_lines():
+    lengths = {name_of(path): len(path.read_text().splitlines()) for path in MODULES}
+    assert {name: lines for name, lines in lengths.items() if lines > LONG_FILES.get(name, MAX_FILE)} == {}
+    assert [name for name in LONG_FILES if lengths.get(name, 0) <= MAX_FILE] == []
+
+
+def test_no_function_is_longer_than_60_lines():
+    lengths = {(name_of(path), one.name): lines_of_body(one) for path, one in functions()}
+    assert {key: lines for key, lines in lengths.items() if lines > LONG_BODIES.get(key[1], MAX_BODY)} == {}
+    longest = {
+        name: max((lines for (_, other), lines in lengths.items() if other == name), default=0) for name in LONG_BODIES
+    }
+    assert [name for name, lines in longest.items() if lines <= MAX_BODY] == []
+
+
+def test_no_function_has_more_than_12_parameters():
+    counts = {f"{name_of(path)}:{one.name}": number_of_parameters(one) for path, one in functions()}
+    assert {name: n for name, n in counts.items() if n > MANY_PARAMETERS.get(name, MAX_PARAMETERS)} == {}
+    assert [name for name in MANY_PARAMETERS if counts.get(name, 0) <= MAX_PARAMETERS] == []
+
+
+# Circles
+
+LARGEST_CIRCLE = 42  # modules that import each other, `TYPE_CHECKING` included; to become 0
+
+
+@cache
+def imported_by():
+    """Module -> modules of the package that it imports, wherever in it and for whatever purpose."""
+    names = {
+        ".".join(("hf_doge", *path.relative_to(PACKAGE).with_suffix("").parts)).removesuffix(".__init__"): path
+        for path in MODULES
+    }
+    graph = {}
+    for name, path in names.items():
+        found = set()
+        for node in ast.walk(MODULES[path]):
+            if isinstance(node, ast.ImportFrom):
+                found |= {f"{node.module}.{one.name}" for one in node.names} & names.keys() or {node.module}
+            elif isinstance(node, ast.Import):
+                found |= {one.name for one in node.names}
+        graph[name] = found & names.keys()
+    return graph
+
+
+def reachable(name):
+    seen, waiting = set(), [name]
+    while waiting:
+        for other in imported_by()[waiting.pop()] - seen:
+            seen.add(other)
+            waiting.append(other)
+    return seen
+
+
+def test_no_modules_import_each_other():
+    reached = {name: reachable(name) for name in imported_by()}
+    circle = sorted(name for name, others in reached.items() if name in others)
+    assert len(circle) <= LARGEST_CIRCLE, circle
+
+
+# Journeys: what a reader opens who follows a call (files, changes of file). Budgets are what is reached; they only shrink.
+
+BUDGETS = {
+    "training step": (16, 69),
+    "push": (24, 75),
+    "recording": (38, 118),
+    "search": (26, 85),
+    "evaluation": (17, 71),
+}
+
+
+@pytest.fixture(scope="module")
+def journeys(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("journeys")
+    with HubServer(folder / "hub") as hub:
+        return last_json(run_client(hub, TESTS / "journeys.py", folder / "work"))
+
+
+@pytest.mark.parametrize("name", BUDGETS)
+def test_a_reader_opens_few_files(journeys, name):
+    files, moves = BUDGETS[name]
+    assert len(journeys[name]["files"]) <= files, journeys[name]["files"]
+    assert len(journeys[name]["moves"]) <= moves, journeys[name]["moves"]
 
 
 def run_python(code):

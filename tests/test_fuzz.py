@@ -33,8 +33,8 @@ from hf_doge.evaluation.influence.bootstrap import bootstrap_interval
 from hf_doge.evaluation.influence.rank_metrics import recall_at, top_overlap
 from hf_doge.functional.doge import clamp_scores, update_domain_weights
 from hf_doge.functional.tracin_we import top_k_rows
-from tests.influence_tools import classifier, sentences, tokenised, train, wordpiece_tokenizer
 from tests.tiny import tiny_llama
+from tests.tracing.influence_tools import classifier, sentences, tokenised, train, wordpiece_tokenizer
 
 SEED, VALUES_PER_ARGUMENT, LIMIT_SECONDS = 14, 45, 20
 HUGE = 10**200

@@ -18,9 +18,9 @@ from transformers import AutoTokenizer
 from hf_doge import InfluenceIndex
 from hf_doge.artifacts import DomainWeights
 from hf_doge.cli import main
+from tests.artifacts.test_domain_weights import make_weights
+from tests.cli.test_cli import TINY, write_data
 from tests.hub.handle import HubServer, client_environment
-from tests.test_cli import TINY, write_data
-from tests.test_domain_weights import make_weights
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 

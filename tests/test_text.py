@@ -18,7 +18,7 @@ from hf_doge.evaluation.comparison import Comparison, MixtureRun
 from hf_doge.text import hide_secrets, printable, require_printable
 from hf_doge.tracing.html import render_page
 from hf_doge.tracing.words import Reading
-from tests.influence_rows import open_writer, random_rows, write_checkpoint, write_index
+from tests.artifacts.influence_rows import open_writer, random_rows, write_checkpoint, write_index
 
 UNSEEN = [
     "\n",

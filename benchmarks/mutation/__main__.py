@@ -2,7 +2,7 @@
 Changes the code of the package in one place at a time and asks whether a test fails: mutants that live show where none
 watches.
 
-    for file in tests/test_*.py; do CALLS=calls/$(basename $file).json python -m pytest $file -p benchmarks.mutation.calls; done
+    for file in $(find tests -name "test_*.py"); do CALLS=calls/$(basename $file).json python -m pytest $file -p benchmarks.mutation.calls; done
     python -m benchmarks.mutation --calls calls --per_file 12 --output_dir outputs/mutation
 
 `--calls` says which tests call the changed function. The quickest of them run first, up to `--seconds`, and for those that
@@ -39,7 +39,7 @@ FILES = [
     "hf_doge/training/learning_state.py",
 ]
 # Code that runs in processes of its own, which the plugin does not see.
-ELSEWHERE = {"hf_doge/artifacts/hub/": ["test_push_faults", "test_hub_refusals"]}
+ELSEWHERE = {"hf_doge/artifacts/hub/": ["hub/test_push_faults", "hub/test_hub_refusals"]}
 GUARDS = re.compile(
     r"raise |sha256|checksum|sync|lock|parent|revision|symlink|drive|absolute|version|require_|refuse|unlink|replace|\.\."
 )

@@ -1,0 +1,221 @@
+"""Files of an index that are not what they must be, although every checksum is right: told by name, before harm is done."""
+
+import hashlib
+import json
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from hf_doge.artifacts.influence import IndexReader
+from tests.artifacts.influence_rows import NUM_EXAMPLES, WIDTH, random_rows, write_index
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return write_index(tmp_path / "index", random_rows(NUM_EXAMPLES), random_rows(NUM_EXAMPLES, seed=1))
+
+
+def change_config(folder, change):
+    config = json.loads((folder / "config.json").read_text())
+    change(config)
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def sign_anew(folder):
+    """Make all checksums right."""
+
+    def sign(config):
+        def checksum(path):
+            return hashlib.sha256((folder / path).read_bytes()).hexdigest()
+
+        config["files"] = {path: checksum(path) for path in config["files"]}
+        for checkpoint in config["checkpoints"]:
+            for file in checkpoint["files"]:
+                for key in ("", "offsets_"):
+                    if file.get(f"{key}path"):
+                        file[f"{key}sha256"] = checksum(file[f"{key}path"])
+
+    change_config(folder, sign)
+
+
+def rewrite(folder, kind, change):
+    """Change the table of the second segment; its path."""
+    config = json.loads((folder / "config.json").read_text())
+    path = config["checkpoints"][0]["files"][1][kind]
+    table = change(pq.read_table(folder / path, use_threads=False))
+    pq.write_table(table, folder / path)
+    sign_anew(folder)
+    return path
+
+
+def with_column(table, name, edit, *, kind=None):
+    column = table[name].combine_chunks()
+    values = column.to_numpy(zero_copy_only=False).copy()
+    changed = edit(values)
+    position = table.column_names.index(name)
+    return table.set_column(position, name, pa.array(values if changed is None else changed, kind or column.type))
+
+
+def with_grad(table, edit, *, kind=None, width=WIDTH):
+    values = table["grad"].combine_chunks().flatten().to_numpy().copy()
+    edit(values)
+    array = pa.array(
+        values[: len(table) * width].astype((kind or pa.float16()).to_pandas_dtype()), kind or pa.float16()
+    )
+    return table.set_column(3, "grad", pa.FixedSizeListArray.from_arrays(array, width))
+
+
+def put(position, value):
+    def edit(values):
+        values[position] = value
+
+    return edit
+
+
+def exchange(values):
+    values[[0, -1]] = values[[-1, 0]]
+
+
+def move_one(values):
+    """Another token, in order still."""
+    gap = np.flatnonzero(np.diff(values) > 1)[0]
+    values[gap] += 1
+
+
+SEGMENTS = {
+    "`grad` must be finite": lambda table: with_grad(table, put(3, np.nan)),
+    "columns must be .*grad fixed_size_list<.*halffloat.*, but are": lambda table: with_grad(
+        table, put(0, 1), kind=pa.float32()
+    ),
+    r"columns must be .*\[8\], scale float, but are .*\[4\]": lambda table: with_grad(table, put(0, 1), width=4),
+    "columns must be checkpoint .*, but are checkpoint": lambda table: table.drop_columns(["scale"]),
+    r"`token_id` must ascend within \[0, 50\)": lambda table: with_column(table, "token_id", exchange),
+    r"`token_id` must ascend within": lambda table: with_column(table, "token_id", put(-1, 50)),
+    r"`token_id` must ascend": lambda table: with_column(table, "token_id", put(0, -1)),
+    r"`example_id` must be in \[": lambda table: with_column(table, "example_id", put(0, 10**6)),
+    "`example_id` must be in": lambda table: with_column(table, "example_id", put(0, -1)),
+    "rows must be sorted by `token_id` and `example_id`, none twice": lambda table: pa.concat_tables(
+        [table.slice(0, 1), table.slice(0, 1), table.slice(2)]
+    ),
+    "it must have .* rows, but has": lambda table: table.slice(1),
+    "no value may be null": lambda table: with_column(table, "token_id", lambda values: [None, *values[1:].tolist()]),
+    "`checkpoint` must be its own": lambda table: with_column(table, "checkpoint", put(0, 1)),
+}
+
+
+@pytest.mark.parametrize("law", SEGMENTS)
+def test_a_manipulated_segment_is_named_with_what_is_wrong(folder, tmp_path, law):
+    path = rewrite(folder, "path", SEGMENTS[law])
+    reader = IndexReader.open(folder, cache_dir=tmp_path / "cache")
+    with pytest.raises(ValueError, match=f"{path}' are damaged or were manipulated: {law}"):
+        reader.self_influence(0)
+    assert list((tmp_path / "cache").iterdir()) == []
+    assert reader.self_influence(1).any()
+
+
+OFFSETS = {
+    "`grad_byte` must ascend": lambda table: with_column(table, "grad_byte", exchange),
+    "`grad_byte` must lie in the file of": lambda table: with_column(table, "grad_byte", put(-1, 10**9)),
+    "`example_byte` must ascend": lambda table: with_column(table, "example_byte", put(0, -5)),
+    "`num_rows` must be at least 1": lambda table: with_column(table, "num_rows", put(0, 0)),
+    "`num_rows` must add up to": lambda table: with_column(table, "num_rows", put(0, 10**6)),
+    r"`token_id` must ascend within \[0, 50\)": lambda table: with_column(table, "token_id", exchange),
+    "columns must be .*, but are": lambda table: with_column(table, "num_rows", put(0, 1), kind=pa.int64()),
+    "no value may be null": lambda table: with_column(table, "token_id", lambda values: [None, *values[1:].tolist()]),
+    "they must tell of the rows that": lambda table: with_column(table, "token_id", move_one),
+}
+
+
+@pytest.mark.parametrize("law", OFFSETS)
+def test_manipulated_offsets_are_named_with_what_is_wrong(folder, tmp_path, law):
+    path = rewrite(folder, "offsets_path", OFFSETS[law])
+    reader = IndexReader.open(folder, cache_dir=tmp_path / "cache")
+    with pytest.raises(ValueError, match=f"{path}' are damaged or were manipulated: {law}"):
+        reader.self_influence(0)
+
+
+def test_a_file_that_is_no_parquet_is_named(folder, tmp_path):
+    config = json.loads((folder / "config.json").read_text())
+    for kind in ("path", "offsets_path"):
+        path = config["checkpoints"][0]["files"][1][kind]
+        content = (folder / path).read_bytes()
+        for damaged in (b"no Parquet", content[: len(content) // 2], content[:-20] + bytes(20)):
+            (folder / path).write_bytes(damaged)
+            sign_anew(folder)
+            with pytest.raises(ValueError, match=f"{path}' must be a Parquet file, but cannot be read"):
+                IndexReader.open(folder, cache_dir=tmp_path / "cache").self_influence(0)
+        (folder / path).write_bytes(content)
+
+
+def set_in(*keys, value):
+    def change(config):
+        for key in keys[:-1]:
+            config = config[key]
+        config[keys[-1]] = value
+
+    return change
+
+
+FILE = ("checkpoints", 0, "files", 0)
+CLAIMS = {
+    r"must have `vocabulary_size` in \[1, ": set_in("vocabulary_size", value=2**40),
+    r"must have `width` in \[1, ": set_in("width", value=2**40),
+    "must store rows of `width`": set_in("stored_width", value=4),
+    "must have the projection of `stored_width`": set_in("projection", value={"width": 3, "seed": 0, "sha256": ""}),
+    "must hold examples 0 to": set_in("num_examples", value=2**36),
+    "must have at most .* rows in": set_in(*FILE, "num_rows", value=2**40),
+    "must have finite scales above 0": set_in(*FILE, "scale", value=0),
+    "must have finite learning rates": set_in("checkpoints", 0, "learning_rate", value=-1),
+    r"must lie in the folder, but got '\.\./x'": set_in(*FILE, "path", value="../x"),
+    "must lie in the folder, but got '/etc/x'": set_in(*FILE, "offsets_path", value="/etc/x"),
+    "must lie in the folder, but got 'C:x'": set_in(*FILE, "path", value="C:x"),
+    "must lie in the folder, but got '//server/share/x'": set_in(*FILE, "path", value="//server/share/x"),
+    r"must lie in the folder, but got '\.\.\\\\x'": set_in(*FILE, "path", value="..\\x"),
+    r"must lie in the folder, but got 'a\\x00'": set_in(*FILE, "path", value="a\0"),
+    "must lie in the folder, but got ''": set_in(*FILE, "path", value=""),
+    r"must lie in the folder, but got '\.'": set_in("files", ".", value="0"),
+    r"must lie in the folder, but got 'examples/\.\./\.\./x'": set_in("files", "examples/../../x", value="0"),
+    "must not lead out of the folder by `path`": set_in("checkpoints", 0, "path", value="models/../../x"),
+}
+
+
+@pytest.mark.parametrize("law", CLAIMS)
+def test_what_config_json_claims_is_checked_before_anything_is_read(folder, law):
+    change_config(folder, CLAIMS[law])
+    with pytest.raises(ValueError, match=law):
+        IndexReader.open(folder)
+
+
+def test_a_number_of_examples_that_the_files_do_not_have_is_refused(folder):
+    """Each takes memory in every search."""
+
+    def claim(config):
+        config["num_examples"] = 2**36
+        for checkpoint in config["checkpoints"]:
+            last = checkpoint["files"][-1]
+            last["num_examples"] = 2**36 - last["first_example"]
+
+    change_config(folder, claim)
+    with pytest.raises(ValueError, match="must have 68719476736 examples, as its config"):
+        IndexReader.open(folder)
+
+
+def test_examples_in_another_order_are_refused(folder):
+    path = folder / "examples/train-00000-of-00001.parquet"
+    table = pq.read_table(path, use_threads=False)
+    pq.write_table(table.take([1, 0, *range(2, NUM_EXAMPLES)]), path)
+    sign_anew(folder)
+    with pytest.raises(ValueError, match="must have the examples 0 to 39 in this order"):
+        len(IndexReader.open(folder).examples)
+
+
+def test_a_scale_other_than_the_one_of_the_rows_is_told(folder, tmp_path):
+    def double(config):
+        config["checkpoints"][0]["files"][1]["scale"] *= 2
+
+    change_config(folder, double)
+    path = json.loads((folder / "config.json").read_text())["checkpoints"][0]["files"][1]["path"]
+    with pytest.raises(ValueError, match=f"The rows of '{path}' were written with the scale .*, but config.json"):
+        IndexReader.open(folder, cache_dir=tmp_path / "cache")

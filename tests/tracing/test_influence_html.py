@@ -1,0 +1,144 @@
+from html.parser import HTMLParser
+
+import pytest
+
+from hf_doge.tracing.html import render_page, shade
+from hf_doge.tracing.words import read_text
+from tests.tracing.influence_tools import byte_level_tokenizer, wordpiece_tokenizer
+
+ATTACK = "<script>alert('goal & \"team\"')</script> market"
+VOID = {"meta", "br"}
+
+
+class Page(HTMLParser):
+    """Collects what a browser would see."""
+
+    def __init__(self, page):
+        super().__init__()
+        self.open, self.tags, self.attributes, self.text, self.marks = [], [], [], [], []
+        self.feed(page)
+        assert not self.open, f"never closed: {self.open}"
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        self.attributes += attributes
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text.append(data)
+        if self.open and self.open[-1] == "mark":
+            self.marks.append(data)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return wordpiece_tokenizer()
+
+
+def make_hit(tokenizer, text, *, query=0, kind="proponent", query_text="A new market", sign=1.0, **columns):
+    tokens = sorted(set(tokenizer(query_text)["input_ids"]))
+    parts = [sign * (position + 1) for position in range(len(tokens))]
+    return {
+        "query": query,
+        "rank": 1,
+        "kind": kind,
+        "example_id": 4,
+        "score": sign,
+        "special_token_share": 0.25,
+        "words": ["market", "<b>"],
+        "word_scores": [0.75 * sign, 0.25 * sign],
+        "token_ids": tokens,
+        "token_scores": parts,
+        "example_token_ids": tokens,
+        "example_token_scores": parts,
+        "query_label": 2.0,
+        "query_text": query_text,
+        "text": text,
+        **columns,
+    }
+
+
+def render(hits, tokenizer):
+    return render_page(
+        hits,
+        read_query=lambda hit: read_text(tokenizer, [hit["query_text"]]),
+        read_example=lambda hit: read_text(tokenizer, [hit["text"]]) if hit["text"] else None,
+    )
+
+
+def test_everything_is_escaped_and_nothing_runs(tokenizer):
+    hits = [make_hit(tokenizer, ATTACK, query_text=ATTACK, label=1, label_name="<img src=x onerror=alert(1)>")]
+    text = render(hits, tokenizer)
+    page = Page(text)
+    assert "script" not in page.tags
+    assert "img" not in page.tags
+    assert "b" not in page.tags
+    assert not any(name.startswith("on") for name, _ in page.attributes)
+    assert ATTACK in "".join(page.text)  # and yet it reads as it was written
+    assert "1 (<img src=x onerror=alert(1)>)" in "".join(page.text)
+
+
+def test_the_page_needs_nothing_else(tokenizer):
+    text = render([make_hit(tokenizer, "The market.")], tokenizer)
+    page = Page(text)
+    assert not {name for name, _ in page.attributes} & {"src", "href", "srcset"}
+    assert "url(" not in text
+    assert "@import" not in text
+    assert "://" not in text
+    assert "color-scheme: light dark" in text
+
+
+def test_queries_and_hits_stand_in_order_with_their_facts(tokenizer):
+    hits = [
+        make_hit(tokenizer, "The market."),
+        make_hit(tokenizer, "A goal.", kind="opponent", sign=-1.0),
+        make_hit(tokenizer, "", query=1),
+    ]
+    page = Page(render(hits, tokenizer))
+    text = "".join(page.text)
+    assert (
+        text.index("Query 0, label 2") < text.index("proponent 1") < text.index("opponent 1") < text.index("Query 1")
+    )
+    assert page.tags.count("section") == 2
+    assert page.tags.count("article") == 3
+    assert "special tokens 25%" in text
+    assert "score -1" in text
+
+
+def test_words_are_shaded_by_their_part_relative_to_the_largest(tokenizer):
+    reading = read_text(tokenizer, ["market team goal"])
+    market, team, goal = (
+        tokenizer(word, add_special_tokens=False)["input_ids"] for word in ("market", "team", "goal")
+    )
+    parts = {market[0]: 2.0, team[0]: -1.0, **{token: 0.0 for token in goal if token not in (market[0], team[0])}}
+    text = shade(reading, parts)
+    assert 'rgba(22, 163, 74, 0.600)" title="+2">market</mark>' in text
+    assert 'rgba(220, 38, 38, 0.300)" title="-1">team</mark>' in text
+    assert "".join(Page(text).text) == "market team goal"
+
+
+def test_words_that_are_not_shared_are_not_shaded(tokenizer):
+    reading = read_text(tokenizer, ["market team"])
+    assert shade(reading, {}) == "market team"
+    assert Page(shade(reading, {tokenizer("team")["input_ids"][1]: 1.0})).marks == ["team"]
+
+
+def test_text_from_right_to_left_keeps_its_letters_and_order():
+    text = "مرحبا بالعالم שלום"
+    tokenizer = byte_level_tokenizer([text] * 3, vocab_size=280)
+    reading = read_text(tokenizer, [text])
+    shaded = shade(reading, dict.fromkeys(reading.token_ids, 1.0))
+    page = Page(shaded)
+    assert "".join(page.text) == text
+    assert page.marks == text.split()  # no mark inside a word, where it would break the joining of letters
+    whole = render([make_hit(tokenizer, text, query_text=text)], tokenizer)
+    assert whole.count('dir="auto"') == 2
+    assert "<bdi>" in whole
+
+
+def test_no_hits_is_said(tokenizer):
+    assert "No training example has a score other than 0." in render([], tokenizer)
