@@ -16,10 +16,10 @@ from pathlib import Path
 
 import torch
 
+from hf_doge.evaluation.influence.experiment import InfluenceEvaluation, evaluate_small_task
+from hf_doge.evaluation.influence.scorers import SCORERS
+from hf_doge.evaluation.influence.small_tasks import load_small_task
 from hf_doge.influence_plots import plot_case_deletion
-from hf_doge.tracing.influence_evaluation import InfluenceEvaluation, evaluate_small_task
-from hf_doge.tracing.scorers import SCORERS
-from hf_doge.tracing.small_tasks import load_small_task
 
 SCORERS_WITHOUT_LIBRARY = [name for name in SCORERS if not name.startswith("bm25")]
 

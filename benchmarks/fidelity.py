@@ -22,12 +22,17 @@ import torch
 
 from hf_doge.artifacts.influence import IndexReader, IndexWriter
 from hf_doge.evaluation.influence.fidelity import fidelity_table, measure_fidelity
+from hf_doge.evaluation.influence.scorers.base import Batches
+from hf_doge.evaluation.influence.small_models import (
+    Checkpoint,
+    TrainingRecipe,
+    make_classifier,
+    to_batches,
+    train_classifier,
+)
+from hf_doge.evaluation.influence.small_tasks import load_small_task
 from hf_doge.gradients.embedding import EmbeddingGradientRecorder
 from hf_doge.gradients.token_rows import TokenRows
-from hf_doge.tracing.scorers.base import Batches
-from hf_doge.tracing.small_classifiers import make_classifier
-from hf_doge.tracing.small_tasks import load_small_task
-from hf_doge.tracing.small_training import Checkpoint, TrainingRecipe, to_batches, train_classifier
 
 FORMS = {
     "exact (float32)": {"dtype": "float32"},

@@ -31,7 +31,7 @@ from transformers import (
 
 from benchmarks.small_tokenizer import train_wordpiece
 from hf_doge import InfluenceIndex, TracInWECallback
-from hf_doge.tracing.small_classifiers import make_classifier
+from hf_doge.evaluation.influence.small_models import make_classifier
 
 MAX_LENGTH = 96
 LEARNING_RATES = {"cnn": 1e-3, "bert": 5e-4}

@@ -26,7 +26,7 @@ from safetensors.torch import load_file
 
 from hf_doge import DomainWeights, InfluenceIndex
 from hf_doge.artifacts.cards import PLOT_FILE
-from hf_doge.tracing.small_classifiers import ConvolutionalClassifier
+from hf_doge.evaluation.influence.small_models import ConvolutionalClassifier
 from tests.hub import HubServer, last_json, run_client
 
 HERE = Path(__file__).parent

@@ -16,9 +16,9 @@ import torch
 
 import hf_doge
 from hf_doge import DoGEConfig, DoGETrainer, InfluenceIndex, TracInWECallback
-from hf_doge.tracing.influence_evaluation import evaluate_small_task
-from hf_doge.tracing.small_tasks import SmallTask
-from hf_doge.tracing.small_training import TrainingRecipe
+from hf_doge.evaluation.influence.experiment import evaluate_small_task
+from hf_doge.evaluation.influence.small_models import TrainingRecipe
+from hf_doge.evaluation.influence.small_tasks import SmallTask
 from tests.artifacts.test_domain_weights import make_weights
 from tests.tiny import three_domains, tiny_gpt2
 from tests.tracing.influence_tools import classifier, sentences, tokenised, train, wordpiece_tokenizer

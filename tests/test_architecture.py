@@ -21,12 +21,12 @@ BELOW = {
     "gradients": {"functional"},
     "sampling": set(),
     "artifacts": {"functional", "gradients", "sampling", "plots", "_version"},
-    "evaluation": {"functional", "artifacts", "plots", "_version"},
+    "evaluation": {"functional", "gradients", "artifacts", "plots", "_version"},
     "mixing": {"functional", "sampling", "artifacts", "_version"},
     "plots": {"artifacts"},
     "influence_plots": {"plots"},
     "training": {"functional", "gradients", "sampling", "artifacts", "evaluation", "mixing", "plots", "_version"},
-    "tracing": {"functional", "gradients", "sampling", "artifacts", "evaluation", "_version"},
+    "tracing": {"functional", "gradients", "sampling", "artifacts", "_version"},
     "cli": {
         *("functional", "gradients", "sampling", "artifacts", "evaluation", "training", "tracing", "mixing"),
         *("plots", "influence_plots", "_version"),
@@ -176,7 +176,7 @@ BUDGETS = {
     "push": (24, 75),
     "recording": (38, 118),
     "search": (26, 85),
-    "evaluation": (17, 71),
+    "evaluation": (16, 66),
 }
 
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from hf_doge.evaluation.influence.scorers.base import Batches
 from hf_doge.gradients.embedding import EmbeddingGradientRecorder
-from hf_doge.tracing.scorers.base import Batches
 
 
 def layer_gradients(model: nn.Module, batches: Batches, layers: Sequence[str]) -> dict[str, Tensor]:

@@ -4,7 +4,7 @@ Case deletion: what becomes of a prediction when its strongest proponents or opp
 Decided before the first result was seen:
 
 - Sets ag_news, toxicity_jigsaw, snli; the CNN of the paper's notebook and a transformer, both tiny and from scratch; 500
-  training examples of at most 32 tokens, Adam, four checkpoints, the recipes of `hf_doge.tracing.influence_evaluation`.
+  training examples of at most 32 tokens, Adam, four checkpoints, the recipes of `hf_doge.evaluation.influence.experiment`.
 - Test points in blocks of 5, from one permutation of the test examples; a round is one block of each of the six tables.
   Six rounds are planned at small scale. Should the clock stop it, whole rounds count and no others, whatever they show.
 - k = 10 and 40 of 500. Scores are of seed 1's run; each block retrains under one seed of its own, never 1: a retraining costs
@@ -56,22 +56,22 @@ from benchmarks.reproduce.arguments import Arguments
 from benchmarks.reproduce.layer_gradients import cancellation_by_entry, layer_gradients, weight_layers
 from benchmarks.reproduce.report import Results, Table, new_figure
 from benchmarks.reproduce.tracin_scorers import AdamCheckpoint, make_adam_scorer, make_experiment_scorer
+from hf_doge.evaluation.influence.cancellation import cancellation_ratios
 from hf_doge.evaluation.influence.case_deletion import case_deletion
 from hf_doge.evaluation.influence.deletion_result import CaseDeletionResult
-from hf_doge.evaluation.intervals import Interval, t_interval
-from hf_doge.functional.tracin_we import cancellation_ratio
-from hf_doge.tracing.cancellation import cancellation_ratios
-from hf_doge.tracing.influence_evaluation import RECIPES
-from hf_doge.tracing.second_moments import second_moments_of
-from hf_doge.tracing.small_classifiers import make_classifier
-from hf_doge.tracing.small_tasks import SPECIAL_TOKENS, SmallTask, load_small_task
-from hf_doge.tracing.small_training import (
+from hf_doge.evaluation.influence.experiment import RECIPES
+from hf_doge.evaluation.influence.small_models import (
     Checkpoint,
     TrainingRecipe,
+    make_classifier,
     predict_probabilities,
     to_batches,
     train_classifier,
 )
+from hf_doge.evaluation.influence.small_tasks import SPECIAL_TOKENS, SmallTask, load_small_task
+from hf_doge.evaluation.intervals import Interval, t_interval
+from hf_doge.functional.tracin_we import cancellation_ratio
+from hf_doge.tracing.second_moments import second_moments_of
 
 TASKS = ("ag_news", "toxicity_jigsaw", "snli")
 ARCHITECTURES = ("cnn", "transformer")

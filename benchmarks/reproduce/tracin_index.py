@@ -22,19 +22,19 @@ from transformers import DataCollatorWithPadding, PreTrainedTokenizerFast
 from benchmarks.reproduce.machine import describe_commit
 from benchmarks.reproduce.tracin_case_deletion import SIZES, train_explained
 from hf_doge import InfluenceIndex
+from hf_doge.evaluation.influence.scorers import TracInWEScorer
+from hf_doge.evaluation.influence.small_models import to_batches
+from hf_doge.evaluation.influence.small_tasks import PAD, SEPARATOR, START, UNKNOWN
 from hf_doge.tracing.batches import SequentialBatches
 from hf_doge.tracing.examples import Examples
 from hf_doge.tracing.recording import make_recorder, record_checkpoint
-from hf_doge.tracing.scorers import TracInWEScorer
 from hf_doge.tracing.settings import RecordingSettings
 from hf_doge.tracing.shared_index import open_shared_index
-from hf_doge.tracing.small_tasks import PAD, SEPARATOR, START, UNKNOWN
-from hf_doge.tracing.small_training import to_batches
 from hf_doge.tracing.weights import MODELS, save_model
 
 
 def word_tokenizer(vocabulary: Sequence[str]) -> PreTrainedTokenizerFast:
-    """The tokenizer of `hf_doge.tracing.small_tasks` for a single text: lower-case words and punctuation marks."""
+    """The tokenizer of `hf_doge.evaluation.influence.small_tasks` for a single text: lower-case words and punctuation marks."""
     ids = {word: number for number, word in enumerate(vocabulary)}
     tokenizer = Tokenizer(models.WordLevel(ids, unk_token=UNKNOWN))
     tokenizer.normalizer = normalizers.Lowercase()

@@ -42,11 +42,11 @@ from hf_doge.cli.domain_files import find_domain_files, read_documents
 from hf_doge.cli.tokenizer import train_tokenizer
 from hf_doge.evaluation.influence.case_deletion import strongest
 from hf_doge.evaluation.influence.journal import removal_digest
+from hf_doge.evaluation.influence.scorers import BM25Scorer
+from hf_doge.evaluation.influence.scorers.embedding import record_rows
+from hf_doge.evaluation.influence.small_models import TrainingRecipe, to_batches, train_classifier
+from hf_doge.evaluation.influence.small_tasks import split_words
 from hf_doge.evaluation.intervals import t_interval
-from hf_doge.tracing.scorers import BM25Scorer
-from hf_doge.tracing.scorers.embedding import record_rows
-from hf_doge.tracing.small_tasks import split_words
-from hf_doge.tracing.small_training import TrainingRecipe, to_batches, train_classifier
 
 DOMAINS = ("arxiv_latex", "books", "code", "legal", "news", "qa", "web", "wikipedia")
 SCORERS = (

@@ -3,7 +3,7 @@ Finding wrong labels: 10 or 20 % are flipped, the model learns them, and each sc
 
 Decided before the first result was seen:
 
-- Sets ag_news, toxicity_jigsaw, snli; the two small architectures and recipes of `hf_doge.tracing.influence_evaluation`; 1,000
+- Sets ag_news, toxicity_jigsaw, snli; the two small architectures and recipes of `hf_doge.evaluation.influence.experiment`; 1,000
   training examples of at most 32 tokens; four checkpoints. Seeds 1 to 5 each draw other examples, flips, initial weights and
   batches, so an interval over seeds (Student's t) holds all of it.
 - Two ways to suspect, each with every scorer that has it: `self`, a large score of an example with itself (as TracIn's paper
@@ -38,15 +38,15 @@ from benchmarks.reproduce.layer_gradients import cancellation_by_entry, layer_gr
 from benchmarks.reproduce.report import Results, Table, new_figure
 from benchmarks.reproduce.tracin_case_deletion import MIDDLE_LAYERS, model_maker
 from benchmarks.reproduce.tracin_scorers import OverCheckpointsScorer, influence_last_all
+from hf_doge.evaluation.influence.experiment import RECIPES
 from hf_doge.evaluation.influence.mislabelled import flip_labels
 from hf_doge.evaluation.influence.rank_metrics import area_under_roc, recall_at, spearman
+from hf_doge.evaluation.influence.scorers import RepresenterScorer, make_scorer
+from hf_doge.evaluation.influence.scorers.embedding import record_rows, sum_examples
+from hf_doge.evaluation.influence.small_models import Checkpoint, predict_probabilities, to_batches, train_classifier
+from hf_doge.evaluation.influence.small_tasks import SPECIAL_TOKENS, SmallTask, load_small_task
 from hf_doge.evaluation.intervals import Interval, t_interval
 from hf_doge.functional.tracin_we import cancellation_ratio
-from hf_doge.tracing.influence_evaluation import RECIPES
-from hf_doge.tracing.scorers import RepresenterScorer, make_scorer
-from hf_doge.tracing.scorers.embedding import record_rows, sum_examples
-from hf_doge.tracing.small_tasks import SPECIAL_TOKENS, SmallTask, load_small_task
-from hf_doge.tracing.small_training import Checkpoint, predict_probabilities, to_batches, train_classifier
 
 FRACTIONS = (0.1, 0.2, 0.3)
 

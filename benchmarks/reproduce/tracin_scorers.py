@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.reproduce.layer_gradients import layer_gradients
+from hf_doge.evaluation.influence.scorers import SCORERS, Batches, Scorer, make_scorer
+from hf_doge.evaluation.influence.scorers.embedding import TracInWEScorer, pair_scores, record_rows, sum_examples
+from hf_doge.evaluation.influence.scorers.last_layer import InfluenceLastScorer
 from hf_doge.functional.synonyms import synonym_score, synonym_similarity
 from hf_doge.functional.tracin_we import cosine_scores, scale_by_second_moment
-from hf_doge.tracing.scorers import SCORERS, Batches, Scorer, make_scorer
-from hf_doge.tracing.scorers.embedding import TracInWEScorer, pair_scores, record_rows, sum_examples
-from hf_doge.tracing.scorers.last_layer import InfluenceLastScorer
 
 
 class TracInLayerScorer:

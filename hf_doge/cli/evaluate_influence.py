@@ -10,11 +10,11 @@ import torch
 from hf_doge.checks import check_count, check_seed
 from hf_doge.cli.arguments import parse
 from hf_doge.cli.console import save_plot, say
+from hf_doge.evaluation.influence.experiment import CLASSES, evaluate_small_task
+from hf_doge.evaluation.influence.scorers import SCORERS
+from hf_doge.evaluation.influence.small_models import ARCHITECTURES
+from hf_doge.evaluation.influence.small_tasks import load_small_task
 from hf_doge.influence_plots import plot_case_deletion
-from hf_doge.tracing.influence_evaluation import CLASSES, evaluate_small_task
-from hf_doge.tracing.scorers import SCORERS
-from hf_doge.tracing.small_classifiers import ARCHITECTURES
-from hf_doge.tracing.small_tasks import load_small_task
 
 
 @dataclass

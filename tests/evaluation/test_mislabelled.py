@@ -7,9 +7,8 @@ from torch.nn import functional as F
 
 from hf_doge.evaluation.influence.mislabelled import evaluate_mislabelled, flip_labels
 from hf_doge.evaluation.influence.rank_metrics import area_under_roc, recall_at
-from hf_doge.tracing.scorers import TracInWEScorer
-from hf_doge.tracing.small_classifiers import make_classifier
-from hf_doge.tracing.small_training import TrainingRecipe, to_batches, train_classifier
+from hf_doge.evaluation.influence.scorers import TracInWEScorer
+from hf_doge.evaluation.influence.small_models import TrainingRecipe, make_classifier, to_batches, train_classifier
 
 
 def test_exactly_the_share_is_flipped_and_always_to_another_class():

@@ -23,9 +23,8 @@ from benchmarks.reproduce.tracin_scorers import (
     TracInWESynScorer,
     influence_last_all,
 )
-from hf_doge.tracing.scorers import InfluenceLastScorer, TracInLastScorer, TracInWEScorer
-from hf_doge.tracing.small_classifiers import make_classifier
-from hf_doge.tracing.small_training import to_batches
+from hf_doge.evaluation.influence.scorers import InfluenceLastScorer, TracInLastScorer, TracInWEScorer
+from hf_doge.evaluation.influence.small_models import make_classifier, to_batches
 
 WORDS = {0: ["goal", "team", "cup", "coach"], 1: ["bank", "bond", "fund", "share"]}
 

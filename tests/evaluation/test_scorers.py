@@ -11,9 +11,8 @@ from torch import nn
 from torch.nn import functional as F
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-from hf_doge.functional.tracin_we import cancellation_ratio, last_layer_score
-from hf_doge.tracing.cancellation import cancellation_ratios
-from hf_doge.tracing.scorers import (
+from hf_doge.evaluation.influence.cancellation import cancellation_ratios
+from hf_doge.evaluation.influence.scorers import (
     SCORERS,
     BM25Scorer,
     InfluenceLastScorer,
@@ -23,9 +22,9 @@ from hf_doge.tracing.scorers import (
     TracInWEScorer,
     make_scorer,
 )
-from hf_doge.tracing.scorers.last_layer import last_layer_factors, softmax_regression_hessian
-from hf_doge.tracing.small_classifiers import make_classifier
-from hf_doge.tracing.small_training import TrainingRecipe, to_batches, train_classifier
+from hf_doge.evaluation.influence.scorers.last_layer import last_layer_factors, softmax_regression_hessian
+from hf_doge.evaluation.influence.small_models import TrainingRecipe, make_classifier, to_batches, train_classifier
+from hf_doge.functional.tracin_we import cancellation_ratio, last_layer_score
 from tests.reference_tracin_we import slow_position_top_k
 from tests.tiny import tiny_classifier
 

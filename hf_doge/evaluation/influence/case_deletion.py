@@ -80,11 +80,11 @@ def case_deletion(
         tuple(max(seeds, default=0) + 1 + i for i in range(len(seeds))) if noise_seeds is None else noise_seeds
     )
     _check_plan(ks, seeds, tuple(noise_seeds), num_examples)
+    plan = _plan(scores, ks, seeds, tuple(noise_seeds))
     journal = RetrainingJournal(
         None if journal_path is None else Path(journal_path),
         identity={**(identity or {}), "num_points": num_points, "num_examples": num_examples},
     )
-    plan = _plan(scores, ks, seeds, tuple(noise_seeds))
     digests = {removed: removal_digest(removed) for removed in plan.values()}
     missing = {(digests[removed], key.seed) for key, removed in plan.items()}
     missing = {retraining for retraining in missing if journal.find(*retraining) is None}

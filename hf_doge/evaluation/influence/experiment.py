@@ -11,13 +11,18 @@ import torch
 from torch import Tensor, nn
 
 from hf_doge.artifacts.cards.markdown import escape
+from hf_doge.evaluation.influence.cancellation import cancellation_ratios
 from hf_doge.evaluation.influence.case_deletion import ProbabilityFunction, case_deletion
 from hf_doge.evaluation.influence.deletion_result import CaseDeletionResult
-from hf_doge.tracing.cancellation import cancellation_ratios
-from hf_doge.tracing.scorers.registry import make_scorer
-from hf_doge.tracing.small_classifiers import make_classifier
-from hf_doge.tracing.small_tasks import SPECIAL_TOKENS, SmallTask
-from hf_doge.tracing.small_training import TrainingRecipe, predict_probabilities, to_batches, train_classifier
+from hf_doge.evaluation.influence.scorers import make_scorer
+from hf_doge.evaluation.influence.small_models import (
+    TrainingRecipe,
+    make_classifier,
+    predict_probabilities,
+    to_batches,
+    train_classifier,
+)
+from hf_doge.evaluation.influence.small_tasks import SPECIAL_TOKENS, SmallTask
 
 # Chosen by test accuracy, by how little twenty examples removed at random change, and by time (half a second on one core).
 # A first recipe with a constant learning rate was given up after a trial with scorers (AG News, CNN, 4 points, 1 seed): it
@@ -127,7 +132,11 @@ def evaluate_small_task(
             f"{num_points} and {num_seeds}."
         )
     max_length = max(task.train["input_ids"].shape[1], task.test["input_ids"].shape[1])
-    make_model = partial(_make_model, architecture, len(task.vocabulary), task.num_classes, width, max_length)
+
+    def make_model(seed: int) -> nn.Module:
+        sizes = {"width": width, "max_length": max_length, "seed": seed}
+        return make_classifier(architecture, len(task.vocabulary), task.num_classes, **sizes)
+
     recipe = recipe or RECIPES.get(architecture) or TrainingRecipe()
     trained, checkpoints = train_classifier(make_model, task.train, recipe, seed=1, keep_checkpoints=True)
     points = np.random.default_rng(point_seed).choice(num_test, size=num_points, replace=False)
@@ -170,12 +179,6 @@ def evaluate_small_task(
         majority=float(task.test["labels"].bincount().max() / num_test),
         points=points.tolist(),
     )
-
-
-def _make_model(
-    architecture: str, vocabulary_size: int, num_classes: int, width: int, max_length: int, seed: int
-) -> nn.Module:
-    return make_classifier(architecture, vocabulary_size, num_classes, width=width, max_length=max_length, seed=seed)
 
 
 def _train(

@@ -1,14 +1,26 @@
-"""Scorers by the names that the command line and the tables use."""
+"""TracIn-WE and its peers behind one interface, [`Scorer`], by the names that the command line and the tables use."""
 
 from collections.abc import Callable, Sequence
 
 from torch import nn
 
-from hf_doge.tracing.scorers.base import Scorer
-from hf_doge.tracing.scorers.baselines import RandomScorer
-from hf_doge.tracing.scorers.embedding import TracInWEScorer
-from hf_doge.tracing.scorers.last_layer import InfluenceLastScorer, RepresenterScorer, TracInLastScorer
-from hf_doge.tracing.scorers.lexical import BM25Scorer
+from hf_doge.evaluation.influence.scorers.base import Batches, Scorer
+from hf_doge.evaluation.influence.scorers.baselines import BM25Scorer, RandomScorer
+from hf_doge.evaluation.influence.scorers.embedding import TracInWEScorer
+from hf_doge.evaluation.influence.scorers.last_layer import InfluenceLastScorer, RepresenterScorer, TracInLastScorer
+
+__all__ = [
+    "SCORERS",
+    "BM25Scorer",
+    "Batches",
+    "InfluenceLastScorer",
+    "RandomScorer",
+    "RepresenterScorer",
+    "Scorer",
+    "TracInLastScorer",
+    "TracInWEScorer",
+    "make_scorer",
+]
 
 TOP_K = 10  # the paper's
 

@@ -2,10 +2,10 @@
 
 from torch import Tensor, nn
 
+from hf_doge.evaluation.influence.scorers.base import Batches
+from hf_doge.evaluation.influence.scorers.last_layer import last_layer_factors
 from hf_doge.functional.tracin_we import cancellation_ratio
 from hf_doge.gradients.embedding import EmbeddingGradientRecorder
-from hf_doge.tracing.scorers.base import Batches
-from hf_doge.tracing.scorers.last_layer import last_layer_factors
 
 
 def cancellation_ratios(model: nn.Module, batches: Batches, *, last_layer: str | None = None) -> dict[str, float]:

@@ -7,9 +7,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from hf_doge.evaluation.influence.scorers.base import Batches, check_checkpoints
 from hf_doge.gradients.embedding import EmbeddingGradientRecorder
 from hf_doge.gradients.token_rows import TokenRows
-from hf_doge.tracing.scorers.base import Batches, check_checkpoints
 
 
 class TracInWEScorer:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from hf_doge.tracing.scorers.base import Batches, check_checkpoints
+from hf_doge.evaluation.influence.scorers.base import Batches, check_checkpoints
 
 
 @dataclass
