@@ -1,8 +1,12 @@
-"""Parquet files of others: errors name the file, and reading takes no memory out of all proportion to the file."""
+"""
+Parquet in memory and in files. Of files of others, errors name the file, and reading takes no memory out of all proportion
+to the file.
+"""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -13,6 +17,20 @@ from hf_doge.text import printable
 _ALLOWED = 2**28  # bytes in memory, whatever the size of the file
 _ALLOWED_RATIO = 100  # bytes in memory for each of the file; text is packed to a tenth at best
 _MOST_ROWS = 2**16  # that are decoded at once
+_GROUP_ROWS = 1024  # so that a few rows of a file on the Hub can be read without most of the others
+
+
+def to_parquet(table: pa.Table, **options: Any) -> bytes:
+    """A table as the content of a Parquet file, the same on every run."""
+    sink = pa.BufferOutputStream()
+    defaults = {"compression": "zstd", "write_page_index": True, "row_group_size": _GROUP_ROWS}
+    pq.write_table(table, sink, **{**defaults, **options})
+    return sink.getvalue().to_pybytes()
+
+
+def as_stored(table: pa.Table) -> pa.Table:
+    """A table as it comes back from its Parquet file, which has no seconds, say."""
+    return pq.ParquetFile(pa.BufferReader(to_parquet(table))).read(use_threads=False)
 
 
 @contextmanager

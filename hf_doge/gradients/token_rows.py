@@ -50,6 +50,69 @@ class TokenRows:
         lengths = self.offsets.diff().tolist()
         return zip(self.tokens.split(lengths), self.rows.split(lengths), strict=True)
 
+    @staticmethod
+    def join(parts: Sequence["TokenRows"]) -> "TokenRows":
+        """The examples of several batches, one after the other."""
+        lengths = torch.cat([part.offsets.diff() for part in parts])
+        offsets = torch.cat([parts[0].offsets[:1], lengths.cumsum(dim=0)])
+        tokens, rows = torch.cat([part.tokens for part in parts]), torch.cat([part.rows for part in parts])
+        return TokenRows(offsets, tokens, rows, parts[0].virtual)
+
+    def between(self, start: int, stop: int) -> "TokenRows":
+        """The examples `[start, stop)` alone."""
+        first, last = int(self.offsets[start]), int(self.offsets[stop])
+        offsets = self.offsets[start : stop + 1] - first
+        return TokenRows(offsets, self.tokens[first:last], self.rows[first:last], self.virtual)
+
+    def without(self, token_ids: Sequence[int]) -> "TokenRows":
+        """The rows of all other tokens."""
+        if len(token_ids) == 0:
+            return self
+        kept = ~torch.isin(self.tokens, torch.as_tensor(list(token_ids)))
+        counts = torch.cat([torch.zeros(1, dtype=torch.long), kept.long().cumsum(dim=0)])
+        return TokenRows(counts[self.offsets], self.tokens[kept], self.rows[kept], self.virtual)
+
+    def on_cpu(self) -> "TokenRows":
+        """The same rows in main memory, as float32 (float64 stays)."""
+        dtype = torch.float64 if self.rows.dtype == torch.float64 else torch.float32
+        return TokenRows(self.offsets.cpu(), self.tokens.cpu(), self.rows.detach().to("cpu", dtype), self.virtual)
+
+    def squared_norms(self) -> Tensor:
+        """Self-influence of each example, `(num_examples,)`."""
+        squares = self.rows.double().square().sum(dim=1)
+        owners = torch.arange(len(self)).repeat_interleave(self.offsets.diff())
+        return torch.zeros(len(self), dtype=torch.float64).index_add_(0, owners, squares)
+
+    def check(self, *, width: int, vocabulary_size: int) -> None:
+        """
+        Check that these can be rows of an index.
+
+        Raises:
+            ValueError: Rows of another width, tokens out of the vocabulary, or tokens of an example not distinct and
+                ascending.
+        """
+        if self.rows.ndim != 2 or self.rows.shape[1] != width:
+            raise ValueError(
+                f"Gradient rows must have the width of the index, {width}, but their shape is {tuple(self.rows.shape)}. They"
+                " are of another model."
+            )
+        tokens = self.tokens
+        if len(tokens) == 0:
+            return
+        if int(tokens.min()) < 0 or int(tokens.max()) >= vocabulary_size:
+            raise ValueError(
+                f"Tokens must be in [0, {vocabulary_size}), the vocabulary of the index, but they go from"
+                f" {int(tokens.min())} to {int(tokens.max())}. Use the tokenizer that the index was made with."
+            )
+        ascending = tokens.diff() > 0
+        borders = self.offsets[1:-1]
+        ascending[borders[(borders > 0) & (borders < len(tokens))] - 1] = True
+        if not ascending.all():
+            raise ValueError(
+                "The tokens of an example must be distinct and ascending, but they are not. Merge repeated tokens with"
+                " `token_gradient_rows` first."
+            )
+
 
 def join_groups(parts: Sequence[TokenRows], examples: Tensor) -> TokenRows:
     """

@@ -28,9 +28,8 @@ from hf_doge.artifacts.influence.manifest import (
     require_checkpoints,
     to_json,
 )
-from hf_doge.artifacts.influence.tables import to_parquet
 from hf_doge.artifacts.influence.writer import checkpoints_table
-from hf_doge.artifacts.parquet import read_parquet
+from hf_doge.artifacts.parquet import read_parquet, to_parquet
 from hf_doge.artifacts.provenance import public_content, public_name
 from hf_doge.artifacts.readers import parse_json
 from hf_doge.checks import check_flag, check_names

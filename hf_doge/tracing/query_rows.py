@@ -126,10 +126,10 @@ class QueryRowMaker:
             )  # said at recording
             with recorder:
                 parts = [
-                    without_tokens(on_cpu(recorder.record(batch)), drop_token_ids)
+                    recorder.record(batch).on_cpu().without(drop_token_ids)
                     for batch in batches(queries, model, batch_size=batch_size)
                 ]
-        return join_rows(parts)
+        return TokenRows.join(parts)
 
     def _find_synonyms(self, model: nn.Module, tokens: torch.Tensor) -> Neighbours:
         tokens, matrix = tokens.unique(), input_embedding_matrix(model).detach()
@@ -160,41 +160,3 @@ class QueryRowMaker:
                 f"The embeddings of checkpoint {name!r} must have the shape that the index has, {expected}, but theirs is "
                 f"{shape}. Load the model without resizing its embeddings."
             )
-
-
-def on_cpu(rows: TokenRows) -> TokenRows:
-    """The same rows in main memory, as float32 (float64 stays)."""
-    dtype = torch.float64 if rows.rows.dtype == torch.float64 else torch.float32
-    return TokenRows(rows.offsets.cpu(), rows.tokens.cpu(), rows.rows.detach().to("cpu", dtype), rows.virtual)
-
-
-def without_tokens(rows: TokenRows, token_ids: Sequence[int]) -> TokenRows:
-    """The rows of all other tokens."""
-    if len(token_ids) == 0:
-        return rows
-    kept = ~torch.isin(rows.tokens, torch.as_tensor(list(token_ids)))
-    counts = torch.cat([torch.zeros(1, dtype=torch.long), kept.long().cumsum(dim=0)])
-    return TokenRows(counts[rows.offsets], rows.tokens[kept], rows.rows[kept], rows.virtual)
-
-
-def join_rows(parts: Sequence[TokenRows]) -> TokenRows:
-    """The examples of several batches, one after the other."""
-    lengths = torch.cat([part.offsets.diff() for part in parts])
-    offsets = torch.cat([torch.zeros(1, dtype=torch.long), lengths.cumsum(dim=0)])
-    tokens, rows = torch.cat([part.tokens for part in parts]), torch.cat([part.rows for part in parts])
-    return TokenRows(offsets, tokens, rows, parts[0].virtual)
-
-
-def slice_rows(rows: TokenRows, start: int, stop: int) -> TokenRows:
-    """Examples `start` to `stop` alone."""
-    first, last = int(rows.offsets[start]), int(rows.offsets[stop])
-    return TokenRows(
-        rows.offsets[start : stop + 1] - first, rows.tokens[first:last], rows.rows[first:last], rows.virtual
-    )
-
-
-def squared_norms(rows: TokenRows) -> torch.Tensor:
-    """Self-influence of each example, `(num_examples,)`."""
-    squares = rows.rows.double().square().sum(dim=1)
-    owners = torch.arange(len(rows)).repeat_interleave(rows.offsets.diff())
-    return torch.zeros(len(rows), dtype=torch.float64).index_add_(0, owners, squares)

@@ -44,7 +44,6 @@ from hf_doge.tracing.processes import (
     run_on_all_processes,
     run_on_main_process,
 )
-from hf_doge.tracing.query_rows import slice_rows
 from hf_doge.tracing.ranges import Range, share_ranges
 from hf_doge.tracing.second_moments import (
     SecondMoments,
@@ -177,7 +176,7 @@ def _able(told: Sequence[Mapping[str, Any]]) -> list[int]:
 def _between(rows: TokenRows, first: int, last: int) -> TokenRows:
     """Examples `[first, last)` of a batch alone; the others are on disk already, or another process's."""
     first, last = max(0, first), min(last, len(rows))
-    return rows if (first, last) == (0, len(rows)) else slice_rows(rows, first, last)
+    return rows if (first, last) == (0, len(rows)) else rows.between(first, last)
 
 
 def require_same_embeddings(writer: IndexWriter, model: nn.Module) -> None:

@@ -9,7 +9,6 @@ from hf_doge.artifacts.influence import IndexReader
 from hf_doge.artifacts.influence.synonym_search import Neighbours
 from hf_doge.gradients.token_rows import TokenRows
 from hf_doge.tracing.hits import TokenParts
-from hf_doge.tracing.query_rows import slice_rows, squared_norms
 
 _BLOCK_BYTES = 64 * 2**20  # scores held at a time
 
@@ -55,7 +54,7 @@ class QueryScorer:
             stop = min(first + size, count)
             block = np.zeros((stop - first, self.reader.num_examples), dtype=np.float32)
             for position, rows in enumerate(self.rows):
-                part = self.reader.scores(position, slice_rows(rows, first, stop))
+                part = self.reader.scores(position, rows.between(first, stop))
                 for query in range(first, stop):
                     for _, _, examples, parts in self._synonym_parts(position, query):
                         part[query - first, examples] += parts
@@ -107,7 +106,7 @@ class QueryScorer:
     def _query_norms(self, position: int) -> np.ndarray:
         rows = self.rows[position]
         projected = TokenRows(rows.offsets, rows.tokens, self.reader.project(rows.rows), rows.virtual)
-        return _inverse_root(squared_norms(projected).numpy())
+        return _inverse_root(projected.squared_norms().numpy())
 
 
 def _add(parts: dict[int, float], token: int, part: float) -> None:

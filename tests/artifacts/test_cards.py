@@ -231,7 +231,7 @@ def test_the_sql_of_the_card_of_an_index_gives_the_scores_of_an_example(tmp_path
 
 
 def projected(rows, folder):
-    from hf_doge.artifacts.influence.encoding import recorded_projection
+    from hf_doge.artifacts.influence.segments import recorded_projection
     from hf_doge.gradients.token_rows import TokenRows
 
     matrix = recorded_projection(read_config(folder))

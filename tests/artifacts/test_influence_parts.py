@@ -9,7 +9,6 @@ import torch
 
 from hf_doge.artifacts.influence import IndexReader, IndexWriter
 from hf_doge.gradients.token_rows import TokenRows
-from hf_doge.tracing.query_rows import slice_rows
 from hf_doge.tracing.ranges import expected_rows, plan_borders, share_ranges
 from hf_doge.tracing.settings import RecordingSettings
 from tests.artifacts.influence_rows import (
@@ -28,9 +27,9 @@ BYTES = 2000
 
 def without_rows(rows, *ranges):
     """The same examples, but those of some ranges have no row."""
-    parts = [slice_rows(rows, example, example + 1) for example in range(len(rows))]
+    parts = [rows.between(example, example + 1) for example in range(len(rows))]
     empty = {example for first, last in ranges for example in range(first, last)}
-    parts = [slice_rows(part, 0, 0) if example in empty else part for example, part in enumerate(parts)]
+    parts = [part.between(0, 0) if example in empty else part for example, part in enumerate(parts)]
     lengths = torch.tensor([len(part.tokens) for part in parts])
     offsets = torch.cat([torch.zeros(1, dtype=torch.long), lengths.cumsum(0)])
     tokens, values = torch.cat([part.tokens for part in parts]), torch.cat([part.rows for part in parts])
@@ -46,7 +45,7 @@ ROWS = {
 
 def add(writer, rows, first, last):
     writer.begin(first, last)
-    for batch in batches(slice_rows(rows, first, last), 4):
+    for batch in batches(rows.between(first, last), 4):
         writer.add(batch)
 
 
@@ -137,11 +136,11 @@ def test_ranges_that_cannot_be_are_refused(tmp_path):
         with pytest.raises(ValueError, match=r"in \[0, 40\) and not be empty, but got \[5, 41\)"):
             checkpoint.begin(5, 41)
         checkpoint.begin(5, 9)
-        checkpoint.add(slice_rows(ROWS["rows"], 5, 6))
+        checkpoint.add(ROWS["rows"].between(5, 6))
         with pytest.raises(ValueError, match="must be added to its end first, example 9"):
             checkpoint.begin(9, 20)
         with pytest.raises(ValueError, match="up to example 9, but 10 were added"):
-            checkpoint.add(slice_rows(ROWS["rows"], 6, 10))
+            checkpoint.add(ROWS["rows"].between(6, 10))
 
 
 # Planning

@@ -237,7 +237,7 @@ def test_a_projection_that_cannot_be_drawn_again_is_refused(open_index, tmp_path
 
 
 def test_long_projections_keep_inner_products_on_average():
-    from hf_doge.artifacts.influence.encoding import projection_matrix
+    from hf_doge.artifacts.influence.segments import projection_matrix
 
     a, b = torch.randn(2, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) + 1
     estimates = torch.stack([(a @ (p := projection_matrix(64, 16, seed))) @ (b @ p) for seed in range(400)])

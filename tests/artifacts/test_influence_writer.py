@@ -102,7 +102,7 @@ def test_segments_are_sorted_by_token_and_hold_ranges_of_examples(tmp_path, rows
 
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
 def test_offsets_tell_where_in_the_file_the_rows_of_each_token_lie(tmp_path, rows, dtype, monkeypatch):
-    monkeypatch.setattr(segments, "_ROW_GROUP_SIZE", 16)  # tokens whose rows lie in several groups
+    monkeypatch.setattr(segments, "ROW_GROUP_SIZE", 16)  # tokens whose rows lie in several groups
     folder = write_index(tmp_path / "index", rows, dtype=dtype, max_segment_bytes=4000)
     files = config_of(folder)["checkpoints"][0]["files"]
     assert len(files) > 1

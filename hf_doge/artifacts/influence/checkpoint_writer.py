@@ -247,7 +247,7 @@ class CheckpointWriter(AbstractContextManager):
         if num_done > self._end:
             wanted = f"up to example {self._end}" if self._end < self._stop else f"for {self._end} examples"
             raise ValueError(f"The index was opened {wanted}, but {num_done} were added to {self.facts['name']!r}.")
-        check_token_rows(token_rows, width=self._config["width"], vocabulary_size=self._config["vocabulary_size"])
+        token_rows.check(width=self._config["width"], vocabulary_size=self._config["vocabulary_size"])
         lengths = token_rows.offsets.diff().cpu().numpy()
         rows = self._index.project(token_rows.rows.detach().cpu()).float()
         finite = torch.isfinite(rows).all(dim=1)
@@ -321,35 +321,6 @@ class CheckpointWriter(AbstractContextManager):
         no_rows = torch.empty(0, self._config["stored_width"])
         written = self._write(np.zeros(num_examples, dtype=np.int64), np.zeros(0, dtype=np.int64), no_rows)
         return {**written, "num_rows": 0, "first_example": self._first, "num_examples": num_examples}
-
-
-def check_token_rows(token_rows: "TokenRows", *, width: int, vocabulary_size: int) -> None:
-    """
-    Raises:
-        ValueError: Rows of another width, tokens out of the vocabulary, or tokens of an example not distinct and ascending.
-    """
-    if token_rows.rows.ndim != 2 or token_rows.rows.shape[1] != width:
-        raise ValueError(
-            f"Gradient rows must have the width of the index, {width}, but their shape is"
-            f" {tuple(token_rows.rows.shape)}. They are of another model."
-        )
-    tokens = token_rows.tokens
-    if len(tokens) == 0:
-        return
-    if int(tokens.min()) < 0 or int(tokens.max()) >= vocabulary_size:
-        raise ValueError(
-            f"Tokens must be in [0, {vocabulary_size}), the vocabulary of the index, but they go from"
-            f" {int(tokens.min())} to {int(tokens.max())}. Use the tokenizer that the index was made with."
-        )
-    ascending = tokens.diff() > 0
-    borders = token_rows.offsets[1:-1]
-    borders = borders[(borders > 0) & (borders < len(tokens))]
-    ascending[borders - 1] = True
-    if not ascending.all():
-        raise ValueError(
-            "The tokens of an example must be distinct and ascending, but they are not. Merge repeated tokens with"
-            " `token_gradient_rows` first."
-        )
 
 
 class _Place:

@@ -10,8 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from hf_doge.artifacts.influence.manifest import examples_files
-from hf_doge.artifacts.influence.tables import as_stored, to_parquet
-from hf_doge.artifacts.parquet import check_claims_of_footer, open_parquet, read_parquet
+from hf_doge.artifacts.parquet import as_stored, check_claims_of_footer, open_parquet, read_parquet, to_parquet
 from hf_doge.artifacts.readers import parse_json
 from hf_doge.text import require_printable
 

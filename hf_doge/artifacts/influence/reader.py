@@ -10,8 +10,6 @@ import torch
 from torch import Tensor
 
 from hf_doge.artifacts.files import read_settled
-from hf_doge.artifacts.influence.checkpoint_writer import check_token_rows
-from hf_doge.artifacts.influence.encoding import decode_rows, recorded_projection
 from hf_doge.artifacts.influence.examples import check_number_of_examples, read_examples
 from hf_doge.artifacts.influence.manifest import (
     MANIFEST,
@@ -23,7 +21,8 @@ from hf_doge.artifacts.influence.manifest import (
 )
 from hf_doge.artifacts.influence.row_map import RowMap, default_cache_dir
 from hf_doge.artifacts.influence.search import add_scores, ends
-from hf_doge.artifacts.influence.segments import check_scales
+from hf_doge.artifacts.influence.segment_reader import check_scales
+from hf_doge.artifacts.influence.segments import decode_rows, recorded_projection
 from hf_doge.artifacts.influence.synonym_search import Neighbours, synonym_matches
 
 if TYPE_CHECKING:
@@ -320,7 +319,7 @@ class IndexReader:
     def _add_scores(
         self, scores: np.ndarray, checkpoint: int, queries: "TokenRows", excluded: list[int], *, weight: float
     ) -> None:
-        check_token_rows(queries, width=self.width, vocabulary_size=self.vocabulary_size)
+        queries.check(width=self.width, vocabulary_size=self.vocabulary_size)
         rows = self.project(queries.rows.detach().cpu()).float() * weight
         tokens = queries.tokens.cpu().numpy()
         owners = np.arange(len(queries)).repeat(queries.offsets.diff().cpu().numpy())

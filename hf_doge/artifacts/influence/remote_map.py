@@ -24,8 +24,8 @@ from tqdm.auto import tqdm
 
 from hf_doge.artifacts.hub.ranges import ByteRange, RangedFile, join_near, read_all
 from hf_doge.artifacts.influence.manifest import checkpoint_number
-from hf_doge.artifacts.influence.offsets import read_offsets
 from hf_doge.artifacts.influence.row_map import Arrays, RowMap, map_arrays, map_name, note_use, open_place
+from hf_doge.artifacts.influence.segment_reader import read_offsets
 
 # What lies between two ranges is read along if it is shorter. With 8 KiB a query of 60 words reads 3 % more than its rows;
 # with 32 KiB 23 % more, by a quarter fewer requests (`benchmarks/remote_search.py`).

@@ -32,8 +32,7 @@ import torch
 from tqdm.auto import tqdm
 
 from hf_doge.artifacts.influence.manifest import checkpoint_number, example_dtype, to_json
-from hf_doge.artifacts.influence.offsets import read_offsets
-from hf_doge.artifacts.influence.segments import SegmentReader
+from hf_doge.artifacts.influence.segment_reader import SegmentReader, read_offsets
 
 _LAYOUT = 1  # changes whenever the files do
 _MAP = "map.json"

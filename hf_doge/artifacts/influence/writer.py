@@ -34,7 +34,6 @@ from hf_doge.artifacts.files import (
 )
 from hf_doge.artifacts.influence.card import renewed_card
 from hf_doge.artifacts.influence.checkpoint_writer import PARTIAL, CheckpointWriter
-from hf_doge.artifacts.influence.encoding import projection_matrix, projection_sha256, recorded_projection
 from hf_doge.artifacts.influence.examples import ordered_examples, read_examples, same_examples
 from hf_doge.artifacts.influence.growth import Growth
 from hf_doge.artifacts.influence.lock import WriterLock
@@ -58,7 +57,8 @@ from hf_doge.artifacts.influence.manifest import (
     require_checkpoints,
     to_json,
 )
-from hf_doge.artifacts.influence.tables import to_parquet
+from hf_doge.artifacts.influence.segments import projection_matrix, projection_sha256, recorded_projection
+from hf_doge.artifacts.parquet import to_parquet
 from hf_doge.checks import LARGEST_RATE, check_choice, check_count, check_json, check_number, check_path, check_seed
 
 _CHECKPOINTS_SCHEMA = pa.schema(
