@@ -11,7 +11,7 @@ from hf_doge._version import __version__
 
 if TYPE_CHECKING:
     from hf_doge.artifacts.domain_weights import DomainWeights
-    from hf_doge.artifacts.trajectory import Trajectory
+    from hf_doge.artifacts.record import Trajectory
     from hf_doge.mixing.estimate import estimate_domain_weights
     from hf_doge.sampling.sampler import DomainWeightedSampler
     from hf_doge.sampling.streaming import interleave_domains
@@ -32,7 +32,7 @@ _MODULES = {
     "DomainWeights": "hf_doge.artifacts.domain_weights",
     "InfluenceIndex": "hf_doge.tracing.index",
     "TracInWECallback": "hf_doge.tracing.callback",
-    "Trajectory": "hf_doge.artifacts.trajectory",
+    "Trajectory": "hf_doge.artifacts.record",
     "estimate_domain_weights": "hf_doge.mixing.estimate",
     "interleave_domains": "hf_doge.sampling.streaming",
     "sweep_domain_weights": "hf_doge.training.sweep",

@@ -4,18 +4,16 @@ import io
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from hf_doge.artifacts.files import write_atomically
+from hf_doge.files import write_atomically
 from hf_doge.text import printable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-    from hf_doge.artifacts import DomainWeights, Trajectory
 
 # Dash, marker and darkness all differ, so that any one of them tells two series apart: color, dashes, marker, its filling.
 _STYLES = [
@@ -36,8 +34,27 @@ _MAX_NAME_LENGTH = 28
 _MAX_PIXELS = 65_000  # on a side; matplotlib 3.8 draws fewer than 2**16
 
 
+class _Trajectory(Protocol):
+    domains: Sequence[str]
+    steps: np.ndarray
+    weights: np.ndarray
+
+
+class _Weights(Protocol):
+    """What is drawn of domain weights: pictures know numbers, not artifacts."""
+
+    mean: dict[str, float]
+
+    @property
+    def names(self) -> Sequence[str]: ...
+    @property
+    def natural_proportions(self) -> dict[str, float] | None: ...
+    @property
+    def trajectory(self) -> _Trajectory | None: ...
+
+
 def plot_domain_weights(
-    weights: "DomainWeights", path: str | os.PathLike | None = None, *, max_domains: int | None = None
+    weights: _Weights, path: str | os.PathLike | None = None, *, max_domains: int | None = None
 ) -> "Figure":
     """
     Two panels: the weights over the steps, and the mean weights against uniform and natural proportions.
@@ -147,7 +164,7 @@ def plot_sweep(runs: Sequence[Mapping[str, Any]], path: str | os.PathLike | None
     return figure
 
 
-def _draw_trajectory(axes: "Axes", trajectory: "Trajectory", names: list[str]) -> None:
+def _draw_trajectory(axes: "Axes", trajectory: _Trajectory, names: list[str]) -> None:
     """Weights over steps: the first of `names` each in a style of its own, the rest in grey."""
     steps = trajectory.steps
     weights = trajectory.weights[:, [trajectory.domains.index(name) for name in names]]
@@ -203,7 +220,7 @@ def _push_apart(values: list[float], *, gap: float, low: float, high: float) -> 
     return positions
 
 
-def _draw_weights(axes: "Axes", weights: "DomainWeights", names: list[str]) -> None:
+def _draw_weights(axes: "Axes", weights: _Weights, names: list[str]) -> None:
     """Horizontal bars, heaviest on top, their values in a column at the right."""
     rows = range(len(names))
     values = [weights.mean[name] for name in names]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from hf_doge.artifacts.files import file_sha256
+from hf_doge.files import file_sha256
 
 
 @functools.cache

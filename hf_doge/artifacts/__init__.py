@@ -1,6 +1,6 @@
 """What is learned, as files."""
 
 from hf_doge.artifacts.domain_weights import DomainWeights
-from hf_doge.artifacts.trajectory import Trajectory
+from hf_doge.artifacts.record import Trajectory
 
 __all__ = ["DomainWeights", "Trajectory"]

@@ -11,14 +11,18 @@ README.md                                  makes `load_dataset(folder, "weights"
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from hf_doge._version import __version__
 from hf_doge.artifacts.cards import PLOT_FILE, card_bytes, draw_plot, read_card, weights_card
-from hf_doge.artifacts.files import (
+from hf_doge.artifacts.parquet import read_parquet
+from hf_doge.artifacts.readers import parse_json
+from hf_doge.artifacts.record import Trajectory, WeightsRecord
+from hf_doge.checks import show
+from hf_doge.files import (
     read_settled,
     read_verified,
     remove_file,
@@ -27,14 +31,7 @@ from hf_doge.artifacts.files import (
     sha256,
     sole_writer,
 )
-from hf_doge.artifacts.parquet import read_parquet
-from hf_doge.artifacts.readers import parse_json
-from hf_doge.artifacts.trajectory import Trajectory
-from hf_doge.checks import show
 from hf_doge.text import printable
-
-if TYPE_CHECKING:
-    from hf_doge.artifacts.domain_weights import DomainWeights
 
 FORMAT_VERSION = "1.0"  # a newer major number tells older readers that they would misread the files
 MANIFEST = "domain_weights.json"
@@ -57,7 +54,7 @@ _KEYS = dict.fromkeys(("mean", "last", "recipe", "domains", "metadata", "files")
 _VERSION_KEYS = ("format_version", "hf_doge_version")
 
 
-def write_folder(weights: "DomainWeights", folder: Path, *, plot: bool = False) -> None:
+def write_folder(weights: WeightsRecord, folder: Path, *, plot: bool = False) -> None:
     """See [`DomainWeights.save_pretrained`]."""
     files = artifact_files(weights, plot=plot)
     tables = [name for name in files if name.endswith(".parquet")]
@@ -82,7 +79,7 @@ def write_folder(weights: "DomainWeights", folder: Path, *, plot: bool = False) 
             remove_file(folder / PLOT_FILE)
 
 
-def artifact_files(weights: "DomainWeights", *, plot: bool) -> dict[str, bytes]:
+def artifact_files(weights: WeightsRecord, *, plot: bool) -> dict[str, bytes]:
     """The tables, the picture if asked for and matplotlib is there, and the manifest with their checksums."""
     files = {WEIGHTS_FILE: _to_parquet(_weights_table(weights))}
     if weights.trajectory is not None:
@@ -167,7 +164,7 @@ def parse_manifest(content: bytes, *, source: str) -> dict[str, Any]:
     return manifest
 
 
-def _to_manifest(weights: "DomainWeights", tables: dict[str, bytes]) -> bytes:
+def _to_manifest(weights: WeightsRecord, tables: dict[str, bytes]) -> bytes:
     manifest = {
         **weights.unknown_keys,
         "format_version": FORMAT_VERSION,
@@ -183,7 +180,7 @@ def _to_manifest(weights: "DomainWeights", tables: dict[str, bytes]) -> bytes:
     return (json.dumps(manifest, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()
 
 
-def _weights_table(weights: "DomainWeights") -> pa.Table:
+def _weights_table(weights: WeightsRecord) -> pa.Table:
     """One row for each domain; null where a number is not known."""
     natural = weights.natural_proportions or {}
     rows = [

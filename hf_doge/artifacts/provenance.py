@@ -10,7 +10,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import hf_doge
 from hf_doge._version import __version__
 from hf_doge.text import HIDDEN, hide_secrets, names_secret
 
@@ -156,7 +155,7 @@ def _program(path: str) -> str:
 @cache
 def _get_commit() -> str | None:
     """The commit of hf_doge where it runs from a git checkout of its own; asked for once."""
-    checkout = Path(hf_doge.__file__).parent.parent
+    checkout = Path(__file__).parents[2]
     if not (checkout / ".git").exists():
         return None
     try:

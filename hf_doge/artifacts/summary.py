@@ -1,20 +1,17 @@
 """Domain weights as text that fits a terminal, a log or a card."""
 
 import textwrap
-from typing import TYPE_CHECKING
 
+from hf_doge.artifacts.record import WeightsRecord
 from hf_doge.text import printable
 
-if TYPE_CHECKING:
-    from hf_doge.artifacts.domain_weights import DomainWeights
 
-
-def summarize(weights: "DomainWeights") -> str:
+def summarize(weights: WeightsRecord) -> str:
     """The recipe, the entropy and a table of the domains, heaviest first; columns without any value are left out."""
     return "\n".join([*_headline(weights), "", format_table(summary_columns(weights))])
 
 
-def summary_columns(weights: "DomainWeights") -> dict[str, list[str]]:
+def summary_columns(weights: WeightsRecord) -> dict[str, list[str]]:
     """Title -> cells, heaviest domain first; columns without any value are left out."""
     natural = weights.natural_proportions
     names = sorted(weights.names, key=weights.mean.get, reverse=True)
@@ -48,7 +45,7 @@ def format_table(columns: dict[str, list[str]]) -> str:
     )
 
 
-def _headline(weights: "DomainWeights") -> list[str]:
+def _headline(weights: WeightsRecord) -> list[str]:
     """How the weights were made, wrapped, and how far they are from uniform."""
     arguments = ", ".join(
         f"{key} {value}"

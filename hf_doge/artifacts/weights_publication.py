@@ -1,7 +1,7 @@
 """Domain weights as they go to the Hub."""
 
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from huggingface_hub import CommitInfo
 
@@ -9,15 +9,13 @@ from hf_doge.artifacts.cards import PLOT_FILE, weights_card
 from hf_doge.artifacts.folder import MANIFEST, artifact_files, parse_manifest
 from hf_doge.artifacts.hub.publication import Publication
 from hf_doge.artifacts.hub.push import push_publication
-
-if TYPE_CHECKING:
-    from hf_doge.artifacts.domain_weights import DomainWeights
+from hf_doge.artifacts.record import WeightsRecord
 
 _FOLDERS = ("weights", "trajectory")
 
 
 def push_weights(
-    weights: "DomainWeights",
+    weights: WeightsRecord,
     repo_id: str,
     *,
     model_id: str | None = None,
@@ -30,7 +28,7 @@ def push_weights(
     return push_publication(publication, repo_id, commit_message=message, **options)
 
 
-def weights_publication(weights: "DomainWeights", repo_id: str, *, model_id: str | None = None) -> Publication:
+def weights_publication(weights: WeightsRecord, repo_id: str, *, model_id: str | None = None) -> Publication:
     """The files of domain weights for the Hub."""
     files = artifact_files(weights, plot=True)
     tables = {name: content for name, content in files.items() if name.endswith(".parquet")}

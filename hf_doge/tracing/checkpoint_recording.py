@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import TrainerState, TrainingArguments
 
-from hf_doge.artifacts.files import write_atomically
+from hf_doge.files import write_atomically
 from hf_doge.gradients.embedding_uses import input_embedding_matrix
 from hf_doge.tracing.batches import SequentialBatches
 from hf_doge.tracing.examples import Examples

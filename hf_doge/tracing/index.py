@@ -20,11 +20,11 @@ from datasets import ClassLabel, Dataset, Value
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from hf_doge.artifacts.files import write_atomically
 from hf_doge.artifacts.hub.fetch import fetch_folder
 from hf_doge.artifacts.influence import IndexReader
 from hf_doge.artifacts.influence.remote import RemoteIndexReader
 from hf_doge.checks import check_choice, check_count, check_flag, check_function, check_number, check_path, show
+from hf_doge.files import write_atomically
 from hf_doge.gradients.example_losses import LossFunction
 from hf_doge.tracing.encoding import Encoding
 from hf_doge.tracing.fingerprints import tokenizer_fingerprint

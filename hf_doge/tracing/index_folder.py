@@ -3,7 +3,6 @@
 import shutil
 from pathlib import Path
 
-from hf_doge.artifacts.files import read_settled, staged_folder, sync_folder
 from hf_doge.artifacts.influence.checkpoint_writer import PARTIAL
 from hf_doge.artifacts.influence.lock import LOCK_FILE
 from hf_doge.artifacts.influence.manifest import (
@@ -15,6 +14,7 @@ from hf_doge.artifacts.influence.manifest import (
     read_config,
     recorded_checksums,
 )
+from hf_doge.files import read_settled, staged_folder, sync_folder
 from hf_doge.tracing.weights import MODELS
 
 # config.json first: what it names is there by then, and stays, whatever is added while the rest is copied.

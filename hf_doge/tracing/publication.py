@@ -12,7 +12,6 @@ import pyarrow as pa
 from huggingface_hub import CommitInfo
 
 from hf_doge.artifacts.cards import index_card, read_card
-from hf_doge.artifacts.files import file_sha256, sha256
 from hf_doge.artifacts.hub.publication import Publication
 from hf_doge.artifacts.hub.push import ensure_repository, push_publication
 from hf_doge.artifacts.influence.manifest import (
@@ -33,6 +32,7 @@ from hf_doge.artifacts.parquet import read_parquet, to_parquet
 from hf_doge.artifacts.provenance import public_content, public_name
 from hf_doge.artifacts.readers import parse_json
 from hf_doge.checks import check_flag, check_names
+from hf_doge.files import file_sha256, sha256
 from hf_doge.text import hide_secrets
 from hf_doge.tracing.examples import LABEL_COLUMNS
 from hf_doge.tracing.models import checkpoint_folders

@@ -24,8 +24,8 @@ from transformers import (
 
 from hf_doge._version import __version__
 from hf_doge.artifacts.domain_weights import DomainWeights
-from hf_doge.artifacts.files import write_atomically
 from hf_doge.evaluation.comparison import Comparison, MixtureRun
+from hf_doge.files import write_atomically
 from hf_doge.training.adaptation import Adaptation
 from hf_doge.training.global_batch import examples_per_step
 from hf_doge.training.mixture import DomainWeightedTrainer

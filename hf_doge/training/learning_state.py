@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from hf_doge.artifacts.domain_weights import Trajectory
+from hf_doge.artifacts.record import Trajectory
 from hf_doge.functional.doge import update_running_mean
 
 STATE_FILE = "doge_state.json"

@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from hf_doge.artifacts import files
+from hf_doge import files
 from hf_doge.artifacts.influence import IndexReader
 from hf_doge.artifacts.influence.growth import Growth
 from hf_doge.gradients.token_rows import TokenRows

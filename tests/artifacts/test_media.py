@@ -11,8 +11,8 @@ import pytest
 from datasets import Audio, ClassLabel, Dataset, Features, Image, List, Value
 
 from hf_doge import InfluenceIndex
-from hf_doge.artifacts.files import file_sha256
 from hf_doge.artifacts.influence.examples import harmless_metadata
+from hf_doge.files import file_sha256
 from tests.tracing.influence_tools import classifier, sentences, tokenised, train, wordpiece_tokenizer
 
 

@@ -17,12 +17,12 @@ import pyarrow.parquet as pq
 from huggingface_hub import HfApi
 
 from hf_doge import DomainWeights, InfluenceIndex
-from hf_doge.artifacts.files import sha256
 from hf_doge.artifacts.hub.publication import Publication
 from hf_doge.artifacts.hub.push import push_publication
 from hf_doge.artifacts.hub.retries import Patience
 from hf_doge.artifacts.weights_publication import weights_publication
 from hf_doge.cli.push import main as push_command
+from hf_doge.files import sha256
 from hf_doge.tracing.publication import prepare_index_push
 from tests.artifacts.influence_rows import random_rows, write_index
 from tests.artifacts.test_domain_weights import make_weights

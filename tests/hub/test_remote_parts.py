@@ -7,10 +7,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from hf_doge.artifacts.files import file_sha256
 from hf_doge.artifacts.influence.manifest import read_config
 from hf_doge.artifacts.influence.remote_examples import RemoteExamples
 from hf_doge.artifacts.influence.remote_map import RemoteMap
+from hf_doge.files import file_sha256
 from tests.artifacts.influence_rows import random_rows, write_index
 
 NUM_EXAMPLES, GROUP = 12_000, 1000

@@ -5,7 +5,7 @@ import os
 from collections.abc import Callable, Mapping
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from hf_doge._version import __version__
 from hf_doge.artifacts.cards.facts import counted, hub_link, join, part_of, run_facts
@@ -13,12 +13,10 @@ from hf_doge.artifacts.cards.markdown import escape, json_block, names_of, secon
 from hf_doge.artifacts.cards.merge import Card
 from hf_doge.artifacts.cards.rendering import listing, place_of, render
 from hf_doge.artifacts.cards.tables import TableFacts, config_entry
-from hf_doge.artifacts.files import file_sha256, sha256
 from hf_doge.artifacts.provenance import public_content
+from hf_doge.artifacts.record import WeightsRecord
 from hf_doge.artifacts.summary import summary_columns
-
-if TYPE_CHECKING:
-    from hf_doge.artifacts.domain_weights import DomainWeights
+from hf_doge.files import file_sha256, sha256
 
 PLOT_FILE = "plot.png"
 
@@ -33,7 +31,7 @@ _MOST_BARS = 50  # the heaviest; with 300 a picture took 3 s, at each save
 
 
 def weights_card(
-    weights: "DomainWeights",
+    weights: WeightsRecord,
     *,
     data_files: Mapping[str, bytes | str | os.PathLike],
     repo_id: str | None = None,
@@ -45,7 +43,7 @@ def weights_card(
     The README.md of domain weights.
 
     Args:
-        weights (`DomainWeights`): What the card is of.
+        weights (`WeightsRecord`): What the card is of.
         data_files (`Mapping`):
             Path in the artifact (`weights/...`, `trajectory/...`) -> its content, or where the file lies.
         repo_id (`str`, *optional*): The repository it will be in; without one the code in the card names a placeholder.
@@ -81,7 +79,7 @@ def _checksum(file: bytes | str | os.PathLike) -> str:
     return sha256(file) if isinstance(file, bytes) else file_sha256(Path(file))
 
 
-def draw_plot(weights: "DomainWeights") -> bytes | None:
+def draw_plot(weights: WeightsRecord) -> bytes | None:
     """
     The content of `plot.png`, the same for the same weights; `None` where matplotlib is not installed, or there are so many
     domains that nobody could look at it.
@@ -95,15 +93,15 @@ def draw_plot(weights: "DomainWeights") -> bytes | None:
     return picture.getvalue()
 
 
-def _is_learned(weights: "DomainWeights") -> bool:
+def _is_learned(weights: WeightsRecord) -> bool:
     return weights.recipe.get("name") in _LEARNED
 
 
-def _title(weights: "DomainWeights", repo_id: str | None) -> str:
+def _title(weights: WeightsRecord, repo_id: str | None) -> str:
     return "Domain weights" if repo_id is None else f"Domain weights: {repo_id.rpartition('/')[2]}"
 
 
-def _render(weights: "DomainWeights", *, repo_id: str | None, model_id: str | None, plot: bool) -> str:
+def _render(weights: WeightsRecord, *, repo_id: str | None, model_id: str | None, plot: bool) -> str:
     metadata, recipe = weights.metadata, dict(weights.recipe)
     arguments, run = recipe.pop("arguments", None), part_of(metadata, "training")
     known = [*(recipe.get("name"),), *(weights.domains[name].get("num_tokens") for name in weights.names)]
@@ -132,7 +130,7 @@ def _render(weights: "DomainWeights", *, repo_id: str | None, model_id: str | No
 _UNKNOWN = "Nothing was recorded of where these weights come from."
 
 
-def _origin(weights: "DomainWeights") -> str:
+def _origin(weights: WeightsRecord) -> str:
     if _is_learned(weights):
         return (
             "Learned with a small proxy model by [DoGE](https://huggingface.co/papers/2310.15393) (domain reweighting with"
@@ -163,7 +161,7 @@ def _origin(weights: "DomainWeights") -> str:
     return "How they were chosen is told below, as far as it was recorded."
 
 
-def _table_notes(weights: "DomainWeights") -> str:
+def _table_notes(weights: WeightsRecord) -> str:
     notes = [f"{len(weights.names)} domains; entropy {weights.entropy:.3f} nats (uniform {weights.max_entropy:.3f})."]
     if weights.last != weights.mean:
         notes.append("`weight`: mean over the run, the one to train with; `last`: after the last update.")
@@ -172,7 +170,7 @@ def _table_notes(weights: "DomainWeights") -> str:
     return " ".join(notes)
 
 
-def _facts(weights: "DomainWeights", model_id: str | None) -> str:
+def _facts(weights: WeightsRecord, model_id: str | None) -> str:
     metadata = weights.metadata
     model, tokenizer, run = (_named_part(metadata, key) for key in ("model", "tokenizer", "training"))
     return listing(
@@ -197,7 +195,7 @@ def _facts(weights: "DomainWeights", model_id: str | None) -> str:
     ) + run_facts(metadata, written_by=__version__)
 
 
-def _data(weights: "DomainWeights") -> str | None:
+def _data(weights: WeightsRecord) -> str | None:
     domains = weights.domains.values()
     rows, tokens = ([facts.get(key) for facts in domains] for key in ("num_rows", "num_tokens"))
     fingerprints = sorted({str(facts["fingerprint"]) for facts in domains if facts.get("fingerprint")})

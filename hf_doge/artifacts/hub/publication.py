@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from hf_doge.artifacts.files import file_sha256, sha256
+from hf_doge.files import file_sha256, sha256
 from hf_doge.text import holds_token
 
 _PIECE = 1 << 20

@@ -19,7 +19,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hf_doge.artifacts.files import file_sha256, sha256, sync_folder, write_atomically
 from hf_doge.artifacts.influence.manifest import (
     GRADIENTS,
     OFFSETS,
@@ -28,6 +27,7 @@ from hf_doge.artifacts.influence.manifest import (
 )
 from hf_doge.artifacts.influence.segments import encode_segment
 from hf_doge.artifacts.readers import parse_json
+from hf_doge.files import file_sha256, sha256, sync_folder, write_atomically
 
 if TYPE_CHECKING:
     from hf_doge.artifacts.influence.writer import IndexWriter

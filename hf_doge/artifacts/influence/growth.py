@@ -7,11 +7,11 @@ from typing import Any
 
 import pyarrow as pa
 
-from hf_doge.artifacts.files import sha256, write_atomically
 from hf_doge.artifacts.influence.checkpoint_writer import CheckpointWriter
 from hf_doge.artifacts.influence.examples import read_examples, same_examples
 from hf_doge.artifacts.influence.manifest import added_examples_file
 from hf_doge.artifacts.parquet import as_stored, to_parquet
+from hf_doge.files import sha256, write_atomically
 from hf_doge.text import printable
 
 

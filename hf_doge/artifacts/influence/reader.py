@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hf_doge.artifacts.files import read_settled
 from hf_doge.artifacts.influence.examples import check_number_of_examples, read_examples
 from hf_doge.artifacts.influence.manifest import (
     MANIFEST,
@@ -24,6 +23,7 @@ from hf_doge.artifacts.influence.search import add_scores, ends
 from hf_doge.artifacts.influence.segment_reader import check_scales
 from hf_doge.artifacts.influence.segments import decode_rows, recorded_projection
 from hf_doge.artifacts.influence.synonym_search import Neighbours, synonym_matches
+from hf_doge.files import read_settled
 
 if TYPE_CHECKING:
     from datasets import Dataset

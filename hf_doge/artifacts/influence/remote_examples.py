@@ -17,11 +17,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from hf_doge.artifacts.files import write_atomically
 from hf_doge.artifacts.hub.ranges import ByteRange, RangedFile, read_all
 from hf_doge.artifacts.influence.examples import harmless_metadata
 from hf_doge.artifacts.influence.manifest import to_json
 from hf_doge.artifacts.parquet import check_claims_of_footer, open_parquet, read_parquet
+from hf_doge.files import write_atomically
 from hf_doge.text import require_printable
 
 _END_BYTES = 2**16  # what pyarrow looks at first

@@ -24,14 +24,6 @@ import pyarrow as pa
 from torch import Tensor
 
 from hf_doge._version import __version__
-from hf_doge.artifacts.files import (
-    STAGED_PREFIX,
-    file_sha256,
-    replace_files,
-    require_own_folder,
-    sha256,
-    write_atomically,
-)
 from hf_doge.artifacts.influence.card import renewed_card
 from hf_doge.artifacts.influence.checkpoint_writer import PARTIAL, CheckpointWriter
 from hf_doge.artifacts.influence.examples import ordered_examples, read_examples, same_examples
@@ -60,6 +52,14 @@ from hf_doge.artifacts.influence.manifest import (
 from hf_doge.artifacts.influence.segments import projection_matrix, projection_sha256, recorded_projection
 from hf_doge.artifacts.parquet import to_parquet
 from hf_doge.checks import LARGEST_RATE, check_choice, check_count, check_json, check_number, check_path, check_seed
+from hf_doge.files import (
+    STAGED_PREFIX,
+    file_sha256,
+    replace_files,
+    require_own_folder,
+    sha256,
+    write_atomically,
+)
 
 _CHECKPOINTS_SCHEMA = pa.schema(
     {
