@@ -50,7 +50,7 @@ def imported_modules(path):
 
 
 def test_no_room_stands_above_itself():
-    TopologicalSorter(BELOW).prepare()  # raises where there is a circle
+    assert set(TopologicalSorter(BELOW).static_order()) >= BELOW.keys()  # raises where there is a circle
 
 
 @pytest.mark.parametrize("path", ROOMS, ids=lambda path: str(path.relative_to(PACKAGE)))
