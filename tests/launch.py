@@ -8,10 +8,13 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import torch.distributed as dist
 from filelock import FileLock, Timeout
+
+from tests.forks import BARE, FULL, Fork
 
 REPOSITORY = Path(__file__).parent.parent
 
@@ -108,22 +111,38 @@ def launch(
     return result
 
 
-def start_without_launcher(script: Path, *arguments: object, num_processes: int = 2) -> list[subprocess.Popen]:
+def start_without_launcher(script: Path, *arguments: object, num_processes: int = 2, **env: str) -> list[Fork]:
     """
-    The same processes without a launcher, which would end all of them when one dies; by rank.
+    The same processes without a launcher, which would end all of them when one dies; by rank, and forked, which is quicker.
 
     The caller waits for them, and kills those that are left.
     """
-    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "ACCELERATE_USE_CPU": "true"}
-    size = {"WORLD_SIZE": str(num_processes), "LOCAL_WORLD_SIZE": str(num_processes)}
-    return [
-        subprocess.Popen(
-            [sys.executable, str(script), *map(str, arguments)],
-            cwd=REPOSITORY,
-            env=launch_environment(RANK=str(rank), LOCAL_RANK=str(rank), **address, **size),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(num_processes)
+    if num_processes > 1:
+        env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(num_processes)}
+        env["LOCAL_WORLD_SIZE"] = env["WORLD_SIZE"]
+    by_rank = [
+        {"RANK": str(rank), "LOCAL_RANK": str(rank)} if num_processes > 1 else {} for rank in range(num_processes)
     ]
+    imported = BARE if "HF_ENDPOINT" in env else FULL
+    return [Fork([script, *arguments], env=launch_environment(**env, **rank), imported=imported) for rank in by_rank]
+
+
+def run_processes(script: Path, *arguments: object, num_processes: int = 2, timeout: float = 240, **env: str) -> None:
+    """
+    What [`launch`] does where nothing depends on the launcher: 10 seconds of CPU less for two processes.
+
+    Each kind of work has one test that goes by `accelerate launch`.
+    """
+    processes = start_without_launcher(script, *arguments, num_processes=num_processes, **env)
+    end = time.monotonic() + timeout
+    try:
+        while not all(process.poll() == 0 for process in processes):
+            failed = any(process.returncode for process in processes)
+            if failed or time.monotonic() > end:
+                break
+            time.sleep(0.02)
+    finally:
+        for process in processes:
+            process.kill()
+    outputs = [process.communicate()[0][-6000 // num_processes :] for process in processes]
+    assert all(process.returncode == 0 for process in processes), "\n".join(outputs)

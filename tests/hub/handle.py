@@ -15,6 +15,7 @@ from typing import Any
 from huggingface_hub import constants
 from huggingface_hub.utils import get_session, hf_raise_for_status
 
+from tests.forks import BARE, Fork
 from tests.hub.tokens import BAD_TOKEN, OTHER_TOKEN, READ_TOKEN, TOKEN
 from tests.hub.traffic import LogEntry
 
@@ -325,17 +326,11 @@ def client_environment(
     return {**kept, **settings, **changes}
 
 
-def start_client(hub: HubServer, script: Path | str, *arguments: object, **environment: Any) -> subprocess.Popen:
+def start_client(hub: HubServer, script: Path | str, *arguments: object, **environment: Any) -> Fork:
     """As `run_client`, but does not wait: for tests that kill it, or look on while it runs."""
     source = ["-c", script] if isinstance(script, str) else [str(script)]
-    return subprocess.Popen(
-        [sys.executable, *source, *map(str, arguments)],
-        cwd=REPOSITORY,
-        env=client_environment(hub, **environment),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    environment = client_environment(hub, **environment)
+    return Fork([*source, *arguments], env=environment, imported=BARE, separate_errors=True)
 
 
 def run_client(

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from tests.hub.handle import HubServer, client_environment
-from tests.launch import REPOSITORY, launch
+from tests.launch import REPOSITORY, run_processes
 
 
 @pytest.fixture(scope="module")
@@ -15,7 +15,9 @@ def hub(tmp_path_factory):
         environment = client_environment(server)
         kept = {name: environment[name] for name in environment if name.startswith("HF_") or "proxy" in name.lower()}
         server.fail("POST", "doge/direct/commit/", delay=1.5)  # so that others would read before it
-        launch(REPOSITORY / "tests" / "hub" / "hub_processes_script.py", folder, **{"HF_HUB_OFFLINE": "0", **kept})
+        run_processes(
+            REPOSITORY / "tests" / "hub" / "hub_processes_script.py", folder, **{"HF_HUB_OFFLINE": "0", **kept}
+        )
         server.folder = folder
         yield server
 

@@ -9,7 +9,7 @@ from transformers import BertForSequenceClassification
 from hf_doge.artifacts.influence import IndexReader
 from hf_doge.tracing.recording import record_dataset
 from hf_doge.tracing.settings import RecordingSettings
-from tests.launch import REPOSITORY, launch, start_without_launcher
+from tests.launch import REPOSITORY, launch, run_processes, start_without_launcher
 from tests.tracing.recorded_training import assert_rows_are_autograd, classification_data, segments
 from tests.tracing.recording_launched import MaskingCollator
 from tests.tracing.test_tracing_callback_resume import RATES, SEGMENT, pad, resume
@@ -27,7 +27,7 @@ def told(folder):
 def together(tmp_path_factory):
     """Several trainings that two processes record, in one start."""
     folder = tmp_path_factory.mktemp("together")
-    launch(SCRIPT, folder, "together")
+    run_processes(SCRIPT, folder, "together")
     return folder, told(folder)
 
 

@@ -9,7 +9,7 @@ import torch
 from hf_doge.gradients.embedding import EmbeddingGradientRecorder
 from hf_doge.tracing.callback import TracInWECallback
 from hf_doge.tracing.online import PARTIAL
-from tests.launch import launch, start_without_launcher
+from tests.launch import run_processes, start_without_launcher
 from tests.tiny import tiny_gpt2
 from tests.tracing.online_training import MODELS, assert_rows, dense, index_rows, language_dataset, pad, train
 
@@ -80,7 +80,7 @@ def alone(tmp_path_factory):
 def launched(tmp_path_factory):
     folder = tmp_path_factory.mktemp("launched")
     (folder / "script.py").write_text(SCRIPT)
-    launch(folder / "script.py", folder, "still")
+    run_processes(folder / "script.py", folder, "still")
     return folder
 
 

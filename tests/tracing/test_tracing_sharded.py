@@ -1,6 +1,6 @@
 """A model that no process has whole is refused, by whatever it was sharded, and before anything is written."""
 
-from tests.launch import launch
+from tests.launch import run_processes
 
 SCRIPT = """
 import sys
@@ -48,7 +48,7 @@ end_process_group()
 def test_sharded_models_are_refused(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
-    launch(script, tmp_path)
+    run_processes(script, tmp_path)
     found = sorted(path.name for path in tmp_path.glob("* refused on *"))
     asked = [f"{how} {record}" for how in ("model", "trainer") for record in ("checkpoint", "online")]
     assert found == [f"{name} refused on {rank}" for name in asked for rank in (0, 1)]

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers.distributed import DistributedConfig
 
-from tests.launch import launch
+from tests.launch import launch, run_processes
 from tests.training.learning_script import FEW, RESUMED, SHARDED, WAYS
 
 SCRIPT = Path(__file__).parent / "learning_script.py"
@@ -27,7 +27,7 @@ def learned(tmp_path_factory):
     for num_processes, ways in ((1, tuple(WAYS)), (4, FEW)):
         resumed = job(folders[f"resumed{num_processes}"], num_processes, resume=str(folders[2] / "runs"))
         alone = job(folders[num_processes], num_processes, ways=ways)
-        launch(SCRIPT, json.dumps([alone, resumed]), num_processes=num_processes)
+        run_processes(SCRIPT, json.dumps([alone, resumed]), num_processes=num_processes)
     return folders
 
 
@@ -42,7 +42,7 @@ def sharded(tmp_path_factory):
     for sharding in SAVED:
         resumed = folders[f"{sharding} resumed"]
         jobs.append(job(resumed, 2, sharding=sharding, resume=str(folders[sharding] / "runs")))
-    launch(SCRIPT, json.dumps(jobs), num_processes=2)
+    run_processes(SCRIPT, json.dumps(jobs))
     return folders
 
 

@@ -13,7 +13,7 @@ from datasets import Dataset, IterableDataset
 from hf_doge.artifacts.domain_weights import DomainWeights
 from hf_doge.training.config import DoGEConfig
 from hf_doge.training.trainer import DoGEMixin, DoGETrainer
-from tests.launch import launch
+from tests.launch import run_processes
 from tests.tiny import language_model_rows, three_domains, tiny_llama
 from tests.training.learning_script import note
 from tests.training.learning_streams_script import NAMES, STEPS, make_streams, make_trainer
@@ -42,7 +42,7 @@ def learned(tmp_path_factory):
     for name, options in WAYS.items():
         run = {"folder": str(folder / name), **options}
         plan += [run, {**run, "resume": str(folder / name / "checkpoint-2")}]
-    launch(SCRIPT, json.dumps(plan), num_processes=2)
+    run_processes(SCRIPT, json.dumps(plan))
     return folder
 
 

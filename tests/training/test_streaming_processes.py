@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from hf_doge.sampling.streaming import interleave_domains
-from tests.launch import launch
+from tests.launch import run_processes
 from tests.training import mixture_processes
 from tests.training.mixture_processes import SPLITS_STREAMS, WEIGHTS, interleave, skip_if_it_could_not_resume, streams
 
@@ -54,7 +54,7 @@ def tell(tmp_path_factory):
     }
     plan.append({**other, "by_rank": [WEIGHTS, {**WEIGHTS, "code": 0.31}]})
     (folder / "plan.json").write_text(json.dumps(plan))
-    launch(Path(mixture_processes.__file__), folder / "plan.json", num_processes=2, timeout=500)
+    run_processes(Path(mixture_processes.__file__), folder / "plan.json")
     return {
         entry["name"]: [json.loads((folder / f"{entry['name']}-{rank}.json").read_text()) for rank in range(2)]
         for entry in plan

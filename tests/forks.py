@@ -1,0 +1,207 @@
+"""
+Processes that start with the libraries imported: forks of a server that has done nothing else.
+
+A new interpreter spends 5 seconds of CPU on importing torch and transformers before it does anything; a fork of a process
+that has imported them spends a tenth of a second. Each fork is a process of its own in all that the tests look at: it has
+its own environment, folder of work and output, can be killed, and ends as an interpreter ends.
+
+Two things a fork cannot show, and such tests start an interpreter: what is imported when, and environment variables that a
+library reads when it is imported. `BARE` is without any library of Hugging Face for that reason: `HF_ENDPOINT`, `HF_HOME`
+and the like are the fork's own.
+"""
+
+import atexit
+import contextlib
+import gc
+import importlib
+import json
+import os
+import runpy
+import select
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import threading
+import warnings
+from pathlib import Path
+
+REPOSITORY = Path(__file__).parent.parent
+BARE = (
+    *(
+        "torch",
+        "torch.distributed.tensor",
+        "torch.distributed.fsdp",
+        "torch._dynamo",
+        "torch.export",
+        "torch.utils.data",
+    ),
+    *(
+        "numpy",
+        "pandas",
+        "scipy.optimize",
+        "sympy",
+        "PIL.ImageOps",
+        "pyarrow.parquet",
+        "pyarrow.dataset",
+        "jinja2",
+        "yaml",
+    ),
+    *("multiprocess", "dill", "psutil", "fsspec", "regex", "safetensors.torch"),
+)
+FULL = (
+    *BARE,
+    *("datasets", "accelerate", "peft", "transformers.trainer"),
+    *(f"transformers.models.{name}" for name in ("bert.modeling_bert", "gpt2.modeling_gpt2", "llama.modeling_llama")),
+    *("tests.tiny", "hf_doge.training.trainer", "hf_doge.training.mixture", "hf_doge.tracing.callback"),
+)
+_SERVERS: dict[tuple[str, ...], socket.socket] = {}
+
+
+class Fork:
+    """
+    A script in a process of its own; what `subprocess.Popen` has of this name behaves alike.
+
+    Args:
+        arguments (`list[str]`): A script and its arguments, or `-c`, code and its arguments.
+        env (`dict[str, str]`): The whole environment.
+        imported (`tuple[str, ...]`): The modules that it has from the beginning.
+        separate_errors (`bool`): Whether standard error is kept apart, as `stderr`; it goes with standard output
+            otherwise.
+    """
+
+    def __init__(self, arguments, *, env, imported=FULL, separate_errors=False):
+        self.args, self.returncode, self._texts = [str(argument) for argument in arguments], None, [b"", b""]
+        self._status, status = os.pipe()
+        outputs = [os.pipe() for _ in range(1 + separate_errors)]
+        self._readers = [
+            threading.Thread(target=self._read, args=(number, output[0]), daemon=True)
+            for number, output in enumerate(outputs)
+        ]
+        written = [output[1] for output in outputs]
+        request = json.dumps({"arguments": self.args, "env": env}).encode()
+        try:
+            socket.send_fds(_server(imported), [request], [status, written[0], written[-1]])
+        finally:
+            for descriptor in (status, *written):
+                os.close(descriptor)
+        for reader in self._readers:
+            reader.start()
+        self.pid = struct.unpack("i", os.read(self._status, 4))[0]
+
+    def _read(self, number, descriptor):
+        with open(descriptor, "rb") as output:
+            while part := output.read1(1 << 16):
+                self._texts[number] += part
+
+    def wait(self, timeout=None):
+        """The exit status, negative for a signal."""
+        if self.returncode is None:
+            if not select.select([self._status], [], [], timeout)[0]:
+                raise subprocess.TimeoutExpired(self.args, timeout)
+            self.returncode = struct.unpack("i", os.read(self._status, 4))[0]
+            os.close(self._status)
+        return self.returncode
+
+    def poll(self):
+        """The exit status if it has ended."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.wait(0)
+        return self.returncode
+
+    def communicate(self, timeout=None):
+        """What it has written, at its end."""
+        self.wait(timeout)
+        for reader in self._readers:
+            reader.join(timeout)
+        texts = [text.decode() for text in self._texts]
+        return texts[0], texts[1] if len(self._readers) == 2 else None
+
+    def send_signal(self, number):
+        """A signal, unless it has ended."""
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def terminate(self):
+        """Ask it to end."""
+        self.send_signal(signal.SIGTERM)
+
+    def kill(self):
+        """Kill it and what it has started."""
+        if self.poll() is None:
+            os.killpg(self.pid, signal.SIGKILL)
+
+
+def _server(imported):
+    """The way to a process that has these modules, started if there is none."""
+    if imported not in _SERVERS:
+        ours, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        fixed = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+        process = subprocess.Popen(
+            [sys.executable, "-m", "tests.forks", str(its.fileno()), *imported],
+            cwd=REPOSITORY,
+            env={**os.environ, **fixed},
+            stdin=subprocess.DEVNULL,
+            pass_fds=[its.fileno()],
+        )
+        its.close()
+        _SERVERS[imported] = ours
+        atexit.register(lambda: (ours.close(), process.wait()))
+    return _SERVERS[imported]
+
+
+def serve(control):
+    """Fork for every request. Returns in each fork, with what it is to run; a server ends with the one who asks."""
+    while True:
+        message, descriptors, _, _ = socket.recv_fds(control, 1 << 20, 3)
+        with contextlib.suppress(ChildProcessError):
+            while os.waitpid(-1, os.WNOHANG)[0]:
+                pass
+        if not message:
+            control.close()
+            sys.exit()
+        if os.fork() == 0:  # one that waits for the fork and tells how it ended
+            control.close()
+            status, output, errors = descriptors
+            pid = os.fork()
+            if pid == 0:
+                os.setsid()
+                os.write(status, struct.pack("i", os.getpid()))
+                os.dup2(output, 1)
+                os.dup2(errors, 2)
+                for descriptor in {status, output, errors}:
+                    os.close(descriptor)
+                return json.loads(message)
+            os.close(output)
+            if errors != output:
+                os.close(errors)
+            os.write(status, struct.pack("i", os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])))
+            os._exit(0)
+        for descriptor in descriptors:
+            os.close(descriptor)
+
+
+def run(arguments, env):
+    """What an interpreter does with its arguments."""
+    os.environ.clear()
+    os.environ.update(env)
+    first, *rest = arguments
+    if first == "-c":
+        code, *rest = rest
+        sys.argv, sys.path[0] = ["-c", *rest], ""
+        main = type(sys)("__main__")
+        sys.modules["__main__"] = main
+        exec(compile(code, "<string>", "exec"), vars(main))
+    else:
+        sys.argv, sys.path[0] = [first, *rest], str(Path(first).parent)
+        runpy.run_path(first, run_name="__main__")
+
+
+if __name__ == "__main__":
+    with warnings.catch_warnings(action="ignore"):
+        for module in sys.argv[2:]:
+            importlib.import_module(module)
+    gc.freeze()  # so that forks share the pages
+    request = serve(socket.socket(fileno=int(sys.argv[1])))
+    run(**request)
