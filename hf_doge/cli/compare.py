@@ -10,10 +10,11 @@ from typing import Any
 from transformers import TrainingArguments
 
 from hf_doge.artifacts import DomainWeights
+from hf_doge.checks import check_count
 from hf_doge.cli.arguments import DataArguments, ModelArguments, get_output_dir, get_resume, parse
 from hf_doge.cli.blocks import collate_blocks
 from hf_doge.cli.console import save_plot, say
-from hf_doge.cli.data import DomainData, load_domain_data, measure_bytes_per_token
+from hf_doge.cli.data import DomainData, load_domain_data, match_repetition, measure_bytes_per_token
 from hf_doge.cli.mixtures import ESTIMATED, describe_blocks, estimate_for_targets, is_rule, load_weights
 from hf_doge.cli.models import get_config, make_model
 from hf_doge.evaluation.comparison import BASELINES
@@ -48,6 +49,25 @@ class ComparisonArguments:
         default_factory=lambda: [1, 2, 3],
         metadata={"help": "Seeds of model initialisation and data order; every mixture is trained once with each."},
     )
+    match_repetition: bool = field(
+        default=False,
+        metadata={
+            "help": "Cut each domain so that these runs repeat it as often as a training on --full_tokens would with the same "
+            "weights (arXiv 2606.07597)."
+        },
+    )
+    full_tokens: int | None = field(
+        default=None,
+        metadata={"help": "Tokens of the training that the mixtures are for, with --match_repetition."},
+    )
+
+    def __post_init__(self) -> None:
+        check_count("--full_tokens", self.full_tokens, optional=True)
+        if self.match_repetition != (self.full_tokens is not None):
+            raise ValueError(
+                "`--match_repetition` and `--full_tokens` must be given together, but got only one of them. Name the tokens "
+                "of the training that the mixtures are for, or leave both out."
+            )
 
 
 @dataclass
@@ -124,6 +144,9 @@ def main(argv: Sequence[str]) -> int:
         )
     output_dir = get_output_dir(args)
     data = measure_args.load(data_args, output_dir)
+    if comparison_args.match_repetition:
+        num_tokens = tokens_of_run(args, data_args.block_size)
+        data = match_repetition(data, num_tokens=num_tokens, full_tokens=comparison_args.full_tokens)
     mixtures = load_mixtures(comparison_args, data, block_size=data_args.block_size, args=args)
     comparison = compare_mixtures(
         args=args,
@@ -139,6 +162,11 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
+def tokens_of_run(args: TrainingArguments, block_size: int) -> int | None:
+    """Tokens that a run is trained on; `None` where its steps follow from the data."""
+    return args.max_steps * examples_per_step(args) * block_size if args.max_steps > 0 else None
+
+
 def load_mixtures(
     comparison_args: ComparisonArguments, data: DomainData, *, block_size: int, args: TrainingArguments
 ) -> dict[str, DomainWeights]:
@@ -149,7 +177,7 @@ def load_mixtures(
         `ValueError`: for an unknown rule, and for names that are repeated or cannot name a file.
     """
     domains = describe_blocks(data.train, block_size)
-    num_tokens = args.max_steps * examples_per_step(args) * block_size if args.max_steps > 0 else None
+    num_tokens = tokens_of_run(args, block_size)
     mixtures: dict[str, DomainWeights] = {}
 
     def add(name: str, word: str, make: Callable[[], DomainWeights]) -> None:

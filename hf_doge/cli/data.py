@@ -1,7 +1,7 @@
 """The data of one command: domains to train on, domains to evaluate on, and what tokenised them."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +98,43 @@ def load_domain_data(
             for (name, split), limit in limits.items()
         },
     )
+
+
+def match_repetition(data: DomainData, *, num_tokens: int | None, full_tokens: int) -> DomainData:
+    """
+    The first blocks of every domain, as many as a small run repeats as often as the full training repeats them all.
+
+    With weights `a`, a training on `full_tokens` reads domain j `a_j * full_tokens / n_j` times. A run on `num_tokens` does
+    the same with `n_j * num_tokens / full_tokens` tokens of it, whatever `a` is. Otherwise small runs see fresh text of
+    domains that the full training repeats, and find weights that are wrong for it
+    (https://huggingface.co/papers/2606.07597).
+
+    Args:
+        data (`DomainData`): Blocks of the domains; targets and validation stay as they are.
+        num_tokens (`int`, *optional*): Tokens of a small run.
+        full_tokens (`int`): Tokens of the training that the mixture is for.
+
+    Raises:
+        `ValueError`: if the small run is the larger one or its length is not known, or a domain would have no block left.
+    """
+    if num_tokens is None:
+        raise ValueError(
+            "`--match_repetition` must know how many tokens a run is trained on, but `--max_steps` is not given. Set it."
+        )
+    if full_tokens < num_tokens:
+        raise ValueError(
+            f"`--full_tokens` must be at least the {num_tokens:,} tokens of a run here, but got {full_tokens:,}."
+        )
+    sizes = {name: len(rows) * num_tokens // full_tokens for name, rows in data.train.items()}
+    short = [name for name, size in sizes.items() if size == 0]
+    if short:
+        raise ValueError(
+            f"Every domain must keep a block, but at {num_tokens:,} of {full_tokens:,} tokens {short} would have none. Train the "
+            "runs longer, or lower `--block_size`."
+        )
+    cut = {name: rows.select(range(sizes[name])) for name, rows in data.train.items()}
+    marks = {f"{name}.train": f"{data.fingerprints[f'{name}.train']}[:{size}]" for name, size in sizes.items()}
+    return replace(data, train=cut, fingerprints={**data.fingerprints, **marks})
 
 
 def measure_bytes_per_token(data: DomainData, *, max_blocks: int = 200) -> dict[str, float]:

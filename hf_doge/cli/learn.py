@@ -11,7 +11,7 @@ from hf_doge.cli.arguments import DataArguments, ModelArguments, get_output_dir,
 from hf_doge.cli.blocks import collate_blocks
 from hf_doge.cli.console import say
 from hf_doge.cli.data import load_shared_domain_data
-from hf_doge.cli.mixtures import save_results
+from hf_doge.cli.mixtures import describe_estimate, save_results
 from hf_doge.cli.models import get_config, make_model
 from hf_doge.training.config import DoGEConfig
 from hf_doge.training.trainer import DoGETrainer
@@ -97,6 +97,8 @@ def main(argv: Sequence[str]) -> int:
         return TERMINATED
     if args.should_save:
         save_results(trainer.domain_weights, output_dir)
+        if data.targets:
+            say(describe_estimate(trainer.domain_weights, data))
     return 0
 
 

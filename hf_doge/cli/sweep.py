@@ -10,11 +10,13 @@ from importlib.util import find_spec
 
 from transformers import TrainingArguments
 
+from hf_doge.artifacts import DomainWeights
 from hf_doge.checks import check_count
 from hf_doge.cli.arguments import DataArguments, ModelArguments, get_output_dir, parse
-from hf_doge.cli.compare import MeasureArguments
+from hf_doge.cli.compare import MeasureArguments, tokens_of_run
 from hf_doge.cli.console import save_plot, say
-from hf_doge.cli.mixtures import estimate_for_targets
+from hf_doge.cli.data import match_repetition
+from hf_doge.cli.mixtures import describe_blocks, estimate_for_targets
 from hf_doge.plots import plot_sweep
 from hf_doge.training.sweep import MIN_RANK_CORRELATION, sweep_domain_weights
 
@@ -45,6 +47,13 @@ class SweepArguments:
             "help": "Tokens of the training that the weights are for, which the cap refers to. Default: of a run."
         },
     )
+    match_repetition: bool = field(
+        default=False,
+        metadata={
+            "help": "Cut each domain so that these runs repeat it as often as a training on --full_tokens would with the same "
+            "weights (arXiv 2606.07597)."
+        },
+    )
     jobs: int = field(
         default=1,
         metadata={
@@ -73,8 +82,15 @@ def main(argv: Sequence[str]) -> int:
     if find_spec("scipy") is None:
         raise ValueError("A sweep needs scipy. Install it by `pip install 'hf-doge[sweep]'`.")
     check_count("--jobs", sweep_args.jobs)
+    if sweep_args.match_repetition and sweep_args.full_tokens is None:
+        raise ValueError(
+            "`--match_repetition` must know the tokens of the training that the weights are for. Set `--full_tokens`."
+        )
     output_dir = get_output_dir(args)
     data = measure_args.load(data_args, output_dir)
+    domains, full_tokens = describe_blocks(data.train, data_args.block_size), sweep_args.full_tokens
+    if sweep_args.match_repetition:
+        data = match_repetition(data, num_tokens=tokens_of_run(args, data_args.block_size), full_tokens=full_tokens)
     options = measure_args.run_options(data, data_args, model_args)
     command = [sys.executable, "-m", "hf_doge", "sweep", *argv]
     alone = {**os.environ, IS_HELPER: "1"}
@@ -92,12 +108,15 @@ def main(argv: Sequence[str]) -> int:
             concentration=sweep_args.concentration,
             kl_penalty=sweep_args.kl_penalty,
             max_epochs_per_domain=sweep_args.max_epochs_per_domain,
-            full_tokens=sweep_args.full_tokens,
+            full_tokens=None if sweep_args.match_repetition else full_tokens,  # a run repeats as often already
         )
     finally:
         for helper in helpers:
             helper.terminate()  # what it was training, if anything, is nobody's any more
             helper.wait()
+    if sweep_args.match_repetition:
+        recipe = {**weights.recipe, "full_tokens": full_tokens, "match_repetition": True}
+        weights = DomainWeights.from_mapping(weights.mean, recipe=recipe, domains=domains, metadata=weights.metadata)
     folder = output_dir / "domain_weights"
     weights.save_pretrained(folder, plot=True)
     comparison.save(output_dir)

@@ -2,6 +2,7 @@ import gzip
 import json
 import os
 import random
+import re
 import runpy
 import shutil
 import signal
@@ -17,7 +18,8 @@ from transformers import BartConfig, BartForConditionalGeneration, MambaConfig, 
 
 from hf_doge.artifacts import DomainWeights
 from hf_doge.cli import COMMANDS, main
-from hf_doge.cli.arguments import ModelArguments, get_resume
+from hf_doge.cli.arguments import DataArguments, ModelArguments, get_resume
+from hf_doge.cli.data import load_domain_data
 from hf_doge.cli.models import get_config, make_model
 from tests.launch import REPOSITORY
 from tests.tiny import tiny_bert, tiny_classifier, tiny_gpt2, tiny_llama, tiny_t5, tiny_tokenizer
@@ -284,6 +286,46 @@ def test_compare_evaluates_a_target_that_no_model_trains_on(data_dir, learned, t
     table = pq.read_table(output_dir / "comparison.parquet").to_pylist()
     assert {row["domain"] for row in table if row["is_target"]} == {"wiki"}
     assert all(row["epochs"] is None for row in table if row["is_target"])
+
+
+def test_a_small_run_repeats_each_domain_as_often_as_the_full_training(data_dir, tmp_path):
+    output_dir = tmp_path / "comparison"
+    full = 5 * 6 * 16 * 3  # five times the tokens of a run
+    flags = ["--train_tokenizer_vocab=300", *TINY, f"--data_dir={data_dir}", f"--output_dir={output_dir}", "--seeds=1"]
+    assert main(["compare", *flags, "--mixtures=uniform", f"--full_tokens={full}", "--match_repetition"]) == 0
+    whole = load_domain_data(DataArguments(str(data_dir), train_tokenizer_vocab=300, block_size=16), output_dir).train
+    table = {row["domain"]: row for row in pq.read_table(output_dir / "comparison.parquet").to_pylist()}
+    for name, rows in whole.items():
+        in_full = full / 3 / (16 * len(rows))
+        assert table[name]["epochs"] == pytest.approx(in_full, abs=in_full / (len(rows) // 5))
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--match_repetition"], "must be given together"),
+        (["--full_tokens=1000"], "must be given together"),
+        (["--match_repetition", "--full_tokens=100"], "must be at least the 288 tokens of a run"),
+        (["--match_repetition", "--full_tokens=100000000"], r"['code', 'prose', 'wiki'] would have none"),
+        (["--match_repetition", "--full_tokens=1000", "--max_steps=-1"], "`--max_steps` is not given"),
+    ],
+)
+def test_a_repetition_that_cannot_be_matched_is_refused(data_dir, tmp_path, capsys, flags, message):
+    common = ["--train_tokenizer_vocab=300", *TINY, f"--data_dir={data_dir}", f"--output_dir={tmp_path / 'out'}"]
+    for flag in flags:
+        common = [one for one in common if one.partition("=")[0] != flag.partition("=")[0]]
+    assert main(["compare", *common, "--seeds=1", "--mixtures=uniform", *flags]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_learning_for_a_target_prints_the_estimate_next_to_it(data_dir, tmp_path, capsys):
+    flags = ["--train_tokenizer_vocab=300", *TINY, f"--data_dir={data_dir}", f"--output_dir={tmp_path / 'out'}"]
+    assert main(["learn", *flags, "--target", "wiki"]) == 0
+    printed = capsys.readouterr().out
+    learned = DomainWeights.from_pretrained(tmp_path / "out" / "domain_weights").mean
+    rows = dict(re.findall(r"^(code|prose)\s+([\d.]+)\s+[\d.]+$", printed, re.M))
+    assert {name: float(weight) for name, weight in rows.items()} == pytest.approx(learned, abs=5e-4)
+    assert "Weight placed differently" in printed
 
 
 def test_compare_trains_again_only_what_was_interrupted(data_dir, learned, tmp_path, monkeypatch, capsys):

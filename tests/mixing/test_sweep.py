@@ -128,9 +128,25 @@ def test_more_mixtures_train_only_what_is_new(swept, caplog, capsys):
     assert "Rank correlation" in capsys.readouterr().out
 
 
+def test_a_sweep_may_repeat_domains_as_often_as_the_training_it_is_for(swept, tmp_path):
+    folder, flags = swept
+    extra = ["--num_mixtures=5", f"--output_dir={tmp_path / 'out'}", "--match_repetition", "--full_tokens=768"]
+    assert main(["sweep", *[flag for flag in flags if "output_dir" not in flag], *extra]) == 0
+    weights = DomainWeights.from_pretrained(tmp_path / "out" / "domain_weights")
+    assert (weights.recipe["full_tokens"], weights.recipe["match_repetition"]) == (768, True)
+    whole = DomainWeights.from_pretrained(folder / "out" / "domain_weights")
+    assert [one["num_rows"] for one in weights.domains.values()] == [one["num_rows"] for one in whole.domains.values()]
+    often, seldom = (
+        sum(row["epochs"] for row in Comparison.load(out).to_rows() if row["epochs"])
+        for out in (tmp_path / "out", folder / "out")
+    )
+    assert 3.5 < often / seldom < 4.6  # a quarter of each domain is left
+
+
 @pytest.mark.parametrize(
     ("extra", "message"),
     [
+        (["--match_repetition"], "Set `--full_tokens`"),
         (["--num_mixtures=3"], "must have at least 4 mixtures"),
         (["--jobs=0"], "`--jobs` must be at least 1"),
         (["--num_mixtures=5", "--max_epochs_per_domain=0.001"], "must leave 192 tokens to train on"),
