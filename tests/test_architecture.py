@@ -78,8 +78,6 @@ LONG_FILES = {
     "gradients/embedding.py": 717,
     "gradients/segmented.py": 471,
     "tracing/callback.py": 404,
-    "tracing/index.py": 696,
-    "tracing/queries.py": 522,
     "tracing/recording.py": 444,
     "training/loss_law.py": 502,
     "training/mixture.py": 441,
@@ -88,7 +86,6 @@ LONG_FILES = {
 LONG_BODIES = {"_parse": 100, "record_dataset": 81, "choose_alignment": 62, "__init__": 61}
 MANY_PARAMETERS = {
     "tracing/callback.py:__init__": 21,
-    "tracing/index.py:from_pretrained": 13,
     "tracing/recording.py:record_dataset": 13,
     "training/sweep.py:sweep_domain_weights": 15,
 }
@@ -180,7 +177,7 @@ BUDGETS = {
     "training step": (16, 69),
     "push": (24, 75),
     "recording": (38, 118),
-    "search": (26, 85),
+    "search": (24, 67),
     "evaluation": (16, 66),
 }
 

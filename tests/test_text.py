@@ -16,7 +16,7 @@ from hf_doge.artifacts.provenance import public_command, public_content
 from hf_doge.cli import main
 from hf_doge.evaluation.comparison import Comparison, MixtureRun
 from hf_doge.text import hide_secrets, printable, require_printable
-from hf_doge.tracing.html import render_page
+from hf_doge.tracing.html import render_page, shade
 from hf_doge.tracing.words import Reading
 from tests.artifacts.influence_rows import open_writer, random_rows, write_checkpoint, write_index
 
@@ -160,9 +160,10 @@ def test_a_page_of_hits_shows_no_character_that_nobody_sees():
         "query": 0, "rank": 1, "kind": "proponent", "example_id": 1, "score": 1.0, "special_token_share": 0.0,
         "words": [EVIL], "word_scores": [1.0], "token_ids": [1], "token_scores": [1.0], "example_token_ids": [1],
         "example_token_scores": [1.0], "query_label": EVIL, "label": 1, "label_name": EVIL,
+        "query_text": EVIL, "query_token_ids": [1], "text": EVIL,
     }  # fmt: skip
     reading = Reading(EVIL, [1], [(0, 5)], ["x"])
-    page = render_page([hit], read_query=lambda hit: reading, read_example=lambda hit: reading, title=EVIL)
+    page = render_page([hit], None, ["text"], title=EVIL) + shade(reading, {1: 1.0})
     assert is_harmless(page, keep="\r\n\t")
     assert "<script" not in page
 

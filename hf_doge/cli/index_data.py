@@ -11,10 +11,10 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from hf_doge.artifacts.influence.examples import read_examples
 from hf_doge.artifacts.influence.manifest import EXAMPLES_FILE, read_config
 from hf_doge.cli.records import check_text_fields, read_records, select_fields
-from hf_doge.tracing.encoding import DIALOGUE_FIELDS, Encoding, check_dialogue, is_dialogue
+from hf_doge.tracing.encoding import DIALOGUE_FIELDS, Encoding
 from hf_doge.tracing.examples import LABEL_COLUMNS, Examples
 from hf_doge.tracing.pretrained import saved_model
-from hf_doge.tracing.queries import text_fields
+from hf_doge.tracing.queries import check_dialogue, is_dialogue, text_fields
 
 # What comes with `input_ids`; the model says which of them it takes.
 _FED = ("labels", "label", "label_ids", "start_positions", "end_positions", "decoder_input_ids", "token_type_ids")

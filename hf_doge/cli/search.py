@@ -11,11 +11,12 @@ from hf_doge.cli.arguments import parse_once
 from hf_doge.cli.console import say
 from hf_doge.cli.records import check_text_fields, read_records
 from hf_doge.text import printable
-from hf_doge.tracing.encoding import DIALOGUE_FIELDS, MASKINGS, is_dialogue
-from hf_doge.tracing.index import KERNELS, SPECIAL_TOKENS, InfluenceIndex
+from hf_doge.tracing.encoding import DIALOGUE_FIELDS, MASKINGS
+from hf_doge.tracing.index import InfluenceIndex
 from hf_doge.tracing.pretrained import load_tokenizer
 from hf_doge.tracing.processes import process_index
-from hf_doge.tracing.queries import text_fields
+from hf_doge.tracing.queries import is_dialogue, text_fields
+from hf_doge.tracing.scoring import KERNELS, SPECIAL_TOKENS
 
 NUM_WORDS = 6
 TEXT_WIDTH = 90

@@ -144,27 +144,6 @@ class Encoding:
         return slice(-self.max_length, None) if self.truncation == "keep_end" else slice(self.max_length)
 
 
-def is_dialogue(record: Mapping[str, Any]) -> bool:
-    """Whether a record has a prompt and its completion, or messages, rather than a text or a pair."""
-    return "messages" in record or {"prompt", "completion"} <= set(record)
-
-
-def check_dialogue(record: Mapping[str, Any]) -> str | None:
-    """What a prompt with its completion, or messages, must be, if they are not."""
-    names = ("messages",) if "messages" in record else ("prompt", "completion")
-    values = [record[name] for name in names]
-    if all(isinstance(value, str) for value in values):
-        return "be a list of messages under `messages`" if names == ("messages",) else None
-    good = all(
-        isinstance(value, Sequence)
-        and len(value) > 0
-        and all(isinstance(one, Mapping) and "role" in one and "content" in one for one in value)
-        for value in values
-        if not isinstance(value, str)
-    ) and not any(isinstance(value, str) for value in values)
-    return None if good else f"have two texts, or lists of messages with `role` and `content`, under {list(names)}"
-
-
 def describe_encoding(
     batches: Iterable[Mapping[str, Any]], tokenizer: Any | None, args: Any | None = None
 ) -> dict[str, Any]:

@@ -1,14 +1,14 @@
 """The answer of a search as a `datasets.Dataset`: one row for each query and example, with the words in between."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from datasets import Dataset, Features, List, Value, concatenate_datasets
 from transformers import PreTrainedTokenizerBase
 
-from hf_doge.tracing.queries import Query
+from hf_doge.tracing.queries import TEXT_FIELDS, Query
+from hf_doge.tracing.scoring import TokenParts
 from hf_doge.tracing.words import Reading, read_ids, read_text, word_parts
 
 KINDS = ("proponent", "opponent")
@@ -38,57 +38,17 @@ HIT_FEATURES = Features(
 )
 
 
-@dataclass
-class TokenParts:
-    """
-    What each token carries of the scores of one query with some examples, learning rates included.
-
-    Attributes:
-        example_ids (`numpy.ndarray` of shape `(n,)`).
-        tokens (`numpy.ndarray` of shape `(W,)`): Tokens of the query that have a row at any checkpoint.
-        parts (`numpy.ndarray` of shape `(num_checkpoints, n, W)`): Adds up to the scores.
-        by_example (`list[dict[int, float]]`):
-            The same scores by the token of each example, all checkpoints together: another one than the query's where
-            synonyms are matched.
-    """
-
-    example_ids: np.ndarray
-    tokens: np.ndarray
-    parts: np.ndarray
-    by_example: list[dict[int, float]]
-
-    def scores(self) -> np.ndarray:
-        """The score of each example, `(n,)`."""
-        return self.parts.sum(axis=(0, 2))
-
-
-def select_extremes(scores: np.ndarray, top_k: int) -> np.ndarray:
-    """
-    Ids of the `top_k` most positive and most negative of some scores `(N,)`; of equal scores the lower id.
-
-    A score of exactly 0 is neither: the example shares no token with the query.
-    """
-    chosen = []
-    for sign in (1, -1):
-        values = sign * scores
-        candidates = np.flatnonzero(values > 0)
-        if len(candidates) > top_k:
-            least = np.partition(values[candidates], -top_k)[-top_k]
-            candidates = candidates[values[candidates] >= least]
-        chosen.append(candidates[np.argsort(-values[candidates], kind="stable")][:top_k])
-    return np.concatenate(chosen)
-
-
 def query_hits(
     position: int,
     query: Query,
     parts: TokenParts,
-    *,
     special_tokens: Sequence[int],
     tokenizer: PreTrainedTokenizerBase | None,
 ) -> Iterator[dict[str, Any]]:
     """The rows of one query: proponents from the strongest on, then opponents likewise."""
-    scores = parts.scores()
+    labels = query.features.get("labels")
+    label = labels.item() if labels is not None and labels.numel() == 1 else None
+    scores = parts.parts.sum(axis=(0, 2))
     special = np.isin(parts.tokens, list(special_tokens))
     for sign, kind in zip((1, -1), KINDS, strict=True):
         signed = np.flatnonzero(sign * scores > 0)
@@ -113,14 +73,23 @@ def query_hits(
                 "token_scores": list(token_scores.values()),
                 "example_token_ids": list(parts.by_example[row]),
                 "example_token_scores": list(parts.by_example[row].values()),
-                "query_label": query.label,
+                "query_label": label,
                 "query_text": query.reading.text,
                 "query_token_ids": query.reading.token_ids,
             }
 
 
-def make_hits(rows: Sequence[Mapping[str, Any]], examples: Dataset) -> Dataset:
-    """Hits, with whatever the index knows of their examples, one row for each hit, beside them."""
+def make_hits(
+    rows: Sequence[Mapping[str, Any]], examples: Dataset, tokenizer: PreTrainedTokenizerBase | None
+) -> Dataset:
+    """
+    Hits, with whatever the index knows of their examples, one row for each hit, next to them.
+
+    Examples of which the index keeps no text get the one that their tokens decode to.
+    """
+    if tokenizer is not None and "input_ids" in examples.column_names and "text" not in examples.column_names:
+        texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in examples["input_ids"]]
+        examples = examples.add_column("text", texts, feature=Value("string"))
     columns = {name: [row[name] for row in rows] for name in HIT_FEATURES}
     return beside_examples(Dataset.from_dict(columns, features=HIT_FEATURES), examples)
 
@@ -139,6 +108,16 @@ def beside_examples(rows: Dataset, examples: Dataset) -> Dataset:
         taken[name] = free
         names.add(free)
     return concatenate_datasets([rows, shown.rename_columns(taken)], axis=1)
+
+
+def text_columns(features: Features) -> list[str]:
+    """Columns of the examples that hold what the model read."""
+    strings = [name for name in features if getattr(features[name], "dtype", None) in ("string", "large_string")]
+    for names in TEXT_FIELDS:
+        if set(names) <= set(strings):
+            return list(names)
+    left = [name for name in strings if name != "content_hash" and not name.endswith(("_name", "source", "domain"))]
+    return left if len(left) <= 2 else []
 
 
 def query_reading(hit: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase | None) -> Reading:

@@ -1,16 +1,19 @@
 """One page that shows queries and what pushed them: words shaded by their part of the score. No script, no other file."""
 
 import html
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
+from transformers import PreTrainedTokenizerBase
+
 from hf_doge.text import printable
+from hf_doge.tracing.hits import example_reading, query_reading
 from hf_doge.tracing.words import Reading, position_parts
 
 Hit = Mapping[str, Any]
 
-MAX_WORDS = 12  # listed beside a hit
+MAX_WORDS = 12  # listed with a hit
 _PROPONENT, _OPPONENT = "22, 163, 74", "220, 38, 38"  # green and red that black and white text both stand out from
 _OPAQUE = 0.6
 
@@ -50,9 +53,9 @@ it. A word is shaded by its part of that score, relative to the largest part sho
 
 def render_page(
     hits: Iterable[Hit],
+    tokenizer: PreTrainedTokenizerBase | None,
+    columns: Sequence[str],
     *,
-    read_query: Callable[[Hit], Reading],
-    read_example: Callable[[Hit], Reading | None],
     title: str = "Traced predictions",
 ) -> str:
     """
@@ -60,15 +63,15 @@ def render_page(
 
     Args:
         hits (`Iterable[Mapping]`): Rows of [`InfluenceIndex.search`], those of a query one after the other.
-        read_query (`Callable`): Gives the [`Reading`] of a hit's query.
-        read_example (`Callable`): Gives that of its training example, or `None` where the index kept no text.
-        title (`str`): Of the page.
+        tokenizer (`PreTrainedTokenizerBase`, *optional*): The one of the model.
+        columns (`Sequence[str]`): Those of the hits that hold the text of an example.
+        title (`str`): Title of the page.
 
     Returns:
         `str`: HTML that needs no other file and runs nothing. Whatever the texts hold is escaped.
     """
     by_query = groupby(hits, key=lambda hit: hit["query"])
-    sections = [_section(query, list(rows), read_query, read_example) for query, rows in by_query]
+    sections = [_section(query, list(rows), tokenizer, columns) for query, rows in by_query]
     if not sections:
         sections = ['<p class="text">No training example has a score other than 0.</p>']
     return _PAGE.format(title=_escape(title), style=_STYLE, sections="\n".join(sections))
@@ -97,8 +100,8 @@ def shade(reading: Reading, parts: Mapping[int, float]) -> str:
 def _section(
     query: int,
     hits: Sequence[Hit],
-    read_query: Callable[[Hit], Reading],
-    read_example: Callable[[Hit], Reading | None],
+    tokenizer: PreTrainedTokenizerBase | None,
+    columns: Sequence[str],
 ) -> str:
     first = hits[0]
     label = "" if first.get("query_label") is None else f", label {_escape(_plain(first['query_label']))}"
@@ -106,14 +109,14 @@ def _section(
     for hit in hits:
         for token, part in _parts(hit).items():
             total[token] = total.get(token, 0.0) + part
-    articles = "\n".join(_article(hit, read_example) for hit in hits)
+    articles = "\n".join(_article(hit, example_reading(hit, tokenizer, columns)) for hit in hits)
     return (
-        f'<section>\n<h2>Query {_escape(query)}{label}</h2>\n<div class="text" dir="auto">{shade(read_query(first), total)}</div>\n'
+        f'<section>\n<h2>Query {_escape(query)}{label}</h2>\n<div class="text" dir="auto">{shade(query_reading(first, tokenizer), total)}</div>\n'
         f"{articles}\n</section>"
     )
 
 
-def _article(hit: Hit, read_example: Callable[[Hit], Reading | None]) -> str:
+def _article(hit: Hit, reading: Reading | None) -> str:
     facts = [
         f"{_escape(hit['kind'])} {_escape(hit['rank'])}",
         f"score {_escape(_number(hit['score']))}",
@@ -121,7 +124,6 @@ def _article(hit: Hit, read_example: Callable[[Hit], Reading | None]) -> str:
         *([f"label {_escape(_label(hit))}"] if hit.get("label") is not None else []),
         f"special tokens {hit['special_token_share']:.0%}",
     ]
-    reading = read_example(hit)
     text = "" if reading is None else f'<div class="text" dir="auto">{shade(reading, _example_parts(hit))}</div>\n'
     return (
         f'<article class="{_escape(hit["kind"])}">\n<p class="facts">{" · ".join(facts)}</p>\n'

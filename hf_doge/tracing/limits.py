@@ -1,16 +1,75 @@
-"""What a model can take: how many positions, which classes. Beyond it a GPU's process ends without a word."""
+"""What a model can take: which arguments, how many positions, which classes. Beyond it a GPU's process ends without a word."""
 
+import inspect
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from torch import nn
 
-from hf_doge.gradients.example_losses import IGNORE_INDEX
+from hf_doge.gradients.example_losses import ANSWERS, IGNORE_INDEX
 
+_USUAL_ARGUMENTS = {"input_ids", "attention_mask", "token_type_ids", "position_ids", "labels"}
+_LONGEST = 1_000_000  # a tokenizer that knows no limit has a much larger one
+_DECIDING = ("Classification", "QuestionAnswering", "MultipleChoice", "MaskedLM")
 _FRACTIONS = ("regression", "multi_label_classification")
 _BY_TOKEN = ("ForCausalLM", "LMHeadModel", "ForMaskedLM", "ForTokenClassification")
 
 _POSITION_TABLES = ("position_embeddings", ".wpe")
+
+
+@dataclass(frozen=True)
+class ModelInputs:
+    """
+    What a query may be to one model.
+
+    Attributes:
+        names (`set[str]`): Arguments of its `forward`; of the model inside an adapter.
+        num_positions, num_classes (`int`, *optional*): See the functions of these names.
+        max_length (`int`, *optional*): How many tokens it reads at most, as far as it or the tokenizer knows.
+        vocabulary_size (`int`): Rows of its input embeddings.
+        pad_token_id (`int`): What fills a batch; it is masked.
+        pads (`bool`): Whether several queries may be padded to one batch.
+        continues_texts (`bool`): Whether it predicts each next token of what it reads, as far as its class tells.
+    """
+
+    names: set[str]
+    num_positions: int | None
+    num_classes: int | None
+    max_length: int | None
+    vocabulary_size: int
+    pad_token_id: int
+    pads: bool
+    continues_texts: bool
+
+    @classmethod
+    def of(cls, model: nn.Module, tokenizer: Any | None) -> "ModelInputs":
+        """Look at a model and its tokenizer."""
+        inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+        config, inner_config = getattr(model, "config", None), getattr(inner, "config", None)
+        names = set(inspect.signature(inner.forward).parameters)
+        if "input_ids" not in names:
+            names |= _USUAL_ARGUMENTS  # a wrapper that passes on what it gets
+        positions = num_positions(model)
+        told = (getattr(config, name, None) for name in ("max_position_embeddings", "n_positions"))
+        lengths = (getattr(tokenizer, "model_max_length", None), positions, *told)
+        longest = min(length or _LONGEST for length in lengths)
+        size = len(model.get_input_embeddings().weight)
+        pad_token_id = getattr(config, "pad_token_id", None) or 0
+        # Where an answer is, models look for among padding as well.
+        pads = "attention_mask" in names and takes_padding(model) and not names & set(ANSWERS)
+        decides = type(inner).__name__.endswith(_DECIDING) or getattr(inner_config, "is_encoder_decoder", False)
+        return cls(
+            names=names,
+            num_positions=positions,
+            num_classes=num_classes(model),
+            max_length=None if longest >= _LONGEST else longest,
+            vocabulary_size=size,
+            pad_token_id=pad_token_id if 0 <= pad_token_id < size else 0,
+            pads=pads,
+            continues_texts=not decides,
+        )
 
 
 def num_positions(model: nn.Module) -> int | None:

@@ -24,7 +24,6 @@ def load_checkpoint(
     load_model: LoadModel | None = None,
     vocabulary_size: int | None = None,
     token: str | bool | None = None,
-    fetch: Callable[[], None] = lambda: None,
 ) -> nn.Module:
     """
     The model as it was when a checkpoint was recorded.
@@ -33,24 +32,16 @@ def load_checkpoint(
         checkpoint (`Mapping`): Its entry in the index: name, path, revision, model class and fingerprint.
         folder (`Path`): The index. A relative path is looked for in here first, then where Python runs, then on the Hub.
         model (`nn.Module`, *optional*):
-            A model of the right shape. Taken itself where it is the recorded one; else a copy of it takes the weights
-            from the checkpoint's folder, safetensors in one file or several.
+            A model of the right shape. A copy of it takes the weights from the checkpoint's folder, safetensors in one
+            file or several.
         load_model (`Callable`, *optional*): `load_model(path)` makes the model instead, for classes of your own.
         vocabulary_size (`int`, *optional*): Of the index, see [`~hf_doge.tracing.weights.load_model`].
         token (`str` or `bool`, *optional*): For a private repository on the Hub.
-        fetch (`Callable`): Called before the folder is looked into.
 
     Raises:
         FileNotFoundError: The checkpoint is nowhere to be found. Names it.
         ValueError: What was found is another model than the recorded one, or of a class that cannot be found.
     """
-    if model is not None and not isinstance(model, nn.Module):
-        raise ValueError(
-            f"`model` must be a torch.nn.Module, but got {model!r:.80}. Leave it out for classes of transformers."
-        )
-    if model is not None and has_fingerprint(model, checkpoint["fingerprint"]):
-        return model
-    fetch()
     path = _find(checkpoint, folder, required=load_model is None)
     if load_model is not None:
         loaded = load_model(path)

@@ -1,68 +1,170 @@
-"""Scores of recorded queries against an index, all checkpoints together."""
+"""
+Scores of recorded queries against an index: TracIn-WE, https://huggingface.co/papers/2202.11844.
+
+    score(x, x') = sum over checkpoints c of learning_rate_c * sum over tokens w in both of <g_w(x), g_w(x')>
+"""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal, TypedDict
 
 import numpy as np
 from tqdm.auto import tqdm
 
 from hf_doge.artifacts.influence import IndexReader
-from hf_doge.artifacts.influence.synonym_search import Neighbours
+from hf_doge.checks import check_choice, check_count, check_flag, check_number
 from hf_doge.gradients.token_rows import TokenRows
-from hf_doge.tracing.hits import TokenParts
+from hf_doge.tracing.query_rows import RecordedQueries
+
+SPECIAL_TOKENS = ("count", "drop")
+KERNELS = ("token", "synonym")
 
 _BLOCK_BYTES = 64 * 2**20  # scores held at a time
 
 
+class SearchOptions(TypedDict, total=False):
+    """
+    How queries are scored; all keywords of [`InfluenceIndex.search`] and its relatives, all optional.
+
+    Args:
+        special_tokens (`str`):
+            `"count"` (default): tokens such as [CLS] count like any other. They are in every text, and their gradients
+            carry much of a sentence. `"drop"`: they do not count, neither in queries nor in examples.
+        batch_size (`int`): Queries per forward and backward. Default: 32.
+        cosine (`bool`):
+            Divide the score at each checkpoint by the norms of both gradients, before the learning rate weighs it.
+            Not in the paper. Default: off.
+        kernel (`str`):
+            Which tokens answer each other. `"token"` (default): equal ones alone, TracIn-WE. `"synonym"`,
+            TracIn-WE-Syn: those that both texts hold, and of the rest each token of the query one of the example that
+            means the same, so that texts without a common word can score. From the paper comes, as far as we know it,
+            that synonyms are told by the cosine of the model's own word embeddings. Ours, for want of its detail:
+            those at each checkpoint, and the rules of [`synonym_similarity`] (a match counts 1, one to one, greedily).
+        synonym_threshold (`float`):
+            Smallest cosine of a synonym, in [-1, 1]; the time of a search grows as it falls. Ours. Default: 0.5.
+    """
+
+    special_tokens: Literal["count", "drop"]
+    batch_size: int
+    cosine: bool
+    kernel: Literal["token", "synonym"]
+    synonym_threshold: float
+
+
+SEARCH_DEFAULTS = SearchOptions(
+    special_tokens="count", batch_size=32, cosine=False, kernel="token", synonym_threshold=0.5
+)
+
+
+def check_options(given: SearchOptions, reader: IndexReader) -> SearchOptions:
+    """
+    All options of a search, those that were not given at their defaults.
+
+    Raises:
+        TypeError: One is unknown.
+        ValueError: A value is out of its range, or the index does not hold what it needs.
+    """
+    unknown = sorted(set(given) - set(SEARCH_DEFAULTS))
+    if unknown:
+        raise TypeError(f"Options of a search are {sorted(SEARCH_DEFAULTS)}, but got an unexpected {unknown[0]!r}.")
+    options: SearchOptions = {**SEARCH_DEFAULTS, **given}
+    check_choice("special_tokens", options["special_tokens"], SPECIAL_TOKENS)
+    check_count("batch_size", options["batch_size"])
+    check_flag("cosine", options["cosine"])
+    check_choice("kernel", options["kernel"], KERNELS)
+    check_number("synonym_threshold", options["synonym_threshold"], least=-1, most=1)
+    if options["cosine"]:
+        refuse_metric("`cosine`", reader)
+        reader.require_whole("`cosine`")
+    if options["kernel"] == "synonym":  # Adam's metric is one of each token; between two there is none
+        refuse_metric("`kernel='synonym'`", reader)
+    return options
+
+
+def refuse_metric(what: str, reader: IndexReader) -> None:
+    """Raise a `ValueError` if the rows of an index are in Adam's metric."""
+    if reader.config.get("second_moment"):
+        raise ValueError(
+            f"{what} needs the gradients of the training examples, but this index was recorded with "
+            "`second_moment=True`: its rows are divided by Adam's metric, the queries' are not. Record another "
+            "index without it."
+        )
+
+
+@dataclass
+class TokenParts:
+    """
+    What each token carries of the scores of one query with some examples, learning rates included.
+
+    Attributes:
+        example_ids (`numpy.ndarray` of shape `(n,)`): The examples.
+        tokens (`numpy.ndarray` of shape `(W,)`): Tokens of the query that have a row at any checkpoint.
+        parts (`numpy.ndarray` of shape `(num_checkpoints, n, W)`): Adds up to the scores.
+        by_example (`list[dict[int, float]]`):
+            The same scores by the token of each example, all checkpoints together: another one than the query's where
+            synonyms are matched.
+    """
+
+    example_ids: np.ndarray
+    tokens: np.ndarray
+    parts: np.ndarray
+    by_example: list[dict[int, float]]
+
+
 class QueryScorer:
     """
-    Weighs the scores at each checkpoint by its learning rate and adds them up.
+    Scores of some queries with all training examples.
 
     Args:
         reader ([`IndexReader`]): The index.
-        rows (`Sequence[TokenRows]`): Rows of the queries at each checkpoint, of width `reader.width`.
+        recorded ([`RecordedQueries`]): The queries, with their rows at each checkpoint, of width `reader.width`.
         excluded_tokens (`Sequence[int]`): Tokens that do not count; the queries have no rows of them any more.
         cosine (`bool`): Whether scores are divided by the norms of both gradients.
-        synonyms (`Sequence[Neighbours]`, *optional*): Of the queries' tokens at each checkpoint, to match them as well.
     """
 
     def __init__(
         self,
         reader: IndexReader,
-        rows: Sequence[TokenRows],
+        recorded: RecordedQueries,
         *,
         excluded_tokens: Sequence[int] = (),
         cosine: bool = False,
-        synonyms: Sequence[Neighbours] = (),
     ) -> None:
         self.reader = reader
-        self.rows = rows
-        self.synonyms = synonyms
+        self.queries, self.rows = recorded.queries, recorded.rows
+        self._synonyms = recorded.synonyms
         self._excluded = excluded_tokens
-        self._query_scales: list[np.ndarray] = []
-        self._example_scales: list[np.ndarray | None] = []
-        for position, checkpoint in enumerate(reader.checkpoints):
-            scale = np.full(len(rows[position]), checkpoint["learning_rate"], dtype=np.float64)
-            self._query_scales.append(scale * self._query_norms(position) if cosine else scale)
-            squares = reader.self_influence(position, exclude_tokens=excluded_tokens) if cosine else None
-            self._example_scales.append(None if squares is None else _inverse_root(squares))
+        self._query_scales: list[np.ndarray] = []  # the learning rate, and with `cosine` 1 / |g(x)|
+        self._example_scales: list[np.ndarray | None] = []  # with `cosine` 1 / |g(x')|
+        for position, (checkpoint, rows) in enumerate(zip(reader.checkpoints, self.rows, strict=True)):
+            scale = np.full(len(self.queries), checkpoint["learning_rate"], dtype=np.float64)
+            if cosine:
+                projected = TokenRows(rows.offsets, rows.tokens, reader.project(rows.rows), rows.virtual)
+                scale = scale * _inverse_root(projected.squared_norms().numpy())
+                squares = reader.self_influence(position, exclude_tokens=excluded_tokens)
+            self._query_scales.append(scale)
+            self._example_scales.append(_inverse_root(squares) if cosine else None)
+
+    def scores(self, start: int, stop: int) -> np.ndarray:
+        """TracIn-WE of the queries `[start, stop)` with all examples, `(stop - start, num_examples)` in float32."""
+        total = np.zeros((stop - start, self.reader.num_examples), dtype=np.float32)
+        for checkpoint, rows in enumerate(self.rows):
+            scores = self.reader.scores(checkpoint, rows.between(start, stop))  # sum over w of <g_w(x), g_w(x')>
+            for query in range(start, stop):
+                for _, _, examples, parts in self._synonym_parts(checkpoint, query):
+                    scores[query - start, examples] += parts
+            scores *= self._query_scales[checkpoint][start:stop, None].astype(np.float32)
+            if self._example_scales[checkpoint] is not None:
+                scores *= self._example_scales[checkpoint].astype(np.float32)
+            total += scores
+        return total
 
     def blocks(self) -> Iterator[tuple[int, np.ndarray]]:
-        """Scores `(num_queries_of_block, num_examples)` in float32, and before them the position of the first query."""
-        count = len(self.rows[0])
+        """All [`~QueryScorer.scores`], as many queries at a time as fit, and before them the position of the first."""
+        count = len(self.queries)
         size = max(1, _BLOCK_BYTES // (4 * self.reader.num_examples))
-        for first in tqdm(range(0, count, size), desc="Scoring", leave=False, disable=count <= size):
-            stop = min(first + size, count)
-            block = np.zeros((stop - first, self.reader.num_examples), dtype=np.float32)
-            for position, rows in enumerate(self.rows):
-                part = self.reader.scores(position, rows.between(first, stop))
-                for query in range(first, stop):
-                    for _, _, examples, parts in self._synonym_parts(position, query):
-                        part[query - first, examples] += parts
-                part *= self._query_scales[position][first:stop, None].astype(np.float32)
-                if self._example_scales[position] is not None:
-                    part *= self._example_scales[position].astype(np.float32)
-                block += part
-            yield first, block
+        for start in tqdm(range(0, count, size), desc="Scoring", leave=False, disable=count <= size):
+            yield start, self.scores(start, min(start + size, count))
 
     def token_parts(self, query: int, example_ids: np.ndarray) -> TokenParts:
         """What each token carries of one query's scores with some examples."""
@@ -71,42 +173,54 @@ class QueryScorer:
         parts = np.zeros((len(own), len(example_ids), len(tokens)))
         by_example: list[dict[int, float]] = [{} for _ in example_ids]
         order = np.argsort(example_ids)
-        for position, (token_ids, query_rows) in enumerate(own):
-            found = self.reader.word_scores(position, token_ids, self.reader.project(query_rows), example_ids)
+        for checkpoint, (token_ids, query_rows) in enumerate(own):
+            found = self.reader.word_scores(checkpoint, token_ids, self.reader.project(query_rows), example_ids)
             found = found.astype(np.float64)
-            scales = np.full(len(example_ids), self._query_scales[position][query])
-            if self._example_scales[position] is not None:
-                scales *= self._example_scales[position][example_ids]
+            scales = np.full(len(example_ids), self._query_scales[checkpoint][query])
+            if self._example_scales[checkpoint] is not None:
+                scales *= self._example_scales[checkpoint][example_ids]
             for row, column in zip(*found.nonzero(), strict=True):
                 _add(by_example[row], int(token_ids[column]), found[row, column] * scales[row])
-            for column, token, examples, values in self._synonym_parts(position, query, only=example_ids):
+            for column, token, examples, values in self._synonym_parts(checkpoint, query, only=example_ids):
                 places = order[np.searchsorted(example_ids, examples, sorter=order)]
                 found[places, column] += values
                 for place, value in zip(places, values.tolist(), strict=True):
                     _add(by_example[place], token, value * scales[place])
-            parts[position][:, np.searchsorted(tokens, token_ids.numpy())] = found * scales[:, None]
+            parts[checkpoint][:, np.searchsorted(tokens, token_ids.numpy())] = found * scales[:, None]
         return TokenParts(example_ids, tokens, parts, by_example)
 
     def _synonym_parts(
-        self, position: int, query: int, *, only: np.ndarray | None = None
+        self, checkpoint: int, query: int, *, only: np.ndarray | None = None
     ) -> Iterator[tuple[int, int, np.ndarray, np.ndarray]]:
         """What matches of different tokens add to a query's scores at a checkpoint, before any scale."""
-        if not self.synonyms:
+        if not self._synonyms:
             return
-        tokens, rows = self.rows[position][query]
+        tokens, rows = self.rows[checkpoint][query]
         yield from self.reader.synonym_scores(
-            position,
+            checkpoint,
             tokens,
             self.reader.project(rows),
-            self.synonyms[position],
+            self._synonyms[checkpoint],
             exclude_tokens=self._excluded,
             only=only,
         )
 
-    def _query_norms(self, position: int) -> np.ndarray:
-        rows = self.rows[position]
-        projected = TokenRows(rows.offsets, rows.tokens, self.reader.project(rows.rows), rows.virtual)
-        return _inverse_root(projected.squared_norms().numpy())
+
+def select_extremes(scores: np.ndarray, top_k: int) -> np.ndarray:
+    """
+    Ids of the `top_k` most positive and most negative of some scores `(N,)`; of equal scores the lower id.
+
+    A score of exactly 0 is neither: the example shares no token with the query.
+    """
+    chosen = []
+    for sign in (1, -1):
+        values = sign * scores
+        candidates = np.flatnonzero(values > 0)
+        if len(candidates) > top_k:
+            least = np.partition(values[candidates], -top_k)[-top_k]
+            candidates = candidates[values[candidates] >= least]
+        chosen.append(candidates[np.argsort(-values[candidates], kind="stable")][:top_k])
+    return np.concatenate(chosen)
 
 
 def _add(parts: dict[int, float], token: int, part: float) -> None:

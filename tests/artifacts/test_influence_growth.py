@@ -15,7 +15,7 @@ from hf_doge import files
 from hf_doge.artifacts.influence import IndexReader
 from hf_doge.artifacts.influence.growth import Growth
 from hf_doge.gradients.token_rows import TokenRows
-from hf_doge.tracing import index_folder
+from hf_doge.tracing import saved_index
 from hf_doge.tracing.index import InfluenceIndex
 from hf_doge.tracing.pretrained import load_model
 from hf_doge.tracing.recording import record_dataset
@@ -277,7 +277,7 @@ def test_what_cannot_be_added_is_refused_and_leaves_the_index_as_it_was(tmp_path
     assert isinstance(writer._growth, Growth)
 
 
-@pytest.mark.parametrize("name", index_folder._ENTRIES)
+@pytest.mark.parametrize("name", saved_index._ENTRIES)
 def test_a_copy_that_is_made_while_the_index_grows_is_whole(tmp_path, rows, name, monkeypatch):
     folder = begun(tmp_path / "index", rows)
 
@@ -286,9 +286,9 @@ def test_a_copy_that_is_made_while_the_index_grows_is_whole(tmp_path, rows, name
         if source.name == name:
             grow_index(folder, *rows)
 
-    original = index_folder._copy
-    monkeypatch.setattr(index_folder, "_copy", copy)
-    index_folder.copy_index(folder, tmp_path / "copy")
+    original = saved_index._copy
+    monkeypatch.setattr(saved_index, "_copy", copy)
+    saved_index.copy_index(folder, tmp_path / "copy")
     reader = IndexReader.open(tmp_path / "copy", cache_dir=tmp_path / "cache")
     assert_scores(tmp_path / "copy", [some(one, 0, reader.num_examples) for one in rows], tmp_path)
 

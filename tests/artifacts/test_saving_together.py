@@ -11,7 +11,7 @@ from functools import partial
 import pytest
 
 from hf_doge import DomainWeights, InfluenceIndex, files
-from hf_doge.tracing.index_folder import copy_index
+from hf_doge.tracing.saved_index import copy_index
 from tests.artifacts.influence_rows import random_rows, write_index
 from tests.artifacts.test_domain_weights import make_weights
 

@@ -57,17 +57,14 @@ def make_hit(tokenizer, text, *, query=0, kind="proponent", query_text="A new ma
         "example_token_scores": parts,
         "query_label": 2.0,
         "query_text": query_text,
+        "query_token_ids": tokenizer(query_text)["input_ids"],
         "text": text,
         **columns,
     }
 
 
 def render(hits, tokenizer):
-    return render_page(
-        hits,
-        read_query=lambda hit: read_text(tokenizer, [hit["query_text"]]),
-        read_example=lambda hit: read_text(tokenizer, [hit["text"]]) if hit["text"] else None,
-    )
+    return render_page(hits, tokenizer, ["text"])
 
 
 def test_everything_is_escaped_and_nothing_runs(tokenizer):

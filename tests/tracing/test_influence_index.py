@@ -373,7 +373,7 @@ def test_a_copy_that_fails_leaves_the_old_one(index, tmp_path, monkeypatch):
     def no_space(source, target):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("hf_doge.tracing.index_folder.shutil.copyfile", no_space)
+    monkeypatch.setattr("hf_doge.tracing.saved_index.shutil.copyfile", no_space)
     with pytest.raises(OSError, match="No space left"):
         index.save_pretrained(tmp_path / "copy")
     assert [p.name for p in tmp_path.iterdir()] == ["copy"]
