@@ -19,7 +19,6 @@ import pyarrow.parquet as pq
 from hf_doge._version import __version__
 from hf_doge.artifacts.cards import PLOT_FILE, card_bytes, draw_plot, read_card, weights_card
 from hf_doge.artifacts.parquet import read_parquet
-from hf_doge.artifacts.readers import parse_json
 from hf_doge.artifacts.record import Trajectory, WeightsRecord
 from hf_doge.checks import show
 from hf_doge.files import (
@@ -31,7 +30,7 @@ from hf_doge.files import (
     sha256,
     sole_writer,
 )
-from hf_doge.text import printable
+from hf_doge.text import parse_json, printable
 
 FORMAT_VERSION = "1.0"  # a newer major number tells older readers that they would misread the files
 MANIFEST = "domain_weights.json"

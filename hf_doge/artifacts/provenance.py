@@ -1,9 +1,9 @@
-"""Where an artifact comes from, without what is nobody else's business: no path of this machine, no token."""
+"""Where an artifact comes from: process, dataset and model, without paths of this machine and without tokens."""
 
 import re
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from functools import cache
 from importlib.metadata import version
@@ -11,42 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from hf_doge._version import __version__
-from hf_doge.text import HIDDEN, hide_secrets, names_secret
+from hf_doge.text import HIDDEN, hide_secrets, names_secret, public_name, without_paths
 
 LIBRARIES = ("torch", "transformers", "accelerate", "datasets", "huggingface_hub")
 
 _HUB_FILE = re.compile(r"hf://datasets/([^/@]+/[^/@]+|[^/@]+)@([0-9A-Za-z._-]+)/")
-_HUB_NAME = re.compile(r"(datasets/)?[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)?(@[A-Za-z0-9._/-]+)?")
-_SEPARATORS = re.compile(r"(://|[=,;:'\"\n]+)")  # paths come behind them, as in `--data=wiki:/home/me/x`
-_PATH_START = r"(?:~[\w.-]*|\.{1,2}|[A-Za-z]:)?[/\\]+(?=[^\s/\\])"
-_PATH = re.compile(rf"(?<!\S){_PATH_START}\S+|(?<!\S)~[\w.-]+(?!\S)")
-
-
-def public_name(name: Any) -> str | None:
-    """
-    Name of a model, tokenizer or dataset as others may read it: a name on the Hub as it is, of a local path its last part.
-
-    A name counts as a path if it is absolute, does not have the form `name` or `owner/name`, or is here on disk.
-    """
-    if name is None or not str(name):
-        return None
-    text = hide_secrets(str(name))
-    return text if _HUB_NAME.fullmatch(text) and not _exists(text) else _last_part(text)
-
-
-def public_content(content: Any) -> Any:
-    """
-    What JSON holds with every text that is a path cut to its last part, every path within a text likewise, and without
-    tokens. For configurations of models, which name where they were loaded from, and arguments.
-    """
-    if isinstance(content, Mapping):
-        return {
-            key: HIDDEN if value and isinstance(value, str) and names_secret(str(key)) else public_content(value)
-            for key, value in content.items()
-        }
-    if isinstance(content, list | tuple):
-        return [public_content(value) for value in content]
-    return _shortened(content) if isinstance(content, str) else content
 
 
 def public_command(arguments: Sequence[str] | None = None) -> str:
@@ -70,7 +39,7 @@ def public_command(arguments: Sequence[str] | None = None) -> str:
         elif is_secret and is_assignment:
             shown.append(f"{flag}={HIDDEN}")
         else:
-            shown.append(_shortened(argument))
+            shown.append(without_paths(argument))
         hide_next = is_secret and not is_assignment
     return hide_secrets(shlex.join(shown))
 
@@ -107,33 +76,6 @@ def describe_model(model: Any) -> dict[str, Any]:
         "revision": getattr(config, "_commit_hash", None),
         "num_parameters": sum(parameter.numel() for parameter in model.parameters()),
     }
-
-
-def _shortened(text: str) -> str:
-    text = hide_secrets(text)
-    pieces = _SEPARATORS.split(text)
-    for position in range(0, len(pieces), 2):
-        piece, before = pieces[position], pieces[position - 1] if position else ""
-        if before == "://" and not pieces[position - 2].endswith("file"):
-            continue  # an address
-        if re.match(_PATH_START, piece) or before == "://":
-            pieces[position] = _last_part(piece)  # whole: names of folders may hold spaces
-        else:
-            pieces[position] = _PATH.sub(lambda match: _last_part(match[0]), piece)
-    return "".join(pieces)
-
-
-def _last_part(path: str) -> str:
-    """Of a path or an address; without what may come behind it in an address."""
-    parts = [part for part in re.split(r"[/\\]+", re.sub(r"[?#].*", "", path)) if part.strip("~.:")]
-    return parts[-1] if parts else "."
-
-
-def _exists(name: str) -> bool:
-    try:
-        return Path(name).exists()
-    except OSError:  # too long for the file system, so no file
-        return False
 
 
 def _module_at(path: str) -> str | None:

@@ -1,20 +1,18 @@
-"""Domain weights in the files of others: DoReMi, RegMix, or a plain mapping in JSON or YAML."""
+"""Files of others: the ratios of a mixture (DoReMi, RegMix, or a plain mapping in JSON or YAML), and records as JSON lines."""
 
+import codecs
+import gzip
 import json
 import re
-from collections.abc import Hashable, Iterable
+import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from hf_doge.checks import show
-from hf_doge.text import printable
-
-SafeLoader = getattr(
-    yaml, "CSafeLoader", yaml.SafeLoader
-)  # libyaml's, ten times as fast, where PyYAML was built with it
-_DEEPEST = 100
+from hf_doge.checks import is_unicode, show
+from hf_doge.text import RepeatedKeyError, check_yaml, parse_json, printable, refuse_repeated
 
 
 def read_ratios(path: Path) -> tuple[dict, str]:
@@ -51,66 +49,11 @@ def read_ratios(path: Path) -> tuple[dict, str]:
     return ratios, shape
 
 
-def parse_json(text: bytes, *, source: str) -> Any:
-    """
-    `json.loads` that refuses repeated keys, and what no honest file holds: thousands of levels, numbers of thousands of digits.
-
-    Raises:
-        ValueError: Malformed, too deep, or a key stands twice in one object. Names `source`.
-    """
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict:
-        _refuse_repeated((key for key, _ in pairs), source)
-        return dict(pairs)
-
-    try:
-        content = json.loads(text, object_pairs_hook=unique)
-        _refuse_deep(content)
-    except _RepeatedKeyError:
-        raise
-    except RecursionError as error:
-        raise ValueError(f"{source!r} must be JSON of at most {_DEEPEST} levels, but has more.") from error
-    except ValueError as error:
-        raise ValueError(f"{source!r} must be JSON in UTF-8, but it is not: {printable(error)}.") from error
-    return content
-
-
-def check_yaml(text: bytes | str) -> None:
-    """
-    Look at YAML before anything is made of it.
-
-    Raises:
-        yaml.YAMLError: It is malformed, has too many levels (at which libyaml's reader ends the process), or its references
-            would unfold to far more than is written.
-    """
-    most = 100_000 + 10 * len(text)
-    sizes: dict[str, int] = {}  # of what has been read under a name; a reference into itself finds none
-    open_nodes: list[tuple[str | None, int]] = []  # name, and entries counted until it began
-    count = 0
-    for event in yaml.parse(text, Loader=SafeLoader):
-        if isinstance(event, yaml.CollectionStartEvent):
-            open_nodes.append((event.anchor, count))
-        elif isinstance(event, yaml.CollectionEndEvent):
-            name, before = open_nodes.pop()
-            sizes |= {} if name is None else {name: count - before + 1}
-        elif isinstance(event, yaml.AliasEvent):
-            if event.anchor not in sizes:
-                raise yaml.YAMLError(f"the reference *{event.anchor} must be to something that ends before it")
-            count += sizes[event.anchor]
-        elif isinstance(event, yaml.ScalarEvent) and event.anchor is not None:
-            sizes[event.anchor] = 1
-        count += 1
-        if len(open_nodes) > _DEEPEST:
-            raise yaml.YAMLError(f"it has more than {_DEEPEST} levels")
-        if count > most:
-            raise yaml.YAMLError("its references unfold to far more than is written")
-
-
 class _StrictLoader(yaml.SafeLoader):
     """Refuses repeated keys, takes keys as they are written (`no`, `1e3`, `2024-01-01`), and reads `1e-3` as YAML 1.2 does."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        _refuse_repeated((key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)), self.name)
+        refuse_repeated((key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)), self.name)
         self.flatten_mapping(node)
         for key, _ in node.value:
             if key.tag in _PLAIN_TAGS:
@@ -130,7 +73,7 @@ def _parse_yaml(text: bytes, *, source: str) -> Any:
         loader = _StrictLoader(text)
         loader.name = source
         return loader.get_single_data()
-    except _RepeatedKeyError:
+    except RepeatedKeyError:
         raise
     except (yaml.YAMLError, ValueError) as error:  # the latter of dates that are none and numbers without end
         raise ValueError(
@@ -138,29 +81,62 @@ def _parse_yaml(text: bytes, *, source: str) -> Any:
         ) from error
 
 
-class _RepeatedKeyError(ValueError):
-    """A key stands twice in one mapping."""
+def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
+    """
+    The records of a file, one for each line: record `n` (from 1) is of line `n`.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: A line is not a JSON object in UTF-8, repeats a key, or holds NaN or a lone surrogate; or the file is
+            empty or cut short. Names file and line.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"The data file must exist, but {str(path)!r} does not. Check the path.")
+    number = 0
+    try:
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+            for number, line in enumerate(file, start=1):
+                yield _parse_line(line.removeprefix(codecs.BOM_UTF8) if number == 1 else line, number, path)
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise ValueError(
+            f"A data file must be whole, but {str(path)!r} is not, behind line {number}: {error}."
+        ) from error
+    if number == 0:
+        raise ValueError(f"A data file must hold at least one record, but {str(path)!r} is empty. Fill or remove it.")
 
 
-def _refuse_repeated(keys: Iterable[Hashable], source: str) -> None:
-    seen = set()
-    for key in keys:
-        if key in seen:
-            raise _RepeatedKeyError(
-                f"Keys must be unique, but {key!r:.200} stands twice in {source!r}. Keep one of them."
-            )
-        seen.add(key)
+def _parse_line(line: bytes, number: int, path: Path) -> dict[str, Any]:
+    where = f"line {number} of {str(path)!r}"
+    try:
+        record = json.loads(line.decode(), object_pairs_hook=_unique, parse_constant=_refuse_constant)
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"A data file must be UTF-8 text, but {where} is not: {error}. Correct or remove it."
+        ) from error
+    except (ValueError, RecursionError) as error:
+        raise ValueError(
+            f"Every line must be a JSON object, but {where} is {_start(line)}: {error}. Correct or remove it."
+        ) from error
+    if not isinstance(record, dict):
+        raise ValueError(f"Every line must be a JSON object, but {where} is {_start(line)}. Correct or remove it.")
+    if b"\\ud" in line.lower() and not is_unicode(json.dumps(record, ensure_ascii=False)):
+        raise ValueError(
+            f"Text must be Unicode, but {where} holds a lone surrogate (half of a pair \\ud83d\\ude00). Correct or remove it."
+        )
+    return record
 
 
-def _refuse_deep(content: Any) -> None:
-    level = [content]
-    for _ in range(_DEEPEST + 1):
-        level = [
-            one
-            for value in level
-            if isinstance(value, dict | list)
-            for one in (value.values() if isinstance(value, dict) else value)
-        ]
-        if not level:
-            return
-    raise RecursionError
+def _start(line: bytes) -> str:
+    return show(line.decode(errors="replace")[:60])
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    record = dict(pairs)
+    if len(record) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} stands twice")
+    return record
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"JSON knows no {name}")

@@ -14,8 +14,8 @@ import torch
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
-from hf_doge.artifacts.readers import check_yaml, parse_json
 from hf_doge.checks import LARGEST_RATE, check_count, check_number, is_unicode, show
+from hf_doge.text import check_yaml, parse_json
 
 CONFIG_SUFFIXES = (".yaml", ".yml", ".json")
 

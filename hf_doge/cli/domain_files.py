@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from hf_doge.artifacts.jsonl import read_jsonl
+from hf_doge.artifacts.readers import read_jsonl
 
 SPLITS = ("train", "validation")
 SUFFIXES = (".jsonl", ".jsonl.gz")

@@ -5,8 +5,8 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from hf_doge.artifacts.readers import parse_json
 from hf_doge.cli.arguments import ModelArguments
+from hf_doge.text import parse_json
 from hf_doge.tracing.pretrained import foreign_files
 
 # Layers, attention heads and hidden size. The last four are the sizes of the DoGE paper (60M, 82M, 124M and 210M with

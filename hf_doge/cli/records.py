@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from hf_doge.artifacts.jsonl import read_jsonl
+from hf_doge.artifacts.readers import read_jsonl
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:

@@ -13,9 +13,9 @@ import pyarrow.parquet as pq
 
 from hf_doge._version import __version__
 from hf_doge.artifacts.cards.markdown import escape
-from hf_doge.artifacts.readers import parse_json
 from hf_doge.checks import check_names
 from hf_doge.evaluation.intervals import Interval, t_interval
+from hf_doge.text import parse_json
 
 BASELINES = ("uniform", "natural")
 

@@ -29,11 +29,9 @@ from hf_doge.artifacts.influence.manifest import (
 )
 from hf_doge.artifacts.influence.writer import checkpoints_table
 from hf_doge.artifacts.parquet import read_parquet, to_parquet
-from hf_doge.artifacts.provenance import public_content, public_name
-from hf_doge.artifacts.readers import parse_json
 from hf_doge.checks import check_flag, check_names
 from hf_doge.files import file_sha256, sha256
-from hf_doge.text import hide_secrets
+from hf_doge.text import hide_secrets, parse_json, public_content, public_name
 from hf_doge.tracing.examples import LABEL_COLUMNS
 from hf_doge.tracing.models import checkpoint_folders
 from hf_doge.tracing.weights import MODELS

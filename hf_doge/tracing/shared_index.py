@@ -13,8 +13,9 @@ from torch import nn
 
 from hf_doge.artifacts.influence import IndexWriter
 from hf_doge.artifacts.influence.manifest import EXAMPLES_FILE
-from hf_doge.artifacts.provenance import describe_dataset, describe_model, describe_process, public_name
+from hf_doge.artifacts.provenance import describe_dataset, describe_model, describe_process
 from hf_doge.gradients.embedding_uses import input_embedding_matrix
+from hf_doge.text import public_name
 from hf_doge.tracing.batches import preserved_random_state
 from hf_doge.tracing.examples import Examples, count_tokens, describe_examples
 from hf_doge.tracing.fingerprints import (

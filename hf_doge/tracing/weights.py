@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import nn
 
-from hf_doge.artifacts.readers import parse_json
 from hf_doge.files import staged_folder
+from hf_doge.text import parse_json
 from hf_doge.tracing.fingerprints import unwrap_model
 
 logger = logging.getLogger(__name__)

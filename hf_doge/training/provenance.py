@@ -15,14 +15,9 @@ import pyarrow.compute as pc
 from datasets import Dataset, IterableDataset
 from transformers import Trainer, TrainingArguments
 
-from hf_doge.artifacts.provenance import (
-    describe_dataset,
-    describe_model,
-    describe_process,
-    public_content,
-    public_name,
-)
+from hf_doge.artifacts.provenance import describe_dataset, describe_model, describe_process
 from hf_doge.sampling.domains import DomainIndex, StreamDomains
+from hf_doge.text import public_content, public_name
 from hf_doge.training.global_batch import examples_per_step
 
 _NUM_SAMPLED, _NUM_READ_AT_ONCE, _NUM_BYTES_READ = 16_384, 64, 32_000_000  # of a domain for its fingerprint

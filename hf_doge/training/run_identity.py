@@ -10,8 +10,8 @@ from typing import Any
 
 from transformers import Trainer, TrainingArguments
 
-from hf_doge.artifacts.provenance import public_name
 from hf_doge.sampling.collation import SeededCollator
+from hf_doge.text import public_name
 from hf_doge.training.collator import ColumnCollator
 from hf_doge.training.config import DoGEConfig
 from hf_doge.training.global_batch import examples_per_step

@@ -11,13 +11,8 @@ import pytest
 from datasets import Dataset, Features, Image, List, Value, concatenate_datasets, load_dataset
 
 from hf_doge.artifacts import DomainWeights
-from hf_doge.artifacts.provenance import (
-    describe_dataset,
-    describe_process,
-    public_command,
-    public_content,
-    public_name,
-)
+from hf_doge.artifacts.provenance import describe_dataset, describe_process, public_command
+from hf_doge.text import public_content, public_name
 from hf_doge.tracing.callback import TracInWECallback
 from hf_doge.training.provenance import fingerprint_rows
 from hf_doge.training.trainer import DoGETrainer
@@ -268,7 +263,7 @@ def test_an_index_holds_no_path_and_no_token(here, tokenizer):
 
 def test_loading_and_describing_need_no_torch():
     code = (
-        "import sys; from hf_doge.artifacts.provenance import public_command, public_name;"
+        "import sys; from hf_doge.artifacts.provenance import public_command; from hf_doge.text import public_name;"
         "public_command(); public_name('x'); print('torch' in sys.modules)"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=REPOSITORY)

@@ -5,8 +5,7 @@ from typing import Any
 
 from hf_doge.artifacts.cards.markdown import code_block, escape
 from hf_doge.artifacts.cards.rendering import listing
-from hf_doge.artifacts.provenance import public_name
-from hf_doge.text import hide_secrets
+from hf_doge.text import hide_secrets, public_name
 
 
 def hub_link(name: Any) -> str:

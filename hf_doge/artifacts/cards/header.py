@@ -6,8 +6,7 @@ from typing import Any
 
 import yaml
 
-from hf_doge.artifacts.readers import SafeLoader, check_yaml
-from hf_doge.text import printable
+from hf_doge.text import SafeLoader, check_yaml, printable
 
 DIGEST_KEY = "description"  # a field of every `datasets.BuilderConfig`, without effect on what is read
 DIGEST_PREFIX = "Content "

@@ -10,8 +10,8 @@ from hf_doge.artifacts.cards.markdown import code, escape, json_block, table
 from hf_doge.artifacts.cards.merge import Card
 from hf_doge.artifacts.cards.rendering import listing, place_of, render
 from hf_doge.artifacts.cards.tables import TableFacts, config_entry
-from hf_doge.artifacts.provenance import public_content
 from hf_doge.files import sha256
+from hf_doge.text import public_content
 
 _CONFIGS = ("gradients", "examples", "checkpoints", "offsets")
 _SETTINGS = (

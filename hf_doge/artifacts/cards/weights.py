@@ -13,10 +13,10 @@ from hf_doge.artifacts.cards.markdown import escape, json_block, names_of, secon
 from hf_doge.artifacts.cards.merge import Card
 from hf_doge.artifacts.cards.rendering import listing, place_of, render
 from hf_doge.artifacts.cards.tables import TableFacts, config_entry
-from hf_doge.artifacts.provenance import public_content
 from hf_doge.artifacts.record import WeightsRecord
 from hf_doge.artifacts.summary import summary_columns
 from hf_doge.files import file_sha256, sha256
+from hf_doge.text import public_content
 
 PLOT_FILE = "plot.png"
 

@@ -26,8 +26,8 @@ from hf_doge.artifacts.influence.manifest import (
     to_json,
 )
 from hf_doge.artifacts.influence.segments import encode_segment
-from hf_doge.artifacts.readers import parse_json
 from hf_doge.files import file_sha256, sha256, sync_folder, write_atomically
+from hf_doge.text import parse_json
 
 if TYPE_CHECKING:
     from hf_doge.artifacts.influence.writer import IndexWriter

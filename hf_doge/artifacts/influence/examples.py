@@ -11,8 +11,7 @@ import pyarrow.compute as pc
 
 from hf_doge.artifacts.influence.manifest import examples_files
 from hf_doge.artifacts.parquet import as_stored, check_claims_of_footer, open_parquet, read_parquet, to_parquet
-from hf_doge.artifacts.readers import parse_json
-from hf_doge.text import require_printable
+from hf_doge.text import parse_json, require_printable
 
 _PLAIN_FEATURES = {"Value", "ClassLabel", "List", "LargeList", "Sequence", "Array2D", "Array3D", "Array4D", "Array5D"}
 

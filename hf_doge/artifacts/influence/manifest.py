@@ -13,10 +13,9 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 from hf_doge._version import __version__
-from hf_doge.artifacts.readers import parse_json
 from hf_doge.checks import show
 from hf_doge.files import file_sha256
-from hf_doge.text import printable, require_printable
+from hf_doge.text import parse_json, printable, require_printable
 
 FORMAT_VERSION = "1.0"  # a newer major number tells older readers that they would misread the files
 MANIFEST = "config.json"

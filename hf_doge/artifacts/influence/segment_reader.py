@@ -18,7 +18,7 @@ from hf_doge.artifacts.influence.segments import (
     segment_schema,
 )
 from hf_doge.artifacts.parquet import check_claims_of_footer, open_parquet, read_parquet
-from hf_doge.artifacts.readers import parse_json
+from hf_doge.text import parse_json
 
 _MAGIC_BYTES = 4  # that a Parquet file begins with
 

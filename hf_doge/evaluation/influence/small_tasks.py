@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hf_doge.artifacts.jsonl import read_jsonl
+from hf_doge.artifacts.readers import read_jsonl
 from hf_doge.checks import check_count, check_seed, show
 
 PAD, UNKNOWN, START, SEPARATOR = "[PAD]", "[UNK]", "[CLS]", "[SEP]"
