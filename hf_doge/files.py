@@ -35,14 +35,11 @@ _EXCHANGE = 2  # RENAME_EXCHANGE of Linux, RENAME_SWAP of macOS
 Result = TypeVar("Result")
 
 
-def sha256(content: bytes) -> str:
-    """Checksum as it is written into manifests."""
-    return hashlib.sha256(content).hexdigest()
-
-
-def file_sha256(path: Path) -> str:
-    """The same of a file of any size."""
-    with path.open("rb") as file:
+def sha256(source: bytes | Path) -> str:
+    """Checksum of a content or of a file of any size, as it is written into manifests and known on the Hub."""
+    if isinstance(source, bytes):
+        return hashlib.sha256(source).hexdigest()
+    with source.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

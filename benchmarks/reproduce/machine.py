@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from hf_doge.files import file_sha256
+from hf_doge.files import sha256
 
 
 @functools.cache
@@ -37,7 +37,7 @@ def describe_data(data_dir: Path) -> str:
     """A digest of the names and contents of all JSONL files of a data folder."""
     digest = hashlib.sha256()
     for path in sorted(path for path in Path(data_dir).rglob("*.jsonl*") if path.is_file()):
-        digest.update(f"{path.relative_to(data_dir).as_posix()} {file_sha256(path)}\n".encode())
+        digest.update(f"{path.relative_to(data_dir).as_posix()} {sha256(path)}\n".encode())
     return digest.hexdigest()[:16]
 
 

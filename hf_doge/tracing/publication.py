@@ -30,7 +30,7 @@ from hf_doge.artifacts.influence.manifest import (
 from hf_doge.artifacts.influence.writer import checkpoints_table
 from hf_doge.artifacts.parquet import read_parquet, to_parquet
 from hf_doge.checks import check_flag, check_names
-from hf_doge.files import file_sha256, sha256
+from hf_doge.files import sha256
 from hf_doge.text import hide_secrets, parse_json, public_content, public_name
 from hf_doge.tracing.examples import LABEL_COLUMNS
 from hf_doge.tracing.models import checkpoint_folders
@@ -248,7 +248,7 @@ def _redacted_examples(folder: Path, config: Mapping[str, Any], keep_columns: It
     """The tables of the examples without what a person could read, or a tokenizer could make readable."""
     kept, redacted = set(keep_columns), {}
     for path, checksum in examples_files(config).items():
-        if file_sha256(folder / path) != checksum:  # afterwards nobody could tell
+        if sha256(folder / path) != checksum:  # afterwards nobody could tell
             raise ValueError(
                 f"{str(folder / path)!r} was altered since it was written: its sha256 is not the recorded one. Nothing was"
                 " pushed. Record it again."

@@ -12,7 +12,7 @@ from datasets import Audio, ClassLabel, Dataset, Features, Image, List, Value
 
 from hf_doge import InfluenceIndex
 from hf_doge.artifacts.influence.examples import harmless_metadata
-from hf_doge.files import file_sha256
+from hf_doge.files import sha256
 from tests.tracing.influence_tools import classifier, sentences, tokenised, train, wordpiece_tokenizer
 
 
@@ -79,7 +79,7 @@ def test_no_address_in_an_index_or_in_queries_is_fetched(tmp_path, recorded, fet
     (path,) = (folder / "examples").iterdir()
     pq.write_table(with_media(pq.read_table(path, use_threads=False), address), path)
     config = json.loads((folder / "config.json").read_text())
-    config["files"][f"examples/{path.name}"] = file_sha256(path)
+    config["files"][f"examples/{path.name}"] = sha256(path)
     (folder / "config.json").write_text(json.dumps(config))
     index = InfluenceIndex.from_pretrained(folder, cache_dir=tmp_path / "maps")
     assert index.examples[0]["picture"] == {"bytes": None, "path": f"{address}/x.png"}

@@ -10,7 +10,7 @@ import pytest
 from hf_doge.artifacts.influence.manifest import read_config
 from hf_doge.artifacts.influence.remote_examples import RemoteExamples
 from hf_doge.artifacts.influence.remote_map import RemoteMap
-from hf_doge.files import file_sha256
+from hf_doge.files import sha256
 from tests.artifacts.influence_rows import random_rows, write_index
 
 NUM_EXAMPLES, GROUP = 12_000, 1000
@@ -42,7 +42,7 @@ def source(tmp_path_factory):
 
 def open_examples(source, cache_dir):
     file = LocalFile(source)
-    return file, RemoteExamples([file], [file_sha256(source)], cache_dir=cache_dir)
+    return file, RemoteExamples([file], [sha256(source)], cache_dir=cache_dir)
 
 
 def flip(path, place):

@@ -15,7 +15,7 @@ from hf_doge.artifacts.cards.rendering import listing, place_of, render
 from hf_doge.artifacts.cards.tables import TableFacts, config_entry
 from hf_doge.artifacts.record import WeightsRecord
 from hf_doge.artifacts.summary import summary_columns
-from hf_doge.files import file_sha256, sha256
+from hf_doge.files import sha256
 from hf_doge.text import public_content
 
 PLOT_FILE = "plot.png"
@@ -66,17 +66,13 @@ def weights_card(
         "size_categories": [tables["weights"].size_category],
         "library_name": "hf_doge",
         "configs": [
-            config_entry(name, [path], checksums=[_checksum(data_files[path])], default=name == "weights")
+            config_entry(name, [path], checksums=[sha256(data_files[path])], default=name == "weights")
             for name, path in paths.items()
         ],
         "dataset_info": [facts.to_dataset_info(name) for name, facts in tables.items()],
     }
     block = _render(weights, repo_id=repo_id, model_id=model_id, plot=plot)
     return Card(header, title, block, _CONFIGS).merged_with(existing)
-
-
-def _checksum(file: bytes | str | os.PathLike) -> str:
-    return sha256(file) if isinstance(file, bytes) else file_sha256(Path(file))
 
 
 def draw_plot(weights: WeightsRecord) -> bytes | None:

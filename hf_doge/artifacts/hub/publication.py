@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from hf_doge.files import file_sha256, sha256
 from hf_doge.text import holds_token
 
 _PIECE = 1 << 20
@@ -89,11 +88,6 @@ def merge_card(make: Callable[[str | None], str], written: bytes | None) -> byte
 def size(source: bytes | Path) -> int:
     """Bytes of a file that is to be published."""
     return len(source) if isinstance(source, bytes) else source.stat().st_size
-
-
-def content_sha256(source: bytes | Path) -> str:
-    """By which a large file is known on the Hub."""
-    return sha256(source) if isinstance(source, bytes) else file_sha256(source)
 
 
 def git_blob_id(source: bytes | Path) -> str:

@@ -22,18 +22,12 @@ from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import get_token, validate_repo_id
 
 from hf_doge._version import __version__
-from hf_doge.artifacts.hub.errors import (
-    PushError,
-    check_token,
-    explain,
-    is_moved,
-    is_transient,
-    shortly,
-)
+from hf_doge.artifacts.hub.errors import PushError, check_token, explain, is_moved, is_transient, shortly
 from hf_doge.artifacts.hub.launched import is_first_process, told_to_others, wait_for_first
-from hf_doge.artifacts.hub.publication import Publication, content_sha256, git_blob_id, merge_card, refuse_token, size
+from hf_doge.artifacts.hub.publication import Publication, git_blob_id, merge_card, refuse_token, size
 from hf_doge.artifacts.hub.retries import Patience, Result
 from hf_doge.checks import check_flag, check_text
+from hf_doge.files import sha256
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +56,7 @@ class _Head:
 
     def holds(self, path: str, source: bytes | Path) -> bool:
         if path in self.large:
-            return self.large[path] == content_sha256(source)
+            return self.large[path] == sha256(source)
         return path in self.small and self.small[path] == git_blob_id(source)
 
 
@@ -328,7 +322,7 @@ class _Push:
             files[CARD_FILE] = card
         changed = {path: source for path, source in files.items() if not head.holds(path, source)}
         for path, checksum in publication.checksums.items():
-            if path in changed and content_sha256(changed[path]) != checksum:
+            if path in changed and sha256(changed[path]) != checksum:
                 raise ValueError(
                     f"{str(files[path])!r} was altered since it was written: its sha256 is not the recorded one. Nothing was"
                     " pushed. Record it again."

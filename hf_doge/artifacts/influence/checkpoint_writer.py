@@ -26,7 +26,7 @@ from hf_doge.artifacts.influence.manifest import (
     to_json,
 )
 from hf_doge.artifacts.influence.segments import encode_segment
-from hf_doge.files import file_sha256, sha256, sync_folder, write_atomically
+from hf_doge.files import sha256, sync_folder, write_atomically
 from hf_doge.text import parse_json
 
 if TYPE_CHECKING:
@@ -353,7 +353,7 @@ class _Place:
 
 def _has_content(folder: Path, recorded: str, checksum: str) -> bool:
     path = folder / Path(recorded).name
-    return path.is_file() and file_sha256(path) == checksum
+    return path.is_file() and sha256(path) == checksum
 
 
 def _with_files(segments: list[dict[str, Any]]) -> list[dict[str, Any]]:

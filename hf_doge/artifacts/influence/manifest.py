@@ -14,7 +14,7 @@ from typing import Any
 
 from hf_doge._version import __version__
 from hf_doge.checks import show
-from hf_doge.files import file_sha256
+from hf_doge.files import sha256
 from hf_doge.text import parse_json, printable, require_printable
 
 FORMAT_VERSION = "1.0"  # a newer major number tells older readers that they would misread the files
@@ -235,7 +235,7 @@ def check_files(folder: Path, checksums: Mapping[str, str | None], *, verify: bo
         raise FileNotFoundError(
             f"The influence index in {str(folder)!r} lacks {len(missing)} files: {missing[:5]}. Fetch it again."
         )
-    altered = [path for path, checksum in checksums.items() if verify and file_sha256(folder / path) != checksum]
+    altered = [path for path, checksum in checksums.items() if verify and sha256(folder / path) != checksum]
     if altered:
         raise ValueError(
             f"Files of the influence index in {str(folder)!r} were altered or cut short, as their sha256 is not the"

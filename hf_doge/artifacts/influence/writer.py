@@ -54,7 +54,6 @@ from hf_doge.artifacts.parquet import to_parquet
 from hf_doge.checks import LARGEST_RATE, check_choice, check_count, check_json, check_number, check_path, check_seed
 from hf_doge.files import (
     STAGED_PREFIX,
-    file_sha256,
     replace_files,
     require_own_folder,
     sha256,
@@ -300,7 +299,7 @@ class IndexWriter:
             return
         recorded = {path: checksum for path, checksum in examples_files(self.config).items() if checksum is not None}
         present = [(self.folder / path).is_file() for path in recorded]
-        if recorded and all(present) and all(file_sha256(self.folder / path) == recorded[path] for path in recorded):
+        if recorded and all(present) and all(sha256(self.folder / path) == recorded[path] for path in recorded):
             # The bytes of the files may differ with the version of pyarrow.
             same = same_examples(table, read_examples(self.folder, self.config))
         else:
