@@ -20,6 +20,7 @@ SPECIAL_TOKENS = ("count", "drop")
 KERNELS = ("token", "synonym")
 
 _BLOCK_BYTES = 64 * 2**20  # scores held at a time
+_BLOCK_VALUES = 1024  # of which the largest is known before all are compared
 
 
 class SearchOptions(TypedDict, total=False):
@@ -208,19 +209,28 @@ class QueryScorer:
 
 def select_extremes(scores: np.ndarray, top_k: int) -> np.ndarray:
     """
-    Ids of the `top_k` most positive and most negative of some scores `(N,)`; of equal scores the lower id.
+    Ids of the `top_k` most positive and most negative of some scores `(N,)`, outermost first; of equal ones the lower id.
 
     A score of exactly 0 is neither: the example shares no token with the query.
     """
-    chosen = []
-    for sign in (1, -1):
-        values = sign * scores
-        candidates = np.flatnonzero(values > 0)
-        if len(candidates) > top_k:
-            least = np.partition(values[candidates], -top_k)[-top_k]
-            candidates = candidates[values[candidates] >= least]
-        chosen.append(candidates[np.argsort(-values[candidates], kind="stable")][:top_k])
-    return np.concatenate(chosen)
+    positive, negative = _largest(scores, top_k), _largest(-scores, top_k)
+    return np.concatenate([positive[scores[positive] > 0], negative[scores[negative] < 0]])
+
+
+def _largest(values: np.ndarray, count: int) -> np.ndarray:
+    """Ids of the `count` largest, of equal ones the lower id."""
+    count = min(count, len(values))
+    candidates = np.arange(len(values))
+    num_blocks = len(values) // _BLOCK_VALUES
+    if num_blocks >= count:
+        # `count` blocks have a largest value of at least `bound`, so nothing below it can be among the first.
+        maxima = values[: num_blocks * _BLOCK_VALUES].reshape(num_blocks, _BLOCK_VALUES).max(axis=1)
+        bound = np.partition(maxima, num_blocks - count)[num_blocks - count]
+        candidates = np.flatnonzero(values >= bound)
+    found = values[candidates]
+    last = np.partition(found, len(found) - count)[len(found) - count]
+    above, equal = candidates[found > last], candidates[found == last]
+    return np.concatenate([above[np.lexsort((above, -values[above]))], equal[: count - len(above)]])
 
 
 def _add(parts: dict[int, float], token: int, part: float) -> None:

@@ -90,11 +90,6 @@ def test_a_proponent_is_positive(open_index):
     both = TokenRows(torch.tensor([0, 1, 2]), torch.tensor([4, 4]), torch.cat([same.rows, opposite.rows]), False)
     reader = open_index(both)
     assert reader.scores(0, same).tolist() == [[WIDTH, -WIDTH]]
-    found = reader.search(same, [0.5], 1)
-    assert found.proponent_ids.tolist() == [[0]]
-    assert found.proponent_scores.tolist() == [[WIDTH / 2]]
-    assert found.opponent_ids.tolist() == [[1]]
-    assert found.opponent_scores.tolist() == [[-WIDTH / 2]]
 
 
 def test_tiny_gradients_do_not_vanish_in_float16(open_index):
@@ -120,8 +115,6 @@ def test_excluded_tokens_do_not_count(open_index, rows):
     assert_near(reader.scores(0, queries, exclude_tokens=beyond), expected, 1e-6)
     norms = dense(rows[0], exclude=excluded).square().sum(1).numpy()
     assert_near(reader.self_influence(0, exclude_tokens=beyond), norms, 1e-6)
-    found = reader.search(queries, [1.0], NUM_EXAMPLES, exclude_tokens=excluded)
-    assert_near(np.sort(found.proponent_scores), np.sort(expected), 1e-6)
 
 
 def test_word_scores_add_up_to_the_score(open_index, rows):
@@ -152,40 +145,6 @@ def test_example_rows_are_those_written(open_index, rows, dtype):
     assert reader.example_rows(1, []) == []
 
 
-def test_the_first_of_a_search_are_the_first_of_brute_force(open_index, rows, monkeypatch):
-    reader = open_index(*rows, dtype="float32")
-    queries, weights = [random_rows(9, seed=2), random_rows(9, seed=2)], [1.0, 3.0]
-    totals = 1.0 * reader.scores(0, queries[0]) + 3.0 * reader.scores(1, queries[1])
-    whole = reader.search(queries, weights, 5)
-    monkeypatch.setattr("hf_doge.artifacts.influence.reader._BLOCK_SCORES", 2 * NUM_EXAMPLES)  # two queries at a time
-    for found in (whole, reader.search(queries, weights, 5)):
-        for ids, scores, sign in ((found[0], found[1], -1), (found[2], found[3], 1)):
-            best = np.argsort(sign * totals, axis=1, kind="stable")[:, :5]
-            np.testing.assert_array_equal(ids, best)
-            np.testing.assert_allclose(scores, np.take_along_axis(totals, best, 1), rtol=1e-5, atol=1e-15)
-
-
-@pytest.mark.parametrize("block", [1, 2, 1024])
-def test_of_equal_scores_the_lower_id_comes_first(monkeypatch, block):
-    monkeypatch.setattr(search_module, "_BLOCK_VALUES", block)
-    values = np.array([0, 2, 1, 2, 0, 2, 0], dtype=np.float32)
-    largest, _, smallest, _ = search_module.ends(values, 4)
-    assert largest.tolist() == [1, 3, 5, 2]
-    assert smallest.tolist() == [0, 4, 6, 2]
-    assert search_module.ends(values, 2)[0].tolist() == [1, 3]
-    assert search_module.ends(values, 99)[0].tolist() == [1, 3, 5, 2, 0, 4, 6]
-
-
-@pytest.mark.parametrize("count", [1, 10, 100, 5000])
-def test_the_ends_are_those_of_a_sorted_list(count):
-    values = np.random.default_rng(0).integers(-300, 300, 5000).astype(np.float32)
-    largest, high, smallest, low = search_module.ends(values, count)
-    np.testing.assert_array_equal(largest, np.argsort(-values, kind="stable")[:count])
-    np.testing.assert_array_equal(smallest, np.argsort(values, kind="stable")[:count])
-    np.testing.assert_array_equal(high, values[largest])
-    np.testing.assert_array_equal(low, values[smallest])
-
-
 def test_queries_without_known_tokens_score_zero(open_index):
     reader = open_index(one_example([1, 2], torch.ones(2, WIDTH)))
     queries = TokenRows(torch.tensor([0, 0, 1]), torch.tensor([9]), torch.ones(1, WIDTH), False)
@@ -193,7 +152,6 @@ def test_queries_without_known_tokens_score_zero(open_index):
     assert reader.word_scores(0, queries.tokens, queries.rows, [0]).tolist() == [[0.0]]
     none = TokenRows(torch.tensor([0]), torch.zeros(0, dtype=torch.long), torch.zeros(0, WIDTH), False)
     assert reader.scores(0, none).shape == (0, 1)
-    assert reader.search(none, [1.0], 3).proponent_ids.shape == (0, 1)
 
 
 def test_an_index_of_examples_without_tokens_can_be_searched(open_index):
@@ -416,13 +374,6 @@ def test_bad_queries_are_refused(open_index, rows):
         reader.example_rows(0, [40])
     with pytest.raises(ValueError, match=r"`checkpoint` must be in \[0, 1\), but got 1"):
         reader.scores(1, rows[0])
-    with pytest.raises(ValueError, match="one entry for each of the 1 checkpoints, but have 2 and 1"):
-        reader.search([rows[0], rows[0]], [1.0], 3)
-    with pytest.raises(ValueError, match="`top_k` must be at least 1"):
-        reader.search(rows[0], [1.0], 0)
-    reader = open_index(*rows, folder="two")
-    with pytest.raises(ValueError, match=r"same queries, but got \[40, 2\]"):
-        reader.search([rows[0], random_rows(2)], [1.0, 1.0], 3)
 
 
 @pytest.mark.parametrize("name", ["gradients/checkpoint-1/segment-*.parquet", "examples/train-00000-of-00001.parquet"])

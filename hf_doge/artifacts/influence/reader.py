@@ -1,9 +1,9 @@
 """Reading an influence index: exact scores of queries against all training examples. Knows no models."""
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from hf_doge.artifacts.influence.manifest import (
     warn_of_unknown,
 )
 from hf_doge.artifacts.influence.row_map import RowMap, default_cache_dir
-from hf_doge.artifacts.influence.search import add_scores, ends
+from hf_doge.artifacts.influence.search import add_scores
 from hf_doge.artifacts.influence.segment_reader import check_scales
 from hf_doge.artifacts.influence.segments import decode_rows, recorded_projection
 from hf_doge.artifacts.influence.synonym_search import Neighbours, synonym_matches
@@ -31,16 +31,6 @@ if TYPE_CHECKING:
     from hf_doge.gradients.token_rows import TokenRows
 
 _BLOCK_ROWS = 1 << 15
-_BLOCK_SCORES = 1 << 26  # scores of a block of queries in `search`: 256 MiB
-
-
-class SearchResult(NamedTuple):
-    """The first `top_k` examples at either end, of shape `(num_queries, top_k)` each; of equal scores the lower id."""
-
-    proponent_ids: np.ndarray
-    proponent_scores: np.ndarray
-    opponent_ids: np.ndarray
-    opponent_scores: np.ndarray
 
 
 class IndexReader:
@@ -154,53 +144,18 @@ class IndexReader:
         Raises:
             ValueError: Rows of another width or tokens out of the vocabulary.
         """
-        scores = np.zeros((len(queries), self.num_examples), dtype=np.float32)
-        self._add_scores(scores, checkpoint, queries, list(exclude_tokens), weight=1.0)
-        return scores
-
-    def search(
-        self,
-        queries: "TokenRows | Sequence[TokenRows]",
-        weights: Sequence[float] | np.ndarray,
-        top_k: int,
-        *,
-        exclude_tokens: Iterable[int] = (),
-    ) -> SearchResult:
-        """
-        The strongest proponents and opponents of each query by `sum_c weights[c] * scores(c)`. Exact.
-
-        Scores of as many queries as fit into 256 MiB (at least one) are held at a time.
-
-        Args:
-            queries (`TokenRows` or `Sequence[TokenRows]`): The queries' rows at each checkpoint, in their order.
-            weights (`Sequence[float]` of length `num_checkpoints`): Usually the learning rates.
-            top_k (`int`): At least 1; all examples when there are fewer.
-            exclude_tokens (`Iterable[int]`): Tokens that do not count.
-        """
-        queries = list(queries) if isinstance(queries, (list, tuple)) else [queries]
-        if not len(queries) == len(weights) == len(self.checkpoints):
-            raise ValueError(
-                f"`queries` and `weights` must have one entry for each of the {len(self.checkpoints)} checkpoints, but"
-                f" have {len(queries)} and {len(weights)}."
-            )
-        if top_k < 1:
-            raise ValueError(f"`top_k` must be at least 1, but got {top_k}.")
-        if len({len(rows) for rows in queries}) > 1:
-            raise ValueError(f"All checkpoints must have the same queries, but got {[len(rows) for rows in queries]}.")
+        queries.check(width=self.width, vocabulary_size=self.vocabulary_size)
+        owners = np.arange(len(queries)).repeat(queries.offsets.diff().cpu().numpy())
+        rows, tokens = self.project(queries.rows.detach().cpu()).float(), queries.tokens.cpu().numpy()
         excluded = list(exclude_tokens)
-        block = max(1, _BLOCK_SCORES // self.num_examples)
-        results = []
-        for first in range(0, len(queries[0]), block):
-            last = min(first + block, len(queries[0]))
-            totals = np.zeros((last - first, self.num_examples), dtype=np.float32)
-            for checkpoint, (rows, weight) in enumerate(zip(queries, weights, strict=True)):
-                self._add_scores(totals, checkpoint, _slice(rows, first, last), excluded, weight=float(weight))
-            results += [ends(total, top_k) for total in totals]
-        top_k = min(top_k, self.num_examples)
-        if not results:
-            ids, values = np.zeros((0, top_k), dtype=np.int64), np.zeros((0, top_k), dtype=np.float32)
-            return SearchResult(ids, values, ids, values)
-        return SearchResult(*(np.stack(parts) for parts in zip(*results, strict=True)))
+        if excluded:
+            counted = np.flatnonzero(~np.isin(tokens, excluded))
+            tokens, rows, owners = tokens[counted], rows[torch.from_numpy(counted)], owners[counted]
+        row_map = self._map(checkpoint, np.unique(tokens))
+        scales = self._example_scales(checkpoint) if self.config["dtype"] == "float16" else None
+        scores = np.zeros((len(queries), self.num_examples), dtype=np.float32)
+        add_scores(scores, row_map, tokens, rows, owners, example_scales=scales)
+        return scores
 
     def self_influence(self, checkpoint: int, *, exclude_tokens: Iterable[int] = ()) -> np.ndarray:
         """The squared norm of each training example's gradient at one checkpoint, `(num_examples,)` float64."""
@@ -316,20 +271,6 @@ class IndexReader:
                 parts = (self._decoded(checkpoint, row_map, piece) @ rows[position]).numpy()
                 yield position, token, row_map.examples[piece], parts
 
-    def _add_scores(
-        self, scores: np.ndarray, checkpoint: int, queries: "TokenRows", excluded: list[int], *, weight: float
-    ) -> None:
-        queries.check(width=self.width, vocabulary_size=self.vocabulary_size)
-        rows = self.project(queries.rows.detach().cpu()).float() * weight
-        tokens = queries.tokens.cpu().numpy()
-        owners = np.arange(len(queries)).repeat(queries.offsets.diff().cpu().numpy())
-        if excluded:
-            counted = np.flatnonzero(~np.isin(tokens, excluded))
-            tokens, rows, owners = tokens[counted], rows[torch.from_numpy(counted)], owners[counted]
-        row_map = self._map(checkpoint, np.unique(tokens))
-        scales = self._example_scales(checkpoint) if self.config["dtype"] == "float16" else None
-        add_scores(scores, row_map, tokens, rows, owners, example_scales=scales)
-
     def _map(self, checkpoint: int, tokens: np.ndarray | None) -> RowMap:
         """The rows of a checkpoint: at least those of some tokens, or all."""
         self._check_checkpoint(checkpoint)
@@ -365,9 +306,3 @@ def _integers(what: str, values: Iterable[int], end: int) -> np.ndarray:
     if len(values) and not 0 <= values.min() <= values.max() < end:
         raise ValueError(f"{what} must be in [0, {end}), but go from {values.min()} to {values.max()}.")
     return values
-
-
-def _slice(queries: "TokenRows", first: int, last: int) -> "TokenRows":
-    start, end = int(queries.offsets[first]), int(queries.offsets[last])
-    offsets = queries.offsets[first : last + 1] - start
-    return type(queries)(offsets, queries.tokens[start:end], queries.rows[start:end], queries.virtual)

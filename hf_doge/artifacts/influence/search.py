@@ -1,4 +1,4 @@
-"""Exact scores of queries over the rows of one checkpoint, token by token, and the ends of them."""
+"""Exact scores of queries over the rows of one checkpoint, token by token."""
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -12,7 +12,6 @@ from torch import Tensor
 from hf_doge.artifacts.influence.row_map import RowMap
 
 _PIECE_BYTES = 1 << 20  # of float32: what is widened stays in the cache of one core until it is multiplied
-_BLOCK_VALUES = 1024
 _WORTH_A_THREAD = 1 << 21  # multiplications, about a millisecond
 
 
@@ -120,24 +119,3 @@ def _one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(num_threads)
-
-
-def ends(values: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Ids and values of the `count` largest and of the `count` smallest, outermost first; of equal ones the lower id."""
-    largest, smallest = _largest(values, count), _largest(-values, count)
-    return largest, values[largest], smallest, values[smallest]
-
-
-def _largest(values: np.ndarray, count: int) -> np.ndarray:
-    count = min(count, len(values))
-    candidates = np.arange(len(values))
-    num_blocks = len(values) // _BLOCK_VALUES
-    if num_blocks >= count:
-        # `count` blocks have a largest value of at least `bound`, so nothing below it can be among the first.
-        maxima = values[: num_blocks * _BLOCK_VALUES].reshape(num_blocks, _BLOCK_VALUES).max(axis=1)
-        bound = np.partition(maxima, num_blocks - count)[num_blocks - count]
-        candidates = np.flatnonzero(values >= bound)
-    found = values[candidates]
-    last = np.partition(found, len(found) - count)[len(found) - count]
-    above, equal = candidates[found > last], candidates[found == last]
-    return np.concatenate([above[np.lexsort((above, -values[above]))], equal[: count - len(above)]])
