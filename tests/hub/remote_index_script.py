@@ -20,8 +20,9 @@ import pyarrow.parquet as pq
 import torch
 from huggingface_hub import HfApi
 
+from hf_doge.artifacts import parquet
 from hf_doge.artifacts.hub.retries import Patience
-from hf_doge.artifacts.influence import IndexReader, segments, tables
+from hf_doge.artifacts.influence import IndexReader, segments
 from hf_doge.artifacts.influence import remote as remote_module
 from hf_doge.artifacts.influence.remote import RemoteIndexReader
 from hf_doge.functional.synonyms import synonym_neighbours
@@ -258,7 +259,7 @@ def manipulated() -> dict:
 def many_examples() -> dict:
     """The examples of an index with more of them than are worth fetching at once: those of hits alone."""
     texts = [np.random.default_rng(number).bytes(600).hex() for number in range(2020)]
-    tables._GROUP_ROWS = 64
+    parquet._GROUP_ROWS = 64
     folder = WORK / "many"
     writer = open_writer(folder, examples=False, num_examples=2020)
     writer.write_examples(pa.table({"example_id": range(2020), "text": texts}))
