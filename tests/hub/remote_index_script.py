@@ -44,7 +44,7 @@ from tests.hub import HubControl
 WORK = Path(sys.argv[1])
 hub = HubControl(os.environ["HF_ENDPOINT"])
 api = HfApi()
-segments._ROW_GROUP_SIZE = 16  # so that a token's rows lie in several groups
+segments.ROW_GROUP_SIZE = 16  # so that a token's rows lie in several groups
 checkpoints = [random_rows(NUM_EXAMPLES, seed=0), random_rows(NUM_EXAMPLES, seed=1, size=1e-9)]
 queries = random_rows(6, seed=2)
 
