@@ -64,7 +64,7 @@ class Fork:
     A script in a process of its own; what `subprocess.Popen` has of this name behaves alike.
 
     Args:
-        arguments (`list[str]`): A script and its arguments, or `-c`, code and its arguments.
+        arguments (`list[str]`): A script, `-c` and code, or `-m` and a module; then its arguments.
         env (`dict[str, str]`): The whole environment.
         imported (`tuple[str, ...]`): The modules that it has from the beginning.
         separate_errors (`bool`): Whether standard error is kept apart, as `stderr`; it goes with standard output
@@ -94,6 +94,11 @@ class Fork:
         with open(descriptor, "rb") as output:
             while part := output.read1(1 << 16):
                 self._texts[number] += part
+
+    @property
+    def output(self):
+        """What it has written to standard output so far."""
+        return self._texts[0].decode()
 
     def wait(self, timeout=None):
         """The exit status, negative for a signal."""
@@ -186,16 +191,18 @@ def run(arguments, env):
     """What an interpreter does with its arguments."""
     os.environ.clear()
     os.environ.update(env)
-    first, *rest = arguments
-    if first == "-c":
-        code, *rest = rest
-        sys.argv, sys.path[0] = ["-c", *rest], ""
+    sys.path[0] = ""
+    if arguments[0] == "-c":
+        sys.argv = ["-c", *arguments[2:]]
         main = type(sys)("__main__")
         sys.modules["__main__"] = main
-        exec(compile(code, "<string>", "exec"), vars(main))
+        exec(compile(arguments[1], "<string>", "exec"), vars(main))
+    elif arguments[0] == "-m":
+        sys.argv = arguments[1:]
+        runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
     else:
-        sys.argv, sys.path[0] = [first, *rest], str(Path(first).parent)
-        runpy.run_path(first, run_name="__main__")
+        sys.argv, sys.path[0] = arguments, str(Path(arguments[0]).parent)
+        runpy.run_path(arguments[0], run_name="__main__")
 
 
 if __name__ == "__main__":

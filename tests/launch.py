@@ -6,7 +6,6 @@ import os
 import random
 import socket
 import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -53,20 +52,18 @@ def end_process_group() -> None:
         dist.destroy_process_group()
 
 
-def launch_command(script: Path, *arguments: object, num_processes: int, options: tuple[str, ...] = ()) -> list[str]:
+def launch_command(script: Path, *arguments: object, num_processes: int) -> list[str]:
     """
     The command line of `accelerate launch` for processes on the CPU.
 
     `--cpu` would ask for MPI, and starts one process without it; `--multi_gpu` is the way to torch's own launcher, and
     picks gloo where there is no GPU.
     """
-    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", str(num_processes)]
+    launcher = ["-m", "accelerate.commands.launch", "--num_processes", str(num_processes)]
     launcher += ["--mixed_precision", "no", "--dynamo_backend", "no"]
     if num_processes > 1:
         launcher += ["--multi_gpu", "--main_process_port", str(free_port())]
-    if "--num_machines" not in options:
-        launcher += ["--num_machines", "1"]
-    return [*launcher, *options, str(script), *map(str, arguments)]
+    return [*launcher, "--num_machines", "1", str(script), *map(str, arguments)]
 
 
 def launch_environment(**changes: str) -> dict[str, str]:
@@ -90,21 +87,14 @@ def launch(
         env: Environment variables beside the usual.
     """
     command = launch_command(script, *arguments, num_processes=num_processes)
-    # a session of its own, so that a time-out ends the processes and not the launcher alone
-    process = subprocess.Popen(
-        command,
-        cwd=REPOSITORY,
-        env=launch_environment(**env),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
+    process = Fork(command, env=launch_environment(**env))
     try:
         output, _ = process.communicate(timeout=timeout)
     finally:
-        if process.poll() is None:
-            os.killpg(process.pid, 9)
+        process.terminate()  # the launcher then ends those that it started
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=60)
+        process.kill()
     result = subprocess.CompletedProcess(command, process.returncode, output)
     if check:
         assert result.returncode == 0, result.stdout[-6000:]
@@ -127,9 +117,9 @@ def start_without_launcher(script: Path, *arguments: object, num_processes: int 
     return [Fork([script, *arguments], env=launch_environment(**env, **rank), imported=imported) for rank in by_rank]
 
 
-def run_processes(script: Path, *arguments: object, num_processes: int = 2, timeout: float = 240, **env: str) -> None:
+def run_processes(script: Path, *arguments: object, num_processes: int = 2, timeout: float = 240, **env: str) -> str:
     """
-    What [`launch`] does where nothing depends on the launcher: 10 seconds of CPU less for two processes.
+    What [`launch`] does where nothing depends on the launcher: 10 seconds of CPU less for two processes. Their output.
 
     Each kind of work has one test that goes by `accelerate launch`.
     """
@@ -144,5 +134,6 @@ def run_processes(script: Path, *arguments: object, num_processes: int = 2, time
     finally:
         for process in processes:
             process.kill()
-    outputs = [process.communicate()[0][-6000 // num_processes :] for process in processes]
-    assert all(process.returncode == 0 for process in processes), "\n".join(outputs)
+    outputs = [process.communicate()[0] for process in processes]
+    assert all(process.returncode == 0 for process in processes), "\n".join(output[-6000:] for output in outputs)
+    return "".join(outputs)

@@ -2,8 +2,6 @@
 
 import json
 import re
-import subprocess
-import sys
 import warnings
 from pathlib import Path
 
@@ -32,7 +30,8 @@ from tests.artifacts.influence_rows import (
     write_index,
 )
 from tests.artifacts.test_domain_weights import make_weights
-from tests.launch import REPOSITORY
+from tests.forks import Fork
+from tests.launch import REPOSITORY, launch_environment
 
 SIZES = ["n<1K", "1K<n<10K", "10K<n<100K", "100K<n<1M", "1M<n<10M", "10M<n<100M", "100M<n<1B", "1B<n<10B"]
 SIZES += ["10B<n<100B", "100B<n<1T", "n>1T"]
@@ -401,7 +400,8 @@ def test_without_matplotlib_there_is_no_plot_and_no_error(tmp_path):
         "from tests.artifacts.test_domain_weights import make_weights\n"
         f"make_weights().save_pretrained({str(tmp_path / 'artifact')!r}, plot=True)"
     )
-    subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, check=True)
+    process = Fork(["-c", code], env=launch_environment())
+    assert process.wait(timeout=120) == 0, process.output
     assert not (tmp_path / "artifact" / "plot.png").exists()
 
 

@@ -17,7 +17,8 @@ import pyarrow as pa
 import pytest
 
 from hf_doge.artifacts import DomainWeights, Trajectory
-from tests.launch import REPOSITORY
+from tests.forks import Fork
+from tests.launch import REPOSITORY, launch_environment
 
 TABLES = ["weights/train-00000-of-00001.parquet", "trajectory/train-00000-of-00001.parquet"]
 
@@ -537,7 +538,8 @@ def crash_twice(root):
 def _in_another_process(statement):
     # Forking wants a process without threads. Its first table imports pandas, which every child would else do again.
     code = f"from tests.artifacts.test_domain_weights import *; make_trajectory().to_table(); {statement}"
-    subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, check=True, timeout=120)
+    process = Fork(["-c", code], env=launch_environment())
+    assert process.wait(timeout=120) == 0, process.output
 
 
 def _load_or_none(folder):

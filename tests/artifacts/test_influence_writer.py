@@ -3,8 +3,7 @@
 import gc
 import json
 import os
-import subprocess
-import sys
+import time
 
 import datasets
 import numpy as np
@@ -30,7 +29,8 @@ from tests.artifacts.influence_rows import (
     write_checkpoint,
     write_index,
 )
-from tests.launch import REPOSITORY
+from tests.forks import Fork
+from tests.launch import launch_environment
 
 PARTIAL = "gradients/checkpoint-1.partial"
 
@@ -551,7 +551,6 @@ import sys
 import time
 from hf_doge.artifacts.influence import lock
 from tests.artifacts.influence_rows import open_writer
-from tests.launch import REPOSITORY
 
 lock._PATIENCE_SECONDS = 0.2
 try:
@@ -564,14 +563,7 @@ time.sleep(float(sys.argv[2]))
 
 
 def other_process(folder, *, seconds=0.0):
-    root = REPOSITORY
-    return subprocess.Popen(
-        [sys.executable, "-c", OTHER_PROCESS, str(folder), str(seconds)],
-        env={**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    return Fork(["-c", OTHER_PROCESS, folder, seconds], env=launch_environment(), separate_errors=True)
 
 
 def test_a_second_process_that_writes_is_refused_until_the_first_one_closes(tmp_path, rows):
@@ -591,7 +583,8 @@ def test_the_lock_of_a_killed_process_does_not_block(tmp_path, rows, monkeypatch
     monkeypatch.setattr("hf_doge.artifacts.influence.lock._PATIENCE_SECONDS", 0.2)
     folder = tmp_path / "index"
     process = other_process(folder, seconds=60)
-    assert process.stdout.readline() == "writing\n"
+    while process.poll() is None and process.output != "writing\n":
+        time.sleep(0.01)
     with pytest.raises(BlockingIOError, match=r"another one is writing .*index"):
         open_writer(folder)
     process.kill()

@@ -2,11 +2,8 @@
 
 import errno
 import json
-import os
 import shutil
 import signal
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -17,7 +14,8 @@ from hf_doge.gradients.embedding import EmbeddingGradientRecorder
 from hf_doge.tracing.callback import TracInWECallback
 from hf_doge.tracing.recording import record_dataset
 from hf_doge.tracing.settings import RecordingSettings
-from tests.launch import REPOSITORY
+from tests.forks import Fork
+from tests.launch import launch_environment
 from tests.tiny import tiny_classifier
 from tests.tracing.recorded_training import (
     assert_rows_are_autograd,
@@ -255,7 +253,6 @@ import os, signal, sys
 from pathlib import Path
 from hf_doge.gradients.embedding import EmbeddingGradientRecorder
 from tests.tracing.test_tracing_callback_resume import start
-from tests.launch import REPOSITORY
 
 record, calls = EmbeddingGradientRecorder.record, []
 def killed(self, batch):
@@ -269,14 +266,8 @@ start(Path(sys.argv[1])).train()
 
 
 def test_a_killed_recording_goes_on(tmp_path, uninterrupted):
-    result = subprocess.run(
-        [sys.executable, "-c", KILLED_RUN, str(tmp_path)],
-        cwd=REPOSITORY,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        check=False,
-        capture_output=True,
-    )
-    assert result.returncode == -signal.SIGKILL, result.stderr.decode()[-2000:]
+    process = Fork(["-c", KILLED_RUN, tmp_path], env=launch_environment())
+    assert process.wait(timeout=200) == -signal.SIGKILL, process.output
     assert (tmp_path / "index" / "gradients" / "checkpoint-4.partial").exists()
     assert segments(resume(tmp_path)) == uninterrupted
 

@@ -1,13 +1,10 @@
 """Resume law: a run that was interrupted ends like one that was not, bit for bit."""
 
 import json
-import os
 import random
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import textwrap
 import time
 
@@ -21,7 +18,8 @@ from hf_doge.training.checkpoints import resolve_checkpoint
 from hf_doge.training.config import DoGEConfig
 from hf_doge.training.mixture import DomainWeightedTrainer
 from hf_doge.training.trainer import DoGETrainer
-from tests.launch import REPOSITORY
+from tests.forks import Fork
+from tests.launch import launch_environment
 from tests.tiny import three_domains, tiny_bert, tiny_gpt2, tiny_llama, tiny_tokenizer
 
 STEPS = 12
@@ -232,13 +230,8 @@ KILLED_RUN = textwrap.dedent(
 
 @pytest.mark.parametrize(("when", "resumed_from"), [("between", 6), ("while_saving", 3)])
 def test_a_killed_run_resumes_from_the_last_whole_checkpoint(tmp_path, uninterrupted, when, resumed_from):
-    result = subprocess.run(
-        [sys.executable, "-c", KILLED_RUN, str(tmp_path), when],
-        cwd=REPOSITORY,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        check=False,
-    )
-    assert result.returncode == -signal.SIGKILL
+    process = Fork(["-c", KILLED_RUN, tmp_path, when], env=launch_environment())
+    assert process.wait(timeout=200) == -signal.SIGKILL, process.output
     resumed = make_trainer(tmp_path, save_strategy="steps", save_steps=3)
     resumed.train(resume_from_checkpoint=True)
     _, expected, seen = uninterrupted
