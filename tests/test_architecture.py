@@ -177,7 +177,7 @@ BUDGETS = {
     "training step": (16, 69),
     "push": (24, 75),
     "recording": (38, 118),
-    "search": (24, 65),
+    "search": (18, 57),
     "evaluation": (16, 66),
 }
 

@@ -10,6 +10,7 @@ follow TracIn's own sign.
 
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -60,7 +61,8 @@ class InfluenceIndex(SavedIndex):
     A query without a label is traced for what the model predicts at the last checkpoint: its class, or for a language model
     the tokens of the text itself (padding left out).
 
-    Their gradients are computed at the recorded checkpoints, one of which is in memory at a time.
+    Their gradients are computed at the recorded checkpoints, one of which is in memory at a time; models that take at most
+    1 GiB in all stay there for the next search.
 
     Under `accelerate launch` all processes must call [`~InfluenceIndex.search`], [`~InfluenceIndex.scores`] and
     [`~InfluenceIndex.self_influence`] alike: each takes a share of the queries (of the checkpoints for self-influence), and
@@ -268,13 +270,16 @@ class InfluenceIndex(SavedIndex):
             missing = [str(folder / one["path"]) for one in named if not any(checkpoint_folders(one, folder))]
         return check_queries(queries, tokenizer, vocabulary_size=self.reader.vocabulary_size, missing=missing)
 
+    @cached_property
+    def _recorder(self) -> QueryRecorder:
+        return QueryRecorder(self.reader, self.processing_class, self._encoding, **self._loading)
+
     def _scorer(
         self, records: Sequence[Mapping[str, Any]], options: SearchOptions, *, first_position: int = 0
     ) -> QueryScorer:
         """Queries with their rows at all checkpoints, ready to be scored."""
         excluded = self._excluded_tokens(options["special_tokens"])
-        recorder = QueryRecorder(self.reader, self.processing_class, self._encoding, **self._loading)
-        recorded = recorder.record(
+        recorded = self._recorder.record(
             records,
             batch_size=options["batch_size"],
             drop_token_ids=excluded,

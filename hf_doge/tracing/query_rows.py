@@ -9,6 +9,7 @@ import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from itertools import takewhile
 from typing import Any
 
@@ -18,7 +19,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
 from hf_doge.artifacts.influence import IndexReader
-from hf_doge.artifacts.influence.synonym_search import Neighbours
+from hf_doge.artifacts.influence.search import Neighbours
 from hf_doge.functional.synonyms import synonym_neighbours
 from hf_doge.gradients.embedding import EmbeddingGradientRecorder
 from hf_doge.gradients.embedding_uses import input_embedding_matrix
@@ -31,6 +32,8 @@ from hf_doge.tracing.models import LoadModel, load_checkpoint
 from hf_doge.tracing.queries import Query, is_dialogue, label_field, label_tensor, text_fields
 from hf_doge.tracing.settings import padding_token_id
 from hf_doge.tracing.words import Reading, read_ids, read_text
+
+_KEPT_BYTES = 2**30  # of models that stay in memory
 
 
 @dataclass
@@ -52,7 +55,10 @@ class RecordedQueries:
 @dataclass
 class QueryRecorder:
     """
-    Records queries at the checkpoints of an index, one of which is in memory at a time.
+    Records queries at the checkpoints of an index, one after the other.
+
+    A checkpoint's model is loaded when it is needed. Models that take at most 1 GiB in all stay for the next queries;
+    of the others one is in memory at a time.
 
     Attributes:
         reader ([`IndexReader`]): The index: its settings apply to queries as they did to training examples.
@@ -69,6 +75,7 @@ class QueryRecorder:
     load_model: LoadModel | None = None
     loss_fn: LossFunction | None = None
     token: str | bool | None = None
+    _kept: dict[int, tuple[nn.Module, ModelInputs]] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         recorded = self.reader.config.get("loss_fn")
@@ -99,17 +106,15 @@ class QueryRecorder:
         """
         found = RecordedQueries()
         for position in reversed(range(len(self.reader.checkpoints))):
-            model = self._load(position)
-            inputs = ModelInputs.of(model, self.tokenizer)
+            model, inputs = self._kept.get(position) or self._load(position)
             first = not found.queries
             if first:  # what the last checkpoint predicts is the label of a query without one
                 found.queries = self._make_queries(records, model, inputs, batch_size, first_position)
-            options = self._options()
             with warnings.catch_warnings():
                 warnings.filterwarnings(
                     "ignore", message="The input embeddings of the model are frozen"
                 )  # said before
-                with EmbeddingGradientRecorder(model, **options, verify=first) as recorder:
+                with EmbeddingGradientRecorder(model, **self._options, verify=first) as recorder:
                     parts = [
                         recorder.record(batch).on_cpu().without(drop_token_ids)
                         for batch in batches(found.queries, inputs, batch_size=batch_size)
@@ -119,8 +124,8 @@ class QueryRecorder:
                 found.synonyms.insert(0, _find_synonyms(model, found.rows[0].tokens, synonym_threshold))
         return found
 
-    def _load(self, position: int) -> nn.Module:
-        """The model of a checkpoint: the given one where it is that, else the recorded one, loaded."""
+    def _load(self, position: int) -> tuple[nn.Module, ModelInputs]:
+        """The model of a checkpoint, with what it takes: the given one where it is that, else the recorded one, loaded."""
         checkpoint, config = self.reader.checkpoints[position], self.reader.config
         model = self.model
         if model is None or not has_fingerprint(model, checkpoint["fingerprint"]):
@@ -139,7 +144,12 @@ class QueryRecorder:
                 f"The embeddings of checkpoint {checkpoint['name']!r} must have the shape that the index has, {expected},"
                 f" but theirs is {shape}. Load the model without resizing its embeddings."
             )
-        return model
+        inputs = ModelInputs.of(model, self.tokenizer)
+        own = model is not self.model and self.load_model is None  # nobody else holds it, or changes its weights
+        models = [model, *(kept for kept, _ in self._kept.values())]
+        if own and sum(_num_bytes(one) for one in models) <= _KEPT_BYTES:
+            self._kept[position] = model, inputs
+        return model, inputs
 
     def _make_queries(
         self,
@@ -170,6 +180,7 @@ class QueryRecorder:
                 query.reading = read_ids(self.tokenizer, ids)
         return queries
 
+    @cached_property
     def _options(self) -> dict[str, Any]:
         config = self.reader.config
         dropped = config["special_token_ids"] if config.get("special_tokens") == "drop" else ()
@@ -182,6 +193,10 @@ class QueryRecorder:
             "pad_token_id": padding_token_id(self.tokenizer),
             "drop_token_ids": dropped,
         }
+
+
+def _num_bytes(model: nn.Module) -> int:
+    return sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
 
 
 def _find_synonyms(model: nn.Module, tokens: Tensor, threshold: float) -> Neighbours:

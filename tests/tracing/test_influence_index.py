@@ -13,6 +13,7 @@ from transformers import AutoModelForSequenceClassification
 
 from hf_doge import InfluenceIndex
 from hf_doge.functional.synonyms import synonym_score, synonym_similarity
+from hf_doge.tracing import query_rows
 from hf_doge.tracing.models import load_checkpoint
 from hf_doge.tracing.recording import record_dataset
 from hf_doge.tracing.settings import RecordingSettings
@@ -119,6 +120,27 @@ def test_pieces_of_scores_make_up_the_whole(index, query_set, monkeypatch):
     pieces = list(index.iter_scores(query_set))
     assert [positions for positions, _ in pieces] == [range(0, 2), range(2, 4), range(4, 5)]
     assert close(np.concatenate([block for _, block in pieces]), index.scores(query_set))
+
+
+def test_small_models_are_loaded_once_and_large_ones_at_every_search(recorded, tmp_path, monkeypatch):
+    loads = []
+
+    def counted(checkpoint, **options):
+        loads.append(checkpoint["name"])
+        return load_checkpoint(checkpoint, **options)
+
+    monkeypatch.setattr(query_rows, "load_checkpoint", counted)
+    index = InfluenceIndex.from_pretrained(recorded, cache_dir=tmp_path)
+    names = [checkpoint["name"] for checkpoint in index.reader.checkpoints]
+    first = index.scores(TEXTS)
+    assert np.array_equal(index.scores(TEXTS), first)
+    assert loads == names[::-1]
+    monkeypatch.setattr(query_rows, "_KEPT_BYTES", 0)
+    loads.clear()
+    other = InfluenceIndex.from_pretrained(recorded, cache_dir=tmp_path)
+    assert np.array_equal(other.scores(TEXTS), first)
+    assert np.array_equal(other.scores(TEXTS), first)
+    assert loads == 2 * names[::-1]
 
 
 def test_the_size_of_query_batches_changes_nothing(index):

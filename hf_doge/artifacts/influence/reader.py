@@ -19,10 +19,9 @@ from hf_doge.artifacts.influence.manifest import (
     warn_of_unknown,
 )
 from hf_doge.artifacts.influence.row_map import RowMap, default_cache_dir
-from hf_doge.artifacts.influence.search import add_scores
+from hf_doge.artifacts.influence.search import Neighbours, add_scores, synonym_matches
 from hf_doge.artifacts.influence.segment_reader import check_scales
-from hf_doge.artifacts.influence.segments import decode_rows, recorded_projection
-from hf_doge.artifacts.influence.synonym_search import Neighbours, synonym_matches
+from hf_doge.artifacts.influence.segments import recorded_projection
 from hf_doge.files import read_settled
 
 if TYPE_CHECKING:
@@ -295,7 +294,7 @@ class IndexReader:
             scales = row_map.scales[places]
         else:
             scales = self._example_scales(checkpoint)[row_map.examples[places]]
-        return decode_rows(torch.from_numpy(row_map.rows[places]), torch.from_numpy(scales))
+        return torch.from_numpy(row_map.rows[places]).float() / torch.from_numpy(scales)[:, None]
 
     def _checked_ids(self, example_ids: Iterable[int]) -> np.ndarray:
         return _integers("Examples", example_ids, self.num_examples)

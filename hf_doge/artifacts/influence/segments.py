@@ -250,11 +250,6 @@ def encode_rows(rows: Tensor, dtype: str) -> tuple[Tensor, Tensor | float]:
     return (rows * scales[:, None]).round_().to(torch.int8), scales
 
 
-def decode_rows(stored: Tensor, scale: Tensor | float) -> Tensor:
-    """What [`encode_rows`] was given, as far as the dtype keeps it, in float32. `scale` may be of shape `(num_rows,)`."""
-    return stored.float() / (scale[:, None] if isinstance(scale, Tensor) else scale)
-
-
 def _largest(rows: Tensor) -> float:
     if rows.numel() == 0:
         return 0.0
