@@ -25,7 +25,7 @@ from huggingface_hub import HfApi
 from safetensors.torch import load_file
 
 from hf_doge import DomainWeights, InfluenceIndex
-from hf_doge.artifacts.cards import PLOT_FILE
+from hf_doge.artifacts.cards.weights import PLOT_FILE
 from hf_doge.evaluation.influence.small_models import ConvolutionalClassifier
 from tests.hub import HubServer, last_json, run_client
 

@@ -14,7 +14,9 @@ from pathlib import Path
 import torch
 
 from hf_doge import DomainWeights
-from hf_doge.artifacts.cards import PLOT_FILE, draw_plot, index_card, read_card, weights_card
+from hf_doge.artifacts.cards.card import read_card
+from hf_doge.artifacts.cards.index import index_card
+from hf_doge.artifacts.cards.weights import PLOT_FILE, draw_plot, weights_card
 from hf_doge.artifacts.influence.manifest import read_config
 from hf_doge.cli.demo_influence import trace_continuation
 
@@ -33,22 +35,17 @@ def main(demo: Path) -> None:
         )
     weights = DomainWeights.from_pretrained(artifact)
     picture = draw_plot(weights)
+    files = {path.relative_to(artifact).as_posix(): path for path in sorted(artifact.rglob("*.parquet"))}
+    if picture is not None:
+        files[PLOT_FILE] = picture
     cards = {
-        "domain_weights": lambda existing: weights_card(
-            weights,
-            data_files={path.relative_to(artifact).as_posix(): path for path in sorted(artifact.rglob("*.parquet"))},
-            repo_id=f"{OWNER}/demo-domain-weights",
-            plot=picture is not None,
-            existing=existing,
-        ),
-        "influence_index": lambda existing: index_card(
-            read_config(index), index, repo_id=f"{OWNER}/demo-influence-index", existing=existing
-        ),
+        "domain_weights": weights_card(weights, files, repo_id=f"{OWNER}/demo-domain-weights"),
+        "influence_index": index_card(read_config(index), index, repo_id=f"{OWNER}/demo-influence-index"),
     }
-    for name, render in cards.items():
+    for name, rendered in cards.items():
         card = HERE / name / "README.md"
         card.parent.mkdir(exist_ok=True)
-        card.write_text(render(read_card(card)), encoding="utf-8")
+        card.write_text(rendered.merged_with(read_card(card)), encoding="utf-8")
     if picture is not None:
         (HERE / "domain_weights" / PLOT_FILE).write_bytes(picture)
 

@@ -175,7 +175,7 @@ def test_no_modules_import_each_other():
 
 BUDGETS = {
     "training step": (16, 69),
-    "push": (24, 75),
+    "push": (16, 57),
     "recording": (38, 118),
     "search": (18, 57),
     "evaluation": (16, 66),

@@ -9,8 +9,8 @@ import pytest
 from datasets import Dataset
 
 from hf_doge import DomainWeightedSampler, DomainWeights, interleave_domains
-from hf_doge.artifacts.cards.header import dump_header, parse_header
-from hf_doge.artifacts.cards.markdown import code, code_block, escape, json_block
+from hf_doge.artifacts.cards.card import dump_header, parse_header
+from hf_doge.artifacts.cards.text import code, code_block, escape, json_block
 from hf_doge.artifacts.influence.manifest import parse_config
 from hf_doge.artifacts.provenance import public_command
 from hf_doge.cli import main

@@ -1,19 +1,69 @@
-"""The artifact that learning domain weights ends in, https://huggingface.co/papers/2310.15393."""
+"""
+The artifact that learning domain weights ends in, https://huggingface.co/papers/2310.15393: a folder that is also a dataset
+repository.
 
+```
+domain_weights.json                        everything but the trajectory, with the sha256 of the tables
+weights/train-00000-of-00001.parquet       one row for each domain
+trajectory/train-00000-of-00001.parquet    one row for each step and domain; absent when nothing was recorded
+README.md                                  makes `load_dataset(folder, "weights" | "trajectory")` work
+```
+"""
+
+import json
 import os
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
-from hf_doge.artifacts.folder import FETCHED_FILES, read_folder, write_folder
+import pyarrow as pa
+
+from hf_doge._version import __version__
+from hf_doge.artifacts.cards.card import card_bytes, read_card
+from hf_doge.artifacts.cards.weights import PLOT_FILE, draw_plot, summarize, weights_card
 from hf_doge.artifacts.hub.fetch import fetch_folder
+from hf_doge.artifacts.hub.publication import Publication
+from hf_doge.artifacts.parquet import read_parquet, to_parquet
 from hf_doge.artifacts.readers import read_ratios
-from hf_doge.artifacts.record import WeightsRecord
-from hf_doge.artifacts.summary import summarize
-from hf_doge.checks import check_flag, check_path
+from hf_doge.artifacts.record import Trajectory, WeightsRecord
+from hf_doge.checks import check_flag, check_path, show
+from hf_doge.files import (
+    read_settled,
+    read_verified,
+    remove_file,
+    replace_files,
+    require_own_folder,
+    sha256,
+    sole_writer,
+)
+from hf_doge.text import parse_json, printable
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo
     from matplotlib.figure import Figure
+
+FORMAT_VERSION = "1.0"  # a newer major number tells older readers that they would misread the files
+MANIFEST = "domain_weights.json"
+WEIGHTS_FILE = "weights/train-00000-of-00001.parquet"
+TRAJECTORY_FILE = "trajectory/train-00000-of-00001.parquet"
+CARD_FILE = "README.md"
+_FETCHED_FILES = (MANIFEST, WEIGHTS_FILE, TRAJECTORY_FILE)
+
+_WEIGHTS_SCHEMA = pa.schema(
+    {
+        "domain": pa.string(),
+        "weight": pa.float64(),
+        "last_weight": pa.float64(),
+        "natural_proportion": pa.float64(),
+        "num_rows": pa.int64(),
+        "num_tokens": pa.int64(),
+    }
+)
+_SUBFOLDERS = ("weights", "trajectory")
+_KEYS = dict.fromkeys(("mean", "last", "recipe", "domains", "metadata", "files"), dict) | {"domain_names": list}
+_VERSION_KEYS = ("format_version", "hf_doge_version")
+
+Weights = TypeVar("Weights", bound=WeightsRecord)
 
 
 class DomainWeights(WeightsRecord):
@@ -44,7 +94,7 @@ class DomainWeights(WeightsRecord):
     """
 
     @classmethod
-    def from_file(cls, path: str | os.PathLike) -> "DomainWeights":
+    def from_file(cls, path: str | os.PathLike) -> Self:
         """
         Read weights written by others, normalising their ratios.
 
@@ -94,7 +144,24 @@ class DomainWeights(WeightsRecord):
             FileExistsError: The folder holds something else than an artifact.
             NotADirectoryError: `save_directory` is a file.
         """
-        write_folder(self, Path(check_path("save_directory", save_directory)), plot=check_flag("plot", plot))
+        folder = Path(check_path("save_directory", save_directory))
+        files = artifact_files(self, plot=check_flag("plot", plot))
+        card = weights_card(self, files)
+        if not folder.exists():
+            folder.mkdir(parents=True, exist_ok=True)
+        with sole_writer(folder):
+            require_own_folder(folder, manifest=MANIFEST, subfolders=_SUBFOLDERS)
+            replaced = {}
+            if (folder / MANIFEST).exists():
+                replaced = read_manifest(folder)[
+                    "files"
+                ]  # a file of this name that is not ours is not ours to replace
+            files[CARD_FILE] = card_bytes(card.merged_with(read_card(folder / CARD_FILE)))
+            replace_files(folder, files, manifest=MANIFEST)
+            if self.trajectory is None:
+                remove_file(folder / TRAJECTORY_FILE)
+            if PLOT_FILE in replaced and PLOT_FILE not in files:
+                remove_file(folder / PLOT_FILE)
 
     def push_to_hub(
         self,
@@ -136,15 +203,12 @@ class DomainWeights(WeightsRecord):
             FileExistsError: The repository holds something else, or `tag` is taken.
             PushError: The Hub could not be reached for too long. Says what it holds now.
         """
-        from hf_doge.artifacts.weights_publication import (
-            push_weights,
-        )  # needs the Hub's client, which a folder does not
+        from hf_doge.artifacts.hub.push import push_publication  # needs the Hub's client, which a folder does not
 
-        return push_weights(
-            self,
+        return push_publication(
+            weights_publication(self, repo_id, model_id=model_id),
             repo_id,
-            model_id=model_id,
-            commit_message=commit_message,
+            commit_message=commit_message or f"Upload domain weights, {len(self.names)} domains",
             commit_description=commit_description,
             private=private,
             token=token,
@@ -163,7 +227,7 @@ class DomainWeights(WeightsRecord):
         cache_dir: str | os.PathLike | None = None,
         local_files_only: bool = False,
         force_download: bool = False,
-    ) -> "DomainWeights":
+    ) -> Self:
         """
         Load what [`~DomainWeights.save_pretrained`] or [`~DomainWeights.push_to_hub`] wrote.
 
@@ -185,14 +249,135 @@ class DomainWeights(WeightsRecord):
         folder = fetch_folder(
             name_or_path,
             file_hint=" Read a single file by `DomainWeights.from_file`.",
-            allow_patterns=FETCHED_FILES,
+            allow_patterns=_FETCHED_FILES,
             revision=revision,
             token=token,
             cache_dir=cache_dir,
             local_files_only=local_files_only,
             force_download=force_download,
         )
-        arguments, unknown_keys = read_folder(folder)
-        weights = cls(**arguments)
-        weights.unknown_keys = unknown_keys
-        return weights
+        return read_settled(folder, MANIFEST, partial(_read_folder, cls, folder))
+
+
+def weights_publication(weights: WeightsRecord, repo_id: str, *, model_id: str | None = None) -> Publication:
+    """The files of domain weights for the Hub."""
+    files = artifact_files(weights, plot=True)
+    return Publication(
+        files,
+        manifest=MANIFEST,
+        owned=lambda path: path == PLOT_FILE or (path.partition("/")[0] in _SUBFOLDERS and path.endswith(".parquet")),
+        check_manifest=partial(parse_manifest, source=f"{MANIFEST} of {repo_id}"),
+        card=weights_card(weights, files, repo_id=repo_id, model_id=model_id),
+    )
+
+
+def artifact_files(weights: WeightsRecord, *, plot: bool) -> dict[str, bytes]:
+    """The tables, the picture if asked for and matplotlib is there, and the manifest with their checksums."""
+    files = {WEIGHTS_FILE: to_parquet(_weights_table(weights), row_group_size=None)}
+    if weights.trajectory is not None:
+        files[TRAJECTORY_FILE] = to_parquet(weights.trajectory.to_table(), row_group_size=None)
+    picture = draw_plot(weights) if plot else None
+    if picture is not None:
+        files[PLOT_FILE] = picture
+    return {**files, MANIFEST: _to_manifest(weights, files)}
+
+
+def _read_folder(kind: type[Weights], folder: Path) -> Weights:
+    """Weights whose files have the checksums of the manifest; what a newer version wrote into it besides is kept."""
+    manifest = read_manifest(folder)
+    contents = {
+        name: read_verified(folder, name, checksum=manifest["files"][name])
+        for name in (WEIGHTS_FILE, TRAJECTORY_FILE)
+        if name in manifest["files"]
+    }
+    trajectory = None
+    if TRAJECTORY_FILE in contents:
+        trajectory = Trajectory.from_table(read_parquet(contents[TRAJECTORY_FILE], TRAJECTORY_FILE))
+    names = manifest["domain_names"]
+    if sorted(names) != sorted(manifest["mean"]):
+        raise ValueError(f"`domain_names` of {MANIFEST} must be the domains of `mean`, but is {names}.")
+    weights = kind(
+        {name: manifest["mean"][name] for name in names},
+        last=manifest["last"],
+        trajectory=trajectory,
+        recipe=manifest["recipe"],
+        domains=manifest["domains"],
+        metadata=manifest["metadata"],
+    )
+    weights.unknown_keys = {key: value for key, value in manifest.items() if key not in {*_KEYS, *_VERSION_KEYS}}
+    return weights
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """
+    Read `domain_weights.json`.
+
+    Raises:
+        FileNotFoundError: The folder has none.
+        ValueError: It is malformed, not ours, or of a format that this version cannot read.
+    """
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise FileNotFoundError(f"A folder of domain weights must hold {MANIFEST}, but {str(folder)!r} does not.")
+    return parse_manifest(path.read_bytes(), source=str(path))
+
+
+def parse_manifest(content: bytes, *, source: str) -> dict[str, Any]:
+    """
+    The content of a `domain_weights.json`.
+
+    Raises:
+        ValueError: As [`read_manifest`]. Names `source`.
+    """
+    manifest = parse_json(content, source=source)
+    version = manifest.get("format_version") if isinstance(manifest, dict) else None
+    major = version.partition(".")[0] if isinstance(version, str) else ""
+    if not major.isdecimal() or len(major) > 9:
+        raise ValueError(
+            f"{source!r} must have a `format_version` such as {FORMAT_VERSION!r}, but got {show(version)}. If it holds"
+            " plain weights, read it by `DomainWeights.from_file`."
+        )
+    if int(major) > int(FORMAT_VERSION.partition(".")[0]):
+        raise ValueError(
+            f"{source!r} has format {printable(version)[:40]}, but hf_doge {__version__} reads up to {FORMAT_VERSION}. Update with"
+            " `pip install -U hf-doge`."
+        )
+    for key, kind in _KEYS.items():
+        if not isinstance(manifest.get(key), kind):
+            raise ValueError(
+                f"{source!r} must have a {kind.__name__} under {key!r}, but got {manifest.get(key)!r:.80}."
+            )
+    return manifest
+
+
+def _to_manifest(weights: WeightsRecord, tables: dict[str, bytes]) -> bytes:
+    manifest = {
+        **weights.unknown_keys,
+        "format_version": FORMAT_VERSION,
+        "hf_doge_version": __version__,
+        "domain_names": list(weights.names),  # sorted keys forget their order
+        "mean": weights.mean,
+        "last": weights.last,
+        "recipe": weights.recipe,
+        "domains": weights.domains,
+        "metadata": weights.metadata,
+        "files": {name: sha256(content) for name, content in tables.items()},
+    }
+    return (json.dumps(manifest, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()
+
+
+def _weights_table(weights: WeightsRecord) -> pa.Table:
+    """One row for each domain; null where a number is not known."""
+    natural = weights.natural_proportions or {}
+    rows = [
+        {
+            "domain": name,
+            "weight": weights.mean[name],
+            "last_weight": weights.last[name],
+            "natural_proportion": natural.get(name),
+            "num_rows": weights.domains[name].get("num_rows"),
+            "num_tokens": weights.domains[name].get("num_tokens"),
+        }
+        for name in weights.names
+    ]
+    return pa.Table.from_pylist(rows, schema=_WEIGHTS_SCHEMA)

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 
 from hf_doge.artifacts import DomainWeights
-from hf_doge.artifacts.cards.markdown import code_block, escape
+from hf_doge.artifacts.cards.text import code_block, escape
 from hf_doge.cli.arguments import parse_once
 from hf_doge.cli.console import save_plot, say
 from hf_doge.evaluation.comparison import Comparison

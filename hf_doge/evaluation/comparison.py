@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from hf_doge._version import __version__
-from hf_doge.artifacts.cards.markdown import escape
+from hf_doge.artifacts.cards.text import escape
 from hf_doge.checks import check_names
 from hf_doge.evaluation.intervals import Interval, t_interval
 from hf_doge.text import parse_json

@@ -11,7 +11,8 @@ from typing import Any
 import pyarrow as pa
 from huggingface_hub import CommitInfo
 
-from hf_doge.artifacts.cards import index_card, read_card
+from hf_doge.artifacts.cards.card import read_card
+from hf_doge.artifacts.cards.index import index_card
 from hf_doge.artifacts.hub.publication import Publication
 from hf_doge.artifacts.hub.push import ensure_repository, push_publication
 from hf_doge.artifacts.influence.manifest import (
@@ -96,14 +97,14 @@ def index_publication(
     published = public_content({**config, "checkpoints": checkpoints, "files": recorded})
     published["redacted"] = redact_text or bool(config.get("redacted"))
     files |= {**rewritten, MANIFEST: to_json(published)}
-
-    def card(existing: str | None) -> str:
-        # Of a new repository, what a person wrote into the card of the folder.
-        existing = read_card(folder / CARD_FILE) if existing is None else existing
-        return index_card(
-            published, folder, files=rewritten, repo_id=repo_id, redacted=published["redacted"], existing=existing
-        )
-
+    card = index_card(
+        published,
+        folder,
+        files=rewritten,
+        repo_id=repo_id,
+        redacted=published["redacted"],
+        draft=read_card(folder / CARD_FILE),
+    )
     return Publication(
         files,
         manifest=MANIFEST,

@@ -5,7 +5,7 @@ from pathlib import Path
 from huggingface_hub import ModelCard
 from transformers import Trainer
 
-from hf_doge.artifacts.cards.markdown import code_block
+from hf_doge.artifacts.cards.text import code_block
 from hf_doge.artifacts.domain_weights import DomainWeights
 from hf_doge.training.config import WEIGHTS_SUFFIX
 

@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from hf_doge import DomainWeights
-from hf_doge.artifacts.cards.header import HeaderError, parse_header
+from hf_doge.artifacts.cards.card import HeaderError, parse_header
 from hf_doge.artifacts.influence import IndexReader
 from tests.artifacts.influence_rows import random_rows, write_index
 from tests.artifacts.test_domain_weights import make_weights

@@ -15,11 +15,20 @@ from datasets import Dataset, Features, load_dataset
 from huggingface_hub import DatasetCardData
 
 from hf_doge.artifacts import DomainWeights
-from hf_doge.artifacts.cards import draw_plot, index_card, weights_card
-from hf_doge.artifacts.cards.header import dump_header, parse_header, size_category, update_header
-from hf_doge.artifacts.cards.markdown import code_block, escape, table
-from hf_doge.artifacts.cards.merge import BEGIN, END, Card, block_of, split_card
-from hf_doge.artifacts.cards.tables import TableFacts
+from hf_doge.artifacts.cards.card import (
+    BEGIN,
+    END,
+    Card,
+    TableFacts,
+    dump_header,
+    parse_header,
+    size_category,
+    split_card,
+    update_header,
+)
+from hf_doge.artifacts.cards.index import index_card
+from hf_doge.artifacts.cards.text import code_block, escape, table
+from hf_doge.artifacts.cards.weights import draw_plot, weights_card
 from hf_doge.artifacts.influence.manifest import read_config
 from tests.artifacts.influence_rows import (
     batches,
@@ -53,6 +62,11 @@ TRAPS += [
     "---",
     "$x$",
 ]
+
+
+def block_of(card):
+    """What stands between the markers of a card."""
+    return card.partition(BEGIN)[2].partition(END)[0].strip()
 
 
 def read(folder):
@@ -266,14 +280,14 @@ def test_the_code_of_the_card_of_an_index_works(tmp_path, monkeypatch):
 def test_with_a_repository_all_code_names_it(tmp_path):
     folder = weights_of(tmp_path / "weights")
     files = {str(path.relative_to(folder)): path for path in folder.rglob("*.parquet")}
-    card = weights_card(make_weights(), data_files=files, repo_id="me/mixture", model_id="me/proxy")
+    card = weights_card(make_weights(), files, repo_id="me/mixture", model_id="me/proxy").merged_with(None)
     assert "path/or/name" not in card
     assert 'from_pretrained("me/mixture")' in card
     assert "FROM 'hf://datasets/me/mixture/weights/*.parquet'" in card
     assert "[me/proxy](https://huggingface.co/me/proxy)" in card
     assert "# Domain weights: mixture" in card
     folder, _ = index_of(tmp_path / "index")
-    card = index_card(read_config(folder), folder, repo_id="me/index")
+    card = index_card(read_config(folder), folder, repo_id="me/index").merged_with(None)
     assert "path/or/name" not in card
     assert "'hf://datasets/me/index/gradients/*/*.parquet'" in card
 
@@ -291,7 +305,7 @@ def test_a_card_tells_of_limits_and_whom_to_cite(artifact):
 
 def test_a_redacted_index_says_so_and_does_not_offer_it(tmp_path):
     folder, _ = index_of(tmp_path / "index")
-    card = index_card(read_config(folder), folder, redacted=True)
+    card = index_card(read_config(folder), folder, redacted=True).merged_with(None)
     assert "were taken out" in card
     assert "redact_text" not in card
     assert "as they were" not in card
@@ -444,7 +458,7 @@ def rewrite(folder, change, *, weights=OTHERS):
 def test_the_same_artifact_changes_no_byte_of_its_card(artifact):
     before = read(artifact)
     if (artifact / "config.json").exists():
-        assert index_card(read_config(artifact), artifact, existing=before) == before
+        assert index_card(read_config(artifact), artifact).merged_with(before) == before
         return
     weights = DomainWeights.from_pretrained(artifact)
     weights.save_pretrained(artifact)
@@ -498,7 +512,7 @@ def test_a_card_of_yaml_alone_gets_the_rest(folder, yaml_part):
     assert header.get("license") == ("mit" if "mit" in yaml_part else None)
     assert "hf_doge" in header["tags"]
     assert header["tags"][0] in ("mine", "a", "hf_doge")
-    assert block_of(read(folder)) is not None
+    assert block_of(read(folder))
 
 
 def test_a_card_without_yaml_gets_it(folder):
@@ -630,7 +644,8 @@ def test_every_table_of_an_index_changes_its_card_with_its_content(tmp_path):
         file["sha256"], file["offsets_sha256"] = "0" * 64, "1" * 64
     changed["files"] = dict.fromkeys(changed["files"], "2" * 64)
     after = {
-        entry["config_name"]: entry for entry in parse_header(split_card(index_card(changed, folder))[0])["configs"]
+        entry["config_name"]: entry
+        for entry in parse_header(split_card(index_card(changed, folder).merged_with(None))[0])["configs"]
     }
     assert before.keys() == after.keys() == {"gradients", "examples", "checkpoints", "offsets"}
     for name, entry in before.items():

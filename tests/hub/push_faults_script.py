@@ -9,7 +9,7 @@ import json
 import os
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
@@ -30,6 +30,20 @@ def large_content(version, name):
     return b"PAR1" + f"{name} {version}".encode().ljust(LARGE_BYTES, b"\0") + b"PAR1"
 
 
+@dataclass
+class Written:
+    """A card of a version, above the notes of a person."""
+
+    version: int
+    keeps_notes: bool = False
+
+    def merged_with(self, existing):
+        if not self.keeps_notes:
+            return f"---\nlicense: mit\n---\nVersion {self.version}\n"
+        kept = "" if existing is None else existing.rpartition("---\n")[2]
+        return f"---\nlicense: mit\nversion: {self.version}\n---\n{kept}"
+
+
 def make_publication(version, name, card=None):
     files = {
         "artifact.json": json.dumps({"version": version}).encode(),
@@ -41,13 +55,13 @@ def make_publication(version, name, card=None):
         manifest="artifact.json",
         owned=lambda path: path.startswith("rows/"),
         check_manifest=lambda content: None,
-        card=card or (lambda existing: f"---\nlicense: mit\n---\nVersion {version}\n"),
+        card=card or Written(version),
     )
 
 
 def expected_files(version, name):
     publication = make_publication(version, name)
-    return {**publication.files, "README.md": publication.card(None).encode()}
+    return {**publication.files, "README.md": publication.card.merged_with(None).encode()}
 
 
 def holds(hub, repo_id, version, name):
@@ -142,21 +156,16 @@ def edit_meanwhile(hub, name):
     """Somebody edits the card between our look at the head and our commit."""
     repo_id = f"doge/{name}"
     push = partial(push_publication, commit_message="Upload", patience=PATIENCE)
-    push(make_publication(1, name, card=partial(keep_notes, version=1)), repo_id)
+    push(make_publication(1, name, card=Written(1, keeps_notes=True)), repo_id)
     hub.fail(
         "POST",
         f"doge/{name}/commit/",
         other_commit={"repo_id": repo_id, "files": {"README.md": "---\nlicense: mit\n---\nNotes of a person\n"}},
     )
-    push(make_publication(2, name, card=partial(keep_notes, version=2)), repo_id)
+    push(make_publication(2, name, card=Written(2, keeps_notes=True)), repo_id)
     parents = [commit["parent"] for commit in hub.commits(repo_id)]
     ids = [commit["id"] for commit in hub.commits(repo_id)]
     return {"card": hub.files(repo_id)["README.md"].decode(), "line": parents[:-1] == ids[1:]}
-
-
-def keep_notes(existing, *, version):
-    kept = "" if existing is None else existing.rpartition("---\n")[2]
-    return f"---\nlicense: mit\nversion: {version}\n---\n{kept}"
 
 
 STORIES = {

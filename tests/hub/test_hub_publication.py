@@ -8,10 +8,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from hf_doge import DomainWeights, InfluenceIndex
-from hf_doge.artifacts.cards import draw_plot
+from hf_doge.artifacts.cards.card import Card
+from hf_doge.artifacts.cards.weights import draw_plot
+from hf_doge.artifacts.domain_weights import weights_publication
 from hf_doge.artifacts.hub.publication import merge_card
 from hf_doge.artifacts.influence.manifest import read_config
-from hf_doge.artifacts.weights_publication import weights_publication
 from hf_doge.tracing.publication import index_publication
 from tests.artifacts.test_domain_weights import make_weights
 from tests.hub.handle import HubServer, run_client
@@ -120,10 +121,11 @@ def test_models_that_the_trainer_saved_into_the_folder_of_the_index_go_where_rea
 
 
 def test_a_card_that_is_not_in_utf8_is_kept_byte_by_byte():
-    written = "Größe".encode("latin-1")
+    card, written = Card({"pretty_name": "Ours"}, "Ours", "block", ()), "# Größe\n".encode("latin-1")
     with pytest.warns(UserWarning, match="not in UTF-8, so it is kept"):
-        assert merge_card(lambda existing: "ours", written) == written
-    assert merge_card(lambda existing: f"{existing}, ours", "Größe".encode()) == "Größe, ours".encode()
+        assert merge_card(card, written) == written
+    with pytest.warns(UserWarning, match="markers are gone"):
+        assert merge_card(card, "# Größe\n".encode()) == "# Größe\n".encode()
 
 
 def test_thousands_of_domains_are_not_drawn():
@@ -145,5 +147,5 @@ def test_what_a_person_wrote_into_the_card_of_the_folder_goes_along_to_a_new_rep
     card = edited / "README.md"
     card.write_text(card.read_text() + "\nAsk Ada before you use it.\n")
     publication = publish(edited)
-    assert "Ask Ada before you use it." in publication.card(None)
-    assert "Ask Ada" not in publication.card("---\n{}\n---\nWhat is in the repository goes first.\n")
+    assert "Ask Ada before you use it." in publication.card.merged_with(None)
+    assert "Ask Ada" not in publication.card.merged_with("---\n{}\n---\nWhat is in the repository goes first.\n")

@@ -5,11 +5,21 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from hf_doge.artifacts.cards.facts import counted, hub_link, join, part_of, run_facts
-from hf_doge.artifacts.cards.markdown import code, escape, json_block, table
-from hf_doge.artifacts.cards.merge import Card
-from hf_doge.artifacts.cards.rendering import listing, place_of, render
-from hf_doge.artifacts.cards.tables import TableFacts, config_entry
+from hf_doge.artifacts.cards.card import Card, TableFacts, config_entry, size_category
+from hf_doge.artifacts.cards.text import (
+    code,
+    counted,
+    escape,
+    hub_link,
+    join,
+    json_block,
+    listing,
+    part_of,
+    place_of,
+    render,
+    run_facts,
+    table,
+)
 from hf_doge.files import sha256
 from hf_doge.text import public_content
 
@@ -46,8 +56,8 @@ def index_card(
     files: Mapping[str, bytes] | None = None,
     repo_id: str | None = None,
     redacted: bool = False,
-    existing: str | None = None,
-) -> str:
+    draft: str | None = None,
+) -> Card:
     """
     The README.md of an influence index.
 
@@ -57,7 +67,7 @@ def index_card(
         files (`Mapping[str, bytes]`, *optional*): Path in the index -> content, of files that are about to be there.
         repo_id (`str`, *optional*): The repository it will be in; without one the code in the card names a placeholder.
         redacted (`bool`): Whether the texts of the examples were taken out; the card says so.
-        existing (`str`, *optional*): The card that is there, treated as [`weights_card`] does.
+        draft (`str`, *optional*): As of [`Card`].
 
     Raises:
         FileNotFoundError: A file that `config` names is not there.
@@ -73,7 +83,7 @@ def index_card(
     header = {
         "pretty_name": title,
         "tags": ["hf_doge", "influence", "tracin-we", "training-data-attribution"],
-        "size_categories": [next(iter(tables.values())).size_category],
+        "size_categories": [size_category(next(iter(tables.values())).num_rows)],
         "library_name": "hf_doge",
         "configs": [
             config_entry(
@@ -87,7 +97,7 @@ def index_card(
         "dataset_info": [facts.to_dataset_info(name) for name, facts in tables.items()],
     }
     block = _render(config, tables, repo_id=repo_id, redacted=redacted)
-    return Card(header, title, block, _CONFIGS).merged_with(existing)
+    return Card(header, title, block, _CONFIGS, draft)
 
 
 def data_paths(config: Mapping[str, Any]) -> dict[str, list[str]]:

@@ -1,22 +1,33 @@
 """The card of domain weights."""
 
 import io
-import os
+import textwrap
 from collections.abc import Callable, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from hf_doge._version import __version__
-from hf_doge.artifacts.cards.facts import counted, hub_link, join, part_of, run_facts
-from hf_doge.artifacts.cards.markdown import escape, json_block, names_of, seconds, table
-from hf_doge.artifacts.cards.merge import Card
-from hf_doge.artifacts.cards.rendering import listing, place_of, render
-from hf_doge.artifacts.cards.tables import TableFacts, config_entry
+from hf_doge.artifacts.cards.card import Card, TableFacts, config_entry, size_category
+from hf_doge.artifacts.cards.text import (
+    counted,
+    escape,
+    format_table,
+    hub_link,
+    join,
+    json_block,
+    listing,
+    names_of,
+    part_of,
+    place_of,
+    render,
+    run_facts,
+    seconds,
+    table,
+)
 from hf_doge.artifacts.record import WeightsRecord
-from hf_doge.artifacts.summary import summary_columns
 from hf_doge.files import sha256
-from hf_doge.text import public_content
+from hf_doge.text import printable, public_content
 
 PLOT_FILE = "plot.png"
 
@@ -32,47 +43,37 @@ _MOST_BARS = 50  # the heaviest; with 300 a picture took 3 s, at each save
 
 def weights_card(
     weights: WeightsRecord,
+    files: Mapping[str, bytes | Path],
     *,
-    data_files: Mapping[str, bytes | str | os.PathLike],
     repo_id: str | None = None,
     model_id: str | None = None,
-    plot: bool = False,
-    existing: str | None = None,
-) -> str:
+) -> Card:
     """
     The README.md of domain weights.
 
     Args:
         weights (`WeightsRecord`): What the card is of.
-        data_files (`Mapping`):
-            Path in the artifact (`weights/...`, `trajectory/...`) -> its content, or where the file lies.
+        files (`Mapping`): Path in the artifact -> content, or where the file lies. The card tells of tables and picture.
         repo_id (`str`, *optional*): The repository it will be in; without one the code in the card names a placeholder.
         model_id (`str`, *optional*): The repository of the model that the weights were learned with.
-        plot (`bool`): Whether `plot.png` lies beside it.
-        existing (`str`, *optional*):
-            The card that is there. Only the block between our markers and our keys of its YAML are written anew; without
-            markers, or with YAML that cannot be read, it is returned as it is, with a `UserWarning`.
     """
-    tables = {
-        Path(path).parent.name: TableFacts.of([file if isinstance(file, bytes) else Path(file)])
-        for path, file in data_files.items()
-    }
-    paths = {Path(path).parent.name: path for path in data_files}
-    title = _title(weights, repo_id)
+    paths = {path.partition("/")[0]: path for path in files if path.endswith(".parquet")}
+    tables = {name: TableFacts.of([files[path]]) for name, path in paths.items()}
+    title = "Domain weights" if repo_id is None else f"Domain weights: {repo_id.rpartition('/')[2]}"
     header = {
         "pretty_name": title,
         "tags": ["hf_doge", "domain-weights", "data-mixing", *(["doge"] if _is_learned(weights) else [])],
         "task_categories": ["text-generation"],
-        "size_categories": [tables["weights"].size_category],
+        "size_categories": [size_category(tables["weights"].num_rows)],
         "library_name": "hf_doge",
         "configs": [
-            config_entry(name, [path], checksums=[sha256(data_files[path])], default=name == "weights")
+            config_entry(name, [path], checksums=[sha256(files[path])], default=name == "weights")
             for name, path in paths.items()
         ],
         "dataset_info": [facts.to_dataset_info(name) for name, facts in tables.items()],
     }
-    block = _render(weights, repo_id=repo_id, model_id=model_id, plot=plot)
-    return Card(header, title, block, _CONFIGS).merged_with(existing)
+    block = _render(weights, repo_id=repo_id, model_id=model_id, plot=PLOT_FILE in files)
+    return Card(header, title, block, _CONFIGS)
 
 
 def draw_plot(weights: WeightsRecord) -> bytes | None:
@@ -91,10 +92,6 @@ def draw_plot(weights: WeightsRecord) -> bytes | None:
 
 def _is_learned(weights: WeightsRecord) -> bool:
     return weights.recipe.get("name") in _LEARNED
-
-
-def _title(weights: WeightsRecord, repo_id: str | None) -> str:
-    return "Domain weights" if repo_id is None else f"Domain weights: {repo_id.rpartition('/')[2]}"
 
 
 def _render(weights: WeightsRecord, *, repo_id: str | None, model_id: str | None, plot: bool) -> str:
@@ -255,3 +252,51 @@ def _model_config(metadata: Mapping[str, Any]) -> str | None:
 def _named_part(metadata: Mapping[str, Any], key: str) -> dict[str, Any]:
     """A part of the metadata, which of a user's own may be a name alone."""
     return {"name_or_path": metadata[key]} if isinstance(metadata.get(key), str) else part_of(metadata, key)
+
+
+def summarize(weights: WeightsRecord) -> str:
+    """The recipe, the entropy and a table of the domains, heaviest first; columns without any value are left out."""
+    return "\n".join([*_headline(weights), "", format_table(summary_columns(weights))])
+
+
+def summary_columns(weights: WeightsRecord) -> dict[str, list[str]]:
+    """Title -> cells, heaviest domain first; columns without any value are left out."""
+    natural = weights.natural_proportions
+    names = sorted(weights.names, key=weights.mean.get, reverse=True)
+
+    def fact(key: str) -> list[str]:
+        values = [weights.domains[name].get(key) for name in names]
+        return ["" if value is None else f"{value:,}" for value in values]
+
+    columns = {
+        "domain": names,
+        "weight": [f"{weights.mean[name]:.4f}" for name in names],
+        "last": [f"{weights.last[name]:.4f}" for name in names] if weights.last != weights.mean else [],
+        "uniform": [f"{1 / len(names):.4f}" for _ in names],
+        "natural": [f"{natural[name]:.4f}" for name in names] if natural else [],
+        "x natural": [_ratio(weights.mean[name], natural[name]) for name in names] if natural else [],
+        "rows": fact("num_rows"),
+        "tokens": fact("num_tokens"),
+    }
+    return {title: cells for title, cells in columns.items() if any(cells)}
+
+
+def _headline(weights: WeightsRecord) -> list[str]:
+    """How the weights were made, wrapped, and how far they are from uniform."""
+    arguments = ", ".join(
+        f"{key} {value}"
+        for key, value in weights.recipe.items()
+        if key != "name" and value is not None and not isinstance(value, dict | list)
+    )
+    recipe = f"Recipe: {weights.recipe.get('name', 'not recorded')}" + (f" ({arguments})" if arguments else "")
+    recipe = printable(recipe)
+    spread = f"{len(weights.names)} domains, entropy {weights.entropy:.3f} nats (uniform {weights.max_entropy:.3f})"
+    if weights.trajectory is not None:
+        steps = weights.trajectory.steps
+        spread += f", steps {steps[0]} to {steps[-1]}"
+    return [*textwrap.wrap(recipe, width=100, subsequent_indent="  "), spread]
+
+
+def _ratio(weight: float, natural: float) -> str:
+    """How many times its natural share a domain gets."""
+    return f"{weight / natural:.2f}" if natural > 0 else ""

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from hf_doge.artifacts.cards.card import Card
 from hf_doge.text import holds_token
 
 _PIECE = 1 << 20
@@ -26,8 +27,7 @@ class Publication:
         check_manifest (`Callable[[bytes], None]`):
             Raises `ValueError` if a manifest that the repository holds is not one that may be replaced, and
             `PermissionError` if it may be only by who says so.
-        card (`Callable[[str | None], str]`, *optional*):
-            Makes the README.md out of the one in the repository (`None`: there is none); what a person wrote stays.
+        card ([`Card`], *optional*): Becomes the README.md, merged with the one in the repository; what a person wrote stays.
         checksums (`Mapping[str, str]`): sha256 that local files must have.
 
     Raises:
@@ -39,7 +39,7 @@ class Publication:
     manifest: str
     owned: Callable[[str], bool]
     check_manifest: Callable[[bytes], None]
-    card: Callable[[str | None], str] | None = None
+    card: Card | None = None
     checksums: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -66,17 +66,17 @@ def refuse_token(path: str, content: bytes) -> None:
         )
 
 
-def merge_card(make: Callable[[str | None], str], written: bytes | None) -> bytes:
+def merge_card(card: Card, written: bytes | None) -> bytes:
     """
     The card to push.
 
     Args:
-        make (`Callable`): As [`Publication.card`].
+        card ([`Card`]): Of the publication.
         written (`bytes`, *optional*):
             The one in the repository. If it is not in UTF-8 it stays, with a warning: neither the Hub nor its client reads it.
     """
     try:
-        return make(None if written is None else written.decode()).encode()
+        return card.merged_with(None if written is None else written.decode()).encode()
     except UnicodeDecodeError:
         warnings.warn(
             "README.md in the repository is not in UTF-8, so it is kept as it is. Save it as UTF-8, and push again.",

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from hf_doge._version import __version__
-from hf_doge.artifacts.cards.markdown import escape
+from hf_doge.artifacts.cards.text import escape
 from hf_doge.evaluation.influence.bootstrap import bootstrap_interval
 from hf_doge.text import parse_json
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from hf_doge.artifacts.cards.markdown import escape
+from hf_doge.artifacts.cards.text import escape
 from hf_doge.evaluation.influence.cancellation import cancellation_ratios
 from hf_doge.evaluation.influence.case_deletion import ProbabilityFunction, case_deletion
 from hf_doge.evaluation.influence.deletion_result import CaseDeletionResult
