@@ -74,16 +74,13 @@ LONG_FILES = {
     "artifacts/hub/push.py": 485,
     "artifacts/influence/writer.py": 521,
     "evaluation/comparison.py": 428,
-    "gradients/alignment.py": 434,
     "gradients/embedding.py": 717,
-    "gradients/segmented.py": 471,
     "tracing/callback.py": 404,
     "tracing/recording.py": 444,
     "training/loss_law.py": 502,
     "training/mixture.py": 441,
-    "training/trainer.py": 422,
 }
-LONG_BODIES = {"_parse": 100, "record_dataset": 81, "choose_alignment": 62, "__init__": 61}
+LONG_BODIES = {"_parse": 100, "record_dataset": 81, "__init__": 61}
 MANY_PARAMETERS = {
     "tracing/callback.py:__init__": 21,
     "tracing/recording.py:record_dataset": 13,
@@ -174,7 +171,7 @@ def test_no_modules_import_each_other():
 # Journeys: what a reader opens who follows a call (files, changes of file). Budgets are what is reached; they only shrink.
 
 BUDGETS = {
-    "training step": (16, 69),
+    "training step": (12, 42),
     "push": (16, 57),
     "recording": (38, 118),
     "search": (18, 57),

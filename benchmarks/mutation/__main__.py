@@ -34,7 +34,7 @@ from pathlib import Path
 
 FILES = [
     "hf_doge/artifacts/**/*.py",
-    "hf_doge/gradients/alignment.py",
+    "hf_doge/gradients/per_domain.py",
     "hf_doge/sampling/*.py",
     "hf_doge/training/learning_state.py",
 ]

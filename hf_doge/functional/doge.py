@@ -88,9 +88,9 @@ def normalize_scores(scores: Tensor, train_norms: Tensor, target_norm: Tensor, *
     Returns:
         `torch.Tensor` of shape `(num_train_domains,)`.
     """
-    check_choice("normalization", normalization, NORMALIZATIONS)
     if normalization == "none":
         return scores
+    check_choice("normalization", normalization, NORMALIZATIONS)
     if normalization == "mean_norm":
         return scores / (train_norms.mean() + 1e-6)
     norms = train_norms * target_norm
@@ -102,6 +102,8 @@ def clamp_scores(scores: Tensor, *, score_min: float | None = None, score_max: f
     Bound the scores from below and above; `None` leaves that side open. The authors' code uses [0, 5], so that a
     domain whose gradient opposes the target is never lowered by its own score, only not raised. The paper has no bound.
     """
+    if score_min is None and score_max is None:
+        return scores
     largest = torch.finfo(scores.dtype).max
     score_min, score_max = (
         None if bound is None else float(check_number(name, bound, finite=False))
@@ -110,8 +112,6 @@ def clamp_scores(scores: Tensor, *, score_min: float | None = None, score_max: f
     for name, bound in (("score_min", score_min), ("score_max", score_max)):
         if bound is not None and largest < abs(bound) < torch.inf:
             raise ValueError(f"`{name}` must be at most {largest:g} or infinite, but got {bound:g}.")
-    if score_min is None and score_max is None:
-        return scores
     if score_min is not None and score_max is not None and score_min > score_max:
         raise ValueError(f"`score_min` must not exceed `score_max`, but got {score_min} > {score_max}.")
     return scores.clamp(min=score_min, max=score_max)

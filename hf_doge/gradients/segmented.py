@@ -4,8 +4,7 @@ before, inside the very same backward.
 
 Inside a module that owns a trainable parameter, each torch function that takes the parameter is replaced by one of the
 functions below. It computes the same output, passes the same gradient on to its input, and gives the gradient of the
-parameter to a [`DomainGradients`] instead of to autograd. A use that none of them knows is left to one local
-vector-Jacobian product of that module alone, domain by domain.
+parameter to a [`DomainGradients`] instead of to autograd. A use that none of them knows is left to `local_product.py`.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -19,6 +18,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from hf_doge.gradients.domain_gradients import DomainGradients, Segments
+from hf_doge.gradients.local_product import LocalProduct, ModuleCall
 
 
 class HiddenBatchError(Exception):
@@ -145,82 +145,6 @@ class _Scale(torch.autograd.Function):
         return grad_x, None, None, None
 
 
-class _LocalProduct(torch.autograd.Function):
-    """The output of a module as it is; its backward differentiates the module alone, once for each domain."""
-
-    @staticmethod
-    def forward(ctx, output, call, *tensors):
-        ctx.call = call
-        ctx.save_for_backward(*tensors)
-        return output.clone()  # a view would forbid the model to change it in place
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
-        tensors = ctx.saved_tensors
-        ctx.call.differentiate(tensors, grad)
-        return grad, None, *(None for _ in tensors)
-
-
-class _ModuleCall:
-    """One call of a module whose parameters are differentiated by running it again, domain by domain."""
-
-    def __init__(
-        self,
-        module: nn.Module,
-        args: tuple,
-        kwargs: Mapping[str, Any],
-        recipient: _Recipient,
-        stores: Mapping[str, DomainGradients],
-        quietly: Callable[[], AbstractContextManager],
-    ) -> None:
-        """`quietly` makes a context in which the module can run without being caught again."""
-        self.module, self.recipient, self.stores, self._quietly = module, recipient, stores, quietly
-        self._names = list(kwargs)
-        values = [*args, *kwargs.values()]
-        self._is_tensor = [torch.is_tensor(value) for value in values]
-        # tensors are autograd's to keep
-        self._others = [None if torch.is_tensor(value) else value for value in values]
-        device_type = next(module.parameters()).device.type
-        self._autocast = {
-            "device_type": device_type,
-            "dtype": torch.get_autocast_dtype(device_type),
-            "enabled": torch.is_autocast_enabled(device_type),
-        }
-
-    def differentiate(self, tensors: tuple[Tensor, ...], grad: Tensor) -> None:
-        """Give the gradient of each domain to the stores; `grad` has the shape of the module's output."""
-        segments = self.recipient.segments
-        num_rows = len(grad)
-        parameters = {name: p.detach().requires_grad_() for name, p in self.module.named_parameters(recurse=False)}
-        # what a module counts in its buffers is not to be counted again
-        buffers = {name: buffer.clone() for name, buffer in self.module.named_buffers()}
-        wanted = [parameters[name] for name in self.stores]
-        sums: dict[str, list[Tensor]] = {name: [] for name in self.stores}
-        for _, start, stop in segments.bounds(num_rows // segments.num_examples):
-            with self._quietly(), torch.enable_grad(), torch.autocast(**self._autocast):
-                output = torch.func.functional_call(
-                    self.module, {**parameters, **buffers}, *self._arguments(tensors, num_rows, start, stop)
-                )
-            found = torch.autograd.grad(output, wanted, grad[start:stop].to(output.dtype), materialize_grads=True)
-            for name, gradient in zip(self.stores, found, strict=True):
-                sums[name].append(gradient)
-        for name, store in self.stores.items():
-            store.add_sums(torch.stack(sums[name]), segments)
-
-    def _arguments(self, tensors: tuple[Tensor, ...], num_rows: int, start: int, stop: int) -> tuple[tuple, dict]:
-        """Those of the call, cut to some rows."""
-        left = iter(tensors)
-        values = []
-        for is_tensor, other in zip(self._is_tensor, self._others, strict=True):
-            value = next(left).detach() if is_tensor else other
-            if is_tensor and value.dim() > 0 and len(value) == num_rows:
-                value = value[start:stop]
-            values.append(value)
-        num_positional = len(values) - len(self._names)
-        return tuple(values[:num_positional]), dict(zip(self._names, values[num_positional:], strict=True))
-
-
 class SegmentedBackward(AbstractContextManager):
     """
     While the context is open, backwards through the model leave the gradients of its trainable parameters in `stores`,
@@ -298,10 +222,10 @@ class SegmentedBackward(AbstractContextManager):
             raise HiddenBatchError(f"{call.name} does not return one tensor")
         call.require_batch(output)
         stores = {name: self.stores[parameter] for name, parameter in own.items() if parameter in call.left_over}
-        again = _ModuleCall(module, args, kwargs, self._recipient, stores, self._quietly)
+        again = ModuleCall(module, args, kwargs, self._recipient.segments, stores, self._quietly)
         if not output.requires_grad:
             output = output.detach().requires_grad_()
-        return _LocalProduct.apply(output, again, *filter(torch.is_tensor, (*args, *kwargs.values())))
+        return LocalProduct.apply(output, again, *filter(torch.is_tensor, (*args, *kwargs.values())))
 
     @contextmanager
     def _quietly(self) -> Iterator[None]:

@@ -18,17 +18,19 @@ import torch
 from torch import Tensor, nn
 
 from hf_doge.functional.doge import clip_scale
-from hf_doge.gradients.alignment import Alignment, BackwardAlignment, Gradient, GradientSource, MixedBatch
+from hf_doge.gradients.alignment import Alignment, GradientSource, MixedBatch
 from hf_doge.gradients.domain_gradients import DomainGradients, squared_norm
+from hf_doge.gradients.per_domain import StreamedAlignment
 from hf_doge.gradients.segmented import HiddenBatchError, SegmentedBackward
-from hf_doge.gradients.token_losses import TokenLosses, UnsplittableLossError, require_same_total
+from hf_doge.gradients.token_losses import UnsplittableLossError, weighted_token_loss
+from hf_doge.gradients.vectors import Gradient
 
 logger = logging.getLogger(__name__)
 
 MIN_ROWS_PER_DOMAIN = 24  # of a micro-batch, below which a product more is cheaper than a matrix per domain
 
 
-class SinglePassAlignment(BackwardAlignment):
+class SinglePassAlignment:
     """
     One forward and one backward of the mixed batch, for all domains.
 
@@ -38,30 +40,26 @@ class SinglePassAlignment(BackwardAlignment):
 
     Args:
         model (`nn.Module`): The model itself, not its DDP wrapper.
-        named_parameters: The trainable parameters with their names, each once.
-        plain ([`BackwardAlignment`]): What takes over.
+        plain ([`StreamedAlignment`]): What takes over; it also knows the parameters, the domains and the norms.
         memory_budget (`float`): Bytes that kept matrices may take.
         tolerance (`float`): By how much of its length a gradient may differ from the plain way's in the check before the
             first step: rounding, 1e-3 in float32 and 0.1 in bfloat16.
         is_required (`bool`): Whether to raise rather than let `plain` take over for good.
-        kwargs: As for [`BackwardAlignment`].
     """
 
     def __init__(
         self,
         model: nn.Module,
-        named_parameters: Sequence[tuple[str, nn.Parameter]],
         *,
-        plain: BackwardAlignment,
+        plain: StreamedAlignment,
         memory_budget: float,
         tolerance: float = 1e-3,
         is_required: bool = False,
-        **kwargs,
     ) -> None:
-        super().__init__(named_parameters, **kwargs)
         self.model = model
-        self.names = [name for name, _ in named_parameters]
         self.plain = plain
+        self.vectors = plain.vectors
+        self.num_domains = plain.num_domains
         self.memory_budget = memory_budget
         self.tolerance = tolerance
         self.is_required = is_required
@@ -75,7 +73,7 @@ class SinglePassAlignment(BackwardAlignment):
         alignment = None
         self._verify(source)
         if not self._is_plain:
-            target = None if source.target_weights is None else self._sum_of_targets(source)
+            target = None if source.target_weights is None else self.plain.sum_of_targets(source)
             losses = self._run(source)
             if losses is not None:
                 alignment = self._compare(source, target, losses)
@@ -88,10 +86,9 @@ class SinglePassAlignment(BackwardAlignment):
             return
         total = [store.combine(coefficients) if not store.is_empty else None for store in self._stores]
         self._clear_stores()
-        if not self._sums_each_domain:
-            self._sum_over_processes(total)
-        for parameter, gradient in zip(self.parameters, total, strict=True):
-            parameter.grad = gradient
+        if not self.plain.sums_each_domain:
+            self.vectors.sum_over_processes(total)
+        self.vectors.put(total)
 
     def forget(self) -> None:
         self._stores = []  # with their memory: the next alignment may be many steps away
@@ -103,53 +100,52 @@ class SinglePassAlignment(BackwardAlignment):
         if not self._is_plain:
             losses = self._run_weighted(source, coefficients)
             if losses is not None:
-                self._sum_over_processes_in_place()
-                if self._is_finite([parameter.grad for parameter in self.parameters]):
+                total = self.vectors.take()
+                self.vectors.sum_over_processes(total)
+                self.vectors.put(total)
+                if self.vectors.are_finite():
                     return losses
-                self._take_gradient()
+                self.vectors.take()
         return self.plain.write_weighted_gradient(source, coefficients)
 
     def _compare(self, source: GradientSource, target: Gradient | None, losses: Tensor) -> Alignment | None:
         """Read off the alignment; `None` if something is not finite."""
-        alignment = Alignment.empty(self.num_domains)
-        alignment.losses = losses
-        present = list(source.present_domains)
-        if self._sums_each_domain:
+        present, sums_each_domain = source.present_domains, self.plain.sums_each_domain
+        if sums_each_domain:
             self._sum_domains_over_processes(present)
         scales = torch.zeros(self.num_domains, dtype=torch.float64)
         scales[present] = 1.0
-        if self.needs_norms:
+        products, scored_norms = (torch.full((self.num_domains,), torch.nan, dtype=torch.float64) for _ in range(2))
+        if self.plain.needs_norms:
             norms = self._sum_over_parameters(lambda store, _: store.squared_norms(), scored_only=False).sqrt()
-            if self.max_norm is not None:
-                scales[present] = clip_scale(norms[present], self.max_norm)
-            scored = (
-                self._sum_over_parameters(lambda store, _: store.squared_norms()) if not all(self.scored) else None
-            )
-            scored = norms if scored is None else scored.sqrt()
-            alignment.norms[present] = scales[present] * scored[present]
-        if target is None and not self.reduction.is_needed:
-            target, products = self._compare_with_sum(scales)
+            if self.plain.max_norm is not None:
+                scales[present] = clip_scale(norms[present], self.plain.max_norm)
+            if not all(self.vectors.scored):
+                norms = self._sum_over_parameters(lambda store, _: store.squared_norms()).sqrt()
+            scored_norms[present] = scales[present] * norms[present]
+        if target is None and not self.vectors.reduction.is_needed:
+            target, found = self._compare_with_sum(scales)
         else:
             if target is None:
                 target = [None if store.is_empty else store.combine(scales) for store in self._stores]
-                if not self._sums_each_domain:
-                    self._sum_over_processes(target)
-            products = self._sum_over_parameters(
+                if not sums_each_domain:
+                    self.vectors.sum_over_processes(target)
+            found = self._sum_over_parameters(
                 lambda store, position: None if target[position] is None else store.inner_products(target[position])
             )
-            if not self._sums_each_domain:
-                products = self._sum_numbers(products)
-        alignment.target_norm = self._inner_product(target, target).sqrt()
-        alignment.inner_products[present] = scales[present] * products[present]
-        alignment.step_scales = scales
-        finite = alignment.target_norm.isfinite() and alignment.inner_products[present].isfinite().all()
-        return alignment if finite else None
+            if not sums_each_domain:
+                found = self.vectors.sum_numbers(found)
+        products[present] = scales[present] * found[present]
+        target_norm = self.vectors.inner_product(target, target).sqrt()
+        if not (target_norm.isfinite() and products[present].isfinite().all()):
+            return None
+        return Alignment(products, scored_norms, target_norm, losses, scales)
 
     def _compare_with_sum(self, scales: Tensor) -> tuple[Gradient, Tensor]:
         """The sum of the scaled gradients, and the inner product of each domain's with it."""
         target: Gradient = []
-        products = torch.zeros(self.num_domains, dtype=torch.float64, device=self.parameters[0].device)
-        for store, scored in zip(self._stores, self.scored, strict=True):
+        products = torch.zeros(self.num_domains, dtype=torch.float64, device=self.vectors.device)
+        for store, scored in zip(self._stores, self.vectors.scored, strict=True):
             total, found = (None, None) if store.is_empty else store.combine_and_compare(scales)
             target.append(total)
             if scored and found is not None:
@@ -158,8 +154,8 @@ class SinglePassAlignment(BackwardAlignment):
 
     def _sum_over_parameters(self, question, *, scored_only: bool = True) -> Tensor:
         """Ask each parameter's store for K numbers and add them up: float64 on the CPU."""
-        total = torch.zeros(self.num_domains, dtype=torch.float64, device=self.parameters[0].device)
-        for position, (store, scored) in enumerate(zip(self._stores, self.scored, strict=True)):
+        total = torch.zeros(self.num_domains, dtype=torch.float64, device=self.vectors.device)
+        for position, (store, scored) in enumerate(zip(self._stores, self.vectors.scored, strict=True)):
             if not store.is_empty and (scored or not scored_only):
                 answer = question(store, position)
                 if answer is not None:
@@ -170,8 +166,8 @@ class SinglePassAlignment(BackwardAlignment):
         """Every domain's own gradient, summed over the processes: K x P numbers, for the sake of its norm."""
         for position, store in enumerate(self._stores if present else []):
             gradients = [store.of_domain(domain) for domain in present]
-            gradients = [torch.zeros_like(self.parameters[position]) if g is None else g for g in gradients]
-            self.reduction.sum_(gradients)
+            gradients = [torch.zeros_like(self.vectors.parameters[position]) if g is None else g for g in gradients]
+            self.vectors.reduction.sum_(gradients)
             self._stores[position] = DomainGradients.from_dense(
                 dict(zip(present, gradients, strict=True)), num_domains=self.num_domains
             )
@@ -191,15 +187,17 @@ class SinglePassAlignment(BackwardAlignment):
         batches = list(source.mixed_batches())
         self._stores = self._make_stores(batches)
         losses = torch.zeros(self.num_domains, dtype=torch.float64)
-        with SegmentedBackward(self.model, dict(zip(self.parameters, self._stores, strict=True))) as segmented:
+        with SegmentedBackward(self.model, dict(zip(self.vectors.parameters, self._stores, strict=True))) as segmented:
             for batch in batches:
                 segmented.start(batch.segments, batch.lengths)
-                loss, found = self._forward(source, batch)
+                loss, found = weighted_token_loss(batch, source.num_items)
                 losses += found
                 if not found.isfinite().all():
                     break
                 source.differentiate(loss)
-        missed = [name for name, p in zip(self.names, self.parameters, strict=True) if p.grad is not None]
+        missed = [
+            name for name, p in zip(self.vectors.names, self.vectors.parameters, strict=True) if p.grad is not None
+        ]
         if missed:  # all domains together, from a use that went past us
             raise HiddenBatchError(f"the parameter {missed[0]!r} is used outside of the module that owns it")
         return losses
@@ -209,7 +207,7 @@ class SinglePassAlignment(BackwardAlignment):
         losses, trouble = torch.zeros(self.num_domains, dtype=torch.float64), None
         try:
             for batch in source.mixed_batches():
-                loss, found = self._forward(source, batch, coefficients)
+                loss, found = weighted_token_loss(batch, source.num_items, coefficients)
                 losses += found
                 source.differentiate(loss)
         except UnsplittableLossError as error:
@@ -219,38 +217,16 @@ class SinglePassAlignment(BackwardAlignment):
             losses[coefficients == 0] = torch.nan  # as the plain way, which does not look at them
         return losses
 
-    def _forward(
-        self, source: GradientSource, batch: MixedBatch, coefficients: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """
-        The loss to differentiate, `sum_j coefficients_j L_j` (1 by default) as far as this micro-batch adds to it, and the
-        detached part that it adds to each `L_j`, shape `(K,)`.
-        """
-        with TokenLosses() as caught:
-            loss = batch.compute_loss()
-        by_row = caught.by_row
-        device = by_row.device
-        counts = [max(source.num_items(domain), 1) for domain in range(self.num_domains)]
-        items = torch.tensor(counts, dtype=torch.float64)
-        found = caught.by_domain(batch.segments).cpu() / items
-        if not loss.isfinite():  # perhaps in a term that was not caught
-            found = found.masked_fill(found != 0, torch.nan)
-        elif found.isfinite().all():
-            require_same_total(by_row, loss, batch.num_items)
-        factors = (1.0 if coefficients is None else coefficients) / items
-        factors = factors.to(device, by_row.dtype)[batch.segments.row_domains(len(by_row), device)]
-        return (by_row * factors).sum(), found
-
     def _agree(self, source: GradientSource, losses: Tensor, trouble: str | None, is_finite: bool) -> Tensor | None:
         """What came of it on all processes together: the losses, or `None` and nothing left behind."""
         state = torch.tensor([float(trouble is not None), float(not is_finite)], dtype=torch.float64)
-        total = self._sum_numbers(torch.cat([losses, state]))
+        total = self.vectors.sum_numbers(torch.cat([losses, state]))
         losses, (num_troubled, num_broken) = total[:-2], total[-2:].tolist()
         if num_troubled:
             self._give_up(trouble or "another process met what it cannot take apart")
         if num_troubled or num_broken:
             self._clear_stores()
-            self._take_gradient()
+            self.vectors.take()
             return None
         absent = torch.ones(self.num_domains, dtype=torch.bool)
         absent[list(source.present_domains)] = False
@@ -281,17 +257,17 @@ class SinglePassAlignment(BackwardAlignment):
             finally:
                 self.model.train(was_training)
                 self._clear_stores()
-                self._take_gradient()
+                self.vectors.take()
         is_conclusive = self._num_compared >= min(2, self.num_domains)
         found = torch.tensor([float(is_conclusive), float(trouble is not None)], dtype=torch.float64)
-        num_conclusive, num_troubled = self._sum_numbers(found).tolist()
+        num_conclusive, num_troubled = self.vectors.sum_numbers(found).tolist()
         if num_troubled:
             self._give_up(trouble or "another process met what it cannot take apart")
         self._is_verified = num_conclusive > 0
 
     def _compare_with_plain(self, sample: GradientSource) -> tuple[int, str | None]:
         """How many domains were compared, and in what the two ways differ, in words; leaves the random state alone."""
-        device = self.parameters[0].device
+        device = self.vectors.device
         devices = [] if device.type == "cpu" else [device]
         with torch.random.fork_rng(devices=devices, device_type=device.type if devices else "cuda"):
             before = _random_state(devices)
@@ -318,9 +294,9 @@ class SinglePassAlignment(BackwardAlignment):
         """Which parameter's gradient in the stores is another one than its examples alone give, in words."""
         for domain in sample.present_domains:
             sample.backward(domain)
-            alone = self._take_gradient()
-            floor = 1e-2 * self._inner_product(alone, alone, scored_only=False).sqrt()
-            for name, expected, store in zip(self.names, alone, self._stores, strict=True):
+            alone = self.vectors.take()
+            floor = 1e-2 * self.vectors.inner_product(alone, alone, scored_only=False).sqrt()
+            for name, expected, store in zip(self.vectors.names, alone, self._stores, strict=True):
                 found = store.of_domain(domain)
                 if expected is None and found is None:
                     continue
@@ -340,15 +316,15 @@ class SinglePassAlignment(BackwardAlignment):
 
     def _make_stores(self, batches: list[MixedBatch]) -> list[DomainGradients]:
         """Empty ones: those of the step before, with their memory, if they are of the kind that these batches need."""
-        bytes_needed = self.num_domains * sum(p.numel() * p.element_size() for p in self.parameters)
+        self._clear_stores()
+        bytes_needed = self.num_domains * sum(p.numel() * p.element_size() for p in self.vectors.parameters)
         rows = sum(batch.segments.num_examples * max(batch.lengths) for batch in batches) / max(len(batches), 1)
         keeps_dense = bytes_needed <= self.memory_budget and rows >= MIN_ROWS_PER_DOMAIN * self.num_domains
         if self._stores and self._stores[0].keeps_dense == keeps_dense:
-            self._clear_stores()
             return self._stores
         return [
             DomainGradients(p.shape, p.dtype, p.device, num_domains=self.num_domains, keeps_dense=keeps_dense)
-            for p in self.parameters
+            for p in self.vectors.parameters
         ]
 
 

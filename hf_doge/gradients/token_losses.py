@@ -5,6 +5,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from hf_doge.gradients.alignment import MixedBatch
 from hf_doge.gradients.domain_gradients import Segments
 
 
@@ -106,3 +107,35 @@ def require_same_total(by_row: Tensor, loss: Tensor, num_items: int) -> None:
         raise UnsplittableLossError(
             f"its tokens add up to {total:.6g}, while the model returned {expected:.6g}: another term is in it"
         )
+
+
+def weighted_token_loss(
+    batch: MixedBatch, num_items: Tensor, coefficients: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """
+    One forward of a mixed batch.
+
+    Args:
+        batch (`MixedBatch`): A micro-batch.
+        num_items (`torch.Tensor` of shape `(K,)`): Labels of each domain in the whole step.
+        coefficients (`torch.Tensor` of shape `(K,)`, *optional*): 1 by default.
+
+    Returns:
+        `tuple[torch.Tensor, torch.Tensor]`: the loss to differentiate, `sum_j coefficients_j L_j` as far as this micro-batch
+        adds to it, and the detached part that it adds to each mean loss `L_j`, float64 of shape `(K,)` on the CPU.
+
+    Raises:
+        `UnsplittableLossError`: if the loss is not the sum of its tokens' losses.
+    """
+    with TokenLosses() as caught:
+        loss = batch.compute_loss()
+    by_row, segments = caught.by_row, batch.segments
+    if loss.isfinite() and by_row.isfinite().all():
+        require_same_total(by_row, loss, batch.num_items)
+    items = num_items.clamp(min=1).double()
+    found = caught.by_domain(segments).cpu() / items
+    if not loss.isfinite():  # perhaps in a term that was not caught
+        found = found.masked_fill(found != 0, torch.nan)
+    factors = (1.0 if coefficients is None else coefficients) / items
+    factors = factors.to(by_row.device, by_row.dtype)[segments.row_domains(len(by_row), by_row.device)]
+    return (by_row * factors).sum(), found

@@ -1,40 +1,61 @@
 """The mean loss of a domain over a whole step, whatever loss the model or `compute_loss_func` defines."""
 
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import Trainer
 
-from hf_doge.gradients.sharding import is_sharded
+from hf_doge.gradients.sharding import is_sharded, reshard, without_gradient
+from hf_doge.gradients.vectors import Reduction
 from hf_doge.training.loss_law import LossLaw
 from hf_doge.training.step_gradients import DomainSlice, MicroBatch
 
 
 class DomainLoss:
     """
-    What one slice adds to its domain's mean loss, so that the slices of a step add up to it.
+    What one slice adds to its domain's mean loss, so that the slices of a step add up to it, and its gradient.
 
     A loss is either divided by `num_items_in_batch`, as the Trainer passes it to causal language models, or a mean
     over the slice's own labels. Which of the two is not guessed but tried on the first step, by [`learn`]: doubling
     `num_items_in_batch` halves the former and leaves the latter alone. Anything else is refused.
+
+    Args:
+        trainer (`Trainer`): Its model and loss are read at every call.
     """
 
     def __init__(self, trainer: Trainer) -> None:
         self.trainer = trainer
+        self.device = trainer.args.device
         self._is_divided: bool | None = None
         self._process_scale = _process_scale(trainer)
+        self._reduction = Reduction()
 
     @cached_property
     def labels_are_shifted(self) -> bool:
         """See [`count_items`]; asked for in a step, since a search makes the model of a trial after its trainer begins."""
         return _are_labels_shifted(self.trainer.model)
 
-    def __call__(self, model: nn.Module, piece: DomainSlice, num_items: int) -> Tensor:
+    @cached_property
+    def is_sharded(self) -> bool:
+        """Asked for in a step, since FSDP shards the model when training starts."""
+        return is_sharded(self.trainer.model)
+
+    @property
+    def uses_collectives(self) -> bool:
+        """
+        Whether the loss may exchange data with the other processes, as that of trl's SFTTrainer does to gather its metrics,
+        and any loss of a sharded model to gather its parameters: then all of them must call it equally often, whatever
+        examples they have.
+        """
+        if not self._reduction.is_needed:
+            return False
+        return type(self.trainer).compute_loss is not Trainer.compute_loss or is_sharded(self.trainer.model)
+
+    def __call__(self, piece: DomainSlice, num_items: int) -> Tensor:
         """
         Args:
-            model (`torch.nn.Module`): The model as the Trainer wraps it.
             piece (`DomainSlice`): The domain's part of one micro-batch.
             num_items (`int`): Labels of the domain in the whole step, `>= piece.num_items`.
 
@@ -44,56 +65,74 @@ class DomainLoss:
         is_divided = self._is_divided
         if is_divided is None:  # what the Trainer takes for granted, until a slice can tell
             is_divided = self.trainer.model_accepts_loss_kwargs or self.trainer.compute_loss_func is not None
-        loss = self._compute(model, piece, num_items)
+        loss = self._compute(piece, num_items)
         return loss if is_divided else loss * (piece.num_items / num_items)
 
-    @property
-    def is_learned(self) -> bool:
-        """Whether [`learn`] has found out."""
-        return self._is_divided is not None
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradient of what this process has of a sum over all of them to `.grad`; FSDP adds the mean."""
+        scale = self._reduction.num_processes if self.is_sharded else 1
+        self.trainer.accelerator.backward(loss * scale)
 
-    def learn(self, model: nn.Module, batches: list[MicroBatch], *, makes_same_calls: bool) -> None:
+    def call_for_nothing(self, piece: DomainSlice) -> None:
+        """Take part in what the other processes do, and add nothing: of a sharded model, by a dummy backward."""
+        if self.is_sharded:
+            with without_gradient(self.trainer.model):
+                self.backward(0.0 * self(piece, 1))
+        else:
+            with torch.no_grad():
+                self(piece, 1)
+
+    def learn(self, batches: list[MicroBatch]) -> None:
         """
-        Find out what the loss is divided by, and that it is a sum or a mean over labels; see [`LossLaw`].
+        Find out what the loss is divided by, and that it is a sum or a mean over labels; see [`LossLaw`]. With a loss that
+        uses collectives, on all processes or on none.
 
         Args:
-            model (`torch.nn.Module`): As in [`__call__`].
-            batches (`list[MicroBatch]`): With a label each.
-            makes_same_calls (`bool`): Whether all processes must call the loss equally often.
+            batches (`list[MicroBatch]`): Train examples of this process.
 
         Raises:
             `ValueError`: if it is neither.
         """
-        args = self.trainer.args
+        labelled = [batch for batch in batches if batch.items.any()]
+        is_ready, is_learned = bool(labelled), self._is_divided is not None
+        if self.uses_collectives:
+            lacks = torch.tensor([not is_ready, not is_learned], dtype=torch.int64, device=self.device)
+            is_ready, is_learned = (not lack for lack in self._reduction.max(lacks).tolist())
+        if is_ready and not is_learned:
+            self._learn(labelled)
+
+    def _learn(self, batches: list[MicroBatch]) -> None:
+        model, args = self.trainer.model, self.trainer.args
         law = LossLaw(
             model,
-            partial(self._compute, model),
+            self._compute,
             batches,
             labels_are_shifted=self.labels_are_shifted,
-            device=args.device,
-            is_half=(args.device.type == "cuda" and torch.get_float32_matmul_precision() != "highest")
-            or (args.bf16 and is_sharded(model)),
+            device=self.device,
+            is_half=(self.device.type == "cuda" and torch.get_float32_matmul_precision() != "highest")
+            or (args.bf16 and self.is_sharded),
         )
         if self._process_scale > 1:  # by the Trainer's own loss, but perhaps not by one that overrides it
             self._process_scale = 1
-            ratio = law.compare(partial(self._compute_alone, model))
+            ratio = law.compare(self._compute_alone)
             self._process_scale = _process_scale(self.trainer) if ratio is None or abs(ratio - 1) > 0.1 else 1
-        law.check(makes_same_calls=makes_same_calls)
+        law.check(makes_same_calls=self.uses_collectives)
         self._is_divided = law.is_divided
+        reshard(model)  # which ran forward only
 
-    def _compute(self, model: nn.Module, piece: DomainSlice, num_items: int) -> Tensor:
+    def _compute(self, piece: DomainSlice, num_items: int) -> Tensor:
         trainer = self.trainer
-        count = torch.tensor(num_items, device=trainer.args.device)
+        count = torch.tensor(num_items, device=self.device)
         with trainer.compute_loss_context_manager():
-            loss = trainer.compute_loss(model, dict(piece.inputs), num_items_in_batch=count)
+            loss = trainer.compute_loss(trainer.model, dict(piece.inputs), num_items_in_batch=count)
         return loss / self._process_scale
 
-    def _compute_alone(self, model: nn.Module, piece: DomainSlice, num_items: int) -> Tensor:
+    def _compute_alone(self, piece: DomainSlice, num_items: int) -> Tensor:
         """As [`_compute`], where the Trainer is told not to scale a loss for the mean over the processes."""
         args = self.trainer.args
         averages, args.average_tokens_across_devices = args.average_tokens_across_devices, False
         try:
-            return self._compute(model, piece, num_items)
+            return self._compute(piece, num_items)
         finally:
             args.average_tokens_across_devices = averages
 

@@ -8,25 +8,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import Trainer
 
 from hf_doge.artifacts.domain_weights import DomainWeights
 from hf_doge.functional.doge import clamp_scores, normalize_scores, update_domain_weights
-from hf_doge.gradients.alignment import Alignment, DomainAlignment, RandomReplay
-from hf_doge.gradients.reduction import Reduction
-from hf_doge.gradients.sharding import is_sharded, reshard, sum_every_backward, without_gradient
+from hf_doge.gradients.alignment import Alignment, DomainAlignment
+from hf_doge.gradients.sharding import reshard, sum_every_backward
+from hf_doge.gradients.vectors import Reduction
 from hf_doge.sampling.domains import DomainIndex, StreamDomains
 from hf_doge.training.checkpoints import read_step
 from hf_doge.training.collator import DOMAIN_IDS
-from hf_doge.training.domain_batches import TargetBatches
+from hf_doge.training.domain_batches import DomainBatches, TargetBatches
 from hf_doge.training.domain_loss import DomainLoss
 from hf_doge.training.global_batch import describe_reading
-from hf_doge.training.learning_state import LearningState, TrajectoryPoint
-from hf_doge.training.metrics import DomainMetrics
+from hf_doge.training.learning_state import DomainMetrics, LearningState, TrajectoryPoint
 from hf_doge.training.provenance import describe_run
-from hf_doge.training.setup import choose_alignment, uses_fsdp, weights_in_order
-from hf_doge.training.step_gradients import DomainSlice, MicroBatch, StepGradients
+from hf_doge.training.setup import choose_alignment, weights_in_order
+from hf_doge.training.step_gradients import MicroBatch, StepGradients, count_examples, count_labels
 
 
 class DomainLearner:
@@ -37,6 +36,7 @@ class DomainLearner:
         trainer (`Trainer`): With a `DoGEConfig`; its model, loss, collator and learning rate are read at every step.
         domains (`DomainIndex` or `StreamDomains`): Of its train set.
         targets (`TargetBatches`, *optional*): `None` if the training domains are the target.
+        looks (`DomainBatches`, *optional*): In online mode, the examples that are compared and not trained on.
         initial_weights (`DomainWeights` or `Mapping[str, float]`, *optional*): alpha_0; uniform by default.
     """
 
@@ -46,12 +46,14 @@ class DomainLearner:
         domains: DomainIndex | StreamDomains,
         *,
         targets: TargetBatches | None,
+        looks: DomainBatches | None,
         initial_weights: DomainWeights | Mapping[str, float] | None,
     ) -> None:
         self.trainer = trainer
         self.domains = domains
         self.targets = targets
-        self.target_weights = None if targets is None else targets.weights  # by position
+        self.looks = looks
+        self.is_online = looks is not None
         self.initial_weights = weights_in_order(initial_weights, domains.names)
         self.metrics = DomainMetrics(domains.names)
         self.state = LearningState.fresh(domains.names, self.initial_weights)
@@ -75,37 +77,173 @@ class DomainLearner:
     @property
     def alignment(self) -> DomainAlignment:
         """
-        Chosen anew when other parameters are trained: after `model_init`, when a callback unfreezes some, or when FSDP has
-        sharded them.
+        How gradients are compared. Chosen again when other parameters are trained: after `model_init`, when a callback
+        unfreezes some, or when FSDP has sharded them.
         """
-        model = self.trainer.model
-        reshard(model)
-        trained = [id(parameter) for parameter in model.parameters() if parameter.requires_grad]
-        if not trained or trained != self._trained_parameters:
-            self._trained_parameters = trained
-            self._alignment = choose_alignment(
-                model,
-                self.args,
-                self.recipe,
-                num_domains=len(self.domains.names),
-                is_universal=self.target_weights is None,
-                loss_may_talk=self._loss_may_talk,
-                shards=uses_fsdp(self.trainer),
-            )
+        if self._has_other_parameters():
+            reshard(self.trainer.model)  # after a forward without a backward, some are whole
+            if self._has_other_parameters():
+                self._trained_parameters = self._find_trained_parameters()
+                self._alignment = choose_alignment(
+                    self.trainer,
+                    self.args,
+                    self.recipe,
+                    num_domains=len(self.domains.names),
+                    is_universal=self.targets is None,
+                    uses_collectives=self._loss.uses_collectives,
+                )
         return self._alignment
 
+    def _has_other_parameters(self) -> bool:
+        trained = self._find_trained_parameters()
+        return not trained or trained != self._trained_parameters
+
+    def _find_trained_parameters(self) -> list[int]:
+        return [id(parameter) for parameter in self.trainer.model.parameters() if parameter.requires_grad]
+
     @property
-    def _loss_may_talk(self) -> bool:
+    def is_due(self) -> bool:
+        """Whether the weights are updated in the step at hand."""
+        return self.trainer.state.global_step % self.args.reweight_steps == 0
+
+    def step(self, batches: list[tuple[dict[str, Any], Tensor]]) -> Tensor:
         """
-        Whether the loss may talk to the other processes, as that of trl's SFTTrainer does to gather its metrics, and any
-        loss of a sharded model to gather its parameters: then all of them must call it equally often, whatever examples
-        they have.
+        One step of Algorithm 1 of the paper, or with targets of Algorithm 2; between two updates of the weights, a plain step
+        on the weighted loss. Leaves in `.grad` what steps the model.
+
+        Args:
+            batches (`list[tuple[dict[str, Any], torch.Tensor]]`):
+                Micro-batches of this process on its device, each with the domains of its examples.
+
+        Returns:
+            `torch.Tensor` of shape `()`: the weighted loss that the step lowers.
         """
-        has_own_loss = type(self.trainer).compute_loss is not Trainer.compute_loss
-        return self._reduction.is_needed and (has_own_loss or is_sharded(self.trainer.model))
+        start, way = time.perf_counter(), self.alignment
+        targets = self.targets if self.is_due else None
+        step = self._prepare(batches, targets, trains=True)
+        if self.is_due and step.can_align:
+            alignment = way.align(step)  # <g_j, G> of every domain j
+            losses, usable = alignment.losses, alignment.step_scales > 0
+            before = self._shares(usable)
+            self._update_weights(alignment, step.present_domains)  # alpha_j *= exp(lr <g_j, G> / mu)
+            shares = before if self.args.lagged_update else self._shares(usable)
+            way.write_gradient(step, shares * alignment.step_scales)  # sum_j alpha_j g_j
+        else:
+            losses, usable = self._write_weighted_gradient(step)
+        loss = self._weighted_loss(losses, usable)
+        self.record_time(step_seconds=time.perf_counter() - start, training_seconds=step.training_seconds)
+        return loss
+
+    def look(self, batch: tuple[dict[str, Any], Tensor]) -> bool:
+        """
+        In online mode, update the weights by examples of their own, which do not train the model.
+
+        Args:
+            batch (`tuple[dict[str, Any], torch.Tensor]`): A micro-batch of the step that follows, as for [`step`].
+
+        Returns:
+            `bool`: whether there was anything to compare with.
+        """
+        step = self._prepare(self._pieces(self.looks), self.targets, trains=False, spare=batch)
+        if step.can_align:
+            alignment = self.alignment.align(step)
+            self.alignment.forget()
+            self._update_weights(alignment, step.present_domains)
+        return step.can_align
+
+    def _write_weighted_gradient(self, step: StepGradients) -> tuple[Tensor, Tensor]:
+        """`sum_j alpha_j g_j` of a step that is not aligned; returns the losses and which domains are in it."""
+        way, weights = self.alignment, self.state.weights
+        usable = torch.zeros_like(weights, dtype=torch.bool)
+        usable[step.present_domains] = True
+        losses = way.write_weighted_gradient(step, self._shares(usable))
+        finite = usable & losses.isfinite()
+        if not torch.equal(usable & (weights > 0), finite):
+            # A loss that is not a number has spoilt the sum: take it again without that domain.
+            self.trainer.model.zero_grad()
+            way.write_weighted_gradient(step, self._shares(finite))
+        self._note_finiteness(bool((usable & ~finite & (weights > 0)).any()))
+        self.metrics.record(losses=losses)
+        return losses, finite
+
+    def _pieces(self, batches: DomainBatches) -> list[tuple[dict[str, Any], Tensor]]:
+        """This process' share of the examples that the step at hand compares, besides those that it trains on."""
+        trainer = self.trainer
+        pieces = batches.batches(
+            trainer.state.global_step // self.args.reweight_steps,
+            trainer._signature_columns,
+            process_index=trainer.args.process_index,
+            num_processes=trainer.args.world_size,
+        )
+        return [(trainer._prepare_inputs(trainer.data_collator(features)), ids) for features, ids in pieces]
+
+    def _micro_batch(self, inputs: dict[str, Any], ids: Tensor | None) -> MicroBatch:
+        if ids is None:
+            raise ValueError(
+                "Every batch must come with its domains, which the trainer's own data collator adds, but a batch came "
+                "without. Pass `data_collator` when the trainer is made, and leave `trainer.data_collator` alone."
+            )
+        if (ids < 0).any():
+            raise ValueError(
+                f"Every train example must come with its {self.args.domain_column!r}, but some come without. Keep "
+                "that column in the format or transform of the train dataset, and do not pack examples."
+            )
+        return MicroBatch(inputs, ids, labels_are_shifted=self._loss.labels_are_shifted)
+
+    def _prepare(
+        self,
+        batches: list[tuple[dict[str, Any], Tensor]],
+        targets: TargetBatches | None,
+        *,
+        trains: bool,
+        spare: tuple[dict[str, Any], Tensor] | None = None,
+    ) -> StepGradients:
+        """
+        Count this process' examples over all processes, and make them ready to be differentiated.
+
+        Args:
+            batches (`list[tuple[dict[str, Any], torch.Tensor]]`): Train examples, as for [`step`].
+            targets (`TargetBatches`, *optional*): What they are compared with, if not with each other.
+            trains (`bool`): Whether the model is trained on the train examples, and not only compared.
+            spare (`tuple[dict[str, Any], torch.Tensor]`, *optional*): A batch that this process has in any case.
+        """
+        train = [self._micro_batch(*batch) for batch in batches]
+        target = [] if targets is None else [self._micro_batch(*batch) for batch in self._pieces(targets)]
+        num_domains, target_weights = len(self.domains.names), None if self.targets is None else self.targets.weights
+        num_targets = len(target_weights or ())
+        counts = [count_labels(train, num_domains), count_labels(target, num_targets)]
+        if trains:
+            counts.append(count_examples(train, num_domains))
+        items, target_items, *examples = self._sum_counts(counts)
+        if trains:
+            self.state.num_tokens += items
+            self.state.num_examples += examples[0]
+        self._loss.learn(train)
+        if self._loss.is_sharded:
+            sum_every_backward(self.trainer.model)
+        return StepGradients(
+            self._loss,
+            train,
+            target,
+            num_items=items,
+            target_items=target_items,
+            target_weights=target_weights,
+            num_calls=self._agree_on_calls(train, target) if self._loss.uses_collectives else None,
+            spare=None if spare is None else self._micro_batch(*spare),
+        )
+
+    def _agree_on_calls(self, train: list[MicroBatch], targets: list[MicroBatch]) -> tuple[list[int], list[int]]:
+        """The most slices of each domain and target that some process has."""
+        num_domains, num_targets = len(self.domains.names), len(self.targets.weights if self.targets else ())
+        calls = torch.zeros(num_domains + num_targets, dtype=torch.int64)
+        for offset, batches in ((0, train), (num_domains, targets)):
+            for batch in batches:
+                calls[offset + batch.domain_ids[batch.items > 0].unique()] += 1
+        calls = self._reduction.max(calls.to(self.args.device)).tolist()
+        return calls[:num_domains], calls[num_domains:]
 
     def begin(self, checkpoint: Path | None) -> None:
-        """Start anew, or from where a checkpoint stands."""
+        """Start from the beginning, or from where a checkpoint stands."""
         names = self.domains.names
         self.metrics = DomainMetrics(names)
         self._loss = DomainLoss(self.trainer)
@@ -163,103 +301,8 @@ class DomainLearner:
             self._described_step, self.state.described = step, describe_run(self.trainer, self.args)
         described = self.state.described
         cost = {"seconds": round(self.state.seconds, 1), "num_tokens_seen": int(self.state.num_tokens.sum())}
-        objective = "universal" if self.target_weights is None else "target"
+        objective = "universal" if self.targets is None else "target"
         return {**described, "objective": objective, "training": {**described["training"], **cost}}
-
-    def prepare(
-        self,
-        batches: list[dict[str, Any]],
-        target_batches: list[tuple[dict[str, Any], Tensor]],
-        *,
-        trains: bool,
-        spare: dict[str, Any] | None = None,
-    ) -> StepGradients:
-        """
-        Move this process' examples to the device, and count them over all processes.
-
-        Args:
-            batches (`list[dict[str, Any]]`): Micro-batches of train examples, with their domains.
-            target_batches (`list[tuple[dict[str, Any], torch.Tensor]]`): Batches of targets, and the target of each example.
-            trains (`bool`): Whether the model is trained on the train examples, and not only compared.
-            spare (`dict[str, Any]`, *optional*): A micro-batch that this process has in any case.
-        """
-        for inputs in batches:
-            if DOMAIN_IDS not in inputs:
-                raise ValueError(
-                    "Every batch must come with its domains, which the trainer's own data collator adds, but a batch came "
-                    "without. Pass `data_collator` when the trainer is made, and leave `trainer.data_collator` alone."
-                )
-            if (inputs[DOMAIN_IDS] < 0).any():
-                raise ValueError(
-                    f"Every train example must come with its {self.args.domain_column!r}, but some come without. Keep "
-                    "that column in the format or transform of the train dataset, and do not pack examples."
-                )
-        train = [self._to_device(inputs, inputs[DOMAIN_IDS]) for inputs in batches]
-        targets = [self._to_device(inputs, ids) for inputs, ids in target_batches]
-        num_domains, num_targets = len(self.domains.names), len(self.target_weights or ())
-        counts = [_count_items(train, num_domains), _count_items(targets, num_targets)]
-        if trains:
-            counts.append(_count_examples(train, num_domains))
-        items, target_items, *examples = self._sum_counts(counts)
-        if trains:
-            self.state.num_tokens += items
-            self.state.num_examples += examples[0]
-        model = self.trainer.model  # not its DDP wrapper: sums over the processes are made once, of what a step needs
-        self._learn_loss(model, train)
-        sum_every_backward(model)
-        return StepGradients(
-            train,
-            targets,
-            num_items=items,
-            target_items=target_items,
-            target_weights=self.target_weights,
-            compute_loss=lambda piece, num_items: self._loss(model, piece, num_items),
-            backward=self._backward,
-            replay=RandomReplay(self.args.device),
-            device=self.args.device,
-            num_calls=self._agree_on_calls(train, targets),
-            call_for_nothing=self._call_for_nothing,
-            spare=None if spare is None else self._to_device(spare, spare[DOMAIN_IDS]),
-        )
-
-    def _learn_loss(self, model: nn.Module, train: list[MicroBatch]) -> None:
-        """On examples of this process; where the loss may talk, on all processes or on none."""
-        labelled = [batch for batch in train if batch.items.any()]
-        is_ready, is_learned = bool(labelled), self._loss.is_learned
-        if self._loss_may_talk:
-            lacks = torch.tensor([not is_ready, not is_learned], dtype=torch.int64, device=self.args.device)
-            is_ready, is_learned = (not lack for lack in self._reduction.max(lacks).tolist())
-        if is_ready and not is_learned:
-            self._loss.learn(model, labelled, makes_same_calls=self._loss_may_talk)
-
-    def _call_for_nothing(self, piece: DomainSlice) -> None:
-        """Take part in what the other processes do, and add nothing; of a sharded model, the backward is a part of it."""
-        model = self.trainer.model
-        if is_sharded(model):
-            with without_gradient(model):
-                self._backward(0.0 * self._loss(model, piece, 1))
-        else:
-            with torch.no_grad():
-                self._loss(model, piece, 1)
-
-    def _backward(self, loss: Tensor) -> None:
-        """Add what this process has to the sum over all; FSDP adds the mean over them."""
-        scale = self._reduction.num_processes if is_sharded(self.trainer.model) else 1
-        self.trainer.accelerator.backward(loss * scale)
-
-    def _agree_on_calls(
-        self, train: list[MicroBatch], targets: list[MicroBatch]
-    ) -> tuple[list[int], list[int]] | None:
-        """The most slices of each domain and target that some process has, if all must call the loss that often."""
-        if not self._loss_may_talk:
-            return None
-        num_domains, num_targets = len(self.domains.names), len(self.target_weights or ())
-        calls = torch.zeros(num_domains + num_targets, dtype=torch.int64)
-        for offset, batches in ((0, train), (num_domains, targets)):
-            for batch in batches:
-                calls[offset + batch.domain_ids[batch.items > 0].unique()] += 1
-        calls = self._reduction.max(calls.to(self.args.device)).tolist()
-        return calls[:num_domains], calls[num_domains:]
 
     def count_consumed(self, batches: list[dict[str, Any]]) -> None:
         """Note, over all processes, examples and labels of a step that the trainer takes by itself."""
@@ -272,7 +315,7 @@ class DomainLearner:
             for inputs in batches
         ]
         num_domains = len(self.domains.names)
-        counts = [_count_items(micro_batches, num_domains), _count_examples(micro_batches, num_domains)]
+        counts = [count_labels(micro_batches, num_domains), count_examples(micro_batches, num_domains)]
         items, examples = self._sum_counts(counts)
         self.state.num_tokens += items
         self.state.num_examples += examples
@@ -289,46 +332,37 @@ class DomainLearner:
             )
         return list(numbers[:-1].split([len(count) for count in counts]))
 
-    def _to_device(self, inputs: dict[str, Any], ids: Tensor) -> MicroBatch:
-        prepared = self.trainer._prepare_inputs(inputs)
-        return MicroBatch(prepared, ids, labels_are_shifted=self._loss.labels_are_shifted)
-
-    def update_weights(self, alignment: Alignment, present: set[int]) -> None:
+    def _update_weights(self, alignment: Alignment, present: list[int]) -> None:
         """One mirror step by the scores of an alignment, unless something in it is not finite."""
-        scores = alignment.inner_products
-        if self.target_weights is None and not self.recipe.self_term:
-            scores = scores - alignment.norms.square()
-        usable = alignment.usable
-        finite = len(present) == int(usable.sum()) and bool(scores[usable].isfinite().all())
-        self.note_finiteness(not finite)
+        usable, recipe, state = alignment.step_scales > 0, self.recipe, self.state
         learning_rate = self.trainer._get_learning_rate()
-        if finite:
-            scores = scores.clone()
-            scores[usable] = clamp_scores(
-                normalize_scores(
-                    scores[usable],
-                    alignment.norms[usable],
-                    alignment.target_norm,
-                    normalization=self.recipe.normalization,
-                ),
-                score_min=self.recipe.score_min,
-                score_max=self.recipe.score_max,
-            )
-            weights = update_domain_weights(
-                self.state.weights,
-                scores,
-                learning_rate=learning_rate,
-                mu=self.recipe.mu,
-                smoothing=self.recipe.smoothing,
-                present=usable,
-            )
-            self.state.update(weights, burn_in_steps=self.recipe.burn_in_steps)
-            if self.state.num_updates % self.args.trajectory_steps == 0:
-                step = self.trainer.state.global_step + 1
-                self.state.points.append(TrajectoryPoint(step, learning_rate, weights, scores, alignment.losses))
+        scores = alignment.inner_products
+        if self.targets is None and not recipe.self_term:
+            scores = scores - alignment.norms.square()
+        finite = len(present) == int(usable.sum()) and bool(scores[usable].isfinite().all())
+        self._note_finiteness(not finite)
+        if not finite:
+            self.metrics.record(losses=alignment.losses, scores=scores)
+            return
+        norms, target_norm = alignment.norms[usable], alignment.target_norm
+        found = normalize_scores(scores[usable], norms, target_norm, normalization=recipe.normalization)
+        found = clamp_scores(found, score_min=recipe.score_min, score_max=recipe.score_max)
+        scores = scores.index_put((usable,), found)
+        weights = update_domain_weights(
+            state.weights,
+            scores,
+            learning_rate=learning_rate,
+            mu=recipe.mu,
+            smoothing=recipe.smoothing,
+            present=usable,
+        )
         self.metrics.record(losses=alignment.losses, scores=scores)
+        state.update(weights, burn_in_steps=recipe.burn_in_steps)
+        if state.num_updates % self.args.trajectory_steps == 0:
+            step = self.trainer.state.global_step + 1
+            state.points.append(TrajectoryPoint(step, learning_rate, weights, scores, alignment.losses))
 
-    def note_finiteness(self, nonfinite: bool) -> None:
+    def _note_finiteness(self, nonfinite: bool) -> None:
         """Count a step in which a domain's loss or gradient was not finite, and stop when they do not end."""
         state = self.state
         state.nonfinite_steps += nonfinite
@@ -340,28 +374,15 @@ class DomainLearner:
                 "rate or clean the data of that domain (`max_nonfinite_steps` sets the patience)."
             )
 
-    def shares(self, usable: Tensor) -> Tensor:
+    def _shares(self, usable: Tensor) -> Tensor:
         """Shares of the usable domains, summing to 1; where they hold no weight at all, they count alike."""
         shares = torch.where(usable, self.state.weights, 0.0)
         if shares.sum() == 0:
             shares = usable.double()
         return shares / shares.sum().clamp(min=torch.finfo(shares.dtype).tiny)
 
-    def weighted_loss(self, losses: Tensor, usable: Tensor) -> Tensor:
+    def _weighted_loss(self, losses: Tensor, usable: Tensor) -> Tensor:
         """The weighted loss that the step minimises, for the Trainer's log."""
-        shares = self.shares(usable)
+        shares = self._shares(usable)
         loss = torch.where(shares > 0, shares * losses, 0.0).sum()
         return loss.to(device=self.args.device, dtype=torch.float32)
-
-
-def _count_items(batches: list[MicroBatch], num_domains: int) -> Tensor:
-    counts = torch.zeros(num_domains, dtype=torch.int64)
-    for batch in batches:
-        counts += batch.count(batch.items, num_domains)
-    return counts
-
-
-def _count_examples(batches: list[MicroBatch], num_domains: int) -> Tensor:
-    return sum(
-        (torch.bincount(batch.domain_ids, minlength=num_domains) for batch in batches), torch.zeros(num_domains).long()
-    )

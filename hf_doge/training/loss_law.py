@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from hf_doge.gradients.alignment import RandomReplay
 from hf_doge.gradients.independence import full_precision
-from hf_doge.gradients.sharding import is_sharded, is_spread
+from hf_doge.gradients.sharding import is_sharded
+from hf_doge.gradients.vectors import is_spread
 from hf_doge.sampling.collation import seeded
-from hf_doge.training.step_gradients import DomainSlice, MicroBatch, count_items
+from hf_doge.training.step_gradients import DomainSlice, MicroBatch, RandomReplay, count_items
 
 IGNORED = -100
 _TOLERANCE = 2e-5  # relative: room for float32's rounding, and for no other term

@@ -12,9 +12,11 @@ from torch import Tensor, nn
 from transformers import Trainer
 
 from hf_doge.artifacts.domain_weights import DomainWeights
-from hf_doge.gradients.alignment import DomainAlignment, PerDomainAlignment, StreamedAlignment
-from hf_doge.gradients.sharding import is_sharded, is_spread, num_own_elements
+from hf_doge.gradients.alignment import DomainAlignment
+from hf_doge.gradients.per_domain import PerDomainAlignment, StreamedAlignment
+from hf_doge.gradients.sharding import is_sharded
 from hf_doge.gradients.single_pass import SinglePassAlignment
+from hf_doge.gradients.vectors import Vectors, is_spread, num_own_elements
 from hf_doge.sampling.streaming import holds_streams
 from hf_doge.training.config import DoGEConfig, Recipe
 
@@ -146,64 +148,29 @@ def refuse_batch_statistics(model: nn.Module) -> None:
 
 
 def choose_alignment(
-    model: nn.Module,
+    trainer: Trainer,
     args: DoGEConfig,
     recipe: Recipe,
     *,
     num_domains: int,
     is_universal: bool,
-    loss_may_talk: bool = False,
-    shards: bool = False,
+    uses_collectives: bool,
 ) -> DomainAlignment:
     """
     The way to the scores: as asked, or the fastest that is exact; the choice and its reason are logged.
 
-    A loss that may talk to other processes is left to the plain ways, which call it equally often on all of them. So is a
-    model that FSDP `shards`, or will when training starts.
+    A loss that `uses_collectives` is left to the plain ways, which call it equally often on all processes. So is a model
+    that FSDP shards, or will when training starts.
     """
+    model = trainer.model
     refuse_batch_statistics(model)
     refuse_sparse_gradients(model)
     parameters = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-    if not parameters:
-        raise ValueError("The model must have trainable parameters, but all of them have `requires_grad=False`.")
-    scored_names = None
-    if args.alignment_parameters is not None:
-        scored_names = {name for name, _ in parameters if re.search(args.alignment_parameters, name)}
-        if not scored_names:
-            raise ValueError(
-                f"`alignment_parameters` must match a trainable parameter, but {args.alignment_parameters!r} matches "
-                f"none of {[name for name, _ in parameters][:8]} ..."
-            )
-    needs_norms = recipe.normalization != "none" or (is_universal and not recipe.self_term)
-    options = {
-        "num_domains": num_domains,
-        "scored_names": scored_names,
-        "max_norm": recipe.domain_max_grad_norm,
-        "needs_norms": needs_norms,
-    }
-    whole = [name for name, parameter in parameters if not is_spread(parameter)]
-    if is_sharded(model) and whole:
-        raise ValueError(
-            "FSDP must shard every parameter that is trained, or their gradients are not summed over the processes alike, "
-            f"but {whole[:8]} ... are whole on each process. Freeze them, or let FSDP shard them too (`ignored_modules`)."
-        )
+    _refuse_whole_parameters(model, parameters)
+    vectors = Vectors(parameters, _find_scored_names(args, parameters))
     needed = num_domains * sum(num_own_elements(p) * p.element_size() for _, p in parameters) / 2**30
     fits = needed <= args.gradient_memory_budget
-    choice, reason = args.alignment, "as asked for"
-    if choice == "single_pass" and loss_may_talk:
-        raise ValueError(
-            "`alignment='single_pass'` calls the loss where a process has labels, but the trainer's own `compute_loss` may "
-            "talk to the other processes, which must call it equally often. Use `alignment='auto'`, or pass a loss that "
-            "talks to nobody as `compute_loss_func`."
-        )
-    if choice == "auto" and (loss_may_talk or shards):
-        choice = "per_domain" if fits else "streamed"
-        reason = "the trainer's own `compute_loss` may talk to the other processes, which must call it equally often"
-        if shards:
-            reason = "FSDP shards the model, whose gradients 'single_pass' needs whole"
-    elif choice == "auto":
-        choice, reason = "single_pass", "the default; 'per_domain' or 'streamed' take over where it cannot be exact"
-    plain = PerDomainAlignment if choice == "per_domain" or (fits and choice != "streamed") else StreamedAlignment
+    choice, reason = _choose_way(args, fits=fits, uses_collectives=uses_collectives, shards=uses_fsdp(trainer))
     logger.info(
         "Alignment: %s (%s); keeping the gradients of %d domains takes %.3g GiB of the budget of %g GiB.",
         choice,
@@ -212,17 +179,67 @@ def choose_alignment(
         needed,
         args.gradient_memory_budget,
     )
+    keeps_all = choice == "per_domain" or (fits and choice != "streamed")
+    plain = (PerDomainAlignment if keeps_all else StreamedAlignment)(
+        vectors,
+        num_domains=num_domains,
+        max_norm=recipe.domain_max_grad_norm,
+        needs_norms=recipe.normalization != "none" or (is_universal and not recipe.self_term),
+    )
     if choice != "single_pass":
-        return plain(parameters, **options)
+        return plain
     return SinglePassAlignment(
         model,
-        parameters,
-        plain=plain(parameters, **options),
+        plain=plain,
         memory_budget=args.gradient_memory_budget * 2**30,
         tolerance=1e-3 if all(p.dtype.itemsize >= 4 for _, p in parameters) and not args.bf16 else 0.1,
         is_required=args.alignment == "single_pass",
-        **options,
     )
+
+
+def _refuse_whole_parameters(model: nn.Module, parameters: list[tuple[str, nn.Parameter]]) -> None:
+    if not parameters:
+        raise ValueError("The model must have trainable parameters, but all of them have `requires_grad=False`.")
+    whole = [name for name, parameter in parameters if not is_spread(parameter)]
+    if is_sharded(model) and whole:
+        raise ValueError(
+            "FSDP must shard every parameter that is trained, or their gradients are not summed over the processes alike, "
+            f"but {whole[:8]} ... are whole on each process. Freeze them, or let FSDP shard them too (`ignored_modules`)."
+        )
+
+
+def _find_scored_names(args: DoGEConfig, parameters: list[tuple[str, nn.Parameter]]) -> set[str] | None:
+    """Parameters whose gradients are compared; `None` for all."""
+    if args.alignment_parameters is None:
+        return None
+    names = {name for name, _ in parameters if re.search(args.alignment_parameters, name)}
+    if not names:
+        raise ValueError(
+            f"`alignment_parameters` must match a trainable parameter, but {args.alignment_parameters!r} matches "
+            f"none of {[name for name, _ in parameters][:8]} ..."
+        )
+    return names
+
+
+def _choose_way(args: DoGEConfig, *, fits: bool, uses_collectives: bool, shards: bool) -> tuple[str, str]:
+    """Which alignment, and why."""
+    if args.alignment == "single_pass" and uses_collectives:
+        raise ValueError(
+            "`alignment='single_pass'` calls the loss where a process has labels, but the trainer's own `compute_loss` may "
+            "use collectives, which all processes must call equally often. Use `alignment='auto'`, or pass a loss that "
+            "uses none as `compute_loss_func`."
+        )
+    if args.alignment != "auto":
+        return args.alignment, "as asked for"
+    plain = "per_domain" if fits else "streamed"
+    if shards:
+        return plain, "FSDP shards the model, whose gradients 'single_pass' needs whole"
+    if uses_collectives:
+        return (
+            plain,
+            "the trainer's own `compute_loss` may use collectives, which all processes must call equally often",
+        )
+    return "single_pass", "the default; 'per_domain' or 'streamed' take over where it cannot be exact"
 
 
 def weights_in_order(weights: DomainWeights | Mapping[str, float] | None, names: tuple[str, ...]) -> Tensor:

@@ -1,16 +1,17 @@
-"""The losses of one optimizer step, cut by domain: what `gradients/alignment.py` differentiates."""
+"""The losses of one optimizer step, cut by domain: what the alignments of `gradients/` differentiate."""
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from hf_doge.gradients.alignment import MixedBatch, RandomReplay
+from hf_doge.gradients.alignment import MixedBatch
 from hf_doge.gradients.domain_gradients import Segments
 
 
@@ -95,6 +96,17 @@ def count_items(inputs: Mapping[str, Any], num_examples: int, *, labels_are_shif
     return labels.ne(-100).reshape(num_examples, -1).sum(dim=1).cpu()
 
 
+def count_labels(batches: list[MicroBatch], num_domains: int) -> Tensor:
+    """Labels of each domain in some micro-batches, int64 of shape `(num_domains,)`."""
+    return sum((batch.count(batch.items, num_domains) for batch in batches), torch.zeros(num_domains).long())
+
+
+def count_examples(batches: list[MicroBatch], num_domains: int) -> Tensor:
+    """Examples of each domain in some micro-batches, int64 of shape `(num_domains,)`."""
+    ones = (torch.bincount(batch.domain_ids, minlength=num_domains) for batch in batches)
+    return sum(ones, torch.zeros(num_domains).long())
+
+
 def _refuse_merged_examples(inputs: Mapping[str, Any], num_examples: int) -> None:
     merged = {
         name: tuple(value.shape)
@@ -118,60 +130,91 @@ def _pick_rows(value: Any, rows: Tensor, num_examples: int) -> Any:
     return value
 
 
+class RandomReplay:
+    """
+    Runs a block of code again with the random numbers of its first time, so that a second forward drops what the
+    first one dropped. The first run of a key uses and advances the global generators as usual; repeats leave them alone.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.devices = [] if device.type == "cpu" else [device]
+        self.device_type = device.type
+        self._states: dict[object, tuple[Tensor, list[Tensor]]] = {}
+
+    @contextmanager
+    def __call__(self, key: object) -> Iterator[None]:
+        """Run the block under the random state that `key` first ran under."""
+        if key not in self._states:
+            device_states = [torch.get_device_module(self.device_type).get_rng_state(d) for d in self.devices]
+            self._states[key] = (torch.get_rng_state(), device_states)
+            yield
+            return
+        cpu_state, device_states = self._states[key]
+        with torch.random.fork_rng(devices=self.devices, device_type=self.device_type if self.devices else "cuda"):
+            torch.set_rng_state(cpu_state)
+            for device, state in zip(self.devices, device_states, strict=True):
+                torch.get_device_module(self.device_type).set_rng_state(state, device)
+            yield
+
+
+class StepLoss(Protocol):
+    """The loss of one slice of a step, and its gradient; see [`~hf_doge.training.domain_loss.DomainLoss`]."""
+
+    device: torch.device
+
+    def __call__(self, piece: DomainSlice, num_items: int) -> Tensor:
+        """What the slice adds to its domain's mean over that many items of the step."""
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradient of a loss to `.grad`."""
+
+    def call_for_nothing(self, piece: DomainSlice) -> None:
+        """Take part in a call of the other processes with an example that does not count."""
+
+
 class StepGradients:
     """
     A [`~hf_doge.gradients.alignment.GradientSource`] over the micro-batches of one step.
 
     Args:
+        loss (`StepLoss`): Of a slice.
         micro_batches (`list[MicroBatch]`): This process' train examples.
         target_batches (`list[MicroBatch]`): Its share of the targets; empty in the universal setting.
         num_items (`torch.Tensor` of shape `(num_domains,)`): Labels of each domain in the step, on all processes.
         target_items (`torch.Tensor` of shape `(num_targets,)`): Same for the targets.
         target_weights (`dict[int, float]`, *optional*): Weight of each target; `None` in the universal setting.
-        compute_loss (`Callable[[DomainSlice, int], Tensor]`):
-            The loss that a slice adds to its domain's mean over that many items of the step.
-        backward (`Callable[[Tensor], None]`): Differentiates a loss into `.grad`.
-        replay (`RandomReplay`): Fresh for this step.
-        device (`torch.device`): Of the losses.
         num_calls (`tuple[list[int], list[int]]`, *optional*):
-            How often `compute_loss` is called at least for each domain and each target, where it talks to the other
-            processes: all of them must call it equally often.
-        call_for_nothing (`Callable[[DomainSlice], None]`, *optional*):
-            Makes up for a call that other processes make and this one does not, with an example that does not matter.
-        spare (`MicroBatch`, *optional*): Where that example comes from on a process that has none in this step.
+            How often the loss is called at least for each domain and each target, where it uses collectives: all processes
+            must call it equally often.
+        spare (`MicroBatch`, *optional*): Where an example that does not count comes from on a process that has none.
     """
 
     def __init__(
         self,
+        loss: StepLoss,
         micro_batches: list[MicroBatch],
         target_batches: list[MicroBatch],
         *,
         num_items: Tensor,
         target_items: Tensor,
         target_weights: dict[int, float] | None,
-        compute_loss: Callable[[DomainSlice, int], Tensor],
-        backward: Callable[[Tensor], None],
-        replay: RandomReplay,
-        device: torch.device,
         num_calls: tuple[list[int], list[int]] | None = None,
-        call_for_nothing: Callable[[DomainSlice], None] | None = None,
         spare: MicroBatch | None = None,
     ) -> None:
+        self._loss = loss
         self._micro_batches = micro_batches
         self._target_batches = target_batches
-        self._num_items = num_items.tolist()
-        self._target_items = target_items.tolist()
-        self.present_domains = [domain for domain, items in enumerate(self._num_items) if items > 0]
+        self.num_items = num_items
+        self._target_items = target_items
+        self.present_domains = num_items.nonzero().flatten().tolist()
         self.target_weights = target_weights
         if target_weights is not None:
-            self.target_weights = {t: w for t, w in target_weights.items() if self._target_items[t] > 0 and w > 0}
-        self._compute_loss = compute_loss
-        self._backward = backward
-        self._replay = replay
-        self._device = device
+            self.target_weights = {t: w for t, w in target_weights.items() if target_items[t] > 0 and w > 0}
+        # Whether there is something to compare with: the training domains, or a target that has a label.
+        self.can_align = self.target_weights is None or bool(self.target_weights)
         self._num_calls = num_calls
-        self._call = call_for_nothing
         self._spare = spare
+        self._replay = RandomReplay(loss.device)
         self._seen: set[tuple[str, int]] = set()
         self.training_seconds = 0.0  # in the first differentiation of each example: what training alone would take too
 
@@ -183,24 +226,15 @@ class StepGradients:
     def _target_slices(self) -> dict[int, list[DomainSlice]]:
         return _collect_slices(self._target_batches)
 
-    @property
-    def can_align(self) -> bool:
-        """Whether there is something to compare with: the training domains, or a target that has a label."""
-        return self.target_weights is None or bool(self.target_weights)
-
-    def num_items(self, domain: int) -> int:
-        """Labels of a training domain in this step, on all processes."""
-        return self._num_items[domain]
-
     def backward(self, domain: int, *, weight: float = 1.0) -> Tensor:
         """Add `weight` times the gradient of a training domain's mean loss to `.grad`; returns that loss."""
         slices = self._train_slices.get(domain, [])
-        return self._differentiate("train", domain, slices, self._num_items[domain], weight)
+        return self._differentiate("train", domain, slices, int(self.num_items[domain]), weight)
 
     def target_backward(self, target: int) -> Tensor:
         """Add the gradient of a target's mean loss to `.grad`; returns that loss."""
         slices = self._target_slices.get(target, [])
-        return self._differentiate("target", target, slices, self._target_items[target], 1.0)
+        return self._differentiate("target", target, slices, int(self._target_items[target]), 1.0)
 
     def mixed_batches(self) -> Iterator[MixedBatch]:
         """The train micro-batches that have a label, sorted by domain."""
@@ -208,7 +242,7 @@ class StepGradients:
             if batch.items.sum() == 0:
                 continue
             piece, domain_ids = batch.sorted_by_domain()
-            sizes = torch.bincount(domain_ids, minlength=len(self._num_items))
+            sizes = torch.bincount(domain_ids, minlength=len(self.num_items))
             yield MixedBatch(
                 Segments(tuple(sizes.tolist())),
                 piece.num_items,
@@ -219,7 +253,7 @@ class StepGradients:
     def differentiate(self, loss: Tensor) -> None:
         """Add the gradient of a loss to `.grad`."""
         start = time.perf_counter()
-        self._backward(loss)
+        self._loss.backward(loss)
         self.training_seconds += time.perf_counter() - start
 
     def sample(self, num_examples: int = 3) -> "StepGradients | None":
@@ -233,18 +267,10 @@ class StepGradients:
                 continue
             few = copy(batch)
             few.inputs, few.items = batch.pick(rows).inputs, batch.items[rows]
-            few.domain_ids = torch.arange(len(rows)).clamp(max=min(1, len(self._num_items) - 1))
-            return StepGradients(
-                [few],
-                [],
-                num_items=few.count(few.items, len(self._num_items)),
-                target_items=torch.zeros(0, dtype=torch.int64),
-                target_weights=None,
-                compute_loss=self._compute_loss,
-                backward=self._backward,
-                replay=self._replay.fresh(),
-                device=self._device,
-            )
+            few.domain_ids = torch.arange(len(rows)).clamp(max=min(1, len(self.num_items) - 1))
+            items = few.count(few.items, len(self.num_items))
+            no_targets = torch.zeros(0, dtype=torch.int64)
+            return StepGradients(self._loss, [few], [], num_items=items, target_items=no_targets, target_weights=None)
         return None
 
     def _mixed_loss(self, piece: DomainSlice, key: object) -> Tensor:
@@ -255,16 +281,16 @@ class StepGradients:
 
     def _replayed_loss(self, piece: DomainSlice, num_items: int, key: object) -> Tensor:
         with self._replay(key):
-            return self._compute_loss(piece, num_items)
+            return self._loss(piece, num_items)
 
     def _differentiate(
         self, kind: str, domain: int, slices: list[DomainSlice], num_items: int, weight: float
     ) -> Tensor:
         start = time.perf_counter()
-        losses = [torch.zeros((), device=self._device)]
+        losses = [torch.zeros((), device=self._loss.device)]
         for position, piece in enumerate(slices):
             loss = self._replayed_loss(piece, num_items, (kind, domain, position))
-            self._backward(loss * weight)
+            self._loss.backward(loss * weight)
             losses.append(loss.detach())
         self._keep_up(kind, domain, len(slices))
         if (kind, domain) not in self._seen:
@@ -280,7 +306,7 @@ class StepGradients:
         for _ in range(num_made, needed):
             batch = next(iter(self._micro_batches + self._target_batches), self._spare)
             with self._replay("nothing"):
-                self._call(batch.pick(torch.tensor([0])))
+                self._loss.call_for_nothing(batch.pick(torch.tensor([0])))
 
 
 def _collect_slices(batches: list[MicroBatch]) -> dict[int, list[DomainSlice]]:

@@ -29,7 +29,6 @@ from hf_doge.training.setup import (
     refuse_unsupported_engine,
     weights_in_order,
 )
-from hf_doge.training.step_gradients import StepGradients
 
 DOMAIN_WEIGHTS_FOLDER = "domain_weights"
 
@@ -149,6 +148,7 @@ class DoGEMixin(DomainWeightedMixin):
             self,
             domains,
             targets=self._targets,
+            looks=self._alignment_batches,
             initial_weights=initial_weights,
         )
         self._micro_batches: list[dict[str, Any]] = []
@@ -204,30 +204,24 @@ class DoGEMixin(DomainWeightedMixin):
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
-        """A micro-batch of the step at hand; see [`_proxy_step`] and [`_online_step`]."""
-        if self.args.is_online:
-            return self._online_step(model, inputs, num_items_in_batch)
-        return self._proxy_step(model, inputs)
+        """
+        A micro-batch. For a proxy, those of an optimizer step together are one [`~DomainLearner.step`], at the last of them;
+        online, every one trains as in any Trainer, and before the first the learner takes its look.
+        """
+        return (self._online_step if self._learner.is_online else self._proxy_step)(model, inputs, num_items_in_batch)
 
-    def _proxy_step(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
-        """Collect the step's micro-batches; at the last one, update the weights and write the weighted gradient."""
+    def _proxy_step(self, model: nn.Module, inputs: dict[str, Any], _: Tensor | int | None) -> Tensor:
         micro_batches = self._collect(inputs)
         if micro_batches is None:
             return torch.zeros((), device=self.args.device)
-        learner = self._learner
         self._enter_training(model)
-        start = time.perf_counter()
-        step = learner.prepare(micro_batches, self._target_batches() if self._is_reweighting else [], trains=True)
-        loss = self._reweighting_step(step) if self._is_reweighting and step.can_align else self._weighted_step(step)
-        learner.record_time(step_seconds=time.perf_counter() - start, training_seconds=step.training_seconds)
-        return loss
+        return self._learner.step([self._prepare_batch(batch) for batch in micro_batches])
 
     def _online_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None
     ) -> Tensor:
-        """An ordinary step of the trainer, with a look at the gradients before it when one is due."""
         learner, start = self._learner, time.perf_counter()
-        if self._is_reweighting and not self._micro_batches:
+        if learner.is_due and not self._micro_batches:
             self._enter_training(model)
             self._reweight_sampler(inputs)
         training_start = time.perf_counter()
@@ -253,67 +247,15 @@ class DoGEMixin(DomainWeightedMixin):
         micro_batches, self._micro_batches = self._micro_batches, []
         return micro_batches
 
-    @property
-    def _is_reweighting(self) -> bool:
-        return self.state.global_step % self._learner.args.reweight_steps == 0
-
-    def _reweighting_step(self, step: StepGradients) -> Tensor:
-        """Align, update the weights, and step with the new ones (with `lagged_update`, with the old)."""
-        learner = self._learner
-        alignment = learner.alignment.align(step)
-        before = learner.shares(alignment.usable)
-        learner.update_weights(alignment, set(step.present_domains))
-        shares = before if self._learner.args.lagged_update else learner.shares(alignment.usable)
-        learner.alignment.write_gradient(step, shares * alignment.step_scales)
-        return learner.weighted_loss(alignment.losses, alignment.usable)
-
-    def _weighted_step(self, step: StepGradients) -> Tensor:
-        """A plain step on the weighted loss, between two updates of the weights."""
-        learner = self._learner
-        weights = learner.state.weights
-        usable = torch.zeros_like(weights, dtype=torch.bool)
-        usable[list(step.present_domains)] = True
-        losses = learner.alignment.write_weighted_gradient(step, learner.shares(usable))
-        finite = usable & losses.isfinite()
-        if not torch.equal(usable & (weights > 0), finite):
-            # A loss that is not a number has spoilt the sum: take it again without that domain.
-            self.model.zero_grad()
-            learner.alignment.write_weighted_gradient(step, learner.shares(finite))
-        learner.note_finiteness(bool((usable & ~finite & (weights > 0)).any()))
-        learner.metrics.record(losses=losses)
-        return learner.weighted_loss(losses, finite)
-
     def _reweight_sampler(self, inputs: dict[str, Any]) -> None:
-        """Update the weights by examples of their own, and tell the sampler from which draw on they hold."""
-        learner, step = self._learner, self.state.global_step
-        shares = {"process_index": self.args.process_index, "num_processes": self.args.world_size}
-        pieces = self._alignment_batches.batches(
-            step // self._learner.args.reweight_steps, self._signature_columns, **shares
-        )
-        gradients = learner.prepare(
-            [self.data_collator(features) for features, _ in pieces],
-            self._target_batches(),
-            trains=False,
-            spare=inputs,
-        )
-        if not gradients.can_align:
+        """Let the learner take its look, and tell the sampler from which draw on the new weights hold."""
+        learner, sampler = self._learner, self.domain_sampler
+        if not learner.look(self._prepare_batch(inputs)):
             return
-        alignment = learner.alignment.align(gradients)
-        learner.alignment.forget()
-        learner.update_weights(alignment, set(gradients.present_domains))
         weights = dict(zip(learner.state.names, learner.state.weights.tolist(), strict=True))
-        first_draw = (step + learner.args.lag_steps) * examples_per_step(self.args)
-        if self.domain_sampler.max_epochs_per_domain is None or first_draw < self.domain_sampler.num_planned:
-            self.domain_sampler.set_weights(weights, first_draw=first_draw)
-
-    def _target_batches(self) -> list[tuple[dict[str, Any], Tensor]]:
-        """This process' share of the targets that the step at hand compares with."""
-        if self._targets is None:
-            return []
-        shares = {"process_index": self.args.process_index, "num_processes": self.args.world_size}
-        looks = self.state.global_step // self._learner.args.reweight_steps
-        pieces = self._targets.batches(looks, self._signature_columns, **shares)
-        return [(self.data_collator(features), ids) for features, ids in pieces]
+        first_draw = (self.state.global_step + learner.args.lag_steps) * examples_per_step(self.args)
+        if sampler.max_epochs_per_domain is None or first_draw < sampler.num_planned:
+            sampler.set_weights(weights, first_draw=first_draw)
 
     @staticmethod
     def _refuse_lost_domains(args: DoGEConfig, names: tuple[str, ...]) -> None:
@@ -347,6 +289,10 @@ class DoGEMixin(DomainWeightedMixin):
         """Draw by the first weights again, as a trainer that has not trained yet."""
         state = self.domain_sampler.state_dict()
         self.domain_sampler.load_state_dict({**state, "schedule": state["schedule"][:1], "epoch": 0, "position": 0})
+
+    def _prepare_batch(self, inputs: dict[str, Any]) -> tuple[dict[str, Any], Tensor | None]:
+        """A train batch on the device, and the domain of each example."""
+        return self._prepare_inputs(inputs), inputs.get(DOMAIN_IDS)
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """The model does not take the domains."""

@@ -12,7 +12,7 @@ from datasets import Dataset
 from peft import LoraConfig
 from trl import SFTConfig, SFTTrainer
 
-from hf_doge.gradients.sharding import num_own_elements, own_part
+from hf_doge.gradients.vectors import num_own_elements, own_part
 from hf_doge.training.config import DoGEConfig
 from hf_doge.training.trainer import DoGEMixin, DoGETrainer
 from tests.launch import end_process_group

@@ -341,7 +341,7 @@ def test_a_loss_counts_the_same_on_two_processes_whether_or_not_it_is_scaled_for
         MicroBatch({"input_ids": ids, "labels": ids}, torch.zeros(4), labels_are_shifted=True),
         DomainLoss(trainer),
     )
-    loss.learn(model, [batch], makes_same_calls=False)
-    found = loss(model, batch.pick(torch.arange(4)), 2 * 28)
+    loss.learn([batch])
+    found = loss(batch.pick(torch.arange(4)), 2 * 28)
     assert found.item() == pytest.approx(model(ids, labels=ids).loss.item() / 2, rel=1e-5)
     assert args.average_tokens_across_devices
