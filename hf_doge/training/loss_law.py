@@ -1,28 +1,28 @@
 """What cutting a step by domain takes for granted of its loss, tried before the first step."""
 
 import inspect
-import random
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import chain
 from math import ceil, isfinite
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
 
-from hf_doge.gradients.independence import full_precision
-from hf_doge.gradients.sharding import is_sharded
-from hf_doge.gradients.vectors import is_spread
 from hf_doge.sampling.collation import seeded
+from hf_doge.training.loss_trials import (
+    IGNORED,
+    Targets,
+    can_be_cast,
+    is_integer,
+    louder,
+    output_head,
+    random_states,
+    undisturbed,
+)
 from hf_doge.training.step_gradients import DomainSlice, MicroBatch, RandomReplay, count_items
 
-IGNORED = -100
 _TOLERANCE = 2e-5  # relative: room for float32's rounding, and for no other term
 _HALF_TOLERANCE = 2e-2
 _DOUBLED_TOLERANCE = 1e-6  # halving is exact in any precision
@@ -84,8 +84,8 @@ class LossLaw:
         self._labels_are_shifted = labels_are_shifted
         self._device = device
         self._replay = RandomReplay(device)
-        self._targets = _Targets()
-        self._casts = _can_be_cast(model)
+        self._targets = Targets()
+        self._casts = can_be_cast(model)
         self._tolerance = _HALF_TOLERANCE if is_half or not self._casts else _TOLERANCE
         self._batches = batches
         self._groups, self._largest = _group(batches)
@@ -103,7 +103,7 @@ class LossLaw:
         Raises:
             ValueError: if the loss is neither such a sum nor such a mean.
         """
-        with _undisturbed(self.model, self._device, casts=self._casts), torch.no_grad():
+        with undisturbed(self.model, self._device, casts=self._casts), torch.no_grad():
             is_random = self._find_randomness()
             num_trials = _NUM_TRIALS_TOGETHER if makes_same_calls else self._count_trials()
             for number in range(num_trials):
@@ -115,7 +115,7 @@ class LossLaw:
     def compare(self, other: ComputeLoss) -> float | None:
         """How many times as large the loss is as by another way to compute it, `None` if that cannot be told."""
         piece = self._slice(self._groups[0])
-        with _undisturbed(self.model, self._device, casts=self._casts), torch.no_grad():
+        with undisturbed(self.model, self._device, casts=self._casts), torch.no_grad():
             losses = [
                 self._value(piece, piece.num_items, compute_loss) for compute_loss in (self._compute_loss, other)
             ]
@@ -127,10 +127,10 @@ class LossLaw:
         group = self._slice(self._groups[0])
         for is_training in (True, False):
             self.model.train(is_training)
-            before = _random_states(self._device)
+            before = random_states(self._device)
             with self._targets:
                 self._compute_loss(group, group.num_items)
-            found.append(before != _random_states(self._device))
+            found.append(before != random_states(self._device))
         return tuple(found)
 
     def _count_trials(self) -> int:
@@ -151,7 +151,7 @@ class LossLaw:
         self.model.train(not is_random[0])
         parts = self._split(whole, size=1 if is_random[1] else len(group[1]))
         factor = _LOUDER[number // _NUM_AS_THEY_ARE % 2] if number >= _NUM_AS_THEY_ARE else 1.0
-        with _louder(self.model, factor):
+        with louder(self.model, factor):
             losses = tuple(self._value(piece, whole.num_items) for piece in (whole, *parts))
         counts = tuple(piece.num_items for piece in (whole, *parts))
         if counts[1] + counts[2] == counts[0] and min(counts) > 0 and all(map(isfinite, losses)):
@@ -168,7 +168,7 @@ class LossLaw:
         one, other = rows.chunk(2)
         orders = [batch.pick(torch.cat(order)) for order in ((one, other), (other, one), (one, one), (other, other))]
         self.model.train()
-        with _louder(self.model, _LOUDER[0]):
+        with louder(self.model, _LOUDER[0]):
             mixed, turned, *same = (self._value(piece, orders[0].num_items) for piece in orders)
         if len(alike) and all(map(isfinite, (mixed, turned, *same))):
             what = "of examples in training mode, against either half of them twice"
@@ -180,7 +180,7 @@ class LossLaw:
         masks = [
             value
             for value in tensors
-            if _is_integer(value, 2) and len(value) == batch.num_examples and value.max() <= 1
+            if is_integer(value, 2) and len(value) == batch.num_examples and value.max() <= 1
         ]
         is_alike = batch.items[rows] == batch.items[rows[0]]
         for mask in masks:
@@ -203,7 +203,7 @@ class LossLaw:
         piece = batch.pick(rows)
         if len(rows) > 1 and rows[0] == rows[1]:  # an example that is alone, and itself turned by one position
             turned = {
-                name: torch.cat([value[:1], value[1:].roll(1, dims=1)]) if _is_integer(value, 2) else value
+                name: torch.cat([value[:1], value[1:].roll(1, dims=1)]) if is_integer(value, 2) else value
                 for name, value in piece.inputs.items()
             }
             piece = self._count(turned, len(rows))
@@ -227,7 +227,7 @@ class LossLaw:
     def _classes(self) -> Tensor | None:
         """Labels that may be tried: those of this step first, then all of which the loss knows, in random order."""
         name = self._label_name
-        if name is None or not _is_integer(self._batches[0].inputs[name], 1):
+        if name is None or not is_integer(self._batches[0].inputs[name], 1):
             return None
         seen = torch.cat([batch.inputs[name].reshape(-1).cpu() for batch in self._batches]).unique()
         seen = seen[seen != IGNORED]
@@ -236,7 +236,7 @@ class LossLaw:
         if not known and self._batches[0].inputs[name].dim() == 1:
             known = getattr(config, "num_labels", 0) or 0
         elif not known:
-            known = len(getattr(_head(self.model), "weight", ()))
+            known = len(getattr(output_head(self.model), "weight", ()))
         others = torch.arange(known, dtype=seen.dtype)
         others = (
             others[~torch.isin(others, seen)] if len(seen) and seen.min() >= 0 and seen.max() < known else seen[:0]
@@ -252,7 +252,7 @@ class LossLaw:
     def _can_be_ignored(self) -> bool:
         """Whether -100 is known to stand for no label."""
         name = self._label_name
-        if name is None or not _is_integer(self._batches[0].inputs[name], 1):
+        if name is None or not is_integer(self._batches[0].inputs[name], 1):
             return False
         labels = [batch.inputs[name] for batch in self._batches]
         return not self._targets.ignores_another and any(
@@ -344,62 +344,6 @@ class LossLaw:
                 )
 
 
-class _Targets(TorchFunctionMode):
-    """Notes the targets of every cross-entropy, and among how many classes they are."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._found: list[tuple[Tensor, int]] = []
-        self.special: list[int] = []  # classes that a loss treats otherwise
-        self.ignores_another = False  # than -100
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if func in (F.cross_entropy, F.nll_loss):
-            logits, target = (
-                args[at] if len(args) > at else kwargs[name] for at, name in enumerate(("input", "target"))
-            )
-            weight, ignored = (
-                args[at] if len(args) > at else kwargs.get(name, default)
-                for at, name, default in ((2, "weight", None), (4, "ignore_index", IGNORED))
-            )
-            if weight is not None:
-                self.special += (weight != weight.median()).nonzero().flatten().tolist()
-            if ignored != IGNORED:
-                self.ignores_another = True
-                self.special.append(ignored)
-            if not target.is_floating_point():
-                self._found.append((_counted(target), logits.shape[min(1, logits.dim() - 1)]))
-        return func(*args, **kwargs)
-
-    def num_classes(self, labels: Any) -> int:
-        """Among how many classes these labels are, 0 if that was not seen."""
-        return max((num for target, num in self._found if _is_part(target, labels)), default=0)
-
-    def are(self, value: Any) -> bool:
-        """Whether an input of the model is what was asked for."""
-        return self.num_classes(value) > 0
-
-
-def _counted(labels: Tensor) -> Tensor:
-    return labels[labels != IGNORED].reshape(-1).cpu()
-
-
-def _is_part(target: Tensor, labels: Any) -> bool:
-    """Whether the targets are labels of a batch, and not what a loss made of them."""
-    if not _is_integer(labels, 1) or len(target) == 0:
-        return False
-    labels = _counted(labels)
-    values, counts = target.unique(return_counts=True)
-    return all((labels == value).sum() >= count for value, count in zip(values, counts, strict=True))
-
-
-def _is_integer(value: Any, least_dims: int) -> bool:
-    return (
-        torch.is_tensor(value) and value.dim() >= least_dims and not (value.is_floating_point() or value.is_complex())
-    )
-
-
 def _group(batches: Sequence[MicroBatch]) -> tuple[list[tuple[MicroBatch, Tensor]], tuple[MicroBatch, Tensor]]:
     """
     Two labelled examples each, and a few more of one micro-batch. An example that is alone in its micro-batch is taken
@@ -416,87 +360,3 @@ def _group(batches: Sequence[MicroBatch]) -> tuple[list[tuple[MicroBatch, Tensor
     largest = max(batches, key=lambda batch: int((batch.items > 0).sum()))
     rows = (largest.items > 0).nonzero().squeeze(1)[:_MAX_EXAMPLES]
     return groups, (largest, rows) if len(rows) > 2 else groups[0]
-
-
-def _can_be_cast(model: nn.Module) -> bool:
-    """Whether the model can run in float32, or does: not if that were much larger than what training takes anyway."""
-    kernel = str(getattr(getattr(model, "config", None), "_attn_implementation", None) or "")
-    halves = [parameter for parameter in model.parameters() if _is_half(parameter)]
-    trained = sum(parameter.numel() for parameter in halves if parameter.requires_grad)
-    if getattr(model, "is_quantized", False):
-        return False
-    fits = 2 * trained >= sum(parameter.numel() for parameter in halves) and not is_sharded(model)
-    return not halves or ("flash" not in kernel and fits)
-
-
-def _is_half(tensor: Tensor) -> bool:
-    return tensor.is_floating_point() and tensor.dtype.itemsize < 4
-
-
-def _device_state(device: torch.device) -> Tensor:
-    return torch.empty(0) if device.type == "cpu" else torch.get_device_module(device).get_rng_state(device)
-
-
-def _random_states(device: torch.device) -> tuple:
-    numpy_state = np.random.get_state()
-    states = torch.random.get_rng_state(), _device_state(device)
-    return random.getstate(), numpy_state[1].tobytes(), numpy_state[2], *(state.numpy().tobytes() for state in states)
-
-
-def _head(model: nn.Module) -> nn.Module | None:
-    return model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-
-
-@contextmanager
-def _louder(model: nn.Module, factor: float) -> Iterator[None]:
-    """
-    The outputs of a model larger by a power of two, which can be taken back to the bit: one that has learned nothing has
-    the same loss for all labels, of which every function is additive.
-    """
-    weights = [parameter for parameter in model.parameters() if parameter.dim() == 2 and not is_spread(parameter)]
-    weight = getattr(_head(model), "weight", weights[-1] if weights else None)
-    if factor == 1 or weight is None or is_spread(weight) or not weight.is_floating_point():
-        yield
-        return
-    weight.data.mul_(factor)
-    try:
-        yield
-    finally:
-        weight.data.div_(factor)
-
-
-@contextmanager
-def _undisturbed(model: nn.Module, device: torch.device, *, casts: bool) -> Iterator[None]:
-    """The model in float32 where it is in half precision and `casts`; afterwards as it was, to the bit."""
-    modules = list(model.modules())
-    modes = [module.training for module in modules]
-    checkpointed = [module for module in modules if getattr(module, "gradient_checkpointing", False) is True]
-    buffers = [
-        (module, name, buffer, buffer.detach().clone())
-        for module in modules
-        for name, buffer in module.named_buffers(recurse=False)
-    ]
-    tensors = chain(model.parameters(), (buffer for _, _, buffer, _ in buffers))
-    halves = [(tensor, tensor.data) for tensor in tensors if casts and _is_half(tensor)]
-    python_state, numpy_state = random.getstate(), np.random.get_state()
-    devices = [] if device.type == "cpu" else [device]
-    with torch.random.fork_rng(devices=devices, device_type=device.type if devices else "cuda"):
-        try:
-            for module in checkpointed:
-                module.gradient_checkpointing = False  # which without gradients does nothing but warn
-            for tensor, data in halves:
-                tensor.data = data.float()
-            with full_precision(model) if casts else nullcontext():
-                yield
-        finally:
-            for tensor, data in halves:
-                tensor.data = data
-            for module, name, buffer, value in buffers:
-                buffer.data.copy_(value)
-                setattr(module, name, buffer)
-            for module, mode in zip(modules, modes, strict=True):
-                module.training = mode
-            for module in checkpointed:
-                module.gradient_checkpointing = True
-            random.setstate(python_state)
-            np.random.set_state(numpy_state)

@@ -1,6 +1,5 @@
 """Training any model on data drawn by domain weights: [`DomainWeightedTrainer`] and the mixin behind it."""
 
-import inspect
 import json
 from collections.abc import Mapping
 from functools import cached_property
@@ -10,7 +9,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset, IterableDataset
-from torch.utils.data import DataLoader, RandomSampler
+from torch.utils.data import DataLoader
 from transformers import Trainer
 
 from hf_doge.artifacts.domain_weights import DomainWeights
@@ -22,12 +21,18 @@ from hf_doge.sampling.schedule import DRAW_MODES
 from hf_doge.sampling.streaming import (
     holds_streams,
     interleave_domains,
-    warn_that_all_processes_read_everything,
 )
 from hf_doge.sampling.weights import to_shares
 from hf_doge.training.checkpoints import TRAINER_STATE_FILE, read_step, resolve_checkpoint
 from hf_doge.training.collator import ColumnCollator
 from hf_doge.training.global_batch import describe_reading, examples_per_step
+from hf_doge.training.mixture_checks import (
+    refuse_arguments,
+    refuse_endless,
+    refuse_lost_column,
+    refuse_lost_order,
+    warn_of_reading_everything,
+)
 from hf_doge.training.provenance import describe_domains
 from hf_doge.training.run_identity import RUN_FILE, describe_identity, refuse_other_run
 from hf_doge.training.sampler_guard import SamplerGuardCallback, StreamGuardCallback
@@ -105,7 +110,7 @@ class DomainWeightedMixin:
         check_text("domain_column", domain_column, what="the name of a column")
         check_choice("draw", draw, DRAW_MODES)
         check_number("max_epochs_per_domain", max_epochs_per_domain, above=0, finite=False, optional=True)
-        self._refuse_arguments(args)
+        refuse_arguments(args)
         self.domain_sampler, self._domain_column = None, domain_column
         self._identity, self._resumed_step = None, 0
         if holds_streams(train_dataset):
@@ -114,48 +119,35 @@ class DomainWeightedMixin:
                     "The length of a stream is not known, so `max_epochs_per_domain` must be unset for streams, but "
                     f"got {max_epochs_per_domain}. Lower the weights of the small domains instead."
                 )
-            self._refuse_endless(args)
-            seed = args.seed if args.data_seed is None else args.data_seed
-            mixed = interleave_domains(
-                train_dataset,
-                domain_weights,
-                seed=seed,
-                draw=draw,
-                num_samples=_ENDLESS,
-                domain_column=domain_column if self._labels_streams else None,
-            )
+            refuse_endless(args)
+            mixed, settings = self._mix_streams(train_dataset, domain_weights, args, draw)
             super().__init__(model=model, args=args, train_dataset=mixed, **kwargs)
-            self._seeded_collator = self.data_collator = SeededCollator(self.data_collator, seed=seed)
             if self._labels_streams:
-                self._refuse_lost_column(domain_column)
-            self._warn_of_reading_everything(mixed)
-            names = list(train_dataset)
-            weights = dict(zip(names, to_shares(domain_weights, names).tolist(), strict=True))
-            settings = {"seed": seed, "draw": draw, "domains": names}
-            self._stream_settings = {**settings, "weights": weights}
-            self.add_callback(StreamGuardCallback(settings, weights))
-            self._remember_what_is_fixed()
-            return
-        merged, domains = merge_domains(train_dataset, domain_column)
-        super().__init__(model=model, args=args, train_dataset=merged, **kwargs)
-        self._refuse_lost_column(domain_column)
-        self._refuse_lost_order()
-        is_ours = isinstance(train_dataset, Mapping) or kwargs.get("data_collator") is None
-        if is_ours and not self.args.remove_unused_columns:
-            self.data_collator = ColumnCollator(self.data_collator, domain_column)
-        if self.train_dataset is not merged:  # the trainer has prepared another
-            _, domains = merge_domains(self.train_dataset, domain_column)
-        self._drawn = {
-            "domains": domains,
-            "weights": domain_weights,
-            "draw": draw,
-            "max_epochs_per_domain": max_epochs_per_domain,
-        }
-        self._draws = self._read_draws()
-        self.domain_sampler = DomainWeightedSampler(**self._drawn, **self._draws)
-        seed = self.domain_sampler.seed
+                refuse_lost_column(self, domain_column)
+            warn_of_reading_everything(self.args, mixed)
+            self._stream_settings, seed = settings, settings["seed"]
+            guard = StreamGuardCallback({k: v for k, v in settings.items() if k != "weights"}, settings["weights"])
+        else:
+            merged, domains = merge_domains(train_dataset, domain_column)
+            super().__init__(model=model, args=args, train_dataset=merged, **kwargs)
+            refuse_lost_column(self, domain_column)
+            refuse_lost_order(self, super()._get_train_sampler)
+            is_ours = isinstance(train_dataset, Mapping) or kwargs.get("data_collator") is None
+            if is_ours and not self.args.remove_unused_columns:
+                self.data_collator = ColumnCollator(self.data_collator, domain_column)
+            if self.train_dataset is not merged:  # the trainer has prepared another
+                _, domains = merge_domains(self.train_dataset, domain_column)
+            self._drawn = {
+                "domains": domains,
+                "weights": domain_weights,
+                "draw": draw,
+                "max_epochs_per_domain": max_epochs_per_domain,
+            }
+            self._draws = self._read_draws()
+            self.domain_sampler = DomainWeightedSampler(**self._drawn, **self._draws)
+            seed, guard = self.domain_sampler.seed, SamplerGuardCallback(self.domain_sampler)
         self._seeded_collator = self.data_collator = SeededCollator(self.data_collator, seed=seed)
-        self.add_callback(SamplerGuardCallback(self.domain_sampler))
+        self.add_callback(guard)
         self._remember_what_is_fixed()
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -168,49 +160,21 @@ class DomainWeightedMixin:
                 f"{cls.__name__}({next(b.__name__ for b in cls.__bases__ if issubclass(b, DomainWeightedMixin))}, {base})`."
             )
 
-    def _refuse_lost_column(self, domain_column: str) -> None:
-        column_names = self.train_dataset.column_names  # `None` for streams that do not know
-        if column_names is not None and domain_column not in column_names:
-            raise ValueError(
-                f"The train set must keep its column {domain_column!r}, but {type(self).__name__} prepared it down to "
-                f"{column_names}. Packing mixes domains in one example: switch it off, or prepare the data of "
-                "each domain before."
-            )
-
-    def _refuse_lost_order(self) -> None:
-        """The sampler that ours takes the place of must be a plain random one: another means something to its trainer."""
-        get_sampler = super()._get_train_sampler
-        lost = get_sampler(self.train_dataset) if inspect.signature(get_sampler).parameters else get_sampler()
-        if type(lost) is RandomSampler and not lost.replacement and lost.num_samples == len(self.train_dataset):
-            return
-        below = type(self).__mro__[type(self).__mro__.index(DomainWeightedMixin) + 1 :]
-        owner = next(cls.__name__ for cls in below if "_get_train_sampler" in vars(cls))
-        raise ValueError(
-            "Examples are drawn by the weights, so the trainer must have no order of its own, but `_get_train_sampler` of "
-            f"{owner} returns {'a ' + type(lost).__name__ if lost is not None else 'none'}, whose order (groups of one prompt, say) would be lost. Mix the data "
-            f"instead: pass `interleave_domains(datasets, weights)` as `train_dataset` to {owner} without the mixin."
+    def _mix_streams(
+        self, streams: Mapping[str, IterableDataset], domain_weights: Any, args: Any, draw: str
+    ) -> tuple[IterableDataset, dict[str, Any]]:
+        """The mixture, and what decides which examples it yields."""
+        names, seed = list(streams), args.seed if args.data_seed is None else args.data_seed
+        mixed = interleave_domains(
+            streams,
+            domain_weights,
+            seed=seed,
+            draw=draw,
+            num_samples=_ENDLESS,
+            domain_column=self._domain_column if self._labels_streams else None,
         )
-
-    @staticmethod
-    def _refuse_arguments(args: Any) -> None:
-        if getattr(args, "auto_find_batch_size", False):
-            raise ValueError(
-                "The order depends on the batch size, so `auto_find_batch_size` must be off. Set the size."
-            )
-        strategy = getattr(args, "train_sampling_strategy", "random")
-        strategy = "group_by_length" if getattr(args, "group_by_length", False) else strategy
-        if strategy != "random":
-            raise ValueError(
-                f"The order is drawn by the weights, so `train_sampling_strategy` must be 'random', but got {strategy!r}. Set "
-                "it to 'random'. If the trainer needs its own order, as trl's KTOTrainer does for every loss with a KL term "
-                "(all but `loss_type='apo_zero_unpaired'`), mix the data instead: pass `interleave_domains(datasets, "
-                "weights)` to that trainer without the mixin."
-            )
-
-    @staticmethod
-    def _refuse_endless(args: Any) -> None:
-        if getattr(args, "max_steps", -1) <= 0:
-            raise ValueError("A mixture of streams has no end, so `max_steps` must be positive. Set it.")
+        weights = dict(zip(names, to_shares(domain_weights, names).tolist(), strict=True))
+        return mixed, {"seed": seed, "draw": draw, "domains": names, "weights": weights}
 
     def _read_draws(self) -> dict[str, Any]:
         """What the arguments say of the sampler."""
@@ -226,10 +190,10 @@ class DomainWeightedMixin:
     def _read_arguments(self) -> None:
         """Follow what was set in the arguments since they were last read: at train begin, and in each trial of a search."""
         args = self.args
-        self._refuse_arguments(args)
+        refuse_arguments(args)
         self._refuse_late_changes()
         if self.domain_sampler is None:
-            self._refuse_endless(args)
+            refuse_endless(args)
             seed, mixed = args.seed if args.data_seed is None else args.data_seed, self._stream_settings["seed"]
             if seed != mixed:
                 raise ValueError(
@@ -258,12 +222,8 @@ class DomainWeightedMixin:
                 )
         data, column = self.train_dataset, self._domain_column
         is_same = data is self._prepared_data
-        if (
-            not is_same
-            and self.domain_sampler is not None
-            and isinstance(data, Dataset)
-            and column in data.column_names
-        ):
+        has_domains = isinstance(data, Dataset) and column in data.column_names
+        if not is_same and self.domain_sampler is not None and has_domains:
             is_same = merge_domains(data, column)[1] == self.domain_sampler.domains  # other columns do no harm
         if not is_same:
             raise ValueError(
@@ -275,11 +235,6 @@ class DomainWeightedMixin:
         super()._hp_search_setup(trial)
         self._read_arguments()
         self._identity = self._describe_identity()
-
-    def _warn_of_reading_everything(self, mixed: IterableDataset) -> None:
-        config, num_processes = self.args.accelerator_config, self.args.world_size
-        if config.dispatch_batches is False and (mixed.num_shards < num_processes or config.split_batches):
-            warn_that_all_processes_read_everything()
 
     def get_train_dataloader(self) -> DataLoader:
         """As `Trainer.get_train_dataloader`."""

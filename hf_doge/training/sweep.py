@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NotRequired, TypedDict, Unpack
 
 import numpy as np
 from datasets import Dataset
@@ -21,16 +21,21 @@ RECIPE = "sweep"
 MIN_RANK_CORRELATION = 0.8  # below it the law does not rank mixtures that it has not seen
 
 
+class RunOptions(TypedDict):
+    """What a sweep hands on to each of its runs; see [`~hf_doge.training.compare.compare_mixtures`]."""
+
+    eval_dataset: Mapping[str, Dataset]
+    data_collator: Callable[[list[dict]], dict]
+    identity: Mapping[str, Any]
+    adaptation: NotRequired[Adaptation | None]
+
+
 def sweep_domain_weights(
     make_model: Callable[[], PreTrainedModel],
     args: TrainingArguments,
     *,
     train_dataset: Mapping[str, Dataset],
-    eval_dataset: Mapping[str, Dataset],
-    data_collator: Callable[[list[dict]], dict],
     tokens_per_example: int,
-    identity: Mapping[str, Any],
-    adaptation: Adaptation | None = None,
     centers: Sequence[DomainWeights] = (),
     num_mixtures: int = 16,
     seeds: Sequence[int] = (1,),
@@ -38,6 +43,7 @@ def sweep_domain_weights(
     kl_penalty: float = 0.01,
     max_epochs_per_domain: float | None = None,
     full_tokens: int | None = None,
+    **runs: Unpack[RunOptions],
 ) -> tuple[DomainWeights, Comparison]:
     """
     Train a small model on each of several mixtures, fit a law to what becomes of them, and take its optimum.
@@ -57,6 +63,7 @@ def sweep_domain_weights(
         kl_penalty (`float`): Nats of objective that a nat of divergence from natural proportions costs.
         max_epochs_per_domain (`float`, *optional*): The optimum reads no domain more often than this.
         full_tokens (`int`, *optional*): Tokens of the training that it is for, which the cap refers to; by default those of a run.
+        runs: `eval_dataset`, `data_collator`, `identity` and, optional, `adaptation`, as for `compare_mixtures`.
 
     Returns:
         `tuple[DomainWeights, Comparison]`: The optimum, with all runs in its `metadata["sweep"]`, and the runs.
@@ -92,11 +99,8 @@ def sweep_domain_weights(
         mixtures={_name_of(point): point for point in points},
         seeds=seeds,
         train_dataset=train_dataset,
-        eval_dataset=eval_dataset,
-        data_collator=data_collator,
         tokens_per_example=tokens_per_example,
-        identity=identity,
-        adaptation=adaptation,
+        **runs,
     )
     weights, losses, rows = _runs_of(comparison)
     fit = fit_sweep(

@@ -124,7 +124,7 @@ def test_a_sharded_run_resumes_to_the_bit(sharded, sharding, way):
         ("tensor parallelism", "tensor, pipeline, expert or context parallelism yet. Use DDP or FSDP2"),
         (
             "own loss",
-            "the trainer's own `compute_loss` may talk to the other processes, which must call it equally often. Use",
+            "the trainer's own `compute_loss` may use collectives, which all processes must call equally often. Use",
         ),
     ],
 )

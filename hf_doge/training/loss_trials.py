@@ -1,0 +1,159 @@
+"""A model that is tried out: left as it was to the bit, its outputs made louder, the targets of its loss noted."""
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from itertools import chain
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from hf_doge.gradients.independence import full_precision
+from hf_doge.gradients.sharding import is_sharded
+from hf_doge.gradients.vectors import is_spread
+
+IGNORED = -100
+
+
+class Targets(TorchFunctionMode):
+    """Notes the targets of every cross-entropy, and among how many classes they are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._found: list[tuple[Tensor, int]] = []
+        self.special: list[int] = []  # classes that a loss treats otherwise
+        self.ignores_another = False  # than -100
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func in (F.cross_entropy, F.nll_loss):
+            logits, target = (
+                args[at] if len(args) > at else kwargs[name] for at, name in enumerate(("input", "target"))
+            )
+            weight, ignored = (
+                args[at] if len(args) > at else kwargs.get(name, default)
+                for at, name, default in ((2, "weight", None), (4, "ignore_index", IGNORED))
+            )
+            if weight is not None:
+                self.special += (weight != weight.median()).nonzero().flatten().tolist()
+            if ignored != IGNORED:
+                self.ignores_another = True
+                self.special.append(ignored)
+            if not target.is_floating_point():
+                self._found.append((_counted(target), logits.shape[min(1, logits.dim() - 1)]))
+        return func(*args, **kwargs)
+
+    def num_classes(self, labels: Any) -> int:
+        """Among how many classes these labels are, 0 if that was not seen."""
+        return max((num for target, num in self._found if _is_part(target, labels)), default=0)
+
+    def are(self, value: Any) -> bool:
+        """Whether an input of the model is what was asked for."""
+        return self.num_classes(value) > 0
+
+
+def _counted(labels: Tensor) -> Tensor:
+    return labels[labels != IGNORED].reshape(-1).cpu()
+
+
+def _is_part(target: Tensor, labels: Any) -> bool:
+    """Whether the targets are labels of a batch, and not what a loss made of them."""
+    if not is_integer(labels, 1) or len(target) == 0:
+        return False
+    labels = _counted(labels)
+    values, counts = target.unique(return_counts=True)
+    return all((labels == value).sum() >= count for value, count in zip(values, counts, strict=True))
+
+
+def is_integer(value: Any, least_dims: int) -> bool:
+    return (
+        torch.is_tensor(value) and value.dim() >= least_dims and not (value.is_floating_point() or value.is_complex())
+    )
+
+
+def can_be_cast(model: nn.Module) -> bool:
+    """Whether the model can run in float32, or does: not if that were much larger than what training takes anyway."""
+    kernel = str(getattr(getattr(model, "config", None), "_attn_implementation", None) or "")
+    halves = [parameter for parameter in model.parameters() if _is_half(parameter)]
+    trained = sum(parameter.numel() for parameter in halves if parameter.requires_grad)
+    if getattr(model, "is_quantized", False):
+        return False
+    fits = 2 * trained >= sum(parameter.numel() for parameter in halves) and not is_sharded(model)
+    return not halves or ("flash" not in kernel and fits)
+
+
+def _is_half(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() and tensor.dtype.itemsize < 4
+
+
+def _device_state(device: torch.device) -> Tensor:
+    return torch.empty(0) if device.type == "cpu" else torch.get_device_module(device).get_rng_state(device)
+
+
+def random_states(device: torch.device) -> tuple:
+    numpy_state = np.random.get_state()
+    states = torch.random.get_rng_state(), _device_state(device)
+    return random.getstate(), numpy_state[1].tobytes(), numpy_state[2], *(state.numpy().tobytes() for state in states)
+
+
+def output_head(model: nn.Module) -> nn.Module | None:
+    return model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+
+
+@contextmanager
+def louder(model: nn.Module, factor: float) -> Iterator[None]:
+    """
+    The outputs of a model larger by a power of two, which can be taken back to the bit: one that has learned nothing has
+    the same loss for all labels, of which every function is additive.
+    """
+    weights = [parameter for parameter in model.parameters() if parameter.dim() == 2 and not is_spread(parameter)]
+    weight = getattr(output_head(model), "weight", weights[-1] if weights else None)
+    if factor == 1 or weight is None or is_spread(weight) or not weight.is_floating_point():
+        yield
+        return
+    weight.data.mul_(factor)
+    try:
+        yield
+    finally:
+        weight.data.div_(factor)
+
+
+@contextmanager
+def undisturbed(model: nn.Module, device: torch.device, *, casts: bool) -> Iterator[None]:
+    """The model in float32 where it is in half precision and `casts`; afterwards as it was, to the bit."""
+    modules = list(model.modules())
+    modes = [module.training for module in modules]
+    checkpointed = [module for module in modules if getattr(module, "gradient_checkpointing", False) is True]
+    buffers = [
+        (module, name, buffer, buffer.detach().clone())
+        for module in modules
+        for name, buffer in module.named_buffers(recurse=False)
+    ]
+    tensors = chain(model.parameters(), (buffer for _, _, buffer, _ in buffers))
+    halves = [(tensor, tensor.data) for tensor in tensors if casts and _is_half(tensor)]
+    python_state, numpy_state = random.getstate(), np.random.get_state()
+    devices = [] if device.type == "cpu" else [device]
+    with torch.random.fork_rng(devices=devices, device_type=device.type if devices else "cuda"):
+        try:
+            for module in checkpointed:
+                module.gradient_checkpointing = False  # which without gradients does nothing but warn
+            for tensor, data in halves:
+                tensor.data = data.float()
+            with full_precision(model) if casts else nullcontext():
+                yield
+        finally:
+            for tensor, data in halves:
+                tensor.data = data
+            for module, name, buffer, value in buffers:
+                buffer.data.copy_(value)
+                setattr(module, name, buffer)
+            for module, mode in zip(modules, modes, strict=True):
+                module.training = mode
+            for module in checkpointed:
+                module.gradient_checkpointing = True
+            random.setstate(python_state)
+            np.random.set_state(numpy_state)

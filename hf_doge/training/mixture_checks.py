@@ -1,0 +1,63 @@
+"""What a trainer must leave to [`~hf_doge.training.mixture.DomainWeightedMixin`], which draws its examples by weights."""
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from datasets import IterableDataset
+from torch.utils.data import RandomSampler
+from transformers import Trainer
+
+from hf_doge.sampling.streaming import warn_that_all_processes_read_everything
+
+
+def refuse_lost_column(trainer: Trainer, domain_column: str) -> None:
+    """The trainer may prepare the train set, but each example must keep its domain."""
+    column_names = trainer.train_dataset.column_names  # `None` for streams that do not know
+    if column_names is not None and domain_column not in column_names:
+        raise ValueError(
+            f"The train set must keep its column {domain_column!r}, but {type(trainer).__name__} prepared it down to "
+            f"{column_names}. Packing mixes domains in one example: switch it off, or prepare the data of "
+            "each domain before."
+        )
+
+
+def refuse_lost_order(trainer: Trainer, get_sampler: Callable) -> None:
+    """The sampler that ours takes the place of, the trainer's own, must be a plain random one: another means something."""
+    lost = get_sampler(trainer.train_dataset) if inspect.signature(get_sampler).parameters else get_sampler()
+    if type(lost) is RandomSampler and not lost.replacement and lost.num_samples == len(trainer.train_dataset):
+        return
+    owner = get_sampler.__qualname__.split(".")[-2]
+    raise ValueError(
+        "Examples are drawn by the weights, so the trainer must have no order of its own, but `_get_train_sampler` of "
+        f"{owner} returns {'a ' + type(lost).__name__ if lost is not None else 'none'}, whose order (groups of one prompt, say) would be lost. Mix the data "
+        f"instead: pass `interleave_domains(datasets, weights)` as `train_dataset` to {owner} without the mixin."
+    )
+
+
+def refuse_arguments(args: Any) -> None:
+    """Arguments that ask for an order of their own, or change the number of examples of a step."""
+    if getattr(args, "auto_find_batch_size", False):
+        raise ValueError("The order depends on the batch size, so `auto_find_batch_size` must be off. Set the size.")
+    strategy = getattr(args, "train_sampling_strategy", "random")
+    strategy = "group_by_length" if getattr(args, "group_by_length", False) else strategy
+    if strategy != "random":
+        raise ValueError(
+            f"The order is drawn by the weights, so `train_sampling_strategy` must be 'random', but got {strategy!r}. Set "
+            "it to 'random'. If the trainer needs its own order, as trl's KTOTrainer does for every loss with a KL term "
+            "(all but `loss_type='apo_zero_unpaired'`), mix the data instead: pass `interleave_domains(datasets, "
+            "weights)` to that trainer without the mixin."
+        )
+
+
+def refuse_endless(args: Any) -> None:
+    """A training on streams must say when it ends."""
+    if getattr(args, "max_steps", -1) <= 0:
+        raise ValueError("A mixture of streams has no end, so `max_steps` must be positive. Set it.")
+
+
+def warn_of_reading_everything(args: Any, mixed: IterableDataset) -> None:
+    """Where every process reads the mixture in full."""
+    config, num_processes = args.accelerator_config, args.world_size
+    if config.dispatch_batches is False and (mixed.num_shards < num_processes or config.split_batches):
+        warn_that_all_processes_read_everything()
