@@ -73,7 +73,6 @@ MAX_FILE, MAX_BODY, MAX_PARAMETERS = 400, 60, 12
 LONG_FILES = {
     "artifacts/hub/push.py": 485,
     "artifacts/influence/writer.py": 521,
-    "evaluation/comparison.py": 428,
     "gradients/embedding.py": 717,
     "tracing/callback.py": 404,
     "tracing/recording.py": 444,

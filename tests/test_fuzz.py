@@ -29,8 +29,8 @@ from hf_doge import (
     interleave_domains,
 )
 from hf_doge.cli import main
-from hf_doge.evaluation.influence.bootstrap import bootstrap_interval
 from hf_doge.evaluation.influence.rank_metrics import recall_at, top_overlap
+from hf_doge.evaluation.intervals import bootstrap_interval
 from hf_doge.functional.doge import clamp_scores, update_domain_weights
 from hf_doge.functional.tracin_we import top_k_rows
 from tests.tiny import tiny_llama

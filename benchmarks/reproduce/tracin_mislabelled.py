@@ -39,12 +39,11 @@ from benchmarks.reproduce.report import Results, Table, new_figure
 from benchmarks.reproduce.tracin_case_deletion import MIDDLE_LAYERS, model_maker
 from benchmarks.reproduce.tracin_scorers import OverCheckpointsScorer, influence_last_all
 from hf_doge.evaluation.influence.experiment import RECIPES
-from hf_doge.evaluation.influence.mislabelled import flip_labels
 from hf_doge.evaluation.influence.rank_metrics import area_under_roc, recall_at, spearman
 from hf_doge.evaluation.influence.scorers import RepresenterScorer, make_scorer
 from hf_doge.evaluation.influence.scorers.embedding import record_rows, sum_examples
 from hf_doge.evaluation.influence.small_models import Checkpoint, predict_probabilities, to_batches, train_classifier
-from hf_doge.evaluation.influence.small_tasks import SPECIAL_TOKENS, SmallTask, load_small_task
+from hf_doge.evaluation.influence.small_tasks import SPECIAL_TOKENS, SmallTask, flip_labels, load_small_task
 from hf_doge.evaluation.intervals import Interval, t_interval
 from hf_doge.functional.tracin_we import cancellation_ratio
 

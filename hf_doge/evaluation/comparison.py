@@ -9,12 +9,13 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from hf_doge._version import __version__
 from hf_doge.artifacts.cards.text import escape
+from hf_doge.artifacts.parquet import to_parquet
 from hf_doge.checks import check_names
 from hf_doge.evaluation.intervals import Interval, t_interval
+from hf_doge.files import write_atomically
 from hf_doge.text import parse_json
 
 BASELINES = ("uniform", "natural")
@@ -46,10 +47,6 @@ class MixtureRun:
     train_tokens: int
     target_losses: dict[str, dict[str, float]] = field(default_factory=dict)
     bytes_per_token: dict[str, float] = field(default_factory=dict)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
-        return asdict(self)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "MixtureRun":
@@ -144,10 +141,7 @@ class Comparison:
         """Mean and standard deviation over seeds, `[mixture][row]["mean" | "std"]`; no deviation for a single seed."""
         return {
             mixture: {
-                row: {
-                    "mean": float(values.mean()),
-                    "std": float(values.std(ddof=1)) if len(values) > 1 else None,
-                }
+                row: {"mean": float(values.mean()), "std": float(values.std(ddof=1)) if len(values) > 1 else None}
                 for row, values in self.perplexities(mixture).items()
             }
             for mixture in self.mixtures
@@ -166,13 +160,14 @@ class Comparison:
 
     def epochs(self, mixture: str) -> dict[str, float]:
         """How many times each training domain was gone through, mean over seeds."""
-        runs = [run for run in self.runs if run.mixture == mixture]
-        return {name: sum(run.epochs[name] for run in runs) / len(runs) for name in self.domains}
+        return self._means([run.epochs for run in self.runs if run.mixture == mixture])
 
     def weights(self, mixture: str) -> dict[str, float]:
         """Domain weights of a mixture, mean over seeds where each seed has its own."""
-        runs = [run for run in self.runs if run.mixture == mixture]
-        return {name: sum(run.weights[name] for run in runs) / len(runs) for name in self.domains}
+        return self._means([run.weights for run in self.runs if run.mixture == mixture])
+
+    def _means(self, values: Sequence[Mapping[str, float]]) -> dict[str, float]:
+        return {name: sum(one[name] for one in values) / len(values) for name in self.domains}
 
     @property
     def measures(self) -> tuple[str, ...]:
@@ -188,7 +183,7 @@ class Comparison:
         the interval are of differences of log-perplexity, turned into percent at the end.
         """
         ours, theirs = self.row_losses(mixture), self.row_losses(reference)
-        return {row: _to_percent(t_interval(ours[row] - theirs[row])) for row in ours}
+        return {row: t_interval(ours[row] - theirs[row]).to_percent() for row in ours}
 
     def row_losses(self, mixture: str) -> dict[str, np.ndarray]:
         """Loss in nats a token by row of [`~Comparison.paired_changes`], shape `(num_seeds,)` each."""
@@ -261,19 +256,15 @@ class Comparison:
         ]
         if verdicts and len(self.seeds) < 3:
             verdicts.append(f"From {len(self.seeds)} seed(s) no interval means much. Run at least 5.")
-        seeds = (
-            f"seed {self.seeds[0]}" if len(self.seeds) == 1 else f"mean ± standard deviation over seeds {self.seeds}"
-        )
+        alone = len(self.seeds) == 1
+        seeds = f"seed {self.seeds[0]}" if alone else f"mean ± standard deviation over seeds {self.seeds}"
         sizes = self.bits_per_byte()
         bits = [
             [escape(self.row_label(n)), *(f"{sizes[m][n]:.3f}" for m in self.mixtures)]
             for n in sizes[self.mixtures[0]]
         ]
-        bits_table = (
-            f"Bits per byte of text, which compare across tokenizers.\n\n{_markdown_table(header, bits)}\n\n"
-            if bits
-            else ""
-        )
+        title = "Bits per byte of text, which compare across tokenizers."
+        bits_table = f"{title}\n\n{_markdown_table(header, bits)}\n\n" if bits else ""
         return (
             f"Validation perplexity after {self.train_tokens:,} training tokens, {seeds}. Lower is better.\n\n"
             f"{_markdown_table(header, perplexity_rows)}\n\n{self._paired_tables()}{bits_table}"
@@ -316,14 +307,13 @@ class Comparison:
         contents = {
             "hf_doge_version": __version__,
             "seeds": list(self.seeds),
-            "runs": [run.to_dict() for run in self.runs],
+            "runs": [asdict(run) for run in self.runs],
             "summary": self.summary(),
         }
-        _write(save_directory / "comparison.json", json.dumps(contents, indent=2, sort_keys=True, ensure_ascii=False))
-        _write(save_directory / "comparison.md", self.to_markdown())
-        partial = save_directory / "comparison.parquet.partial"
-        pq.write_table(pa.Table.from_pylist(self.to_rows()), partial)
-        partial.replace(save_directory / "comparison.parquet")
+        text = json.dumps(contents, indent=2, sort_keys=True, ensure_ascii=False)
+        write_atomically(save_directory / "comparison.json", text.encode())
+        write_atomically(save_directory / "comparison.md", self.to_markdown().encode())
+        write_atomically(save_directory / "comparison.parquet", to_parquet(pa.Table.from_pylist(self.to_rows())))
 
     @classmethod
     def load(cls, save_directory: str | Path) -> "Comparison":
@@ -349,9 +339,7 @@ class Comparison:
                 [escape(self.row_label(row)), *(_format_change(changes[mixture][row]) for mixture in others)]
                 for row in changes[others[0]]
             ]
-            widths = [
-                change.half_width for found in changes.values() for row in self.verdict_rows for change in [found[row]]
-            ]
+            widths = [found[row].half_width for found in changes.values() for row in self.verdict_rows]
             seen = f" {len(self.seeds)} seeds could have detected {max(widths):.1f} %." if None not in widths else ""
             tables.append(
                 f"Change of perplexity against {escape(baseline)} in percent, paired by seed, with 95 % intervals. Below 0 is "
@@ -371,12 +359,6 @@ class Comparison:
 def _steps_of(measure: str) -> int | None:
     name, _, steps = measure.partition("_")
     return int(steps) if name == "adapted" else None
-
-
-def _to_percent(interval: Interval) -> Interval:
-    """Differences of log-perplexity as changes of perplexity in percent."""
-    low, high = (None if end is None else 100 * math.expm1(end) for end in (interval.low, interval.high))
-    return Interval(100 * math.expm1(interval.mean), low, high, interval.num_values)
 
 
 def _format_change(change: Interval) -> str:
@@ -411,18 +393,8 @@ def _markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str
     widths = [max(len(row[column]) for row in (header, *rows)) for column in range(len(header))]
 
     def line(cells: Sequence[str]) -> str:
-        padded = [
-            cells[0].ljust(widths[0]),
-            *(cell.rjust(width) for cell, width in zip(cells[1:], widths[1:], strict=True)),
-        ]
-        return f"| {' | '.join(padded)} |"
+        others = [cell.rjust(width) for cell, width in zip(cells[1:], widths[1:], strict=True)]
+        return f"| {' | '.join([cells[0].ljust(widths[0]), *others])} |"
 
     rule = f"|{'-' * (widths[0] + 2)}|{'|'.join('-' * (width + 1) + ':' for width in widths[1:])}|"
     return "\n".join([line(header), rule, *map(line, rows)])
-
-
-def _write(path: Path, text: str) -> None:
-    """Write whole or not at all."""
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)

@@ -4,6 +4,7 @@ import copy
 import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -238,5 +239,5 @@ def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
 
 
 def _write_finished(path: Path, run: MixtureRun, arguments: Mapping[str, Any]) -> None:
-    contents = {"hf_doge_version": __version__, **run.to_dict(), "arguments": arguments}
+    contents = {"hf_doge_version": __version__, **asdict(run), "arguments": arguments}
     write_atomically(path, json.dumps(contents, indent=2, sort_keys=True, ensure_ascii=False).encode())

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from hf_doge.evaluation.influence.fidelity import fidelity_table, measure_fidelity
+from benchmarks.fidelity import fidelity_table, measure_fidelity
 from hf_doge.evaluation.influence.rank_metrics import average_ranks, spearman, top_overlap
 
 generator = np.random.default_rng(0)
@@ -22,6 +22,14 @@ def test_with_ties_spearman_is_the_correlation_that_pandas_has():
     expected = pandas.Series(first).rank().corr(pandas.Series(second).rank())
     assert float(spearman(first, second)) == pytest.approx(expected, abs=1e-12)
     assert average_ranks(np.array([3, 1, 3, 2])).tolist() == [3.5, 1, 3.5, 2]
+
+
+def test_ranks_and_their_correlation_are_those_of_scipy():
+    stats = pytest.importorskip("scipy.stats")
+    first, second = generator.integers(5, size=(2, 6, 40))
+    np.testing.assert_array_equal(average_ranks(first), stats.rankdata(first, axis=-1))
+    expected = [stats.spearmanr(a, b).statistic for a, b in zip(first, second, strict=True)]
+    np.testing.assert_allclose(spearman(first, second), expected, rtol=1e-12)
 
 
 def test_spearman_knows_only_the_order():

@@ -3,12 +3,11 @@
 import numpy as np
 import pytest
 import torch
-from torch.nn import functional as F
 
-from hf_doge.evaluation.influence.mislabelled import evaluate_mislabelled, flip_labels
 from hf_doge.evaluation.influence.rank_metrics import area_under_roc, recall_at
 from hf_doge.evaluation.influence.scorers import TracInWEScorer
 from hf_doge.evaluation.influence.small_models import TrainingRecipe, make_classifier, to_batches, train_classifier
+from hf_doge.evaluation.influence.small_tasks import flip_labels
 
 
 def test_exactly_the_share_is_flipped_and_always_to_another_class():
@@ -39,14 +38,11 @@ def test_recall_counts_the_positives_among_the_inspected():
 
 def test_a_perfect_ranking_and_a_random_one_are_told_apart():
     _, flipped = flip_labels(np.zeros(400, dtype=int), 0.1, num_classes=2, seed=0)
-    report = evaluate_mislabelled({"perfect": flipped.astype(float), "wrong": -flipped.astype(float)}, flipped)
-    assert report.areas["perfect"] == 1
-    assert report.areas["wrong"] == 0
-    assert 0.35 < report.areas["random"] < 0.65
-    assert report.recalls["perfect"] == (0.5, 1.0, 1.0, 1.0)
-    table = report.to_markdown()
-    assert "40 of 400 labels flipped" in table
-    assert "| by chance | 0.050 | 0.100 | 0.200 | 0.300 | 0.500 |" in table
+    perfect = flipped.astype(float)
+    assert area_under_roc(perfect, flipped) == 1
+    assert area_under_roc(-perfect, flipped) == 0
+    assert 0.35 < area_under_roc(np.random.default_rng(0).random(400), flipped) < 0.65
+    assert [recall_at(perfect, flipped, fraction) for fraction in (0.05, 0.1, 0.2)] == [0.5, 1.0, 1.0]
 
 
 def test_self_influence_finds_flipped_labels_of_a_classifier_better_than_chance():
@@ -56,15 +52,12 @@ def test_self_influence_finds_flipped_labels_of_a_classifier_better_than_chance(
     noisy, flipped = flip_labels(labels.numpy(), 0.1, num_classes=2, seed=0)
     data = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": torch.from_numpy(noisy)}
     recipe = TrainingRecipe(num_epochs=4, batch_size=20, learning_rate=5e-3, checkpoint_epochs=(2, 4))
-    model, checkpoints = train_classifier(
+    _, checkpoints = train_classifier(
         lambda seed: make_classifier("cnn", 20, 2, width=8, seed=seed), data, recipe, seed=0, keep_checkpoints=True
     )
     suspicion = TracInWEScorer(*zip(*checkpoints, strict=True)).self_influence(to_batches(data))
-    with torch.no_grad():
-        losses = F.cross_entropy(model(ids).logits, data["labels"], reduction="none").numpy()
-    report = evaluate_mislabelled({"self_influence": suspicion, "loss": losses}, flipped)
-    assert report.areas["self_influence"] > 0.9
-    assert report.recalls["self_influence"][1] > 0.5  # 0.1 by chance
+    assert area_under_roc(suspicion, flipped) > 0.9
+    assert recall_at(suspicion, flipped, 0.1) > 0.5  # 0.1 by chance
 
 
 @pytest.mark.parametrize(
@@ -84,13 +77,13 @@ def test_what_cannot_be_flipped_is_refused(labels, share, classes, message):
 def test_rankings_that_do_not_fit_are_refused():
     flipped = np.array([True, False])
     with pytest.raises(ValueError, match="one suspicion per example"):
-        evaluate_mislabelled({"loss": np.ones(3)}, flipped)
+        recall_at(np.ones(3), flipped, 0.1)
     with pytest.raises(ValueError, match="at least one positive"):
-        evaluate_mislabelled({}, np.array([False, False]))
+        recall_at(np.ones(2), np.array([False, False]), 0.1)
     with pytest.raises(ValueError, match="`fraction`"):
-        evaluate_mislabelled({}, flipped, fractions=(1.5,))
+        recall_at(np.ones(2), flipped, 1.5)
     with pytest.raises(ValueError, match="finite"):
-        evaluate_mislabelled({"loss": np.array([np.nan, 1])}, flipped)
+        recall_at(np.array([np.nan, 1]), flipped, 0.1)
     with pytest.raises(ValueError, match="negative example"):
         area_under_roc([1.0, 2.0], [1, 1])
 

@@ -5,6 +5,7 @@ import importlib.util
 import json
 import random
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -150,6 +151,17 @@ def test_t_interval_of_five_values_is_that_of_the_textbook():
     assert interval.mean == 3
     assert interval.high - interval.mean == pytest.approx(2.776 * (2.5 / 5) ** 0.5)
     assert t_interval([1.0]).low is None
+
+
+def test_t_intervals_are_those_of_scipy():
+    stats = pytest.importorskip("scipy.stats")
+    for count in (2, 5, 31, 32, 33, 200):
+        values = np.random.default_rng(count).normal(size=count)
+        expected = stats.t.ppf(0.975, count - 1) * values.std(ddof=1) / count**0.5
+        assert t_interval(values).half_width == pytest.approx(expected, rel=5e-4)
+
+
+def test_an_interval_of_nothing_is_refused():
     with pytest.raises(ValueError, match="at least one value"):
         t_interval([])
 

@@ -10,7 +10,8 @@ import numpy as np
 
 from hf_doge._version import __version__
 from hf_doge.artifacts.cards.text import escape
-from hf_doge.evaluation.influence.bootstrap import bootstrap_interval
+from hf_doge.evaluation.intervals import bootstrap_interval
+from hf_doge.files import write_atomically
 from hf_doge.text import parse_json
 
 NOISE = "retraining noise"
@@ -161,8 +162,10 @@ class CaseDeletionResult:
             "summary": self.summary(),
             **(extra or {}),
         }
-        _write(save_directory / "case_deletion.json", json.dumps(contents, indent=2, sort_keys=True))
-        _write(save_directory / "case_deletion.md", self.to_markdown())
+        write_atomically(
+            save_directory / "case_deletion.json", json.dumps(contents, indent=2, sort_keys=True).encode()
+        )
+        write_atomically(save_directory / "case_deletion.md", self.to_markdown().encode())
 
     @classmethod
     def load(cls, save_directory: str | Path) -> "CaseDeletionResult":
@@ -188,10 +191,3 @@ def _mean_and_interval(values: np.ndarray) -> dict[str, Any]:
 def _format(cell: Mapping[str, Any]) -> str:
     low, high = cell["interval"]
     return f"{100 * cell['mean']:+.2f} [{100 * low:+.2f}, {100 * high:+.2f}]"
-
-
-def _write(path: Path, text: str) -> None:
-    """Write whole or not at all."""
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)

@@ -23,6 +23,7 @@ from hf_doge.evaluation.influence.small_models import (
     train_classifier,
 )
 from hf_doge.evaluation.influence.small_tasks import SPECIAL_TOKENS, SmallTask
+from hf_doge.files import write_atomically
 
 # Chosen by test accuracy, by how little twenty examples removed at random change, and by time (half a second on one core).
 # A first recipe with a constant learning rate was given up after a trial with scorers (AG News, CNN, 4 points, 1 seed): it
@@ -60,7 +61,7 @@ class InfluenceEvaluation:
         """Write the result, with the rest beside it in the JSON and under the table."""
         rest = {name: value for name, value in vars(self).items() if name != "result"}
         self.result.save(save_directory, extra=rest)
-        (Path(save_directory) / "case_deletion.md").write_text(self.to_markdown(), encoding="utf-8")
+        write_atomically(Path(save_directory) / "case_deletion.md", self.to_markdown().encode())
 
     def to_markdown(self) -> str:
         """The table of AUC-DEL, label agreement, accuracy and cancellation ratios."""

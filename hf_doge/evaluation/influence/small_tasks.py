@@ -87,6 +87,39 @@ def load_small_task(
     )
 
 
+def flip_labels(labels: np.ndarray, share: float, *, num_classes: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """
+    Give a share of the examples another class, drawn evenly from the others.
+
+    Args:
+        labels (`numpy.ndarray` of shape `(N,)`): Classes from 0 to `num_classes - 1`.
+        share (`float`): Which share to flip, rounded to whole examples, at least one of each kind.
+        num_classes (`int`): At least 2.
+        seed (`int`): Of the draw.
+
+    Returns:
+        `tuple[numpy.ndarray, numpy.ndarray]`: new labels `(N,)`, and which were flipped, `(N,)` of dtype bool.
+
+    Raises:
+        ValueError: if a label is no class, or the share leaves nothing flipped or nothing as it was.
+    """
+    labels = np.asarray(labels)
+    if num_classes < 2 or not len(labels) or labels.min() < 0 or labels.max() >= num_classes:
+        raise ValueError(
+            f"Labels must be classes from 0 to {num_classes - 1}, of at least two, but got {set(labels.tolist())}."
+        )
+    count = round(share * len(labels))
+    if not 1 <= count < len(labels):
+        raise ValueError(
+            f"`share` must flip at least one of {len(labels)} labels and leave at least one, but {share} flips {count}."
+        )
+    generator = np.random.default_rng(seed)
+    flipped = np.zeros(len(labels), dtype=bool)
+    flipped[generator.choice(len(labels), size=count, replace=False)] = True
+    flips = generator.integers(1, num_classes, size=len(labels))
+    return np.where(flipped, (labels + flips) % num_classes, labels), flipped
+
+
 def split_words(text: str) -> list[str]:
     """Lower-case words and single punctuation marks."""
     return _WORD.findall(text.lower())
