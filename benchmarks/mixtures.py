@@ -1,0 +1,152 @@
+"""
+Does a mixture help? Each route to one beside equal parts, seed by seed, with what it costs.
+
+    python -m benchmarks.mixtures catalan one_kin --data_dir ../shared/data --output_dir outputs/mixtures
+
+For every setting, the commands a user would type: `hf-doge estimate`, `hf-doge learn` (one seed), with `--sweep` also
+`hf-doge sweep`, then `hf-doge compare` of what they found on eight seeds that no route has seen, with an arm that should
+lose as a control of the yardstick: half the weight on a source that is far from the target. A finished part is kept.
+
+A model is a Llama of 2 layers of width 64, far below the 15M parameters from which on others find rankings of mixtures to
+be reliable; `--model_size` and `--max_steps` take larger ones. Settings:
+
+- `catalan`, `dutch`: the other languages of `multilingual/` for a language that is not among them.
+- `one_kin`: Catalan from three languages, of which one is near, and five kinds of English text.
+- `universal`: the eight kinds of English text in `lm/`, for themselves.
+
+The last line is JSON: for each setting the paired change of perplexity in percent against uniform with its 95 % interval, by
+arm and measure, and the CPU seconds of each route (those of parts that this call found finished are read from their folder).
+"""
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+from hf_doge import DomainWeights
+from hf_doge.evaluation.comparison import Comparison
+
+LANGUAGES = ("ca", "de", "en", "es", "fr", "it", "nl")
+ENGLISH = ("arxiv_latex", "books", "code", "legal", "news", "qa", "web", "wikipedia")
+TRAINING = (
+    *("--train_tokenizer_vocab=2048", "--block_size=128", "--per_device_train_batch_size=16", "--learning_rate=5e-3"),
+    *("--lr_scheduler_type=cosine", "--warmup_steps=20", "--use_cpu", "--report_to=none", "--disable_tqdm=true"),
+)
+SEEDS = tuple(range(11, 19))
+# Sources, target, and the source that the control gives half the weight.
+SETTINGS = {
+    "catalan": (LANGUAGES, "ca", "en"),
+    "dutch": (LANGUAGES, "nl", "it"),
+    "one_kin": (("ca", "es", "de", "nl", "code", "arxiv_latex", "legal", "news", "qa"), "ca", "code"),
+    "universal": (ENGLISH, None, "code"),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("settings", nargs="+", choices=SETTINGS)
+    parser.add_argument("--data_dir", type=Path, required=True, help="Folder with `lm` and `multilingual`.")
+    parser.add_argument("--output_dir", type=Path, required=True)
+    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS, help="Of the comparison.")
+    parser.add_argument("--learn_seed", type=int, default=101)
+    parser.add_argument("--max_steps", type=int, default=400)
+    parser.add_argument("--model_size", default="nano")
+    parser.add_argument("--recipes", nargs="*", default=["paper"], help="Recipes of `hf-doge learn` to compare.")
+    parser.add_argument("--sweep", type=int, default=0, help="Mixtures of a sweep; 0 for none.")
+    parser.add_argument("--sweep_seeds", type=int, nargs="+", default=[201])
+    args = parser.parse_args()
+    if not (args.data_dir / "lm").is_dir():
+        print(f"Skipped: {args.data_dir} has no folder `lm`.\n{json.dumps({'skipped': str(args.data_dir)})}")
+        return
+    print(json.dumps({name: run_setting(name, args) for name in args.settings}))
+
+
+def run_setting(name: str, args: argparse.Namespace) -> dict:
+    """All routes of a setting and their comparison."""
+    names, target, far = SETTINGS[name]
+    folder = args.output_dir / name
+    sources = [one for one in names if one != target]
+    common = [
+        *(f"--data_dir={link_data(args.data_dir, folder / 'data', names)}", *TRAINING),
+        *(f"--max_steps={args.max_steps}", f"--model_size={args.model_size}"),
+        *(["--target", target] if target else []),
+    ]
+    seconds = {}
+    arms = []
+    for recipe in args.recipes:
+        learned = folder / f"learn-{recipe}"
+        arms.append(f"{recipe}={learned}")
+        flags = [*common, f"--recipe={recipe}", f"--seed={args.learn_seed}", f"--output_dir={learned}"]
+        seconds[recipe] = run("learn", flags, learned)
+    if target:
+        estimate = folder / "estimate"
+        kept = [
+            flag
+            for flag in common
+            if flag.partition("=")[0] in ("--data_dir", "--train_tokenizer_vocab", "--block_size")
+        ]
+        seconds["estimated"] = run("estimate", [*kept, "--target", target, f"--output_dir={estimate}"], estimate)
+    adapt = ["--adapt_steps", "24", "98"] if target else []
+    if args.sweep:
+        swept = folder / f"sweep-{args.sweep}"
+        arms.append(f"sweep={swept}")
+        seeds = ["--seeds", *map(str, args.sweep_seeds)]
+        flags = [*common, *adapt, *seeds, f"--num_mixtures={args.sweep}", f"--output_dir={swept}"]
+        seconds["sweep"] = run("sweep", flags, swept)
+    control = folder / "control.json"
+    rest = 0.5 / (len(sources) - 1)
+    control.write_text(json.dumps({one: 0.5 if one == far else rest for one in sources}))
+    compared = folder / "compare"
+    rules = ["uniform", "natural", *(["estimated"] if target else [])]
+    flags = [*common, *adapt, "--mixtures", *rules, "--weights", *arms, f"control={control}"]
+    flags += ["--seeds", *map(str, args.seeds), f"--output_dir={compared}"]
+    seconds["compare"] = run("compare", flags, compared)
+    comparison = Comparison.load(compared)
+    changes = {
+        mixture: {
+            row: [round(value, 2) if value is not None else None for value in (change.mean, change.low, change.high)]
+            for row, change in comparison.paired_changes(mixture, "uniform").items()
+        }
+        for mixture in comparison.mixtures
+        if mixture != "uniform"
+    }
+    weights = {arm.partition("=")[0]: weights_in(Path(arm.partition("=")[2])) for arm in arms}
+    return {"seeds": len(comparison.seeds), "change_percent": changes, "cpu_seconds": seconds, "weights": weights}
+
+
+def link_data(data_dir: Path, folder: Path, names: tuple[str, ...]) -> Path:
+    """A folder with links to the files of some domains."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        room = "multilingual" if name in LANGUAGES else "lm"
+        for split in ("train", "validation"):
+            link = folder / f"{name}.{split}.jsonl.gz"
+            if not link.exists():
+                link.symlink_to((data_dir / room / link.name).resolve())
+    return folder
+
+
+def run(command: str, flags: list[str], folder: Path) -> float:
+    """Run a command unless it has been; returns its CPU seconds, which are kept in its folder."""
+    kept = folder / "cpu_seconds.json"
+    asked = [flag for flag in flags if not flag.startswith(("--output_dir", "--data_dir"))]
+    if kept.exists() and json.loads(kept.read_text())["flags"] == asked:
+        return json.loads(kept.read_text())["seconds"]
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    subprocess.run([sys.executable, "-m", "hf_doge", command, *flags], check=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    seconds = round(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, 1)
+    kept.write_text(json.dumps({"flags": asked, "seconds": seconds}))
+    return seconds
+
+
+def weights_in(folder: Path) -> dict[str, float]:
+    """What a route found."""
+    found = DomainWeights.from_pretrained(folder / "domain_weights").mean
+    return {name: round(weight, 4) for name, weight in found.items()}
+
+
+if __name__ == "__main__":
+    main()
