@@ -2,8 +2,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-# Two processes of one thread each; the tests of a file stay together, for what they share.
-PYTEST := -m pytest -n 2 --dist loadfile
+# Two processes of one thread each; the tests of a file stay together, for what they share, the longest files first.
+PYTEST := -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 SETUP := $(VENV)/.ready
 
 .DEFAULT_GOAL := help

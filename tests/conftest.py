@@ -2,6 +2,7 @@
 
 import gc
 import os
+from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
@@ -13,6 +14,29 @@ from tests.tiny import tiny_tokenizer
 
 torch.set_num_threads(1)
 
+TESTS = Path(__file__).parent
+LONGEST = (
+    "training/test_learning_faults.py",
+    "training/test_learning_processes.py",
+    "cli/test_cli.py",
+    "training/test_mixture_processes.py",
+    "training/test_learning_streams.py",
+    "training/test_doge_trainer.py",
+    "hub/test_push_faults.py",
+    "hub/test_push_killed.py",
+    "tracing/test_tracing_callback_processes.py",
+    "tracing/test_influence_processes.py",
+    "training/test_resume.py",
+    "training/test_mixture.py",
+    "mixing/test_sweep.py",
+    "tracing/test_tracing_callback.py",
+    "tracing/test_tracing_callback_resume.py",
+    "evaluation/test_reproduce.py",
+    "evaluation/test_reproduce_tracing.py",
+    "gradients/test_single_pass.py",
+    "test_architecture.py",
+)
+
 
 def pytest_collection_finish():
     """
@@ -23,6 +47,24 @@ def pytest_collection_finish():
     """
     gc.collect()
     gc.freeze()
+
+
+def pytest_collection_modifyitems(items):
+    """Files that take longest come first, so that no worker is alone with one of them at the end."""
+    rank = {name: position for position, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: rank.get(item.path.relative_to(TESTS).as_posix(), len(rank)))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def unsynced():
+    """
+    No test waits for the disk: a process that is killed loses nothing that it has written.
+
+    What must last through a power cut is told by the order of the calls, in `test_power_cut.py`.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", os.fstat)  # which refuses a closed file too
+        yield
 
 
 @pytest.fixture

@@ -473,11 +473,6 @@ def test_a_name_that_is_neither_folder_nor_repository_says_both(tmp_path):
 # Crashes
 
 
-@pytest.fixture
-def unsynced(monkeypatch):
-    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
-
-
 def _contents(folder):
     return {
         str(path.relative_to(folder)): path.read_bytes() for path in sorted(Path(folder).rglob("*")) if path.is_file()
@@ -562,7 +557,7 @@ def _check_crashed(folders, old, new):
         assert not list(folder.rglob(".hf_doge-*"))
 
 
-def test_a_kill_at_any_file_operation_of_a_first_save_leaves_nothing_or_all(tmp_path, unsynced):
+def test_a_kill_at_any_file_operation_of_a_first_save_leaves_nothing_or_all(tmp_path):
     _in_another_process(
         f"crash_at_every_operation({str(tmp_path / 'none')!r}, {str(tmp_path / 'new')!r}, make_weights(1))"
     )
@@ -577,7 +572,7 @@ def test_a_kill_at_any_file_operation_of_a_first_save_leaves_nothing_or_all(tmp_
 @pytest.mark.parametrize("had_trajectory", [True, False])
 @pytest.mark.parametrize("has_trajectory", [True, False])
 def test_a_kill_at_any_file_operation_of_a_replacement_leaves_the_old_or_the_new(
-    tmp_path, unsynced, had_trajectory, has_trajectory
+    tmp_path, had_trajectory, has_trajectory
 ):
     old = make_weights(0, with_trajectory=had_trajectory)
     new = make_weights(1, with_trajectory=has_trajectory)
@@ -601,7 +596,7 @@ def test_a_kill_at_any_file_operation_of_a_replacement_leaves_the_old_or_the_new
     _check_crashed(folders, old, new)
 
 
-def test_a_kill_in_the_save_after_a_killed_save_leaves_the_newest_whole_version(tmp_path, unsynced):
+def test_a_kill_in_the_save_after_a_killed_save_leaves_the_newest_whole_version(tmp_path):
     _in_another_process(f"crash_twice({str(tmp_path)!r})")
     folders = sorted((tmp_path / "twice").iterdir())
     assert len(folders) == len(sorted((tmp_path / "once").iterdir())[::6]) > 2

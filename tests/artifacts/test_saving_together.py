@@ -18,12 +18,6 @@ from tests.artifacts.test_domain_weights import make_weights
 NUM_SAVERS, ROUNDS = 6, 3
 
 
-@pytest.fixture(autouse=True)
-def unsynced(monkeypatch):
-    """What lasts through a power cut is not asked here."""
-    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
-
-
 @pytest.fixture(scope="module")
 def indices(tmp_path_factory):
     """Two indices of other rows."""
