@@ -42,6 +42,9 @@ def generalization_scores(train_grads: Tensor, target_grads: Tensor, target_weig
         target_weights (`torch.Tensor` of shape `(num_target_domains,)`, *optional*):
             How much each target counts. Ours: the paper weighs all targets 1.
 
+    This is the definition; `gradients/` finds the same numbers in one or a few backward passes, with no gradient of a
+    domain held whole (the alignments).
+
     Returns:
         `torch.Tensor` of shape `(num_train_domains,)`: one inner product per training domain.
     """

@@ -42,7 +42,11 @@ def synonym_scores(rows_a: Tensor, rows_b: Tensor, similarity: Tensor) -> Tensor
 
 
 def synonym_score(rows_a: Tensor, rows_b: Tensor, similarity: Tensor) -> Tensor:
-    """TracIn-WE-Syn of two examples at one checkpoint: the sum of [`synonym_scores`], positive for a proponent."""
+    """
+    TracIn-WE-Syn of two examples at one checkpoint: the sum of [`synonym_scores`], positive for a proponent.
+
+    This is the definition; [`IndexReader.synonym_scores`] matches one query with all examples of an index.
+    """
     return synonym_scores(rows_a, rows_b, similarity).sum()
 
 

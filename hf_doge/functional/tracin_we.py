@@ -143,7 +143,8 @@ def tracin_we_token_scores(
     """
     The paper's word gradient similarities: the part of the score that each shared token carries.
 
-    `part_w = <dloss(a)/dTheta_w, dloss(b)/dTheta_w>`. Tokens of only one example carry exactly nothing.
+    `part_w = <dloss(a)/dTheta_w, dloss(b)/dTheta_w>`. Tokens of only one example carry exactly nothing. This is the
+    definition; [`IndexReader.word_scores`] does it for the hits of a search.
 
     Args:
         tokens_a, tokens_b (`torch.Tensor` of shape `(W,)`): Distinct token ids of each example, ascending.
@@ -176,6 +177,8 @@ def tracin_we_score(tokens_a: Tensor, rows_a: Tensor, tokens_b: Tensor, rows_b: 
 
     Equals the inner product of the two dense gradients of the embedding matrix. Large and positive: each example is a
     proponent of the other. Returns a `torch.Tensor` of shape `()`.
+
+    This is the definition; [`IndexReader.scores`] does it for all examples of an index.
     """
     return tracin_we_token_scores(tokens_a, rows_a, tokens_b, rows_b)[1].sum()
 
@@ -183,6 +186,8 @@ def tracin_we_score(tokens_a: Tensor, rows_a: Tensor, tokens_b: Tensor, rows_b: 
 def self_influence(rows: Tensor) -> Tensor:
     """
     Score of an example with itself, the squared norm of its embedding gradient, `>= 0`.
+
+    This is the definition; [`IndexReader.self_influence`] does it for all examples of an index.
 
     Args:
         rows (`torch.Tensor` of shape `(W, width)`):
@@ -196,7 +201,7 @@ def self_influence(rows: Tensor) -> Tensor:
 
 def sum_checkpoints(scores: Tensor, learning_rates: Tensor) -> Tensor:
     """
-    TracInCP: `sum_c eta_c * score_c`.
+    TracInCP: `sum_c eta_c * score_c`. This is the definition; [`QueryScorer.scores`] adds checkpoint by checkpoint.
 
     Args:
         scores (`torch.Tensor` of shape `(num_checkpoints, ...)`): Scores, or parts of scores, at each checkpoint.
@@ -213,6 +218,8 @@ def sum_checkpoints(scores: Tensor, learning_rates: Tensor) -> Tensor:
 def cosine_scores(scores: Tensor, self_a: Tensor, self_b: Tensor) -> Tensor:
     """
     Scores freed from the length of both gradients: `score / sqrt(self_a * self_b)`, in [-1, 1]. Not in the paper.
+
+    This is the definition; [`QueryScorer`] does it for all examples of an index.
 
     Args:
         scores (`torch.Tensor` of shape `(num_a, num_b)` or `()`): Scores at one checkpoint.
@@ -279,7 +286,8 @@ def last_layer_score(
     TracIn-Last: the inner product of two gradients of a linear layer, from their factors, without forming them.
 
     `sum_{t,s} (a_t . a'_s) (d_t . d'_s)`; with its bias `(a_t . a'_s + 1) (d_t . d'_s)`, where the 1 says nothing about
-    the inputs. A classifier has one position, a language model's head one per predicted token.
+    the inputs. A classifier has one position, a language model's head one per predicted token. This is the definition;
+    [`TracInLastScorer`] does it for all pairs of examples of a classifier.
 
     Args:
         inputs_a, inputs_b (`torch.Tensor` of shape `(num_positions, width)` or `(width,)`): What the layer read.
@@ -305,7 +313,8 @@ def tied_score(
     TracIn on an embedding matrix that is also the output matrix, without its dense gradient. Not in the paper.
 
     The gradient is an input part, sparse in tokens, plus an output part, dense in the vocabulary but of low rank. The
-    score is the sum of [`tracin_we_score`], [`last_layer_score`] and the two cross terms.
+    score is the sum of [`tracin_we_score`], [`last_layer_score`] and the two cross terms. This is the definition;
+    [`EmbeddingGradientRecorder`] with `tied="full"` records rows whose [`tracin_we_score`] is the same.
 
     Args:
         input_a, input_b (`tuple[torch.Tensor, torch.Tensor]`): `tokens (W,)` and `rows (W, width)` of the input part.
