@@ -130,7 +130,7 @@ def bca_tails(
         means (`numpy.ndarray` of shape `(num_resamples,)`): Means of the resamples.
         mean (`float`): Mean of the sample.
         deviations (`numpy.ndarray` of shape `(num_points,)`): From the mean, in any unit; not all 0.
-        normal_quantiles (`Sequence[float]`): Of the tails of an interval without correction.
+        normal_quantiles (`Sequence[float]`): Ends of the interval without corrections, in standard deviations.
     """
     below = ((means < mean).mean() + (means <= mean).mean()) / 2
     bias = _NORMAL.inv_cdf(min(max(below, 0.5 / len(means)), 1 - 0.5 / len(means)))

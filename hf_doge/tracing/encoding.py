@@ -148,12 +148,12 @@ def describe_encoding(
     batches: Iterable[Mapping[str, Any]], tokenizer: Any | None, args: Any | None = None
 ) -> dict[str, Any]:
     """
-    What some examples show of how they were made, for config.json. Of labels only where they are the tokens themselves.
+    What some examples show of how they were made, for config.json. Labels are described only where they are the tokens themselves.
 
     Args:
         batches (`Iterable[Mapping]`): Some examples, collated as for training.
-        tokenizer (`PreTrainedTokenizerBase`, *optional*): Of the examples.
-        args (`TrainingArguments`, *optional*): Of trl's SFTTrainer, which say more.
+        tokenizer (`PreTrainedTokenizerBase`, *optional*): The one that made the examples.
+        args (`TrainingArguments`, *optional*): Those of trl's SFTTrainer say more.
     """
     inputs: set[str] = set()
     texts: list[tuple[Tensor, Tensor]] = []  # of each example its tokens, and which of them have a label

@@ -91,10 +91,10 @@ def make_hits(
         texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in examples["input_ids"]]
         examples = examples.add_column("text", texts, feature=Value("string"))
     columns = {name: [row[name] for row in rows] for name in HIT_FEATURES}
-    return beside_examples(Dataset.from_dict(columns, features=HIT_FEATURES), examples)
+    return add_example_columns(Dataset.from_dict(columns, features=HIT_FEATURES), examples)
 
 
-def beside_examples(rows: Dataset, examples: Dataset) -> Dataset:
+def add_example_columns(rows: Dataset, examples: Dataset) -> Dataset:
     """Add the columns of as many examples to rows; where a name is taken, `example_` goes before it."""
     shown = examples.select_columns([name for name in examples.column_names if name not in NOT_SHOWN])
     if not shown.column_names:

@@ -20,7 +20,7 @@ from datasets import ClassLabel, Dataset
 
 from hf_doge.checks import check_choice, check_count, check_path, show
 from hf_doge.files import write_atomically
-from hf_doge.tracing.hits import HIT_FEATURES, beside_examples, make_hits, query_hits, text_columns
+from hf_doge.tracing.hits import HIT_FEATURES, add_example_columns, make_hits, query_hits, text_columns
 from hf_doge.tracing.html import render_page
 from hf_doge.tracing.models import checkpoint_folders
 from hf_doge.tracing.queries import Queries, check_queries
@@ -204,7 +204,7 @@ class InfluenceIndex(SavedIndex):
         scores = sum(share_work(len(self.reader.checkpoints), work))
         order = np.argsort(-scores, kind="stable")
         rows = {"rank": np.arange(1, len(order) + 1), "example_id": order, "score": scores[order]}
-        return beside_examples(Dataset.from_dict(rows), self.reader.examples_of(order))
+        return add_example_columns(Dataset.from_dict(rows), self.reader.examples_of(order))
 
     def domain_influence(
         self,

@@ -132,9 +132,9 @@ class SavedIndex:
             force_download (`bool`): Fetch again what is in the cache.
             verify (`bool`): Whether to check the sha256 of every file.
             streaming (`bool`):
-                Leave an index of the Hub there, and read of it what each query needs: the rows of its tokens, by ranges of
-                bytes, once; and the examples and models when first needed. The answers are the same. A folder is read
-                in place in any case. What needs all rows (`self_influence`, `cosine`) needs the download.
+                Do not download an index of the Hub, but read what each query needs: the rows of its tokens once, by ranges of
+                bytes, and the examples and models when they are first needed. The answers are the same. A folder is
+                read in place anyway. `self_influence` and `cosine` need all rows, and so the download.
             model, load_model, processing_class, loss_fn, masking: See [`ModelOptions`].
 
         Raises:
@@ -173,8 +173,8 @@ class SavedIndex:
 
         Args:
             save_directory (`str` or `os.PathLike`):
-                New, empty, or an index to replace, in one step: whoever reads it meanwhile finds the old or the new one. An
-                interrupted copy leaves what was there before. Several processes may save to one folder.
+                New, empty, or an index to replace, in one step: a reader finds the old or the new one. An interrupted copy
+                leaves what was there before. Several processes may save to one folder.
         """
         check_path("save_directory", save_directory)
         self.reader.require_whole("`save_pretrained`")
@@ -197,13 +197,13 @@ class SavedIndex:
         tag: str | None = None,
     ) -> "CommitInfo | None":
         """
-        Push to a dataset repository on the Hub, in one commit that everybody sees whole or not at all.
+        Push to a dataset repository on the Hub, in one commit.
 
         An index reveals its training examples: the table of examples holds their text, and the gradient rows tell which
         tokens each of them has, also after `redact_text`. Share it only as you would share those.
 
-        What the repository holds already is not sent again: a push that failed or was killed goes on by the same call, and
-        further checkpoints or examples are further files. See [`DomainWeights.push_to_hub`] for the rest.
+        What the repository holds already is not sent again: call this again to continue a push that failed or was killed.
+        Further checkpoints or examples are further files. See [`DomainWeights.push_to_hub`] for the rest.
 
         Args:
             repo_id (`str`): `"user/name"`, or `"name"` of your own. Made if it does not exist.
@@ -295,7 +295,7 @@ def copy_index(folder: Path, save_directory: Path) -> None:
     Copy an index: staged next to its place, then moved there in one step.
 
     Args:
-        folder (`Path`): Of the index.
+        folder (`Path`): The index.
         save_directory (`Path`): New, empty, or an index, which is replaced as a whole.
 
     Raises:

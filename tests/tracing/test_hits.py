@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from datasets import ClassLabel, Dataset
 
-from hf_doge.tracing.hits import beside_examples, example_reading, query_reading
+from hf_doge.tracing.hits import add_example_columns, example_reading, query_reading
 from hf_doge.tracing.scoring import select_extremes
 from hf_doge.tracing.words import Reading, position_parts, read_ids, read_text, word_parts
 from tests.tracing.influence_tools import byte_level_tokenizer, sentencepiece_tokenizer, wordpiece_tokenizer
@@ -133,12 +133,12 @@ def test_extremes_are_those_of_a_full_sort(top_k):
         assert select_extremes(scores, top_k).tolist() == positive + negative
 
 
-def test_examples_stand_beside_their_rows_whatever_their_columns_are_called():
+def test_examples_stand_next_to_their_rows_whatever_their_columns_are_called():
     examples = Dataset.from_dict(
         {"example_id": [0, 1], "content_hash": ["a", "b"], "text": ["x", "y"], "score": [7, 8], "label": [0, 1]}
     )
     examples = examples.cast_column("label", ClassLabel(names=["no", "yes"]))
-    rows = beside_examples(
+    rows = add_example_columns(
         Dataset.from_dict({"example_id": [1, 0, 1], "score": [0.5, 0.25, 0.125]}), examples.select([1, 0, 1])
     )
     assert rows["text"][:] == ["y", "x", "y"]
@@ -151,7 +151,9 @@ def test_examples_stand_beside_their_rows_whatever_their_columns_are_called():
 def test_columns_of_examples_get_a_free_name():
     columns = {"score": [7], "example_score": ["a"], "example_example_score": ["b"], "rank": [3]}
     examples = Dataset.from_dict({"example_id": [0], **columns})
-    rows = beside_examples(Dataset.from_dict({"example_id": [0], "score": [0.5], "rank": [1]}), examples.select([0]))
+    rows = add_example_columns(
+        Dataset.from_dict({"example_id": [0], "score": [0.5], "rank": [1]}), examples.select([0])
+    )
     expected = {"example_id": 0, "score": 0.5, "rank": 1, "example_score": "a", "example_example_score": "b"}
     assert rows[0] == {**expected, "example_example_example_score": 7, "example_rank": 3}
 

@@ -50,7 +50,7 @@ def case_deletion(
     Retrain without each scorer's proponents and opponents of each test point, and see what becomes of it.
 
     A removed set is retrained once per seed, whichever scorers, points and signs ask for it. With a journal an
-    interrupted evaluation continues, and more scorers, values of k or seeds cost only what is new. Beside the scorers
+    interrupted evaluation continues, and more scorers, values of k or seeds cost only what is new. Next to the scorers
     stands the noise of retraining: all data under `noise_seeds` against all data under `seeds`.
 
     Args:
@@ -61,7 +61,7 @@ def case_deletion(
             function from a test point's position to f. Equal arguments must give equal results. The less else differs
             between removed sets under one seed, the less noise there is.
         ks (`Sequence[int]`): How many to remove, ascending, from 1 to less than `num_examples`.
-        seeds (`Sequence[int]`): Of the retrainings; distinct.
+        seeds (`Sequence[int]`): Distinct seeds of the retrainings.
         noise_seeds (`Sequence[int]`, *optional*): As many more, by default those that follow the largest of `seeds`.
         journal_path (`str` or `Path`, *optional*): JSONL file of finished retrainings.
         identity (`Mapping`, *optional*):

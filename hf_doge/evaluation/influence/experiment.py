@@ -58,7 +58,7 @@ class InfluenceEvaluation:
     points: list[int]
 
     def save(self, save_directory: str | Path) -> None:
-        """Write the result, with the rest beside it in the JSON and under the table."""
+        """Write the result, with the rest next to it in the JSON and under the table."""
         rest = {name: value for name, value in vars(self).items() if name != "result"}
         self.result.save(save_directory, extra=rest)
         write_atomically(Path(save_directory) / "case_deletion.md", self.to_markdown().encode())
@@ -117,7 +117,7 @@ def evaluate_small_task(
             `"predicted"`, or the `"true"` one.
         width (`int`): Width of the embedding.
         recipe (`TrainingRecipe`, *optional*): How to train, by default that of `RECIPES`.
-        point_seed (`int`): Of the draw of the points and of the random scorer.
+        point_seed (`int`): Seeds the draw of the points and the random scorer.
         journal_path (`str` or `Path`, *optional*): See [`case_deletion`].
 
     Raises:

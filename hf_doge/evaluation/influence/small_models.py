@@ -163,7 +163,7 @@ def make_classifier(
         num_classes (`int`): Number of classes.
         width (`int`): Width of the embedding.
         max_length (`int`): Longest text in tokens, for the transformer.
-        seed (`int`): Of the initial weights.
+        seed (`int`): Seeds the initial weights.
 
     Raises:
         ValueError: if the architecture is unknown.
@@ -188,7 +188,7 @@ class TrainingRecipe:
     Args:
         num_epochs (`int`): Passes over the data.
         batch_size (`int`): Examples per step.
-        learning_rate (`float`): Of the first step.
+        learning_rate (`float`): That of the first step.
         optimizer (`str`): `"sgd"` (with momentum 0.9, as in the paper's notebook) or `"adam"`.
         checkpoint_epochs (`Sequence[int]`): After which epochs, counted from 1, weights are kept for the scores; 0 are the
             initial ones, with the learning rate of the first step.
@@ -237,7 +237,7 @@ def train_classifier(
         make_model (`Callable[[int], nn.Module]`): Gives the initial model of a seed; it returns `.logits`.
         data (`Mapping[str, torch.Tensor]`): `input_ids`, `attention_mask` of shape `(N, T)` and `labels (N,)`.
         recipe (`TrainingRecipe`): How to train.
-        seed (`int`): Of initial weights and batches.
+        seed (`int`): Seeds initial weights and batches.
         removed (`Collection[int]`): Positions of examples left out.
         keep_checkpoints (`bool`): Whether to keep the weights after each of `recipe.checkpoint_epochs`.
         on_checkpoint (`Callable`, *optional*): Called with the model and its optimizer at each checkpoint that is kept.

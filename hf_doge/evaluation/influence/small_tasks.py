@@ -61,7 +61,7 @@ def load_small_task(
         num_train, num_test (`int`): How many examples to draw; the same share of each label as in the file, about.
         max_length (`int`): Tokens per text, special ones included.
         min_count (`int`): Words that occur less often in the drawn train texts become `[UNK]`.
-        seed (`int`): Of the draw.
+        seed (`int`): Seeds the draw.
 
     Raises:
         FileNotFoundError: if a file is missing.
@@ -95,7 +95,7 @@ def flip_labels(labels: np.ndarray, share: float, *, num_classes: int, seed: int
         labels (`numpy.ndarray` of shape `(N,)`): Classes from 0 to `num_classes - 1`.
         share (`float`): Which share to flip, rounded to whole examples, at least one of each kind.
         num_classes (`int`): At least 2.
-        seed (`int`): Of the draw.
+        seed (`int`): Seeds the draw.
 
     Returns:
         `tuple[numpy.ndarray, numpy.ndarray]`: new labels `(N,)`, and which were flipped, `(N,)` of dtype bool.

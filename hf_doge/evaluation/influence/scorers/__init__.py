@@ -55,7 +55,7 @@ def make_scorer(
         models (`Sequence[nn.Module]`): The model at each checkpoint.
         learning_rates (`Sequence[float]`): Learning rate in force at each.
         special_token_ids (`Sequence[int]`): What `tracin_we_no_special` and BM25 leave out.
-        seed (`int`): Of the random scorer.
+        seed (`int`): Seeds the random scorer.
 
     Raises:
         ValueError: if the name is unknown.

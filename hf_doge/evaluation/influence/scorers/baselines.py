@@ -11,7 +11,7 @@ class RandomScorer:
     Scores drawn from a normal distribution: removing its proponents is removing examples at random.
 
     Args:
-        seed (`int`): Of the draw.
+        seed (`int`): Seeds the draw.
     """
 
     def __init__(self, *, seed: int = 0) -> None:
