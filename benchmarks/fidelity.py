@@ -184,7 +184,7 @@ def build_and_score(
             f"checkpoint-{position}", step=position, epoch=None, learning_rate=checkpoint.learning_rate, **facts
         ) as recording:
             recording.add(record(checkpoint, train, top_k=top_k))
-            recording.finish()
+            writer.publish(recording)
     reader = IndexReader.open(folder, cache_dir=folder.with_name(f"{folder.name}-cache"))
     scores = sum(
         checkpoint.learning_rate * reader.scores(position, query_rows[position]).astype(np.float64)

@@ -111,7 +111,7 @@ def extra_mib(num_examples: int) -> float:
         with EmbeddingGradientRecorder(model) as recorder, checkpoint:
             for batch in batches(num_examples):
                 checkpoint.add(recorder.record(batch))
-            checkpoint.finish()
+            writer.publish(checkpoint)
     return meter.extra_mib
 
 

@@ -84,7 +84,7 @@ def _build(folder: Path, *, num_examples: int, width: int, **shape: int | None) 
     with writer.checkpoint("checkpoint-1", step=1, **facts) as checkpoint:
         for start in range(0, num_examples, 2000):
             checkpoint.add(_random_rows(min(2000, num_examples - start), generator, width=width, **shape))
-        checkpoint.finish()
+        writer.publish(checkpoint)
 
 
 def _random_rows(

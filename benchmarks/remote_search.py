@@ -53,7 +53,7 @@ def build(folder: Path, *, num_examples: int, shift: float) -> None:
             count = min(1000, num_examples - start)
             keys = _distinct_tokens(count, generator, shift=shift)
             checkpoint.add(_rows(keys, count, generator))
-        checkpoint.finish()
+        writer.publish(checkpoint)
 
 
 def _distinct_tokens(num_examples: int, generator: np.random.Generator, *, shift: float) -> np.ndarray:

@@ -35,7 +35,7 @@ def build(recorder: EmbeddingGradientRecorder, workload: Workload, folder: Path,
     with recorder, checkpoint:
         for batch in workload.train.batches(BATCH_SIZE):
             checkpoint.add(recorder.record(batch))
-        checkpoint.finish()
+        writer.publish(checkpoint)
 
 
 def search(recorder: EmbeddingGradientRecorder, queries: Examples, folder: Path, cache_dir: Path) -> np.ndarray:

@@ -322,7 +322,7 @@ class OnlineRecording:
             for token_rows in blocks:
                 writer.add(token_rows)
                 sign_of_life()
-            writer.finish()
+            self._writer.publish(writer)
 
     def _rank_folder(self, rank: int) -> Path:
         return self.folder / PARTIAL / f"process-{rank:05d}"

@@ -154,7 +154,7 @@ def record_checkpoint(
         for process, ranges in zip(able, shared_out, strict=True):
             shares[process] = ranges
         run_on_all_processes(record)
-        run_on_main_process(lambda sign_of_life: checkpoint.finish(sign_of_life=sign_of_life))
+        run_on_main_process(lambda sign_of_life: index.writer.publish(checkpoint, sign_of_life=sign_of_life))
 
 
 def _able(told: Sequence[Mapping[str, Any]]) -> list[int]:

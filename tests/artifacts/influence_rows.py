@@ -62,11 +62,16 @@ def open_writer(folder, *, examples=True, **options):
     return writer
 
 
+def publish(checkpoint):
+    """Of whichever writer it is."""
+    checkpoint._index.publish(checkpoint)
+
+
 def write_checkpoint(writer, rows, *, name="checkpoint-1", step=1, batch_size=7, **facts):
     with writer.checkpoint(name, step=step, **{**FACTS, **facts}) as checkpoint:
         for batch in batches(rows, batch_size):
             checkpoint.add(batch)
-        checkpoint.finish()
+        writer.publish(checkpoint)
 
 
 def write_index(folder, *checkpoints, **options):

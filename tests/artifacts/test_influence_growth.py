@@ -28,6 +28,7 @@ from tests.artifacts.influence_rows import (
     examples_table,
     grow_index,
     open_writer,
+    publish,
     random_rows,
     some,
     write_checkpoint,
@@ -110,7 +111,7 @@ def grow_step_by_step(folder, rows, *, stop_after=None):
                 checkpoint.add(some(one, example, example + 1))
                 if example in (33, 38):
                     step()
-            checkpoint.finish()
+            publish(checkpoint)
         step()
 
 
@@ -122,7 +123,7 @@ def test_borders_cut_the_segments_of_examples_that_are_added(tmp_path, rows):
         for first, last in checkpoint.missing():
             checkpoint.begin(first, last)
             checkpoint.add(some(rows[0], first, last))
-        checkpoint.finish()
+        publish(checkpoint)
     files = json.loads((folder / "config.json").read_text())["checkpoints"][0]["files"]
     assert {FIRST, 33, 35} <= {file["first_example"] for file in files}
 
@@ -266,7 +267,7 @@ def test_what_cannot_be_added_is_refused_and_leaves_the_index_as_it_was(tmp_path
     with writer.checkpoint("checkpoint-0", step=0, **FACTS) as checkpoint:
         checkpoint.add(some(rows[0], FIRST, NUM_EXAMPLES - 1))
         with pytest.raises(ValueError, match="must hold all 10 examples, but 9 were added"):
-            checkpoint.finish()
+            publish(checkpoint)
     write_checkpoint(writer, some(rows[0], FIRST, NUM_EXAMPLES), name="checkpoint-0", step=0)
     with pytest.raises(ValueError, match=r"\['checkpoint-1'\] have not"):
         writer.require_grown()

@@ -17,6 +17,7 @@ from tests.artifacts.influence_rows import (
     WIDTH,
     batches,
     open_writer,
+    publish,
     random_rows,
     write_checkpoint,
 )
@@ -68,7 +69,7 @@ def whole(request, tmp_path_factory):
     folder, rows = tmp_path_factory.mktemp("whole"), ROWS[request.param]
     with begin(folder / "index") as checkpoint:
         add(checkpoint, rows, 0, NUM_EXAMPLES)
-        checkpoint.finish()
+        publish(checkpoint)
     return rows, folder / "index"
 
 
@@ -83,7 +84,7 @@ def test_any_writers_in_any_order_make_the_same_files(tmp_path, whole, seed):
         draw.shuffle(ranges)
         for first, last in ranges:
             add(draw.choice(parts), rows, first, last)
-        checkpoint.finish()
+        publish(checkpoint)
     assert contents(tmp_path / "index") == contents(expected)
 
 
@@ -102,7 +103,7 @@ def test_what_some_writers_left_others_finish(tmp_path, whole, seed):
         other = part(tmp_path / "index", checkpoint, 1)
         for number, (first, last) in enumerate(checkpoint.missing()):
             add((checkpoint, other)[number % 2], rows, first, last)
-        checkpoint.finish()
+        publish(checkpoint)
     found, whole_reader = (
         IndexReader.open(place, cache_dir=tmp_path / "maps") for place in (tmp_path / "index", expected)
     )
@@ -122,13 +123,13 @@ def test_a_file_of_another_writer_that_is_damaged_is_not_published(tmp_path):
         path = max((tmp_path / "index" / "gradients" / "checkpoint-1.partial").glob("*.parquet"))
         path.write_bytes(path.read_bytes()[:-1])
         with pytest.raises(ValueError, match=r"must hold all 40 examples, but \d+ were added"):
-            checkpoint.finish()
+            publish(checkpoint)
     assert not (tmp_path / "index" / "gradients" / "checkpoint-1").exists()
     with begin(tmp_path / "index") as checkpoint:
         ((first, last),) = checkpoint.missing()
         assert first >= 31
         add(checkpoint, rows, first, last)
-        checkpoint.finish()
+        publish(checkpoint)
 
 
 def test_ranges_that_cannot_be_are_refused(tmp_path):

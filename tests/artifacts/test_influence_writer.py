@@ -24,6 +24,7 @@ from tests.artifacts.influence_rows import (
     examples_table,
     one_example,
     open_writer,
+    publish,
     random_rows,
     some,
     write_checkpoint,
@@ -245,7 +246,7 @@ def continue_checkpoint(folder, rows, *, name="checkpoint-1", step=1):
         done = checkpoint.num_done
         for batch in list(batches(rows, 1))[done:]:
             checkpoint.add(batch)
-        checkpoint.finish()
+        publish(checkpoint)
     return done
 
 
@@ -294,7 +295,7 @@ def test_a_full_disk_keeps_what_was_written_and_can_be_continued(tmp_path, rows,
         with pytest.raises(OSError, match="No space left"):
             checkpoint.add(rows)
         with pytest.raises(ValueError, match="is closed"):
-            checkpoint.finish()
+            publish(checkpoint)
     after = contents(folder)
     assert {path: after[path] for path in before} == before
     assert [path for path in after if path not in before and path.endswith(".tmp")] == []
@@ -314,7 +315,7 @@ def test_a_file_that_cannot_grow_is_a_full_disk(tmp_path, rows):
         resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
         try:
             with pytest.raises(OSError, match="File too large"):
-                checkpoint.finish()
+                publish(checkpoint)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert contents(tmp_path / "index") == before
@@ -337,7 +338,7 @@ def test_a_crash_inside_finish_is_completed(tmp_path, rows, monkeypatch, step):
             else:
                 patch.setattr("hf_doge.artifacts.influence.writer.replace_files", crash)
             with pytest.raises(OSError, match="power cut"):
-                checkpoint.finish()
+                publish(checkpoint)
     assert config_of(folder)["checkpoints"] == []
     assert continue_checkpoint(folder, rows, name="checkpoint-0", step=0) == NUM_EXAMPLES
     assert contents(folder) == contents(uninterrupted(tmp_path, rows))
@@ -463,9 +464,9 @@ def test_bad_checkpoints_are_refused(tmp_path, rows):
     both = [writer.checkpoint(name, step=2, **FACTS) for name in ("a", "b")]
     for checkpoint in both:
         checkpoint.add(rows)
-    both[0].finish()
+    publish(both[0])
     with pytest.raises(ValueError, match="one after the other"):
-        both[1].finish()
+        publish(both[1])
 
 
 BAD_ROWS = {
@@ -489,7 +490,7 @@ def test_bad_rows_are_refused_and_leave_nothing(tmp_path, rows, message):
             checkpoint.add(BAD_ROWS[message])
         for batch in ones[7:]:
             checkpoint.add(batch)
-        checkpoint.finish()
+        publish(checkpoint)
     assert contents(folder) == contents(uninterrupted(tmp_path, rows))
 
 
@@ -497,7 +498,7 @@ def test_a_checkpoint_without_all_examples_is_refused(tmp_path, rows):
     with open_writer(tmp_path / "index").checkpoint("checkpoint-1", step=1, **FACTS) as checkpoint:
         checkpoint.add(next(batches(rows, 39)))
         with pytest.raises(ValueError, match="must hold all 40 examples, but 39 were added"):
-            checkpoint.finish()
+            publish(checkpoint)
 
 
 def test_half_and_double_precision_rows_are_taken(tmp_path):
@@ -606,10 +607,10 @@ def test_in_one_process_the_later_writer_takes_over(tmp_path, rows):
         lambda: first.checkpoint("checkpoint-3", step=3, **FACTS),
         lambda: first.forget("checkpoint-1"),
     ):
-        with pytest.raises(ValueError, match="closed, or opened anew since"):
+        with pytest.raises(ValueError, match="closed, or opened again since"):
             attempt()
     second.close()
-    with pytest.raises(ValueError, match="closed, or opened anew since"):
+    with pytest.raises(ValueError, match="closed, or opened again since"):
         second.checkpoint("checkpoint-3", step=3, **FACTS)
     assert [entry["name"] for entry in config_of(folder)["checkpoints"]] == ["checkpoint-1", "checkpoint-2"]
 
@@ -633,7 +634,7 @@ def test_a_closed_writer_touches_nothing(tmp_path, rows, grows):
         lambda: writer.write_examples(texts),
         lambda: writer.forget("checkpoint-0"),
     ):
-        with pytest.raises(ValueError, match="closed, or opened anew since"):
+        with pytest.raises(ValueError, match="closed, or opened again since"):
             attempt()
     assert contents(folder) == before
 

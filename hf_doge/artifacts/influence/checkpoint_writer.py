@@ -13,7 +13,7 @@ from contextlib import AbstractContextManager, suppress
 from itertools import pairwise
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -27,11 +27,8 @@ from hf_doge.artifacts.influence.manifest import (
 )
 from hf_doge.artifacts.influence.segments import encode_segment
 from hf_doge.files import sha256, sync_folder, write_atomically
+from hf_doge.gradients.token_rows import TokenRows
 from hf_doge.text import parse_json
-
-if TYPE_CHECKING:
-    from hf_doge.artifacts.influence.writer import IndexWriter
-    from hf_doge.gradients.token_rows import TokenRows
 
 logger = logging.getLogger(__name__)
 
@@ -39,16 +36,38 @@ JOURNAL = "journal.json"
 PARTIAL = ".partial"
 
 
+class OpenIndex(Protocol):
+    """What the writer of a checkpoint knows of its index, see [`IndexWriter`] for what each means."""
+
+    folder: Path
+    config: dict[str, Any]
+    first_example: int
+    num_examples: int
+    max_segment_bytes: int
+
+    def require_open(self) -> None:
+        """Raises a `ValueError` if the index can no longer be written."""
+
+    def project(self, rows: Tensor) -> Tensor:
+        """Rows of the stored width."""
+
+
 class CheckpointWriter(AbstractContextManager):
     """
     Takes the rows of all examples at one checkpoint, in order of `example_id`. Made by [`IndexWriter.checkpoint`].
 
-    What was interrupted continues after its last whole segment, at example `num_done`. Leaving the context without
-    [`~CheckpointWriter.finish`] keeps the segments written so far and shows no checkpoint.
+    What was interrupted continues after its last whole segment, at example `num_done`. Leaving the context before
+    [`IndexWriter.publish`] keeps the segments written so far and shows no checkpoint.
 
     Several processes share the work so: one has the writer and asks it what is [`~CheckpointWriter.missing`]; the others
-    have parts of it, from [`IndexWriter.checkpoint_part`]; each calls [`~CheckpointWriter.begin`] for the ranges that it
-    takes over and adds their rows. When all have done so, the one with the writer calls `finish`.
+    have parts of it, from [`IndexWriter.checkpoint_part`]; each calls [`~CheckpointWriter.begin`] for its ranges and adds
+    their rows. When all have done so, the one with the writer publishes it.
+
+    Args:
+        index ([`OpenIndex`]): Which it belongs to.
+        facts (`dict`): What tells the checkpoint from others, its number as `position` among them.
+        borders (`Sequence[int]`, *optional*): See [`IndexWriter.checkpoint`].
+        part (`int`, *optional*): Which part of it this is, if another process has begun it.
 
     Attributes:
         num_done (`int`): The next example that is to be added. All before it are on disk, or will be with the next
@@ -58,16 +77,15 @@ class CheckpointWriter(AbstractContextManager):
 
     def __init__(
         self,
-        index: "IndexWriter",
+        index: OpenIndex,
         facts: dict[str, Any],
         *,
-        position: int,
         borders: Sequence[int] | None = None,
         part: int | None = None,
     ) -> None:
         self._index = index
         self._config = index.config
-        self.facts = {**facts, "position": position}
+        self.facts = facts
         # Of an index that grows, only the examples that are new.
         self._start, self._stop = index.first_example, index.num_examples
         folder = facts["name"] if self._start == 0 else f"{facts['name']}/{self._start:08d}"
@@ -142,7 +160,7 @@ class CheckpointWriter(AbstractContextManager):
                         if segment["path"] in known or self._is_whole(segment, sign_of_life)
                     ]
             if not segments:
-                logger.info("%s is of other weights, or damaged: what it tells of is made anew.", journal)
+                logger.info("%s is of other weights, or damaged: what it tells of is recorded again.", journal)
             found += segments
         kept, end = [], self._start
         for segment in sorted(found, key=lambda segment: segment["first_example"]):
@@ -151,7 +169,7 @@ class CheckpointWriter(AbstractContextManager):
                 end = segment["first_example"] + segment["num_examples"]
         return kept
 
-    def add(self, token_rows: "TokenRows") -> None:
+    def add(self, token_rows: TokenRows) -> None:
         """
         Add the next `len(token_rows)` examples.
 
@@ -185,12 +203,15 @@ class CheckpointWriter(AbstractContextManager):
         border = self._borders[following] if following < len(self._borders) else self._end
         return min(border, self._end)
 
-    def finish(self, *, sign_of_life: Callable[[], None] = lambda: None) -> None:
+    def finish(self, *, sign_of_life: Callable[[], None] = lambda: None) -> list[dict[str, Any]]:
         """
-        Make the checkpoint visible, with the segments of all parts. The files of others are read and checked first.
+        Close the writer when all parts are written. The files of others are read and checked.
 
         Args:
             sign_of_life (`Callable`): Called every now and then.
+
+        Returns:
+            `list[dict]`: the segments of all parts, by ascending example.
 
         Raises:
             ValueError: Not all examples were added, or a file of another process is not what it wrote.
@@ -201,13 +222,13 @@ class CheckpointWriter(AbstractContextManager):
         if num_done != self._stop - self._start:
             raise ValueError(
                 f"A checkpoint must hold all {self._stop - self._start} examples, but {num_done} were added to"
-                f" {self.facts['name']!r}, and are whole. Add the others before `finish`."
+                f" {self.facts['name']!r}, and are whole. Add the others first."
             )
         if self._num_buffered:
             self._flush()
             segments.append(self._segments[-1])
         self._closed = True
-        self._index.take_over(self, sorted(segments, key=lambda segment: segment["first_example"]))
+        return sorted(segments, key=lambda segment: segment["first_example"])
 
     def files(self, before: Sequence[dict[str, Any]], segments: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         """What config.json says of the segments of this checkpoint; `before` are those of the examples before."""
@@ -241,7 +262,7 @@ class CheckpointWriter(AbstractContextManager):
             )
         self._index.require_open()
 
-    def _checked(self, token_rows: "TokenRows") -> tuple[np.ndarray, np.ndarray, Tensor]:
+    def _checked(self, token_rows: TokenRows) -> tuple[np.ndarray, np.ndarray, Tensor]:
         """Lengths, tokens, and rows as float32 of the stored width."""
         num_done = self.num_done + len(token_rows)
         if num_done > self._end:

@@ -1,7 +1,8 @@
-"""What is to be known of the training examples."""
+"""The tables of an index that people read: of its training examples, and of its checkpoints."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +10,29 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from hf_doge.artifacts.influence.manifest import examples_files
+from hf_doge.artifacts.influence.manifest import (
+    CHECKPOINT_FACTS,
+    EXAMPLES_FILE,
+    checkpoint_number,
+    examples_files,
+    first_added_example,
+)
 from hf_doge.artifacts.parquet import as_stored, check_claims_of_footer, open_parquet, read_parquet, to_parquet
+from hf_doge.files import sha256, write_atomically
 from hf_doge.text import parse_json, require_printable
 
+_CHECKPOINTS_SCHEMA = pa.schema(
+    {
+        "name": pa.string(),
+        "step": pa.int64(),
+        "epoch": pa.float64(),
+        "learning_rate": pa.float64(),
+        "path": pa.string(),
+        "revision": pa.string(),
+        "model_class": pa.string(),
+        "fingerprint": pa.string(),
+    }
+)
 _PLAIN_FEATURES = {"Value", "ClassLabel", "List", "LargeList", "Sequence", "Array2D", "Array3D", "Array4D", "Array5D"}
 
 
@@ -40,6 +60,48 @@ def ordered_examples(table: pa.Table, num_examples: int) -> pa.Table:
                 f" {problem}."
             )
     return table if (np.diff(ids) > 0).all() else table.take(pa.array(np.argsort(ids)))
+
+
+def store_examples(folder: Path, config: Mapping[str, Any], table: pa.Table) -> dict[str, str]:
+    """
+    Write the files of the examples, unless they are there.
+
+    Args:
+        folder (`Path`), config (`Mapping`): The index, and the content of its config.json.
+        table (`pyarrow.Table`): All examples, by ascending `example_id`.
+
+    Returns:
+        `dict[str, str]`: path and sha256 of what was written.
+
+    Raises:
+        ValueError: The index has other examples already.
+    """
+    recorded = {path: checksum for path, checksum in examples_files(config).items() if checksum is not None}
+    there = all((folder / path).is_file() and sha256(folder / path) == recorded[path] for path in recorded)
+    contents: dict[str, bytes] = {}
+    if recorded and there:
+        same = same_examples(table, read_examples(folder, config))  # bytes may differ with the version of pyarrow
+    else:
+        contents = _example_contents(table, list(recorded) or [EXAMPLES_FILE])
+        same = not recorded or recorded == {path: sha256(content) for path, content in contents.items()}
+    if not same:
+        raise ValueError(
+            f"The influence index in {str(folder)!r} has other examples already. Continue it with the dataset it was begun"
+            " with, or choose another folder."
+        )
+    for path, content in contents.items():
+        (folder / path).parent.mkdir(exist_ok=True)
+        write_atomically(folder / path, content)
+    return {path: sha256(content) for path, content in contents.items()}
+
+
+def _example_contents(table: pa.Table, paths: Sequence[str]) -> dict[str, bytes]:
+    """The files of all examples: those of an index that was made at once, and those that were added later."""
+    starts = [0, *(first_added_example(path) for path in paths[1:]), len(table)]
+    return {
+        path: to_parquet(table.slice(first, last - first))
+        for path, (first, last) in zip(paths, pairwise(starts), strict=True)
+    }
 
 
 def same_examples(table: pa.Table, stored: pa.Table) -> bool:
@@ -119,3 +181,17 @@ def _types(feature: Any) -> set[str]:
         return set()
     own = {feature["_type"]} if isinstance(feature.get("_type"), str) else set()
     return own.union(*map(_types, feature.values()))
+
+
+def checkpoints_table(checkpoints: Sequence[Mapping[str, Any]]) -> bytes:
+    """
+    The table of the checkpoints, in Parquet: the facts that config.json has of each, by ascending step.
+
+    Where their rows do not name them by their place in it, it has what they say in a column `checkpoint`.
+    """
+    rows = [{key: entry[key] for key in CHECKPOINT_FACTS} for entry in checkpoints]
+    table = pa.Table.from_pylist(rows, schema=_CHECKPOINTS_SCHEMA)
+    if any("number" in entry for entry in checkpoints):
+        numbers = [checkpoint_number(checkpoints, place) for place in range(len(checkpoints))]
+        table = table.append_column("checkpoint", pa.array(numbers, pa.int32()))
+    return to_parquet(table)

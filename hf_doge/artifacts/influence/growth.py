@@ -1,6 +1,6 @@
 """Adding examples to a whole index: further files for each checkpoint, which all begin to exist at once."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -9,7 +9,7 @@ import pyarrow as pa
 
 from hf_doge.artifacts.influence.checkpoint_writer import CheckpointWriter
 from hf_doge.artifacts.influence.examples import read_examples, same_examples
-from hf_doge.artifacts.influence.manifest import added_examples_file
+from hf_doge.artifacts.influence.manifest import CHECKPOINT_FACTS, added_examples_file, checkpoint_number
 from hf_doge.artifacts.parquet import as_stored, to_parquet
 from hf_doge.files import sha256, write_atomically
 from hf_doge.text import printable
@@ -61,6 +61,55 @@ class Growth:
         content = to_parquet(new)
         write_atomically(folder / added_examples_file(first), content)
         self.examples_sha256 = sha256(content)
+
+    def facts_of(self, name: str, *, fingerprint: str, second_moments: str | None) -> dict[str, Any]:
+        """
+        What tells a checkpoint of the index, to be given the rows of the new examples, from others.
+
+        Raises:
+            ValueError: The index has no such checkpoint, or it has the new examples already, or it was recorded with other
+                weights or second moments; or there are no examples yet.
+        """
+        names = [entry["name"] for entry in self.present["checkpoints"]]
+        if name not in names:
+            raise ValueError(
+                f"Examples are added at the checkpoints of the index, {names}, but got {name!r}. Add the checkpoint"
+                " afterwards."
+            )
+        if name in self.done:
+            raise ValueError(f"Checkpoint {name!r} has the new examples already. Go on with the others.")
+        if self.examples_sha256 is None:
+            raise ValueError("The examples must come before the first checkpoint. Call `write_examples`.")
+        place = names.index(name)
+        entry, position = self.present["checkpoints"][place], checkpoint_number(self.present["checkpoints"], place)
+        if fingerprint != entry["fingerprint"]:
+            raise ValueError(
+                f"Checkpoint {name!r} was recorded with other weights: their fingerprint is"
+                f" {str(entry['fingerprint'])[:12]}, not {fingerprint[:12]}. Bring the recorded checkpoint back, in the dtype"
+                " of its training."
+            )
+        recorded = entry.get("second_moments", second_moments)  # older indices do not tell
+        if second_moments != recorded:
+            raise ValueError(
+                f"Checkpoint {name!r} was recorded with other second moments of Adam: their fingerprint is"
+                f" {str(recorded)[:12]}, not {str(second_moments)[:12]}. Bring the optimizer.pt of the recorded checkpoint"
+                " back."
+            )
+        # What an earlier attempt has left counts if it was of the same examples.
+        facts = {key: entry[key] for key in CHECKPOINT_FACTS} | {"added_examples": self.examples_sha256}
+        if second_moments is not None:
+            facts["second_moments"] = second_moments
+        return {**facts, "position": position}
+
+    def take(self, checkpoint: CheckpointWriter, segments: Sequence[dict[str, Any]]) -> None:
+        """Note the segments of a checkpoint that has the new examples."""
+        name = checkpoint.facts["name"]
+        before = next(entry["files"] for entry in self.present["checkpoints"] if entry["name"] == name)
+        self.done[name] = checkpoint, checkpoint.files(before, segments)
+
+    def missing(self) -> list[str]:
+        """The checkpoints that have not got the new examples yet."""
+        return [entry["name"] for entry in self.present["checkpoints"] if entry["name"] not in self.done]
 
     def config(self) -> dict[str, Any]:
         """The content of config.json with the new examples."""

@@ -219,6 +219,45 @@ def require_checkpoints(config: Mapping[str, Any], source: str) -> None:
         raise ValueError(f"{source!r} has no whole checkpoint yet. Let the recording finish.")
 
 
+def require_same(
+    config: Mapping[str, Any], asked: Mapping[str, Any], *, folder: Path, but: Sequence[str] = ()
+) -> None:
+    """
+    Check that an index can be continued.
+
+    Args:
+        config (`Mapping`): What its config.json says.
+        asked (`Mapping`): What it would say of a new one.
+        folder (`Path`): Named in errors.
+        but (`Sequence[str]`): Keys that may differ.
+
+    Raises:
+        ValueError: They differ in something else. Names it.
+    """
+    differing = [
+        f"`{key}` is {config.get(key)!r:.200}, not {value!r:.200}"
+        for key, value in asked.items()
+        if key not in ("metadata", *but) and _lasting(config.get(key)) != _lasting(value)
+    ]
+    if not differing:
+        return
+    more = asked["num_examples"] > config["num_examples"] and config["checkpoints"] and not but
+    raise ValueError(
+        f"The influence index in {str(folder)!r} has another configuration: {'; '.join(differing)}. Continue it with the same,"
+        " or choose another folder."
+        + (
+            " To add the examples behind those it has, pass `add_examples=True` (`hf-doge index --add_examples`)."
+            if more
+            else ""
+        )
+    )
+
+
+def _lasting(setting: Any) -> Any:
+    """A setting without the name of what it describes: the same tokenizer may be loaded from another place."""
+    return {key: value for key, value in setting.items() if key != "name"} if isinstance(setting, dict) else setting
+
+
 def check_files(folder: Path, checksums: Mapping[str, str | None], *, verify: bool) -> None:
     """
     Args:

@@ -56,7 +56,7 @@ class IndexReader:
         self._cache_dir = cache_dir
         self._maps: dict[int, RowMap] = {}
         self._examples: Dataset | None = None
-        self._projection = None if config.get("projection") is None else recorded_projection(config)
+        self._projection = recorded_projection(config)
 
     @classmethod
     def open(

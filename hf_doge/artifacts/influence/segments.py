@@ -210,14 +210,24 @@ def projection_sha256(matrix: Tensor) -> str:
     return hashlib.sha256((matrix > 0).numpy().tobytes()).hexdigest()
 
 
-def recorded_projection(config: Mapping[str, Any]) -> Tensor:
+def describe_projection(width: int, projected_width: int | None, seed: int) -> dict[str, Any] | None:
+    """What config.json says of a projection; None where there is none."""
+    if projected_width is None:
+        return None
+    checksum = projection_sha256(projection_matrix(width, projected_width, seed))
+    return {"width": projected_width, "seed": seed, "sha256": checksum}
+
+
+def recorded_projection(config: Mapping[str, Any]) -> Tensor | None:
     """
-    The projection that config.json tells of.
+    The projection that config.json tells of; None where there is none.
 
     Raises:
         ValueError: It cannot be drawn again.
     """
-    asked = config["projection"]
+    asked = config.get("projection")
+    if asked is None:
+        return None
     matrix = projection_matrix(config["width"], asked["width"], asked["seed"])
     if projection_sha256(matrix) != asked["sha256"]:
         raise ValueError(

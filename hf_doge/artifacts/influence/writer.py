@@ -15,8 +15,7 @@ gradients/<checkpoint>.partial/         a checkpoint that is not whole yet, with
 
 import os
 import shutil
-from collections.abc import Mapping, Sequence
-from itertools import pairwise
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +23,18 @@ import pyarrow as pa
 from torch import Tensor
 
 from hf_doge._version import __version__
-from hf_doge.artifacts.influence.card import renewed_card
+from hf_doge.artifacts.cards.card import card_bytes, read_card
+from hf_doge.artifacts.cards.index import index_card
 from hf_doge.artifacts.influence.checkpoint_writer import PARTIAL, CheckpointWriter
-from hf_doge.artifacts.influence.examples import ordered_examples, read_examples, same_examples
+from hf_doge.artifacts.influence.examples import (
+    checkpoints_table,
+    ordered_examples,
+    store_examples,
+)
 from hf_doge.artifacts.influence.growth import Growth
 from hf_doge.artifacts.influence.lock import WriterLock
 from hf_doge.artifacts.influence.manifest import (
+    CARD_FILE,
     CHECKPOINT_FACTS,
     CHECKPOINTS_FILE,
     DTYPES,
@@ -39,39 +44,18 @@ from hf_doge.artifacts.influence.manifest import (
     MANIFEST,
     OFFSETS,
     SETTINGS,
-    checkpoint_number,
     example_dtype,
-    examples_files,
-    first_added_example,
     next_checkpoint_number,
     ordered_checkpoints,
     read_config,
     require_checkpoints,
+    require_same,
     to_json,
 )
-from hf_doge.artifacts.influence.segments import projection_matrix, projection_sha256, recorded_projection
-from hf_doge.artifacts.parquet import to_parquet
+from hf_doge.artifacts.influence.segments import describe_projection, recorded_projection
 from hf_doge.checks import LARGEST_RATE, check_choice, check_count, check_json, check_number, check_path, check_seed
-from hf_doge.files import (
-    STAGED_PREFIX,
-    replace_files,
-    require_own_folder,
-    sha256,
-    write_atomically,
-)
+from hf_doge.files import STAGED_PREFIX, replace_files, require_own_folder, sha256
 
-_CHECKPOINTS_SCHEMA = pa.schema(
-    {
-        "name": pa.string(),
-        "step": pa.int64(),
-        "epoch": pa.float64(),
-        "learning_rate": pa.float64(),
-        "path": pa.string(),
-        "revision": pa.string(),
-        "model_class": pa.string(),
-        "fingerprint": pa.string(),
-    }
-)
 _NAME_CHARACTERS = set("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._-")
 
 
@@ -139,17 +123,11 @@ class IndexWriter:
         self.max_segment_bytes = max_segment_bytes
         self.first_example, self.num_examples = 0, num_examples
         self._growth: Growth | None = None
-        self._projection: Tensor | None = None
-        projection = None
-        if projection_width is not None:
-            self._projection = projection_matrix(width, projection_width, projection_seed)
-            checksum = projection_sha256(self._projection)
-            projection = {"width": projection_width, "seed": projection_seed, "sha256": checksum}
         asked = {
             "width": width,
             "stored_width": projection_width or width,
             "dtype": dtype,
-            "projection": projection,
+            "projection": describe_projection(width, projection_width, projection_seed),
             "vocabulary_size": vocabulary_size,
             "num_examples": num_examples,
             **check_json("settings", {**SETTINGS, **(settings or {})}),
@@ -164,13 +142,15 @@ class IndexWriter:
             if add_examples:
                 self.config = self._to_grow(asked)
             elif (self.folder / MANIFEST).exists():
-                self.config = self._continued(asked)
+                self.config = read_config(self.folder)
+                require_same(self.config, asked, folder=self.folder)
             else:
                 versions = {"format_version": FORMAT_VERSION, "hf_doge_version": __version__}
                 self.config = {**versions, **asked, "checkpoints": [], "files": {}}
                 self._replace(self.config, {})
+            self._projection = recorded_projection(self.config)
             if self.config["checkpoints"] and any(self.folder.glob(f"{STAGED_PREFIX}*")):
-                self._replace_checkpoints(self.config["checkpoints"])  # README.md was interrupted behind config.json
+                self._replace_all(self.config)  # README.md was interrupted behind config.json
         except BaseException:
             self.close()
             raise
@@ -198,7 +178,7 @@ class IndexWriter:
         present = writer.config["num_examples"]
         writer.num_examples = num_examples or present
         writer.first_example = present if writer.num_examples > present else 0
-        writer._projection = None if writer.config["projection"] is None else recorded_projection(writer.config)
+        writer._projection = recorded_projection(writer.config)
         return writer
 
     def _to_grow(self, asked: dict[str, Any]) -> dict[str, Any]:
@@ -214,31 +194,12 @@ class IndexWriter:
         if example_dtype(present) != example_dtype(asked):
             raise ValueError(f"An index of {first} examples keeps their ids in 32 bits: it cannot grow to {count}.")
         # Of weights that were saved nobody can tell whether they were trained; the index knows.
-        if count == first:
-            return self._continued(asked, but=("virtual",))
-        config = self._continued(asked, but=("virtual", "num_examples", "dataset"))
-        self.first_example = first
-        self._growth = Growth(config, num_examples=count, dataset=asked["dataset"])
-        return config
-
-    def _continued(self, asked: dict[str, Any], *, but: Sequence[str] = ()) -> dict[str, Any]:
-        config = read_config(self.folder)
-        differing = [
-            f"`{key}` is {config.get(key)!r:.200}, not {value!r:.200}"
-            for key, value in asked.items()
-            if key not in ("metadata", *but) and _lasting(config.get(key)) != _lasting(value)
-        ]
-        if differing:
-            raise ValueError(
-                f"The influence index in {str(self.folder)!r} has another configuration: {'; '.join(differing)}."
-                " Continue it with the same, or choose another folder."
-                + (
-                    " To add the examples behind those it has, pass `add_examples=True` (`hf-doge index --add_examples`)."
-                    if asked["num_examples"] > config["num_examples"] and config["checkpoints"] and not but
-                    else ""
-                )
-            )
-        return config
+        more = ("num_examples", "dataset") if count > first else ()
+        require_same(present, asked, folder=self.folder, but=("virtual", *more))
+        if count > first:
+            self.first_example = first
+            self._growth = Growth(present, num_examples=count, dataset=asked["dataset"])
+        return present
 
     def close(self) -> None:
         """Let other processes write the index. What is not finished is continued by a new writer."""
@@ -252,7 +213,7 @@ class IndexWriter:
         """
         if self._lock is not None and self._lock.holder is not self._ticket:
             raise ValueError(
-                f"The index in {str(self.folder)!r} was closed, or opened anew since. Continue it by a new `IndexWriter`."
+                f"The index in {str(self.folder)!r} was closed, or opened again since. Continue it by a new `IndexWriter`."
             )
 
     @property
@@ -262,7 +223,7 @@ class IndexWriter:
 
     def has_whole(self, name: str) -> bool:
         """Whether a checkpoint is whole, with the examples that are being added, if any are."""
-        return name in self.checkpoint_names and (self._growth is None or name in self._growth.done)
+        return name in self.checkpoint_names and (self._growth is None or name not in self._growth.missing())
 
     def require_grown(self) -> None:
         """
@@ -270,10 +231,9 @@ class IndexWriter:
             ValueError: Examples are being added, and not all checkpoints have them, so that they do not show yet.
         """
         if self._growth is not None:
-            missing = [name for name in self.checkpoint_names if name not in self._growth.done]
             raise ValueError(
-                f"The new examples show when all checkpoints of {str(self.folder)!r} have them, but {missing} have not. Add"
-                " them there too; the others are kept."
+                f"The new examples show when all checkpoints of {str(self.folder)!r} have them, but"
+                f" {self._growth.missing()} have not. Add them there too; the others are kept."
             )
 
     def project(self, rows: Tensor) -> Tensor:
@@ -296,26 +256,8 @@ class IndexWriter:
         table = ordered_examples(table, self.num_examples)
         if self._growth is not None:
             self._growth.write_examples(self.folder, table)
-            return
-        recorded = {path: checksum for path, checksum in examples_files(self.config).items() if checksum is not None}
-        present = [(self.folder / path).is_file() for path in recorded]
-        if recorded and all(present) and all(sha256(self.folder / path) == recorded[path] for path in recorded):
-            # The bytes of the files may differ with the version of pyarrow.
-            same = same_examples(table, read_examples(self.folder, self.config))
-        else:
-            contents = _example_contents(table, list(recorded) or [EXAMPLES_FILE])
-            checksums = {path: sha256(content) for path, content in contents.items()}
-            same = not recorded or recorded == checksums
-            if same:
-                (self.folder / EXAMPLES_FILE).parent.mkdir(exist_ok=True)
-                for path, content in contents.items():
-                    write_atomically(self.folder / path, content)
-                self._replace({**self.config, "files": {**self.config["files"], **checksums}}, {})
-        if not same:
-            raise ValueError(
-                f"The influence index in {str(self.folder)!r} has other examples already. Continue it with the dataset"
-                " it was begun with, or choose another folder."
-            )
+        elif checksums := store_examples(self.folder, self.config, table):
+            self._replace({**self.config, "files": {**self.config["files"], **checksums}}, {})
 
     def checkpoint(
         self,
@@ -356,7 +298,8 @@ class IndexWriter:
                 f" with {PARTIAL!r}, but got {name!r}."
             )
         if self._growth is not None:
-            return self._checkpoint_to_grow(self._growth, name, fingerprint, second_moments, borders=borders)
+            facts = self._growth.facts_of(name, fingerprint=fingerprint, second_moments=second_moments)
+            return CheckpointWriter(self, facts, borders=borders)
         if name in self.checkpoint_names:
             raise ValueError(
                 f"Checkpoint {name!r} is in {str(self.folder)!r} already, and whole. Record it under another name, or"
@@ -369,96 +312,56 @@ class IndexWriter:
         facts = dict(zip(CHECKPOINT_FACTS, values, strict=True))
         optional = {"second_moments": second_moments, "dtypes": dtypes}
         facts |= {key: value for key, value in optional.items() if value is not None}
-        facts = check_json("checkpoint", facts)
         number = next_checkpoint_number(self.config["checkpoints"])
-        return CheckpointWriter(self, facts, position=number, borders=borders)
-
-    def _checkpoint_to_grow(
-        self,
-        growth: Growth,
-        name: str,
-        fingerprint: str,
-        second_moments: str | None,
-        *,
-        borders: Sequence[int] | None,
-    ) -> CheckpointWriter:
-        """A checkpoint of the index, to be given the rows of the examples that are added."""
-        if name not in self.checkpoint_names:
-            raise ValueError(
-                f"Examples are added at the checkpoints of the index, {self.checkpoint_names}, but got {name!r}. Add the"
-                " checkpoint afterwards."
-            )
-        if name in growth.done:
-            raise ValueError(f"Checkpoint {name!r} has the new examples already. Go on with the others.")
-        if growth.examples_sha256 is None:
-            raise ValueError("The examples must come before the first checkpoint. Call `write_examples`.")
-        place = self.checkpoint_names.index(name)
-        entry, position = self.config["checkpoints"][place], checkpoint_number(self.config["checkpoints"], place)
-        if fingerprint != entry["fingerprint"]:
-            raise ValueError(
-                f"Checkpoint {name!r} was recorded with other weights: their fingerprint is"
-                f" {str(entry['fingerprint'])[:12]}, not {fingerprint[:12]}. Bring the recorded checkpoint back, in the dtype"
-                " of its training."
-            )
-        recorded = entry.get("second_moments", second_moments)  # older indices do not tell
-        if second_moments != recorded:
-            raise ValueError(
-                f"Checkpoint {name!r} was recorded with other second moments of Adam: their fingerprint is"
-                f" {str(recorded)[:12]}, not {str(second_moments)[:12]}. Bring the optimizer.pt of the recorded checkpoint"
-                " back."
-            )
-        # What an earlier attempt has left counts if it was of the same examples.
-        facts = {key: entry[key] for key in CHECKPOINT_FACTS} | {"added_examples": growth.examples_sha256}
-        if second_moments is not None:
-            facts["second_moments"] = second_moments
-        return CheckpointWriter(self, facts, position=position, borders=borders)
+        return CheckpointWriter(self, {**check_json("checkpoint", facts), "position": number}, borders=borders)
 
     def checkpoint_part(self, facts: Mapping[str, Any], *, part: int, borders: Sequence[int] = ()) -> CheckpointWriter:
         """
-        To write some ranges of a checkpoint that another process has begun, and will finish.
+        To write some ranges of a checkpoint that another process has begun, and will publish.
 
         Args:
             facts (`Mapping`): The other's `CheckpointWriter.facts`.
             part (`int`): At least 1, and no other process's.
             borders (`Sequence[int]`): The other's.
         """
-        facts = dict(facts)
-        return CheckpointWriter(self, facts, position=facts.pop("position"), borders=borders, part=part)
+        return CheckpointWriter(self, dict(facts), borders=borders, part=part)
 
-    def take_over(self, checkpoint: CheckpointWriter, segments: Sequence[dict[str, Any]]) -> None:
+    def publish(self, checkpoint: CheckpointWriter, *, sign_of_life: Callable[[], None] = lambda: None) -> None:
         """
-        Take a checkpoint that has all examples. What is new begins to exist here.
+        Make a checkpoint visible: what is new begins to exist here. When examples are added, the last checkpoint that gets
+        them makes all of it visible.
 
         Args:
-            checkpoint (`CheckpointWriter`): Whose [`~CheckpointWriter.finish`] calls this.
-            segments (`Sequence[dict]`): By ascending example.
+            checkpoint ([`CheckpointWriter`]): With all examples, its parts with theirs.
+            sign_of_life (`Callable`): Called every now and then.
+
+        Raises:
+            ValueError: As [`CheckpointWriter.finish`]; or another checkpoint was published since this one was begun.
         """
-        facts, position = dict(checkpoint.facts), checkpoint.facts["position"]
-        del facts["position"]
+        segments = checkpoint.finish(sign_of_life=sign_of_life)
+        facts = dict(checkpoint.facts)
+        number = facts.pop("position")
         if self._growth is not None:
-            before = self.config["checkpoints"][self.checkpoint_names.index(facts["name"])]["files"]
-            self._growth.done[facts["name"]] = (checkpoint, checkpoint.files(before, segments))
-            if len(self._growth.done) == len(self.config["checkpoints"]):
-                self._finish_growth(self._growth)
+            self._growth.take(checkpoint, segments)
+            if not self._growth.missing():
+                self._settle([writer for writer, _ in self._growth.done.values()], self._growth.config())
+                self.first_example, self._growth = 0, None
             return
-        if position != next_checkpoint_number(self.config["checkpoints"]):
+        if number != next_checkpoint_number(self.config["checkpoints"]):
             raise ValueError(
                 "Checkpoints must be written one after the other, but two were open. Write this one again."
             )
-        files = checkpoint.files((), segments)
-        checkpoint.settle()
-        entries = [*self.config["checkpoints"], {**facts, "number": position, "files": files}]
-        self._replace_checkpoints(ordered_checkpoints(entries))
-        checkpoint.clean()
+        entry = {**facts, "number": number, "files": checkpoint.files((), segments)}
+        entries = ordered_checkpoints([*self.config["checkpoints"], entry])
+        self._settle([checkpoint], {**self.config, "checkpoints": entries})
 
-    def _finish_growth(self, growth: Growth) -> None:
-        """All checkpoints have the new examples: let them appear in one step."""
-        for checkpoint, _ in growth.done.values():
+    def _settle(self, checkpoints: Sequence[CheckpointWriter], config: dict[str, Any]) -> None:
+        """Give finished files their places, and let the config.json that names them appear in one step."""
+        for checkpoint in checkpoints:
             checkpoint.settle()
-        self._replace_all(growth.config())
-        for checkpoint, _ in growth.done.values():
+        self._replace_all(config)
+        for checkpoint in checkpoints:
             checkpoint.clean()
-        self.first_example, self._growth = 0, None
 
     def forget(self, name: str) -> None:
         """
@@ -470,51 +373,21 @@ class IndexWriter:
         self.require_open()
         position = self.checkpoint_names.index(name)
         forgotten = self.checkpoint_names[position:]
-        self._replace_checkpoints(self.config["checkpoints"][:position])
+        self._replace_all({**self.config, "checkpoints": self.config["checkpoints"][:position]})
         for name in forgotten:
             for place in (GRADIENTS, OFFSETS):
                 shutil.rmtree(self.folder / place / name, ignore_errors=True)
-
-    def _replace_checkpoints(self, checkpoints: list[dict[str, Any]]) -> None:
-        self._replace_all({**self.config, "checkpoints": checkpoints})
 
     def _replace_all(self, config: dict[str, Any]) -> None:
         """Put another config.json in place, with the table of the checkpoints and the card that go with it."""
         table = checkpoints_table(config["checkpoints"])
         config = {**config, "files": {**config["files"], CHECKPOINTS_FILE: sha256(table)}}
         written = {CHECKPOINTS_FILE: table}
-        self._replace(config, {**written, **renewed_card(self.folder, config, written)})
+        card = index_card(config, self.folder, files=written).merged_with(read_card(self.folder / CARD_FILE))
+        self._replace(config, {**written, CARD_FILE: card_bytes(card)})
 
     def _replace(self, config: dict[str, Any], files: dict[str, bytes]) -> None:
         assert self._lock is not None, "only the writer that opened the index changes what all of them read"
         self.require_open()
         replace_files(self.folder, {**files, MANIFEST: to_json(config)}, manifest=MANIFEST)
         self.config = config
-
-
-def _lasting(setting: Any) -> Any:
-    """A setting without the name of what it describes: the same tokenizer may be loaded from another place."""
-    return {key: value for key, value in setting.items() if key != "name"} if isinstance(setting, dict) else setting
-
-
-def _example_contents(table: pa.Table, paths: Sequence[str]) -> dict[str, bytes]:
-    """The files of all examples: those of an index that was made at once, and those that were added later."""
-    starts = [0, *(first_added_example(path) for path in paths[1:]), len(table)]
-    return {
-        path: to_parquet(table.slice(first, last - first))
-        for path, (first, last) in zip(paths, pairwise(starts), strict=True)
-    }
-
-
-def checkpoints_table(checkpoints: Sequence[Mapping[str, Any]]) -> bytes:
-    """
-    The table of the checkpoints, in Parquet: the facts that config.json has of each, by ascending step.
-
-    Where their rows do not name them by their place in it, it has what they say in a column `checkpoint`.
-    """
-    rows = [{key: entry[key] for key in CHECKPOINT_FACTS} for entry in checkpoints]
-    table = pa.Table.from_pylist(rows, schema=_CHECKPOINTS_SCHEMA)
-    if any("number" in entry for entry in checkpoints):
-        numbers = [checkpoint_number(checkpoints, place) for place in range(len(checkpoints))]
-        table = table.append_column("checkpoint", pa.array(numbers, pa.int32()))
-    return to_parquet(table)
