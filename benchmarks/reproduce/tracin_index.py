@@ -28,9 +28,9 @@ from hf_doge.evaluation.influence.small_tasks import PAD, SEPARATOR, START, UNKN
 from hf_doge.tracing.batches import SequentialBatches
 from hf_doge.tracing.examples import Examples
 from hf_doge.tracing.recording import make_recorder, record_checkpoint
+from hf_doge.tracing.saved_checkpoints import MODELS, save_model
 from hf_doge.tracing.settings import RecordingSettings
 from hf_doge.tracing.shared_index import open_shared_index
-from hf_doge.tracing.weights import MODELS, save_model
 
 
 def word_tokenizer(vocabulary: Sequence[str]) -> PreTrainedTokenizerFast:

@@ -7,6 +7,7 @@ forward, and LoRA wraps it. What it catches is the bare lookup, before any scale
 by token, is the gradient of the matrix's rows; no weight has to require a gradient for that.
 """
 
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from types import TracebackType
@@ -15,6 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
+
+from hf_doge.gradients.example_losses import IGNORE_INDEX
 
 
 @dataclass
@@ -145,3 +148,77 @@ class _MatrixMode(TorchFunctionMode):
 
 def _requiring_grad(result: Tensor) -> Tensor:
     return result if result.requires_grad else result.requires_grad_()
+
+
+def counted_positions(lookup: Lookup, batch: Mapping[str, object], *, pad_token_id: int | None = None) -> Tensor:
+    """
+    Which positions of a lookup are not padding, by the masks of the batch, `padding_idx` and `pad_token_id`; of a decoder
+    that predicts its `labels` those up to the last label.
+
+    Args:
+        lookup ([`Lookup`]): From a forward with `batch`.
+        batch (`Mapping`): What the model was given.
+        pad_token_id (`int`, *optional*): See [`EmbeddingGradientRecorder`].
+
+    Returns:
+        `torch.Tensor` of the shape of `lookup.token_ids`, dtype bool.
+    """
+    token_ids = lookup.token_ids
+    counted = torch.ones_like(token_ids, dtype=torch.bool)
+    for ids_name, mask_name in (("input_ids", "attention_mask"), ("decoder_input_ids", "decoder_attention_mask")):
+        mask = batch.get(mask_name)
+        if mask is not None and mask.numel() == token_ids.numel() and _same_ids(batch.get(ids_name), token_ids):
+            counted &= mask.reshape(token_ids.shape).bool()
+    if lookup.padding_idx is not None:
+        counted &= token_ids != lookup.padding_idx
+    if pad_token_id is not None:
+        padding = token_ids == pad_token_id
+        if not _same_ids(batch["input_ids"], token_ids):
+            padding[..., 0] = False  # T5 starts its decoder with the padding token
+        counted &= ~padding
+    needed = _up_to_last_label(token_ids, batch)
+    return counted if needed is None else counted & needed
+
+
+def _up_to_last_label(token_ids: Tensor, batch: Mapping[str, object]) -> Tensor | None:
+    """
+    True at the positions that a decoder also reads of each example alone, where `labels` are not padded: without padding
+    it never reads the last label. None if these ids are not those of a decoder with labels.
+    """
+    labels, given = batch.get("labels"), batch.get("decoder_input_ids")
+    if not isinstance(labels, Tensor) or labels.shape != token_ids.shape or labels.is_floating_point():
+        return None
+    if _same_ids(batch["input_ids"], token_ids):
+        return None
+    labelled = labels != IGNORE_INDEX
+    if given is None:
+        differs = token_ids[..., 1:] != labels[..., :-1]  # a decoder reads a label one place after it predicts it
+        decoder = not bool((labelled[..., :-1] & differs).any())
+    else:
+        decoder = _same_ids(given, token_ids)
+    return labelled.flip(-1).cumsum(dim=-1).flip(-1) > 0 if decoder else None
+
+
+def _same_ids(given: Tensor | None, token_ids: Tensor) -> bool:
+    """Whether the lookup read these very ids, in any shape."""
+    return (
+        given is not None and given.numel() == token_ids.numel() and torch.equal(given.flatten(), token_ids.flatten())
+    )
+
+
+def join_by_example(parts: Sequence[Tensor], nothing: Tensor, input_ids: Tensor) -> Tensor:
+    """All uses of the matrix in one forward side by side, one line per example; `nothing` where there is none."""
+    batch_size, num_feature_axes = len(input_ids), nothing.ndim - 2
+    lines = []
+    for part in parts:
+        positions = part.shape[: part.ndim - num_feature_axes]
+        # several choices of one example may be lines of their own; a batch of one owns every position there is
+        by_example = len(positions) > 1 and positions[0] in (batch_size, input_ids.shape[:-1].numel())
+        if not by_example and batch_size > 1:
+            raise ValueError(
+                f"The embedding matrix must be used with one line per example, but a batch of {batch_size} used it "
+                f"with shape {tuple(positions)}. Models that flatten, transpose or pack a batch cannot be recorded in "
+                "batches: use batch size 1."
+            )
+        lines.append(part.reshape(batch_size, -1, *part.shape[len(positions) :]))
+    return torch.cat(lines, dim=1) if lines else nothing

@@ -16,10 +16,10 @@ from hf_doge.gradients.example_losses import LossFunction
 from hf_doge.tracing.background_push import BackgroundPush
 from hf_doge.tracing.checkpoint_recording import CheckpointRecording, find_group
 from hf_doge.tracing.examples import choose_examples, has_texts
-from hf_doge.tracing.pretrained import warn_if_unsearchable
+from hf_doge.tracing.models import save_model, warn_if_unsearchable
 from hf_doge.tracing.processes import process_index, run_on_main_process
+from hf_doge.tracing.saved_checkpoints import MODELS, has_weights, stored_path
 from hf_doge.tracing.settings import DEFAULT_MAX_SEGMENT_BYTES, RecordingSettings
-from hf_doge.tracing.weights import MODELS, has_weights, save_model, stored_path
 
 logger = logging.getLogger(__name__)
 
@@ -338,7 +338,7 @@ class TracInWECallback(TrainerCallback):
 
         options = {"token": args.hub_token, "private": args.hub_private_repo}
         run_on_main_process(
-            lambda sign_of_life: prepare_index_push(self.hub_index_id, redact_text=self.redact_text, **options)
+            lambda heartbeat: prepare_index_push(self.hub_index_id, redact_text=self.redact_text, **options)
         )
         if process_index() > 0:
             return
@@ -374,7 +374,7 @@ class TracInWECallback(TrainerCallback):
         """Where the weights of this step are, as the index says it; saved there if the Trainer does not keep them."""
         checkpoint, own = _checkpoint_path(args, state), self._own_path(state.global_step)
 
-        def save_if_needed(sign_of_life: Callable[[], None]) -> str:
+        def save_if_needed(heartbeat: Callable[[], None]) -> str:
             if saved and not self._own_weights and has_weights(checkpoint):
                 return stored_path(checkpoint, self.output_dir)
             if replace or not has_weights(own):

@@ -17,14 +17,14 @@ from hf_doge.files import write_atomically
 from hf_doge.gradients.embedding_uses import input_embedding_matrix
 from hf_doge.tracing.batches import SequentialBatches
 from hf_doge.tracing.examples import Examples
-from hf_doge.tracing.fingerprints import has_fingerprint, unwrap_model
+from hf_doge.tracing.models import has_fingerprint, unwrap_model
 from hf_doge.tracing.processes import process_index, run_on_all_processes, run_on_main_process
 from hf_doge.tracing.recording import check_first_batch, encoding_of, make_recorder, record_checkpoint
+from hf_doge.tracing.saved_checkpoints import group_learning_rate, logged_learning_rate
 from hf_doge.tracing.second_moments import SecondMoments, keeps_second_moments, second_moments_of
 from hf_doge.tracing.settings import RecordingSettings
 from hf_doge.tracing.shared_index import SharedIndex, open_shared_index
 from hf_doge.tracing.trained_loss import ADVICE, TrainedLoss
-from hf_doge.tracing.weights import group_learning_rate, logged_learning_rate
 
 logger = logging.getLogger(__name__)
 
@@ -94,7 +94,7 @@ class CheckpointRecording:
             seed=self.seed,
         )
         self._recorder = make_recorder(model, self.options, self.tokenizer)
-        run_on_all_processes(lambda sign_of_life: self._try(state))
+        run_on_all_processes(lambda heartbeat: self._try(state))
         if self.options.loss_fn is not None or process_index() > 0:
             return
         if args.label_smoothing_factor:
@@ -120,7 +120,7 @@ class CheckpointRecording:
 
     def plan(self, **facts: Any) -> None:
         """Note on disk what [`save`] is about to be called with, in case it does not come to its end."""
-        run_on_main_process(lambda sign_of_life: _write_json(self.folder / PLAN_FILE, facts))
+        run_on_main_process(lambda heartbeat: _write_json(self.folder / PLAN_FILE, facts))
 
     def save(
         self, *, model: nn.Module, name: str, step: int, epoch: float | None, learning_rate: float, path: str | Path
@@ -134,7 +134,7 @@ class CheckpointRecording:
             learning_rate (`float`): Of the last step.
         """
         facts = {"name": name, "step": step, "epoch": epoch, "learning_rate": learning_rate, "path": str(path)}
-        self._record(model, run_on_main_process(lambda sign_of_life: self._plan_to_record(model, facts)))
+        self._record(model, run_on_main_process(lambda heartbeat: self._plan_to_record(model, facts)))
 
     def finish_interrupted(self, *, model: nn.Module, facts: dict[str, Any], state: TrainerState) -> None:
         """
@@ -145,7 +145,7 @@ class CheckpointRecording:
             facts (`dict`): Its name, step, epoch and path. Path and learning rate are those planned, where they were.
             state ([`~transformers.TrainerState`]): With the log of the training so far.
         """
-        self._record(model, run_on_main_process(lambda sign_of_life: self._plan_to_finish(model, facts, state)))
+        self._record(model, run_on_main_process(lambda heartbeat: self._plan_to_finish(model, facts, state)))
 
     def stop(self) -> None:
         """Let go of the index, and of the model."""

@@ -14,7 +14,7 @@ from datasets import ClassLabel, Dataset
 from transformers import DataCollatorForSeq2Seq, DataCollatorWithPadding, default_data_collator
 
 from hf_doge.tracing.batches import column_names
-from hf_doge.tracing.fingerprints import content_hash
+from hf_doge.tracing.models import content_hash
 
 IGNORE_INDEX = -100
 LABEL_COLUMNS = ("labels", "label", "label_ids")  # what transformers' collators make `labels` of
@@ -148,7 +148,7 @@ def describe_examples(
     num_classes: int | None = None,
     label_law: Callable[[np.ndarray, int], str | None] = lambda labels, num_tokens: None,
     keep_ids: bool = False,
-    sign_of_life: Callable[[], None] = lambda: None,
+    heartbeat: Callable[[], None] = lambda: None,
 ) -> pa.Table:
     """
     The `examples` table of an index.
@@ -165,7 +165,7 @@ def describe_examples(
         num_classes (`int`, *optional*): Of how many the label of an example must be one.
         label_law (`Callable`): What is wrong with the labels of an example of so many tokens, from [`label_law`].
         keep_ids (`bool`): Whether to have `input_ids` in any case.
-        sign_of_life (`Callable`): Called every now and then.
+        heartbeat (`Callable`): Called every now and then.
 
     Returns:
         `pyarrow.Table`: one row per example.
@@ -205,7 +205,7 @@ def describe_examples(
         if keep_ids:
             token_ids.append(pa.array(ids.astype(np.int32)))
         if position % _ROWS_AT_ONCE == 0:
-            sign_of_life()
+            heartbeat()
     if silent:
         raise ValueError(
             f"Every example must have a label that counts, but examples {silent[:10]} ({len(silent)} in all) have none but"
@@ -224,13 +224,13 @@ def describe_examples(
     return pa.table(table)
 
 
-def count_tokens(dataset: Any, *, sign_of_life: Callable[[], None] = lambda: None) -> np.ndarray:
+def count_tokens(dataset: Any, *, heartbeat: Callable[[], None] = lambda: None) -> np.ndarray:
     """
     How many distinct tokens each example has.
 
     Args:
         dataset (`Dataset`): With `input_ids`.
-        sign_of_life (`Callable`): Called every now and then.
+        heartbeat (`Callable`): Called every now and then.
 
     Returns:
         `numpy.ndarray` of shape `(num_examples,)` and dtype int64.
@@ -239,7 +239,7 @@ def count_tokens(dataset: Any, *, sign_of_life: Callable[[], None] = lambda: Non
     for position, (ids, _) in enumerate(_unpadded_examples(dataset)):
         counts[position] = len(set(ids.ravel().tolist()))
         if position % _ROWS_AT_ONCE == 0:
-            sign_of_life()
+            heartbeat()
     return counts
 
 

@@ -22,9 +22,9 @@ from hf_doge.checks import check_choice, check_count, check_path, show
 from hf_doge.files import write_atomically
 from hf_doge.tracing.hits import HIT_FEATURES, add_example_columns, make_hits, query_hits, text_columns
 from hf_doge.tracing.html import render_page
-from hf_doge.tracing.models import checkpoint_folders
 from hf_doge.tracing.queries import Queries, check_queries
 from hf_doge.tracing.query_rows import QueryRecorder
+from hf_doge.tracing.saved_checkpoints import checkpoint_folders
 from hf_doge.tracing.saved_index import SavedIndex
 from hf_doge.tracing.scoring import (
     SPECIAL_TOKENS,

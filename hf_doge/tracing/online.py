@@ -30,11 +30,10 @@ from hf_doge.artifacts.influence import IndexWriter
 from hf_doge.gradients.embedding_uses import input_embedding_matrix
 from hf_doge.tracing.batches import SequentialBatches
 from hf_doge.tracing.checkpoint_recording import require_whole_weights
-from hf_doge.tracing.fingerprints import model_fingerprint, unwrap_model
+from hf_doge.tracing.models import describe_dtypes, model_fingerprint, unwrap_model
 from hf_doge.tracing.online_capture import CaughtRows, TrainingCapture
 from hf_doge.tracing.online_identity import IdentifiedBatches
 from hf_doge.tracing.online_spill import RowSpill, Segment, merged_rows, read_journal, read_segments
-from hf_doge.tracing.pretrained import describe_dtypes
 from hf_doge.tracing.processes import require_shared_folder, run_on_all_processes, run_on_main_process
 from hf_doge.tracing.recording import encoding_of, require_same_embeddings
 from hf_doge.tracing.settings import RecordingSettings
@@ -102,7 +101,7 @@ class OnlineRecording:
         self._matrix = input_embedding_matrix(model)
         recorded = getattr(self.dataset, "recorded", self.dataset)
         few = SequentialBatches(recorded, _as_it_is, batch_size=1)
-        run_on_main_process(lambda sign_of_life: self._open_writer(model, few, sign_of_life))
+        run_on_main_process(lambda heartbeat: self._open_writer(model, few, heartbeat))
         require_shared_folder(self.folder)
         self._last_step = self._resume(model, state)
         vocabulary_size, width = self._matrix.shape
@@ -185,9 +184,9 @@ class OnlineRecording:
         self._saving = True
         self._close(facts)
 
-        def write(sign_of_life: Callable[[], None]) -> None:
+        def write(heartbeat: Callable[[], None]) -> None:
             others = self._segments(first_process=1, num_processes=self._args.world_size)
-            self._write_checkpoint(unwrap_model(model), facts, [*self._spill.read(), *others], sign_of_life)
+            self._write_checkpoint(unwrap_model(model), facts, [*self._spill.read(), *others], heartbeat)
 
         run_on_main_process(write)
         self._spill.discard()
@@ -201,7 +200,7 @@ class OnlineRecording:
             return
         journal = {**facts, "first_step": self._last_step + 1, "num_processes": self._args.world_size}
         try:
-            run_on_all_processes(lambda sign_of_life: self._spill.close(journal))
+            run_on_all_processes(lambda heartbeat: self._spill.close(journal))
         except ValueError:
             self._stack.close()
             raise
@@ -227,7 +226,7 @@ class OnlineRecording:
         if self._args.process_index == 0:
             shutil.rmtree(self.folder / PARTIAL, ignore_errors=True)
 
-    def _open_writer(self, model: nn.Module, few: SequentialBatches, sign_of_life: Callable[[], None]) -> None:
+    def _open_writer(self, model: nn.Module, few: SequentialBatches, heartbeat: Callable[[], None]) -> None:
         self._writer = open_writer(
             self.folder,
             model=model,
@@ -235,7 +234,7 @@ class OnlineRecording:
             tokenizer=self.tokenizer,
             settings=self.options,
             metadata=lambda: encoding_of(few, self.tokenizer, self._args, known={"inputs": None}),
-            sign_of_life=sign_of_life,
+            heartbeat=heartbeat,
         )
 
     def _require_same_examples(self, batches: IdentifiedBatches) -> None:
@@ -260,13 +259,13 @@ class OnlineRecording:
                 f"{str(self.folder)!r} has recorded a training up to step {last_step}, but this one begins at step 0. "
                 "Resume that training, or record this one in another folder."
             )
-        found = run_on_main_process(lambda sign_of_life: self._read_journals())
+        found = run_on_main_process(lambda heartbeat: self._read_journals())
         asked = {"first_step": last_step + 1, "step": state.global_step}
         if state.global_step > last_step and found is not None and asked.items() <= found.items():
             facts = {key: found[key] for key in ("name", "step", "epoch", "path")}
             run_on_main_process(
-                lambda sign_of_life: self._write_checkpoint(
-                    model, facts, self._segments(num_processes=found["num_processes"]), sign_of_life
+                lambda heartbeat: self._write_checkpoint(
+                    model, facts, self._segments(num_processes=found["num_processes"]), heartbeat
                 )
             )
             last_step = state.global_step
@@ -279,7 +278,7 @@ class OnlineRecording:
             last_step = state.global_step
         elif state.global_step < last_step:
             logger.info("Steps up to %d are in the index already and are not recorded again.", last_step)
-        run_on_main_process(lambda sign_of_life: shutil.rmtree(self.folder / PARTIAL, ignore_errors=True))
+        run_on_main_process(lambda heartbeat: shutil.rmtree(self.folder / PARTIAL, ignore_errors=True))
         return last_step
 
     def _read_journals(self) -> dict[str, Any] | None:
@@ -295,7 +294,7 @@ class OnlineRecording:
         return [segment for rank in ranks for segment in read_segments(self._rank_folder(rank))]
 
     def _write_checkpoint(
-        self, model: nn.Module, facts: dict[str, Any], segments: list[Segment], sign_of_life: Callable[[], None]
+        self, model: nn.Module, facts: dict[str, Any], segments: list[Segment], heartbeat: Callable[[], None]
     ) -> None:
         require_same_embeddings(self._writer, model)
         vocabulary_size, width = self._matrix.shape
@@ -321,7 +320,7 @@ class OnlineRecording:
             )
             for token_rows in blocks:
                 writer.add(token_rows)
-                sign_of_life()
+                heartbeat()
             self._writer.publish(writer)
 
     def _rank_folder(self, rank: int) -> Path:

@@ -14,8 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from hf_doge.gradients.embedding import counted_positions, join_by_example
-from hf_doge.gradients.embedding_uses import EmbeddingUses
+from hf_doge.gradients.embedding_uses import EmbeddingUses, counted_positions, join_by_example
 from hf_doge.gradients.example_losses import loss_of
 from hf_doge.gradients.token_rows import PositionGradients
 from hf_doge.tracing.online_identity import EXAMPLE_IDS

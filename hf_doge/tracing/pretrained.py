@@ -6,7 +6,6 @@ Nothing of them runs: no code that they name or bring along, and no weights but 
 
 import json
 import re
-import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,7 +18,6 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from hf_doge.text import printable
-from hf_doge.tracing.fingerprints import unwrap_model
 
 ADAPTER_FILE = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -112,27 +110,9 @@ def load_model(
             model = _load_whole(path, model_class, loaded_in, hub)
     others, default = dtypes.get("parameters", {}), dtypes.get("default")
     for name, parameter in model.named_parameters() if default is not None else ():
-        kind = others.get(name) or others.get(_pattern(name), default)
+        kind = others.get(name) or others.get(parameter_pattern(name), default)
         parameter.data = parameter.data.to(getattr(torch, kind))
     return model if device is None else model.to(device)
-
-
-def warn_if_unsearchable(model: nn.Module) -> None:
-    """Say at train begin what a search of an adapter will lack: its checkpoints have no base, and must lead to one."""
-    model = unwrap_model(model)
-    if not hasattr(model, "get_base_model"):
-        return
-    base, name = model.get_base_model(), getattr(model.active_peft_config, "base_model_name_or_path", None)
-    cause = f"adapts a model that was saved nowhere (its base_model_name_or_path is {name!r})"
-    if getattr(base, "is_quantized", False):
-        cause = f"adapts a quantized model, {name!r}, which is not loaded again in the same way"
-    elif name and (Path(name).exists() or (not Path(name).is_absolute() and str(name).count("/") <= 1)):
-        return
-    warnings.warn(
-        f"The adapter that is trained {cause}. A search of this index will need `model=` or `load_model=` in"
-        " `InfluenceIndex.from_pretrained`.",
-        stacklevel=3,
-    )
 
 
 def saved_model(path: str | Path) -> tuple[Any, Any]:
@@ -172,40 +152,8 @@ def load_tokenizer(path: str | Path, **options: Any) -> Any:
         return transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False, **options)
 
 
-def describe_dtypes(model: nn.Module) -> dict[str, Any] | None:
-    """
-    In which dtypes to load a model again so that its weights are those in memory; None where they are as saved.
-
-    Args:
-        model (`nn.Module`): Of one dtype, which `save_pretrained` keeps, or of several, or an adapter, whose base is not
-            saved with it and may have been loaded in another dtype than it has on disk, or cast since.
-
-    Returns:
-        `dict`: `loaded`, the dtype to load the whole model (or base) in; `default`, the one to bring parameters to; and
-        `parameters`, those that have another, by name with a `*` for the number of a layer.
-    """
-    model = unwrap_model(model)
-    kinds = {name: str(parameter.dtype).removeprefix("torch.") for name, parameter in model.named_parameters()}
-    is_adapter = hasattr(model, "get_base_model")
-    if not is_adapter and len(set(kinds.values())) < 2:
-        return None
-    floating = [kind for kind in kinds.values() if getattr(torch, kind).is_floating_point]
-    default = max(sorted(set(kinds.values())), key=list(kinds.values()).count)
-    loaded = max(floating, key=lambda kind: getattr(torch, kind).itemsize)
-    if is_adapter:
-        loaded = str(getattr(model.get_base_model().config, "dtype", None) or loaded).removeprefix("torch.")
-    by_pattern: dict[str, set[str]] = {}
-    for name, kind in kinds.items():
-        by_pattern.setdefault(_pattern(name), set()).add(kind)
-    others = {
-        _pattern(name) if len(by_pattern[_pattern(name)]) == 1 else name: kind
-        for name, kind in kinds.items()
-        if by_pattern[_pattern(name)] != {default}
-    }
-    return {"loaded": loaded, "default": default, "parameters": others}
-
-
-def _pattern(name: str) -> str:
+def parameter_pattern(name: str) -> str:
+    """The name of a parameter with `*` for the number of a layer."""
     return re.sub(r"\.\d+(?=\.|$)", ".*", name)
 
 

@@ -32,7 +32,7 @@ _SECONDS_TO_TELL = 10.0
 _SECONDS_TO_BE_SEEN = 10.0  # network file systems remember for seconds what was not there
 _ENDED = "ended"
 
-SignOfLife = Callable[[], None]
+Heartbeat = Callable[[], None]
 
 
 class ProcessFailedError(RuntimeError):
@@ -69,20 +69,20 @@ def default_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def run_on_main_process(work: Callable[[SignOfLife], Any]) -> Any:
+def run_on_main_process(work: Callable[[Heartbeat], Any]) -> Any:
     """
-    Run `work(sign_of_life)` on the main process alone and return its result on all, once it has ended.
+    Run `work(heartbeat)` on the main process alone and return its result on all, once it has ended.
 
     As [`run_on_all_processes`], where the others do nothing.
     """
-    return run_on_all_processes(lambda sign_of_life: work(sign_of_life) if process_index() == 0 else None)[0]
+    return run_on_all_processes(lambda heartbeat: work(heartbeat) if process_index() == 0 else None)[0]
 
 
-def run_on_all_processes(work: Callable[[SignOfLife], Any]) -> list[Any]:
+def run_on_all_processes(work: Callable[[Heartbeat], Any]) -> list[Any]:
     """
-    Run `work(sign_of_life)` on every process, and return the results of all on all, once all have ended.
+    Run `work(heartbeat)` on every process, and return the results of all on all, once all have ended.
 
-    Every process must call this, each as often as the others. It may take hours. `work` calls `sign_of_life()` every now
+    Every process must call this, each as often as the others. It may take hours. `work` calls `heartbeat()` every now
     and then, after each batch say, which ends it by [`ProcessFailedError`] if another process has failed meanwhile.
 
     Args:
@@ -117,7 +117,7 @@ def require_shared_folder(folder: str | os.PathLike) -> None:
     folder = Path(folder)
     name = f".seen-by-all-{uuid.uuid4().hex}"
 
-    def look(sign_of_life: SignOfLife) -> None:
+    def look(heartbeat: Heartbeat) -> None:
         end = time.monotonic() + _SECONDS_TO_BE_SEEN
         while process_index() > 0 and not (folder.is_dir() and written in os.listdir(folder)):
             if time.monotonic() > end:
@@ -127,9 +127,9 @@ def require_shared_folder(folder: str | os.PathLike) -> None:
                     " there. Choose an `output_dir` on a file system that all machines share."
                 )
             time.sleep(_LONGEST_NAP)
-            sign_of_life()
+            heartbeat()
 
-    def write(sign_of_life: SignOfLife) -> str:
+    def write(heartbeat: Heartbeat) -> str:
         (folder / name).touch()
         return name
 
@@ -157,7 +157,7 @@ class _Company:
         self._thread.start()
         atexit.register(self.leave)
 
-    def meet(self, work: Callable[[SignOfLife], Any]) -> list[Any]:
+    def meet(self, work: Callable[[Heartbeat], Any]) -> list[Any]:
         meeting = _Meeting(self, self._num_meetings)
         self._num_meetings += 1
         try:
@@ -233,7 +233,7 @@ class _Meeting:
                 time.sleep(_SHORTEST_NAP)
 
     def look_around(self) -> None:
-        """What `work` gets as `sign_of_life`."""
+        """What `work` gets as `heartbeat`."""
         if time.monotonic() - self._last_look < _SECONDS_BETWEEN_LOOKS:
             return
         others = range(1, self._company.size) if self._company.rank == 0 else (0,)

@@ -34,8 +34,7 @@ from hf_doge.checks import check_flag, check_names
 from hf_doge.files import sha256
 from hf_doge.text import hide_secrets, parse_json, public_content, public_name
 from hf_doge.tracing.examples import LABEL_COLUMNS
-from hf_doge.tracing.models import checkpoint_folders
-from hf_doge.tracing.weights import MODELS
+from hf_doge.tracing.saved_checkpoints import MODELS, checkpoint_folders
 
 logger = logging.getLogger(__name__)
 

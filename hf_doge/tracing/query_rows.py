@@ -26,9 +26,8 @@ from hf_doge.gradients.embedding_uses import input_embedding_matrix
 from hf_doge.gradients.example_losses import ANSWERS, IGNORE_INDEX, LossFunction, logits_of
 from hf_doge.gradients.token_rows import TokenRows
 from hf_doge.tracing.encoding import Encoding
-from hf_doge.tracing.fingerprints import has_fingerprint
 from hf_doge.tracing.limits import ModelInputs, label_law, wants_fractions
-from hf_doge.tracing.models import LoadModel, load_checkpoint
+from hf_doge.tracing.models import LoadModel, has_fingerprint, load_checkpoint
 from hf_doge.tracing.queries import Query, is_dialogue, label_field, label_tensor, text_fields
 from hf_doge.tracing.settings import padding_token_id
 from hf_doge.tracing.words import Reading, read_ids, read_text

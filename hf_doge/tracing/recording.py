@@ -23,19 +23,20 @@ from hf_doge.artifacts.influence.manifest import MANIFEST, read_config
 from hf_doge.checks import LARGEST_RATE, check_number
 from hf_doge.functional.tracin_we import scale_by_second_moment
 from hf_doge.gradients.embedding import EmbeddingGradientRecorder
+from hf_doge.gradients.embedding_backward import full_precision
 from hf_doge.gradients.embedding_uses import input_embedding_matrix
-from hf_doge.gradients.independence import full_precision
 from hf_doge.gradients.token_rows import TokenRows
 from hf_doge.tracing.batches import SequentialBatches, preserved_random_state
 from hf_doge.tracing.encoding import describe_encoding
 from hf_doge.tracing.examples import Examples, padding_collator, prune_columns
-from hf_doge.tracing.fingerprints import (
+from hf_doge.tracing.limits import takes_padding
+from hf_doge.tracing.models import (
     buffer_fingerprint,
+    describe_dtypes,
     model_fingerprint,
     unwrap_model,
 )
-from hf_doge.tracing.limits import takes_padding
-from hf_doge.tracing.pretrained import describe_dtypes, load_model
+from hf_doge.tracing.pretrained import load_model
 from hf_doge.tracing.processes import (
     default_device,
     join_processes,
@@ -45,6 +46,7 @@ from hf_doge.tracing.processes import (
     run_on_main_process,
 )
 from hf_doge.tracing.ranges import Range, share_ranges
+from hf_doge.tracing.saved_checkpoints import describe_checkpoint, in_order_of_steps, stored_path
 from hf_doge.tracing.second_moments import (
     SecondMoments,
     require_saved_optimizer,
@@ -53,7 +55,6 @@ from hf_doge.tracing.second_moments import (
 )
 from hf_doge.tracing.settings import RecordingSettings, text_tokenizer
 from hf_doge.tracing.shared_index import SharedIndex, open_shared_index
-from hf_doge.tracing.weights import describe_checkpoint, in_order_of_steps, stored_path
 
 SECOND_MOMENT_EPS = 1e-8
 
@@ -108,7 +109,7 @@ def record_checkpoint(
     facts = {"step": step, "epoch": epoch, "learning_rate": learning_rate, "path": path, "revision": revision}
     moments = None if second_moments is None else second_moments.fingerprint()
 
-    def begin(sign_of_life: Callable[[], None]) -> dict[str, Any]:
+    def begin(heartbeat: Callable[[], None]) -> dict[str, Any]:
         nonlocal checkpoint
         weights = {"weights": model_fingerprint(model), "buffers": buffer_fingerprint(model), "moments": moments}
         if rank > 0:
@@ -119,7 +120,7 @@ def record_checkpoint(
         checkpoint = opened.enter_context(index.writer.checkpoint(name, **entry, borders=index.borders))
         return {**weights, "facts": checkpoint.facts, "missing": checkpoint.missing()}
 
-    def record(sign_of_life: Callable[[], None]) -> None:
+    def record(heartbeat: Callable[[], None]) -> None:
         part = checkpoint
         if part is None:
             own = index.writer.checkpoint_part(told[0]["facts"], part=rank, borders=index.borders)
@@ -144,7 +145,7 @@ def record_checkpoint(
                         rows.rows = scale_by_second_moment(rows.rows, metric, eps=SECOND_MOMENT_EPS, sides="one")
                     part.add(rows)
                     bar.update(len(rows))
-                    sign_of_life()
+                    heartbeat()
 
     with ExitStack() as opened:
         told = run_on_all_processes(begin)
@@ -154,7 +155,7 @@ def record_checkpoint(
         for process, ranges in zip(able, shared_out, strict=True):
             shares[process] = ranges
         run_on_all_processes(record)
-        run_on_main_process(lambda sign_of_life: index.writer.publish(checkpoint, sign_of_life=sign_of_life))
+        run_on_main_process(lambda heartbeat: index.writer.publish(checkpoint, heartbeat=heartbeat))
 
 
 def _able(told: Sequence[Mapping[str, Any]]) -> list[int]:
@@ -371,7 +372,7 @@ def record_dataset(
                     second_moments=moments,
                     progress=progress,
                 )
-        run_on_main_process(lambda sign_of_life: index.writer.require_grown())
+        run_on_main_process(lambda heartbeat: index.writer.require_grown())
     finally:
         if index is not None:
             index.close()

@@ -17,8 +17,8 @@ from transformers import Trainer
 from transformers.trainer import OPTIMIZER_NAME
 
 from hf_doge.gradients.embedding_uses import input_embedding_matrix
-from hf_doge.tracing.fingerprints import tensor_fingerprint, unwrap_model
-from hf_doge.tracing.weights import group_learning_rate
+from hf_doge.tracing.models import tensor_fingerprint, unwrap_model
+from hf_doge.tracing.saved_checkpoints import group_learning_rate
 
 AVERAGE = "exp_avg_sq"
 WHAT_TO_DO = (

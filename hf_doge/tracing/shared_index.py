@@ -18,12 +18,12 @@ from hf_doge.gradients.embedding_uses import input_embedding_matrix
 from hf_doge.text import public_name
 from hf_doge.tracing.batches import preserved_random_state
 from hf_doge.tracing.examples import Examples, count_tokens, describe_examples
-from hf_doge.tracing.fingerprints import (
+from hf_doge.tracing.limits import label_law, num_classes, num_positions
+from hf_doge.tracing.models import (
     dataset_fingerprint,
     tokenizer_fingerprint,
     unwrap_model,
 )
-from hf_doge.tracing.limits import label_law, num_classes, num_positions
 from hf_doge.tracing.processes import (
     process_index,
     require_shared_folder,
@@ -43,7 +43,7 @@ def open_writer(
     settings: RecordingSettings,
     metadata: Callable[[], Mapping[str, Any]] = dict,
     add_examples: bool = False,
-    sign_of_life: Callable[[], None] = lambda: None,
+    heartbeat: Callable[[], None] = lambda: None,
 ) -> IndexWriter:
     """
     Open an index for a model and a dataset, new or to be continued, with its examples written.
@@ -56,7 +56,7 @@ def open_writer(
         settings ([`RecordingSettings`]): How rows are made and stored.
         metadata (`Callable`): Returns anything else worth knowing, in terms of JSON, of examples that were checked.
         add_examples (`bool`): Whether the index is there, and is to have the examples behind its own in `dataset` as well.
-        sign_of_life (`Callable`): Called every now and then.
+        heartbeat (`Callable`): Called every now and then.
 
     Raises:
         ValueError: if the model has no input embeddings, an example cannot be recorded, or the folder holds an index of
@@ -75,7 +75,7 @@ def open_writer(
         num_classes=num_classes(model) if settings.loss_fn is None else None,
         label_law=label_law(model) if settings.loss_fn is None else lambda labels, num_tokens: None,
         keep_ids=add_examples and _has_ids(Path(folder)),
-        sign_of_life=sign_of_life,
+        heartbeat=heartbeat,
     )
     writer = IndexWriter(
         folder,
@@ -143,7 +143,7 @@ class SharedIndex:
 
     def has_whole(self, name: str) -> bool:
         """Whether a checkpoint is whole, as the main process knows; all processes ask."""
-        return run_on_main_process(lambda sign_of_life: self.writer.has_whole(name))
+        return run_on_main_process(lambda heartbeat: self.writer.has_whole(name))
 
     def close(self) -> None:
         """Let others write the index; of the processes, the main one alone keeps them from it."""
@@ -175,7 +175,7 @@ def open_shared_index(
         ProcessFailedError: Another process raised an error.
     """
 
-    def open_on_main(sign_of_life: Callable[[], None]) -> list[Any]:
+    def open_on_main(heartbeat: Callable[[], None]) -> list[Any]:
         nonlocal writer
         writer = open_writer(
             folder,
@@ -185,17 +185,17 @@ def open_shared_index(
             settings=settings,
             metadata=metadata,
             add_examples=add_examples,
-            sign_of_life=sign_of_life,
+            heartbeat=heartbeat,
         )
         with preserved_random_state(seed):
-            num_tokens = count_tokens(dataset.recorded, sign_of_life=sign_of_life)
+            num_tokens = count_tokens(dataset.recorded, heartbeat=heartbeat)
         num_rows = expected_rows(num_tokens, settings, vocabulary_size=writer.config["vocabulary_size"])
         capacity = settings.max_segment_bytes // (4 * writer.config["stored_width"])
         first = writer.first_example
         borders = [first + border for border in plan_borders(num_rows[first:], max(1, capacity))]
         return borders, _some_examples(dataset.recorded, seed)
 
-    def join(sign_of_life: Callable[[], None]) -> None:
+    def join(heartbeat: Callable[[], None]) -> None:
         nonlocal writer
         if process_index() > 0:
             found = _some_examples(dataset.recorded, seed)

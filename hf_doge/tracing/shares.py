@@ -34,7 +34,7 @@ def share_work(count: int, work: Callable[[int, int], list[Result]]) -> list[Res
     start, stop = count * rank // size, count * (rank + 1) // size
     results: list[Result] = []
 
-    def work_on_share(sign_of_life: Callable[[], None]) -> int:
+    def work_on_share(heartbeat: Callable[[], None]) -> int:
         if start < stop:
             results.extend(work(start, stop))
         return count
@@ -57,10 +57,10 @@ def build_on_each_machine(count: int, build: Callable[[int], None]) -> None:
     join_processes()
     rank, size = (int(os.environ.get(name, default)) for name, default in (("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1)))
 
-    def build_some(sign_of_life: Callable[[], None]) -> None:
+    def build_some(heartbeat: Callable[[], None]) -> None:
         for number in range(rank if size > 1 else 0, count, size):
             build(number)
-            sign_of_life()
+            heartbeat()
 
     if num_processes() > 1:  # a process alone builds what it needs when it needs it
         run_on_all_processes(build_some)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import TrainingArguments
 
 from hf_doge.gradients.example_losses import logits_of, loss_of
-from hf_doge.tracing.fingerprints import unwrap_model
+from hf_doge.tracing.models import unwrap_model
 
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
 _HALF_TOLERANCE = 5e-2

@@ -9,8 +9,8 @@ import transformers
 from torch import nn
 from torch.nn import functional as F
 
+from hf_doge.gradients.batches import Layout, split_by_length, tokens_per_call
 from hf_doge.gradients.embedding import EmbeddingGradientRecorder
-from hf_doge.gradients.padding import Layout, split_by_length, tokens_per_call
 
 V, PAD, WIDTH = 40, 1, 64
 LENGTHS = 3 * (60, 3, 4, 64, 5, 62, 3, 4)  # some long texts among short ones

@@ -247,7 +247,7 @@ def test_weights_of_tokens_are_refused_one_example_at_a_time_too():
 
 
 def test_the_weight_of_one_token_of_a_large_vocabulary_is_found_where_it_occurs(monkeypatch):
-    monkeypatch.setattr("hf_doge.gradients.embedding._NUM_CLASSES", 1)
+    monkeypatch.setattr("hf_doge.gradients.verification._NUM_CLASSES", 1)
     weight = torch.ones(400)
     weight[399] = 3
 

@@ -13,7 +13,7 @@ import torch
 from hf_doge.artifacts.influence import IndexReader
 from hf_doge.tracing.index import InfluenceIndex
 from hf_doge.tracing.recording import record_dataset
-from hf_doge.tracing.weights import checkpoint_step, in_order_of_steps
+from hf_doge.tracing.saved_checkpoints import checkpoint_step, in_order_of_steps
 from tests.artifacts.influence_rows import (
     NUM_EXAMPLES,
     dense_scores,

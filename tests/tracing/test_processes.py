@@ -30,24 +30,24 @@ def tell(name, meet, work):
         told[name] = f"{type(error).__name__}: {error}"
 
 
-def fail_on_one(sign_of_life):
+def fail_on_one(heartbeat):
     if rank == 1:
         raise ValueError("a bad example")
     for _ in range(600):  # a minute, unless told
         time.sleep(0.1)
-        sign_of_life()
+        heartbeat()
 
 
-tell("all", run_on_all_processes, lambda sign_of_life: {"rank": rank})
-tell("main", run_on_main_process, lambda sign_of_life: [rank, "main"])
+tell("all", run_on_all_processes, lambda heartbeat: {"rank": rank})
+tell("main", run_on_main_process, lambda heartbeat: [rank, "main"])
 tell("fails", run_on_all_processes, fail_on_one)
-tell("again", run_on_all_processes, lambda sign_of_life: rank)
+tell("again", run_on_all_processes, lambda heartbeat: rank)
 processes.SECONDS_TO_ARRIVE = 1.0
 if rank == 1:
     time.sleep(3)
-tell("late", run_on_all_processes, lambda sign_of_life: rank)
+tell("late", run_on_all_processes, lambda heartbeat: rank)
 if rank == 0:  # the other has come to its end
-    tell("alone", run_on_all_processes, lambda sign_of_life: rank)
+    tell("alone", run_on_all_processes, lambda heartbeat: rank)
 Path(sys.argv[1], f"{rank}.json").write_text(json.dumps(told))
 end_process_group()
 """

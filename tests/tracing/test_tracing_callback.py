@@ -23,7 +23,7 @@ from transformers import (
 
 from hf_doge.artifacts.influence import IndexReader
 from hf_doge.tracing.callback import TracInWECallback
-from hf_doge.tracing.fingerprints import content_hash, model_fingerprint
+from hf_doge.tracing.models import content_hash, model_fingerprint
 from tests.reference_tracin_we import dense_gradient
 from tests.tiny import tiny_bert, tiny_classifier, tiny_gpt2, tiny_llama, tiny_t5
 from tests.tracing.recorded_training import (

@@ -145,7 +145,7 @@ class CheckpointWriter(AbstractContextManager):
         return kept
 
     def _read_journals(
-        self, *, trusted: Iterable[dict[str, Any]] = (), sign_of_life: Callable[[], None] = lambda: None
+        self, *, trusted: Iterable[dict[str, Any]] = (), heartbeat: Callable[[], None] = lambda: None
     ) -> list[dict[str, Any]]:
         """The segments that all journals tell of and whose files are whole, by ascending example and without overlap."""
         found, known = [], {segment["path"] for segment in trusted}
@@ -157,7 +157,7 @@ class CheckpointWriter(AbstractContextManager):
                     segments = [
                         segment
                         for segment in written["segments"]
-                        if segment["path"] in known or self._is_whole(segment, sign_of_life)
+                        if segment["path"] in known or self._is_whole(segment, heartbeat)
                     ]
             if not segments:
                 logger.info("%s is of other weights, or damaged: what it tells of is recorded again.", journal)
@@ -203,12 +203,12 @@ class CheckpointWriter(AbstractContextManager):
         border = self._borders[following] if following < len(self._borders) else self._end
         return min(border, self._end)
 
-    def finish(self, *, sign_of_life: Callable[[], None] = lambda: None) -> list[dict[str, Any]]:
+    def finish(self, *, heartbeat: Callable[[], None] = lambda: None) -> list[dict[str, Any]]:
         """
         Close the writer when all parts are written. The files of others are read and checked.
 
         Args:
-            sign_of_life (`Callable`): Called every now and then.
+            heartbeat (`Callable`): Called every now and then.
 
         Returns:
             `list[dict]`: the segments of all parts, by ascending example.
@@ -217,7 +217,7 @@ class CheckpointWriter(AbstractContextManager):
             ValueError: Not all examples were added, or a file of another process is not what it wrote.
         """
         self._require_open()
-        segments = self._read_journals(trusted=self._segments, sign_of_life=sign_of_life)
+        segments = self._read_journals(trusted=self._segments, heartbeat=heartbeat)
         num_done = sum(segment["num_examples"] for segment in segments) + self._num_buffered
         if num_done != self._stop - self._start:
             raise ValueError(
@@ -327,9 +327,9 @@ class CheckpointWriter(AbstractContextManager):
                 written |= {f"{kind}path": place.path_of(name), f"{kind}sha256": sha256(content)}
         return written
 
-    def _is_whole(self, segment: dict[str, Any], sign_of_life: Callable[[], None]) -> bool:
+    def _is_whole(self, segment: dict[str, Any], heartbeat: Callable[[], None]) -> bool:
         """Whether the files of a segment are what the journal says."""
-        sign_of_life()
+        heartbeat()
         return all(
             segment[f"{kind}path"] is None
             or _has_content(place.partial, segment[f"{kind}path"], segment[f"{kind}sha256"])

@@ -326,19 +326,19 @@ class IndexWriter:
         """
         return CheckpointWriter(self, dict(facts), borders=borders, part=part)
 
-    def publish(self, checkpoint: CheckpointWriter, *, sign_of_life: Callable[[], None] = lambda: None) -> None:
+    def publish(self, checkpoint: CheckpointWriter, *, heartbeat: Callable[[], None] = lambda: None) -> None:
         """
         Make a checkpoint visible: what is new begins to exist here. When examples are added, the last checkpoint that gets
         them makes all of it visible.
 
         Args:
             checkpoint ([`CheckpointWriter`]): With all examples, its parts with theirs.
-            sign_of_life (`Callable`): Called every now and then.
+            heartbeat (`Callable`): Called every now and then.
 
         Raises:
             ValueError: As [`CheckpointWriter.finish`]; or another checkpoint was published since this one was begun.
         """
-        segments = checkpoint.finish(sign_of_life=sign_of_life)
+        segments = checkpoint.finish(heartbeat=heartbeat)
         facts = dict(checkpoint.facts)
         number = facts.pop("position")
         if self._growth is not None:

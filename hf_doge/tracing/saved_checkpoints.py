@@ -1,17 +1,13 @@
-"""The weights of recorded checkpoints: where they are, saving and loading them."""
+"""Folders of checkpoints: what they hold, which step they are of in which order they come and where they lie now."""
 
 import logging
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
-from hf_doge.files import staged_folder
 from hf_doge.text import parse_json
-from hf_doge.tracing.fingerprints import unwrap_model
 
 logger = logging.getLogger(__name__)
 
@@ -27,27 +23,6 @@ def stored_path(path: Path, folder: Path) -> str:
     """A path as the index keeps it: relative to the index within it, so that the folder can move, else absolute."""
     path, folder = path.resolve(), folder.resolve()
     return path.relative_to(folder).as_posix() if path.is_relative_to(folder) else str(path)
-
-
-def save_model(model: nn.Module, path: Path, *, processing_class: Any | None = None) -> None:
-    """
-    Save weights (safetensors) and configuration, all or nothing.
-
-    Args:
-        model (`nn.Module`): Any; one with `save_pretrained` can be loaded again by its class.
-        path (`Path`): A folder; replaced if it is there.
-        processing_class (`PreTrainedTokenizerBase`, *optional*): Saved beside it.
-    """
-    model = unwrap_model(model)
-    with staged_folder(path) as staged:
-        if hasattr(model, "save_pretrained"):
-            model.save_pretrained(staged)
-        else:
-            from safetensors.torch import save_model as save_state
-
-            save_state(model, str(staged / "model.safetensors"))
-        if hasattr(processing_class, "save_pretrained"):
-            processing_class.save_pretrained(staged)
 
 
 def describe_checkpoint(path: Path, *, learning_rate: float | None = None) -> dict[str, Any]:
@@ -179,3 +154,15 @@ def group_learning_rate(logged: float | None, first: Mapping[str, Any], group: M
     if begun[0] <= 0 or not math.isclose(now[0] * begun[1], now[1] * begun[0], rel_tol=1e-6, abs_tol=1e-300):
         return None
     return logged * (begun[1] / begun[0])
+
+
+def checkpoint_folders(checkpoint: Mapping[str, Any], folder: Path) -> Iterator[Path]:
+    """
+    Where a checkpoint may lie on this machine: where it was recorded, or where it lies to the index as it did then, if both
+    have moved. Whatever is found is used for its fingerprint only.
+    """
+    if not checkpoint["path"]:
+        return
+    path = Path(checkpoint["path"])
+    moved = [folder.absolute().parent / Path(*path.parts[-depth:]) for depth in (2, 1)] if path.is_absolute() else []
+    yield from (place for place in (folder / path, path, *moved) if place.is_dir())

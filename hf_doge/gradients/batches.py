@@ -1,7 +1,7 @@
 """
-Less padding in a batch that is recorded: its examples by similar length, each group as wide as its longest.
+The examples of a batch: a few of them, one alone, or all in groups of similar length, each as wide as its longest.
 
-Rows of an example depend neither on the batch nor on padding, which [`EmbeddingGradientRecorder`] has checked before any
+Groups save padding. Rows of an example depend neither on the batch nor on padding, which [`EmbeddingGradientRecorder`] has checked before any
 of this is used; so the padded batch may be run in pieces, and what padding would have cost is saved.
 
 Shapes: B = batch size, T = positions.
@@ -13,10 +13,79 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from hf_doge.gradients.example_losses import IGNORE_INDEX
+
 # A forward and backward of next to nothing costs some 30 microseconds per module, in which one thread multiplies and adds
 # half a million times in each direction (a small BERT on one core); twice that, for what goes with a group besides.
 _WORK_PER_MODULE = 1_000_000
 _LEAST_TOKENS = 64  # matrices of fewer lines are multiplied more slowly
+
+
+def without_labels(batch: Mapping[str, object]) -> dict[str, object]:
+    """What the model is given to compute its logits alone."""
+    return {key: value for key, value in batch.items() if key != "labels"}
+
+
+def few_examples(batch: Mapping[str, object], examples: Tensor) -> dict[str, object]:
+    """
+    The batch of some examples, padded as before.
+
+    Args:
+        batch (`Mapping`): Inputs of a model, with `input_ids`.
+        examples (`torch.Tensor` of shape `(n,)`): Which to take.
+
+    Returns:
+        `dict[str, object]`: the same keys; what has not one line for each example is passed on unchanged.
+    """
+    size = len(batch["input_ids"])
+    return {
+        key: value[examples.to(value.device)]
+        if isinstance(value, Tensor) and value.ndim > 0 and len(value) == size
+        else value
+        for key, value in batch.items()
+    }
+
+
+def single_example(
+    batch: Mapping[str, object], example: int, *, strip_padding: bool, encoder_decoder: bool
+) -> dict[str, object]:
+    """
+    The batch of one example.
+
+    Args:
+        batch (`Mapping`): Inputs of a model, with `input_ids`.
+        example (`int`): Which example to take.
+        strip_padding (`bool`):
+            Whether to take out the positions that a 2-D `attention_mask` hides. Without one the padding stays.
+        encoder_decoder (`bool`):
+            Whether the labels have positions of their own. They then lose the ignored ones at either end, unless the
+            batch brings the decoder's inputs with it.
+
+    Returns:
+        `dict[str, object]`: the same keys; what is no tensor of the batch is passed on unchanged.
+    """
+    input_ids, mask = batch["input_ids"], batch.get("attention_mask")
+    strip_padding = strip_padding and input_ids.ndim == 2 and mask is not None and mask.shape == input_ids.shape
+    alone = {}
+    for key, value in batch.items():
+        if isinstance(value, Tensor) and value.ndim > 0:
+            of_decoder = key.startswith("decoder_") or (key == "labels" and encoder_decoder)
+            soft_labels = key == "labels" and value.is_floating_point()  # one per class, not per position
+            by_position = value.ndim > 1 and value.shape[1] == input_ids.shape[1]
+            value = value[example : example + 1] if value.shape[0] == input_ids.shape[0] else value
+            if strip_padding and by_position and not of_decoder and not soft_labels:
+                value = value[:, mask[example].bool()]
+            if strip_padding and of_decoder and key == "labels" and "decoder_input_ids" not in batch:
+                value = _without_ignored_ends(value)
+        alone[key] = value
+    return alone
+
+
+def _without_ignored_ends(labels: Tensor) -> Tensor:
+    if labels.ndim != 2 or labels.is_floating_point():
+        return labels
+    labelled = (labels[0] != IGNORE_INDEX).nonzero()
+    return labels[:, labelled.min() : labelled.max() + 1]
 
 
 @dataclass
@@ -98,6 +167,25 @@ def tokens_per_call(model: nn.Module) -> float:
     )
     calls = sum(1 for _ in model.modules())
     return max(_LEAST_TOKENS, torch.get_num_threads() * _WORK_PER_MODULE * calls / max(work, 1))
+
+
+def split(batch: Mapping[str, object], layout: Layout | None, model: nn.Module) -> list[Group]:
+    """
+    The batch in groups, where that saves padding.
+
+    Args:
+        batch (`Mapping`): With `input_ids`.
+        layout ([`Layout`], *optional*): Of the batches whose padding can be left out; other batches stay whole.
+        model (`nn.Module`): Which works on them.
+    """
+    input_ids, labels = batch["input_ids"], batch.get("labels")
+    mask = None if layout is None else padding_mask(batch)
+    if mask is None or not layout.fits(batch):
+        whole = (torch.arange(size, device=input_ids.device) for size in (len(input_ids), input_ids.shape[-1]))
+        return [Group(*whole, batch)]
+    if "labels" in layout.by_position and not labels.is_floating_point():
+        mask = mask | (labels != IGNORE_INDEX)  # what has a label counts, padding or not
+    return split_by_length(batch, mask, layout=layout, cost=tokens_per_call(model))
 
 
 def split_by_length(batch: Mapping[str, object], mask: Tensor, *, layout: Layout, cost: float) -> list[Group]:
