@@ -27,10 +27,10 @@ from hf_doge.evaluation.influence.small_models import to_batches
 from hf_doge.evaluation.influence.small_tasks import PAD, SEPARATOR, START, UNKNOWN
 from hf_doge.tracing.batches import SequentialBatches
 from hf_doge.tracing.examples import Examples
+from hf_doge.tracing.opening import open_shared_index
 from hf_doge.tracing.recording import make_recorder, record_checkpoint
 from hf_doge.tracing.saved_checkpoints import MODELS, save_model
 from hf_doge.tracing.settings import RecordingSettings
-from hf_doge.tracing.shared_index import open_shared_index
 
 
 def word_tokenizer(vocabulary: Sequence[str]) -> PreTrainedTokenizerFast:
@@ -79,11 +79,13 @@ def write_index(data_dir: Path, folder: Path, task_name: str, architecture: str,
                 index,
                 make_recorder(checkpoint.model, settings, tokenizer),
                 batches,
-                name=name,
-                step=epoch * steps,
-                epoch=float(epoch),
-                learning_rate=checkpoint.learning_rate,
-                path=f"{MODELS}/{name}",
+                {
+                    "name": name,
+                    "step": epoch * steps,
+                    "epoch": float(epoch),
+                    "learning_rate": checkpoint.learning_rate,
+                    "path": f"{MODELS}/{name}",
+                },
                 progress=False,
             )
     finally:

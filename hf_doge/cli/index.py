@@ -8,10 +8,10 @@ from hf_doge.cli.arguments import parse_once
 from hf_doge.cli.console import say
 from hf_doge.cli.index_data import load_examples
 from hf_doge.gradients.embedding import TIED_PARTS
+from hf_doge.tracing.after_training import record_dataset
 from hf_doge.tracing.encoding import MASKINGS
 from hf_doge.tracing.pretrained import load_tokenizer, tokenizer_place
 from hf_doge.tracing.processes import process_index
-from hf_doge.tracing.recording import record_dataset
 from hf_doge.tracing.settings import DTYPES, SPECIAL_TOKENS, RecordingSettings
 
 

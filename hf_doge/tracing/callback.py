@@ -18,6 +18,7 @@ from hf_doge.tracing.checkpoint_recording import CheckpointRecording, find_group
 from hf_doge.tracing.examples import choose_examples, has_texts
 from hf_doge.tracing.models import save_model, warn_if_unsearchable
 from hf_doge.tracing.processes import process_index, run_on_main_process
+from hf_doge.tracing.recording import Recording
 from hf_doge.tracing.saved_checkpoints import MODELS, has_weights, stored_path
 from hf_doge.tracing.settings import DEFAULT_MAX_SEGMENT_BYTES, RecordingSettings
 
@@ -150,10 +151,9 @@ class TracInWECallback(TrainerCallback):
         self.hub_index_id = check_repo_id("hub_index_id", hub_index_id, optional=True)
         self.redact_text = redact_text
         self._push: BackgroundPush | None = None
-        self._recording: Any | None = None
-        self._end: tuple[int, float | None] | None = (
-            None  # step and epoch of a training that had ended when it was resumed
-        )
+        self._recording: Recording | None = None
+        # Step and epoch of a training that had ended when it was resumed.
+        self._end: tuple[int, float | None] | None = None
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -183,8 +183,8 @@ class TracInWECallback(TrainerCallback):
             self._recording.stop()
             raise
         if state.global_step > 0 and self._is_due(state.global_step) and self.settings.record == "checkpoint":
-            facts = {**self._facts(args, state), "path": self._keep_weights(args, state, replace=False, **kwargs)}
-            self._recording.finish_interrupted(model=model, facts=facts, state=state)
+            path = self._keep_weights(args, state, replace=False, **kwargs)
+            self._recording.finish_interrupted(self._facts(state, path), model=model, state=state)
             self._request_push()
         self._end = None
         if state.global_step >= state.max_steps:
@@ -218,7 +218,7 @@ class TracInWECallback(TrainerCallback):
         if self._end is not None:
             control.should_save = control.should_evaluate = control.should_log = False
             return
-        if not self._started and self.settings.record == "checkpoint":
+        if not self._started:
             self._recording.after_first_step(model=kwargs["model"])
         self._started = True
         if not self._is_due(state.global_step):
@@ -267,7 +267,7 @@ class TracInWECallback(TrainerCallback):
                 stacklevel=2,
             )
 
-    def _make_recording(self, args: TrainingArguments, dataloader: Any, tokenizer: Any, optimizer: Any) -> Any:
+    def _make_recording(self, args: TrainingArguments, dataloader: Any, tokenizer: Any, optimizer: Any) -> Recording:
         examples = choose_examples(self.dataset, dataloader.dataset)
         if self.dataset is None and args.remove_unused_columns and not has_texts(examples.described):
             warnings.warn(
@@ -316,15 +316,11 @@ class TracInWECallback(TrainerCallback):
     def _await_save(self, args: TrainingArguments, state: TrainerState) -> None:
         self._awaited_step = state.global_step if self.record_steps is not None else -1
         path = self._own_path(state.global_step) if self._own_weights else _checkpoint_path(args, state)
-        self._recording.plan(
-            **self._facts(args, state), learning_rate=self._learning_rate, path=stored_path(path, self.output_dir)
-        )
+        self._recording.plan(self._facts(state, stored_path(path, self.output_dir)))
 
     def _record(self, args: TrainingArguments, state: TrainerState, *, saved: bool = False, **kwargs: Any) -> None:
         path = self._keep_weights(args, state, saved=saved, **kwargs)
-        self._recording.save(
-            model=kwargs["model"], **self._facts(args, state), learning_rate=self._learning_rate, path=path
-        )
+        self._recording.save(self._facts(state, path), model=kwargs["model"])
         self._recorded_step, self._awaited_step = state.global_step, -1
         self._num_recorded += 1
         self._request_push()
@@ -353,11 +349,13 @@ class TracInWECallback(TrainerCallback):
         if self._push is not None:
             self._push.request()
 
-    def _facts(self, args: TrainingArguments, state: TrainerState) -> dict[str, Any]:
+    def _facts(self, state: TrainerState, path: str) -> dict[str, Any]:
         return {
             "name": f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}",
             "step": state.global_step,
             "epoch": None if state.epoch is None else float(state.epoch),
+            "learning_rate": self._learning_rate,
+            "path": path,
         }
 
     def _keep_weights(

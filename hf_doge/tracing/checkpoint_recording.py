@@ -4,7 +4,7 @@ import json
 import logging
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +18,12 @@ from hf_doge.gradients.embedding_uses import input_embedding_matrix
 from hf_doge.tracing.batches import SequentialBatches
 from hf_doge.tracing.examples import Examples
 from hf_doge.tracing.models import has_fingerprint, unwrap_model
+from hf_doge.tracing.opening import SharedIndex, open_shared_index
 from hf_doge.tracing.processes import process_index, run_on_all_processes, run_on_main_process
-from hf_doge.tracing.recording import check_first_batch, encoding_of, make_recorder, record_checkpoint
+from hf_doge.tracing.recording import Recording, check_first_batch, encoding_of, make_recorder, record_checkpoint
 from hf_doge.tracing.saved_checkpoints import group_learning_rate, logged_learning_rate
 from hf_doge.tracing.second_moments import SecondMoments, keeps_second_moments, second_moments_of
 from hf_doge.tracing.settings import RecordingSettings
-from hf_doge.tracing.shared_index import SharedIndex, open_shared_index
 from hf_doge.tracing.trained_loss import ADVICE, TrainedLoss
 
 logger = logging.getLogger(__name__)
@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 PLAN_FILE = "recording.json"  # the checkpoint that is being recorded, so that a resumed training can finish it
 
 
-class CheckpointRecording:
+class CheckpointRecording(Recording):
     """
     Records all examples at each save, each process some segments of them.
 
@@ -118,31 +118,27 @@ class CheckpointRecording:
         if self.options.second_moment:
             self._require_second_moments(model, started=True)
 
-    def plan(self, **facts: Any) -> None:
+    def plan(self, facts: Mapping[str, Any]) -> None:
         """Note on disk what [`save`] is about to be called with, in case it does not come to its end."""
-        run_on_main_process(lambda heartbeat: _write_json(self.folder / PLAN_FILE, facts))
+        run_on_main_process(lambda heartbeat: self._write_plan(facts))
 
-    def save(
-        self, *, model: nn.Module, name: str, step: int, epoch: float | None, learning_rate: float, path: str | Path
-    ) -> None:
+    def save(self, facts: Mapping[str, Any], *, model: nn.Module) -> None:
         """
         Record all examples at the current weights, unless the index has them; called by all processes.
 
         Args:
+            facts (`Mapping`): Name, step, epoch and path of the checkpoint, and the learning rate of the last step.
             model (`nn.Module`): With the weights that were saved.
-            name (`str`), step (`int`), epoch (`float`), path: Of the checkpoint.
-            learning_rate (`float`): Of the last step.
         """
-        facts = {"name": name, "step": step, "epoch": epoch, "learning_rate": learning_rate, "path": str(path)}
         self._record(model, run_on_main_process(lambda heartbeat: self._plan_to_record(model, facts)))
 
-    def finish_interrupted(self, *, model: nn.Module, facts: dict[str, Any], state: TrainerState) -> None:
+    def finish_interrupted(self, facts: Mapping[str, Any], *, model: nn.Module, state: TrainerState) -> None:
         """
         Record the checkpoint that training resumes from, if that was interrupted or never begun.
 
         Args:
+            facts (`Mapping`): Its name, step, epoch and path. Path and learning rate are those planned, where they were.
             model (`nn.Module`): With the weights of that checkpoint.
-            facts (`dict`): Its name, step, epoch and path. Path and learning rate are those planned, where they were.
             state ([`~transformers.TrainerState`]): With the log of the training so far.
         """
         self._record(model, run_on_main_process(lambda heartbeat: self._plan_to_finish(model, facts, state)))
@@ -172,7 +168,11 @@ class CheckpointRecording:
                 stacklevel=2,
             )
 
-    def _plan_to_record(self, model: nn.Module, facts: dict[str, Any]) -> dict[str, Any] | None:
+    def _write_plan(self, facts: Mapping[str, Any]) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(self.folder / PLAN_FILE, f"{json.dumps(facts, indent=2)}\n".encode())
+
+    def _plan_to_record(self, model: nn.Module, facts: Mapping[str, Any]) -> Mapping[str, Any] | None:
         """On the main process: what is to be recorded, if anything, noted on disk."""
         name, writer = facts["name"], self._index.writer
         if name in writer.checkpoint_names:
@@ -182,27 +182,23 @@ class CheckpointRecording:
                 return None
             logger.info("Training was set back and %s came out differently: it is recorded again.", name)
             writer.forget(name)
-        _write_json(self.folder / PLAN_FILE, facts)
+        self._write_plan(facts)
         return facts
 
-    def _record(self, model: nn.Module, facts: dict[str, Any] | None) -> None:
+    def _record(self, model: nn.Module, facts: Mapping[str, Any] | None) -> None:
         """On all processes: what the main one has planned."""
         if facts is None:
             return
-        if input_embedding_matrix(unwrap_model(model)) is not self._recorder.matrix:
-            self._recorder = make_recorder(model, self.options, self.tokenizer)  # resized: refused by its shape
+        moments = self._second_moments(model) if self.options.second_moment else None
         record_checkpoint(
-            self._index,
-            self._recorder,
-            self._batches,
-            **facts,
-            second_moments=self._second_moments(model) if self.options.second_moment else None,
-            progress=self._progress,
+            self._index, self._recorder, self._batches, facts, second_moments=moments, progress=self._progress
         )
         if process_index() == 0:
             self._forget_plan()
 
-    def _plan_to_finish(self, model: nn.Module, facts: dict[str, Any], state: TrainerState) -> dict[str, Any] | None:
+    def _plan_to_finish(
+        self, model: nn.Module, facts: Mapping[str, Any], state: TrainerState
+    ) -> Mapping[str, Any] | None:
         """On the main process: what is left to record of the checkpoint that training resumes from."""
         name, step = facts["name"], facts["step"]
         if name in self._index.writer.checkpoint_names:
@@ -282,11 +278,6 @@ def require_whole_weights(model: nn.Module, args: TrainingArguments) -> None:
             "Recording needs the whole model in one process, but its weights are sharded (FSDP, ZeRO-3 or tensor"
             " parallelism). Train without the callback, and record the saved checkpoints by `hf-doge index`."
         )
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, f"{json.dumps(content, indent=2)}\n".encode())
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:

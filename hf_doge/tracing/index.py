@@ -22,6 +22,7 @@ from hf_doge.checks import check_choice, check_count, check_path, show
 from hf_doge.files import write_atomically
 from hf_doge.tracing.hits import HIT_FEATURES, add_example_columns, make_hits, query_hits, text_columns
 from hf_doge.tracing.html import render_page
+from hf_doge.tracing.processes import build_on_each_machine, share_work
 from hf_doge.tracing.queries import Queries, check_queries
 from hf_doge.tracing.query_rows import QueryRecorder
 from hf_doge.tracing.saved_checkpoints import checkpoint_folders
@@ -34,7 +35,6 @@ from hf_doge.tracing.scoring import (
     refuse_metric,
     select_extremes,
 )
-from hf_doge.tracing.shares import build_on_each_machine, share_work
 
 REDUCTIONS = ("mean", "sum")
 

@@ -34,19 +34,20 @@ from hf_doge.tracing.models import describe_dtypes, model_fingerprint, unwrap_mo
 from hf_doge.tracing.online_capture import CaughtRows, TrainingCapture
 from hf_doge.tracing.online_identity import IdentifiedBatches
 from hf_doge.tracing.online_spill import RowSpill, Segment, merged_rows, read_journal, read_segments
+from hf_doge.tracing.opening import open_writer
 from hf_doge.tracing.processes import require_shared_folder, run_on_all_processes, run_on_main_process
-from hf_doge.tracing.recording import encoding_of, require_same_embeddings
+from hf_doge.tracing.recording import Recording, encoding_of, require_same_embeddings
 from hf_doge.tracing.settings import RecordingSettings
-from hf_doge.tracing.shared_index import open_writer
 
 logger = logging.getLogger(__name__)
 
 PARTIAL = "online.partial"
 
+_KEPT_FACTS = ("name", "step", "epoch", "path")
 _SAME_IN_JOURNALS = ("name", "step", "first_step", "num_processes")
 
 
-class OnlineRecording:
+class OnlineRecording(Recording):
     """
     What [`TracInWECallback`] does with `record="online"`.
 
@@ -158,29 +159,32 @@ class OnlineRecording:
         if self._first_unsaved is None:
             self._first_unsaved = step
 
-    def plan(self, *, name: str, step: int, epoch: float | None, learning_rate: float, path: str | Path) -> None:
+    def after_first_step(self, *, model: nn.Module) -> None:
+        """Nothing: what is caught shows whether it can be recorded."""
+
+    def finish_interrupted(self, facts: Mapping[str, Any], *, model: nn.Module, state: TrainerState) -> None:
+        """Nothing: [`start`] has done it."""
+
+    def plan(self, facts: Mapping[str, Any]) -> None:
         """
         Write down all rows before the Trainer saves, with what [`save`] is about to be called with; called by all processes.
 
         Whatever is interrupted from here on: a training that is resumed from that save has its rows.
         """
-        if step > self._last_step:
-            self._close({"name": name, "step": step, "epoch": epoch, "path": str(path)})
+        if facts["step"] > self._last_step:
+            self._close({key: facts[key] for key in _KEPT_FACTS})
 
-    def save(
-        self, *, model: nn.Module, name: str, step: int, epoch: float | None, learning_rate: float, path: str | Path
-    ) -> None:
+    def save(self, facts: Mapping[str, Any], *, model: nn.Module) -> None:
         """
         Make the rows of all steps since the previous save one checkpoint; called by all processes.
 
         Args:
+            facts (`Mapping`): Name, step, epoch and path of the checkpoint. (Its rows have the learning rate of each step.)
             model (`nn.Module`): With the weights that were saved.
-            name (`str`), step (`int`), epoch (`float`), path: Of the checkpoint.
-            learning_rate (`float`): Of the last step; each step's own is in its rows already.
         """
-        if step <= self._last_step:
+        if facts["step"] <= self._last_step:
             return
-        facts = {"name": name, "step": step, "epoch": epoch, "path": str(path)}
+        facts = {key: facts[key] for key in _KEPT_FACTS}
         self._saving = True
         self._close(facts)
 
@@ -191,7 +195,7 @@ class OnlineRecording:
         run_on_main_process(write)
         self._spill.discard()
         self._saving = False
-        self._last_step = step
+        self._last_step = facts["step"]
         self._first_unsaved = None
 
     def _close(self, facts: dict[str, Any]) -> None:
@@ -262,7 +266,7 @@ class OnlineRecording:
         found = run_on_main_process(lambda heartbeat: self._read_journals())
         asked = {"first_step": last_step + 1, "step": state.global_step}
         if state.global_step > last_step and found is not None and asked.items() <= found.items():
-            facts = {key: found[key] for key in ("name", "step", "epoch", "path")}
+            facts = {key: found[key] for key in _KEPT_FACTS}
             run_on_main_process(
                 lambda heartbeat: self._write_checkpoint(
                     model, facts, self._segments(num_processes=found["num_processes"]), heartbeat

@@ -5,58 +5,64 @@ Rows are those of each example alone, in evaluation mode and the precision of th
 `loss_fn`): whatever the batch, accumulation, autocast, label smoothing and dropout of training.
 """
 
-import copy
-import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack
-from functools import partial
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from itertools import pairwise
+from types import TracebackType
+from typing import Any, Protocol
 
-import torch
 from torch import nn
+from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
+from transformers import TrainerState, TrainingArguments
 
 from hf_doge.artifacts.influence import IndexWriter
 from hf_doge.artifacts.influence.checkpoint_writer import CheckpointWriter
-from hf_doge.artifacts.influence.manifest import MANIFEST, read_config
-from hf_doge.checks import LARGEST_RATE, check_number
 from hf_doge.functional.tracin_we import scale_by_second_moment
 from hf_doge.gradients.embedding import EmbeddingGradientRecorder
-from hf_doge.gradients.embedding_backward import full_precision
 from hf_doge.gradients.embedding_uses import input_embedding_matrix
-from hf_doge.gradients.token_rows import TokenRows
 from hf_doge.tracing.batches import SequentialBatches, preserved_random_state
 from hf_doge.tracing.encoding import describe_encoding
-from hf_doge.tracing.examples import Examples, padding_collator, prune_columns
-from hf_doge.tracing.limits import takes_padding
-from hf_doge.tracing.models import (
-    buffer_fingerprint,
-    describe_dtypes,
-    model_fingerprint,
-    unwrap_model,
-)
-from hf_doge.tracing.pretrained import load_model
-from hf_doge.tracing.processes import (
-    default_device,
-    join_processes,
-    num_processes,
-    process_index,
-    run_on_all_processes,
-    run_on_main_process,
-)
-from hf_doge.tracing.ranges import Range, share_ranges
-from hf_doge.tracing.saved_checkpoints import describe_checkpoint, in_order_of_steps, stored_path
-from hf_doge.tracing.second_moments import (
-    SecondMoments,
-    require_saved_optimizer,
-    saved_group_rate,
-    saved_second_moments,
-)
+from hf_doge.tracing.models import buffer_fingerprint, describe_dtypes, model_fingerprint, unwrap_model
+from hf_doge.tracing.opening import SharedIndex
+from hf_doge.tracing.processes import num_processes, process_index, run_on_all_processes, run_on_main_process
+from hf_doge.tracing.second_moments import SecondMoments
 from hf_doge.tracing.settings import RecordingSettings, text_tokenizer
-from hf_doge.tracing.shared_index import SharedIndex, open_shared_index
+
+Range = tuple[int, int]  # examples [first, last)
 
 SECOND_MOMENT_EPS = 1e-8
+
+
+class Recording(Protocol):
+    """
+    What [`TracInWECallback`] asks of a recording. All processes call each method.
+
+    What is told of a checkpoint are its `name`, `step`, `epoch`, `path` and the `learning_rate` of the step that led to it.
+    """
+
+    def start(
+        self, *, model: nn.Module, train_dataloader: DataLoader, args: TrainingArguments, state: TrainerState
+    ) -> None:
+        """At the beginning of a training, or of a resumed one: open the index, and refuse what cannot be recorded."""
+
+    def finish_interrupted(self, facts: Mapping[str, Any], *, model: nn.Module, state: TrainerState) -> None:
+        """Finish the checkpoint that training resumes from, if its recording was interrupted or never begun."""
+
+    def before_optimizer_step(self, *, learning_rate: float, state: TrainerState) -> None:
+        """The backward of a step is done, and it is about to be made with this learning rate."""
+
+    def after_first_step(self, *, model: nn.Module) -> None:
+        """The optimizer has made its first step."""
+
+    def plan(self, facts: Mapping[str, Any]) -> None:
+        """Note on disk what [`save`] is about to be called with, in case it does not come to its end."""
+
+    def save(self, facts: Mapping[str, Any], *, model: nn.Module) -> None:
+        """Record the checkpoint whose weights the model has."""
+
+    def stop(self) -> None:
+        """Let go of the index, and leave model and DataLoader as they were."""
 
 
 def make_recorder(model: nn.Module, settings: RecordingSettings, tokenizer: Any | None) -> EmbeddingGradientRecorder:
@@ -68,13 +74,8 @@ def record_checkpoint(
     index: SharedIndex,
     recorder: EmbeddingGradientRecorder,
     batches: SequentialBatches,
+    facts: Mapping[str, Any],
     *,
-    name: str,
-    step: int,
-    epoch: float | None,
-    learning_rate: float,
-    path: str,
-    revision: str | None = None,
     second_moments: SecondMoments | None = None,
     progress: bool = True,
 ) -> None:
@@ -91,9 +92,10 @@ def record_checkpoint(
     Args:
         index ([`SharedIndex`]): From [`open_shared_index`].
         recorder ([`EmbeddingGradientRecorder`]): From [`make_recorder`].
-        batches ([`SequentialBatches`]): Of all examples.
-        name (`str`), step (`int`), epoch (`float`, *optional*), path (`str`), revision (`str`, *optional*): Of the checkpoint.
-        learning_rate (`float`): The one that made the step that led here.
+        batches ([`SequentialBatches`]): All examples.
+        facts (`Mapping`):
+            `name`, `step`, `epoch`, `path` of the checkpoint, the `learning_rate` of the step that led to it, and perhaps
+            its `revision`, see [`IndexWriter.checkpoint`].
         second_moments ([`SecondMoments`], *optional*):
             Adam's `v` of the embedding matrix; rows are divided by `sqrt(v) + eps`. An interrupted recording continues,
             and a whole one grows, with the same only.
@@ -104,58 +106,108 @@ def record_checkpoint(
             processes have different weights.
         ProcessFailedError: if another process raised an error or was killed, see [`run_on_all_processes`].
     """
-    model, rank = recorder.model, process_index()
-    checkpoint: CheckpointWriter | None = None  # on the main process only
-    facts = {"step": step, "epoch": epoch, "learning_rate": learning_rate, "path": path, "revision": revision}
-    moments = None if second_moments is None else second_moments.fingerprint()
+    with CheckpointShare(index, recorder, second_moments) as share:
+        ranges = share.begin(facts)
+        share.record(batches, ranges, progress=progress)
+        share.publish()
 
-    def begin(heartbeat: Callable[[], None]) -> dict[str, Any]:
-        nonlocal checkpoint
+
+class CheckpointShare(AbstractContextManager):
+    """What one process does for a checkpoint that all of them record. See [`record_checkpoint`] for the arguments."""
+
+    def __init__(
+        self, index: SharedIndex, recorder: EmbeddingGradientRecorder, second_moments: SecondMoments | None
+    ) -> None:
+        self._index = index
+        self._recorder = recorder
+        self._second_moments = second_moments
+        self._facts: dict[str, Any] = {}
+        self._writer: CheckpointWriter | None = None
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._writer is not None:
+            self._writer.__exit__(kind, error, traceback)
+
+    def begin(self, facts: Mapping[str, Any]) -> list[Range]:
+        """Begin the checkpoint on the main process, or continue it. Returns the examples that this process is to record."""
+        told = run_on_all_processes(lambda heartbeat: self._begin(facts))
+        self._facts = told[0]["facts"]
+        able = _able(told)
+        shares = share_ranges([(first, last) for first, last in told[0]["missing"]], len(able))
+        return shares[able.index(process_index())] if process_index() in able else []
+
+    def record(self, batches: SequentialBatches, ranges: Sequence[Range], *, progress: bool = True) -> None:
+        """Record the examples of some ranges."""
+        run_on_all_processes(lambda heartbeat: self._record(batches, ranges, progress, heartbeat))
+
+    def publish(self) -> None:
+        """Make the checkpoint visible, once all processes have recorded their ranges."""
+        run_on_main_process(lambda heartbeat: self._index.writer.publish(self._writer, heartbeat=heartbeat))
+
+    def _begin(self, facts: Mapping[str, Any]) -> dict[str, Any]:
+        """Which weights this process has; of the main one, what is to be recorded too."""
+        model = self._recorder.model
+        moments = None if self._second_moments is None else self._second_moments.fingerprint()
         weights = {"weights": model_fingerprint(model), "buffers": buffer_fingerprint(model), "moments": moments}
-        if rank > 0:
+        if process_index() > 0:
             return weights
-        require_same_embeddings(index.writer, model)
-        entry = {**facts, "model_class": type(model).__name__, "fingerprint": weights["weights"]}
-        entry |= {"second_moments": moments, "dtypes": describe_dtypes(model)}
-        checkpoint = opened.enter_context(index.writer.checkpoint(name, **entry, borders=index.borders))
-        return {**weights, "facts": checkpoint.facts, "missing": checkpoint.missing()}
+        entry = {
+            "fingerprint": weights["weights"],
+            "dtypes": describe_dtypes(model),
+            "model_class": type(model).__name__,
+        }
+        require_same_embeddings(self._index.writer, model)
+        borders = self._index.borders
+        self._writer = self._index.writer.checkpoint(**facts, **entry, second_moments=moments, borders=borders)
+        return {**weights, "facts": self._writer.facts, "missing": self._writer.missing()}
 
-    def record(heartbeat: Callable[[], None]) -> None:
-        part = checkpoint
-        if part is None:
-            own = index.writer.checkpoint_part(told[0]["facts"], part=rank, borders=index.borders)
-            part = opened.enter_context(own)
-        count = sum(last - first for first, last in shares[rank])
+    def _record(
+        self, batches: SequentialBatches, ranges: Sequence[Range], progress: bool, heartbeat: Callable[[], None]
+    ) -> None:
+        index, rank = self._index, process_index()
+        if self._writer is None:
+            self._writer = index.writer.checkpoint_part(self._facts, part=rank, borders=index.borders)
+        count = sum(last - first for first, last in ranges)
         total = count if num_processes() > 1 else len(batches)
-        bar = tqdm(
-            total=total,
-            initial=total - count,
-            desc=f"Recording {name}",
-            unit=" examples",
-            leave=False,
-            disable=not progress or rank > 0,
-        )
-        with bar, preserved_random_state(), full_precision(model), recorder:
-            for first, last in shares[rank]:
-                part.begin(first, last)
+        name, hidden = f"Recording {self._facts['name']}", not progress or rank > 0
+        bar = tqdm(total=total, initial=total - count, desc=name, unit=" examples", leave=False, disable=hidden)
+        with bar, preserved_random_state(), self._recorder:
+            for first, last in ranges:
+                self._writer.begin(first, last)
                 for start, batch in batches.between(first, last):
-                    rows = _between(recorder.record(batch), first - start, last - start)
-                    if second_moments is not None:
-                        metric = second_moments.of(rows.tokens).to(rows.rows.dtype)
+                    rows = self._recorder.record(batch)
+                    # Other examples of the batch are on disk already, or another process's.
+                    rows = rows.between(max(0, first - start), min(last - start, len(rows)))
+                    if self._second_moments is not None:
+                        metric = self._second_moments.of(rows.tokens).to(rows.rows.dtype)
                         rows.rows = scale_by_second_moment(rows.rows, metric, eps=SECOND_MOMENT_EPS, sides="one")
-                    part.add(rows)
+                    self._writer.add(rows)
                     bar.update(len(rows))
                     heartbeat()
 
-    with ExitStack() as opened:
-        told = run_on_all_processes(begin)
-        able = _able(told)
-        shared_out = share_ranges([(first, last) for first, last in told[0]["missing"]], len(able))
-        shares: list[list[Range]] = [[] for _ in told]
-        for process, ranges in zip(able, shared_out, strict=True):
-            shares[process] = ranges
-        run_on_all_processes(record)
-        run_on_main_process(lambda heartbeat: index.writer.publish(checkpoint, heartbeat=heartbeat))
+
+def share_ranges(ranges: Sequence[Range], num_shares: int) -> list[list[Range]]:
+    """
+    As many ranges in a row for each process, those that touch joined to one. The first processes have no fewer than others.
+
+    Args:
+        ranges (`Sequence[tuple[int, int]]`): About equally long to record, as segments are.
+        num_shares (`int`): Number of processes.
+    """
+    stops = [-(-len(ranges) * share // num_shares) for share in range(num_shares + 1)]
+    return [_joined(ranges[start:stop]) for start, stop in pairwise(stops)]
+
+
+def _joined(ranges: Sequence[Range]) -> list[Range]:
+    joined: list[Range] = []
+    for first, last in ranges:
+        if joined and joined[-1][1] == first:
+            joined[-1] = joined[-1][0], last
+        else:
+            joined.append((first, last))
+    return joined
 
 
 def _able(told: Sequence[Mapping[str, Any]]) -> list[int]:
@@ -172,12 +224,6 @@ def _able(told: Sequence[Mapping[str, Any]]) -> list[int]:
         for rank, own in enumerate(told)
         if (own["buffers"], own["moments"]) == (told[0]["buffers"], told[0]["moments"])
     ]
-
-
-def _between(rows: TokenRows, first: int, last: int) -> TokenRows:
-    """Examples `[first, last)` of a batch alone; the others are on disk already, or another process's."""
-    first, last = max(0, first), min(last, len(rows))
-    return rows if (first, last) == (0, len(rows)) else rows.between(first, last)
 
 
 def require_same_embeddings(writer: IndexWriter, model: nn.Module) -> None:
@@ -213,13 +259,13 @@ def check_first_batch(recorder: EmbeddingGradientRecorder, batches: SequentialBa
     )
     with preserved_random_state():
         random = few.are_random()
-        with full_precision(recorder.model), recorder:
+        with recorder:
             recorder.record(few.collate(0, seed=few.seed))
             recorder.ask_all_labels()
         # What later examples have may be what makes them depend on each other. They are looked at by a copy, for what the
         # recorder learns of the first batch decides how rows are rounded.
         last = (len(few) - 1) // few.batch_size * few.batch_size
-        with full_precision(recorder.model), copy.copy(recorder) as other:
+        with recorder.copy() as other:
             for batch in (*few.some(2 * few.batch_size), few.collate(last, seed=few.seed)):
                 other.look_at(batch)
     return random
@@ -236,209 +282,3 @@ def encoding_of(
     with preserved_random_state():
         seen = describe_encoding(batches.some(32), text_tokenizer(tokenizer), args)
     return {"encoding": {**seen, **(known or {})}}
-
-
-def record_dataset(
-    folder: str | os.PathLike,
-    checkpoints: Sequence[str | os.PathLike],
-    dataset: Any,
-    *,
-    collator: Callable | None = None,
-    tokenizer: Any | None = None,
-    settings: RecordingSettings | None = None,
-    learning_rates: Sequence[float] | None = None,
-    batch_size: int = 8,
-    device: str | torch.device | None = None,
-    seed: int = 0,
-    progress: bool = True,
-    add_examples: bool = False,
-    encoding: Mapping[str, Any] | None = None,
-) -> IndexWriter:
-    """
-    Record a dataset at checkpoints that a Trainer has saved before; those that the index has whole are left as they are.
-
-    Under `accelerate launch` each process records some segments, as [`record_checkpoint`] does. Then the whole dataset, the
-    checkpoints and the folder must be there on all.
-
-    Args:
-        folder (`str` or `os.PathLike`): Of the index, new or of the same dataset, model and settings.
-        checkpoints (`Sequence`):
-            Folders with a model or adapter of transformers, in any order: their steps, from `trainer_state.json` or their
-            names, say which comes first. Where none has a step, the order of training.
-        dataset (`Dataset` or [`Examples`]): Tokenised as for training, with labels; its readable columns are kept.
-        collator (`Callable`, *optional*): What makes batches of examples, as in training; pads by the tokenizer if left out.
-        tokenizer (`PreTrainedTokenizerBase`, *optional*): The one of the model.
-        settings ([`RecordingSettings`], *optional*):
-            Of `record="checkpoint"`. With `second_moment`, Adam's second moments of the input embeddings are read from the
-            `optimizer.pt` that the Trainer saved in each checkpoint, see [`saved_second_moments`]; the rows are those
-            that `TracInWECallback(second_moment=True)` would have recorded in training.
-        learning_rates (`Sequence[float]`, *optional*):
-            In force at each checkpoint, in the order of `checkpoints`; else read from its `trainer_state.json`, if the Trainer logged at that very step.
-        batch_size (`int`): How many examples at once; changes no row.
-        device (`str` or `torch.device`, *optional*): Where to compute; a GPU if there is one.
-        seed (`int`): Of whatever the collator draws.
-        progress (`bool`): Whether to show progress bars.
-        add_examples (`bool`):
-            Add to a whole index the examples of `dataset` that come behind its own, with the settings that it was made with
-            and at all of its checkpoints, in any order. They are written to further files, which show all at once when
-            the last checkpoint has them; after an interruption the same call goes on.
-        encoding (`Mapping`, *optional*): What is known of how texts became tokens and labels, for queries, see [`Encoding`].
-
-    Returns:
-        `IndexWriter`: of the index, closed; on the main process its `checkpoint_names` say what it holds.
-
-    Raises:
-        FileNotFoundError: if a checkpoint is no folder with a model, or with `second_moment` has no `optimizer.pt`.
-        BlockingIOError: if another process is writing the index.
-        ValueError: if a learning rate is unknown, the checkpoints' embeddings differ in shape, or an example cannot be
-            recorded; what was recorded before stays. With `second_moment` also if `optimizer.pt` is not of Adam, or it is
-            not certain which of its entries belongs to the embeddings. With `add_examples` also if `dataset` begins with other examples
-            than the index, or `checkpoints` are not those of the index.
-        ProcessFailedError: if another process raised an error or was killed.
-    """
-    join_processes()
-    settings = settings or RecordingSettings()
-    if isinstance(checkpoints, str | os.PathLike):
-        raise ValueError(f"`checkpoints` must be a list of folders, but got {str(checkpoints)!r} alone.")
-    paths = [Path(os.path.abspath(checkpoint)) for checkpoint in checkpoints]  # '.' has a name too
-    _require_after_training(settings, paths, learning_rates)
-    if not add_examples:
-        order = in_order_of_steps(paths, _recorded_steps(Path(folder)))
-        paths = [paths[place] for place in order]
-        learning_rates = None if learning_rates is None else [learning_rates[place] for place in order]
-    recorded = _checkpoints_to_grow(Path(folder), paths, learning_rates) if add_examples else []
-    facts: list[dict[str, Any] | None] = [
-        None  # known from the index, once it is seen which one it is
-        if add_examples
-        else describe_checkpoint(path, learning_rate=None if learning_rates is None else learning_rates[position])
-        for position, path in enumerate(paths)
-    ]
-    for path, fact in zip(paths, facts, strict=True):
-        if fact is not None and learning_rates is None:
-            fact["learning_rate"] = saved_group_rate(
-                path, fact["learning_rate"], partial(load_model, path, trainable=True)
-            )
-    device = device or default_device()
-    whole = {} if add_examples else _recorded_steps(Path(folder))
-    if settings.second_moment:
-        for path, fact in zip(paths, facts, strict=True):
-            if fact is None or fact["name"] not in whole:
-                require_saved_optimizer(path)  # now, not hours later
-    index: SharedIndex | None = None
-    batches: SequentialBatches | None = None
-    taken: list[str] = []  # checkpoints that a folder before was found to be
-    try:
-        for path, fact in zip(paths, facts, strict=True):
-            if index is not None and fact is not None and index.has_whole(fact["name"]):
-                continue
-            dtypes = next((entry.get("dtypes") for entry in recorded if entry["name"] == path.name), None)
-            model = load_model(path, dtypes=dtypes, device=device, trainable=settings.second_moment)
-            if fact is None:
-                fact = _recorded_facts(recorded, model, path, taken=taken)
-                taken.append(fact["name"])
-            recorder = make_recorder(model, settings, tokenizer)
-            if index is not None:
-                require_same_embeddings(index.writer, model)
-            moments = None
-            if settings.second_moment and fact["name"] not in whole:
-                moments = saved_second_moments(path, model)
-            if index is None:
-                examples = dataset if isinstance(dataset, Examples) else Examples(dataset, dataset)
-                examples = Examples(prune_columns(examples.recorded, model), examples.described)
-                pad_token_id = getattr(getattr(model, "config", None), "pad_token_id", None)
-                collator = collator or padding_collator(
-                    tokenizer, pad_token_id=pad_token_id, vocabulary_size=len(input_embedding_matrix(model))
-                )
-                at_once = batch_size if takes_padding(model) else 1
-                batches = SequentialBatches(examples.recorded, collator, batch_size=at_once, seed=seed)
-                index = open_shared_index(
-                    folder,
-                    model=model,
-                    dataset=examples,
-                    tokenizer=tokenizer,
-                    settings=settings,
-                    metadata=partial(encoding_of, batches, tokenizer, known=encoding),
-                    seed=seed,
-                    add_examples=add_examples,
-                )
-            require_same_embeddings(index.writer, model)
-            if not index.has_whole(fact["name"]):
-                record_checkpoint(
-                    index,
-                    recorder,
-                    batches,
-                    **fact,
-                    path=stored_path(path, index.writer.folder),
-                    second_moments=moments,
-                    progress=progress,
-                )
-        run_on_main_process(lambda heartbeat: index.writer.require_grown())
-    finally:
-        if index is not None:
-            index.close()
-    return index.writer
-
-
-def _recorded_steps(folder: Path) -> dict[str, int]:
-    """Name -> step of the checkpoints that an index has, if it is there."""
-    if not (folder / MANIFEST).is_file():
-        return {}
-    return {entry["name"]: entry["step"] for entry in read_config(folder)["checkpoints"]}
-
-
-def _checkpoints_to_grow(
-    folder: Path, paths: Sequence[Path], learning_rates: Sequence[float] | None
-) -> list[dict[str, Any]]:
-    """The checkpoints of the index that examples are to be added to."""
-    recorded = read_config(folder)["checkpoints"]
-    if learning_rates is not None:
-        raise ValueError("`learning_rates` are known where examples are added: the index has them. Leave them out.")
-    if len(paths) != len(recorded):
-        names = [entry["name"] for entry in recorded]
-        raise ValueError(
-            f"Examples are added at all checkpoints of the index, {names}, but {len(paths)} folders were given:"
-            f" {[str(path) for path in paths]}. Name the folder of each."
-        )
-    return recorded
-
-
-def _recorded_facts(
-    recorded: Sequence[Mapping[str, Any]], model: nn.Module, path: Path, *, taken: Sequence[str]
-) -> dict[str, Any]:
-    """
-    What the index says of the checkpoint that has these weights; of several one that is not taken, and the one that is
-    called like the folder.
-    """
-    fingerprint = model_fingerprint(model)
-    same = [entry for entry in recorded if entry["fingerprint"] == fingerprint]
-    same.sort(key=lambda entry: (entry["name"] in taken, entry["name"] != path.name))
-    if not same:
-        raise ValueError(
-            f"The weights in {str(path)!r} are not those of any checkpoint of the index,"
-            f" {[entry['name'] for entry in recorded]}. Name the folders that it was recorded from."
-        )
-    return {key: same[0][key] for key in ("name", "step", "epoch", "learning_rate")}
-
-
-def _require_after_training(
-    settings: RecordingSettings, paths: Sequence[Path], learning_rates: Sequence[float] | None
-) -> None:
-    if not paths:
-        raise ValueError("`checkpoints` must name at least one folder with a model, but it is empty.")
-    names = [path.name for path in paths]
-    if len(set(names)) < len(names):
-        raise ValueError(f"`checkpoints` must have names of their own, but their folders are called {names}.")
-    if settings.record != "checkpoint":
-        raise ValueError(
-            "Checkpoints can be recorded after training with `record='checkpoint'`: online rows are made in training only."
-            " Use `TracInWECallback` for those."
-        )
-    if learning_rates is None:
-        return
-    given = list(learning_rates) if isinstance(learning_rates, Iterable) else [learning_rates]
-    if len(given) != len(paths):
-        raise ValueError(
-            f"`learning_rates` must have one number for each checkpoint, but there are {len(given)} for {len(paths)}."
-        )
-    for rate in given:
-        check_number("learning_rates", rate, least=0, most=LARGEST_RATE)

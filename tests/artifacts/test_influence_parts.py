@@ -9,7 +9,8 @@ import torch
 
 from hf_doge.artifacts.influence import IndexReader, IndexWriter
 from hf_doge.gradients.token_rows import TokenRows
-from hf_doge.tracing.ranges import expected_rows, plan_borders, share_ranges
+from hf_doge.tracing.opening import expected_rows, plan_borders
+from hf_doge.tracing.recording import share_ranges
 from hf_doge.tracing.settings import RecordingSettings
 from tests.artifacts.influence_rows import (
     FACTS,

@@ -39,14 +39,13 @@ class Online(TrainerCallback):
 
     def on_save(self, args, state, control, **kwargs):
         name = f"checkpoint-{state.global_step}"
-        self.recording.save(
-            model=kwargs["model"],
-            name=name,
-            step=state.global_step,
-            epoch=state.epoch,
-            learning_rate=self.learning_rates[-1],
-            path=os.path.join(args.output_dir, name),
-        )
+        facts = {
+            "name": name,
+            "step": state.global_step,
+            "epoch": state.epoch,
+            "learning_rate": self.learning_rates[-1],
+        }
+        self.recording.save({**facts, "path": os.path.join(args.output_dir, name)}, model=kwargs["model"])
 
     def on_train_end(self, args, state, control, **kwargs):
         self.recording.stop()

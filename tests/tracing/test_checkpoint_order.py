@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from hf_doge.artifacts.influence import IndexReader
+from hf_doge.tracing.after_training import record_dataset
 from hf_doge.tracing.index import InfluenceIndex
-from hf_doge.tracing.recording import record_dataset
 from hf_doge.tracing.saved_checkpoints import checkpoint_step, in_order_of_steps
 from tests.artifacts.influence_rows import (
     NUM_EXAMPLES,

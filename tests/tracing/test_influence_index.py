@@ -14,8 +14,8 @@ from transformers import AutoModelForSequenceClassification
 from hf_doge import InfluenceIndex
 from hf_doge.functional.synonyms import synonym_score, synonym_similarity
 from hf_doge.tracing import query_rows
+from hf_doge.tracing.after_training import record_dataset
 from hf_doge.tracing.models import load_checkpoint
-from hf_doge.tracing.recording import record_dataset
 from hf_doge.tracing.settings import RecordingSettings
 from tests.reference_tracin_we import dense_gradient
 from tests.tiny import language_model_rows, tiny_classifier, tiny_gpt2, tiny_t5

@@ -9,7 +9,7 @@ from transformers import AutoTokenizer
 from hf_doge import InfluenceIndex
 from hf_doge.artifacts.influence import IndexReader
 from hf_doge.cli import main
-from hf_doge.tracing.recording import record_dataset
+from hf_doge.tracing.after_training import record_dataset
 from hf_doge.tracing.settings import RecordingSettings
 from tests.launch import launch
 from tests.tracing.influence_tools import TOPICS, classifier, sentences, tokenised, train, wordpiece_tokenizer
@@ -32,7 +32,7 @@ from transformers import AutoTokenizer
 
 from hf_doge import InfluenceIndex
 from hf_doge.artifacts.influence.lock import LOCK_FILE
-from hf_doge.tracing.recording import record_dataset
+from hf_doge.tracing.after_training import record_dataset
 from tests.tracing.influence_tools import sentences, tokenised
 from tests.launch import end_process_group
 from tests.tracing.test_influence_processes import SEARCH, SYNONYMS, TEXTS, grow, index_flags

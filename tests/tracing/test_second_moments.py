@@ -8,8 +8,8 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForSequenceClassification, GPT2Config, GPT2ForSequenceClassification
 
 from hf_doge.artifacts.influence import IndexReader
+from hf_doge.tracing.after_training import record_dataset
 from hf_doge.tracing.pretrained import load_model
-from hf_doge.tracing.recording import record_dataset
 from hf_doge.tracing.second_moments import saved_second_moments
 from hf_doge.tracing.settings import RecordingSettings
 from tests.tiny import VOCAB, tiny_classifier, tiny_gpt2, tiny_llama, tiny_tokenizer

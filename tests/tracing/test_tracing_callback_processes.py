@@ -7,7 +7,7 @@ import pytest
 from transformers import BertForSequenceClassification
 
 from hf_doge.artifacts.influence import IndexReader
-from hf_doge.tracing.recording import record_dataset
+from hf_doge.tracing.after_training import record_dataset
 from hf_doge.tracing.settings import RecordingSettings
 from tests.launch import REPOSITORY, launch, run_processes, start_without_launcher
 from tests.tracing.recorded_training import assert_rows_are_autograd, classification_data, segments

@@ -11,8 +11,8 @@ from transformers import BertForSequenceClassification, TrainerCallback
 
 from hf_doge.artifacts.influence import IndexReader
 from hf_doge.gradients.embedding import EmbeddingGradientRecorder
+from hf_doge.tracing.after_training import record_dataset
 from hf_doge.tracing.callback import TracInWECallback
-from hf_doge.tracing.recording import record_dataset
 from hf_doge.tracing.settings import RecordingSettings
 from tests.forks import Fork
 from tests.launch import launch_environment

@@ -10,9 +10,9 @@ from transformers import BertForQuestionAnswering, BertForSequenceClassification
 from transformers.trainer_utils import set_seed
 
 from hf_doge.artifacts.influence import IndexReader
+from hf_doge.tracing.after_training import record_dataset
 from hf_doge.tracing.callback import TracInWECallback
 from hf_doge.tracing.index import InfluenceIndex
-from hf_doge.tracing.recording import record_dataset
 from tests.tiny import tiny_classifier, tiny_tokenizer
 from tests.tracing.recorded_training import classification_data, make_trainer, train
 

@@ -30,7 +30,6 @@ from hf_doge.tracing.processes import (
     run_on_all_processes,
     run_on_main_process,
 )
-from hf_doge.tracing.ranges import expected_rows, plan_borders
 from hf_doge.tracing.settings import RecordingSettings, text_tokenizer
 
 
@@ -231,3 +230,37 @@ def _some_examples(dataset: Any, seed: int) -> list[Any]:
         for position in positions:
             digest.update(np.asarray(dataset[position]["input_ids"], dtype=np.int64).tobytes())
     return [len(dataset), digest.hexdigest()]
+
+
+def expected_rows(num_tokens: np.ndarray, settings: RecordingSettings, *, vocabulary_size: int) -> np.ndarray:
+    """
+    How many gradient rows each example will have, as far as its tokens tell.
+
+    Args:
+        num_tokens (`numpy.ndarray` of shape `(num_examples,)`): Distinct tokens of each example.
+        settings ([`RecordingSettings`]):
+            The output part of a tied matrix has a row for each word of the vocabulary, unless only own rows are kept.
+        vocabulary_size (`int`): Number of rows of the embedding matrix.
+    """
+    sparse = settings.tied in ("input", "own")
+    rows = num_tokens if sparse else np.full_like(num_tokens, vocabulary_size)
+    return rows if settings.top_k_tokens is None else np.minimum(rows, settings.top_k_tokens)
+
+
+def plan_borders(num_rows: np.ndarray, capacity: int) -> list[int]:
+    """
+    The examples that segments are to begin with, all but the first: each ends with the example that fills it.
+
+    Args:
+        num_rows (`numpy.ndarray` of shape `(num_examples,)`): From [`expected_rows`].
+        capacity (`int`): Rows that fill a segment.
+    """
+    totals = np.cumsum(num_rows, dtype=np.int64)
+    borders: list[int] = []
+    filled = 0
+    while True:
+        border = int(np.searchsorted(totals, filled + capacity)) + 1
+        if border >= len(totals):
+            return borders
+        borders.append(border)
+        filled = int(totals[border - 1])
