@@ -38,6 +38,7 @@ class EmbeddingBackward(AbstractContextManager):
     Attributes:
         matrix (`torch.Tensor`): The embedding matrix.
         virtual (`bool`): Whether it is frozen, see [`TokenRows`].
+        padding_ids (`tuple[int, ...]`): The tokens that are padding wherever they stand; known inside the context.
     """
 
     def __init__(
@@ -61,6 +62,8 @@ class EmbeddingBackward(AbstractContextManager):
     def __enter__(self) -> "EmbeddingBackward":
         self.matrix = input_embedding_matrix(self.model)  # may have been resized since
         self.virtual = not self.matrix.requires_grad
+        padding = (self.pad_token_id, getattr(self.model.get_input_embeddings(), "padding_idx", None))
+        self.padding_ids = tuple(token for token in padding if token is not None)
         with ExitStack() as stack:
             stack.enter_context(full_precision(self.model))
             stack.enter_context(_evaluation_mode(self.model))
@@ -81,12 +84,6 @@ class EmbeddingBackward(AbstractContextManager):
     def dtype(self) -> torch.dtype:
         """The precision that the model computes in."""
         return torch.float16 if torch.is_autocast_enabled(self.matrix.device.type) else self.matrix.dtype
-
-    @property
-    def padding_ids(self) -> tuple[int, ...]:
-        """The tokens that are padding wherever they stand."""
-        ids = (self.pad_token_id, getattr(self.model.get_input_embeddings(), "padding_idx", None))
-        return tuple(token for token in ids if token is not None)
 
     def prepare(self, batch: Mapping[str, object]) -> dict[str, object]:
         """

@@ -35,6 +35,9 @@ class ExampleLosses:
         reduction (`str`):
             Whether the loss of an example is the `"sum"` or the `"mean"` of its terms in the model's own loss.
 
+    Attributes:
+        by_token (`bool`): Whether the loss was found to be the cross-entropy of labelled tokens.
+
     Raises:
         ValueError: if `reduction` is unknown.
     """
@@ -44,13 +47,9 @@ class ExampleLosses:
             raise ValueError(f"`loss_reduction` must be one of {list(LOSS_REDUCTIONS)}, but got {reduction!r}.")
         self.loss_fn = loss_fn
         self.reduction = reduction
+        self.by_token = False
         self._label_shift: int | None = None
         self._one_term = False  # whether labels with an axis more are yes or no for each class of an example
-
-    @property
-    def by_token(self) -> bool:
-        """Whether the loss was found to be the cross-entropy of labelled tokens."""
-        return self._label_shift is not None
 
     def prepare(self, model: nn.Module, batch: Mapping[str, object]) -> Mapping[str, object]:
         """
@@ -85,6 +84,7 @@ class ExampleLosses:
                 self._one_term = True
                 return batch
             self._label_shift = _find_label_shift(outputs, labels)
+            self.by_token = True
         if self._label_shift == 1 and mask is not None and mask.shape == labels.shape:
             labels = labels.clone()
             labels[:, 1:][mask[:, :-1] == 0] = IGNORE_INDEX

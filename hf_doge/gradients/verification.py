@@ -82,8 +82,8 @@ class Verification:
             ValueError: Its examples depend on each other or on padding, or the loss is not a mean of theirs.
         """
         if self._is_on:
-            mask = padding_mask(batch) if self._may_split else None
-            padded = mask is not None and self.layout is None and not bool(mask.all())
+            mask = padding_mask(batch) if self._may_split and self.layout is None else None
+            padded = mask is not None and not bool(mask.all())
             if len(batch["input_ids"]) > 1 and (padded or not self._verified):
                 self._compare(batch)
             self._note_labels(batch)
@@ -318,7 +318,7 @@ class Verification:
         labels = batch.get("labels")
         if not self._backward.losses.by_token or labels is None or labels.is_floating_point():
             return None if self._backward.losses.by_token else False
-        alone = self._alone(batch, 0, strip_padding=True)
+        alone = single_example(batch, 0, strip_padding=True, encoder_decoder=self._encoder_decoder)
         with torch.no_grad():
             outputs = self._backward.model(**without_labels(alone))
         if not self._backward.losses.has_logits(outputs, alone):
@@ -329,13 +329,11 @@ class Verification:
         rows, others = rows.example_rows(0), others.example_rows(0)
         return self._agree(rows, others) if bool((others[1] != 0).any()) else None
 
-    def _alone(self, batch: dict[str, object], place: int, *, strip_padding: bool) -> dict[str, object]:
-        return single_example(batch, place, strip_padding=strip_padding, encoder_decoder=self._encoder_decoder)
-
     def _rows_alone(
         self, batch: dict[str, object], place: int, *, strip_padding: bool
     ) -> tuple[tuple[Tensor, Tensor], Tensor]:
-        gradients, loss = self._backward.differentiate(self._alone(batch, place, strip_padding=strip_padding))
+        alone = single_example(batch, place, strip_padding=strip_padding, encoder_decoder=self._encoder_decoder)
+        gradients, loss = self._backward.differentiate(alone)
         return gradients.example_rows(0), loss
 
     def _agree(

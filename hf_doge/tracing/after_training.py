@@ -20,7 +20,7 @@ from hf_doge.tracing.models import model_fingerprint
 from hf_doge.tracing.opening import SharedIndex, open_shared_index
 from hf_doge.tracing.pretrained import load_model
 from hf_doge.tracing.processes import default_device, join_processes, run_on_main_process
-from hf_doge.tracing.recording import encoding_of, make_recorder, record_checkpoint, require_same_embeddings
+from hf_doge.tracing.recording import encoding_of, make_recorder, record_checkpoint
 from hf_doge.tracing.saved_checkpoints import describe_checkpoint, in_order_of_steps, stored_path
 from hf_doge.tracing.second_moments import require_saved_optimizer, saved_group_rate, saved_second_moments
 from hf_doge.tracing.settings import RecordingSettings
@@ -126,7 +126,7 @@ def record_dataset(
                 taken.append(fact["name"])
             recorder = make_recorder(model, settings, tokenizer)
             if index is not None:
-                require_same_embeddings(index.writer, model)
+                index.writer.require_embeddings(input_embedding_matrix(model), type(model).__name__)
             moments = None
             if settings.second_moment and fact["name"] not in whole:
                 moments = saved_second_moments(path, model)
@@ -149,7 +149,7 @@ def record_dataset(
                     seed=seed,
                     add_examples=add_examples,
                 )
-            require_same_embeddings(index.writer, model)
+            index.writer.require_embeddings(input_embedding_matrix(model), type(model).__name__)
             if not index.has_whole(fact["name"]):
                 record_checkpoint(
                     index,

@@ -16,10 +16,10 @@ from hf_doge.gradients.example_losses import LossFunction
 from hf_doge.tracing.background_push import BackgroundPush
 from hf_doge.tracing.checkpoint_recording import CheckpointRecording, find_group
 from hf_doge.tracing.examples import choose_examples, has_texts
-from hf_doge.tracing.models import save_model, warn_if_unsearchable
+from hf_doge.tracing.models import keep_weights, warn_if_unsearchable
 from hf_doge.tracing.processes import process_index, run_on_main_process
 from hf_doge.tracing.recording import Recording
-from hf_doge.tracing.saved_checkpoints import MODELS, has_weights, stored_path
+from hf_doge.tracing.saved_checkpoints import MODELS, stored_path
 from hf_doge.tracing.settings import DEFAULT_MAX_SEGMENT_BYTES, RecordingSettings
 
 logger = logging.getLogger(__name__)
@@ -199,6 +199,7 @@ class TracInWECallback(TrainerCallback):
         """Record now what was left to a save that never came."""
         if self._end is None and self._awaited_step == state.global_step:
             self._record(args, state, **kwargs)
+        self._recording.before_step()
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -371,15 +372,12 @@ class TracInWECallback(TrainerCallback):
     ) -> str:
         """Where the weights of this step are, as the index says it; saved there if the Trainer does not keep them."""
         checkpoint, own = _checkpoint_path(args, state), self._own_path(state.global_step)
-
-        def save_if_needed(heartbeat: Callable[[], None]) -> str:
-            if saved and not self._own_weights and has_weights(checkpoint):
-                return stored_path(checkpoint, self.output_dir)
-            if replace or not has_weights(own):
-                save_model(model, own, processing_class=processing_class)
-            return stored_path(own, self.output_dir)
-
-        return run_on_main_process(save_if_needed)
+        kept = checkpoint if saved and not self._own_weights else None
+        return run_on_main_process(
+            lambda heartbeat: keep_weights(
+                model, own, kept=kept, index=self.output_dir, replace=replace, processing_class=processing_class
+            )
+        )
 
     def _own_path(self, step: int) -> Path:
         return self.output_dir / MODELS / f"step-{step}"

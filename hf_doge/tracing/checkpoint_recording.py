@@ -105,11 +105,15 @@ class CheckpointRecording(Recording):
             return
         self._trained_loss = TrainedLoss(model, args)
 
+    def before_step(self) -> None:
+        """See what is trained: whether it is the loss that is recorded."""
+        if self._trained_loss is not None:
+            self._trained_loss.watch()
+
     def before_optimizer_step(self, *, learning_rate: float, state: TrainerState) -> None:
-        """Rows are made at saves. Steps show whether their loss is what is trained."""
+        """Warn once if something else than the recorded loss is trained."""
         difference = None if self._trained_loss is None else self._trained_loss.difference()
         if difference is not None:
-            self._trained_loss.close()
             self._trained_loss = None
             warnings.warn(f"{difference}{ADVICE}", stacklevel=2)
 
@@ -178,7 +182,7 @@ class CheckpointRecording(Recording):
         if name in writer.checkpoint_names:
             if self._is_recorded(name, model):
                 logger.info("Checkpoint %s is in the index already.", name)
-                self._forget_plan()
+                (self.folder / PLAN_FILE).unlink(missing_ok=True)
                 return None
             logger.info("Training was set back and %s came out differently: it is recorded again.", name)
             writer.forget(name)
@@ -194,7 +198,7 @@ class CheckpointRecording(Recording):
             self._index, self._recorder, self._batches, facts, second_moments=moments, progress=self._progress
         )
         if process_index() == 0:
-            self._forget_plan()
+            (self.folder / PLAN_FILE).unlink(missing_ok=True)
 
     def _plan_to_finish(
         self, model: nn.Module, facts: Mapping[str, Any], state: TrainerState
@@ -234,9 +238,6 @@ class CheckpointRecording(Recording):
             checkpoint["name"]: checkpoint["fingerprint"] for checkpoint in self._index.writer.config["checkpoints"]
         }
         return has_fingerprint(model, recorded[name])
-
-    def _forget_plan(self) -> None:
-        (self.folder / PLAN_FILE).unlink(missing_ok=True)
 
     def _require_second_moments(self, model: nn.Module, *, started: bool) -> None:
         matrix = input_embedding_matrix(unwrap_model(model))

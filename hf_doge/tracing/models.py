@@ -15,7 +15,7 @@ from torch import nn
 from hf_doge.files import staged_folder
 from hf_doge.tracing.pretrained import ADAPTER_FILE, fill_adapter, parameter_pattern, read_weights
 from hf_doge.tracing.pretrained import load_model as load_pretrained
-from hf_doge.tracing.saved_checkpoints import MODELS, checkpoint_folders
+from hf_doge.tracing.saved_checkpoints import MODELS, checkpoint_folders, has_weights, stored_path
 
 LoadModel = Callable[[str], nn.Module]
 _NUM_SAMPLES = 1024
@@ -184,6 +184,29 @@ def save_model(model: nn.Module, path: Path, *, processing_class: Any | None = N
             save_state(model, str(staged / "model.safetensors"))
         if hasattr(processing_class, "save_pretrained"):
             processing_class.save_pretrained(staged)
+
+
+def keep_weights(
+    model: nn.Module, own: Path, *, kept: Path | None, index: Path, replace: bool, processing_class: Any | None
+) -> str:
+    """
+    Make sure that the weights of a checkpoint are somewhere.
+
+    Args:
+        model (`nn.Module`), processing_class (`PreTrainedTokenizerBase`, *optional*): What is saved where it is needed.
+        own (`Path`): Where to.
+        kept (`Path`, *optional*): A folder that may have them, and keeps them.
+        index (`Path`): The folder of the index.
+        replace (`bool`): Whether other weights may lie in `own`.
+
+    Returns:
+        `str`: where they are, see [`stored_path`].
+    """
+    if kept is not None and has_weights(kept):
+        return stored_path(kept, index)
+    if replace or not has_weights(own):
+        save_model(model, own, processing_class=processing_class)
+    return stored_path(own, index)
 
 
 def load_checkpoint(

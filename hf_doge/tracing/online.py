@@ -36,7 +36,7 @@ from hf_doge.tracing.online_identity import IdentifiedBatches
 from hf_doge.tracing.online_spill import RowSpill, Segment, merged_rows, read_journal, read_segments
 from hf_doge.tracing.opening import open_writer
 from hf_doge.tracing.processes import require_shared_folder, run_on_all_processes, run_on_main_process
-from hf_doge.tracing.recording import Recording, encoding_of, require_same_embeddings
+from hf_doge.tracing.recording import Recording, encoding_of
 from hf_doge.tracing.settings import RecordingSettings
 
 logger = logging.getLogger(__name__)
@@ -158,6 +158,9 @@ class OnlineRecording(Recording):
             self._spill.add(rows.examples, rows.tokens, rows.rows, factors=learning_rate * rows.factors)
         if self._first_unsaved is None:
             self._first_unsaved = step
+
+    def before_step(self) -> None:
+        """Nothing: hooks of the model see its forward."""
 
     def after_first_step(self, *, model: nn.Module) -> None:
         """Nothing: what is caught shows whether it can be recorded."""
@@ -300,7 +303,7 @@ class OnlineRecording(Recording):
     def _write_checkpoint(
         self, model: nn.Module, facts: dict[str, Any], segments: list[Segment], heartbeat: Callable[[], None]
     ) -> None:
-        require_same_embeddings(self._writer, model)
+        self._writer.require_embeddings(input_embedding_matrix(model), type(model).__name__)
         vocabulary_size, width = self._matrix.shape
         checkpoint = self._writer.checkpoint(
             facts["name"],

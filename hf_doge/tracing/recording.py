@@ -6,9 +6,7 @@ Rows are those of each example alone, in evaluation mode and the precision of th
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
 from itertools import pairwise
-from types import TracebackType
 from typing import Any, Protocol
 
 from torch import nn
@@ -16,7 +14,6 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import TrainerState, TrainingArguments
 
-from hf_doge.artifacts.influence import IndexWriter
 from hf_doge.artifacts.influence.checkpoint_writer import CheckpointWriter
 from hf_doge.functional.tracin_we import scale_by_second_moment
 from hf_doge.gradients.embedding import EmbeddingGradientRecorder
@@ -48,6 +45,9 @@ class Recording(Protocol):
 
     def finish_interrupted(self, facts: Mapping[str, Any], *, model: nn.Module, state: TrainerState) -> None:
         """Finish the checkpoint that training resumes from, if its recording was interrupted or never begun."""
+
+    def before_step(self) -> None:
+        """The first forward of a step is next."""
 
     def before_optimizer_step(self, *, learning_rate: float, state: TrainerState) -> None:
         """The backward of a step is done, and it is about to be made with this learning rate."""
@@ -106,13 +106,13 @@ def record_checkpoint(
             processes have different weights.
         ProcessFailedError: if another process raised an error or was killed, see [`run_on_all_processes`].
     """
-    with CheckpointShare(index, recorder, second_moments) as share:
-        ranges = share.begin(facts)
-        share.record(batches, ranges, progress=progress)
-        share.publish()
+    share = CheckpointShare(index, recorder, second_moments)
+    ranges = share.begin(facts)
+    share.record(batches, ranges, progress=progress)
+    share.publish()
 
 
-class CheckpointShare(AbstractContextManager):
+class CheckpointShare:
     """What one process does for a checkpoint that all of them record. See [`record_checkpoint`] for the arguments."""
 
     def __init__(
@@ -123,12 +123,6 @@ class CheckpointShare(AbstractContextManager):
         self._second_moments = second_moments
         self._facts: dict[str, Any] = {}
         self._writer: CheckpointWriter | None = None
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        if self._writer is not None:
-            self._writer.__exit__(kind, error, traceback)
 
     def begin(self, facts: Mapping[str, Any]) -> list[Range]:
         """Begin the checkpoint on the main process, or continue it. Returns the examples that this process is to record."""
@@ -158,9 +152,9 @@ class CheckpointShare(AbstractContextManager):
             "dtypes": describe_dtypes(model),
             "model_class": type(model).__name__,
         }
-        require_same_embeddings(self._index.writer, model)
-        borders = self._index.borders
-        self._writer = self._index.writer.checkpoint(**facts, **entry, second_moments=moments, borders=borders)
+        writer, borders = self._index.writer, self._index.borders
+        writer.require_embeddings(input_embedding_matrix(model), entry["model_class"])
+        self._writer = writer.checkpoint(**facts, **entry, second_moments=moments, borders=borders)
         return {**weights, "facts": self._writer.facts, "missing": self._writer.missing()}
 
     def _record(
@@ -224,20 +218,6 @@ def _able(told: Sequence[Mapping[str, Any]]) -> list[int]:
         for rank, own in enumerate(told)
         if (own["buffers"], own["moments"]) == (told[0]["buffers"], told[0]["moments"])
     ]
-
-
-def require_same_embeddings(writer: IndexWriter, model: nn.Module) -> None:
-    """
-    Raises:
-        ValueError: if the embedding matrix has another shape than that of the index.
-    """
-    expected = (writer.config["vocabulary_size"], writer.config["width"])
-    shape = tuple(input_embedding_matrix(model).shape)
-    if shape != expected:
-        raise ValueError(
-            f"All checkpoints of an index must have one shape of embeddings, {expected} here, but `{type(model).__name__}`"
-            f" has {shape}. Embeddings that were resized in between need an index of their own: another folder."
-        )
 
 
 def check_first_batch(recorder: EmbeddingGradientRecorder, batches: SequentialBatches) -> bool:

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers import TrainingArguments
 
 from hf_doge.gradients.example_losses import logits_of, loss_of
@@ -25,7 +26,7 @@ ADVICE = (
 
 class TrainedLoss:
     """
-    Looks on while a model is trained, until [`close`]. What is computed does not change by a bit.
+    Looks on while a model is trained, from [`watch`] to [`difference`]. What is computed does not change by a bit.
 
     The first step can hide what later ones show: where all labels of a batch are equal, weights of classes are none. So
     some more are looked at, ever fewer of them.
@@ -42,16 +43,23 @@ class TrainedLoss:
         self._runs: list[dict[str, Any]] = []  # of the model, up to the first backward of a step
         self._num_steps = 0
         self._was_run = False
-        self._hook = self._model.register_forward_hook(self._after_forward, with_kwargs=True)
+        self._hook: RemovableHandle | None = None
+
+    def watch(self) -> None:
+        """Before the forward of a step."""
+        if self._hook is None:
+            self._hook = self._model.register_forward_hook(self._after_forward, with_kwargs=True)
 
     def close(self) -> None:
         """Leave the model as it was."""
-        self._hook.remove()
-        self._runs.clear()
+        if self._hook is not None:
+            self._hook.remove()
+        self._hook, self._runs = None, []
 
     def difference(self) -> str | None:
         """After the backward of a step: what is differentiated instead of the model's loss, if something else, in words."""
-        runs, self._runs = self._runs, []
+        runs = self._runs
+        self.close()
         self._num_steps += 1
         if self._num_steps == 1 and self._is_seen and not self._was_run:
             return "What is trained is not computed by a run of the whole model, so its loss is another one."

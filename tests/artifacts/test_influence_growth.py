@@ -15,6 +15,7 @@ from hf_doge import files
 from hf_doge.artifacts.influence import IndexReader
 from hf_doge.artifacts.influence.growth import Growth
 from hf_doge.gradients.token_rows import TokenRows
+from hf_doge.tracing import saved_index
 from hf_doge.tracing.after_training import record_dataset
 from hf_doge.tracing.index import InfluenceIndex
 from hf_doge.tracing.pretrained import load_model

@@ -44,12 +44,10 @@ class OpenIndex(Protocol):
     first_example: int
     num_examples: int
     max_segment_bytes: int
+    projection: Tensor | None
 
     def require_open(self) -> None:
         """Raises a `ValueError` if the index can no longer be written."""
-
-    def project(self, rows: Tensor) -> Tensor:
-        """Rows of the stored width."""
 
 
 class CheckpointWriter(AbstractContextManager):
@@ -85,6 +83,7 @@ class CheckpointWriter(AbstractContextManager):
     ) -> None:
         self._index = index
         self._config = index.config
+        self._example_dtype = example_dtype(index.config)
         self.facts = facts
         # Of an index that grows, only the examples that are new.
         self._start, self._stop = index.first_example, index.num_examples
@@ -270,7 +269,8 @@ class CheckpointWriter(AbstractContextManager):
             raise ValueError(f"The index was opened {wanted}, but {num_done} were added to {self.facts['name']!r}.")
         token_rows.check(width=self._config["width"], vocabulary_size=self._config["vocabulary_size"])
         lengths = token_rows.offsets.diff().cpu().numpy()
-        rows = self._index.project(token_rows.rows.detach().cpu()).float()
+        rows, projection = token_rows.rows.detach().cpu(), self._index.projection
+        rows = (rows if projection is None else rows @ projection.to(rows.dtype)).float()
         finite = torch.isfinite(rows).all(dim=1)
         if not finite.all():
             entry = int((~finite).nonzero()[0])
@@ -308,7 +308,7 @@ class CheckpointWriter(AbstractContextManager):
 
     def _write(self, lengths: np.ndarray, tokens: np.ndarray, rows: Tensor) -> dict[str, Any]:
         """The file of a segment, named by its first example, so that no two processes write the same."""
-        ids = np.arange(self._first, self._first + len(lengths), dtype=example_dtype(self._config))
+        ids = np.arange(self._first, self._first + len(lengths), dtype=self._example_dtype)
         name = f"segment-{self._first:08d}.parquet"
         encoded = encode_segment(
             tokens,

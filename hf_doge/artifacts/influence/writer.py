@@ -87,6 +87,7 @@ class IndexWriter:
         folder (`Path`).
         config (`dict`): The content of config.json.
         first_example, num_examples (`int`): Which examples are written: all, or those that are added, up to all.
+        projection (`torch.Tensor` of shape `(width, stored_width)`, *optional*): Of all rows.
 
     Raises:
         ValueError: An argument is out of range, or the index in the folder has another configuration; the message names
@@ -148,7 +149,7 @@ class IndexWriter:
                 versions = {"format_version": FORMAT_VERSION, "hf_doge_version": __version__}
                 self.config = {**versions, **asked, "checkpoints": [], "files": {}}
                 self._replace(self.config, {})
-            self._projection = recorded_projection(self.config)
+            self.projection = recorded_projection(self.config)
             if self.config["checkpoints"] and any(self.folder.glob(f"{STAGED_PREFIX}*")):
                 self._replace_all(self.config)  # README.md was interrupted behind config.json
         except BaseException:
@@ -178,7 +179,7 @@ class IndexWriter:
         present = writer.config["num_examples"]
         writer.num_examples = num_examples or present
         writer.first_example = present if writer.num_examples > present else 0
-        writer._projection = recorded_projection(writer.config)
+        writer.projection = recorded_projection(writer.config)
         return writer
 
     def _to_grow(self, asked: dict[str, Any]) -> dict[str, Any]:
@@ -236,9 +237,17 @@ class IndexWriter:
                 f" {self._growth.missing()} have not. Add them there too; the others are kept."
             )
 
-    def project(self, rows: Tensor) -> Tensor:
-        """The shared random projection, `(n, width) -> (n, stored_width)`; `rows` themselves without one."""
-        return rows if self._projection is None else rows @ self._projection.to(rows.dtype)
+    def require_embeddings(self, matrix: Tensor, model_class: str) -> None:
+        """
+        Raises:
+            ValueError: The embedding matrix of a model has another shape than that of the index.
+        """
+        expected, shape = (self.config["vocabulary_size"], self.config["width"]), tuple(matrix.shape)
+        if shape != expected:
+            raise ValueError(
+                f"All checkpoints of an index must have one shape of embeddings, {expected} here, but `{model_class}` has"
+                f" {shape}. Embeddings that were resized in between need an index of their own: another folder."
+            )
 
     def write_examples(self, table: pa.Table) -> None:
         """
@@ -307,12 +316,12 @@ class IndexWriter:
             )
         if EXAMPLES_FILE not in self.config["files"]:
             raise ValueError("The examples must come before the first checkpoint. Call `write_examples`.")
+        number = next_checkpoint_number(self.config["checkpoints"])
         learning_rate = check_number("learning_rate", learning_rate, least=0, most=LARGEST_RATE)
         values = (name, step, epoch, learning_rate, str(path), revision, model_class, fingerprint)
         facts = dict(zip(CHECKPOINT_FACTS, values, strict=True))
         optional = {"second_moments": second_moments, "dtypes": dtypes}
         facts |= {key: value for key, value in optional.items() if value is not None}
-        number = next_checkpoint_number(self.config["checkpoints"])
         return CheckpointWriter(self, {**check_json("checkpoint", facts), "position": number}, borders=borders)
 
     def checkpoint_part(self, facts: Mapping[str, Any], *, part: int, borders: Sequence[int] = ()) -> CheckpointWriter:
