@@ -7,8 +7,8 @@ forward, and LoRA wraps it. What it catches is the bare lookup, before any scale
 by token, is the gradient of the matrix's rows; no weight has to require a gradient for that.
 """
 
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from types import TracebackType
 
@@ -222,3 +222,53 @@ def join_by_example(parts: Sequence[Tensor], nothing: Tensor, input_ids: Tensor)
             )
         lines.append(part.reshape(batch_size, -1, *part.shape[len(positions) :]))
     return torch.cat(lines, dim=1) if lines else nothing
+
+
+@contextmanager
+def full_precision(model: nn.Module) -> Iterator[None]:
+    """The model without the autocast that accelerate puts around its forward: as it computes on its own."""
+    original, wrapped = model.__dict__.get("_original_forward"), model.__dict__.get("forward")
+    if original is None or wrapped is None:
+        yield
+        return
+    try:
+        model.forward = original
+        with torch.autocast(next(model.parameters()).device.type, enabled=False):
+            yield
+    finally:
+        model.forward = wrapped
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    training = [(module, module.training) for module in model.modules()]
+    try:
+        model.eval()
+        yield
+    finally:
+        for module, mode in training:
+            module.training = mode
+
+
+@contextmanager
+def same_problem_type(model: nn.Module) -> Iterator[None]:
+    """Classifiers of transformers note in their configuration what they make of the first labels: that is training's to do."""
+    configs = [module.config for module in model.modules() if hasattr(getattr(module, "config", None), "problem_type")]
+    kinds = [config.problem_type for config in configs]
+    try:
+        yield
+    finally:
+        for config, kind in zip(configs, kinds, strict=True):
+            config.problem_type = kind
+
+
+@contextmanager
+def no_parameter_gradients(model: nn.Module) -> Iterator[None]:
+    requiring = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    try:
+        for parameter in requiring:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter in requiring:
+            parameter.requires_grad_(True)

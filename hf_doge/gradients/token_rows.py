@@ -18,6 +18,13 @@ from hf_doge.functional.tracin_we import (
     top_k_rows,
 )
 
+# Relative to the norm of the rows: room for rounding, but not for another function.
+_TOLERANCE = {torch.float64: 1e-5, torch.float32: 5e-3}
+_HALF_TOLERANCE = 0.3
+# Of the length of one gradient along the other: rounding of single numbers averages out in it.
+_LENGTH_TOLERANCE = {torch.float64: 1e-5, torch.float32: 2e-3}
+_HALF_LENGTH_TOLERANCE = 0.08
+
 
 @dataclass
 class TokenRows:
@@ -129,6 +136,40 @@ def join_groups(parts: Sequence[TokenRows], examples: Tensor) -> TokenRows:
     offsets = torch.cat([parts[0].offsets[:1], lengths[examples.argsort()].cumsum(dim=0)])
     tokens, rows = torch.cat([part.tokens for part in parts]), torch.cat([part.rows for part in parts])
     return TokenRows(offsets, tokens[order], rows[order], parts[0].virtual)
+
+
+def rows_agree(
+    example: tuple[Tensor, Tensor],
+    other: tuple[Tensor, Tensor],
+    *,
+    dtype: torch.dtype,
+    least: float = 0.0,
+    room: float = 1,
+) -> bool:
+    """
+    Whether two computations of an example's `tokens (W,), rows (W, width)` in `dtype` differ by rounding only. A row
+    that one of them lacks counts as zero.
+
+    Args:
+        least (`float`): The norm that such rows have at least, where `other` may be all rounding.
+        room (`float`): How many times what a first look allows for rounding.
+    """
+    (tokens, rows), (other_tokens, other_rows) = example, other
+    _, difference = token_gradient_rows(torch.cat([tokens, other_tokens]), torch.cat([rows, -other_rows]))
+    tolerance = min(0.5, room * _TOLERANCE.get(dtype, _HALF_TOLERANCE))
+    return bool(difference.norm() <= tolerance * other_rows.norm().clamp(min=least))
+
+
+def lengths_agree(example: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor], *, dtype: torch.dtype) -> bool:
+    """Whether one of two computations of an example's rows is not a multiple of the other, as weights would make it."""
+    (tokens, rows), (other_tokens, other_rows) = example, other
+    merged, sums = token_gradient_rows(
+        torch.cat([tokens, other_tokens]), torch.cat([rows, torch.zeros_like(other_rows)])
+    )
+    shared = sums[torch.isin(merged, other_tokens)].flatten().double()
+    other_rows = other_rows.flatten().double()
+    length = (shared @ other_rows) / (other_rows @ other_rows)
+    return bool((length - 1).abs() <= _LENGTH_TOLERANCE.get(dtype, _HALF_LENGTH_TOLERANCE))
 
 
 @dataclass

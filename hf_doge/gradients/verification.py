@@ -1,31 +1,36 @@
 """
 What the batches of a recording must show: that the rows of an example are those that it has alone.
 
-See [`EmbeddingGradientRecorder`] for what is checked when; [`independence`] has what is compared, and how.
+The examples of one batch can hide that they depend on each other: where all have one class, a loss with class weights is
+the plain mean. So the others are asked about with other labels, each class among them, other tokens and other lengths. See
+[`EmbeddingGradientRecorder`] for what is checked when.
 """
 
 import inspect
 from collections.abc import Mapping
 from itertools import islice
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
-from hf_doge.gradients.batches import Group, Layout, few_examples, padding_mask, single_example, without_labels
-from hf_doge.gradients.embedding_backward import EmbeddingBackward
-from hf_doge.gradients.embedding_uses import join_by_example
-from hf_doge.gradients.example_losses import IGNORE_INDEX, check_finite, logits_of, loss_of, not_a_mean
-from hf_doge.gradients.independence import (
+from hf_doge.gradients.batches import (
+    Group,
+    Layout,
     Novelty,
     altered_batches,
     class_name,
+    few_examples,
     label_names,
     label_range,
-    lengths_agree,
-    rows_agree,
+    padding_mask,
+    single_example,
     with_classes,
+    without_labels,
 )
-from hf_doge.gradients.token_rows import PositionGradients
+from hf_doge.gradients.embedding_uses import Lookup, join_by_example
+from hf_doge.gradients.example_losses import IGNORE_INDEX, ExampleLosses, check_finite, logits_of, loss_of, not_a_mean
+from hf_doge.gradients.token_rows import PositionGradients, lengths_agree, rows_agree
 
 _CONCLUSIVE_LOSS = 1e-3  # below it the gradient of a cross-entropy is mostly rounding in float32
 _CONCLUSIVE_DISTANCE = 1e-7  # the same of a distance to labels that are numbers, which no softmax rounds
@@ -35,12 +40,34 @@ _NUM_COMPARED = 4  # examples of a batch that are run together, to be compared w
 _NUM_CLASSES = 256  # so many are all asked about before a training; of more, some, and then those that occur
 
 
+class Backward(Protocol):
+    """What is asked of [`EmbeddingBackward`]; see there."""
+
+    model: nn.Module
+    matrix: Tensor
+    losses: ExampleLosses
+    tied: str
+    padding_ids: tuple[int, ...]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The precision that the model computes in."""
+
+    def differentiate(
+        self, batch: Mapping[str, object], *, from_logits: bool = False
+    ) -> tuple[PositionGradients, Tensor]:
+        """The gradients of every position, and the loss."""
+
+    def run(self, batch: Mapping[str, object]) -> tuple[object, list[Lookup]]:
+        """What the model returns, and what it has looked up."""
+
+
 class Verification:
     """
     Looks at batches before they are recorded, and learns what may be left out of the work on later ones.
 
     Args:
-        backward ([`EmbeddingBackward`]): Of the model.
+        backward ([`Backward`]): Of the model.
         is_on (`bool`): Whether to compare anything.
 
     Attributes:
@@ -49,7 +76,7 @@ class Verification:
         last (`dict`, *optional*): A batch that was recorded and not compared.
     """
 
-    def __init__(self, backward: EmbeddingBackward, *, is_on: bool) -> None:
+    def __init__(self, backward: Backward, *, is_on: bool) -> None:
         self._backward = backward
         self._is_on = is_on
         self._verified = False
@@ -81,14 +108,12 @@ class Verification:
         Raises:
             ValueError: Its examples depend on each other or on padding, or the loss is not a mean of theirs.
         """
-        if self._is_on:
-            mask = padding_mask(batch) if self._may_split and self.layout is None else None
-            padded = mask is not None and not bool(mask.all())
-            if len(batch["input_ids"]) > 1 and (padded or not self._verified):
-                self._compare(batch)
-            self._note_labels(batch)
+        if self._is_on and len(batch["input_ids"]) > 1 and (not self._verified or self._shows_padding(batch)):
+            self._compare(batch)
         if self._verified and self.from_logits is None:
             self.from_logits = self._logits_suffice(batch)
+        if self._is_on:
+            self._note_labels(batch)
         by_token = self._backward.losses.by_token
         return self._is_on and self._novelty.found(
             given, padding_ids=self._backward.padding_ids, token_labels=by_token
@@ -154,6 +179,11 @@ class Verification:
             read_once = torch.equal(gradients.token_ids, few["input_ids"])
             self.layout, self._may_split = (Layout.of(batch), True) if read_once else (None, False)
 
+    def _shows_padding(self, batch: dict[str, object]) -> bool:
+        """Whether a batch has the first padding that could be left out."""
+        mask = padding_mask(batch) if self._may_split and self.layout is None else None
+        return mask is not None and not bool(mask.all())
+
     def _padding(self, batch: Mapping[str, object]) -> Tensor:
         """How much padding each example has, shape `(B,)`."""
         input_ids = batch["input_ids"]
@@ -187,17 +217,17 @@ class Verification:
         """
         together, at = gradients.example_rows(place), example if within is None else within
         alone, own_loss = self._rows_alone(batch, at, strip_padding=len(batch["input_ids"]) > 1)
-        if self._agree(together, alone, room=room):
+        if rows_agree(together, alone, dtype=self._backward.dtype, room=room):
             return bool((alone[1] != 0).any())
         if not self._is_conclusive(own_loss, batch):
             # next to nothing alone: then rounding is small against the rows of the others
             sizes = gradients.input_grads.flatten(start_dim=1).norm(dim=1) * gradients.scales
             least = float(sizes.max()) if self._is_conclusive(loss, batch) else torch.inf
-            if self._agree(together, alone, room=room, least=least):
+            if rows_agree(together, alone, dtype=self._backward.dtype, room=room, least=least):
                 return False
         padded, _ = self._rows_alone(batch, at, strip_padding=False)
         name = type(self._backward.model).__name__
-        if self._agree(together, padded, room=room):
+        if rows_agree(together, padded, dtype=self._backward.dtype, room=room):
             raise ValueError(
                 f"Padding must not change an example's gradient, but example {example} of the batch has another with "
                 f"padding than without in `{name}`. Pad inputs and labels on the side the model was made for, label "
@@ -240,7 +270,7 @@ class Verification:
                 break
         else:
             return  # all too small to tell anything
-        for altered in altered_batches(turned, ranges):
+        for altered in list(altered_batches(turned, ranges)):
             self._require_unmoved(altered, alone)
         self._few, self._label_name, self._num_labels = turned, classes, ranges.get(classes)
 
@@ -248,7 +278,8 @@ class Verification:
         gradients, loss = self._backward.differentiate(altered)
         together = gradients.example_rows(0)
         if loss.isfinite() and not (
-            self._agree(together, alone) and lengths_agree(together, alone, dtype=self._backward.dtype)
+            rows_agree(together, alone, dtype=self._backward.dtype)
+            and lengths_agree(together, alone, dtype=self._backward.dtype)
         ):
             raise self._dependent("an example", " when these are altered (other labels, tokens or lengths)")
 
@@ -327,7 +358,7 @@ class Verification:
             self._backward.differentiate(alone, from_logits=from_logits) for from_logits in (True, False)
         )
         rows, others = rows.example_rows(0), others.example_rows(0)
-        return self._agree(rows, others) if bool((others[1] != 0).any()) else None
+        return rows_agree(rows, others, dtype=self._backward.dtype) if bool((others[1] != 0).any()) else None
 
     def _rows_alone(
         self, batch: dict[str, object], place: int, *, strip_padding: bool
@@ -335,11 +366,6 @@ class Verification:
         alone = single_example(batch, place, strip_padding=strip_padding, encoder_decoder=self._encoder_decoder)
         gradients, loss = self._backward.differentiate(alone)
         return gradients.example_rows(0), loss
-
-    def _agree(
-        self, together: tuple[Tensor, Tensor], alone: tuple[Tensor, Tensor], *, least: float = 0.0, room: float = 1
-    ) -> bool:
-        return rows_agree(together, alone, dtype=self._backward.dtype, least=least, room=room)
 
 
 def _labels_are_optional(model: nn.Module) -> bool:

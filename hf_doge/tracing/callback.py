@@ -183,8 +183,8 @@ class TracInWECallback(TrainerCallback):
             self._recording.stop()
             raise
         if state.global_step > 0 and self._is_due(state.global_step) and self.settings.record == "checkpoint":
-            path = self._keep_weights(args, state, replace=False, **kwargs)
-            self._recording.finish_interrupted(self._facts(state, path), model=model, state=state)
+            facts = {**self._facts(state), "path": self._keep_weights(args, state, replace=False, **kwargs)}
+            self._recording.finish_interrupted(facts, model=model, state=state)
             self._request_push()
         self._end = None
         if state.global_step >= state.max_steps:
@@ -317,11 +317,11 @@ class TracInWECallback(TrainerCallback):
     def _await_save(self, args: TrainingArguments, state: TrainerState) -> None:
         self._awaited_step = state.global_step if self.record_steps is not None else -1
         path = self._own_path(state.global_step) if self._own_weights else _checkpoint_path(args, state)
-        self._recording.plan(self._facts(state, stored_path(path, self.output_dir)))
+        self._recording.plan({**self._facts(state), "path": stored_path(path, self.output_dir)})
 
     def _record(self, args: TrainingArguments, state: TrainerState, *, saved: bool = False, **kwargs: Any) -> None:
-        path = self._keep_weights(args, state, saved=saved, **kwargs)
-        self._recording.save(self._facts(state, path), model=kwargs["model"])
+        facts = {**self._facts(state), "path": self._keep_weights(args, state, saved=saved, **kwargs)}
+        self._recording.save(facts, model=kwargs["model"])
         self._recorded_step, self._awaited_step = state.global_step, -1
         self._num_recorded += 1
         self._request_push()
@@ -350,13 +350,12 @@ class TracInWECallback(TrainerCallback):
         if self._push is not None:
             self._push.request()
 
-    def _facts(self, state: TrainerState, path: str) -> dict[str, Any]:
+    def _facts(self, state: TrainerState) -> dict[str, Any]:
         return {
             "name": f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}",
             "step": state.global_step,
             "epoch": None if state.epoch is None else float(state.epoch),
             "learning_rate": self._learning_rate,
-            "path": path,
         }
 
     def _keep_weights(

@@ -124,7 +124,8 @@ class CheckpointRecording(Recording):
 
     def plan(self, facts: Mapping[str, Any]) -> None:
         """Note on disk what [`save`] is about to be called with, in case it does not come to its end."""
-        run_on_main_process(lambda heartbeat: self._write_plan(facts))
+        content = f"{json.dumps(facts, indent=2)}\n".encode()
+        run_on_main_process(lambda heartbeat: write_atomically(self.folder / PLAN_FILE, content))
 
     def save(self, facts: Mapping[str, Any], *, model: nn.Module) -> None:
         """
@@ -172,10 +173,6 @@ class CheckpointRecording(Recording):
                 stacklevel=2,
             )
 
-    def _write_plan(self, facts: Mapping[str, Any]) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(self.folder / PLAN_FILE, f"{json.dumps(facts, indent=2)}\n".encode())
-
     def _plan_to_record(self, model: nn.Module, facts: Mapping[str, Any]) -> Mapping[str, Any] | None:
         """On the main process: what is to be recorded, if anything, noted on disk."""
         name, writer = facts["name"], self._index.writer
@@ -186,7 +183,7 @@ class CheckpointRecording(Recording):
                 return None
             logger.info("Training was set back and %s came out differently: it is recorded again.", name)
             writer.forget(name)
-        self._write_plan(facts)
+        write_atomically(self.folder / PLAN_FILE, f"{json.dumps(facts, indent=2)}\n".encode())
         return facts
 
     def _record(self, model: nn.Module, facts: Mapping[str, Any] | None) -> None:

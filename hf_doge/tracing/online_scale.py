@@ -16,8 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_doge.gradients.embedding import EmbeddingGradientRecorder
-from hf_doge.gradients.embedding_backward import full_precision
-from hf_doge.gradients.embedding_uses import input_embedding_matrix
+from hf_doge.gradients.embedding_uses import full_precision, input_embedding_matrix
 from hf_doge.gradients.example_losses import IGNORE_INDEX, ExampleLosses, check_finite, loss_of
 from hf_doge.tracing.batches import preserved_random_state
 

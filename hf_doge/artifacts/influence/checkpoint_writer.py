@@ -83,7 +83,6 @@ class CheckpointWriter(AbstractContextManager):
     ) -> None:
         self._index = index
         self._config = index.config
-        self._example_dtype = example_dtype(index.config)
         self.facts = facts
         # Of an index that grows, only the examples that are new.
         self._start, self._stop = index.first_example, index.num_examples
@@ -308,7 +307,7 @@ class CheckpointWriter(AbstractContextManager):
 
     def _write(self, lengths: np.ndarray, tokens: np.ndarray, rows: Tensor) -> dict[str, Any]:
         """The file of a segment, named by its first example, so that no two processes write the same."""
-        ids = np.arange(self._first, self._first + len(lengths), dtype=self._example_dtype)
+        ids = np.arange(self._first, self._first + len(lengths), dtype=example_dtype(self._config))
         name = f"segment-{self._first:08d}.parquet"
         encoded = encode_segment(
             tokens,

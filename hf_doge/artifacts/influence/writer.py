@@ -110,15 +110,13 @@ class IndexWriter:
         settings: Mapping[str, Any] | None = None,
         add_examples: bool = False,
     ) -> None:
-        width = check_count("width", width)
-        vocabulary_size = check_count("vocabulary_size", vocabulary_size)
+        width, vocabulary_size = check_count("width", width), check_count("vocabulary_size", vocabulary_size)
         num_examples = check_count("num_examples", num_examples)
         max_segment_bytes = check_count("max_segment_bytes", max_segment_bytes)
         check_choice("dtype", dtype, DTYPES)
         projection_width = check_count("projection_width", projection_width, most=width, optional=True)
         projection_seed = check_seed("projection_seed", projection_seed)
-        unknown = sorted(set(settings or {}) - set(SETTINGS))
-        if unknown:
+        if unknown := sorted(set(settings or {}) - set(SETTINGS)):
             raise ValueError(f"`settings` must be among {list(SETTINGS)}, but got {unknown}.")
         self.folder = Path(check_path("folder", folder))
         self.max_segment_bytes = max_segment_bytes
@@ -353,24 +351,26 @@ class IndexWriter:
         if self._growth is not None:
             self._growth.take(checkpoint, segments)
             if not self._growth.missing():
-                self._settle([writer for writer, _ in self._growth.done.values()], self._growth.config())
-                self.first_example, self._growth = 0, None
+                self._publish_growth(self._growth)
             return
         if number != next_checkpoint_number(self.config["checkpoints"]):
             raise ValueError(
                 "Checkpoints must be written one after the other, but two were open. Write this one again."
             )
         entry = {**facts, "number": number, "files": checkpoint.files((), segments)}
+        checkpoint.settle()
         entries = ordered_checkpoints([*self.config["checkpoints"], entry])
-        self._settle([checkpoint], {**self.config, "checkpoints": entries})
+        self._replace_all({**self.config, "checkpoints": entries})
+        checkpoint.clean()
 
-    def _settle(self, checkpoints: Sequence[CheckpointWriter], config: dict[str, Any]) -> None:
-        """Give finished files their places, and let the config.json that names them appear in one step."""
-        for checkpoint in checkpoints:
+    def _publish_growth(self, growth: Growth) -> None:
+        """All checkpoints have the new examples: let them appear in one step."""
+        for checkpoint, _ in growth.done.values():
             checkpoint.settle()
-        self._replace_all(config)
-        for checkpoint in checkpoints:
+        self._replace_all(growth.config())
+        for checkpoint, _ in growth.done.values():
             checkpoint.clean()
+        self.first_example, self._growth = 0, None
 
     def forget(self, name: str) -> None:
         """
@@ -389,9 +389,8 @@ class IndexWriter:
 
     def _replace_all(self, config: dict[str, Any]) -> None:
         """Put another config.json in place, with the table of the checkpoints and the card that go with it."""
-        table = checkpoints_table(config["checkpoints"])
-        config = {**config, "files": {**config["files"], CHECKPOINTS_FILE: sha256(table)}}
-        written = {CHECKPOINTS_FILE: table}
+        written = {CHECKPOINTS_FILE: checkpoints_table(config["checkpoints"])}
+        config = {**config, "files": {**config["files"], CHECKPOINTS_FILE: sha256(written[CHECKPOINTS_FILE])}}
         card = index_card(config, self.folder, files=written).merged_with(read_card(self.folder / CARD_FILE))
         self._replace(config, {**written, CARD_FILE: card_bytes(card)})
 
