@@ -373,12 +373,7 @@ class IndexWriter:
         self.first_example, self._growth = 0, None
 
     def forget(self, name: str) -> None:
-        """
-        Remove a whole checkpoint and those of later steps, which a run that was set back makes again.
-
-        Args:
-            name (`str`): One of `checkpoint_names`.
-        """
+        """Remove a whole checkpoint and those of later steps, which a run that was set back makes again."""
         self.require_open()
         position = self.checkpoint_names.index(name)
         forgotten = self.checkpoint_names[position:]
@@ -389,10 +384,10 @@ class IndexWriter:
 
     def _replace_all(self, config: dict[str, Any]) -> None:
         """Put another config.json in place, with the table of the checkpoints and the card that go with it."""
-        written = {CHECKPOINTS_FILE: checkpoints_table(config["checkpoints"])}
-        config = {**config, "files": {**config["files"], CHECKPOINTS_FILE: sha256(written[CHECKPOINTS_FILE])}}
-        card = index_card(config, self.folder, files=written).merged_with(read_card(self.folder / CARD_FILE))
-        self._replace(config, {**written, CARD_FILE: card_bytes(card)})
+        files = {CHECKPOINTS_FILE: checkpoints_table(config["checkpoints"])}
+        config = {**config, "files": {**config["files"], CHECKPOINTS_FILE: sha256(files[CHECKPOINTS_FILE])}}
+        card = index_card(config, self.folder, files=files).merged_with(read_card(self.folder / CARD_FILE))
+        self._replace(config, {**files, CARD_FILE: card_bytes(card)})
 
     def _replace(self, config: dict[str, Any], files: dict[str, bytes]) -> None:
         assert self._lock is not None, "only the writer that opened the index changes what all of them read"
