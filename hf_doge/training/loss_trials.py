@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from hf_doge.gradients.independence import full_precision
+from hf_doge.gradients.embedding_uses import full_precision
 from hf_doge.gradients.sharding import is_sharded
 from hf_doge.gradients.vectors import is_spread
 
