@@ -273,9 +273,10 @@ def weights_publication(weights: WeightsRecord, repo_id: str, *, model_id: str |
 
 def artifact_files(weights: WeightsRecord, *, plot: bool) -> dict[str, bytes]:
     """The tables, the picture if asked for and matplotlib is there, and the manifest with their checksums."""
-    files = {WEIGHTS_FILE: to_parquet(_weights_table(weights), row_group_size=None)}
+    tables = {WEIGHTS_FILE: _weights_table(weights)}
     if weights.trajectory is not None:
-        files[TRAJECTORY_FILE] = to_parquet(weights.trajectory.to_table(), row_group_size=None)
+        tables[TRAJECTORY_FILE] = weights.trajectory.to_table()
+    files = {name: to_parquet(table, row_group_size=None) for name, table in tables.items()}
     picture = draw_plot(weights) if plot else None
     if picture is not None:
         files[PLOT_FILE] = picture

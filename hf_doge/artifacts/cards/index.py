@@ -17,11 +17,11 @@ from hf_doge.artifacts.cards.text import (
     part_of,
     place_of,
     render,
+    revision,
     run_facts,
     table,
 )
 from hf_doge.files import sha256
-from hf_doge.text import public_content
 
 _CONFIGS = ("gradients", "examples", "checkpoints", "offsets")
 _SETTINGS = (
@@ -165,7 +165,7 @@ def _render(
         redacted=redacted,
         computation=_computation(config),
         facts=_facts(config),
-        settings=json_block(public_content({key: config[key] for key in _SETTINGS if key in config})),
+        settings=json_block({key: config[key] for key in _SETTINGS if key in config}),
     )
 
 
@@ -186,7 +186,7 @@ def _facts(config: Mapping[str, Any]) -> str:
                 *map(escape, classes),
                 counted(model.get("num_parameters"), "parameters"),
                 f"begun from {hub_link(name)}" if "/" in name else None,
-                f"revision {escape(model['revision'])}" if model.get("revision") else None,
+                revision(model),
             ),
             "Tokenizer": join(
                 hub_link(tokenizer.get("name")),

@@ -8,7 +8,7 @@ from typing import Any
 
 import jinja2
 
-from hf_doge.text import hide_secrets, printable, public_name
+from hf_doge.text import hide_secrets, printable, public_content, public_name
 
 _SPECIAL = re.compile(r"([\\`*\[\]|~$])|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])")
 _MOST_ROWS, _MOST_LINES, _LONGEST_LINE = 200, 400, 2000  # beyond which nobody reads a card
@@ -43,8 +43,10 @@ def table(columns: Mapping[str, Sequence[Any]]) -> str:
 
 
 def json_block(content: Any) -> str:
-    """A fenced block of readable JSON, that no text in it can end."""
-    lines = printable(json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False), keep="\n").splitlines()
+    """A fenced block of readable JSON without paths and secrets, that no text in it can end."""
+    lines = printable(
+        json.dumps(public_content(content), indent=2, sort_keys=True, ensure_ascii=False), keep="\n"
+    ).splitlines()
     text = "\n".join(line[:_LONGEST_LINE] for line in lines[:_MOST_LINES])
     left_out = _left_out(len(lines) - _MOST_LINES, "lines")
     return f"```json\n{text.replace('<!--', chr(92) + 'u003c!--')}\n```{left_out}"
@@ -124,6 +126,16 @@ def part_of(metadata: Mapping[str, Any], key: str) -> dict[str, Any]:
     """A part of the metadata; a user's own may have anything there."""
     part = metadata.get(key)
     return dict(part) if isinstance(part, Mapping) else {}
+
+
+def named_part(metadata: Mapping[str, Any], key: str) -> dict[str, Any]:
+    """A part of the metadata, which of a user's own may be a name alone."""
+    return {"name_or_path": metadata[key]} if isinstance(metadata.get(key), str) else part_of(metadata, key)
+
+
+def revision(facts: Mapping[str, Any]) -> str | None:
+    """The commit that a model or tokenizer was read at, if it is known."""
+    return f"revision {escape(facts['revision'])}" if facts.get("revision") else None
 
 
 def run_facts(metadata: Mapping[str, Any], *, written_by: str | None) -> str:

@@ -2,7 +2,7 @@
 
 import io
 import textwrap
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -17,22 +17,42 @@ from hf_doge.artifacts.cards.text import (
     join,
     json_block,
     listing,
+    named_part,
     names_of,
     part_of,
     place_of,
     render,
+    revision,
     run_facts,
     seconds,
     table,
 )
 from hf_doge.artifacts.record import WeightsRecord
 from hf_doge.files import sha256
-from hf_doge.text import printable, public_content
+from hf_doge.text import printable
 
 PLOT_FILE = "plot.png"
 
 _LEARNED = ("paper", "official")
 _CONFIGS = ("weights", "trajectory")
+_ORIGINS = {
+    "uniform": "The same weight for every domain: a baseline, nothing was learned.",
+    "natural": "In proportion to the tokens of each domain, as training on all the data: a baseline, nothing was learned.",
+    "ngram_em": "Estimated without training: under these weights, n-gram models of the domains make the text of the target"
+    " most likely.",
+    "temperature": "In proportion to a power of the tokens of each domain: a rule, nothing was learned.",
+    "unimax": "Equal parts, but for domains too small for theirs within the allowed epochs"
+    " ([UniMax](https://huggingface.co/papers/2304.09151)): a rule, nothing was learned.",
+}
+_NO_ORIGIN = "How they were chosen is told below, as far as it was recorded."
+_LEARNED_BEFORE = (
+    "Learned with a small proxy model by [DoGE](https://huggingface.co/papers/2310.15393) (domain reweighting with"
+    " generalization estimation)."
+)
+_LEARNED_ONLINE = (
+    "Learned while a model was trained on them, by the rule of [DoGE](https://huggingface.co/papers/2310.15393)"
+    " (domain reweighting with generalization estimation)."
+)
 _OBJECTIVES = {
     "universal": "They serve the mean loss of the training domains themselves, as a small step of training lowers it.",
     "target": "They serve the loss on the target that they were learned for, as a small step of training lowers it.",
@@ -57,9 +77,10 @@ def weights_card(
         repo_id (`str`, *optional*): The repository it will be in; without one the code in the card names a placeholder.
         model_id (`str`, *optional*): The repository of the model that the weights were learned with.
     """
+    block = _render(weights, repo_id=repo_id, model_id=model_id, plot=PLOT_FILE in files)
+    title = "Domain weights" if repo_id is None else f"Domain weights: {repo_id.rpartition('/')[2]}"
     paths = {path.partition("/")[0]: path for path in files if path.endswith(".parquet")}
     tables = {name: TableFacts.of([files[path]]) for name, path in paths.items()}
-    title = "Domain weights" if repo_id is None else f"Domain weights: {repo_id.rpartition('/')[2]}"
     header = {
         "pretty_name": title,
         "tags": ["hf_doge", "domain-weights", "data-mixing", *(["doge"] if _is_learned(weights) else [])],
@@ -72,7 +93,6 @@ def weights_card(
         ],
         "dataset_info": [facts.to_dataset_info(name) for name, facts in tables.items()],
     }
-    block = _render(weights, repo_id=repo_id, model_id=model_id, plot=PLOT_FILE in files)
     return Card(header, title, block, _CONFIGS)
 
 
@@ -95,9 +115,12 @@ def _is_learned(weights: WeightsRecord) -> bool:
 
 
 def _render(weights: WeightsRecord, *, repo_id: str | None, model_id: str | None, plot: bool) -> str:
-    metadata, recipe = weights.metadata, dict(weights.recipe)
-    arguments, run = recipe.pop("arguments", None), part_of(metadata, "training")
-    known = [*(recipe.get("name"),), *(weights.domains[name].get("num_tokens") for name in weights.names)]
+    notes, columns, is_learned = _table_notes(weights), summary_columns(weights), _is_learned(weights)
+    facts = _facts(weights, model_id)
+    metadata, recipe = weights.metadata, {key: value for key, value in weights.recipe.items() if key != "arguments"}
+    own, run = part_of(weights.recipe, "arguments"), part_of(metadata, "training")
+    arguments, config = {**part_of(run, "arguments"), **own}, part_of(metadata, "model").get("config")
+    learned = _LEARNED_ONLINE if own.get("mode") == "online" else _LEARNED_BEFORE
     trajectory = None
     if weights.trajectory is not None:
         steps = weights.trajectory.steps
@@ -105,53 +128,18 @@ def _render(weights: WeightsRecord, *, repo_id: str | None, model_id: str | None
     return render(
         "weights.md.jinja",
         **place_of(repo_id),
-        origin=_origin(weights),
-        table=table(summary_columns(weights)),
-        table_notes=_table_notes(weights),
+        origin=learned if is_learned else _ORIGINS.get(str(recipe.get("name")), _NO_ORIGIN),
+        table=table(columns),
+        table_notes=notes,
         plot=PLOT_FILE if plot else None,
         trajectory=trajectory,
-        facts=_facts(weights, model_id) if any(value is not None for value in known) or metadata else _UNKNOWN,
-        recipe=json_block(public_content(recipe)) if recipe else None,
-        arguments=_arguments(arguments, run),
-        model_config=_model_config(metadata),
-        cost=_cost(run),
-        is_learned=_is_learned(weights),
+        **facts,
+        recipe=json_block(recipe) if recipe else None,
+        arguments=json_block(arguments) if arguments else None,
+        model_config=json_block(config) if config else None,
+        is_learned=is_learned,
         objective=_OBJECTIVES.get(str(metadata.get("objective")), "They serve losses, to first order."),
     )
-
-
-_UNKNOWN = "Nothing was recorded of where these weights come from."
-
-
-def _origin(weights: WeightsRecord) -> str:
-    if _is_learned(weights):
-        return (
-            "Learned with a small proxy model by [DoGE](https://huggingface.co/papers/2310.15393) (domain reweighting with"
-            " generalization estimation)."
-            if part_of(weights.recipe, "arguments").get("mode") != "online"
-            else "Learned while a model was trained on them, by the rule of [DoGE](https://huggingface.co/papers/2310.15393)"
-            " (domain reweighting with generalization estimation)."
-        )
-    name = weights.recipe.get("name")
-    if name == "uniform":
-        return "The same weight for every domain: a baseline, nothing was learned."
-    if name == "natural":
-        return (
-            "In proportion to the tokens of each domain, as training on all the data: a baseline, nothing was learned."
-        )
-    if name == "ngram_em":
-        return (
-            "Estimated without training: under these weights, n-gram models of the domains make the text of the target most"
-            " likely."
-        )
-    if name == "temperature":
-        return "In proportion to a power of the tokens of each domain: a rule, nothing was learned."
-    if name == "unimax":
-        return (
-            "Equal parts, but for domains too small for theirs within the allowed epochs"
-            " ([UniMax](https://huggingface.co/papers/2304.09151)): a rule, nothing was learned."
-        )
-    return "How they were chosen is told below, as far as it was recorded."
 
 
 def _table_notes(weights: WeightsRecord) -> str:
@@ -163,95 +151,61 @@ def _table_notes(weights: WeightsRecord) -> str:
     return " ".join(notes)
 
 
-def _facts(weights: WeightsRecord, model_id: str | None) -> str:
-    metadata = weights.metadata
-    model, tokenizer, run = (_named_part(metadata, key) for key in ("model", "tokenizer", "training"))
-    return listing(
-        {
-            "Data": _data(weights),
-            "Source": _source(metadata),
-            "Model": _model(model, model_id),
-            "Tokenizer": join(
-                hub_link(tokenizer.get("name_or_path")),
-                escape(tokenizer.get("class") or ""),
-                _revision(tokenizer),
-                counted(tokenizer.get("vocab_size"), "tokens"),
-            ),
-            "Training": join(
-                counted(run.get("global_step"), "steps"),
-                counted(run.get("train_batch_size"), "sequences a step"),
-                f"learning rate {escape(run['learning_rate'])}" if "learning_rate" in run else None,
-                f"{escape(run['lr_scheduler_type'])} schedule" if "lr_scheduler_type" in run else None,
-                f"seed {escape(run['seed'])}" if "seed" in run else None,
-            ),
-        }
-    ) + run_facts(metadata, written_by=__version__)
-
-
-def _data(weights: WeightsRecord) -> str | None:
-    domains = weights.domains.values()
+def _facts(weights: WeightsRecord, model_id: str | None) -> dict[str, str]:
+    """What is known of where the weights come from, and of what they cost."""
+    metadata, domains = weights.metadata, weights.domains.values()
+    model, tokenizer, run = (named_part(metadata, key) for key in ("model", "tokenizer", "training"))
     rows, tokens = ([facts.get(key) for facts in domains] for key in ("num_rows", "num_tokens"))
+    if weights.recipe.get("name") is None and all(count is None for count in tokens) and not metadata:
+        return {"facts": "Nothing was recorded of where these weights come from.", "cost": "Not recorded."}
     fingerprints = sorted({str(facts["fingerprint"]) for facts in domains if facts.get("fingerprint")})
-    dataset = part_of(weights.metadata, "dataset")
-    return join(
-        ", ".join(hub_link(name) for name in dataset.get("sources") or ()),
-        counted(sum(rows), "sequences") if None not in rows else None,
-        counted(sum(tokens), "tokens") if None not in tokens else None,
-        f"fingerprint {names_of(fingerprints)}" if fingerprints else None,
-    )
-
-
-def _source(metadata: Mapping[str, Any]) -> str | None:
-    file = metadata.get("source_file")
-    return join(f"file {escape(file)}", escape(metadata.get("source_format") or "")) if file else None
-
-
-def _model(model: Mapping[str, Any], model_id: str | None) -> str | None:
-    size = model.get("num_parameters")
-    started = model.get("name_or_path")
     described = join(
         escape(model.get("class") or ""),
-        f"{size:,} parameters" if isinstance(size, int) else None,
-        f"begun from {hub_link(started)}" if started else None,
-        _revision(model),
+        f"{model['num_parameters']:,} parameters" if isinstance(model.get("num_parameters"), int) else None,
+        f"begun from {hub_link(model['name_or_path'])}" if model.get("name_or_path") else None,
+        revision(model),
     )
-    if model_id is None:
-        return described
-    return f"[{escape(model_id)}](https://huggingface.co/{model_id})" + (f" ({described})" if described else "")
-
-
-def _revision(facts: Mapping[str, Any]) -> str | None:
-    return f"revision {escape(facts['revision'])}" if facts.get("revision") else None
+    if model_id is not None:
+        link = f"[{escape(model_id)}](https://huggingface.co/{model_id})"
+        described = f"{link} ({described})" if described else link
+    facts = {
+        "Data": join(
+            *map(hub_link, part_of(metadata, "dataset").get("sources") or ()),
+            counted(sum(rows), "sequences") if None not in rows else None,
+            counted(sum(tokens), "tokens") if None not in tokens else None,
+            f"fingerprint {names_of(fingerprints)}" if fingerprints else None,
+        ),
+        "Source": join(f"file {escape(metadata['source_file'])}", escape(metadata.get("source_format") or ""))
+        if metadata.get("source_file")
+        else None,
+        "Model": described,
+        "Tokenizer": join(
+            hub_link(tokenizer.get("name_or_path")),
+            escape(tokenizer.get("class") or ""),
+            revision(tokenizer),
+            counted(tokenizer.get("vocab_size"), "tokens"),
+        ),
+        "Training": join(
+            counted(run.get("global_step"), "steps"),
+            counted(run.get("train_batch_size"), "sequences a step"),
+            f"learning rate {escape(run['learning_rate'])}" if "learning_rate" in run else None,
+            f"{escape(run['lr_scheduler_type'])} schedule" if "lr_scheduler_type" in run else None,
+            f"seed {escape(run['seed'])}" if "seed" in run else None,
+        ),
+    }
+    return {"facts": listing(facts) + run_facts(metadata, written_by=__version__), "cost": _cost(run)}
 
 
 def _cost(run: Mapping[str, Any]) -> str:
-    def told(key: str, sentence: Callable[[Any], str]) -> str | None:
-        value = run.get(key)
-        return sentence(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
-
-    facts = {
-        "Time": told("seconds", lambda number: f"{seconds(number)} of training"),
-        "Data read": told("num_tokens_seen", lambda number: f"{number:,} tokens with a loss"),
-        "Computation": told("total_flos", lambda number: f"{number:.3g} FLOPs, as the Trainer counts them"),
-        "Processes": told("num_processes", lambda number: f"{number:,}"),
-        "Device": escape(run["device"]) if run.get("device") else None,
+    known = {key: one for key, one in run.items() if isinstance(one, int | float) and not isinstance(one, bool)}
+    sentences = {
+        "Time": ("seconds", lambda number: f"{seconds(number)} of training"),
+        "Data read": ("num_tokens_seen", lambda number: f"{number:,} tokens with a loss"),
+        "Computation": ("total_flos", lambda number: f"{number:.3g} FLOPs, as the Trainer counts them"),
+        "Processes": ("num_processes", lambda number: f"{number:,}"),
     }
-    return listing(facts) or "Not recorded."
-
-
-def _arguments(arguments: Any, run: Mapping[str, Any]) -> str | None:
-    merged = {**part_of(run, "arguments"), **(arguments if isinstance(arguments, Mapping) else {})}
-    return json_block(public_content(merged)) if merged else None
-
-
-def _model_config(metadata: Mapping[str, Any]) -> str | None:
-    config = part_of(metadata, "model").get("config")
-    return json_block(public_content(config)) if config else None
-
-
-def _named_part(metadata: Mapping[str, Any], key: str) -> dict[str, Any]:
-    """A part of the metadata, which of a user's own may be a name alone."""
-    return {"name_or_path": metadata[key]} if isinstance(metadata.get(key), str) else part_of(metadata, key)
+    facts = {name: sentence(known[key]) for name, (key, sentence) in sentences.items() if key in known}
+    return listing({**facts, "Device": escape(run["device"]) if run.get("device") else None}) or "Not recorded."
 
 
 def summarize(weights: WeightsRecord) -> str:
