@@ -70,9 +70,7 @@ def test_imports_point_down(path):
 
 MODULES = {path: ast.parse(path.read_text()) for path in sorted(PACKAGE.rglob("*.py"))}
 MAX_FILE, MAX_BODY, MAX_PARAMETERS = 400, 60, 12
-LONG_FILES = {
-    "artifacts/hub/push.py": 485,
-}
+LONG_FILES = {}
 LONG_BODIES = {"_parse": 100, "record_dataset": 81}
 MANY_PARAMETERS = {
     "tracing/callback.py:__init__": 21,
@@ -164,7 +162,7 @@ def test_no_modules_import_each_other():
 
 BUDGETS = {
     "training step": (12, 42),
-    "push": (16, 57),
+    "push": (14, 40),
     "recording": (28, 93),
     "search": (17, 54),
     "evaluation": (16, 66),

@@ -18,9 +18,9 @@ from huggingface_hub import HfApi
 
 from hf_doge import DomainWeights, InfluenceIndex
 from hf_doge.artifacts.domain_weights import weights_publication
+from hf_doge.artifacts.hub.errors import Patience
 from hf_doge.artifacts.hub.publication import Publication
 from hf_doge.artifacts.hub.push import push_publication
-from hf_doge.artifacts.hub.retries import Patience
 from hf_doge.cli.push import main as push_command
 from hf_doge.files import sha256
 from hf_doge.tracing.publication import prepare_index_push

@@ -17,9 +17,9 @@ from pathlib import Path
 from huggingface_hub import HfApi
 from huggingface_hub.constants import HF_HUB_CACHE
 
+from hf_doge.artifacts.hub.errors import Patience
 from hf_doge.artifacts.hub.publication import Publication
 from hf_doge.artifacts.hub.push import push_publication
-from hf_doge.artifacts.hub.retries import Patience
 from tests.hub.handle import HubControl
 
 PATIENCE = Patience(tries=3, first_wait=0.05)

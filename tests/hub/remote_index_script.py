@@ -21,7 +21,7 @@ import torch
 from huggingface_hub import HfApi
 
 from hf_doge.artifacts import parquet
-from hf_doge.artifacts.hub.retries import Patience
+from hf_doge.artifacts.hub.errors import Patience
 from hf_doge.artifacts.influence import IndexReader, segments
 from hf_doge.artifacts.influence import remote as remote_module
 from hf_doge.artifacts.influence.remote import RemoteIndexReader

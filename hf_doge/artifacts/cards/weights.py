@@ -5,7 +5,6 @@ import textwrap
 from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 from hf_doge._version import __version__
 from hf_doge.artifacts.cards.card import Card, TableFacts, config_entry, size_category
@@ -56,6 +55,12 @@ _LEARNED_ONLINE = (
 _OBJECTIVES = {
     "universal": "They serve the mean loss of the training domains themselves, as a small step of training lowers it.",
     "target": "They serve the loss on the target that they were learned for, as a small step of training lowers it.",
+}
+_COSTS = {
+    "Time": ("seconds", lambda number: f"{seconds(number)} of training"),
+    "Data read": ("num_tokens_seen", lambda number: f"{number:,} tokens with a loss"),
+    "Computation": ("total_flos", lambda number: f"{number:.3g} FLOPs, as the Trainer counts them"),
+    "Processes": ("num_processes", lambda number: f"{number:,}"),
 }
 _MOST_DRAWN = 1000  # domains, each a line of the trajectory; with 10,000 it took minutes
 _MOST_BARS = 50  # the heaviest; with 300 a picture took 3 s, at each save
@@ -193,19 +198,13 @@ def _facts(weights: WeightsRecord, model_id: str | None) -> dict[str, str]:
             f"seed {escape(run['seed'])}" if "seed" in run else None,
         ),
     }
-    return {"facts": listing(facts) + run_facts(metadata, written_by=__version__), "cost": _cost(run)}
-
-
-def _cost(run: Mapping[str, Any]) -> str:
-    known = {key: one for key, one in run.items() if isinstance(one, int | float) and not isinstance(one, bool)}
-    sentences = {
-        "Time": ("seconds", lambda number: f"{seconds(number)} of training"),
-        "Data read": ("num_tokens_seen", lambda number: f"{number:,} tokens with a loss"),
-        "Computation": ("total_flos", lambda number: f"{number:.3g} FLOPs, as the Trainer counts them"),
-        "Processes": ("num_processes", lambda number: f"{number:,}"),
+    numbers = {key: one for key, one in run.items() if isinstance(one, int | float) and not isinstance(one, bool)}
+    cost = {name: sentence(numbers[key]) for name, (key, sentence) in _COSTS.items() if key in numbers}
+    cost["Device"] = escape(run["device"]) if run.get("device") else None
+    return {
+        "facts": listing(facts) + run_facts(metadata, written_by=__version__),
+        "cost": listing(cost) or "Not recorded.",
     }
-    facts = {name: sentence(known[key]) for name, (key, sentence) in sentences.items() if key in known}
-    return listing({**facts, "Device": escape(run["device"]) if run.get("device") else None}) or "Not recorded."
 
 
 def summarize(weights: WeightsRecord) -> str:

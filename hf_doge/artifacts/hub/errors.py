@@ -1,7 +1,18 @@
-"""What the Hub and the network answer, told apart: worth another try, or to be told to the user with what to do."""
+"""
+What the Hub and the network answer, told apart: worth another try, or to be told to the user with what to do. And waiting:
+for another try, or for the process that pushes for all that a launcher started.
+"""
 
-from collections.abc import Iterator
-from typing import Any, NoReturn
+import logging
+import os
+import re
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import Any, NoReturn, TypeVar
 from urllib.parse import urlsplit
 
 from huggingface_hub.errors import (
@@ -14,9 +25,14 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from huggingface_hub.utils import get_token
+from huggingface_hub.utils import get_token, validate_repo_id
 
+from hf_doge.checks import check_flag
 from hf_doge.text import hide_secrets, printable
+
+logger = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
 
 # httpx in huggingface_hub 1, httpx2 in 2: whichever it is, its errors of transport have this class.
 TransportError: type[Exception] = HfHubHTTPError.__mro__[1]
@@ -24,6 +40,11 @@ TransportError: type[Exception] = HfHubHTTPError.__mro__[1]
 _TRANSIENT = {408, 425, 429, 500, 502, 503, 504}
 _EXPIRED = {400, 401, 403, 404, 410}  # what stores answer when the address they signed is too old
 _MOVED = {409, 412}
+# What git refuses in the name of a branch or a tag.
+_NOT_IN_GIT_NAMES = re.compile(r"[\s~^:?*\[\\\x00-\x1f\x7f]|\.\.|@\{|//|(^|/)\.|\.lock(/|$)|^[-/@]$|^[-/]|[/.]$|^$")
+_SECONDS_TO_BEGIN = 10 * 60.0  # of the first process, until the others no longer wait for its push
+_SECONDS_BETWEEN_LOOKS = 0.1
+_pushes: Counter[str] = Counter()  # of this process, by what is pushed to
 
 
 class PushError(ConnectionError):
@@ -51,6 +72,44 @@ def check_token(token: str | bool | None) -> None:
         raise ValueError(
             "An access token of the Hub must be one word, like 'hf_...', but the one given is empty or has spaces, line breaks"
             " or other letters in it. Copy it again from https://huggingface.co/settings/tokens."
+        )
+
+
+def check_destination(
+    repo_id: Any, *, token: str | bool | None, revision: Any = None, tag: Any = None, create_pr: bool = False
+) -> None:
+    """
+    Refuse to push to what can be none, before the Hub is asked.
+
+    Args:
+        repo_id, token, revision, tag, create_pr: See [`DomainWeights.push_to_hub`].
+
+    Raises:
+        ValueError: A name is not valid, or arguments exclude each other.
+        PermissionError: There is no token.
+    """
+    if not isinstance(repo_id, str):
+        raise ValueError(f"A repository must be named like 'user/name', but got {repo_id!r}.")
+    try:
+        validate_repo_id(repo_id)
+    except ValueError as error:
+        raise explain(error, repo_id, action="push to") from error
+    for name, value in (("revision", revision), ("tag", tag)):
+        if value is not None and not (isinstance(value, str) and _NOT_IN_GIT_NAMES.search(value) is None):
+            raise ValueError(f"`{name}` must be a name that git allows, such as 'v1.0', but got {value!r}.")
+    check_token(token)
+    check_flag("create_pr", create_pr)
+    if token is False or (not isinstance(token, str) and get_token() is None):
+        raise PermissionError(
+            f"To push to {repo_id!r} the Hub needs an access token with the *write* role. Log in by `hf auth login`, set"
+            " HF_TOKEN, or pass `token`."
+        )
+    if create_pr and tag is not None:
+        raise ValueError(f"A proposal cannot be tagged before it is merged: drop `tag={tag!r}` or `create_pr=True`.")
+    if create_pr and revision not in (None, "main"):
+        raise ValueError(
+            f"A proposal is made to `main`: drop `revision={revision!r}` or `create_pr=True`. To add to one that is open,"
+            " push to its own branch, as `revision='refs/pr/1'`."
         )
 
 
@@ -194,3 +253,116 @@ def _on_one_line(text: str) -> str:
 def _server_message(error: Exception) -> str:
     message = next((one.server_message for one in _chain(error) if getattr(one, "server_message", None)), None)
     return f"(The Hub says: {hide_secrets(_on_one_line(str(message)))})" if message else ""
+
+
+@dataclass(frozen=True)
+class Patience:
+    """
+    How long to keep trying.
+
+    Attributes:
+        tries (`int`): Further tries of each request.
+        first_wait (`float`): Seconds before the first of them; doubled each time.
+        longest_wait (`float`): Seconds; if the Hub asks for more, its error is raised.
+        sleep (`Callable`).
+    """
+
+    tries: int = 6
+    first_wait: float = 1.0
+    longest_wait: float = 300.0
+    sleep: Callable[[float], None] = time.sleep
+
+    def delays(self) -> Iterator[float]:
+        """Seconds before each further try."""
+        return (min(self.first_wait * 2**number, self.longest_wait) for number in range(self.tries))
+
+    def next_delay(self, error: Exception, delays: Iterator[float], *, also: bool = False) -> float | None:
+        """
+        Seconds to wait before another try, or `None` if there is none to be made.
+
+        Args:
+            error (`Exception`): Of the last try.
+            delays (`Iterator[float]`): From [`~Patience.delays`].
+            also (`bool`): Whether this error is worth another try in any case.
+        """
+        if not (also or is_transient(error)):
+            return None
+        delay, asked = next(delays, None), asked_delay(error) or 0.0
+        return None if delay is None or asked > self.longest_wait else max(delay, asked)
+
+    def call(self, action: Callable[[], Result]) -> Result:
+        """
+        Call until it succeeds, fails in a way that another try does not mend, or all tries are used up.
+
+        Args:
+            action (`Callable`): May be called any number of times.
+        """
+        delays = self.delays()
+        while True:
+            try:
+                return action()
+            except Exception as error:  # what the Hub answered, or did not: from four libraries
+                delay = self.next_delay(error, delays)
+                if delay is None:
+                    raise
+                logger.info("The Hub did not answer as it should (%s). Trying again in %.3g s.", shortly(error), delay)
+            self.sleep(delay)
+
+
+def is_first_process() -> bool:
+    """Whether this process pushes for all that `accelerate launch` or `torchrun` started."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+@contextmanager
+def told_to_others(place: str) -> Iterator[None]:
+    """On the first process, around a push: the others hear when it begins and ends, well or not."""
+    store = _store()
+    if store is None:
+        yield
+        return
+    _pushes[place] += 1
+    keys = [_key(place, what) for what in ("begun", "ended")]
+    with suppress(RuntimeError):  # nobody is left to hear it
+        store.set(keys[0], "")
+    try:
+        yield
+    finally:
+        with suppress(RuntimeError):
+            store.set(keys[1], "")
+
+
+def wait_for_first(place: str) -> None:
+    """
+    On the others: wait for the end of the push that the first process makes by the same call. Where it makes none, or the
+    processes have no group to hear of each other, this returns.
+
+    Raises:
+        PushError: The first process ended before its push did.
+    """
+    store = _store()
+    if store is None:
+        return
+    _pushes[place] += 1
+    end = time.monotonic() + _SECONDS_TO_BEGIN
+    try:
+        while not store.check([_key(place, "ended")]):
+            if time.monotonic() > end and not store.check([_key(place, "begun")]):
+                logger.warning("The first process does not push to %s, so this one goes on.", place)
+                return
+            # Not `store.wait`, which keeps all other threads of this process from the store.
+            time.sleep(_SECONDS_BETWEEN_LOOKS)
+    except RuntimeError as error:  # the store is gone, and with it who held it
+        raise PushError(f"The process that pushes to {place} ended before its push did. Push again.") from error
+
+
+def _key(place: str, what: str) -> str:
+    return f"hf_doge/push/{place}/{_pushes[place]}/{what}"
+
+
+def _store() -> Any | None:
+    distributed = sys.modules.get("torch.distributed")  # who has not imported it has no group
+    if distributed is None or not (distributed.is_available() and distributed.is_initialized()):
+        return None
+    # torch has no public name for the store it was set up with.
+    return distributed.distributed_c10d._get_default_store() if distributed.get_world_size() > 1 else None

@@ -51,8 +51,7 @@ def fetch_folder(
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
 
-    from hf_doge.artifacts.hub.errors import FetchError, check_token, is_transient, raise_explained, shortly
-    from hf_doge.artifacts.hub.retries import Patience
+    from hf_doge.artifacts.hub.errors import FetchError, Patience, check_token, is_transient, raise_explained, shortly
 
     check_token(token)
     name = str(name_or_path)

@@ -1,16 +1,50 @@
-"""What a repository is to hold of an artifact."""
+"""What a repository is to hold of an artifact, what it holds, and what lies between."""
 
 import hashlib
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from hf_doge.artifacts.cards.card import Card
+from hf_doge.files import sha256
 from hf_doge.text import holds_token
 
+if TYPE_CHECKING:
+    from huggingface_hub.hf_api import RepoFile
+
+CARD_FILE = "README.md"
 _PIECE = 1 << 20
+# What may be in a repository before the artifact is: made by the Hub itself, or a licence.
+_NEUTRAL_FILES = {".gitattributes", ".gitignore", CARD_FILE, "LICENSE", "LICENSE.md", "LICENSE.txt"}
 _TEXT_FILES = (".json", ".md", ".jsonl", ".txt", ".yaml", ".yml", ".jinja")
+
+
+@dataclass(frozen=True)
+class Head:
+    """A commit of a repository, and what the Hub says of each file: the sha256 of a large one, git's checksum of any other."""
+
+    commit: str
+    files: Mapping[str, "RepoFile"]
+
+    def holds(self, path: str, source: bytes | Path) -> bool:
+        file = self.files.get(path)
+        if file is None:
+            return False
+        return file.blob_id == git_blob_id(source) if file.lfs is None else file.lfs.sha256 == sha256(source)
+
+
+@dataclass
+class Plan:
+    """What lies between a head and the publication."""
+
+    changed: dict[str, bytes | Path]
+    removed: list[str] = field(default_factory=list)
+
+    @property
+    def is_empty(self) -> bool:
+        return not self.changed and not self.removed
 
 
 @dataclass(frozen=True)
@@ -53,6 +87,51 @@ class Publication:
             if path.endswith(_TEXT_FILES):
                 refuse_token(path, source if isinstance(source, bytes) else source.read_bytes())
 
+    def compare(self, head: Head, written_card: bytes | None) -> Plan:
+        """
+        What a commit must change so that the repository holds this.
+
+        Args:
+            head ([`Head`]): What the repository holds.
+            written_card (`bytes`, *optional*): Its README.md, if it has one.
+
+        Raises:
+            ValueError: A local file is not what was recorded, or the card holds what looks like an access token.
+        """
+        files = dict(self.files)
+        if self.card is not None:
+            files[CARD_FILE] = merge_card(self.card, written_card)
+            refuse_token(CARD_FILE, files[CARD_FILE])
+        changed = {path: source for path, source in files.items() if not head.holds(path, source)}
+        for path, checksum in self.checksums.items():
+            if path in changed and sha256(changed[path]) != checksum:
+                raise ValueError(
+                    f"{str(files[path])!r} was altered since it was written: its sha256 is not the recorded one. Nothing was"
+                    " pushed. Record it again."
+                )
+        return Plan(changed, sorted(path for path in head.files.keys() - files.keys() if self.owned(path)))
+
+
+def refuse_other_content(
+    repo_id: str, head: Head, manifest: str, content: bytes | None, check_manifest: Callable[[bytes], None]
+) -> None:
+    """
+    Args:
+        manifest (`str`), check_manifest (`Callable[[bytes], None]`): As of the [`Publication`] that is to be pushed.
+        content (`bytes`, *optional*): The manifest that the repository holds, if it has one.
+
+    Raises:
+        FileExistsError: The repository holds something else than such an artifact.
+    """
+    problem = f"The dataset repository {repo_id!r} must be new or hold an artifact of the same kind, but "
+    if content is None and (foreign := sorted(head.files.keys() - _NEUTRAL_FILES)):
+        raise FileExistsError(f"{problem}it has no {manifest} and holds {foreign[:5]}. Choose another name.")
+    try:
+        if content is not None:
+            check_manifest(content)
+    except ValueError as error:
+        raise FileExistsError(f"{problem}its {manifest} is another: {error} Choose another name.") from error
+
 
 def refuse_token(path: str, content: bytes) -> None:
     """
@@ -64,6 +143,23 @@ def refuse_token(path: str, content: bytes) -> None:
             f"{path!r} holds what looks like an access token of the Hub, and is not pushed. Remove it from the metadata of"
             " the artifact, and revoke the token if the file was shared before."
         )
+
+
+def size(source: bytes | Path) -> int:
+    """Bytes of a file that is to be published."""
+    return len(source) if isinstance(source, bytes) else source.stat().st_size
+
+
+def git_blob_id(source: bytes | Path) -> str:
+    """By which any other file is known on the Hub: git's own checksum."""
+    digest = hashlib.sha1(f"blob {size(source)}\0".encode(), usedforsecurity=False)
+    if isinstance(source, bytes):
+        digest.update(source)
+    else:
+        with source.open("rb") as file:
+            while piece := file.read(_PIECE):
+                digest.update(piece)
+    return digest.hexdigest()
 
 
 def merge_card(card: Card, written: bytes | None) -> bytes:
@@ -83,20 +179,3 @@ def merge_card(card: Card, written: bytes | None) -> bytes:
             stacklevel=2,
         )
         return written
-
-
-def size(source: bytes | Path) -> int:
-    """Bytes of a file that is to be published."""
-    return len(source) if isinstance(source, bytes) else source.stat().st_size
-
-
-def git_blob_id(source: bytes | Path) -> str:
-    """By which any other file is known on the Hub: git's own checksum."""
-    digest = hashlib.sha1(f"blob {size(source)}\0".encode(), usedforsecurity=False)
-    if isinstance(source, bytes):
-        digest.update(source)
-    else:
-        with source.open("rb") as file:
-            while piece := file.read(_PIECE):
-                digest.update(piece)
-    return digest.hexdigest()

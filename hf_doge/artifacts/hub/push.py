@@ -8,10 +8,9 @@ committed twice.
 """
 
 import logging
-import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import NoReturn
@@ -19,57 +18,30 @@ from typing import NoReturn
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, hf_hub_download
 from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 from huggingface_hub.hf_api import RepoFile
-from huggingface_hub.utils import get_token, validate_repo_id
 
 from hf_doge._version import __version__
-from hf_doge.artifacts.hub.errors import PushError, check_token, explain, is_moved, is_transient, shortly
-from hf_doge.artifacts.hub.launched import is_first_process, told_to_others, wait_for_first
-from hf_doge.artifacts.hub.publication import Publication, git_blob_id, merge_card, refuse_token, size
-from hf_doge.artifacts.hub.retries import Patience, Result
+from hf_doge.artifacts.hub.errors import (
+    Patience,
+    PushError,
+    Result,
+    check_destination,
+    explain,
+    is_first_process,
+    is_moved,
+    is_transient,
+    shortly,
+    told_to_others,
+    wait_for_first,
+)
+from hf_doge.artifacts.hub.publication import CARD_FILE, Head, Plan, Publication, refuse_other_content, size
 from hf_doge.checks import check_flag, check_text
-from hf_doge.files import sha256
 
 logger = logging.getLogger(__name__)
 
-CARD_FILE = "README.md"
 _REPO_TYPE = "dataset"
 _BATCH_BYTES = 64 * 2**20  # uploaded between two points that a killed push can go on from
 _BATCH_FILES = 100
 _UNTOUCHED = "What the repository held is as it was"
-# What git refuses in the name of a branch or a tag.
-_NOT_IN_GIT_NAMES = re.compile(r"[\s~^:?*\[\\\x00-\x1f\x7f]|\.\.|@\{|//|(^|/)\.|\.lock(/|$)|^[-/@]$|^[-/]|[/.]$|^$")
-# What may be in a repository before the artifact is: made by the Hub itself, or a licence.
-_NEUTRAL_FILES = {".gitattributes", ".gitignore", CARD_FILE, "LICENSE", "LICENSE.md", "LICENSE.txt"}
-
-
-@dataclass(frozen=True)
-class _Head:
-    """A commit, and what each path holds there: sha256 of a large file, git's checksum of any other."""
-
-    commit: str
-    large: Mapping[str, str]
-    small: Mapping[str, str]
-
-    @property
-    def paths(self) -> set[str]:
-        return {*self.large, *self.small}
-
-    def holds(self, path: str, source: bytes | Path) -> bool:
-        if path in self.large:
-            return self.large[path] == sha256(source)
-        return path in self.small and self.small[path] == git_blob_id(source)
-
-
-@dataclass
-class _Plan:
-    """What lies between a head and the publication."""
-
-    changed: dict[str, bytes | Path]
-    removed: list[str] = field(default_factory=list)
-
-    @property
-    def is_empty(self) -> bool:
-        return not self.changed and not self.removed
 
 
 def push_publication(
@@ -106,15 +78,8 @@ def push_publication(
         wait_for_first(place)
         return None
     with told_to_others(place):
-        push = _Push(
-            publication,
-            repo_id,
-            token=token,
-            revision=revision,
-            create_pr=create_pr,
-            tag=tag,
-            patience=patience or Patience(),
-        )
+        check_destination(repo_id, token=token, revision=revision, tag=tag, create_pr=create_pr)
+        push = _Push(publication, repo_id, token, patience or Patience(), revision, create_pr=create_pr, tag=tag)
         return push.run(message=commit_message, description=commit_description, private=private)
 
 
@@ -135,7 +100,8 @@ def ensure_repository(
     Raises:
         PermissionError, ValueError, FileExistsError, PushError: As [`push_publication`].
     """
-    push = _Push(None, repo_id, token=token, patience=Patience(tries=1))
+    check_destination(repo_id, token=token)
+    push = _Push(None, repo_id, token, Patience(tries=1))
     push.prepare(private)
     push.require_replaceable(push.read_head(None), manifest, check_manifest)
 
@@ -145,38 +111,13 @@ class _Push:
         self,
         publication: Publication | None,
         repo_id: str,
-        *,
         token: str | bool | None,
         patience: Patience,
         revision: str | None = None,
+        *,
         create_pr: bool = False,
         tag: str | None = None,
     ) -> None:
-        if not isinstance(repo_id, str):
-            raise ValueError(f"A repository must be named like 'user/name', but got {repo_id!r}.")
-        try:
-            validate_repo_id(repo_id)
-        except ValueError as error:
-            raise explain(error, repo_id, action="push to") from error
-        for name, value in (("revision", revision), ("tag", tag)):
-            if value is not None and not _is_git_name(value):
-                raise ValueError(f"`{name}` must be a name that git allows, such as 'v1.0', but got {value!r}.")
-        check_token(token)
-        check_flag("create_pr", create_pr)
-        if token is False or (not isinstance(token, str) and get_token() is None):
-            raise PermissionError(
-                f"To push to {repo_id!r} the Hub needs an access token with the *write* role. Log in by `hf auth login`, set"
-                " HF_TOKEN, or pass `token`."
-            )
-        if create_pr and tag is not None:
-            raise ValueError(
-                f"A proposal cannot be tagged before it is merged: drop `tag={tag!r}` or `create_pr=True`."
-            )
-        if create_pr and revision not in (None, "main"):
-            raise ValueError(
-                f"A proposal is made to `main`: drop `revision={revision!r}` or `create_pr=True`. To add to one that is open,"
-                " push to its own branch, as `revision='refs/pr/1'`."
-            )
         self.publication, self.repo_id, self.revision = publication, repo_id, revision
         self.create_pr, self.tag, self.patience = create_pr, tag, patience
         self.api = HfApi(
@@ -273,64 +214,33 @@ class _Push:
         yield
         self.patience = patience
 
-    def read_head(self, revision: str | None) -> _Head:
+    def read_head(self, revision: str | None) -> Head:
         """What the repository holds now. The tree is that of the commit, whatever comes after it."""
         commit = self._try(lambda: self.api.repo_info(self.repo_id, repo_type=_REPO_TYPE, revision=revision).sha)
         entries = self._try(
             lambda: list(self.api.list_repo_tree(self.repo_id, repo_type=_REPO_TYPE, revision=commit, recursive=True))
         )
-        files = [entry for entry in entries if isinstance(entry, RepoFile)]
-        return _Head(
-            commit,
-            large={file.path: file.lfs.sha256 for file in files if file.lfs is not None},
-            small={file.path: file.blob_id for file in files if file.lfs is None},
-        )
+        return Head(commit, {entry.path: entry for entry in entries if isinstance(entry, RepoFile)})
 
-    def require_replaceable(self, head: _Head, manifest: str, check_manifest: Callable[[bytes], None]) -> None:
+    def require_replaceable(self, head: Head, manifest: str, check_manifest: Callable[[bytes], None]) -> None:
         """
         Raises:
             FileExistsError: The repository holds something else.
         """
-        if manifest in head.paths:
-            try:
-                check_manifest(self._download(head, manifest))
-            except ValueError as error:
-                raise FileExistsError(
-                    f"The dataset repository {self.repo_id!r} must be new or hold an artifact of the same kind, but its"
-                    f" {manifest} is another: {error} Choose another name."
-                ) from error
-        else:
-            foreign = sorted(head.paths - _NEUTRAL_FILES)
-            if foreign:
-                raise FileExistsError(
-                    f"The dataset repository {self.repo_id!r} must be new or hold an artifact of the same kind, but it has no"
-                    f" {manifest} and holds {foreign[:5]}. Choose another name."
-                )
+        content = self._download(head, manifest) if manifest in head.files else None
+        refuse_other_content(self.repo_id, head, manifest, content, check_manifest)
 
-    def _compare(self, head: _Head) -> _Plan:
+    def _compare(self, head: Head) -> Plan:
         """
         Raises:
             FileExistsError: The repository holds something else.
         """
         publication = self.publication
         self.require_replaceable(head, publication.manifest, publication.check_manifest)
-        files = dict(publication.files)
-        if publication.card is not None:
-            written = self._download(head, CARD_FILE) if CARD_FILE in head.paths else None
-            card = merge_card(publication.card, written)
-            refuse_token(CARD_FILE, card)
-            files[CARD_FILE] = card
-        changed = {path: source for path, source in files.items() if not head.holds(path, source)}
-        for path, checksum in publication.checksums.items():
-            if path in changed and sha256(changed[path]) != checksum:
-                raise ValueError(
-                    f"{str(files[path])!r} was altered since it was written: its sha256 is not the recorded one. Nothing was"
-                    " pushed. Record it again."
-                )
-        removed = sorted(path for path in head.paths - files.keys() if publication.owned(path))
-        return _Plan(changed, removed)
+        has_card = publication.card is not None and CARD_FILE in head.files
+        return publication.compare(head, self._download(head, CARD_FILE) if has_card else None)
 
-    def _upload(self, plan: _Plan) -> list[CommitOperationAdd | CommitOperationDelete]:
+    def _upload(self, plan: Plan) -> list[CommitOperationAdd | CommitOperationDelete]:
         """Bring the large files there, where no reader sees them yet."""
         operations = [self._operation(path, source) for path, source in plan.changed.items()]
         batch: list[CommitOperationAdd] = []
@@ -362,7 +272,7 @@ class _Push:
             self._operations[path] = known
         return known
 
-    def _download(self, head: _Head, path: str) -> bytes:
+    def _download(self, head: Head, path: str) -> bytes:
         def fetch() -> bytes:
             # Not into the cache, which may be read-only, and would have a commit of a file.
             with TemporaryDirectory() as folder:
@@ -396,7 +306,7 @@ class _Push:
 
         return self._try(look)
 
-    def _find_proposal(self) -> tuple[int, _Head] | None:
+    def _find_proposal(self) -> tuple[int, Head] | None:
         """A proposal that came into being by this push, though its answer was lost."""
         for ref in sorted(self._list_proposals() - self._proposals):
             head = self.read_head(ref)
@@ -426,7 +336,7 @@ class _Push:
             return True
         head = self.read_head(commit)
         try:
-            return self.publication.manifest in head.paths and self._compare(head).is_empty
+            return self.publication.manifest in head.files and self._compare(head).is_empty
         except FileExistsError:  # something else was there then
             return False
 
@@ -478,7 +388,3 @@ class _Push:
             raise error
         standing = "" if self._standing == _UNTOUCHED else f" {self._standing}."
         raise type(explained)(f"{str(explained).rstrip()}{standing}") from error
-
-
-def _is_git_name(name: object) -> bool:
-    return isinstance(name, str) and _NOT_IN_GIT_NAMES.search(name) is None

@@ -12,6 +12,7 @@ from huggingface_hub.errors import EntryNotFoundError
 from hf_doge._version import __version__
 from hf_doge.artifacts.hub.errors import (
     FetchError,
+    Patience,
     TransportError,
     is_expired,
     is_of_the_hub,
@@ -19,7 +20,6 @@ from hf_doge.artifacts.hub.errors import (
     raise_explained,
     shortly,
 )
-from hf_doge.artifacts.hub.retries import Patience
 
 _CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+)")
 

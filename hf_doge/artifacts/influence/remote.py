@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from hf_doge.artifacts.hub.errors import Patience
 from hf_doge.artifacts.hub.fetch import fetch_folder
 from hf_doge.artifacts.hub.ranges import RangedFile
-from hf_doge.artifacts.hub.retries import Patience
 from hf_doge.artifacts.influence.examples import check_number_of_examples
 from hf_doge.artifacts.influence.manifest import (
     MANIFEST,
