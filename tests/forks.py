@@ -139,9 +139,16 @@ class Fork:
 
 
 def _server(imported):
-    """The way to a process that has these modules, started if there is none."""
+    """The way to a process that has these modules, started if there is none; that of `FULL` is a fork of that of `BARE`."""
     if imported not in _SERVERS:
         ours, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        _SERVERS[imported] = ours
+        atexit.register(ours.close)
+        if imported != BARE:
+            with its:
+                request = json.dumps({"modules": imported}).encode()
+                socket.send_fds(_server(BARE), [request], [its.fileno()])
+            return ours
         fixed = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
         process = subprocess.Popen(
             [sys.executable, "-m", "tests.forks", str(its.fileno()), *imported],
@@ -151,7 +158,6 @@ def _server(imported):
             pass_fds=[its.fileno()],
         )
         its.close()
-        _SERVERS[imported] = ours
         atexit.register(lambda: (ours.close(), process.wait()))
     return _SERVERS[imported]
 
@@ -166,6 +172,15 @@ def serve(control):
         if not message:
             control.close()
             sys.exit()
+        request = json.loads(message)
+        if "modules" in request:
+            if os.fork() == 0:
+                control.close()
+                control = socket.socket(fileno=descriptors[0])
+                import_all(request["modules"])
+            else:
+                os.close(descriptors[0])
+            continue
         if os.fork() == 0:  # one that waits for the fork and tells how it ended
             control.close()
             status, output, errors = descriptors
@@ -177,7 +192,7 @@ def serve(control):
                 os.dup2(errors, 2)
                 for descriptor in {status, output, errors}:
                     os.close(descriptor)
-                return json.loads(message)
+                return request
             os.close(output)
             if errors != output:
                 os.close(errors)
@@ -205,10 +220,15 @@ def run(arguments, env):
         runpy.run_path(arguments[0], run_name="__main__")
 
 
-if __name__ == "__main__":
+def import_all(modules):
+    """Import, and let forks share the pages."""
     with warnings.catch_warnings(action="ignore"):
-        for module in sys.argv[2:]:
+        for module in modules:
             importlib.import_module(module)
-    gc.freeze()  # so that forks share the pages
+    gc.freeze()
+
+
+if __name__ == "__main__":
+    import_all(sys.argv[2:])
     request = serve(socket.socket(fileno=int(sys.argv[1])))
     run(**request)
