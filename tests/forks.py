@@ -221,10 +221,11 @@ def run(arguments, env):
 
 
 def import_all(modules):
-    """Import, and let forks share the pages."""
+    """Import what is installed, and let forks share the pages."""
     with warnings.catch_warnings(action="ignore"):
         for module in modules:
-            importlib.import_module(module)
+            with contextlib.suppress(ImportError):
+                importlib.import_module(module)
     gc.freeze()
 
 

@@ -41,7 +41,8 @@ def learned(tmp_path_factory):
     folder, plan = tmp_path_factory.mktemp("streams"), []
     for name, options in WAYS.items():
         run = {"folder": str(folder / name), **options}
-        plan += [run, {**run, "resume": str(folder / name / "checkpoint-2")}]
+        plan.append({**run, "save_steps": 2})
+        plan.append({**run, "save_strategy": "no", "resume": str(folder / name / "checkpoint-2")})
     run_processes(SCRIPT, json.dumps(plan))
     return folder
 
