@@ -164,7 +164,7 @@ BUDGETS = {
     "training step": (12, 42),
     "push": (14, 40),
     "recording": (28, 93),
-    "search": (17, 54),
+    "search": (16, 52),
     "evaluation": (16, 66),
 }
 

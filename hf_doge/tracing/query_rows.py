@@ -19,7 +19,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
 from hf_doge.artifacts.influence import IndexReader
-from hf_doge.artifacts.influence.search import Neighbours
+from hf_doge.artifacts.influence.synonym_search import Neighbours
 from hf_doge.functional.synonyms import synonym_neighbours
 from hf_doge.gradients.embedding import EmbeddingGradientRecorder
 from hf_doge.gradients.embedding_uses import input_embedding_matrix

@@ -169,13 +169,14 @@ class QueryScorer:
 
     def token_parts(self, query: int, example_ids: np.ndarray) -> TokenParts:
         """What each token carries of one query's scores with some examples."""
-        own = [rows[query] for rows in self.rows]
-        tokens = np.unique(np.concatenate([token_ids.numpy() for token_ids, _ in own]))
+        own = [rows.between(query, query + 1) for rows in self.rows]
+        tokens = np.unique(np.concatenate([rows.tokens.numpy() for rows in own]))
         parts = np.zeros((len(own), len(example_ids), len(tokens)))
         by_example: list[dict[int, float]] = [{} for _ in example_ids]
         order = np.argsort(example_ids)
-        for checkpoint, (token_ids, query_rows) in enumerate(own):
-            found = self.reader.word_scores(checkpoint, token_ids, self.reader.project(query_rows), example_ids)
+        for checkpoint, rows in enumerate(own):
+            token_ids = rows.tokens.numpy()
+            found = self.reader.word_scores(checkpoint, token_ids, self.reader.project(rows.rows), example_ids)
             found = found.astype(np.float64)
             scales = np.full(len(example_ids), self._query_scales[checkpoint][query])
             if self._example_scales[checkpoint] is not None:
@@ -187,7 +188,7 @@ class QueryScorer:
                 found[places, column] += values
                 for place, value in zip(places, values.tolist(), strict=True):
                     _add(by_example[place], token, value * scales[place])
-            parts[checkpoint][:, np.searchsorted(tokens, token_ids.numpy())] = found * scales[:, None]
+            parts[checkpoint][:, np.searchsorted(tokens, token_ids)] = found * scales[:, None]
         return TokenParts(example_ids, tokens, parts, by_example)
 
     def _synonym_parts(

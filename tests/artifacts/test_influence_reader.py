@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from hf_doge.artifacts.influence import IndexReader, row_map
-from hf_doge.artifacts.influence import search as search_module
+from hf_doge.artifacts.influence import reader as reader_module
 from hf_doge.functional.synonyms import synonym_neighbours, synonym_scores, synonym_similarity
 from hf_doge.gradients.token_rows import TokenRows
 from tests.artifacts.influence_rows import (
@@ -64,7 +64,7 @@ def test_threads_change_no_score(open_index, rows, dtype, monkeypatch):
     reader = open_index(rows[0], dtype=dtype)
     queries = random_rows(6, seed=2)
     expected = reader.scores(0, queries)
-    monkeypatch.setattr(search_module, "_WORTH_A_THREAD", 1)
+    monkeypatch.setattr(reader_module, "_WORTH_A_THREAD", 1)
     num_threads = torch.get_num_threads()
     torch.set_num_threads(3)
     try:
@@ -79,7 +79,7 @@ def test_rows_wider_than_a_piece_are_scored_piece_by_piece(open_index, monkeypat
         torch.arange(301), torch.full((300,), 3), torch.randn(300, WIDTH, dtype=torch.float64), False
     )
     reader = open_index(everywhere, dtype="float32")
-    monkeypatch.setattr(search_module, "_PIECE_BYTES", 1)  # at least 64 rows
+    monkeypatch.setattr(reader_module, "_PIECE_BYTES", 1)  # at least 64 rows
     queries = one_example([3], torch.ones(1, WIDTH))
     assert_near(reader.scores(0, queries), dense_scores(queries, everywhere), 1e-6)
 

@@ -1,7 +1,10 @@
-"""Reading an influence index: exact scores of queries against all training examples. Knows no models."""
+"""Reading an influence index: exact scores of queries with all training examples, token by token. Knows no models."""
 
 import os
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,9 +22,9 @@ from hf_doge.artifacts.influence.manifest import (
     warn_of_unknown,
 )
 from hf_doge.artifacts.influence.row_map import RowMap, default_cache_dir
-from hf_doge.artifacts.influence.search import Neighbours, add_scores, synonym_matches
 from hf_doge.artifacts.influence.segment_reader import check_scales
 from hf_doge.artifacts.influence.segments import recorded_projection
+from hf_doge.artifacts.influence.synonym_search import Neighbours, synonym_matches
 from hf_doge.files import read_settled
 
 if TYPE_CHECKING:
@@ -30,6 +33,8 @@ if TYPE_CHECKING:
     from hf_doge.gradients.token_rows import TokenRows
 
 _BLOCK_ROWS = 1 << 15
+_PIECE_BYTES = 1 << 20  # of float32: what is widened stays in the cache of one core until it is multiplied
+_WORTH_A_THREAD = 1 << 21  # multiplications, about a millisecond
 
 
 class IndexReader:
@@ -105,7 +110,7 @@ class IndexReader:
         """What is known of some examples: one row for each of `ids`, in their order."""
         from datasets import Dataset, DatasetInfo
 
-        ids = self._checked_ids(ids).tolist()
+        ids = check_integers("Examples", ids, self.num_examples).tolist()
         return Dataset(self.examples.with_format("arrow")[ids], info=DatasetInfo(features=self.examples.features))
 
     def build_map(self, checkpoint: int) -> None:
@@ -153,7 +158,7 @@ class IndexReader:
         row_map = self._map(checkpoint, np.unique(tokens))
         scales = self._example_scales(checkpoint) if self.config["dtype"] == "float16" else None
         scores = np.zeros((len(queries), self.num_examples), dtype=np.float32)
-        add_scores(scores, row_map, tokens, rows, owners, example_scales=scales)
+        _add_scores(scores, row_map, _plan(row_map, tokens, rows, owners), scales)
         return scores
 
     def self_influence(self, checkpoint: int, *, exclude_tokens: Iterable[int] = ()) -> np.ndarray:
@@ -180,13 +185,11 @@ class IndexReader:
             `list[tuple[torch.Tensor, torch.Tensor]]`: for each its `tokens (W,)`, ascending, and
             `rows (W, stored_width)` in float32.
         """
-        ids = self._checked_ids(example_ids)
+        ids = check_integers("Examples", example_ids, self.num_examples)
         row_map = self._map(checkpoint, None)
         wanted = np.zeros(self.num_examples, dtype=bool)
         wanted[ids] = True
-        blocks = range(0, len(row_map.examples), 1 << 20)
-        places = [np.flatnonzero(wanted[row_map.examples[start : start + (1 << 20)]]) + start for start in blocks]
-        places = np.concatenate([np.zeros(0, dtype=np.int64), *places])
+        places = np.flatnonzero(wanted[row_map.examples])
         places = places[np.argsort(row_map.examples[places], kind="stable")]
         owners = row_map.examples[places]
         tokens = np.searchsorted(row_map.offsets, places, side="right") - 1
@@ -216,8 +219,11 @@ class IndexReader:
         Returns:
             `numpy.ndarray` of shape `(num_examples_asked, W)` and dtype float32; 0 where the example lacks the token.
         """
-        ids = self._checked_ids(example_ids)
-        tokens, rows = _integers("Tokens", query_tokens, self.vocabulary_size), torch.as_tensor(query_rows).float()
+        ids = check_integers("Examples", example_ids, self.num_examples)
+        tokens, rows = (
+            check_integers("Tokens", query_tokens, self.vocabulary_size),
+            torch.as_tensor(query_rows).float(),
+        )
         expected = (len(tokens), self.stored_width)
         if tuple(rows.shape) != expected:
             raise ValueError(f"`query_rows` must have shape {expected}, but got {tuple(rows.shape)}.")
@@ -258,9 +264,9 @@ class IndexReader:
             `tuple[int, int, numpy.ndarray, numpy.ndarray]`: position of a query token, the token that it is matched with in
             some examples, their ids, and the part of their scores that this match carries (float32).
         """
-        tokens = _integers("Tokens", query_tokens, self.vocabulary_size)
+        tokens = check_integers("Tokens", query_tokens, self.vocabulary_size)
         rows = torch.as_tensor(query_rows).float()
-        ids = None if only is None else self._checked_ids(only)
+        ids = None if only is None else check_integers("Examples", only, self.num_examples)
         excluded = np.asarray(list(exclude_tokens), dtype=np.int64)
         synonyms = [np.setdiff1d(neighbours[token][0], excluded) for token in tokens.tolist()]
         row_map = self._map(checkpoint, np.unique(np.concatenate([tokens, *synonyms])))
@@ -296,11 +302,98 @@ class IndexReader:
             scales = self._example_scales(checkpoint)[row_map.examples[places]]
         return torch.from_numpy(row_map.rows[places]).float() / torch.from_numpy(scales)[:, None]
 
-    def _checked_ids(self, example_ids: Iterable[int]) -> np.ndarray:
-        return _integers("Examples", example_ids, self.num_examples)
+
+@dataclass
+class _Postings:
+    """All examples that hold one token, and all queries that do."""
+
+    start: int
+    end: int
+    query_rows: Tensor  # (num_holding, stored_width)
+    owners: list[int]
 
 
-def _integers(what: str, values: Iterable[int], end: int) -> np.ndarray:
+def _add_scores(scores: np.ndarray, row_map: RowMap, plan: list[_Postings], example_scales: np.ndarray | None) -> None:
+    """
+    Add to `scores (num_queries, num_examples)` the inner products of all pairs of rows of the same token.
+
+    Rows are widened to float32 in small pieces, so products and sums are those of the stored numbers in float32. Work
+    is shared by as many threads as torch has, each with a range of examples of its own. `example_scales` are powers of
+    two that the rows of each example are to be divided by.
+    """
+    work = sum((postings.end - postings.start) * postings.query_rows.numel() for postings in plan)
+    num_threads = max(1, min(torch.get_num_threads(), work // _WORTH_A_THREAD, scores.shape[1]))
+    borders = np.linspace(0, scores.shape[1], num_threads + 1).astype(np.int64).tolist()
+
+    def add(first: int, last: int) -> None:
+        part = scores[:, first:last]
+        scales = None if example_scales is None else example_scales[first:last]
+        if scales is not None:  # exact, as they are powers of two
+            part *= scales
+        _add_range(torch.from_numpy(part), row_map, plan, first, last)
+        if scales is not None:
+            part /= scales
+
+    with _one_thread():
+        if num_threads == 1:
+            add(0, scores.shape[1])
+        else:
+            with ThreadPoolExecutor(num_threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+                list(pool.map(add, borders[:-1], borders[1:]))
+
+
+def _plan(row_map: RowMap, tokens: np.ndarray, rows: Tensor, owners: np.ndarray) -> list[_Postings]:
+    """The postings of queries with some tokens, their rows and whose they are, `(num_entries,)` each, token by token."""
+    order = np.argsort(tokens, kind="stable")
+    distinct, starts = np.unique(tokens[order], return_index=True)
+    plan = []
+    for token, entries in zip(distinct, np.split(order, starts[1:]), strict=False):
+        start, end = row_map.offsets[token : token + 2].tolist()
+        if start < end:
+            plan.append(_Postings(start, end, rows[torch.from_numpy(entries)], owners[entries].tolist()))
+    return plan
+
+
+def _add_range(scores: Tensor, row_map: RowMap, plan: list[_Postings], first: int, last: int) -> None:
+    """Add to `scores` those of examples `[first, last)`."""
+    width = row_map.rows.shape[1]
+    piece_rows = max(64, _PIECE_BYTES // (4 * width))
+    widened = torch.empty(piece_rows, width)
+    whole = (first, last) == (0, row_map.num_examples)
+    for postings in plan:
+        start, end = postings.start, postings.end
+        if not whole:  # examples ascend within a token
+            examples = row_map.examples[start:end]
+            start, end = start + np.searchsorted(examples, [first, last])
+        for begin in range(start, end, piece_rows):
+            piece = slice(begin, min(begin + piece_rows, end))
+            stored = row_map.row_tensor[piece]
+            rows = stored if stored.dtype == torch.float32 else widened[: len(stored)].copy_(stored)
+            examples = row_map.example_tensor[piece]
+            examples = examples - first if first else examples
+            if len(postings.owners) == 1:
+                products = torch.mv(rows, postings.query_rows[0])[None]
+            else:
+                products = postings.query_rows @ rows.T  # (Q, D) @ (D, n) -> (Q, n)
+            if row_map.scales is not None:
+                products /= torch.from_numpy(row_map.scales[piece])
+            for owner, values in zip(postings.owners, products, strict=True):
+                scores[owner].index_add_(0, examples, values)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Teams of OpenMP threads cost more than pieces of this size, far more on a busy machine."""
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(num_threads)
+
+
+def check_integers(what: str, values: Iterable[int], end: int) -> np.ndarray:
+    """Whole numbers in [0, end), as int64."""
     values = np.asarray(values if isinstance(values, (np.ndarray, Tensor)) else list(values), dtype=np.int64)
     if len(values) and not 0 <= values.min() <= values.max() < end:
         raise ValueError(f"{what} must be in [0, {end}), but go from {values.min()} to {values.max()}.")

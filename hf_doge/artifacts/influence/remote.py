@@ -19,7 +19,7 @@ from hf_doge.artifacts.influence.manifest import (
     require_checkpoints,
     warn_of_unknown,
 )
-from hf_doge.artifacts.influence.reader import IndexReader
+from hf_doge.artifacts.influence.reader import IndexReader, check_integers
 from hf_doge.artifacts.influence.remote_examples import RemoteExamples
 from hf_doge.artifacts.influence.remote_map import RemoteMap
 from hf_doge.artifacts.influence.row_map import RowMap, default_cache_dir
@@ -123,7 +123,7 @@ class RemoteIndexReader(IndexReader):
             if few is not None:
                 from datasets import Dataset
 
-                return Dataset(few.take(self._checked_ids(ids)))
+                return Dataset(few.take(check_integers("Examples", ids, self.num_examples)))
         return super().examples_of(ids)
 
     def build_map(self, checkpoint: int) -> None:
