@@ -1,5 +1,5 @@
 """
-Files and folders that are replaced as one, whoever reads or writes them meanwhile, and whenever a process is killed.
+Files and folders that are replaced as one, also while other processes read or write them, and whenever a process is killed.
 
 Of a set of files one, the manifest, says which contents the others must have. Contents are first *staged* in the same folder
 under names that carry their checksum, then moved to their places. The move of the manifest is the moment of change:
@@ -186,7 +186,7 @@ def sole_writer(folder: Path) -> Iterator[None]:
     Keep other processes and threads that ask for the same from the folder, which must exist: they wait.
 
     The lock is on the folder itself, leaves no file behind and ends with the process. Where the file system has none,
-    nobody waits, which is safe as long as all save the same.
+    no process waits, which is safe as long as all save the same.
     """
     if fcntl is None:
         yield
@@ -204,10 +204,10 @@ def sole_writer(folder: Path) -> Iterator[None]:
 
 def read_settled(folder: Path, manifest: str, read: Callable[[], Result]) -> Result:
     """
-    Read a set of files that somebody may be replacing: what does not fit together is looked at a second time.
+    Read a set of files that another process may be replacing: what does not fit together is read a second time.
 
     Args:
-        folder (`Path`): Of the set.
+        folder (`Path`): The folder of the set.
         manifest (`str`): The file that tells which contents the others must have.
         read (`Callable`): Raises `ValueError` or `FileNotFoundError` if something is missing or altered.
     """
@@ -223,7 +223,7 @@ def read_settled(folder: Path, manifest: str, read: Callable[[], Result]) -> Res
         except (ValueError, FileNotFoundError):
             if not folder.is_dir():
                 raise
-        with sole_writer(folder):  # who was in the middle of a save is done now
+        with sole_writer(folder):  # a save that was under way is done now
             if look() == before:
                 break
     with sole_writer(folder):
@@ -309,12 +309,14 @@ def _exchange(one: Path, other: Path) -> bool:
 
 
 def _remove_if_abandoned(folder: Path) -> None:
-    """Remove a folder that nobody is at, as its lock tells. Where there are no locks, nobody can tell."""
+    """Remove a folder that no process writes to, as its lock tells. Without locks it stays."""
     with suppress(OSError, AttributeError):  # gone already, in use, or without locks
         descriptor = os.open(folder, os.O_RDONLY)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(folder, ignore_errors=True)  # under the lock, for which who has just made it waits
+            shutil.rmtree(
+                folder, ignore_errors=True
+            )  # under the lock, for which the process that has just made it waits
         finally:
             os.close(descriptor)
 

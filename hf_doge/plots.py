@@ -29,7 +29,7 @@ _STYLES = [
 _FAINT = "#bdbdbd"
 _BAR = "#9ecae1"
 _ROW_HEIGHT = 0.22  # inches for one domain
-_MAX_SIDE_BY_SIDE = 16  # with more domains the bars go under the trajectory, not beside it
+_MAX_SIDE_BY_SIDE = 16  # with more domains the bars go under the trajectory, not next to it
 _MAX_NAME_LENGTH = 28
 _MAX_PIXELS = 65_000  # on a side; matplotlib 3.8 draws fewer than 2**16
 

@@ -51,10 +51,10 @@ _SHORT = {"\n": "\\n", "\r": "\\r", "\t": "\\t"}
 
 def printable(text: Any, *, keep: str = "") -> str:
     """
-    Text with every character that a terminal would obey, or nobody would see, as JSON escapes it.
+    Text with every character that a terminal would obey, or that is invisible, as JSON escapes it.
 
     Args:
-        text (`Any`): Of anything its `str`.
+        text (`Any`): Text, or anything that has a `str`.
         keep (`str`): Characters that stay, such as line breaks where the text may have several lines.
     """
     return _UNSEEN.sub(lambda match: match[0] if match[0] in keep else _escaped(match[0]), str(text))
@@ -98,7 +98,7 @@ def holds_token(text: str) -> bool:
 
 
 def names_secret(name: str, *, flag: bool = False) -> bool:
-    """Whether a flag of a command (else a key) is one whose value nobody may read."""
+    """Whether the value of a flag of a command (else of a key) is secret."""
     return (_SECRET_FLAG if flag else _SECRET_KEY).fullmatch(name) is not None
 
 
@@ -150,7 +150,7 @@ def without_paths(text: str) -> str:
 
 
 def _last_part(path: str) -> str:
-    """Of a path or an address; without what may come behind it in an address."""
+    """The last part of a path or an address, without query and fragment."""
     parts = [part for part in re.split(r"[/\\]+", re.sub(r"[?#].*", "", path)) if part.strip("~.:")]
     return parts[-1] if parts else "."
 

@@ -87,7 +87,7 @@ class DomainWeights(WeightsRecord):
         trajectory (`Trajectory` or `None`).
         recipe, metadata (`dict`).
         domains (`dict[str, dict]`): One entry for every domain, empty where nothing is known.
-        unknown_keys (`dict`): What a newer version of this package has written beside these; saved again as it is.
+        unknown_keys (`dict`): Keys that a newer version of this package wrote; they are saved again as they are.
 
     Raises:
         ValueError: Weights off the simplex, or domains that differ; the message names the domain.
@@ -186,7 +186,7 @@ class DomainWeights(WeightsRecord):
         Args:
             repo_id (`str`): `"user/name"`, or `"name"` of your own. Made if it does not exist.
             model_id (`str`, *optional*): Repository of the model that the weights were learned with, for the card.
-            commit_message (`str`, *optional*), commit_description (`str`, *optional*): Of the commit.
+            commit_message (`str`, *optional*), commit_description (`str`, *optional*): Title and text of the commit.
             private (`bool`, *optional*): Whether a new repository is private. One that exists stays as it is.
             token (`str` or `bool`, *optional*): Access token with the write role; by default the one you logged in with.
             revision (`str`, *optional*): Branch to push to, made if it does not exist. By default `main`.
@@ -236,8 +236,8 @@ class DomainWeights(WeightsRecord):
                 A local folder, else the name of a dataset repository on the Hub. When offline, its last download is read.
             revision (`str`, *optional*): Branch, tag or commit of the repository.
             token (`str` or `bool`, *optional*): Access token, as in `huggingface_hub`.
-            cache_dir (`str` or `os.PathLike`, *optional*): Of downloads; the Hub's own cache by default.
-            local_files_only (`bool`): Ask nobody, read the last download.
+            cache_dir (`str` or `os.PathLike`, *optional*): Where downloads are kept; the Hub's own cache by default.
+            local_files_only (`bool`): Use cached files only; never contact the Hub.
             force_download (`bool`): Fetch again what is in the cache.
 
         Raises:

@@ -48,7 +48,7 @@ class SeededCollator:
 
     Args:
         collator (`Callable`): `collator(list of examples) -> batch`.
-        seed (`int` or `None`): Of the run; with `None` only what is called with a seed is seeded.
+        seed (`int` or `None`): Seed of the run; with `None` only what is called with a seed is seeded.
     """
 
     def __init__(self, collator: Callable[[list], Any], *, seed: int | None) -> None:

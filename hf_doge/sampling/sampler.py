@@ -34,7 +34,7 @@ class DomainWeightedSampler(Sampler[int]):
       draws owed are carried over, and a violent change can need a moment to pay them.) Equal weights give plain turns.
     - `draw="iid"`: each draw is independent of the others, as in the DoGE paper.
 
-    Inside a domain, rows come in shuffled order without replacement; when the domain is exhausted it is shuffled anew.
+    Inside a domain, rows come in shuffled order without replacement; when the domain is exhausted it is shuffled again.
     This goes on across epochs and across changes of the weights. A domain of weight 0 is never drawn.
 
     Under accelerate every process takes the whole stream and keeps its batches of it, so all processes together train

@@ -36,7 +36,7 @@ class DrawSchedule:
     Args:
         shares (`np.ndarray` of shape `(num_domains,)`): Weights from draw 0 on, `>= 0`, summing to 1.
         draw (`str`): `"quota"` or `"iid"`; see the modules of these names.
-        seed (`int`): Of the `"iid"` draws; the `"quota"` draws follow from the weights alone.
+        seed (`int`): Seed of the `"iid"` draws; the `"quota"` draws follow from the weights alone.
     """
 
     def __init__(self, shares: np.ndarray, *, draw: str, seed: int) -> None:

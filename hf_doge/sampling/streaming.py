@@ -262,7 +262,7 @@ class _InterleavedExamples(_BaseExamplesIterable):
                     if found is None:
                         raise ValueError(
                             f"A domain must have examples whenever it is restarted, but {self._names[domain]!r} had "
-                            f"none in pass {state['passes'][domain]}. Make it from a function that starts anew each "
+                            f"none in pass {state['passes'][domain]}. Make it from a function that starts again each "
                             "time, or end with `stopping='first_exhausted'`."
                         )
                 state["draw"] += 1

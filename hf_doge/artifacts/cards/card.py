@@ -23,7 +23,7 @@ import yaml
 
 from hf_doge.text import SafeLoader, check_yaml, printable
 
-BEGIN = "<!-- begin hf_doge: written anew with the artifact; what you write above or below stays -->"
+BEGIN = "<!-- begin hf_doge: written again with the artifact; what you write above or below stays -->"
 END = "<!-- end hf_doge -->"
 
 _BEGIN = re.compile(r"<!-- begin hf_doge\b[^>\n]*-->")
@@ -121,7 +121,7 @@ class Card:
 
 
 def read_card(path: Path) -> str | None:
-    """The card that is there, whoever wrote it."""
+    """The card that is there."""
     return card_text(path.read_bytes()) if path.exists() else None
 
 
@@ -201,7 +201,7 @@ def dump_header(content: Mapping[str, Any]) -> str:
         return ""
     options = {"Dumper": _Dumper, "sort_keys": False, "width": 10**9}
     text = yaml.dump(dict(content), allow_unicode=True, **options)
-    # Characters that nobody sees are written as escapes, which takes all others beyond ASCII along.
+    # Invisible characters are written as escapes, which takes all others beyond ASCII along.
     return text if printable(text, keep="\n") == text else yaml.dump(dict(content), **options)
 
 
@@ -232,7 +232,7 @@ def update_header(text: str, changes: Mapping[str, Any]) -> str:
 
 def merge_entries(found: Any, own: Iterable[Mapping[str, Any]], *, names: Iterable[str]) -> list[dict[str, Any]]:
     """
-    `configs` or `dataset_info` with our entries and, after them, the entries of somebody else.
+    `configs` or `dataset_info` with our entries and, after them, all other entries.
 
     Args:
         found: What the card says now: a list of entries, one alone, or anything.
@@ -292,7 +292,7 @@ class TableFacts:
     Of the files of one configuration together.
 
     Attributes:
-        schema (`pyarrow.Schema`): Of all files.
+        schema (`pyarrow.Schema`): Schema that all files share.
         num_rows (`int`): In all files.
         num_bytes (`int`): In memory, as Arrow reads it. Measured on the first row group, for columns of numbers on that of the
             first file alone, and so of larger tables within a few bytes for each file.
@@ -368,7 +368,7 @@ def _features(schema: pa.Schema) -> list[dict[str, Any]]:
 
 @lru_cache(maxsize=4096)
 def _read_once(path: Path, size: int, mtime: int, row_bytes: float | None) -> TableFacts:
-    """An index writes its card anew with each checkpoint; the files of earlier ones are as they were."""
+    """Facts of a file of this size and time: an index writes its card at each checkpoint, and earlier files are unchanged."""
     with pq.ParquetFile(path) as file:
         return _read(file, size, row_bytes)
 

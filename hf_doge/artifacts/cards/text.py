@@ -11,7 +11,7 @@ import jinja2
 from hf_doge.text import hide_secrets, printable, public_content, public_name
 
 _SPECIAL = re.compile(r"([\\`*\[\]|~$])|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])")
-_MOST_ROWS, _MOST_LINES, _LONGEST_LINE = 200, 400, 2000  # beyond which nobody reads a card
+_MOST_ROWS, _MOST_LINES, _LONGEST_LINE = 200, 400, 2000  # longer cards are not read
 _ENTITIES = {"&": "&amp;", "<": "&lt;", ">": "&gt;"}
 
 

@@ -104,7 +104,7 @@ def weights_card(
 def draw_plot(weights: WeightsRecord) -> bytes | None:
     """
     The content of `plot.png`, the same for the same weights; `None` where matplotlib is not installed, or there are so many
-    domains that nobody could look at it.
+    domains that a picture would show nothing.
     """
     if find_spec("matplotlib") is None or len(weights.names) > _MOST_DRAWN:
         return None

@@ -164,7 +164,7 @@ def asked_delay(error: BaseException) -> float | None:
 
 def explain(error: Exception, repo_id: str, *, action: str) -> Exception:
     """
-    The error to raise for what another try would not mend, with what to do; itself where it says enough.
+    The error to raise for what another try would not fix, with what to do; the same error where it says enough.
 
     Args:
         error (`Exception`): From `huggingface_hub`, about what the Hub itself answered.
@@ -281,7 +281,7 @@ class Patience:
         Seconds to wait before another try, or `None` if there is none to be made.
 
         Args:
-            error (`Exception`): Of the last try.
+            error (`Exception`): The error of the last try.
             delays (`Iterator[float]`): From [`~Patience.delays`].
             also (`bool`): Whether this error is worth another try in any case.
         """
@@ -292,7 +292,7 @@ class Patience:
 
     def call(self, action: Callable[[], Result]) -> Result:
         """
-        Call until it succeeds, fails in a way that another try does not mend, or all tries are used up.
+        Call until it succeeds, fails in a way that another try does not fix, or all tries are used up.
 
         Args:
             action (`Callable`): May be called any number of times.
@@ -361,7 +361,7 @@ def _key(place: str, what: str) -> str:
 
 
 def _store() -> Any | None:
-    distributed = sys.modules.get("torch.distributed")  # who has not imported it has no group
+    distributed = sys.modules.get("torch.distributed")  # a process that has not imported it has no group
     if distributed is None or not (distributed.is_available() and distributed.is_initialized()):
         return None
     # torch has no public name for the store it was set up with.

@@ -25,7 +25,7 @@ def fetch_folder(
 
     Args:
         name_or_path (`str` or `os.PathLike`): A local folder, else the name of a dataset repository.
-        file_hint (`str`): What to tell somebody who names a file.
+        file_hint (`str`): What the error adds if the path is a file.
         allow_patterns (`Sequence[str]`, *optional*): Which files.
         revision, token, cache_dir, local_files_only, force_download: As in `huggingface_hub.snapshot_download`.
 

@@ -57,7 +57,7 @@ class Publication:
         manifest (`str`): The one of `files` by which a repository is known to hold such an artifact.
         owned (`Callable[[str], bool]`):
             Whether a path in the repository is the artifact's: those that are, and are not among `files`, are removed by
-            the push. All others are somebody else's and stay.
+            the push. All other files stay.
         check_manifest (`Callable[[bytes], None]`):
             Raises `ValueError` if a manifest that the repository holds is not one that may be replaced, and
             `PermissionError` if it may be only by who says so.
@@ -167,7 +167,7 @@ def merge_card(card: Card, written: bytes | None) -> bytes:
     The card to push.
 
     Args:
-        card ([`Card`]): Of the publication.
+        card ([`Card`]): The card of the publication.
         written (`bytes`, *optional*):
             The one in the repository. If it is not in UTF-8 it stays, with a warning: neither the Hub nor its client reads it.
     """

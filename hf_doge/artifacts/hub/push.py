@@ -1,7 +1,7 @@
 """
 Pushing an artifact to the Hub: all of it in one commit, or nothing.
 
-Large files go first, in batches, where nobody sees them; then one commit on a known parent shows all at once. Whenever an
+Large files go first, in batches, where no reader sees them; then one commit on a known parent shows all at once. Whenever an
 answer is lost, or somebody else was quicker, the head is read again and compared file by file with what was to be there: so
 a commit that was made although its answer never came is found, a repeated push sends what is missing, and nothing is
 committed twice.
@@ -341,7 +341,7 @@ class _Push:
             return False
 
     def _set_tag(self, commit: str) -> None:
-        """Until the tag is on the commit, or on another one with the same content; whoever put it there."""
+        """Try until the tag is on the commit or on another one with the same content, whichever process put it there."""
         delays, at = self.patience.delays(), f"at commit {commit[:12]}"
         lacking = f"The artifact is there, but without its tag {self.tag!r}, {at}"
         self._standing = f"The artifact is there, {at}; whether it has its tag {self.tag!r} is not known"

@@ -36,7 +36,7 @@ def join_near(ranges: Iterable[ByteRange], *, largest_gap: int, largest_size: in
     Which ranges to read by one request each.
 
     Args:
-        ranges (`Iterable[ByteRange]`): Of one file; they may touch, but not overlap.
+        ranges (`Iterable[ByteRange]`): Ranges of one file; they may touch, but not overlap.
         largest_gap (`int`): So many bytes between two of them are read along rather than by another request.
         largest_size (`int`): Bytes that a request is not to exceed, unless a single range does.
 
@@ -70,7 +70,7 @@ class RangedFile:
 
     Args:
         repo_id (`str`): The dataset repository.
-        path (`str`): Of the file in it.
+        path (`str`): Path of the file in the repository.
         commit (`str`): Full hash of the commit.
         token (`str` or `bool`, *optional*): As in `huggingface_hub`.
         sha256 (`str`, *optional*): What the file must be, where the Hub tells its checksum; it does of large files.

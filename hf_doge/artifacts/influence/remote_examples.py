@@ -1,8 +1,8 @@
 """
 What is known of some examples of an index on the Hub, when there is too much to fetch it all.
 
-The Parquet files are kept here with holes: of each the end, which tells where the row groups are, and those that somebody
-has asked for. What is not fetched takes no space where the file system knows sparse files.
+The Parquet files are kept here with holes: of each the end, which tells where the row groups are, and those that were
+asked for. What is not fetched takes no space where the file system knows sparse files.
 """
 
 import json
@@ -31,12 +31,12 @@ _LARGEST_GROUP = 2**28  # bytes in memory; ours have 1024 rows
 class RemoteExamples:
     """
     Args:
-        files (`Sequence[RangedFile]`): Of the examples, in their order.
+        files (`Sequence[RangedFile]`): The files of the examples, in their order.
         checksums (`Sequence[str]`): Their sha256, as config.json has them.
         cache_dir (`Path`): Where what was fetched is kept.
 
     Attributes:
-        num_examples (`int`): Of all files.
+        num_examples (`int`): Number of examples in all files.
         schema (`pyarrow.Schema`).
 
     Raises:
@@ -83,7 +83,7 @@ class RemoteExamples:
 
 
 class _PartialParquet:
-    """One file with holes, and beside it the crc32 of what was fetched, as nobody else can tell it from holes."""
+    """One file with holes, and next to it the crc32 of what was fetched, which tells it from holes."""
 
     def __init__(self, file: RangedFile, place: Path) -> None:
         self._file, self._path, self._journal = file, place.with_suffix(".parquet"), place.with_suffix(".json")

@@ -1,5 +1,5 @@
 """
-The rows of one checkpoint of an index on the Hub, of those tokens alone that somebody has asked for.
+The rows of one checkpoint of an index on the Hub, of those tokens alone that were asked for.
 
 It is a [`RowMap`] with holes: every row that was fetched is where it would be in the map of the whole index, so searching it
 gives the very same numbers. What is not fetched takes no space where the file system knows sparse files.
@@ -94,7 +94,7 @@ class RemoteMap:
                 self._read(missing)
 
     def _open(self) -> None:
-        # The files are written to beside the map; in this mode it sees that, and need not fit into memory.
+        # The files are written to next to the map; in this mode it sees that, and need not fit into memory.
         found = open_place(self._place, self._build, mode="r+")
         self._fetched = found.pop("fetched")
         self.row_map = RowMap(**found, num_examples=self._config["num_examples"])

@@ -166,7 +166,7 @@ def _discard(place: Path) -> None:
     """Delete a damaged map, and what builds that were killed have left."""
     away = place.with_name(f".{place.name}-{uuid.uuid4().hex}")
     with suppress(OSError):  # not there, or gone already
-        os.rename(place, away)  # first out of the way, so that nobody finds half of it
+        os.rename(place, away)  # first out of the way, so that no process finds half of it
         shutil.rmtree(away, ignore_errors=True)
     for left in place.parent.glob(f".{place.name}-*"):
         with suppress(OSError):
@@ -175,7 +175,7 @@ def _discard(place: Path) -> None:
 
 
 def _prune(cache_dir: Path) -> None:
-    """Keep the folder within its bounds, see above. Who has a map open goes on reading it."""
+    """Keep the folder within its bounds, see above. Processes that already opened a map can keep reading it."""
     opened, sizes, now = {}, {}, time.time()
     for place in cache_dir.iterdir():
         left = place.name.startswith(".") and _MAP_NAME.match(place.name[1:])
@@ -191,7 +191,7 @@ def _prune(cache_dir: Path) -> None:
             break
         away = place.with_name(f".{place.name}-{uuid.uuid4().hex}")
         with suppress(OSError):
-            os.rename(place, away)  # first out of the way, so that nobody finds half of it
+            os.rename(place, away)  # first out of the way, so that no process finds half of it
             shutil.rmtree(away, ignore_errors=True)
             total -= sizes[place]
 
