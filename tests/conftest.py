@@ -2,7 +2,6 @@
 
 import gc
 import os
-from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
@@ -14,7 +13,6 @@ from tests.tiny import tiny_tokenizer
 
 torch.set_num_threads(1)
 
-TESTS = Path(__file__).parent
 LONGEST = (
     "training/test_learning_faults.py",
     "training/test_learning_processes.py",
@@ -58,7 +56,7 @@ def pytest_collection_finish():
 def pytest_collection_modifyitems(items):
     """Files that take longest come first, so that no worker is alone with one of them at the end."""
     rank = {name: position for position, name in enumerate(LONGEST)}
-    items.sort(key=lambda item: rank.get(item.path.relative_to(TESTS).as_posix(), len(rank)))
+    items.sort(key=lambda item: rank.get(item.nodeid.partition("::")[0].removeprefix("tests/"), len(rank)))
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import hf_doge
+from tests.conftest import LONGEST
 from tests.hub.handle import HubServer, last_json, run_client
 
 PACKAGE = Path(hf_doge.__file__).parent
@@ -233,6 +234,10 @@ def test_every_expected_error_is_told_by_its_message():
         if name == "raises" and not any(keyword.arg == "match" for keyword in call.keywords)
     ]
     assert without == []
+
+
+def test_the_files_that_come_first_are_there():
+    assert [name for name in LONGEST if not (TESTS / name).exists()] == []
 
 
 def test_every_test_asserts_something():
