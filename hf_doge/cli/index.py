@@ -2,17 +2,17 @@
 
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 
 from hf_doge.cli.arguments import parse_once
 from hf_doge.cli.console import say
 from hf_doge.cli.index_data import load_examples
-from hf_doge.gradients.embedding import TIED_PARTS
 from hf_doge.tracing.after_training import record_dataset
 from hf_doge.tracing.encoding import MASKINGS
 from hf_doge.tracing.pretrained import load_tokenizer, tokenizer_place
 from hf_doge.tracing.processes import process_index
-from hf_doge.tracing.settings import DTYPES, SPECIAL_TOKENS, RecordingSettings
+from hf_doge.tracing.settings import RecordingSettings
 
 
 def main(argv: Sequence[str]) -> int:
@@ -23,15 +23,8 @@ def main(argv: Sequence[str]) -> int:
         raise FileNotFoundError(f"Checkpoints must be folders that a Trainer wrote, but {str(missing[0])!r} is none.")
     tokenizer = load_tokenizer(args.tokenizer or tokenizer_place(args.checkpoints[0]) or args.checkpoints[0])
     dataset, encoding = load_examples(args, tokenizer)
-    settings = RecordingSettings(
-        top_k_tokens=args.top_k_tokens,
-        top_k_unit=args.top_k_unit,
-        dtype=args.dtype,
-        projection_width=args.projection_width,
-        special_tokens=args.special_tokens,
-        tied=args.tied,
-        second_moment=args.second_moment,
-    )
+    given = {one.name: getattr(args, one.name) for one in fields(RecordingSettings) if one.metadata["flag"]}
+    settings = RecordingSettings(**given)
     record_dataset(
         args.output_dir,
         args.checkpoints,
@@ -85,6 +78,14 @@ def _parse(argv: Sequence[str]) -> Namespace:
         ),
     )
     parser.add_argument("--output_dir", type=Path, default=Path("influence"), help="The index. Default: influence.")
+    _add_text_flags(parser)
+    _add_recording_flags(parser)
+    parser.add_argument("--batch_size", type=int, default=8, help="Examples at once; changes no result. Default: 8.")
+    return parse_once(parser, argv)
+
+
+def _add_text_flags(parser: ArgumentParser) -> None:
+    """How texts become tokens and labels, as in training; and the learning rates."""
     parser.add_argument(
         "--text_field",
         nargs="+",
@@ -119,35 +120,16 @@ def _parse(argv: Sequence[str]) -> Namespace:
         default=None,
         help="In force at each checkpoint. Default: what the Trainer logged there.",
     )
-    parser.add_argument(
-        "--top_k_tokens", type=int, default=None, help="Keep only so many words of each example. Default: all."
-    )
-    parser.add_argument("--top_k_unit", default="position", help="What is counted there: position or token.")
-    parser.add_argument("--dtype", default="float16", choices=DTYPES, help="On disk. Default: float16.")
-    parser.add_argument(
-        "--projection_width", type=int, default=None, help="Project gradients to so many numbers. Default: none."
-    )
-    parser.add_argument(
-        "--special_tokens", default="count", choices=SPECIAL_TOKENS, help="Whether tokens such as [CLS] are recorded."
-    )
-    parser.add_argument(
-        "--tied",
-        default="input",
-        choices=TIED_PARTS,
-        help=(
-            "For language models whose output layer is tied to the embeddings: record the gradient of words as they are "
-            "read (input, the paper's), as they are predicted (output), both (full), or both for the words of the example "
-            "alone (own). output and full give each example a row for every word of the vocabulary; own has as few as "
-            "input. Default: input."
-        ),
-    )
-    parser.add_argument(
-        "--second_moment",
-        action="store_true",
-        help=(
-            "Divide rows by sqrt(v) + eps of Adam, influence in the metric that it steps in: v of the input embeddings is "
-            "read from the optimizer.pt that the Trainer saved in each checkpoint (without save_only_model)."
-        ),
-    )
-    parser.add_argument("--batch_size", type=int, default=8, help="Examples at once; changes no result. Default: 8.")
-    return parse_once(parser, argv)
+
+
+def _add_recording_flags(parser: ArgumentParser) -> None:
+    """A flag for each setting of a recording that has one."""
+    for one in fields(RecordingSettings):
+        if not one.metadata["flag"]:
+            continue
+        options = {"default": one.default, "help": one.metadata["help"]}
+        if one.default is False:
+            parser.add_argument(f"--{one.name}", action="store_true", **options)
+        else:
+            kind = int if one.default is None else str
+            parser.add_argument(f"--{one.name}", type=kind, choices=one.metadata["choices"], **options)

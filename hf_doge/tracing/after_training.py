@@ -2,11 +2,11 @@
 
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from hf_doge.artifacts.influence import IndexWriter
@@ -36,7 +36,6 @@ def record_dataset(
     settings: RecordingSettings | None = None,
     learning_rates: Sequence[float] | None = None,
     batch_size: int = 8,
-    device: str | torch.device | None = None,
     seed: int = 0,
     progress: bool = True,
     add_examples: bool = False,
@@ -61,9 +60,9 @@ def record_dataset(
             `optimizer.pt` that the Trainer saved in each checkpoint, see [`saved_second_moments`]; the rows are those
             that `TracInWECallback(second_moment=True)` would have recorded in training.
         learning_rates (`Sequence[float]`, *optional*):
-            In force at each checkpoint, in the order of `checkpoints`; else read from its `trainer_state.json`, if the Trainer logged at that very step.
+            The rate at each checkpoint, in the order of `checkpoints`; else read from its `trainer_state.json`, if the
+            Trainer logged at that very step.
         batch_size (`int`): How many examples at once; changes no row.
-        device (`str` or `torch.device`, *optional*): Where to compute; a GPU if there is one.
         seed (`int`): Of whatever the collator draws.
         progress (`bool`): Whether to show progress bars.
         add_examples (`bool`):
@@ -80,90 +79,118 @@ def record_dataset(
         BlockingIOError: if another process is writing the index.
         ValueError: if a learning rate is unknown, the checkpoints' embeddings differ in shape, or an example cannot be
             recorded; what was recorded before stays. With `second_moment` also if `optimizer.pt` is not of Adam, or it is
-            not certain which of its entries belongs to the embeddings. With `add_examples` also if `dataset` begins with other examples
-            than the index, or `checkpoints` are not those of the index.
+            not certain which of its entries belongs to the embeddings. With `add_examples` also if `dataset` begins with
+            other examples than the index, or `checkpoints` are not those of the index.
         ProcessFailedError: if another process raised an error or was killed.
     """
     join_processes()
-    settings = settings or RecordingSettings()
     if isinstance(checkpoints, str | os.PathLike):
         raise ValueError(f"`checkpoints` must be a list of folders, but got {str(checkpoints)!r} alone.")
+    folder, settings = Path(folder), settings or RecordingSettings()
     paths = [Path(os.path.abspath(checkpoint)) for checkpoint in checkpoints]  # '.' has a name too
     _require_after_training(settings, paths, learning_rates)
-    if not add_examples:
-        order = in_order_of_steps(paths, _recorded_steps(Path(folder)))
-        paths = [paths[place] for place in order]
-        learning_rates = None if learning_rates is None else [learning_rates[place] for place in order]
-    recorded = _checkpoints_to_grow(Path(folder), paths, learning_rates) if add_examples else []
-    facts: list[dict[str, Any] | None] = [
-        None  # known from the index, once it is seen which one it is
-        if add_examples
-        else describe_checkpoint(path, learning_rate=None if learning_rates is None else learning_rates[position])
-        for position, path in enumerate(paths)
-    ]
-    for path, fact in zip(paths, facts, strict=True):
-        if fact is not None and learning_rates is None:
-            fact["learning_rate"] = saved_group_rate(
-                path, fact["learning_rate"], partial(load_model, path, trainable=True)
-            )
-    device = device or default_device()
-    whole = {} if add_examples else _recorded_steps(Path(folder))
+    recording = _SavedRecording(folder, dataset, collator, tokenizer, settings, batch_size, seed, progress, encoding)
+    if add_examples:
+        recording.grown = _checkpoints_to_grow(folder, paths, learning_rates)
+        facts: list[dict[str, Any] | None] = [None] * len(
+            paths
+        )  # the index knows them, once it is seen which one it is
+    else:
+        whole = _recorded_steps(folder)
+        order = in_order_of_steps(paths, whole)
+        rates = [None] * len(paths) if learning_rates is None else list(learning_rates)
+        paths, rates = [paths[place] for place in order], [rates[place] for place in order]
+        facts = [describe_checkpoint(path, learning_rate=rate) for path, rate in zip(paths, rates, strict=True)]
+        if learning_rates is None:
+            for path, fact in zip(paths, facts, strict=True):
+                load = partial(load_model, path, trainable=True)
+                fact["learning_rate"] = saved_group_rate(path, fact["learning_rate"], load)
+        recording.whole = set(whole)
     if settings.second_moment:
         for path, fact in zip(paths, facts, strict=True):
-            if fact is None or fact["name"] not in whole:
+            if fact is None or fact["name"] not in recording.whole:
                 require_saved_optimizer(path)  # now, not hours later
-    index: SharedIndex | None = None
-    batches: SequentialBatches | None = None
-    taken: list[str] = []  # checkpoints that a folder before was found to be
     try:
         for path, fact in zip(paths, facts, strict=True):
-            if index is not None and fact is not None and index.has_whole(fact["name"]):
-                continue
-            dtypes = next((entry.get("dtypes") for entry in recorded if entry["name"] == path.name), None)
-            model = load_model(path, dtypes=dtypes, device=device, trainable=settings.second_moment)
-            if fact is None:
-                fact = _recorded_facts(recorded, model, path, taken=taken)
-                taken.append(fact["name"])
-            recorder = make_recorder(model, settings, tokenizer)
-            if index is not None:
-                index.writer.require_embeddings(input_embedding_matrix(model), type(model).__name__)
-            moments = None
-            if settings.second_moment and fact["name"] not in whole:
-                moments = saved_second_moments(path, model)
-            if index is None:
-                examples = dataset if isinstance(dataset, Examples) else Examples(dataset, dataset)
-                examples = Examples(prune_columns(examples.recorded, model), examples.described)
-                pad_token_id = getattr(getattr(model, "config", None), "pad_token_id", None)
-                collator = collator or padding_collator(
-                    tokenizer, pad_token_id=pad_token_id, vocabulary_size=len(input_embedding_matrix(model))
-                )
-                at_once = batch_size if takes_padding(model) else 1
-                batches = SequentialBatches(examples.recorded, collator, batch_size=at_once, seed=seed)
-                index = open_shared_index(
-                    folder,
-                    model=model,
-                    dataset=examples,
-                    tokenizer=tokenizer,
-                    settings=settings,
-                    metadata=partial(encoding_of, batches, tokenizer, known=encoding),
-                    seed=seed,
-                    add_examples=add_examples,
-                )
-            index.writer.require_embeddings(input_embedding_matrix(model), type(model).__name__)
-            if not index.has_whole(fact["name"]):
-                record_checkpoint(
-                    index,
-                    recorder,
-                    batches,
-                    {**fact, "path": stored_path(path, index.writer.folder)},
-                    second_moments=moments,
-                    progress=progress,
-                )
-        run_on_main_process(lambda heartbeat: index.writer.require_grown())
+            recording.record(path, fact)
+        run_on_main_process(lambda heartbeat: recording.index.writer.require_grown())
     finally:
-        if index is not None:
-            index.close()
-    return index.writer
+        if recording.index is not None:
+            recording.index.close()
+    return recording.index.writer
+
+
+@dataclass
+class _SavedRecording:
+    """
+    Records checkpoint after checkpoint, into an index that is opened for the model of the first one.
+
+    Attributes:
+        grown (`list[dict]`, *optional*): The checkpoints of an index that examples are added to, and `None` of another.
+        whole (`set[str]`): Names of the checkpoints that the index had whole before.
+        taken (`list[str]`): Those of an index that grows that a folder was found to be.
+        index ([`SharedIndex`], *optional*), batches ([`SequentialBatches`], *optional*): Once it is opened.
+    """
+
+    folder: Path
+    dataset: Any
+    collator: Callable | None
+    tokenizer: Any | None
+    settings: RecordingSettings
+    batch_size: int
+    seed: int
+    progress: bool
+    encoding: Mapping[str, Any] | None
+    grown: list[dict[str, Any]] | None = None
+    whole: set[str] = field(default_factory=set)
+    taken: list[str] = field(default_factory=list)
+    index: SharedIndex | None = None
+    batches: SequentialBatches | None = None
+
+    def record(self, path: Path, facts: dict[str, Any] | None) -> None:
+        """Record a checkpoint that the index has not got whole; `facts` are None where they are in the index."""
+        if self.index is not None and facts is not None and self.index.has_whole(facts["name"]):
+            return
+        dtypes = next((entry.get("dtypes") for entry in self.grown or () if entry["name"] == path.name), None)
+        model = load_model(path, dtypes=dtypes, device=default_device(), trainable=self.settings.second_moment)
+        if facts is None:
+            facts = _recorded_facts(self.grown or (), model, path, taken=self.taken)
+            self.taken.append(facts["name"])
+        recorder = make_recorder(model, self.settings, self.tokenizer)
+        if self.index is not None:
+            self.index.writer.require_embeddings(recorder.matrix, type(model).__name__)
+        is_asked = self.settings.second_moment and facts["name"] not in self.whole
+        moments = saved_second_moments(path, model) if is_asked else None
+        if self.index is None:
+            self.index, self.batches = self._open(model)
+            self.index.writer.require_embeddings(recorder.matrix, type(model).__name__)
+        if not self.index.has_whole(facts["name"]):
+            facts["path"] = stored_path(path, self.index.writer.folder)
+            record_checkpoint(
+                self.index, recorder, self.batches, facts, second_moments=moments, progress=self.progress
+            )
+
+    def _open(self, model: nn.Module) -> tuple[SharedIndex, SequentialBatches]:
+        """The index, and batches of all examples that the model takes."""
+        examples = self.dataset if isinstance(self.dataset, Examples) else Examples(self.dataset, self.dataset)
+        examples = Examples(prune_columns(examples.recorded, model), examples.described)
+        padding = getattr(getattr(model, "config", None), "pad_token_id", None)
+        collator = self.collator or padding_collator(
+            self.tokenizer, pad_token_id=padding, vocabulary_size=len(input_embedding_matrix(model))
+        )
+        at_once = self.batch_size if takes_padding(model) else 1
+        batches = SequentialBatches(examples.recorded, collator, batch_size=at_once, seed=self.seed)
+        index = open_shared_index(
+            self.folder,
+            model=model,
+            dataset=examples,
+            tokenizer=self.tokenizer,
+            settings=self.settings,
+            metadata=partial(encoding_of, batches, self.tokenizer, known=self.encoding),
+            seed=self.seed,
+            add_examples=self.grown is not None,
+        )
+        return index, batches
 
 
 def _recorded_steps(folder: Path) -> dict[str, int]:

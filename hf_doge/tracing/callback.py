@@ -5,14 +5,13 @@ import os
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
 
 from hf_doge.checks import check_count, check_flag, check_function, check_path, check_repo_id, check_seed, show
-from hf_doge.gradients.example_losses import LossFunction
 from hf_doge.tracing.background_push import BackgroundPush
 from hf_doge.tracing.checkpoint_recording import CheckpointRecording, find_group
 from hf_doge.tracing.examples import choose_examples, has_texts
@@ -20,7 +19,7 @@ from hf_doge.tracing.models import keep_weights, warn_if_unsearchable
 from hf_doge.tracing.processes import process_index, run_on_main_process
 from hf_doge.tracing.recording import Recording
 from hf_doge.tracing.saved_checkpoints import MODELS, stored_path
-from hf_doge.tracing.settings import DEFAULT_MAX_SEGMENT_BYTES, RecordingSettings
+from hf_doge.tracing.settings import RecordingOptions, RecordingSettings
 
 logger = logging.getLogger(__name__)
 
@@ -52,19 +51,32 @@ class TracInWECallback(TrainerCallback):
             Folder of the index: new, or the one that this training was recording to before it was interrupted.
         dataset (`Dataset`, *optional*):
             What to record instead of the Trainer's dataset, tokenised like it. Columns that the model does not take
-            (text, domain, ...) are kept with each example; without it the Trainer has dropped them. May also be the Trainer's dataset before it was tokenised
-            (same rows), for its columns alone. Needed if training reads a stream.
+            (text, domain, ...) are kept with each example; without it the Trainer has dropped them. May also be the
+            Trainer's dataset before it was tokenised (same rows), for its columns alone. Needed if training reads a stream.
         collator (`Callable`, *optional*): What makes a batch of examples instead of the Trainer's, say one that masks no
-            tokens at random. Chance in it is seeded by `seed`.
+            tokens at random. Its random draws are seeded with `seed`.
         record_steps (`int` or `Sequence[int]`, *optional*):
             Record at every `n`-th step or at the steps of a list; at each save of the Trainer if left out. The weights
             of steps that the Trainer does not save are saved in `<output_dir>/models`.
-        top_k_tokens (`int`, *optional*): Keep only so many rows for each example, see [`RecordingSettings`].
-        top_k_unit (`str`): `"position"` (the authors' code) or `"token"`.
-        dtype (`str`): On disk: `"float16"`, `"float32"` or `"int8"`.
-        projection_width (`int`, *optional*): Store rows projected at random to this width.
-        projection_seed (`int`): Seed of the projection.
-        special_tokens (`str`): `"count"`, and a search reports their share; or `"drop"`.
+        save_weights (`bool`, *optional*):
+            Whether to copy the weights of recorded checkpoints into `<output_dir>/models`, where a search finds them
+            even if the Trainer deletes its own. If left out, they are copied when `save_total_limit` is set.
+        batch_size (`int`, *optional*): Examples at once; changes no row. That of training if left out.
+        seed (`int`): Seed of whatever dataset and collator draw while recording.
+        hub_index_id (`str`, *optional*):
+            Dataset repository to push each finished checkpoint to, in the background, while training goes on. Made at
+            train begin if it does not exist, private if `hub_private_repo` of the arguments says so; `hub_token` is used.
+            A push that fails never stops a training: a warning at its end says so, and how to repeat it.
+        redact_text (`bool`): What is pushed has no text of the examples, see [`InfluenceIndex.push_to_hub`].
+        top_k_tokens (`int`, *optional*):
+            Keep only so many rows of largest norm for each example and checkpoint (TracIn-WE-Topk; the paper has 10).
+        top_k_unit (`str`): `"position"`, as the authors' code counts, or `"token"` (ours), see [`top_k_rows`].
+        dtype (`str`): On disk: `"float16"`, `"float32"`, or `"int8"` with one scale per row.
+        projection_width (`int`, *optional*): Store rows projected to this width by one random matrix. Ours.
+        projection_seed (`int`): Seed of that matrix.
+        special_tokens (`str`):
+            `"count"` records the rows of special tokens ([CLS], [SEP], end of text) like any other, and a search
+            reports their share of each score; `"drop"` leaves them out before top-k is taken.
         tied (`str`):
             Which use of an embedding matrix that is tied to the output layer counts: `"input"`, as in the paper, `"output"`,
             `"full"`, their sum, or `"own"`: of the sum the rows of the tokens that the example itself holds. With
@@ -74,21 +86,13 @@ class TracInWECallback(TrainerCallback):
             `record="checkpoint"`.
         loss_reduction (`str`): `"sum"` or `"mean"` of an example's token losses.
         loss_fn (`Callable`, *optional*): `loss_fn(outputs, batch) -> (batch_size,)` instead of the model's own loss.
-        second_moment (`bool`): Divide rows by `sqrt(v) + eps` of Adam: influence in the metric that Adam steps in.
+        second_moment (`bool`):
+            Divide training rows by `sqrt(v) + eps` of Adam, the whole metric on this side, so that a score is the inner
+            product in Adam's metric with plain query rows. Not in the paper.
         record (`str`):
             `"checkpoint"`: all examples at the same weights, by an extra pass over the dataset. `"online"`: each at the
             step that used it, in the training backward itself, at no extra pass; see [`OnlineRecording`].
-        save_weights (`bool`, *optional*):
-            Whether to copy the weights of recorded checkpoints into `<output_dir>/models`, where a search finds them
-            even if the Trainer deletes its own. If left out, they are copied when `save_total_limit` is set.
-        batch_size (`int`, *optional*): Examples at once; changes no row. That of training if left out.
-        max_segment_bytes (`int`): Bound of the rows held in memory.
-        seed (`int`): Of whatever dataset and collator draw while recording.
-        hub_index_id (`str`, *optional*):
-            Dataset repository to push each finished checkpoint to, in the background, while training goes on. Made at
-            train begin if it does not exist, private if `hub_private_repo` of the arguments says so; `hub_token` is used.
-            A push that fails never stops a training: a warning at its end says so, and how to repeat it.
-        redact_text (`bool`): What is pushed has no text of the examples, see [`InfluenceIndex.push_to_hub`].
+        max_segment_bytes (`int`): Bound of the rows held in memory, as float32, before they are written.
 
     Raises:
         ValueError: an argument is out of range. At train begin, where the training cannot be recorded: see the message.
@@ -102,43 +106,19 @@ class TracInWECallback(TrainerCallback):
         dataset: Any | None = None,
         collator: Callable | None = None,
         record_steps: int | Sequence[int] | None = None,
-        top_k_tokens: int | None = None,
-        top_k_unit: str = "position",
-        dtype: str = "float16",
-        projection_width: int | None = None,
-        projection_seed: int = 0,
-        special_tokens: str = "count",
-        tied: str = "input",
-        loss_reduction: str = "sum",
-        loss_fn: LossFunction | None = None,
-        second_moment: bool = False,
-        record: str = "checkpoint",
         save_weights: bool | None = None,
         batch_size: int | None = None,
-        max_segment_bytes: int = DEFAULT_MAX_SEGMENT_BYTES,
         seed: int = 0,
         hub_index_id: str | None = None,
         redact_text: bool = False,
+        **settings: Unpack[RecordingOptions],
     ) -> None:
         self.output_dir = Path(check_path("output_dir", output_dir))
         self.dataset = dataset
         self.collator = check_function("collator", collator, optional=True)
         self.record_steps = _checked_steps(record_steps)
-        self.settings = RecordingSettings(
-            top_k_tokens=top_k_tokens,
-            top_k_unit=top_k_unit,
-            dtype=dtype,
-            projection_width=projection_width,
-            projection_seed=projection_seed,
-            special_tokens=special_tokens,
-            tied=tied,
-            loss_reduction=loss_reduction,
-            loss_fn=loss_fn,
-            second_moment=second_moment,
-            max_segment_bytes=max_segment_bytes,
-            record=record,
-        )
-        if collator is not None and record == "online":
+        self.settings = RecordingSettings(**settings)
+        if collator is not None and self.settings.record == "online":
             raise ValueError(
                 "`record='online'` records the batches of the training, but got another `collator`. Leave it out, or use"
                 " `record='checkpoint'`."

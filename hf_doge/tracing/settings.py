@@ -1,8 +1,9 @@
 """What is recorded of each training example: one dataclass, shared by the callback, online recording and the command."""
 
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
 from functools import partial
-from typing import Any
+from typing import Any, TypedDict
 
 from hf_doge.checks import check_choice, check_count, check_flag, check_function, check_seed
 from hf_doge.functional.tracin_we import TOP_K_UNITS
@@ -14,20 +15,29 @@ SPECIAL_TOKENS = ("count", "drop")
 RECORDS = ("checkpoint", "online")
 
 DEFAULT_MAX_SEGMENT_BYTES = 64 * 2**20
-_CHECKS = {
-    "top_k_tokens": partial(check_count, optional=True),
-    "top_k_unit": partial(check_choice, choices=TOP_K_UNITS),
-    "dtype": partial(check_choice, choices=DTYPES),
-    "projection_width": partial(check_count, optional=True),
-    "projection_seed": check_seed,
-    "special_tokens": partial(check_choice, choices=SPECIAL_TOKENS),
-    "tied": partial(check_choice, choices=TIED_PARTS),
-    "loss_reduction": partial(check_choice, choices=LOSS_REDUCTIONS),
-    "loss_fn": partial(check_function, what="a function of (outputs, batch)", optional=True),
-    "second_moment": check_flag,
-    "max_segment_bytes": check_count,
-    "record": partial(check_choice, choices=RECORDS),
-}
+
+
+class RecordingOptions(TypedDict, total=False):
+    """The fields of [`RecordingSettings`] as keywords, for type checkers."""
+
+    top_k_tokens: int | None
+    top_k_unit: str
+    dtype: str
+    projection_width: int | None
+    projection_seed: int
+    special_tokens: str
+    tied: str
+    loss_reduction: str
+    loss_fn: LossFunction | None
+    second_moment: bool
+    max_segment_bytes: int
+    record: str
+
+
+def _option(default: Any, check: Callable, *, help: str, flag: bool = True, **more: Any) -> Any:
+    """A setting: how its value is checked, what it means, and whether `hf-doge index` has a flag for it."""
+    metadata = {"check": check, "help": help, "flag": flag, "choices": getattr(check, "keywords", {}).get("choices")}
+    return field(default=default, metadata=metadata, **more)
 
 
 @dataclass
@@ -35,44 +45,75 @@ class RecordingSettings:
     """
     How gradient rows are made and stored. Two recordings with the same settings can live in one index.
 
-    Args:
-        top_k_tokens (`int`, *optional*):
-            Keep only the rows of largest norm of each example and checkpoint (TracIn-WE-Topk; the paper has 10).
-        top_k_unit (`str`): `"position"`, as the authors' code counts, or `"token"` (ours), see [`top_k_rows`].
-        dtype (`str`): On disk: `"float16"`, `"float32"`, or `"int8"` with one scale per row.
-        projection_width (`int`, *optional*): Project rows to this width by one random matrix. Ours.
-        projection_seed (`int`): Seed of that matrix.
-        special_tokens (`str`):
-            `"count"` records the rows of special tokens ([CLS], [SEP], end of text) like any other, and a search
-            reports their share of each score; `"drop"` leaves them out before top-k is taken.
-        tied (`str`):
-            Which use of an embedding matrix that is tied to the output layer counts: `"input"` (the paper), `"output"`,
-            `"full"` or, of the full gradient, the rows of the example's `"own"` tokens; see [`EmbeddingGradientRecorder`].
-        loss_reduction (`str`): `"sum"` or `"mean"` of an example's token losses.
-        loss_fn (`Callable`, *optional*): `loss_fn(outputs, batch) -> (batch_size,)` instead of the model's own loss.
-        second_moment (`bool`):
-            Divide training rows by `sqrt(v) + eps` of Adam, the whole metric on this side, so that a score is the
-            inner product in Adam's metric with plain query rows. Not in the paper.
-        max_segment_bytes (`int`): Rows held in memory, as float32, before they are written.
-        record (`str`): `"checkpoint"`: all examples at the same weights. `"online"`: each at the step that used it.
+    Each field says what it means in its `metadata["help"]`; `hf-doge index` takes its flags from them.
+    [`TracInWECallback`] takes them as keywords, and says more about each.
     """
 
-    top_k_tokens: int | None = None
-    top_k_unit: str = "position"
-    dtype: str = "float16"
-    projection_width: int | None = None
-    projection_seed: int = 0
-    special_tokens: str = "count"
-    tied: str = "input"
-    loss_reduction: str = "sum"
-    loss_fn: LossFunction | None = field(default=None, compare=False)
-    second_moment: bool = False
-    max_segment_bytes: int = DEFAULT_MAX_SEGMENT_BYTES
-    record: str = "checkpoint"
+    top_k_tokens: int | None = _option(
+        None, partial(check_count, optional=True), help="Keep only so many words of each example. Default: all."
+    )
+    top_k_unit: str = _option(
+        "position",
+        partial(check_choice, choices=TOP_K_UNITS),
+        help="What --top_k_tokens counts: each position, as the authors' code does, or each distinct token. Default:"
+        " position.",
+    )
+    dtype: str = _option("float16", partial(check_choice, choices=DTYPES), help="On disk. Default: float16.")
+    projection_width: int | None = _option(
+        None,
+        partial(check_count, optional=True),
+        help="Project gradients to so many numbers by one random matrix. Default: none.",
+    )
+    projection_seed: int = _option(0, check_seed, help="Seed of that matrix.", flag=False)
+    special_tokens: str = _option(
+        "count",
+        partial(check_choice, choices=SPECIAL_TOKENS),
+        help="Whether the rows of tokens such as [CLS] are recorded, and a search reports their share, or dropped before"
+        " the largest are taken. Default: count.",
+    )
+    tied: str = _option(
+        "input",
+        partial(check_choice, choices=TIED_PARTS),
+        help="For language models whose output layer is tied to the embeddings: record the gradient of words as they are "
+        "read (input, the paper's), as they are predicted (output), both (full), or both for the words of the example "
+        "alone (own). output and full give each example a row for every word of the vocabulary; own has as few as input. "
+        "Default: input.",
+    )
+    loss_reduction: str = _option(
+        "sum",
+        partial(check_choice, choices=LOSS_REDUCTIONS),
+        help="The loss of an example: the sum or the mean of its token losses.",
+        flag=False,
+    )
+    loss_fn: LossFunction | None = _option(  # noqa: RUF009
+        None,
+        partial(check_function, what="a function of (outputs, batch)", optional=True),
+        help="`loss_fn(outputs, batch) -> (batch_size,)` instead of the model's own loss.",
+        flag=False,
+        compare=False,
+    )
+    second_moment: bool = _option(
+        False,
+        check_flag,
+        help="Divide rows by sqrt(v) + eps of Adam, influence in the metric that it steps in: v of the input embeddings is "
+        "read from the optimizer.pt that the Trainer saved in each checkpoint (without save_only_model).",
+    )
+    max_segment_bytes: int = _option(
+        DEFAULT_MAX_SEGMENT_BYTES,
+        check_count,
+        help="Rows held in memory, as float32, before they are written.",
+        flag=False,
+    )
+    record: str = _option(
+        "checkpoint",
+        partial(check_choice, choices=RECORDS),
+        help="`checkpoint`: all examples at the same weights. `online`: each at the step that used it.",
+        flag=False,
+    )
 
     def __post_init__(self) -> None:
-        for name, check in _CHECKS.items():
-            setattr(self, name, check(name, getattr(self, name)))
+        for one in fields(self):
+            setattr(self, one.name, one.metadata["check"](one.name, getattr(self, one.name)))
         if self.tied != "input" and self.top_k_tokens is not None and self.top_k_unit != "token":
             raise ValueError(
                 f"`top_k_unit` must be 'token' with `tied={self.tied!r}`, but got {self.top_k_unit!r}: rows of the "

@@ -639,3 +639,13 @@ def test_a_training_that_never_saves_is_warned_of(tmp_path, tokenizer):
     trainer.add_callback(NoSave())
     with pytest.warns(UserWarning, match="Nothing was recorded"):
         trainer.train()
+
+
+def test_the_keywords_of_a_recording_are_the_fields_of_its_settings():
+    from typing import get_type_hints
+
+    from hf_doge.tracing.settings import RecordingOptions, RecordingSettings
+
+    assert get_type_hints(RecordingOptions) == get_type_hints(RecordingSettings)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'top_k'"):
+        TracInWECallback("influence", top_k=3)
