@@ -72,7 +72,7 @@ class EmbeddingGradientRecorder(AbstractContextManager):
     On a small language model whose matrices are tied, leaving out the 30 of 600 documents it names raised the loss of 24
     held-out continuations by .160 [.075, .245] nats more than `"input"` (95 % intervals), .187 [.099, .275] more than BM25
     and about as much as `"full"`, +.012 [-.026, .049]: `python -m benchmarks.reproduce tracin_lm --data_dir ../shared/data
-    --output_dir outputs/reproduce`. An example has as many rows as with `"input"`. What it costs beside that: the
+    --output_dir outputs/reproduce`. An example has as many rows as with `"input"`. What it costs besides: the
     logits, `(B, S, V)`, are copied once and their gradient is kept until the rows are made, which for each example takes
     `S * W * D` multiplications. A model without a tied output layer has the rows of `"input"`.
 

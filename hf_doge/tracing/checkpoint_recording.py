@@ -162,7 +162,7 @@ class CheckpointRecording(Recording):
         names = self._index.writer.checkpoint_names
         if state.global_step == 0 and names:
             raise ValueError(
-                f"{str(self.folder)!r} holds checkpoints {names} of an earlier training, but this one begins anew. Resume"
+                f"{str(self.folder)!r} holds checkpoints {names} of an earlier training, but this one begins again. Resume"
                 " that one (`resume_from_checkpoint`), delete the folder, or choose another."
             )
         if check_first_batch(self._recorder, self._batches) and process_index() == 0:

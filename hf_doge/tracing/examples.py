@@ -266,7 +266,7 @@ def _check_own_ids(column: pa.ChunkedArray | None, num_examples: int) -> None:
         raise ValueError(
             "`example_id` must be the position of the example, 0, 1, ..., but the dataset has a column of this name with "
             + (f"{repeated[:5]} more than once." if repeated else "other values.")
-            + " Rename it, to `source_id` say: it is then kept beside ours."
+            + " Rename it, to `source_id` say: it is then kept next to ours."
         )
 
 

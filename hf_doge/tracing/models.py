@@ -59,7 +59,7 @@ def has_fingerprint(model: nn.Module, recorded: str) -> bool:
 
 
 def buffer_fingerprint(model: nn.Module) -> str:
-    """As [`model_fingerprint`], of what the model holds beside its parameters: batch norm's means, say."""
+    """As [`model_fingerprint`], of what the model holds besides its parameters: batch norm's means, say."""
     return _fingerprint(unwrap_model(model).named_buffers())
 
 
@@ -172,7 +172,7 @@ def save_model(model: nn.Module, path: Path, *, processing_class: Any | None = N
     Args:
         model (`nn.Module`): Any; one with `save_pretrained` can be loaded again by its class.
         path (`Path`): A folder; replaced if it is there.
-        processing_class (`PreTrainedTokenizerBase`, *optional*): Saved beside it.
+        processing_class (`PreTrainedTokenizerBase`, *optional*): Saved next to it.
     """
     model = unwrap_model(model)
     with staged_folder(path) as staged:

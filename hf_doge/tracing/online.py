@@ -92,7 +92,7 @@ class OnlineRecording(Recording):
         Raises:
             ValueError: if the training is one that cannot be recorded online, or the folder holds another one.
         """
-        self._stack.close()  # a training that failed and begins anew (`auto_find_batch_size`) has not stopped
+        self._stack.close()  # a training that failed and begins again (`auto_find_batch_size`) has not stopped
         require_whole_weights(model, args)
         _require_supported(args)
         model = unwrap_model(model)

@@ -3,7 +3,7 @@ Which examples a batch holds: their positions in the dataset ride in the batch i
 
 The position of an example and its content come out of one read of the dataset, so no sampler, shard, prefetching worker
 or skipped batch can part them, and equal examples stay apart. What is swapped are two attributes of the train
-DataLoader, which the Trainer makes anew for each training; the dataset, the collator and the sampler stay as they are.
+DataLoader, which the Trainer makes for each training; the dataset, the collator and the sampler stay as they are.
 """
 
 from collections.abc import Callable, Mapping, MutableMapping, Sequence

@@ -74,7 +74,7 @@ class TrainingScale:
             self._check(few, num_items=has_num_items)
         except ValueError as error:
             raise ValueError(
-                f"This training cannot be recorded online; mend it or use `record='checkpoint'`. {error}"
+                f"This training cannot be recorded online; fix it or use `record='checkpoint'`. {error}"
             ) from error
         self._checked.add(kind)
         return True
@@ -82,7 +82,7 @@ class TrainingScale:
     def _check(self, few: Mapping[str, object], *, num_items: bool) -> None:
         # evaluation mode, no gradient of a parameter
         with preserved_random_state(), full_precision(self.model), EmbeddingGradientRecorder(self.model) as recorder:
-            recorder.check(few)  # an example alone has the rows it has beside another
+            recorder.check(few)  # an example alone has the rows it has next to another
             few = self._losses.prepare(self.model, few)
             if num_items:
                 self._uses_num_items = self._find_num_items(few)

@@ -2,7 +2,7 @@
 Rows of the steps between two saves, summed by example and token; on disk what does not fit into memory.
 
 Each process keeps segments of its own: `segment-00000.keys.npy`, ascending numbers `example_id * vocabulary_size +
-token`, and `segment-00000.rows.npy` beside it, float32. A save begins by writing what memory still holds, so that it can be
+token`, and `segment-00000.rows.npy` next to it, float32. A save begins by writing what memory still holds, so that it can be
 made good if it fails.
 """
 

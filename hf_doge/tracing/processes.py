@@ -1,9 +1,9 @@
 """
 Work on several processes that ends on all of them: with everyone's results, or with an error that names who failed.
 
-Processes meet: each does its work, tells the others its result or its error, and waits for them. All of it goes through
-the store that the process group was set up with, so no collective operation is left hanging when somebody is missing.
-A thread of each process gives a sign of life every two seconds, from the first meeting to the end of the process.
+Processes meet at barriers: each does its work, tells the others its result or its error, and waits for them. All of it goes
+through the store that the process group was set up with, so no collective operation is left hanging when a process is
+missing. A thread of each process sends a heartbeat every two seconds, from the first barrier to the end of the process.
 """
 
 import atexit
@@ -22,10 +22,10 @@ import torch
 import torch.distributed as dist
 from accelerate import PartialState
 
-SECONDS_WITHOUT_SIGN = 60.0
+SECONDS_WITHOUT_HEARTBEAT = 60.0
 SECONDS_TO_ARRIVE = 30 * 60.0
 
-_SECONDS_BETWEEN_SIGNS = 2.0
+_SECONDS_BETWEEN_HEARTBEATS = 2.0
 _SECONDS_BETWEEN_LOOKS = 1.0
 _SHORTEST_NAP, _LONGEST_NAP = 0.002, 0.2  # between two looks of a process that waits
 _SECONDS_TO_TELL = 10.0
@@ -41,7 +41,7 @@ class ProcessFailedError(RuntimeError):
 
 
 def num_processes() -> int:
-    """Of the process group; 1 where there is none."""
+    """The size of the process group; 1 where there is none."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
@@ -52,15 +52,14 @@ def process_index() -> int:
 
 def join_processes() -> None:
     """
-    Under `accelerate launch`, set up the process group of those that were launched, as the Trainer does; and give signs of
-    life from now on, so that the others hear of it if this process ends before it meets them.
+    Under `accelerate launch`, set up the process group of those that were launched, as the Trainer does; and send
+    heartbeats from now on, so that the others hear of it if this process ends before it comes to their barrier.
     """
     if num_processes() == 1 and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        PartialState(
-            cpu=not torch.accelerator.is_available()
-        )  # asked for nothing, it would leave CPUs without a group
+        # Without `cpu` it would leave CPUs without a process group.
+        PartialState(cpu=not torch.accelerator.is_available())
     if num_processes() > 1:
-        _company()
+        _process_group()
 
 
 def default_device() -> torch.device:
@@ -95,14 +94,14 @@ def run_on_all_processes(work: Callable[[Heartbeat], Any]) -> list[Any]:
     Raises:
         ProcessFailedError: On all other processes, if
 
-            - `work` raised an error on one, which raises that error itself: as soon as they wait or give a sign of life;
-            - one was killed, or its machine is gone: at most `SECONDS_WITHOUT_SIGN` (60) later; at once if it is the
+            - `work` raised an error on one, which raises that error itself: as soon as they wait or call `heartbeat`;
+            - one was killed, or its machine is gone: at most `SECONDS_WITHOUT_HEARTBEAT` (60) later; at once if it is the
               one that holds the store, or if it came to its end in an orderly way;
             - one lives, but does not come within `SECONDS_TO_ARRIVE` (30 minutes, what a collective operation gets).
     """
     if num_processes() == 1:
         return [work(lambda: None)]
-    return _company().meet(work)
+    return _process_group().meet(work)
 
 
 def share_work(count: int, work: Callable[[int, int], list[Result]]) -> list[Result]:
@@ -197,32 +196,32 @@ def require_shared_folder(folder: str | os.PathLike) -> None:
             (folder / name).unlink()
 
 
-class _Company:
+class _ProcessGroup:
     """The processes of a group, as one of them sees them. The main one looks after all others, they look after it."""
 
     def __init__(self, store: dist.Store, rank: int, size: int) -> None:
         self.default_store = store
         self.store = dist.PrefixStore("hf_doge", store)
         self.rank, self.size = rank, size
-        self._num_meetings = 0
+        self._num_barriers = 0
         self._pulses: dict[int, tuple[str | None, float]] = {}
         self._ended = threading.Event()
         self._process_id = os.getpid()
-        self._give_sign(0)
-        self._thread = threading.Thread(target=self._live, name="hf_doge-signs-of-life", daemon=True)
+        self._beat(0)
+        self._thread = threading.Thread(target=self._live, name="hf_doge-heartbeat", daemon=True)
         self._thread.start()
         atexit.register(self.leave)
 
     def meet(self, work: Callable[[Heartbeat], Any]) -> list[Any]:
-        meeting = _Meeting(self, self._num_meetings)
-        self._num_meetings += 1
+        barrier = _Barrier(self, self._num_barriers)
+        self._num_barriers += 1
         try:
-            meeting.arrive()
-            return meeting.exchange(json.dumps(work(meeting.look_around)))
+            barrier.arrive()
+            return barrier.exchange(json.dumps(work(barrier.look_around)))
         except BaseException as error:
             if not isinstance(error, ProcessFailedError):
-                meeting.fail(f"Process {self.rank} ({socket.gethostname()}) failed: {type(error).__name__}: {error}")
-            meeting.break_up()
+                barrier.fail(f"Process {self.rank} ({socket.gethostname()}) failed: {type(error).__name__}: {error}")
+            barrier.break_up()
             raise
 
     def leave(self) -> None:
@@ -230,18 +229,18 @@ class _Company:
         if self._ended.is_set() or os.getpid() != self._process_id:
             return
         self._ended.set()
-        self._thread.join(timeout=_SECONDS_BETWEEN_SIGNS)
+        self._thread.join(timeout=_SECONDS_BETWEEN_HEARTBEATS)
         with suppress(RuntimeError):  # whoever holds the store has left already
             self.store.set(f"sign/{self.rank}", _ENDED)
 
     def pulse(self, rank: int) -> tuple[str | None, float]:
-        """The last sign of a process, and for how many seconds there has been no other."""
+        """The last heartbeat of a process, and for how many seconds there has been no other."""
         key, now = f"sign/{rank}", time.monotonic()
-        sign = self.store.get(key).decode() if self.store.check([key]) else None
+        beat = self.store.get(key).decode() if self.store.check([key]) else None
         last = self._pulses.get(rank)
-        if last is None or last[0] != sign:
-            last = self._pulses[rank] = (sign, now)
-        return sign, now - last[1]
+        if last is None or last[0] != beat:
+            last = self._pulses[rank] = (beat, now)
+        return beat, now - last[1]
 
     def forget_pulses(self) -> None:
         """Silence counts from now on: while this process was busy elsewhere, it heard nothing."""
@@ -250,38 +249,38 @@ class _Company:
     def _live(self) -> None:
         number = 0
         with suppress(RuntimeError):  # the store is gone, and with it whom this could tell
-            while not self._ended.wait(_SECONDS_BETWEEN_SIGNS):
+            while not self._ended.wait(_SECONDS_BETWEEN_HEARTBEATS):
                 number += 1
-                self._give_sign(number)
+                self._beat(number)
 
-    def _give_sign(self, number: int) -> None:
+    def _beat(self, number: int) -> None:
         self.store.set(f"sign/{self.rank}", str(number))
 
 
-class _Meeting:
+class _Barrier:
     """One call of [`run_on_all_processes`]."""
 
-    def __init__(self, company: _Company, number: int) -> None:
-        self._company, self._store, self._number = company, company.store, number
+    def __init__(self, group: _ProcessGroup, number: int) -> None:
+        self._group, self._store, self._number = group, group.store, number
         self._begin = self._last_look = time.monotonic()
-        company.forget_pulses()
+        group.forget_pulses()
 
     def arrive(self) -> None:
         try:
-            self._store.set(self._key("here", self._company.rank), "")
+            self._store.set(self._key("here", self._group.rank), "")
         except dist.DistNetworkError as error:
             raise self._lost_store() from error
 
     def fail(self, message: str) -> None:
         """Tell all; the first message stays."""
-        with suppress(RuntimeError):  # the store is gone: nobody can be told, nor needs to be
+        with suppress(RuntimeError):  # the store is gone: no process can be told, nor needs to be
             self._store.compare_set(self._key("failed"), "", message)
 
     def break_up(self) -> None:
         """Having failed: the main process, which may hold the store, stays until the others know why, but not for long."""
         with suppress(RuntimeError):
-            self._store.set(self._key("told", self._company.rank), "")
-            left = set(range(1, self._company.size)) if self._company.rank == 0 else set()
+            self._store.set(self._key("told", self._group.rank), "")
+            left = set(range(1, self._group.size)) if self._group.rank == 0 else set()
             end = time.monotonic() + _SECONDS_TO_TELL
             while left and time.monotonic() < end:
                 left = {rank for rank in left if not self._store.check([self._key("told", rank)])}
@@ -292,19 +291,19 @@ class _Meeting:
         """What `work` gets as `heartbeat`."""
         if time.monotonic() - self._last_look < _SECONDS_BETWEEN_LOOKS:
             return
-        others = range(1, self._company.size) if self._company.rank == 0 else (0,)
+        others = range(1, self._group.size) if self._group.rank == 0 else (0,)
         self._look(others)
         self._last_look = time.monotonic()
 
     def exchange(self, result: str) -> list[Any]:
         """Give this process's result and get all."""
-        company, size = self._company, self._company.size
+        group, size = self._group, self._group.size
         try:
-            self._store.set(self._key("done", company.rank), result)
-            if company.rank > 0:
+            self._store.set(self._key("done", group.rank), result)
+            if group.rank > 0:
                 self._wait_for([self._key("all")], {self._key("all"): 0})
                 results = json.loads(self._store.get(self._key("all")))
-                self._store.set(self._key("seen", company.rank), "")
+                self._store.set(self._key("seen", group.rank), "")
                 return results
             done = {self._key("done", rank): rank for rank in range(1, size)}
             self._wait_for(list(done), done)
@@ -329,9 +328,9 @@ class _Meeting:
         left = set(ranks)
         while left:
             left = {rank for rank in left if not self._store.check([self._key("seen", rank)])}
-            left = {rank for rank in left if self._absence(rank) is None}  # the next meeting will notice
+            left = {rank for rank in left if self._absence(rank) is None}  # the next barrier will notice
             time.sleep(_SHORTEST_NAP)
-        for rank in range(self._company.size):
+        for rank in range(self._group.size):
             for name in ("here", "done", "seen"):
                 self._store.delete_key(self._key(name, rank))
         self._store.delete_key(self._key("all"))
@@ -351,11 +350,11 @@ class _Meeting:
 
     def _absence(self, rank: int, *, waiting: bool = False) -> str | None:
         """Why a process is not to be waited for, if so."""
-        sign, silence = self._company.pulse(rank)
-        if sign == _ENDED:
+        beat, silence = self._group.pulse(rank)
+        if beat == _ENDED:
             return "came to its end while the others still worked (its own output says why)"
-        if sign is not None and silence > SECONDS_WITHOUT_SIGN:
-            return f"has given no sign of life for {SECONDS_WITHOUT_SIGN:.0f} seconds: it was killed, or its machine is gone"
+        if beat is not None and silence > SECONDS_WITHOUT_HEARTBEAT:
+            return f"has sent no heartbeat for {SECONDS_WITHOUT_HEARTBEAT:.0f} seconds: it was killed, or its machine is gone"
         late = waiting and time.monotonic() - self._begin > SECONDS_TO_ARRIVE
         if late and not self._store.check([self._key("here", rank)]):
             return f"did not come within {SECONDS_TO_ARRIVE / 60:.0f} minutes to where the others wait for it"
@@ -371,14 +370,14 @@ class _Meeting:
         return f"{self._number}/{name}" if rank is None else f"{self._number}/{name}/{rank}"
 
 
-_companies: list[_Company] = []  # the current one, if any
+_groups: list[_ProcessGroup] = []  # the current one, if any
 
 
-def _company() -> _Company:
+def _process_group() -> _ProcessGroup:
     # torch has no public name for the store it was set up with, and another would need an address of its own.
     store = dist.distributed_c10d._get_default_store()
-    if not _companies or _companies[0].default_store is not store:
-        for left in _companies:
+    if not _groups or _groups[0].default_store is not store:
+        for left in _groups:
             left.leave()
-        _companies[:] = [_Company(store, dist.get_rank(), dist.get_world_size())]
-    return _companies[0]
+        _groups[:] = [_ProcessGroup(store, dist.get_rank(), dist.get_world_size())]
+    return _groups[0]

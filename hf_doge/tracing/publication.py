@@ -1,4 +1,4 @@
-"""An influence index as it goes to the Hub: no local paths, the models it needs beside it, text only if it may be seen."""
+"""An influence index as it goes to the Hub: no local paths, the models it needs next to it, text only if it may be seen."""
 
 import json
 import logging
@@ -66,7 +66,7 @@ def index_publication(
         config (`Mapping`): Its config.json, as it is to be published.
         repo_id (`str`): Where it goes to; the card says so.
         redact_text (`bool`): Leave out all columns of the examples that are not numbers, dates or labels.
-        keep_columns (`Sequence[str]`): Columns to publish nevertheless.
+        keep_columns (`Sequence[str]`): Columns to publish anyway.
         include_models (`bool`): Publish the weights of the checkpoints that are on this machine.
         publish_text (`bool`): Publish the texts also where the repository holds an index without them.
 

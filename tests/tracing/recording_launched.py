@@ -72,7 +72,7 @@ def main(folder, case):
         processes._SECONDS_TO_BE_SEEN = 1.0
         told["own disk"] = train(folder / "own-disk", index=own_disk, max_steps=2)
     else:
-        processes.SECONDS_WITHOUT_SIGN = 6.0
+        processes.SECONDS_WITHOUT_HEARTBEAT = 6.0
         faults.update({FAULT: kill_myself} if case == f"kill {os.environ['RANK']}" else {})
         told = train(folder)
     (folder / f"told-{process_index()}.json").write_text(json.dumps(told))

@@ -73,7 +73,7 @@ def test_all_get_all_results(told):
         assert own["main"] == [0, "main"]
 
 
-def test_an_error_of_one_ends_the_work_of_the_others_and_the_next_meeting_is_a_new_one(told):
+def test_an_error_of_one_ends_the_work_of_the_others_and_the_next_barrier_is_a_new_one(told):
     assert told[1]["fails"] == "ValueError: a bad example"
     assert told[0]["fails"].startswith("ProcessFailedError: Process 1 (")
     assert told[0]["fails"].endswith(") failed: ValueError: a bad example")

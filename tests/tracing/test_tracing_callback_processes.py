@@ -146,7 +146,7 @@ def killed(tmp_path_factory):
 
 def test_when_one_is_killed_the_other_ends_by_itself_and_says_who(killed):
     main, other = told(killed)
-    assert main["error"].startswith("ProcessFailedError: Process 1 has given no sign of life for 6 seconds")
+    assert main["error"].startswith("ProcessFailedError: Process 1 has sent no heartbeat for 6 seconds")
     assert main["seconds"] < 60
     assert other is None
 

@@ -282,7 +282,7 @@ class IndexWriter:
         borders: Sequence[int] | None = None,
     ) -> CheckpointWriter:
         """
-        Begin a checkpoint, or continue an interrupted one: if all arguments agree with its own; else it starts anew.
+        Begin a checkpoint, or continue an interrupted one: if all arguments agree with its own; else it starts again.
 
         Args:
             name (`str`): Letters, digits, `.`, `_` and `-`; a folder gets this name.
