@@ -151,9 +151,9 @@ def test_no_modules_import_each_other():
 BUDGETS = {
     "training step": (12, 42),
     "push": (14, 40),
-    "recording": (28, 93),
-    "search": (16, 52),
-    "evaluation": (16, 66),
+    "recording": (28, 91),
+    "search": (16, 48),
+    "evaluation": (16, 65),
 }
 
 

@@ -15,8 +15,7 @@ from hf_doge.tracing.encoding import DIALOGUE_FIELDS, MASKINGS
 from hf_doge.tracing.index import InfluenceIndex
 from hf_doge.tracing.pretrained import load_tokenizer
 from hf_doge.tracing.processes import process_index
-from hf_doge.tracing.queries import is_dialogue, text_fields
-from hf_doge.tracing.scoring import KERNELS, SPECIAL_TOKENS
+from hf_doge.tracing.queries import KERNELS, SPECIAL_TOKENS, is_dialogue, text_fields
 
 NUM_WORDS = 6
 TEXT_WIDTH = 90

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_doge.functional.tracin_we import check_top_k
-from hf_doge.gradients.batches import split, without_labels
+from hf_doge.gradients.batches import Group, split, without_labels
 from hf_doge.gradients.embedding_uses import (
     EmbeddingUses,
     Lookup,
@@ -164,7 +164,7 @@ class EmbeddingGradientRecorder(AbstractContextManager):
         try:
             last = self._verification.finish() if kind is None else None
             if last is not None:
-                self._rows(last, compare=True)
+                self._rows(last, split(last, self._verification.layout, self.model), compare=True)
         finally:
             self._backward.__exit__(kind, error, traceback)
 
@@ -215,15 +215,14 @@ class EmbeddingGradientRecorder(AbstractContextManager):
     def _record(self, batch: Mapping[str, object]) -> TokenRows:
         prepared = self._backward.prepare(batch)
         compare = self._verification.look(batch, prepared)
-        rows = self._rows(prepared, compare=compare)
+        rows = self._rows(prepared, split(prepared, self._verification.layout, self.model), compare=compare)
         self._verification.last = None if compare else prepared
         return rows
 
-    def _rows(self, batch: dict[str, object], *, compare: bool) -> TokenRows:
+    def _rows(self, batch: dict[str, object], groups: list[Group], *, compare: bool) -> TokenRows:
         """The rows of a batch; those of two of its examples may be compared with these alone, by the model's own loss."""
         labels = batch.get("labels")
         by_class = isinstance(labels, Tensor) and not labels.is_floating_point()
-        groups = split(batch, self._verification.layout, self.model)
         largest = max(groups, key=lambda group: len(group.examples))
         parts = []
         for group in groups:

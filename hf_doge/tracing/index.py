@@ -23,18 +23,11 @@ from hf_doge.files import write_atomically
 from hf_doge.tracing.hits import HIT_FEATURES, add_example_columns, make_hits, query_hits, text_columns
 from hf_doge.tracing.html import render_page
 from hf_doge.tracing.processes import build_on_each_machine, share_work
-from hf_doge.tracing.queries import Queries, check_queries
+from hf_doge.tracing.queries import SPECIAL_TOKENS, Queries, SearchOptions, check_options, check_queries, refuse_metric
 from hf_doge.tracing.query_rows import QueryRecorder
 from hf_doge.tracing.saved_checkpoints import checkpoint_folders
 from hf_doge.tracing.saved_index import SavedIndex
-from hf_doge.tracing.scoring import (
-    SPECIAL_TOKENS,
-    QueryScorer,
-    SearchOptions,
-    check_options,
-    refuse_metric,
-    select_extremes,
-)
+from hf_doge.tracing.scoring import QueryScorer, select_extremes
 
 REDUCTIONS = ("mean", "sum")
 

@@ -1,12 +1,13 @@
 """
-What a user may ask about: tokenised examples, raw texts, dialogues, or a ready batch, each brought to one record.
+What a user may ask about, and how it is scored: tokenised examples, raw texts, dialogues, or a ready batch, each brought to
+one record, and the options of a search.
 
 No model is needed for it: what becomes of a record depends on the model, see `query_rows`.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, TypedDict
 
 import numpy as np
 import torch
@@ -14,7 +15,8 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from hf_doge.checks import show
+from hf_doge.artifacts.influence import IndexReader
+from hf_doge.checks import check_choice, check_count, check_flag, check_number, show
 from hf_doge.gradients.example_losses import IGNORE_INDEX
 from hf_doge.tracing.words import Reading
 
@@ -26,6 +28,9 @@ TEXT_FIELDS = (
     ("sentence",),
 )
 LABEL_FIELDS = ("labels", "label", "label_ids")
+
+SPECIAL_TOKENS = ("count", "drop")
+KERNELS = ("token", "synonym")
 
 # What a query may be: `datasets.Dataset`, texts, dictionaries of one or of several, see [`check_queries`].
 Queries = Dataset | str | Mapping[str, Any] | Sequence[str | Mapping[str, Any]]
@@ -43,6 +48,75 @@ class Query:
 
     features: dict[str, Tensor]
     reading: Reading
+
+
+class SearchOptions(TypedDict, total=False):
+    """
+    How queries are scored; all keywords of [`InfluenceIndex.search`] and its relatives, all optional.
+
+    Args:
+        special_tokens (`str`):
+            `"count"` (default): tokens such as [CLS] count like any other. They are in every text, and their gradients
+            carry much of a sentence. `"drop"`: they do not count, neither in queries nor in examples.
+        batch_size (`int`): Queries per forward and backward. Default: 32.
+        cosine (`bool`):
+            Divide the score at each checkpoint by the norms of both gradients, before the learning rate weighs it.
+            Not in the paper. Default: off.
+        kernel (`str`):
+            Which tokens answer each other. `"token"` (default): equal ones alone, TracIn-WE. `"synonym"`,
+            TracIn-WE-Syn: those that both texts hold, and of the rest each token of the query one of the example that
+            means the same, so that texts without a common word can score. From the paper comes, as far as we know it,
+            that synonyms are told by the cosine of the model's own word embeddings. Ours, for want of its detail:
+            those at each checkpoint, and the rules of [`synonym_similarity`] (a match counts 1, one to one, greedily).
+        synonym_threshold (`float`):
+            Smallest cosine of a synonym, in [-1, 1]; the time of a search grows as it falls. Ours. Default: 0.5.
+    """
+
+    special_tokens: Literal["count", "drop"]
+    batch_size: int
+    cosine: bool
+    kernel: Literal["token", "synonym"]
+    synonym_threshold: float
+
+
+SEARCH_DEFAULTS = SearchOptions(
+    special_tokens="count", batch_size=32, cosine=False, kernel="token", synonym_threshold=0.5
+)
+
+
+def check_options(given: SearchOptions, reader: IndexReader) -> SearchOptions:
+    """
+    All options of a search, those that were not given at their defaults.
+
+    Raises:
+        TypeError: One is unknown.
+        ValueError: A value is out of its range, or the index does not hold what it needs.
+    """
+    unknown = sorted(set(given) - set(SEARCH_DEFAULTS))
+    if unknown:
+        raise TypeError(f"Options of a search are {sorted(SEARCH_DEFAULTS)}, but got an unexpected {unknown[0]!r}.")
+    options: SearchOptions = {**SEARCH_DEFAULTS, **given}
+    check_choice("special_tokens", options["special_tokens"], SPECIAL_TOKENS)
+    check_count("batch_size", options["batch_size"])
+    check_flag("cosine", options["cosine"])
+    check_choice("kernel", options["kernel"], KERNELS)
+    check_number("synonym_threshold", options["synonym_threshold"], least=-1, most=1)
+    if options["cosine"]:
+        refuse_metric("`cosine`", reader)
+        reader.require_whole("`cosine`")
+    if options["kernel"] == "synonym":  # Adam's metric is one of each token; between two there is none
+        refuse_metric("`kernel='synonym'`", reader)
+    return options
+
+
+def refuse_metric(what: str, reader: IndexReader) -> None:
+    """Raise a `ValueError` if the rows of an index are in Adam's metric."""
+    if reader.config.get("second_moment"):
+        raise ValueError(
+            f"{what} needs the gradients of the training examples, but this index was recorded with "
+            "`second_moment=True`: its rows are divided by Adam's metric, the queries' are not. Record another "
+            "index without it."
+        )
 
 
 def check_queries(

@@ -118,7 +118,7 @@ class QueryRecorder:
                         recorder.record(batch).on_cpu().without(drop_token_ids)
                         for batch in batches(found.queries, inputs, batch_size=batch_size)
                     ]
-            found.rows.insert(0, TokenRows.join(parts))
+                    found.rows.insert(0, TokenRows.join(parts))
             if synonym_threshold is not None:
                 found.synonyms.insert(0, _find_synonyms(model, found.rows[0].tokens, synonym_threshold))
         return found

@@ -5,8 +5,9 @@ import pytest
 
 from hf_doge.artifacts.influence import IndexReader
 from hf_doge.tracing import scoring
+from hf_doge.tracing.queries import check_options
 from hf_doge.tracing.query_rows import RecordedQueries
-from hf_doge.tracing.scoring import QueryScorer, check_options, select_extremes
+from hf_doge.tracing.scoring import QueryScorer, select_extremes
 from tests.artifacts.influence_rows import NUM_EXAMPLES, dense_scores, open_writer, random_rows, write_checkpoint
 
 LEARNING_RATES = (1.0, 3.0)
