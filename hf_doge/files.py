@@ -300,11 +300,11 @@ def _move_folder(staged: Path, place: Path) -> None:
 def _exchange(one: Path, other: Path) -> bool:
     """Let two folders change places in one step, where the system can."""
     library = ctypes.CDLL(None, use_errno=True) if os.name == "posix" else None
-    one, other = os.fsencode(one), os.fsencode(other)
+    first, second = os.fsencode(one), os.fsencode(other)
     if hasattr(library, "renameat2"):
-        return library.renameat2(_AT_WORKING_DIRECTORY, one, _AT_WORKING_DIRECTORY, other, _EXCHANGE) == 0
+        return library.renameat2(_AT_WORKING_DIRECTORY, first, _AT_WORKING_DIRECTORY, second, _EXCHANGE) == 0
     if sys.platform == "darwin" and hasattr(library, "renamex_np"):
-        return library.renamex_np(one, other, _EXCHANGE) == 0
+        return library.renamex_np(first, second, _EXCHANGE) == 0
     return False
 
 

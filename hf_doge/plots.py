@@ -73,7 +73,7 @@ def plot_domain_weights(
     Raises:
         ImportError: matplotlib is not installed.
     """
-    names = sorted(weights.names, key=weights.mean.get, reverse=True)
+    names = sorted(weights.names, key=lambda name: weights.mean[name], reverse=True)
     shown = names[:max_domains]
     rows_height = 1.3 + _ROW_HEIGHT * len(shown)
     if weights.trajectory is None:
@@ -224,7 +224,9 @@ def _draw_weights(axes: "Axes", weights: _Weights, names: list[str]) -> None:
     """Horizontal bars, heaviest on top, their values in a column at the right."""
     rows = range(len(names))
     values = [weights.mean[name] for name in names]
-    series = [axes.barh(rows, values, height=0.6, color=_BAR, edgecolor="black", linewidth=0.7, label="weight")]
+    series: list[Any] = [
+        axes.barh(rows, values, height=0.6, color=_BAR, edgecolor="black", linewidth=0.7, label="weight")
+    ]
     num_domains = len(weights.names)
     uniform = f"uniform (1/{num_domains})"
     series.append(axes.axvline(1 / num_domains, color="black", linewidth=1.2, linestyle="--", label=uniform))
@@ -237,7 +239,12 @@ def _draw_weights(axes: "Axes", weights: _Weights, names: list[str]) -> None:
     axes.set_xlim(left=0)
     axes.tick_params(axis="y", length=0)
     axes.spines[["top", "right"]].set_visible(False)
-    column = {"transform": axes.get_yaxis_transform(), "va": "center", "fontsize": "small", "family": "monospace"}
+    column: dict[str, Any] = {
+        "transform": axes.get_yaxis_transform(),
+        "va": "center",
+        "fontsize": "small",
+        "family": "monospace",
+    }
     for row, value in zip(rows, values, strict=True):
         axes.text(1.02, row, "<.001" if 0 < value < 0.0005 else f"{value:.3f}", **column)
     left_out = num_domains - len(names)

@@ -276,7 +276,7 @@ class WeightsRecord:
                 "not. Raise `max_epochs` or lower `num_tokens`."
             )
         left, shares = float(num_tokens), {}
-        by_size = sorted(tokens, key=tokens.get)
+        by_size = sorted(tokens, key=lambda name: tokens[name])
         for position, name in enumerate(by_size):
             shares[name] = min(left / (len(by_size) - position), max_epochs * tokens[name])
             left -= shares[name]

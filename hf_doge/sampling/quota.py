@@ -226,7 +226,9 @@ class QuotaDraws:
 
 def _earliest_due_first(urgency: list[int], num_released: list[int]) -> list[int]:
     """Take one of the jobs released by each time, the most urgent; the next to be released if there is none."""
-    waiting, taken, num_waiting = [], [], 0
+    waiting: list[int] = []
+    taken: list[int] = []
+    num_waiting = 0
     push, pop = heapq.heappush, heapq.heappop  # the only loop over single draws: worth the local names
     for released in num_released:
         while num_waiting < released or not waiting:

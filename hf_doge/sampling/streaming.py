@@ -218,7 +218,7 @@ class _InterleavedExamples(_BaseExamplesIterable):
         return any(stream._ex_iterable.sleep_on_threads_shutdown for stream in self._streams)
 
     def _init_state_dict(self) -> dict[str, Any]:
-        self._state_dict = {
+        self._state_dict: dict[str, Any] = {
             "draw": 0,
             "passes": [0] * len(self._streams),
             "streams": [None] * len(self._streams),

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -10,7 +11,7 @@ from hf_doge.checks import read_ratio, show
 logger = logging.getLogger(__name__)
 
 
-def to_shares(weights: object, names: Sequence[str]) -> np.ndarray:
+def to_shares(weights: Any, names: Sequence[str]) -> np.ndarray:
     """
     Read domain weights in any accepted form as shares that sum to 1.
 

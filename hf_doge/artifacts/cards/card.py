@@ -76,7 +76,7 @@ class Card:
         return self._assemble(merged_header, merged_body).replace("\n", newline)
 
     def _changes(self, found: dict[str, Any]) -> dict[str, Any]:
-        changes = {
+        changes: dict[str, Any] = {
             key: merge_entries(found.get(key), self.header[key], names=self.config_names)
             for key in ("configs", "dataset_info")
             if key in self.header
@@ -199,7 +199,7 @@ def dump_header(content: Mapping[str, Any]) -> str:
     """Block YAML in the order of the keys, ending in a line break; nothing of nothing."""
     if not content:
         return ""
-    options = {"Dumper": _Dumper, "sort_keys": False, "width": 10**9}
+    options: dict[str, Any] = {"Dumper": _Dumper, "sort_keys": False, "width": 10**9}
     text = yaml.dump(dict(content), allow_unicode=True, **options)
     # Invisible characters are written as escapes, which takes all others beyond ASCII along.
     return text if printable(text, keep="\n") == text else yaml.dump(dict(content), **options)
@@ -245,11 +245,11 @@ def merge_entries(found: Any, own: Iterable[Mapping[str, Any]], *, names: Iterab
         for entry in entries
         if isinstance(entry, dict) and entry.get("config_name", "default") not in set(names)
     ]
-    own = [dict(entry) for entry in own]
+    entries_of_ours = [dict(entry) for entry in own]
     if any(entry.get("default") for entry in others):  # of several, `load_dataset` takes none
-        for entry in own:
+        for entry in entries_of_ours:
             entry.pop("default", None)
-    return [*own, *others]
+    return [*entries_of_ours, *others]
 
 
 def unite(found: Any, own: Iterable[str]) -> list[Any]:

@@ -199,7 +199,9 @@ def _facts(weights: WeightsRecord, model_id: str | None) -> dict[str, str]:
         ),
     }
     numbers = {key: one for key, one in run.items() if isinstance(one, int | float) and not isinstance(one, bool)}
-    cost = {name: sentence(numbers[key]) for name, (key, sentence) in _COSTS.items() if key in numbers}
+    cost: dict[str, str | None] = {
+        name: sentence(numbers[key]) for name, (key, sentence) in _COSTS.items() if key in numbers
+    }
     cost["Device"] = escape(run["device"]) if run.get("device") else None
     return {
         "facts": listing(facts) + run_facts(metadata, written_by=__version__),
@@ -215,7 +217,7 @@ def summarize(weights: WeightsRecord) -> str:
 def summary_columns(weights: WeightsRecord) -> dict[str, list[str]]:
     """Title -> cells, heaviest domain first; columns without any value are left out."""
     natural = weights.natural_proportions
-    names = sorted(weights.names, key=weights.mean.get, reverse=True)
+    names = sorted(weights.names, key=lambda name: weights.mean[name], reverse=True)
 
     def fact(key: str) -> list[str]:
         values = [weights.domains[name].get(key) for name in names]

@@ -229,7 +229,8 @@ def raise_explained(error: Exception, repo_id: str, *, action: str) -> NoReturn:
 
 def _response_of(error: BaseException) -> Any | None:
     """Uploads to the store of large files wrap it in errors of their own."""
-    return next((one.response for one in _chain(error) if getattr(one, "response", None) is not None), None)
+    responses = (getattr(one, "response", None) for one in _chain(error))
+    return next((one for one in responses if one is not None), None)
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
@@ -251,7 +252,8 @@ def _on_one_line(text: str) -> str:
 
 
 def _server_message(error: Exception) -> str:
-    message = next((one.server_message for one in _chain(error) if getattr(one, "server_message", None)), None)
+    messages = (getattr(one, "server_message", None) for one in _chain(error))
+    message = next((one for one in messages if one), None)
     return f"(The Hub says: {hide_secrets(_on_one_line(str(message)))})" if message else ""
 
 

@@ -84,7 +84,7 @@ def fetch_folder(
             f"{name!r} must be a folder or a dataset repository on the Hub, but there is no such folder, and {reason}"
         ) from error
     except Exception as error:  # what the Hub answered, or did not: from four libraries
-        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise OSError(
                 error.errno,
                 f"The disk did not take all of {name!r} ({error.strerror}). What came is kept: free some space, or choose"

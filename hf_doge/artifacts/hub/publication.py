@@ -72,7 +72,7 @@ class Publication:
     files: Mapping[str, bytes | Path]
     manifest: str
     owned: Callable[[str], bool]
-    check_manifest: Callable[[bytes], None]
+    check_manifest: Callable[[bytes], object]
     card: Card | None = None
     checksums: Mapping[str, str] = field(default_factory=dict)
 
@@ -100,8 +100,9 @@ class Publication:
         """
         files = dict(self.files)
         if self.card is not None:
-            files[CARD_FILE] = merge_card(self.card, written_card)
-            refuse_token(CARD_FILE, files[CARD_FILE])
+            card = merge_card(self.card, written_card)
+            refuse_token(CARD_FILE, card)
+            files[CARD_FILE] = card
         changed = {path: source for path, source in files.items() if not head.holds(path, source)}
         for path, checksum in self.checksums.items():
             if path in changed and sha256(changed[path]) != checksum:
@@ -113,7 +114,7 @@ class Publication:
 
 
 def refuse_other_content(
-    repo_id: str, head: Head, manifest: str, content: bytes | None, check_manifest: Callable[[bytes], None]
+    repo_id: str, head: Head, manifest: str, content: bytes | None, check_manifest: Callable[[bytes], object]
 ) -> None:
     """
     Args:
@@ -171,11 +172,14 @@ def merge_card(card: Card, written: bytes | None) -> bytes:
         written (`bytes`, *optional*):
             The one in the repository. If it is not in UTF-8 it stays, with a warning: neither the Hub nor its client reads it.
     """
+    if written is None:
+        return card.merged_with(None).encode()
     try:
-        return card.merged_with(None if written is None else written.decode()).encode()
+        found = written.decode()
     except UnicodeDecodeError:
         warnings.warn(
             "README.md in the repository is not in UTF-8, so it is kept as it is. Save it as UTF-8, and push again.",
             stacklevel=2,
         )
         return written
+    return card.merged_with(found).encode()

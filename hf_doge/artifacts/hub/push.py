@@ -11,6 +11,7 @@ import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import NoReturn
@@ -87,7 +88,7 @@ def ensure_repository(
     repo_id: str,
     *,
     manifest: str,
-    check_manifest: Callable[[bytes], None],
+    check_manifest: Callable[[bytes], object],
     token: str | bool | None = None,
     private: bool | None = None,
 ) -> None:
@@ -95,7 +96,7 @@ def ensure_repository(
     Make a dataset repository if it does not exist; if it does, see that an artifact may be pushed to it.
 
     Args:
-        manifest (`str`), check_manifest (`Callable[[bytes], None]`): As of the [`Publication`] that is to be pushed.
+        manifest (`str`), check_manifest (`Callable[[bytes], object]`): As of the [`Publication`] that is to be pushed.
 
     Raises:
         PermissionError, ValueError, FileExistsError, PushError: As [`push_publication`].
@@ -134,7 +135,7 @@ class _Push:
             self._proposals = self._list_proposals()
         commit = self._commit(message, description or "")
         if self.tag is not None:
-            self._set_tag(commit.oid)
+            self._set_tag(self.tag, commit.oid)
         logger.info("%s holds the artifact at commit %s.", commit.commit_url.partition("/commit/")[0], commit.oid[:12])
         return commit
 
@@ -153,9 +154,8 @@ class _Push:
             return
         self._try(lambda: self.api.create_repo(self.repo_id, repo_type=_REPO_TYPE, private=private, exist_ok=True))
         if self.revision is not None and not self.revision.startswith("refs/pr/"):
-            self._try(
-                lambda: self.api.create_branch(self.repo_id, repo_type=_REPO_TYPE, branch=self.revision, exist_ok=True)
-            )
+            create = partial(self.api.create_branch, self.repo_id, branch=self.revision)
+            self._try(partial(create, repo_type=_REPO_TYPE, exist_ok=True))
 
     def _commit(self, message: str, description: str) -> CommitInfo:
         """Until the head holds the publication."""
@@ -220,9 +220,10 @@ class _Push:
         entries = self._try(
             lambda: list(self.api.list_repo_tree(self.repo_id, repo_type=_REPO_TYPE, revision=commit, recursive=True))
         )
+        assert commit is not None  # the Hub tells it of every revision
         return Head(commit, {entry.path: entry for entry in entries if isinstance(entry, RepoFile)})
 
-    def require_replaceable(self, head: Head, manifest: str, check_manifest: Callable[[bytes], None]) -> None:
+    def require_replaceable(self, head: Head, manifest: str, check_manifest: Callable[[bytes], object]) -> None:
         """
         Raises:
             FileExistsError: The repository holds something else.
@@ -236,6 +237,7 @@ class _Push:
             FileExistsError: The repository holds something else.
         """
         publication = self.publication
+        assert publication is not None  # only `ensure_repository` has none, and compares nothing
         self.require_replaceable(head, publication.manifest, publication.check_manifest)
         has_card = publication.card is not None and CARD_FILE in head.files
         return publication.compare(head, self._download(head, CARD_FILE) if has_card else None)
@@ -248,7 +250,7 @@ class _Push:
             batch.append(operation)
             full = sum(one.upload_info.size for one in batch) >= _BATCH_BYTES or len(batch) == _BATCH_FILES
             if full or position == len(operations) - 1:
-                self._try(lambda batch=tuple(batch): self._upload_batch(batch))
+                self._try(partial(self._upload_batch, tuple(batch)))
                 batch = []
         return [*operations, *(CommitOperationDelete(path_in_repo=path) for path in plan.removed)]
 
@@ -335,28 +337,30 @@ class _Push:
         if commit is None:
             return True
         head = self.read_head(commit)
+        if self.publication is None or self.publication.manifest not in head.files:
+            return False
         try:
-            return self.publication.manifest in head.files and self._compare(head).is_empty
+            return self._compare(head).is_empty
         except FileExistsError:  # something else was there then
             return False
 
-    def _set_tag(self, commit: str) -> None:
+    def _set_tag(self, tag: str, commit: str) -> None:
         """Try until the tag is on the commit or on another one with the same content, whichever process put it there."""
         delays, at = self.patience.delays(), f"at commit {commit[:12]}"
-        lacking = f"The artifact is there, but without its tag {self.tag!r}, {at}"
-        self._standing = f"The artifact is there, {at}; whether it has its tag {self.tag!r} is not known"
+        lacking = f"The artifact is there, but without its tag {tag!r}, {at}"
+        self._standing = f"The artifact is there, {at}; whether it has its tag {tag!r} is not known"
         while True:
-            found = self._tags().get(self.tag)
+            found = self._tags().get(tag)
             if found == commit or (found is not None and self._holds(found)):
                 return
             if found is not None:
                 raise FileExistsError(
-                    f"{self.repo_id!r} has a tag {self.tag!r} already, on commit {found[:12]}, which has other content."
+                    f"{self.repo_id!r} has a tag {tag!r} already, on commit {found[:12]}, which has other content."
                     f" {lacking}. Choose another name."
                 )
             try:
                 # Not `exist_ok`: a tag that somebody else has made meanwhile may be on another commit.
-                self.api.create_tag(self.repo_id, repo_type=_REPO_TYPE, tag=self.tag, revision=commit)
+                self.api.create_tag(self.repo_id, repo_type=_REPO_TYPE, tag=tag, revision=commit)
                 return
             except Exception as error:  # as above
                 delay = self.patience.next_delay(error, delays, also=is_moved(error))
@@ -364,7 +368,7 @@ class _Push:
             if delay is None:
                 if is_transient(failure):  # it may have been made, and the answer lost
                     with self._no_patience():
-                        if self._tags().get(self.tag) == commit:
+                        if self._tags().get(tag) == commit:
                             return
                 self._standing = lacking
                 self._give_up(failure)

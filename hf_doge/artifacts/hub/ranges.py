@@ -5,7 +5,7 @@ import threading
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from huggingface_hub.errors import EntryNotFoundError
 
@@ -177,7 +177,11 @@ class RangedFile:
         token = self._token if is_of_the_hub(place.url) else False
         headers = build_hf_headers(token=token, library_name="hf_doge", library_version=__version__)
         headers |= {"Range": f"bytes={start}-{stop - 1}", "Accept-Encoding": "identity"}
-        asked = {"headers": headers, "follow_redirects": False, "timeout": constants.HF_HUB_DOWNLOAD_TIMEOUT}
+        asked: dict[str, Any] = {
+            "headers": headers,
+            "follow_redirects": False,
+            "timeout": constants.HF_HUB_DOWNLOAD_TIMEOUT,
+        }
         with get_session().stream("GET", place.url, **asked) as response:
             if response.status_code >= 400:
                 response.read()
