@@ -82,6 +82,7 @@ class Verification:
         self._verified = False
         self._encoder_decoder = bool(getattr(getattr(backward.model, "config", None), "is_encoder_decoder", False))
         # Whether a model reads its input once, and by position, is told by its lookups.
+        self._loss_is_stock = has_stock_loss(backward.model)
         self._may_split = is_on and backward.tied != "output" and not self._encoder_decoder
         self.layout: Layout | None = None
         may_omit_labels = _labels_are_optional(backward.model) and not self._encoder_decoder
@@ -290,6 +291,8 @@ class Verification:
             self._ask_of_terms(batch)
         if self._label_name not in batch or len(self._asked) == self._num_labels:
             return
+        if self._backward.losses.by_token and self._loss_is_stock:
+            return  # a forward for each token of a vocabulary would cost as much as the recording of a small dataset
         labels = batch[self._label_name]
         self._unasked |= set(labels[labels != IGNORE_INDEX].unique().tolist()) - self._asked
         # Weights of classes would make the rows of this very batch wrong; those of tokens make the whole loss another.
@@ -366,6 +369,22 @@ class Verification:
         alone = single_example(batch, place, strip_padding=strip_padding, encoder_decoder=self._encoder_decoder)
         gradients, loss = self._backward.differentiate(alone)
         return gradients.example_rows(0), loss
+
+
+def has_stock_loss(model: nn.Module) -> bool:
+    """
+    Whether the loss is computed by transformers' own code for the model, which gives no token a weight of its own: neither
+    the class nor its `forward` nor its `loss_function` is anyone else's. Wrappers that keep the forward (accelerate's for
+    mixed precision, PEFT's) are looked through.
+    """
+    if callable(getattr(model, "get_base_model", None)):
+        model = model.get_base_model()
+    forward = getattr(inspect.unwrap(model.forward), "__func__", inspect.unwrap(model.forward))
+    return (
+        type(model).__module__.startswith("transformers.models.")
+        and forward is inspect.unwrap(type(model).forward)
+        and getattr(getattr(model, "loss_function", None), "__module__", None) == "transformers.loss.loss_utils"
+    )
 
 
 def _labels_are_optional(model: nn.Module) -> bool:

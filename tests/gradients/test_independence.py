@@ -1,14 +1,18 @@
 """Rows of an example are those it has alone, or the model is refused: whatever the order of the data hides at first."""
 
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
 import transformers
+from accelerate import Accelerator
 from torch import nn
 from torch.nn import functional as F
 
 from hf_doge.gradients.embedding import EmbeddingGradientRecorder
+from hf_doge.gradients.verification import has_stock_loss
+from tests.tiny import VOCAB, tiny_gpt2
 
 V, WIDTH, CLASSES = 24, 6, 3
 REFUSED = "must not depend on its batch|must be the mean cross-entropy"
@@ -244,6 +248,62 @@ def test_losses_of_tokens_that_are_no_mean_over_labels_are_refused_whatever_the_
 def test_weights_of_tokens_are_refused_one_example_at_a_time_too():
     with pytest.raises(ValueError, match=REFUSED):
         recorded(tagged(weighted_tokens), batches([[[0] * 5], [[1, 0, 2, 1, 1]]]))
+
+
+def rare_last(num_batches=6):
+    """Batches whose tokens are new in each, the last tokens of the vocabulary in the last one."""
+    ids = torch.arange(1, 1 + 5 * num_batches).reshape(num_batches, 1, 5).repeat(1, 2, 1)
+    return [{"input_ids": one, "attention_mask": torch.ones_like(one), "labels": one.clone()} for one in ids]
+
+
+def test_stock_models_run_no_forward_for_each_new_token(monkeypatch):
+    monkeypatch.setattr("hf_doge.gradients.verification._NUM_CLASSES", 1)
+    runs = {}
+    for name, model in {"stock": tiny_gpt2(), "own": tiny_gpt2()}.items():
+        counted, calls = model.transformer.forward, []
+
+        def count(*args, _counted=counted, _calls=calls, **kwargs):
+            _calls.append(1)
+            return _counted(*args, **kwargs)
+
+        model.transformer.forward = count
+        if name == "own":
+            model.loss_function = lambda logits, labels, **options: F.cross_entropy(
+                logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
+            )
+        with EmbeddingGradientRecorder(model) as recorder:
+            recorder.record(rare_last()[0])
+            calls.clear()
+            for batch in rare_last()[1:]:
+                recorder.record(batch)
+            runs[name] = len(calls)
+    assert runs["stock"] == 5 < runs["own"]
+
+
+def test_weights_of_tokens_in_a_loss_that_was_put_into_a_stock_model_are_refused_where_they_occur(monkeypatch):
+    monkeypatch.setattr("hf_doge.gradients.verification._NUM_CLASSES", 1)
+    model = tiny_gpt2()
+    weight = torch.ones(VOCAB)
+    weight[29] = 3
+    model.loss_function = lambda logits, labels, **options: F.cross_entropy(
+        logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), weight=weight
+    )
+    with pytest.raises(ValueError, match=REFUSED):
+        recorded(model, rare_last())
+
+
+@pytest.mark.parametrize("change", ["forward", "class", "loss"])
+def test_a_loss_is_stock_only_where_nothing_of_it_is_someone_elses(change):
+    model = tiny_gpt2()
+    assert has_stock_loss(model)
+    assert has_stock_loss(Accelerator(cpu=True).prepare_model(model, evaluation_mode=True))
+    if change == "forward":
+        model.forward = partial(model.forward)
+    elif change == "class":
+        model.__class__ = type("Own", (type(model),), {"__module__": "own"})
+    else:
+        model.loss_function = lambda logits, labels, **options: logits.mean()
+    assert not has_stock_loss(model)
 
 
 def test_the_weight_of_one_token_of_a_large_vocabulary_is_found_where_it_occurs(monkeypatch):
