@@ -10,6 +10,7 @@ Shapes: B = batch size, T = positions.
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,12 +26,12 @@ _MOST_VALUES = 64  # an input of more is a number of its own for each example
 _INPUTS = {"input_ids", "attention_mask", "token_type_ids", "position_ids"}
 
 
-def without_labels(batch: Mapping[str, object]) -> dict[str, object]:
+def without_labels(batch: Mapping[str, Any]) -> dict[str, Any]:
     """What the model is given to compute its logits alone."""
     return {key: value for key, value in batch.items() if key != "labels"}
 
 
-def few_examples(batch: Mapping[str, object], examples: Tensor) -> dict[str, object]:
+def few_examples(batch: Mapping[str, Any], examples: Tensor) -> dict[str, Any]:
     """
     The batch of some examples, padded as before.
 
@@ -39,7 +40,7 @@ def few_examples(batch: Mapping[str, object], examples: Tensor) -> dict[str, obj
         examples (`torch.Tensor` of shape `(n,)`): Which to take.
 
     Returns:
-        `dict[str, object]`: the same keys; what has not one line for each example is passed on unchanged.
+        `dict[str, Any]`: the same keys; what has not one line for each example is passed on unchanged.
     """
     size = len(batch["input_ids"])
     return {
@@ -51,8 +52,8 @@ def few_examples(batch: Mapping[str, object], examples: Tensor) -> dict[str, obj
 
 
 def single_example(
-    batch: Mapping[str, object], example: int, *, strip_padding: bool, encoder_decoder: bool
-) -> dict[str, object]:
+    batch: Mapping[str, Any], example: int, *, strip_padding: bool, encoder_decoder: bool
+) -> dict[str, Any]:
     """
     The batch of one example.
 
@@ -66,7 +67,7 @@ def single_example(
             batch brings the decoder's inputs with it.
 
     Returns:
-        `dict[str, object]`: the same keys; what is no tensor of the batch is passed on unchanged.
+        `dict[str, Any]`: the same keys; what is no tensor of the batch is passed on unchanged.
     """
     input_ids, mask = batch["input_ids"], batch.get("attention_mask")
     strip_padding = strip_padding and input_ids.ndim == 2 and mask is not None and mask.shape == input_ids.shape
@@ -105,10 +106,10 @@ class Group:
 
     examples: Tensor
     positions: Tensor
-    batch: dict[str, object]
+    batch: dict[str, Any]
 
 
-def padding_mask(batch: Mapping[str, object]) -> Tensor | None:
+def padding_mask(batch: Mapping[str, Any]) -> Tensor | None:
     """The `attention_mask (B, T)` of `input_ids (B, T)`, as bool; None if the batch has no such mask."""
     input_ids, mask = batch["input_ids"], batch.get("attention_mask")
     if not isinstance(mask, Tensor) or input_ids.ndim != 2 or mask.shape != input_ids.shape:
@@ -132,7 +133,7 @@ class Layout:
     by_position: frozenset[str]
 
     @classmethod
-    def of(cls, batch: Mapping[str, object]) -> "Layout":
+    def of(cls, batch: Mapping[str, Any]) -> "Layout":
         """The layout of a batch of several examples."""
         batch_size, num_positions = batch["input_ids"].shape
         tensors = {key: value for key, value in batch.items() if isinstance(value, Tensor) and value.ndim > 0}
@@ -146,7 +147,7 @@ class Layout:
             ),
         )
 
-    def fits(self, batch: Mapping[str, object]) -> bool:
+    def fits(self, batch: Mapping[str, Any]) -> bool:
         """Whether a batch has these keys, of these shapes."""
         if self.keys != frozenset(batch):
             return False
@@ -173,7 +174,7 @@ def tokens_per_call(model: nn.Module) -> float:
     return max(_LEAST_TOKENS, torch.get_num_threads() * _WORK_PER_MODULE * calls / max(work, 1))
 
 
-def split(batch: Mapping[str, object], layout: Layout | None, model: nn.Module) -> list[Group]:
+def split(batch: Mapping[str, Any], layout: Layout | None, model: nn.Module) -> list[Group]:
     """
     The batch in groups, where that saves padding.
 
@@ -192,7 +193,7 @@ def split(batch: Mapping[str, object], layout: Layout | None, model: nn.Module) 
     return split_by_length(batch, mask, layout=layout, cost=tokens_per_call(model))
 
 
-def split_by_length(batch: Mapping[str, object], mask: Tensor, *, layout: Layout, cost: float) -> list[Group]:
+def split_by_length(batch: Mapping[str, Any], mask: Tensor, *, layout: Layout, cost: float) -> list[Group]:
     """
     The batch in groups of similar length, such that what they cost together is least.
 
@@ -232,7 +233,7 @@ def _borders(lengths: list[int], cost: float) -> list[int]:
     return borders[::-1]
 
 
-def _take(batch: Mapping[str, object], examples: Tensor, positions: Tensor, layout: Layout) -> dict[str, object]:
+def _take(batch: Mapping[str, Any], examples: Tensor, positions: Tensor, layout: Layout) -> dict[str, Any]:
     batch_size, num_positions = batch["input_ids"].shape
     taken = dict(batch)
     if len(examples) < batch_size:
@@ -253,7 +254,7 @@ class Novelty:
     _values: dict[str, set[int]] = field(default_factory=dict)
     _ranges: dict[str, tuple[float, float]] = field(default_factory=dict)
 
-    def found(self, batch: Mapping[str, object], *, padding_ids: Iterable[int | None], token_labels: bool) -> bool:
+    def found(self, batch: Mapping[str, Any], *, padding_ids: Iterable[int | None], token_labels: bool) -> bool:
         """Whether to look at a batch. `token_labels`: its `labels` are tokens, too many to know each."""
         self.num_batches += 1
         count = self.num_batches
@@ -286,7 +287,7 @@ class Novelty:
         return new
 
 
-def label_names(batch: Mapping[str, object]) -> list[str]:
+def label_names(batch: Mapping[str, Any]) -> list[str]:
     """What of a batch says what is to be predicted: all that is neither tokens nor goes with them."""
     size = len(batch["input_ids"])
     return [
@@ -298,7 +299,7 @@ def label_names(batch: Mapping[str, object]) -> list[str]:
     ]
 
 
-def label_range(batch: Mapping[str, object], name: str, logits: object) -> int | None:
+def label_range(batch: Mapping[str, Any], name: str, logits: object) -> int | None:
     """How many values a label can have, as classes of `logits (B, ..., C)` or places among tokens; None if unknown."""
     labels = batch[name]
     if labels.is_floating_point() or labels.dtype == torch.bool:
@@ -309,7 +310,7 @@ def label_range(batch: Mapping[str, object], name: str, logits: object) -> int |
     return classes if classes > 1 and labels.max() < classes else None
 
 
-def class_name(batch: Mapping[str, object], ranges: Mapping[str, int | None]) -> str | None:
+def class_name(batch: Mapping[str, Any], ranges: Mapping[str, int | None]) -> str | None:
     """Which of the labels says of what class an example is, if any: one whole number."""
     for name in sorted(ranges, key=lambda name: name != "labels"):
         labels = batch[name]
@@ -318,7 +319,7 @@ def class_name(batch: Mapping[str, object], ranges: Mapping[str, int | None]) ->
     return None
 
 
-def altered_batches(batch: Mapping[str, object], ranges: Mapping[str, int | None]) -> Iterator[dict[str, object]]:
+def altered_batches(batch: Mapping[str, Any], ranges: Mapping[str, int | None]) -> Iterator[dict[str, Any]]:
     """
     Batches that have the first example of `batch` and otherwise differ: in labels, tokens and how many of them count.
 
@@ -339,7 +340,7 @@ def altered_batches(batch: Mapping[str, object], ranges: Mapping[str, int | None
             yield with_classes(batch, name, torch.arange(count), first=1)
 
 
-def with_classes(batch: Mapping[str, object], name: str, classes: Tensor, *, first: int) -> dict[str, object]:
+def with_classes(batch: Mapping[str, Any], name: str, classes: Tensor, *, first: int) -> dict[str, Any]:
     """The batch whose examples from the first on have the labels `classes`, over and over, wherever they have one."""
     labels = batch[name].clone()
     places = (labels[first:] != IGNORE_INDEX).flatten().nonzero().squeeze(1)
@@ -359,7 +360,7 @@ def _opposite(labels: Tensor) -> Tensor:
     return 1 - labels if binary else labels
 
 
-def _other_tokens(batch: Mapping[str, object]) -> dict[str, object]:
+def _other_tokens(batch: Mapping[str, Any]) -> dict[str, Any]:
     """The batch whose examples but the first are read backwards, and without their second half where a mask says so."""
     input_ids, mask, labels = batch["input_ids"], batch.get("attention_mask"), batch.get("labels")
     if input_ids.ndim != 2:

@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from types import TracebackType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -174,7 +175,7 @@ class EmbeddingGradientRecorder(AbstractContextManager):
         other._verification = copy.copy(self._verification)
         return other
 
-    def record(self, batch: Mapping[str, object]) -> TokenRows:
+    def record(self, batch: Mapping[str, Any]) -> TokenRows:
         """
         One forward, one backward, and the rows of each example.
 
@@ -192,11 +193,11 @@ class EmbeddingGradientRecorder(AbstractContextManager):
         """
         return self._record(batch)
 
-    def look_at(self, batch: Mapping[str, object]) -> None:
+    def look_at(self, batch: Mapping[str, Any]) -> None:
         """Refuse a batch as [`record`] would, and keep nothing of it."""
         self._record(batch)
 
-    def check(self, batch: Mapping[str, object]) -> None:
+    def check(self, batch: Mapping[str, Any]) -> None:
         """
         Refuse what [`record`] would refuse of a first batch, for less than it costs to record it.
 
@@ -212,14 +213,14 @@ class EmbeddingGradientRecorder(AbstractContextManager):
         """Ask about the labels that the batches so far did not have as well, before an hour of training is lost."""
         self._verification.ask_all_labels()
 
-    def _record(self, batch: Mapping[str, object]) -> TokenRows:
+    def _record(self, batch: Mapping[str, Any]) -> TokenRows:
         prepared = self._backward.prepare(batch)
         compare = self._verification.look(batch, prepared)
         rows = self._rows(prepared, split(prepared, self._verification.layout, self.model), compare=compare)
         self._verification.last = None if compare else prepared
         return rows
 
-    def _rows(self, batch: dict[str, object], groups: list[Group], *, compare: bool) -> TokenRows:
+    def _rows(self, batch: dict[str, Any], groups: list[Group], *, compare: bool) -> TokenRows:
         """The rows of a batch; those of two of its examples may be compared with these alone, by the model's own loss."""
         labels = batch.get("labels")
         by_class = isinstance(labels, Tensor) and not labels.is_floating_point()
@@ -297,7 +298,7 @@ class EmbeddingBackward(AbstractContextManager):
         """The precision that the model computes in."""
         return torch.float16 if torch.is_autocast_enabled(self.matrix.device.type) else self.matrix.dtype
 
-    def prepare(self, batch: Mapping[str, object]) -> dict[str, object]:
+    def prepare(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """
         The batch on the model's device, with the labels that count for each example alone, see [`ExampleLosses.prepare`].
 
@@ -309,7 +310,7 @@ class EmbeddingBackward(AbstractContextManager):
             raise RuntimeError("`record` must be called inside the context: `with EmbeddingGradientRecorder(...)`.")
         return self.losses.prepare(self.model, self._to_device(batch))
 
-    def _to_device(self, batch: Mapping[str, object]) -> dict[str, object]:
+    def _to_device(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         fed = [name for name in ("inputs_embeds", "decoder_inputs_embeds") if batch.get(name) is not None]
         if fed or batch.get("input_ids") is None:
             raise ValueError(
@@ -320,7 +321,7 @@ class EmbeddingBackward(AbstractContextManager):
         return {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
 
     def differentiate(
-        self, batch: Mapping[str, object], *, from_logits: bool = False
+        self, batch: Mapping[str, Any], *, from_logits: bool = False
     ) -> tuple[PositionGradients, Tensor]:
         """The gradients of every position, and the loss that was differentiated (finite or not, if `from_logits`)."""
         batch_size = batch["input_ids"].shape[0]
@@ -382,7 +383,7 @@ class EmbeddingBackward(AbstractContextManager):
         )
         return gradients, loss.detach()
 
-    def run(self, batch: Mapping[str, object]) -> tuple[object, list[Lookup]]:
+    def run(self, batch: Mapping[str, Any]) -> tuple[object, list[Lookup]]:
         """What the model returns with gradients on, and what it has looked up for it."""
         self._uses.clear()
         with torch.enable_grad():

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from types import TracebackType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -150,7 +151,7 @@ def _requiring_grad(result: Tensor) -> Tensor:
     return result if result.requires_grad else result.requires_grad_()
 
 
-def counted_positions(lookup: Lookup, batch: Mapping[str, object], *, pad_token_id: int | None = None) -> Tensor:
+def counted_positions(lookup: Lookup, batch: Mapping[str, Any], *, pad_token_id: int | None = None) -> Tensor:
     """
     Which positions of a lookup are not padding, by the masks of the batch, `padding_idx` and `pad_token_id`; of a decoder
     that predicts its `labels` those up to the last label.
@@ -180,7 +181,7 @@ def counted_positions(lookup: Lookup, batch: Mapping[str, object], *, pad_token_
     return counted if needed is None else counted & needed
 
 
-def _up_to_last_label(token_ids: Tensor, batch: Mapping[str, object]) -> Tensor | None:
+def _up_to_last_label(token_ids: Tensor, batch: Mapping[str, Any]) -> Tensor | None:
     """
     True at the positions that a decoder also reads of each example alone, where `labels` are not padded: without padding
     it never reads the last label. None if these ids are not those of a decoder with labels.

@@ -7,6 +7,7 @@ example `i`'s terms, so one backward of the mean serves every example: counting 
 """
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +18,7 @@ LOSS_REDUCTIONS = ("sum", "mean")
 
 ANSWERS = ("start_positions", "end_positions")  # the labels of question answering: places among the tokens
 
-LossFunction = Callable[[object, Mapping[str, object]], Tensor]
+LossFunction = Callable[[object, Mapping[str, Any]], Tensor]
 
 _TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4}
 _HALF_TOLERANCE = 1e-2
@@ -51,7 +52,7 @@ class ExampleLosses:
         self._label_shift: int | None = None
         self._one_term = False  # whether labels with an axis more are yes or no for each class of an example
 
-    def prepare(self, model: nn.Module, batch: Mapping[str, object]) -> Mapping[str, object]:
+    def prepare(self, model: nn.Module, batch: Mapping[str, Any]) -> Mapping[str, Any]:
         """
         Check the labels, learn on the first batch which token a label belongs to, and drop labels that an example does
         not have alone: with padding on the left, a causal model predicts the first token of a text from padding.
@@ -91,7 +92,7 @@ class ExampleLosses:
         _check_labelled(labels[:, self._label_shift :])
         return {**batch, "labels": labels}
 
-    def total(self, outputs: object, batch: Mapping[str, object]) -> tuple[Tensor, Tensor]:
+    def total(self, outputs: object, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
         """
         The sum of the examples' losses, up to a factor for each.
 
@@ -124,7 +125,7 @@ class ExampleLosses:
         counts = self._count_terms(batch).to(loss.device, loss.dtype if loss.dtype.itemsize >= 4 else torch.float32)
         return loss * counts.sum(), 1 / counts if self.reduction == "mean" else torch.ones_like(counts)
 
-    def at_logits(self, logits: Tensor, batch: Mapping[str, object]) -> tuple[Tensor, Tensor, Tensor]:
+    def at_logits(self, logits: Tensor, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
         """
         The gradient of the examples' losses with respect to the logits, at a fraction of the price of [`total`]: the
         softmax less the labels, written once, where autograd goes four times through as many numbers.
@@ -153,7 +154,7 @@ class ExampleLosses:
         counts = self._count_terms(batch).to(logits.device, dtype)
         return grad.to(logits.dtype), finite, 1 / counts if self.reduction == "mean" else torch.ones_like(counts)
 
-    def has_logits(self, outputs: object, batch: Mapping[str, object]) -> bool:
+    def has_logits(self, outputs: object, batch: Mapping[str, Any]) -> bool:
         """Whether [`at_logits`] can be used: the model returned a line of logits for each label."""
         logits = logits_of(outputs)
         return (
@@ -170,7 +171,7 @@ class ExampleLosses:
         counted[:, : self._label_shift or 0] = IGNORE_INDEX
         return counted
 
-    def has_equal_terms(self, outputs: object, batch: Mapping[str, object]) -> bool:
+    def has_equal_terms(self, outputs: object, batch: Mapping[str, Any]) -> bool:
         """
         Whether the loss that a model returned with gradients on weighs all labelled tokens of the batch alike, and no other.
 
@@ -191,7 +192,7 @@ class ExampleLosses:
         errors = (grad * num_terms).sub_(expected).norm(dim=-1)
         return bool((errors <= _TERM_TOLERANCE.get(logits.dtype, _HALF_TERM_TOLERANCE) * sizes).all())
 
-    def _count_terms(self, batch: Mapping[str, object]) -> Tensor:
+    def _count_terms(self, batch: Mapping[str, Any]) -> Tensor:
         """How many of the terms that the model's loss averages belong to each example, shape `(B,)`."""
         labels = batch.get("labels")
         if labels is None or not _are_numbers(labels) or self._one_term:
@@ -225,7 +226,7 @@ def _are_numbers(labels: Tensor) -> bool:
     return not labels.is_floating_point() and labels.dtype != torch.bool
 
 
-def _check_answers(batch: Mapping[str, object]) -> None:
+def _check_answers(batch: Mapping[str, Any]) -> None:
     """Models leave answers outside of the tokens out of their mean, so that the others of the batch count more."""
     input_ids, mask = batch["input_ids"], batch.get("attention_mask")
     if not isinstance(mask, Tensor) or mask.shape != input_ids.shape:

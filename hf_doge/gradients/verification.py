@@ -9,7 +9,7 @@ the plain mean. So the others are asked about with other labels, each class amon
 import inspect
 from collections.abc import Mapping
 from itertools import islice
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -54,11 +54,11 @@ class Backward(Protocol):
         """The precision that the model computes in."""
 
     def differentiate(
-        self, batch: Mapping[str, object], *, from_logits: bool = False
+        self, batch: Mapping[str, Any], *, from_logits: bool = False
     ) -> tuple[PositionGradients, Tensor]:
         """The gradients of every position, and the loss."""
 
-    def run(self, batch: Mapping[str, object]) -> tuple[object, list[Lookup]]:
+    def run(self, batch: Mapping[str, Any]) -> tuple[object, list[Lookup]]:
         """What the model returns, and what it has looked up."""
 
 
@@ -87,16 +87,16 @@ class Verification:
         self.layout: Layout | None = None
         may_omit_labels = _labels_are_optional(backward.model) and not self._encoder_decoder
         self.from_logits: bool | None = None if may_omit_labels else False
-        self.last: dict[str, object] | None = None
+        self.last: dict[str, Any] | None = None
         self._compared_last = False
-        self._few: dict[str, object] | None = None  # examples to ask about further labels with
+        self._few: dict[str, Any] | None = None  # examples to ask about further labels with
         self._label_name: str | None = None  # whose values are asked about one by one
         self._num_labels: int | None = None  # how many there are, if that is known
         self._novelty = Novelty()
         self._asked: set[int] = set()
         self._unasked: set[int] = set()
 
-    def look(self, given: Mapping[str, object], batch: dict[str, object]) -> bool:
+    def look(self, given: Mapping[str, Any], batch: dict[str, Any]) -> bool:
         """
         See what a batch shows before it is recorded.
 
@@ -120,7 +120,7 @@ class Verification:
             given, padding_ids=self._backward.padding_ids, token_labels=by_token
         )
 
-    def compare(self, batch: dict[str, object], group: Group, gradients: PositionGradients, loss: Tensor) -> None:
+    def compare(self, batch: dict[str, Any], group: Group, gradients: PositionGradients, loss: Tensor) -> None:
         """
         Refuse a group of the batch if two of its examples have other rows alone.
 
@@ -131,7 +131,7 @@ class Verification:
         for place in {0, len(group.examples) - 1}:
             self._stands_alone(batch, gradients, place, int(group.examples[place]), loss, room=_LATER_ROOM)
 
-    def check(self, batch: dict[str, object]) -> None:
+    def check(self, batch: dict[str, Any]) -> None:
         """Refuse a batch, prepared, as [`look`] would refuse a first one, and ask about all labels."""
         if len(batch["input_ids"]) > 1:
             self._compare(batch)
@@ -140,7 +140,7 @@ class Verification:
         self._note_labels(batch)
         self.ask_all_labels()
 
-    def finish(self) -> dict[str, object] | None:
+    def finish(self) -> dict[str, Any] | None:
         """Ask about what is left to ask when all batches are recorded. Returns the last one, if it is to be compared."""
         self._ask_further(at_least=1)
         if self.last is None or not self._is_on or self._compared_last or self._novelty.num_batches <= _LATER_BATCHES:
@@ -155,7 +155,7 @@ class Verification:
             self._unasked |= set(range(0, self._num_labels, step)) - self._asked
             self._ask_further(at_least=1)
 
-    def _compare(self, batch: dict[str, object]) -> None:
+    def _compare(self, batch: dict[str, Any]) -> None:
         """Compare the examples with most padding and with most ignored labels with themselves alone."""
         batch_size = len(batch["input_ids"])
         padding = self._padding(batch)
@@ -180,12 +180,12 @@ class Verification:
             read_once = torch.equal(gradients.token_ids, few["input_ids"])
             self.layout, self._may_split = (Layout.of(batch), True) if read_once else (None, False)
 
-    def _shows_padding(self, batch: dict[str, object]) -> bool:
+    def _shows_padding(self, batch: dict[str, Any]) -> bool:
         """Whether a batch has the first padding that could be left out."""
         mask = padding_mask(batch) if self._may_split and self.layout is None else None
         return mask is not None and not bool(mask.all())
 
-    def _padding(self, batch: Mapping[str, object]) -> Tensor:
+    def _padding(self, batch: Mapping[str, Any]) -> Tensor:
         """How much padding each example has, shape `(B,)`."""
         input_ids = batch["input_ids"]
         mask = batch.get("attention_mask")
@@ -198,7 +198,7 @@ class Verification:
 
     def _stands_alone(
         self,
-        batch: dict[str, object],
+        batch: dict[str, Any],
         gradients: PositionGradients,
         place: int,
         example: int,
@@ -236,7 +236,7 @@ class Verification:
             )
         raise self._dependent(f"example {example} of the batch", "")
 
-    def _is_conclusive(self, loss: Tensor, batch: Mapping[str, object]) -> bool:
+    def _is_conclusive(self, loss: Tensor, batch: Mapping[str, Any]) -> bool:
         """Whether the gradient of a loss is more than rounding."""
         labels = batch.get("labels")
         numbers = isinstance(labels, Tensor) and labels.is_floating_point() and self._backward.dtype.itemsize >= 4
@@ -250,7 +250,7 @@ class Verification:
             " mix examples: pass a `loss_fn` if it is the loss, or record with batch size 1."
         )
 
-    def _ask(self, few: dict[str, object]) -> None:
+    def _ask(self, few: dict[str, Any]) -> None:
         """
         Refuse the model if an example has other rows where the others of the batch are altered: what the examples at hand
         have in common, all of one class, say, can hide that they depend on each other.
@@ -275,7 +275,7 @@ class Verification:
             self._require_unmoved(altered, alone)
         self._few, self._label_name, self._num_labels = turned, classes, ranges.get(classes)
 
-    def _require_unmoved(self, altered: dict[str, object], alone: tuple[Tensor, Tensor]) -> None:
+    def _require_unmoved(self, altered: dict[str, Any], alone: tuple[Tensor, Tensor]) -> None:
         gradients, loss = self._backward.differentiate(altered)
         together = gradients.example_rows(0)
         if loss.isfinite() and not (
@@ -284,7 +284,7 @@ class Verification:
         ):
             raise self._dependent("an example", " when these are altered (other labels, tokens or lengths)")
 
-    def _note_labels(self, batch: dict[str, object]) -> None:
+    def _note_labels(self, batch: dict[str, Any]) -> None:
         """Ask about the labels of a batch that were not asked about."""
         first = not self._asked
         if self._backward.losses.by_token and self._label_name is None:
@@ -317,7 +317,7 @@ class Verification:
         self._asked |= self._unasked
         self._unasked = set()
 
-    def _ask_of_terms(self, batch: dict[str, object]) -> None:
+    def _ask_of_terms(self, batch: dict[str, Any]) -> None:
         """Refuse a loss that is the mean over labelled tokens only for some numbers of them."""
         some = torch.arange(len(batch["labels"]), device=batch["labels"].device)[:_NUM_COMPARED]
         few = few_examples(batch, some)
@@ -332,7 +332,7 @@ class Verification:
             labels[-1] = IGNORE_INDEX
         self._require_equal_terms({**few, "labels": labels}, silent=len(labels) > 1)
 
-    def _require_equal_terms(self, batch: dict[str, object], *, silent: bool = False) -> None:
+    def _require_equal_terms(self, batch: dict[str, Any], *, silent: bool = False) -> None:
         """`silent`: the last example has no label, so that nothing of the loss may be its own."""
         outputs, lookups = self._backward.run(batch)
         if not self._backward.losses.has_equal_terms(outputs, batch):
@@ -347,7 +347,7 @@ class Verification:
         if sizes[-1] > 1e-12 * sizes.max():  # it is exactly 0 where nothing but the labelled tokens has a part
             raise not_a_mean(": an example without a label has a part in it (a loss that balances experts?)")
 
-    def _logits_suffice(self, batch: dict[str, object]) -> bool | None:
+    def _logits_suffice(self, batch: dict[str, Any]) -> bool | None:
         """Whether an example has the same rows if the model computes its logits only; None where that cannot be told."""
         labels = batch.get("labels")
         if not self._backward.losses.by_token or labels is None or labels.is_floating_point():
@@ -364,7 +364,7 @@ class Verification:
         return rows_agree(rows, others, dtype=self._backward.dtype) if bool((others[1] != 0).any()) else None
 
     def _rows_alone(
-        self, batch: dict[str, object], place: int, *, strip_padding: bool
+        self, batch: dict[str, Any], place: int, *, strip_padding: bool
     ) -> tuple[tuple[Tensor, Tensor], Tensor]:
         alone = single_example(batch, place, strip_padding=strip_padding, encoder_decoder=self._encoder_decoder)
         gradients, loss = self._backward.differentiate(alone)

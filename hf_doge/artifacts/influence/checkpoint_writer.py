@@ -283,7 +283,7 @@ class CheckpointWriter(AbstractContextManager):
         """Write what is buffered as one segment, then the journal that makes it count."""
         lengths, tokens, rows = zip(*self._buffer, strict=True)
         lengths, tokens, rows = np.concatenate(lengths), np.concatenate(tokens), torch.cat(rows)
-        segment = {
+        segment: dict[str, Any] = {
             "path": None,
             "sha256": None,
             "offsets_path": None,
@@ -317,7 +317,7 @@ class CheckpointWriter(AbstractContextManager):
             checkpoint=self.facts["position"],
             facts={"checkpoint": self.facts["name"], "first_example": self._first},
         )
-        written = {"scale": encoded.scale}
+        written: dict[str, Any] = {"scale": encoded.scale}
         kinds = {"": (self._gradients, encoded.content), "offsets_": (self._offsets, encoded.offsets)}
         for kind, (place, content) in kinds.items():
             written |= {f"{kind}path": None, f"{kind}sha256": None}
