@@ -144,9 +144,7 @@ class Encoding:
         return slice(-self.max_length, None) if self.truncation == "keep_end" else slice(self.max_length)
 
 
-def describe_encoding(
-    batches: Iterable[Mapping[str, Any]], tokenizer: Any | None, args: Any | None = None
-) -> dict[str, Any]:
+def describe_encoding(batches: Iterable[Mapping[str, Any]], tokenizer: Any | None, args: Any = None) -> dict[str, Any]:
     """
     What some examples show of how they were made, for config.json. Labels are described only where they are the tokens themselves.
 
@@ -172,7 +170,7 @@ def describe_encoding(
     lengths = [len(ids) for ids, _ in texts]
     longest = max(lengths)
     ended = [int(ids[-1]) == end for ids, _ in texts]
-    told = {
+    told: dict[str, Any] = {
         "inputs": sorted(inputs),
         "masks": _masks([kept[ids != (-1 if padding is None else padding)] for ids, kept in texts], args),
         # all of them, but for those that were cut

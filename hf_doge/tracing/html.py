@@ -85,8 +85,8 @@ def shade(reading: Reading, parts: Mapping[int, float]) -> str:
         reading (`Reading`): The text and its tokens.
         parts (`Mapping[int, float]`): Token id -> part of the score, shared by its positions.
     """
-    words = [(reading.word_span(group), part) for group, part in position_parts(reading, parts)]
-    words = sorted((span, part) for span, part in words if span is not None and span[0] < span[1])
+    found = [(reading.word_span(group), part) for group, part in position_parts(reading, parts)]
+    words = sorted((span, part) for span, part in found if span is not None and span[0] < span[1])
     largest = max((abs(part) for _, part in words), default=0.0)
     pieces, end = [], 0
     for (start, stop), part in words:

@@ -113,7 +113,7 @@ class InfluenceIndex(SavedIndex):
 
         def work(start: int, stop: int) -> list[dict[str, Any]]:
             scorer = self._scorer(records[start:stop], chosen, first_position=start)
-            found = []
+            found: list[dict[str, Any]] = []
             for first, block in scorer.blocks():
                 block[:, excluded] = 0
                 for position, scores in enumerate(block, start=first):
@@ -194,7 +194,7 @@ class InfluenceIndex(SavedIndex):
             ]
 
         build_on_each_machine(len(self.reader.checkpoints), self.reader.build_map)
-        scores = sum(share_work(len(self.reader.checkpoints), work))
+        scores = np.add.reduce(share_work(len(self.reader.checkpoints), work))
         order = np.argsort(-scores, kind="stable")
         rows = {"rank": np.arange(1, len(order) + 1), "example_id": order, "score": scores[order]}
         return add_example_columns(Dataset.from_dict(rows), self.reader.examples_of(order))

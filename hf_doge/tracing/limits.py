@@ -46,7 +46,7 @@ class ModelInputs:
     @classmethod
     def of(cls, model: nn.Module, tokenizer: Any | None) -> "ModelInputs":
         """Look at a model and its tokenizer."""
-        inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+        inner = _inside(model)
         config, inner_config = getattr(model, "config", None), getattr(inner, "config", None)
         names = set(inspect.signature(inner.forward).parameters)
         if "input_ids" not in names:
@@ -84,8 +84,8 @@ def num_positions(model: nn.Module) -> int | None:
 
 def num_classes(model: nn.Module) -> int | None:
     """Of how many classes a text has one; `None` where its label is anything else, or the model's class is unknown."""
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    config = getattr(inner, "config", None)
+    inner = _inside(model)
+    config: Any = getattr(inner, "config", None)
     if not type(inner).__name__.endswith("ForSequenceClassification"):
         return None
     if getattr(config, "problem_type", None) not in (None, "single_label_classification"):
@@ -95,14 +95,14 @@ def num_classes(model: nn.Module) -> int | None:
 
 def takes_padding(model: nn.Module) -> bool:
     """Whether several texts may be padded to one batch: a classifier that reads the last token must know the padding."""
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    inner = _inside(model)
     decides = type(inner).__name__.endswith("ForSequenceClassification")
     return not decides or getattr(inner.config, "pad_token_id", None) is not None
 
 
 def wants_fractions(model: nn.Module) -> bool:
     """Whether a text has numbers for labels, which the loss wants as floats: those of a regression, or of several classes."""
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    inner = _inside(model)
     kind = getattr(getattr(inner, "config", None), "problem_type", None)
     return type(inner).__name__.endswith("ForSequenceClassification") and kind in _FRACTIONS
 
@@ -112,8 +112,8 @@ def label_law(model: nn.Module) -> Callable[[np.ndarray, int], str | None]:
     What the labels of one example of a model of transformers must be, as a function of `(labels, number of its tokens)`
     that says what is wrong with them. Labels of models that are not known pass.
     """
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    name, config = type(inner).__name__, getattr(inner, "config", None)
+    inner = _inside(model)
+    name, config = type(inner).__name__, inner.config if hasattr(inner, "config") else None
     by_token = name.endswith(_BY_TOKEN)
     writes = getattr(config, "is_encoder_decoder", False) and name.endswith("ForConditionalGeneration")
     kind = getattr(config, "problem_type", None) if name.endswith("ForSequenceClassification") else None
@@ -134,3 +134,9 @@ def label_law(model: nn.Module) -> Callable[[np.ndarray, int], str | None]:
         return f"be from 0 to {size - 1}, or {IGNORE_INDEX}, but hold {outside[0]}" if len(outside) else None
 
     return wrong
+
+
+def _inside(model: nn.Module) -> Any:
+    """The model inside an adapter, or itself."""
+    found: Any = model
+    return found.get_base_model() if hasattr(found, "get_base_model") else found

@@ -319,7 +319,8 @@ def _check_tokens(records: Sequence[Mapping[str, Any]], vocabulary_size: int) ->
 def _check_labels(records: Sequence[Mapping[str, Any]]) -> None:
     silent = []
     for position, record in enumerate(records):
-        labels = record.get(label_field(record))
+        name = label_field(record)
+        labels = None if name is None else record[name]
         if isinstance(labels, int | float):
             labels = label_tensor(labels)
         if isinstance(labels, Tensor) and not labels.is_floating_point() and bool((labels == IGNORE_INDEX).all()):

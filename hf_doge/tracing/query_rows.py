@@ -221,7 +221,7 @@ def _make_query(
     record: Mapping[str, Any],
     model: nn.Module,
     inputs: ModelInputs,
-    tokenizer: PreTrainedTokenizerBase | None,
+    tokenizer: Any,
     encoding: Encoding,
 ) -> Query:
     if "input_ids" in record:
@@ -266,7 +266,7 @@ def _finished(query: Query, tokenizer: Any, encoding: Encoding, max_length: int 
     return query
 
 
-def _read_label(label: Any, model: nn.Module, tokenizer: PreTrainedTokenizerBase | None) -> Tensor:
+def _read_label(label: Any, model: nn.Module, tokenizer: Any) -> Tensor:
     writes = tokenizer is not None and type(model).__name__.endswith("ForConditionalGeneration")
     if isinstance(label, str) and writes and getattr(model.config, "is_encoder_decoder", False):
         return torch.tensor(tokenizer(text_target=label, verbose=False)["input_ids"])

@@ -101,7 +101,8 @@ class SavedIndex:
                 )
             self._check_tokenizer(self._given_tokenizer)
         self._encoding = Encoding.of(self.config, options.get("masking"))
-        self._loading = {name: options.get(name) for name in ("model", "load_model", "loss_fn")} | {"token": token}
+        self._loading: dict[str, Any] = {name: options.get(name) for name in ("model", "load_model", "loss_fn")}
+        self._loading["token"] = token
 
     @classmethod
     def from_pretrained(

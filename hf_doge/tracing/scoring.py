@@ -81,8 +81,9 @@ class QueryScorer:
                 for _, _, examples, parts in self._synonym_parts(checkpoint, query):
                     scores[query - start, examples] += parts
             scores *= self._query_scales[checkpoint][start:stop, None].astype(np.float32)
-            if self._example_scales[checkpoint] is not None:
-                scores *= self._example_scales[checkpoint].astype(np.float32)
+            example_scales = self._example_scales[checkpoint]
+            if example_scales is not None:
+                scores *= example_scales.astype(np.float32)
             total += scores
         return total
 
@@ -105,8 +106,9 @@ class QueryScorer:
             found = self.reader.word_scores(checkpoint, token_ids, self.reader.project(rows.rows), example_ids)
             found = found.astype(np.float64)
             scales = np.full(len(example_ids), self._query_scales[checkpoint][query])
-            if self._example_scales[checkpoint] is not None:
-                scales *= self._example_scales[checkpoint][example_ids]
+            example_scales = self._example_scales[checkpoint]
+            if example_scales is not None:
+                scales *= example_scales[example_ids]
             for row, column in zip(*found.nonzero(), strict=True):
                 _add(by_example[row], int(token_ids[column]), found[row, column] * scales[row])
             for column, token, examples, values in self._synonym_parts(checkpoint, query, only=example_ids):

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -68,8 +69,8 @@ class Reading:
 
     def word_span(self, group: Sequence[int]) -> Span | None:
         """Where a word stands in the text, without the space around it."""
-        spans = [self.spans[position] for position in group]
-        if None in spans:
+        spans = [span for span in (self.spans[position] for position in group) if span is not None]
+        if len(spans) < len(group):
             return None
         start, end = min(start for start, _ in spans), max(end for _, end in spans)
         piece = self.text[start:end]
@@ -129,7 +130,8 @@ def read_ids(tokenizer: PreTrainedTokenizerBase | None, token_ids: Sequence[int]
         reading = _read_by_encoding(tokenizer, token_ids, names) or _read_by_decoding(tokenizer, token_ids, names)
     if reading is not None:
         return reading
-    spans, start = [], 0
+    spans: list[Span | None] = []
+    start = 0
     for name in names:
         spans.append((start, start + len(name)))
         start += len(name) + 1
@@ -183,7 +185,7 @@ def _read_by_encoding(tokenizer: PreTrainedTokenizerBase, token_ids: list[int], 
     """The offsets of the decoded text, where it encodes to the same tokens again."""
     if not tokenizer.is_fast:
         return None
-    text = tokenizer.decode(token_ids, clean_up_tokenization_spaces=False)
+    text = _decode(tokenizer, token_ids)
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     if list(encoded["input_ids"]) != token_ids:
         return None
@@ -192,17 +194,19 @@ def _read_by_encoding(tokenizer: PreTrainedTokenizerBase, token_ids: list[int], 
 
 def _read_by_decoding(tokenizer: PreTrainedTokenizerBase, token_ids: list[int], names: list[str]) -> Reading | None:
     """What each token adds to the decoded text, where every prefix of the tokens decodes to a prefix of the text."""
-    text = tokenizer.decode(token_ids, clean_up_tokenization_spaces=False)
-    spans, start = [], 0
+    text, start = _decode(tokenizer, token_ids), 0
+    spans: list[Span | None] = []
     for position in range(1, len(token_ids) + 1):
-        prefix = tokenizer.decode(token_ids[:position], clean_up_tokenization_spaces=False).rstrip(
-            "\N{REPLACEMENT CHARACTER}"
-        )
+        prefix = _decode(tokenizer, token_ids[:position]).rstrip("\N{REPLACEMENT CHARACTER}")
         if not text.startswith(prefix) or len(prefix) < start:
             return None
         spans.append((start, len(prefix)))
         start = len(prefix)
     return Reading(text, token_ids, spans, names)
+
+
+def _decode(tokenizer: Any, token_ids: list[int]) -> str:
+    return tokenizer.decode(token_ids, clean_up_tokenization_spaces=False)
 
 
 def _names(tokenizer: PreTrainedTokenizerBase | None, token_ids: Sequence[int]) -> list[str]:

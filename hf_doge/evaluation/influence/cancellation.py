@@ -1,5 +1,6 @@
 """The paper's cancellation ratio of the first and the last layer of a classifier, on the same examples."""
 
+import torch
 from torch import Tensor, nn
 
 from hf_doge.evaluation.influence.scorers.base import Batches
@@ -38,7 +39,7 @@ def cancellation_ratios(model: nn.Module, batches: Batches, *, last_layer: str |
 def _embedding_norms(model: nn.Module, batches: Batches) -> tuple[Tensor, Tensor]:
     """Norm of each example's embedding gradient, `(N,)`, and their sum `(V, D)`: never all of them in memory."""
     norms = []
-    net = 0
+    net = torch.zeros(())
     with EmbeddingGradientRecorder(model) as recorder:
         for batch in batches:
             rows = recorder.record(batch)

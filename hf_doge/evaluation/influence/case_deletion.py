@@ -97,7 +97,9 @@ def case_deletion(
             journal.add(key, digests[removed], probabilities)
 
     def probability(key: RetrainingKey) -> float:
-        return journal.find(digests[plan[key]], key.seed)[key.point]
+        probabilities = journal.find(digests[plan[key]], key.seed)
+        assert probabilities is not None  # all are known by now
+        return probabilities[key.point]
 
     return CaseDeletionResult(
         ks=ks,

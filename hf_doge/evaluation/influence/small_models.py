@@ -247,6 +247,7 @@ def train_classifier(
     """
     model = make_model(seed).train()
     parameters = list(model.parameters())
+    optimizer: torch.optim.Optimizer
     if recipe.optimizer == "sgd":
         optimizer = torch.optim.SGD(parameters, lr=recipe.learning_rate, momentum=0.9)
     else:

@@ -1,5 +1,7 @@
 """What every method should beat, whatever the model thinks: chance, and what a search engine finds by shared words."""
 
+from collections.abc import Mapping
+
 import numpy as np
 from torch import Tensor
 
@@ -73,7 +75,7 @@ class BM25Scorer:
         ]
 
 
-def _mask(input_ids: Tensor, batch: dict[str, Tensor]) -> Tensor:
+def _mask(input_ids: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
     return batch.get("attention_mask", input_ids.new_ones(input_ids.shape))
 
 

@@ -45,7 +45,7 @@ class TracInWEScorer:
 
     def scores(self, train: Batches, queries: Batches) -> np.ndarray:
         """Scores of shape `(Q, N)`, see [`Scorer`]."""
-        total = 0
+        total = torch.zeros(())
         for model, learning_rate in zip(self.models, self.learning_rates, strict=True):
             train_rows, query_rows = self._record(model, train), self._record(model, queries)
             total = total + learning_rate * pair_scores(query_rows, train_rows)
@@ -53,7 +53,7 @@ class TracInWEScorer:
 
     def self_influence(self, train: Batches) -> np.ndarray:
         """Score of each training example with itself, shape `(N,)`, `>= 0`; a wrong label makes it large."""
-        total = 0
+        total = torch.zeros(())
         for model, learning_rate in zip(self.models, self.learning_rates, strict=True):
             rows = self._record(model, train)
             total = total + learning_rate * sum_examples(rows.rows.square().sum(dim=1), rows)

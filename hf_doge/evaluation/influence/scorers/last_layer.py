@@ -47,11 +47,11 @@ def last_layer_factors(model: nn.Module, batches: Batches, *, last_layer: str | 
         ValueError: if no linear layer, or not the named one, gives the logits of one label per example.
     """
     layers = [module for module in model.modules() if isinstance(module, nn.Linear)]
-    layers = layers if last_layer is None else [model.get_submodule(last_layer)]
+    named: list[nn.Module] = [*layers] if last_layer is None else [model.get_submodule(last_layer)]
     seen: list[tuple[Tensor, Tensor]] = []
     handles = [
         layer.register_forward_hook(lambda module, args, output: seen.append((args[0].detach(), output.detach())))
-        for layer in layers
+        for layer in named
     ]
     training = model.training
     inputs, logits, labels = [], [], []
@@ -77,9 +77,9 @@ def last_layer_factors(model: nn.Module, batches: Batches, *, last_layer: str | 
         for handle in handles:
             handle.remove()
         model.train(training)
-    probabilities, labels = torch.cat(logits).softmax(dim=1), torch.cat(labels)
-    onehot = torch.nn.functional.one_hot(labels, probabilities.shape[1])
-    return LastLayerFactors(torch.cat(inputs), probabilities, probabilities - onehot, labels)
+    probabilities, classes = torch.cat(logits).softmax(dim=1), torch.cat(labels)
+    onehot = torch.nn.functional.one_hot(classes, probabilities.shape[1])
+    return LastLayerFactors(torch.cat(inputs), probabilities, probabilities - onehot, classes)
 
 
 class TracInLastScorer:
@@ -109,7 +109,7 @@ class TracInLastScorer:
 
     def scores(self, train: Batches, queries: Batches) -> np.ndarray:
         """Scores of shape `(Q, N)`, see [`Scorer`]."""
-        total = 0
+        total = torch.zeros(())
         for model, learning_rate in zip(self.models, self.learning_rates, strict=True):
             ours = last_layer_factors(model, train, last_layer=self.last_layer)
             theirs = last_layer_factors(model, queries, last_layer=self.last_layer)
