@@ -59,6 +59,25 @@ def generalization_scores(train_grads: Tensor, target_grads: Tensor, target_weig
     return train_grads @ target_grad  # (K, P) @ (P,) -> (K,)
 
 
+def independent_scores(products: Tensor) -> Tensor:
+    """
+    Generalization scores in the universal setting, without the noise of a domain's own examples. Ours.
+
+    Each domain's examples of a step are split in two halves with mean gradients `a_j` and `b_j`, and `G_A = sum_j a_j`,
+    `G_B = sum_j b_j`. Then `W_j = (<a_j, G_B> + <b_j, G_A>) / 2` compares no example with itself, so that it is unbiased for the
+    inner product of the expected gradients, while the paper's self term adds the squared length of the noise in `g_j`.
+
+    Args:
+        products (`torch.Tensor` of shape `(num_train_domains, 2, 2)`):
+            `<gradient of half h of domain j, sum of the halves i>` at `[j, h, i]`.
+
+    Returns:
+        `torch.Tensor` of shape `(num_train_domains,)`.
+    """
+    check_shape("products", products, (None, 2, 2))
+    return (products[:, 0, 1] + products[:, 1, 0]) / 2
+
+
 def clip_scale(norms: Tensor, max_norm: float) -> Tensor:
     """
     The factor that clips a gradient of each given norm to `max_norm`, as `torch.nn.utils.clip_grad_norm_` does.

@@ -7,6 +7,10 @@ Exact ways behind one protocol, [`DomainAlignment`], which give the same numbers
 - `per_domain.py`: one backward per domain, every gradient kept until the weights are known (K x P memory), or each
   computed again for the step (3 x P memory whatever K is).
 
+Domains may be aligned in halves, to tell what of a score is the noise of the examples at hand: then "domains" 2j and 2j + 1
+are the first and the second half of domain j's examples, targets likewise, and there are two sums of targets: that of the
+first halves and that of the second.
+
 Shapes: K = training domains, P = trainable parameters.
 """
 
@@ -18,6 +22,7 @@ import torch
 from torch import Tensor
 
 from hf_doge.gradients.domain_gradients import Segments
+from hf_doge.gradients.vectors import Gradient, Vectors
 
 
 @dataclass(frozen=True)
@@ -82,8 +87,9 @@ class Alignment:
     What one step says about each domain. Entries of absent or non-finite domains are NaN.
 
     Attributes:
-        inner_products (`torch.Tensor` of shape `(num_train_domains,)`, float64):
-            `<g_j, G>` over the scored parameters, `G` the weighted sum of the target gradients.
+        inner_products (`torch.Tensor` of shape `(num_train_domains, num_targets)`, float64):
+            `<g_j, G>` over the scored parameters, `G` the weighted sum of the target gradients. There is one `G`, or where
+            domains are aligned in halves, one of the targets' first halves and one of their second.
         norms (`torch.Tensor` of shape `(num_train_domains,)`, float64):
             `||g_j||` over the scored parameters, after clipping; NaN unless they were asked for.
         target_norm (`torch.Tensor` of shape `()`, float64): `||G||` over the scored parameters.
@@ -100,19 +106,36 @@ class Alignment:
     step_scales: Tensor
 
     @classmethod
-    def empty(cls, num_domains: int) -> "Alignment":
+    def empty(cls, num_domains: int, num_targets: int) -> "Alignment":
         """All entries unknown."""
-        unknown = torch.full((num_domains,), torch.nan, dtype=torch.float64)
-        return cls(
-            unknown, unknown.clone(), torch.tensor(torch.nan).double(), unknown.clone(), torch.zeros_like(unknown)
-        )
+        products = torch.full((num_domains, num_targets), torch.nan, dtype=torch.float64)
+        norms, losses = products[:, 0].clone(), products[:, 0].clone()
+        return cls(products, norms, torch.tensor(torch.nan).double(), losses, torch.zeros_like(losses))
+
+
+class TargetMetric(Protocol):
+    """Which inner product: the plain one with what this makes of the target's gradient."""
+
+    def __call__(self, vectors: Vectors, target: Gradient, *, weight: float) -> Gradient:
+        """
+        Args:
+            vectors ([`Vectors`]): The parameters.
+            target ([`Gradient`]): A weighted sum of gradients of mean losses.
+            weight (`float`): The sum of those weights.
+        """
 
 
 class DomainAlignment(Protocol):
     """A way to the alignment of one step and to the weighted gradient that steps the model; equal on all processes."""
 
-    def align(self, source: GradientSource) -> Alignment:
-        """Compare every present domain's gradient with the target's; leaves `.grad` empty."""
+    def align(self, source: GradientSource, metric: TargetMetric | None = None) -> Alignment:
+        """
+        Compare every present domain's gradient with the target's; leaves `.grad` empty.
+
+        Args:
+            source (`GradientSource`): The step.
+            metric (`TargetMetric`, *optional*): What the target's gradient is replaced by before it is compared.
+        """
 
     def write_gradient(self, source: GradientSource, coefficients: Tensor) -> None:
         """
@@ -135,3 +158,14 @@ class DomainAlignment(Protocol):
 
     def forget(self) -> None:
         """Drop what is kept for [`write_gradient`], which is not going to be called."""
+
+
+def apply_metric(
+    metric: TargetMetric | None, vectors: Vectors, targets: list[Gradient], source: GradientSource
+) -> list[Gradient]:
+    """The sums of targets of a step, one or one for each half, in a metric."""
+    if metric is None:
+        return targets
+    weights = source.target_weights or dict.fromkeys(source.present_domains, 1.0)
+    totals = [sum(w for t, w in weights.items() if t % len(targets) == half) for half in range(len(targets))]
+    return [metric(vectors, target, weight=total or 1.0) for target, total in zip(targets, totals, strict=True)]

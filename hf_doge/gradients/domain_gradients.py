@@ -9,7 +9,7 @@ not with the domains, and cost one product more for each question that is asked 
 Shapes: K = domains, R = rows of one micro-batch, those of a domain next to each other; a parameter is `(A, B)`.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -214,17 +214,18 @@ class DomainGradients:
         `sum_j coefficients_j g_j`.
 
         Args:
-            coefficients (`torch.Tensor` of shape `(K,)`): Factor of each domain.
+            coefficients (`torch.Tensor` of shape `(K,)` or `(C, K)`): Factor of each domain, or several such.
 
         Returns:
-            `torch.Tensor` of the shape and dtype of the parameter.
+            `torch.Tensor` of the shape (behind `C`, for several) and dtype of the parameter.
         """
         total = None
         if self._dense is not None:
             dense = self._finished_dense()
-            total = (coefficients.to(self.device, self.dtype) @ dense.flatten(1)).view(self.shape)
+            total = coefficients.to(self.device, self.dtype) @ dense.flatten(1)
+            total = total.view(*coefficients.shape[:-1], *self.shape)
         for factor in self._factors:
-            part = factor.weighted(coefficients.to(self.device)).to(self.dtype)
+            part = _for_each(factor.weighted, coefficients.to(self.device), num_dims=1).to(self.dtype)
             total = part if total is None else total.add_(part)
         return total
 
@@ -233,19 +234,20 @@ class DomainGradients:
         `<g_j, gradient>` for each domain, summed in float64 (one flat float32 sum is off by 1e-3).
 
         Args:
-            gradient (`torch.Tensor` of the shape of the parameter).
+            gradient (`torch.Tensor` of the shape of the parameter, perhaps behind `C`).
 
         Returns:
-            `torch.Tensor` of shape `(K,)` and dtype float64.
+            `torch.Tensor` of shape `(K,)` or `(K, C)` and dtype float64.
         """
-        total = self._zeros()
+        lead = gradient.shape[: gradient.dim() - len(self.shape)]
+        total = self._zeros(*lead)
         if self._dense is not None:
-            flat = gradient.flatten()
+            flat = gradient.reshape(*lead, -1)
             for block, stop in self._blocks():
-                total += (block @ flat[stop - block.shape[1] : stop]).double()
+                total += (block @ flat[..., stop - block.shape[1] : stop].t()).double()
         for factor in self._factors:
-            sums = factor.segments.sums(factor.inner_products(gradient).double())
-            total[factor.segments.present] += sums
+            rows = _for_each(factor.inner_products, gradient, num_dims=len(self.shape)).double()
+            total[factor.segments.present] += factor.segments.sums(rows.t())
         return total
 
     def combine_and_compare(self, coefficients: Tensor) -> tuple[Tensor, Tensor]:
@@ -253,12 +255,13 @@ class DomainGradients:
         if self._factors:
             total = self.combine(coefficients)
             return total, self.inner_products(total)
-        products, total = self._zeros(), torch.empty(self.shape, dtype=self.dtype, device=self.device)
-        coefficients, flat = coefficients.to(self.device, self.dtype), total.view(-1)
+        lead = coefficients.shape[:-1]
+        products, total = self._zeros(*lead), torch.empty((*lead, *self.shape), dtype=self.dtype, device=self.device)
+        coefficients, flat = coefficients.to(self.device, self.dtype), total.view(*lead, -1)
         for block, stop in self._blocks():
             part = coefficients.to(block.dtype) @ block
-            products += (block @ part).double()
-            flat[stop - block.shape[1] : stop] = part
+            products += (block @ part.t()).double()
+            flat[..., stop - block.shape[1] : stop] = part
         return total, products
 
     def squared_norms(self) -> Tensor:
@@ -287,8 +290,8 @@ class DomainGradients:
                     total = part if total is None else total.add_(part)
         return total
 
-    def _zeros(self) -> Tensor:
-        return torch.zeros(self.num_domains, dtype=torch.float64, device=self.device)
+    def _zeros(self, *lead: int) -> Tensor:
+        return torch.zeros(self.num_domains, *lead, dtype=torch.float64, device=self.device)
 
     def _get_dense(self) -> Tensor:
         if self._dense is None:
@@ -323,6 +326,11 @@ class DomainGradients:
             stop = min(start + width, flat.shape[1])
             block = flat[:, start:stop]
             yield block if block.dtype.itemsize >= 4 else block.float(), stop
+
+
+def _for_each(function: Callable[[Tensor], Tensor], values: Tensor, *, num_dims: int) -> Tensor:
+    """A function of tensors of so many dimensions, of one or of each of several."""
+    return function(values) if values.dim() == num_dims else torch.stack([function(value) for value in values])
 
 
 def squared_norm(gradient: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from hf_doge.functional.doge import clip_scale
-from hf_doge.gradients.alignment import Alignment, GradientSource
+from hf_doge.gradients.alignment import Alignment, GradientSource, TargetMetric, apply_metric
 from hf_doge.gradients.vectors import Gradient, Vectors, own_part
 
 
@@ -30,42 +30,47 @@ class StreamedAlignment:
 
     Args:
         vectors ([`Vectors`]): The trainable parameters. The model is stepped on all of them, scored or not.
-        num_domains (`int`): How many training domains there are.
+        num_domains (`int`): How many training domains there are; twice as many where they are aligned in halves.
+        num_targets (`int`): 2 where they are, 1 otherwise.
         max_norm (`float`, *optional*): Clip each domain's and each target's gradient, alone, to this norm.
         needs_norms (`bool`): Whether anybody reads [`Alignment.norms`].
     """
 
     def __init__(
-        self, vectors: Vectors, *, num_domains: int, max_norm: float | None = None, needs_norms: bool = True
+        self,
+        vectors: Vectors,
+        *,
+        num_domains: int,
+        num_targets: int = 1,
+        max_norm: float | None = None,
+        needs_norms: bool = True,
     ) -> None:
         self.vectors = vectors
         self.num_domains = num_domains
+        self.num_targets = num_targets
         self.max_norm = max_norm
         self.needs_norms = needs_norms or max_norm is not None
         # Whether each domain's gradient is summed over the processes before anything else.
         self.sums_each_domain = vectors.is_sharded or (vectors.reduction.is_needed and self.needs_norms)
 
-    def align(self, source: GradientSource) -> Alignment:
-        vectors, alignment = self.vectors, Alignment.empty(self.num_domains)
-        if source.target_weights is None:
-            target = self._sum_of_domains(source, alignment)
-            if not self.sums_each_domain:
-                vectors.sum_over_processes(target)
-        else:
-            target = self.sum_of_targets(source)
-        target_square, squares = vectors.inner_product(target, target), alignment.norms
+    def align(self, source: GradientSource, metric: TargetMetric | None = None) -> Alignment:
+        vectors, alignment = self.vectors, Alignment.empty(self.num_domains, self.num_targets)
+        targets = self._sum_domains(source, alignment) if source.target_weights is None else self.sum_targets(source)
+        targets = apply_metric(metric, vectors, targets, source)
+        target_square, squares = vectors.inner_product(targets[0], targets[0]), alignment.norms
         for domain in source.present_domains:
             gradient = self._domain_gradient(source, domain, alignment)
             scale = alignment.step_scales[domain]
             if scale > 0:
-                alignment.inner_products[domain] = scale * vectors.inner_product(gradient, target)
+                for position, target in enumerate(targets):
+                    alignment.inner_products[domain, position] = scale * vectors.inner_product(gradient, target)
                 if self.needs_norms:
                     squares[domain] = vectors.inner_product(gradient, gradient)
         if vectors.is_sharded:
-            numbers = torch.cat([alignment.inner_products, squares, target_square[None]])
-            alignment.inner_products, squares, target_square = vectors.sum_numbers(numbers).split(
-                [self.num_domains, self.num_domains, 1]
-            )
+            products = alignment.inner_products
+            numbers = vectors.sum_numbers(torch.cat([products.flatten(), squares, target_square[None]]))
+            found, squares, target_square = numbers.split([products.numel(), self.num_domains, 1])
+            alignment.inner_products = found.view_as(products)
         elif not self.sums_each_domain:
             alignment.inner_products = vectors.sum_numbers(alignment.inner_products)
         alignment.norms = alignment.step_scales * squares.sqrt()
@@ -90,10 +95,10 @@ class StreamedAlignment:
     def forget(self) -> None:
         pass  # nothing is kept
 
-    def sum_of_targets(self, source: GradientSource) -> Gradient:
-        """`sum_m v_m G_m` over the given targets and all processes."""
+    def sum_targets(self, source: GradientSource) -> list[Gradient]:
+        """`sum_m v_m G_m` over the given targets and all processes; or one of their first halves, and one of their second."""
         vectors, is_clipped = self.vectors, self.max_norm is not None
-        total = vectors.zeros()
+        totals = [vectors.zeros() for _ in range(self.num_targets)]
         for target, weight in source.target_weights.items():
             loss = source.target_backward(target)
             gradient = vectors.take()
@@ -102,11 +107,12 @@ class StreamedAlignment:
             _, scale = self._loss_and_scale(loss, gradient, is_summed=is_clipped)
             if scale == 0.0:
                 # A target that is not a number leaves nothing to compare with.
-                return [torch.full_like(own_part(parameter), torch.nan) for parameter in vectors.parameters]
-            vectors.add(total, gradient, scale=weight * scale)
+                return [[torch.full_like(own_part(p), torch.nan) for p in vectors.parameters]] * self.num_targets
+            vectors.add(totals[target % self.num_targets], gradient, scale=weight * scale)
         if not is_clipped:
-            vectors.sum_over_processes(total)
-        return total
+            for total in totals:
+                vectors.sum_over_processes(total)
+        return totals
 
     def _write(self, source: GradientSource, coefficients: Tensor) -> Tensor:
         """`sum_j coefficients_j g_j` into `.grad`; returns the losses."""
@@ -129,13 +135,17 @@ class StreamedAlignment:
         alignment.losses[domain], alignment.step_scales[domain] = found
         return gradient
 
-    def _sum_of_domains(self, source: GradientSource, alignment: Alignment) -> Gradient:
-        """`sum_j g_j`, the universal target: the training domains of this very step."""
-        total = self.vectors.zeros()
+    def _sum_domains(self, source: GradientSource, alignment: Alignment) -> list[Gradient]:
+        """`sum_j g_j`, the universal target: the training domains of this very step; likewise in halves."""
+        totals = [self.vectors.zeros() for _ in range(self.num_targets)]
         for domain in source.present_domains:
             gradient = self._domain_gradient(source, domain, alignment)
-            self.vectors.add(total, gradient, scale=float(alignment.step_scales[domain]))
-        return total
+            scale = float(alignment.step_scales[domain])
+            self.vectors.add(totals[domain % self.num_targets], gradient, scale=scale)
+        if not self.sums_each_domain:
+            for total in totals:
+                self.vectors.sum_over_processes(total)
+        return totals
 
     def _loss_and_scale(self, loss: Tensor, gradient: Gradient, *, is_summed: bool) -> tuple[float, float]:
         """A domain's or target's loss and the factor that clips its gradient; 0 where either is not finite."""
@@ -156,9 +166,9 @@ class StreamedAlignment:
 class PerDomainAlignment(StreamedAlignment):
     """Keep all K gradients: one backward per domain and, with a target of its own, one per target."""
 
-    def align(self, source: GradientSource) -> Alignment:
+    def align(self, source: GradientSource, metric: TargetMetric | None = None) -> Alignment:
         self._kept: dict[int, Gradient] = {}
-        return super().align(source)
+        return super().align(source, metric)
 
     def _domain_gradient(self, source: GradientSource, domain: int, alignment: Alignment) -> Gradient:
         if domain not in self._kept:

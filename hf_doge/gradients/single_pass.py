@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_doge.functional.doge import clip_scale
-from hf_doge.gradients.alignment import Alignment, GradientSource, MixedBatch
+from hf_doge.gradients.alignment import Alignment, GradientSource, MixedBatch, TargetMetric, apply_metric
 from hf_doge.gradients.domain_gradients import DomainGradients, squared_norm
 from hf_doge.gradients.per_domain import StreamedAlignment
 from hf_doge.gradients.segmented import HiddenBatchError, SegmentedBackward
@@ -69,16 +69,16 @@ class SinglePassAlignment:
         self._num_compared = 0  # domains that the check has seen on this process
         self._step_is_plain = False
 
-    def align(self, source: GradientSource) -> Alignment:
+    def align(self, source: GradientSource, metric: TargetMetric | None = None) -> Alignment:
         alignment = None
         self._verify(source)
         if not self._is_plain:
-            target = None if source.target_weights is None else self.plain.sum_of_targets(source)
+            targets = None if source.target_weights is None else self.plain.sum_targets(source)
             losses = self._run(source)
             if losses is not None:
-                alignment = self._compare(source, target, losses)
+                alignment = self._compare(source, targets, losses, metric)
         self._step_is_plain = alignment is None
-        return self.plain.align(source) if alignment is None else alignment
+        return self.plain.align(source, metric) if alignment is None else alignment
 
     def write_gradient(self, source: GradientSource, coefficients: Tensor) -> None:
         if self._step_is_plain:
@@ -108,14 +108,18 @@ class SinglePassAlignment:
                 self.vectors.take()
         return self.plain.write_weighted_gradient(source, coefficients)
 
-    def _compare(self, source: GradientSource, target: Gradient | None, losses: Tensor) -> Alignment | None:
+    def _compare(
+        self, source: GradientSource, targets: list[Gradient] | None, losses: Tensor, metric: TargetMetric | None
+    ) -> Alignment | None:
         """Read off the alignment; `None` if something is not finite."""
-        present, sums_each_domain = source.present_domains, self.plain.sums_each_domain
+        present, num_targets = source.present_domains, self.plain.num_targets
+        sums_each_domain = self.plain.sums_each_domain
         if sums_each_domain:
             self._sum_domains_over_processes(present)
         scales = torch.zeros(self.num_domains, dtype=torch.float64)
         scales[present] = 1.0
-        products, scored_norms = (torch.full((self.num_domains,), torch.nan, dtype=torch.float64) for _ in range(2))
+        products = torch.full((self.num_domains, num_targets), torch.nan, dtype=torch.float64)
+        scored_norms = products[:, 0].clone()
         if self.plain.needs_norms:
             norms = self._sum_over_parameters(lambda store, _: store.squared_norms(), scored_only=False).sqrt()
             if self.plain.max_norm is not None:
@@ -123,44 +127,67 @@ class SinglePassAlignment:
             if not all(self.vectors.scored):
                 norms = self._sum_over_parameters(lambda store, _: store.squared_norms()).sqrt()
             scored_norms[present] = scales[present] * norms[present]
-        if target is None and not self.vectors.reduction.is_needed:
-            target, found = self._compare_with_sum(scales)
+        if targets is None and metric is None and not self.vectors.reduction.is_needed:
+            target, found = self._compare_with_sum(self._of_each_target(scales))
         else:
-            if target is None:
-                target = [None if store.is_empty else store.combine(scales) for store in self._stores]
-                if not sums_each_domain:
-                    self.vectors.sum_over_processes(target)
+            if targets is None:
+                targets = self._combine(scales)
+            target = _stack(apply_metric(metric, self.vectors, targets, source))
             found = self._sum_over_parameters(
-                lambda store, position: None if target[position] is None else store.inner_products(target[position])
+                lambda store, position: None if target[position] is None else store.inner_products(target[position]),
+                *([num_targets] if num_targets > 1 else []),
             )
             if not sums_each_domain:
                 found = self.vectors.sum_numbers(found)
-        products[present] = scales[present] * found[present]
+        products[present] = (scales.unsqueeze(1) * found.view_as(products))[present]
         target_norm = self.vectors.inner_product(target, target).sqrt()
         if not (target_norm.isfinite() and products[present].isfinite().all()):
             return None
         return Alignment(products, scored_norms, target_norm, losses, scales)
 
-    def _compare_with_sum(self, scales: Tensor) -> tuple[Gradient, Tensor]:
-        """The sum of the scaled gradients, and the inner product of each domain's with it."""
+    def _of_each_target(self, scales: Tensor) -> Tensor:
+        """The factor of each domain in the sum that it is compared with; for halves, in that of either half."""
+        num_targets = self.plain.num_targets
+        if num_targets == 1:
+            return scales
+        halves = torch.arange(self.num_domains) % num_targets
+        return torch.stack([scales * (halves == half) for half in range(num_targets)])
+
+    def _combine(self, scales: Tensor) -> list[Gradient]:
+        """The sums of the scaled gradients, over all processes."""
+        coefficients = self._of_each_target(scales)
+        sums = [None if store.is_empty else store.combine(coefficients) for store in self._stores]
+        targets = [sums] if coefficients.dim() == 1 else []
+        for half in range(self.plain.num_targets - len(targets)):
+            targets.append([None if total is None else total[half] for total in sums])
+        if not self.plain.sums_each_domain:
+            for target in targets:
+                self.vectors.sum_over_processes(target)
+        return targets
+
+    def _compare_with_sum(self, coefficients: Tensor) -> tuple[Gradient, Tensor]:
+        """The sums of the scaled gradients, and the inner product of each domain's with them."""
         target: Gradient = []
-        products = torch.zeros(self.num_domains, dtype=torch.float64, device=self.vectors.device)
+        products = self._zeros(*coefficients.shape[:-1])
         for store, scored in zip(self._stores, self.vectors.scored, strict=True):
-            total, found = (None, None) if store.is_empty else store.combine_and_compare(scales)
+            total, found = (None, None) if store.is_empty else store.combine_and_compare(coefficients)
             target.append(total)
             if scored and found is not None:
                 products += found.to(products.device)
         return target, products.cpu()
 
-    def _sum_over_parameters(self, question, *, scored_only: bool = True) -> Tensor:
-        """Ask each parameter's store for K numbers and add them up: float64 on the CPU."""
-        total = torch.zeros(self.num_domains, dtype=torch.float64, device=self.vectors.device)
+    def _sum_over_parameters(self, question, *num_targets: int, scored_only: bool = True) -> Tensor:
+        """Ask each parameter's store for K numbers, or for K of each target, and add them up: float64 on the CPU."""
+        total = self._zeros(*num_targets)
         for position, (store, scored) in enumerate(zip(self._stores, self.vectors.scored, strict=True)):
             if not store.is_empty and (scored or not scored_only):
                 answer = question(store, position)
                 if answer is not None:
                     total += answer.to(total.device)
         return total.cpu()
+
+    def _zeros(self, *num_targets: int) -> Tensor:
+        return torch.zeros(self.num_domains, *num_targets, dtype=torch.float64, device=self.vectors.device)
 
     def _sum_domains_over_processes(self, present: list[int]) -> None:
         """Every domain's own gradient, summed over the processes: K x P numbers, for the sake of its norm."""
@@ -326,6 +353,18 @@ class SinglePassAlignment:
             DomainGradients(p.shape, p.dtype, p.device, num_domains=self.num_domains, keeps_dense=keeps_dense)
             for p in self.vectors.parameters
         ]
+
+
+def _stack(targets: list[Gradient]) -> Gradient:
+    """Several gradients as one of tensors that have them in their first dimension; one as it is."""
+    if len(targets) == 1:
+        return targets[0]
+    stacked: Gradient = []
+    for parts in zip(*targets, strict=True):
+        some = next((part for part in parts if part is not None), None)
+        whole = [torch.zeros_like(some) if part is None else part for part in parts] if some is not None else None
+        stacked.append(None if whole is None else torch.stack(whole))
+    return stacked
 
 
 def _random_state(devices: Sequence[torch.device]) -> list[Tensor]:

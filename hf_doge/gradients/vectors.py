@@ -26,8 +26,11 @@ class Reduction:
     Every process must make the same calls with tensors of the same shapes and dtypes.
     """
 
-    def __init__(self) -> None:
-        self.num_processes = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    def __init__(self, device: torch.device | None = None) -> None:
+        is_group = dist.is_available() and dist.is_initialized()
+        self.num_processes = dist.get_world_size() if is_group else 1
+        self.process_index = dist.get_rank() if is_group else 0
+        self.device = device  # where the backend wants small tensors to be
 
     @property
     def is_needed(self) -> bool:

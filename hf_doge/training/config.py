@@ -4,6 +4,7 @@ import math
 import re
 from dataclasses import asdict, dataclass, field, fields
 from functools import partial
+from typing import Any
 
 from huggingface_hub.utils import validate_repo_id
 from transformers import TrainingArguments
@@ -22,14 +23,27 @@ from hf_doge.checks import (
 from hf_doge.functional.doge import NORMALIZATIONS
 
 MODES = ("proxy", "online")
-RECIPES = ("paper", "official")
+RECIPES = ("paper", "official", "doge_plus")
+SELF_TERMS = {True: True, False: False, "same": True, "none": False, "independent": "independent"}
+SCORE_METRICS = ("gradient", "optimizer")
+_MU = 0.01  # of the paper's universal runs
+_MU_IN_NATS = 10.0  # of "doge_plus"
 ALIGNMENTS = ("auto", "single_pass", "per_domain", "streamed")
+
+
+def _check_self_term(name: str, value: Any) -> bool | str:
+    if not isinstance(value, (bool, str)) or value not in SELF_TERMS:
+        raise ValueError(f"`{name}` must be True, False or one of {list(SELF_TERMS)[2:]}, but got {show(value)}.")
+    return value
+
+
 _CHECKS = {
     "mode": partial(check_choice, choices=MODES),
     "recipe": partial(check_choice, choices=RECIPES),
     "alignment": partial(check_choice, choices=ALIGNMENTS),
     "normalization": partial(check_choice, choices=NORMALIZATIONS, optional=True),
-    "mu": partial(check_number, least=1 / LARGEST_RATE, most=LARGEST_RATE),
+    "score_metric": partial(check_choice, choices=SCORE_METRICS, optional=True),
+    "mu": partial(check_number, least=1 / LARGEST_RATE, most=LARGEST_RATE, optional=True),
     "smoothing": partial(check_number, least=0, below=1),
     "score_min": partial(check_number, below=math.inf, finite=False, optional=True),  # and see `check_arguments`
     "score_max": partial(check_number, above=-math.inf, finite=False, optional=True),
@@ -41,7 +55,7 @@ _CHECKS = {
     "trajectory_steps": check_count,
     "sampler_lag_steps": partial(check_count, optional=True),
     "per_device_target_batch_size": partial(check_count, optional=True),
-    "self_term": check_flag,
+    "self_term": _check_self_term,
     "lagged_update": check_flag,
     "domain_column": partial(check_text, what="the name of a column"),
     "hub_weights_id": partial(check_repo_id, optional=True),
@@ -63,14 +77,15 @@ class Recipe:
     The ingredients of one weight update, all decided. It is written into the artifact as it is.
 
     Attributes:
-        name (`str`): `"paper"` or `"official"`, the recipe the ingredients started from.
+        name (`str`): `"paper"`, `"official"` or `"doge_plus"`, the recipe the ingredients started from.
         mu (`float`): Bregman coefficient.
         normalization (`str`): See [`~hf_doge.functional.normalize_scores`].
         score_min (`float` or `None`): Lower bound of the normalised scores.
         score_max (`float` or `None`): Upper bound of the normalised scores.
         domain_max_grad_norm (`float` or `None`): Norm to which each domain's gradient is clipped alone.
         smoothing (`float`): Share of the uniform weights mixed into each update.
-        self_term (`bool`): Whether a domain's alignment with itself counts, in the universal setting.
+        self_term (`bool` or `"independent"`): Whether a domain's alignment with itself counts, in the universal setting; and
+            `"independent"` if all gradients are compared across halves of the examples.
         burn_in_steps (`int`): Updates left out of the mean, from the start.
         reweight_steps (`int`): Optimizer steps from one update to the next.
     """
@@ -82,13 +97,22 @@ class Recipe:
     score_max: float | None
     domain_max_grad_norm: float | None
     smoothing: float
-    self_term: bool
+    self_term: bool | str
     burn_in_steps: int
     reweight_steps: int
+    score_metric: str = "gradient"
+
+    @property
+    def is_independent(self) -> bool:
+        """Whether domains are aligned in halves."""
+        return self.self_term == "independent"
 
     def to_dict(self) -> dict:
-        """Plain values, for JSON."""
-        return asdict(self)
+        """Plain values, for JSON; the metric where it is not the paper's, so that older checkpoints are of the same recipe."""
+        values = asdict(self)
+        if self.score_metric == "gradient":
+            del values["score_metric"]
+        return values
 
 
 @dataclass
@@ -96,17 +120,28 @@ class DoGEConfig(TrainingArguments):
     """
     `TrainingArguments` for learning domain weights with DoGE, https://huggingface.co/papers/2310.15393.
 
-    Two recipes set the ingredients of the weight update; any ingredient given beside the recipe overrides it:
+    Three recipes set the ingredients of the weight update; any ingredient given besides the recipe overrides it:
 
-    | | `recipe="paper"` | `recipe="official"` (the authors' code) |
-    |---|---|---|
-    | score | inner product, unbounded | inner product / mean train-gradient norm, clipped to [0, 5] |
-    | each domain's gradient | as it is | clipped alone to `max_grad_norm` |
-    | target | the step's train domains, or a target set | a target set (held-out mix or out-of-domain) |
+    | | `recipe="paper"` | `recipe="official"` (the authors' code) | `recipe="doge_plus"` (ours) |
+    |---|---|---|---|
+    | score | inner product, unbounded | inner product / mean train-gradient norm, clipped to [0, 5] | inner product with the optimizer's update, in nats |
+    | a domain compared with itself | yes | no: the target is held out | across halves of its examples only |
+    | each domain's gradient | as it is | clipped alone to `max_grad_norm` | as it is |
+    | target | the step's train domains, or a target set | a target set (held-out mix or out-of-domain) | either |
+    | `mu` | 0.01 | 0.01 | 10 nats |
 
-    In both, the new weights step the model, and the result is the mean of the weights after every update.
+    In all of them the new weights step the model, and the result is the mean of the weights after every update.
     `mu` cannot be carried from one recipe to the other, nor from the authors' later code: see
-    [`hf_doge.functional.doge`] for the three conventions.
+    [`hf_doge.functional.doge`] for the three conventions. With `score_metric="optimizer"` its unit is nats: weights change by
+    `exp(score / mu)`, where the score is by how many nats a step on the domain alone would lower the targets' summed loss.
+
+    `self_term="independent"` needs two examples of each domain in a step, and memory for twice as many gradients where they are
+    kept. A domain of which a step has but one example with a label keeps its share in that step. Given targets share no example
+    with a domain: with them it is the same as `"same"`.
+
+    The logs tell how sure a score is: `domain_score_noise/<name>` is the standard deviation of one step's score over the draw of
+    its examples, from the differences of the last hundred (see [`~hf_doge.artifacts.record.estimate_score_noise`]), and
+    `domain_score_snr/<name>` the mean score since the last log over it.
     """
 
     domain_column: str = field(
@@ -115,13 +150,25 @@ class DoGEConfig(TrainingArguments):
     )
     recipe: str = field(
         default="paper",
-        metadata={"help": "Where the ingredients of the weight update come from: 'paper' or 'official'."},
-    )
-    mu: float = field(
-        default=0.01,
         metadata={
-            "help": "Bregman coefficient of the weight update, exp(learning_rate * score / mu). Smaller means faster "
-            "weights. Must be > 0. The paper's runs use 0.01 (universal), 0.05 and 0.001 (out-of-domain)."
+            "help": "Where the ingredients of the weight update come from: 'paper', 'official' or, ours, 'doge_plus' (scores "
+            "without the noise of a domain's own examples, in nats)."
+        },
+    )
+    mu: float | None = field(
+        default=None,
+        metadata={
+            "help": "Bregman coefficient of the weight update, exp(learning_rate * score / mu), or exp(score / mu) with "
+            "`score_metric='optimizer'`. Smaller means faster weights. Must be > 0. The paper's runs use 0.01 (universal), "
+            "0.05 and 0.001 (out-of-domain). Default: what the recipe says, 0.01 or, 'doge_plus', 10 nats."
+        },
+    )
+    score_metric: str | None = field(
+        default=None,
+        metadata={
+            "help": "What is compared with the target's gradient: 'gradient', each domain's gradient, or 'optimizer', the "
+            "update that AdamW would make from it, so that scores are in nats of target loss a step. Default: what the recipe "
+            "says."
         },
     )
     normalization: str | None = field(
@@ -146,9 +193,12 @@ class DoGEConfig(TrainingArguments):
     smoothing: float = field(
         default=0.0, metadata={"help": "Share of the uniform weights mixed into each update, in [0, 1)."}
     )
-    self_term: bool = field(
+    self_term: bool | str = field(
         default=True,
-        metadata={"help": "Count a domain's alignment with itself when the targets are the train domains."},
+        metadata={
+            "help": "Count a domain's alignment with itself when the targets are the train domains: True or 'same' (the "
+            "paper), False or 'none', or 'independent', across halves of its examples. True is 'independent' in the recipe 'doge_plus'."
+        },
     )
     burn_in_steps: int = field(
         default=0,
@@ -244,7 +294,8 @@ class DoGEConfig(TrainingArguments):
                 raise ValueError(
                     f"`{name}` must be in [-{LARGEST_RATE:g}, {LARGEST_RATE:g}] or infinite, but got {getattr(self, name)}."
                 )
-        rate = self.learning_rate / self.mu
+        recipe = self.get_recipe()
+        rate = self.learning_rate / recipe.mu
         if not rate <= LARGEST_RATE:
             raise ValueError(
                 f"`learning_rate` / `mu`, the speed of the weights, must be at most {LARGEST_RATE:g}, but it is {rate:g}. Lower"
@@ -254,6 +305,7 @@ class DoGEConfig(TrainingArguments):
             raise ValueError("`lagged_update` is of the mode 'proxy'; in 'online' mode see `sampler_lag_steps`.")
         if self.score_min is not None and self.score_max is not None and self.score_min > self.score_max:
             raise ValueError(f"`score_min` must not exceed `score_max`, but got {self.score_min} > {self.score_max}.")
+        self._refuse_unmixable(recipe)
         if self.hub_weights_id is None and self.push_to_hub and self.hub_model_id is not None:
             try:
                 validate_repo_id(self.hub_model_id + WEIGHTS_SUFFIX)
@@ -270,6 +322,26 @@ class DoGEConfig(TrainingArguments):
                     f"`alignment_parameters` must be a regular expression, but got {show(self.alignment_parameters)}: {error}."
                 ) from error
 
+    @staticmethod
+    def _refuse_unmixable(recipe: Recipe) -> None:
+        """Ingredients that would ask for numbers which are not there."""
+        is_measured = recipe.score_metric == "optimizer"
+        if recipe.is_independent and recipe.domain_max_grad_norm is not None:
+            raise ValueError(
+                "`self_term='independent'` compares halves, whose lengths do not tell that of the whole gradient, so "
+                f"`domain_max_grad_norm` must be 0, but got {recipe.domain_max_grad_norm}. Set it to 0, or `self_term='same'`."
+            )
+        if (recipe.is_independent or is_measured) and recipe.normalization != "none":
+            raise ValueError(
+                "`self_term='independent'` and `score_metric='optimizer'` take scores as they are, so `normalization` must be "
+                f"'none', but got {recipe.normalization!r}. Set it to 'none', or leave the other two at the paper's."
+            )
+        if is_measured and recipe.self_term is False:
+            raise ValueError(
+                "`score_metric='optimizer'` cannot take off a domain's product with itself, so `self_term` must be "
+                "'independent' or 'same', but got 'none'. Use 'independent'."
+            )
+
     @property
     def is_online(self) -> bool:
         """Whether the weights draw the examples, rather than scale the loss."""
@@ -282,7 +354,7 @@ class DoGEConfig(TrainingArguments):
 
     def get_recipe(self) -> Recipe:
         """The ingredients in force: the recipe's, where none was given beside it."""
-        official = self.recipe == "official"
+        official, plus = self.recipe == "official", self.recipe == "doge_plus"
         domain_max_grad_norm = self.domain_max_grad_norm
         if domain_max_grad_norm is None and official:
             domain_max_grad_norm = self.max_grad_norm
@@ -292,15 +364,16 @@ class DoGEConfig(TrainingArguments):
         score_max = 5.0 if self.score_max is None and official else self.score_max
         return Recipe(
             name=self.recipe,
-            mu=self.mu,
+            mu=self.mu if self.mu is not None else (_MU_IN_NATS if plus else _MU),
             normalization=self.normalization or ("mean_norm" if official else "none"),
             score_min=None if score_min == -math.inf else score_min,
             score_max=None if score_max == math.inf else score_max,
             domain_max_grad_norm=domain_max_grad_norm or None,
             smoothing=self.smoothing,
-            self_term=self.self_term,
+            self_term="independent" if plus and self.self_term is True else SELF_TERMS[self.self_term],
             burn_in_steps=self.burn_in_steps,
             reweight_steps=self.reweight_steps,
+            score_metric=self.score_metric or ("optimizer" if plus else "gradient"),
         )
 
     def get_doge_arguments(self) -> dict:

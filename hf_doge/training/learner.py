@@ -1,7 +1,6 @@
 """What learns the domain weights, apart from when: [`DomainLearner`], driven by a trainer."""
 
 import time
-import zlib
 from collections.abc import Mapping
 from copy import copy
 from pathlib import Path
@@ -12,8 +11,14 @@ from torch import Tensor
 from transformers import Trainer
 
 from hf_doge.artifacts.domain_weights import DomainWeights
-from hf_doge.functional.doge import clamp_scores, normalize_scores, update_domain_weights
-from hf_doge.gradients.alignment import Alignment, DomainAlignment
+from hf_doge.functional.doge import (
+    clamp_scores,
+    independent_scores,
+    normalize_scores,
+    update_domain_weights,
+)
+from hf_doge.gradients.alignment import Alignment, DomainAlignment, TargetMetric
+from hf_doge.gradients.optimizer_metric import OptimizerMetric
 from hf_doge.gradients.sharding import reshard, sum_every_backward
 from hf_doge.gradients.vectors import Reduction
 from hf_doge.sampling.domains import DomainIndex, StreamDomains
@@ -22,10 +27,19 @@ from hf_doge.training.collator import DOMAIN_IDS
 from hf_doge.training.domain_batches import DomainBatches, TargetBatches
 from hf_doge.training.domain_loss import DomainLoss
 from hf_doge.training.global_batch import describe_reading
+from hf_doge.training.halves import split_in_halves
 from hf_doge.training.learning_state import DomainMetrics, LearningState, TrajectoryPoint
 from hf_doge.training.provenance import describe_run
+from hf_doge.training.run_identity import describe_recipe
 from hf_doge.training.setup import choose_alignment, weights_in_order
-from hf_doge.training.step_gradients import MicroBatch, StepGradients, count_examples, count_labels
+from hf_doge.training.step_gradients import (
+    MicroBatch,
+    StepGradients,
+    agree_on_calls,
+    count_examples,
+    count_labels,
+    sum_counts,
+)
 
 
 class DomainLearner:
@@ -60,7 +74,7 @@ class DomainLearner:
         self._clock = time.monotonic()
         self._described_step: int | None = None  # at which `state.described` was taken
         self._loss = DomainLoss(trainer)
-        self._reduction = Reduction()
+        self._reduction = Reduction(trainer.args.device)
         self._trained_parameters: list[int] = []
         self.read_arguments()
         self._alignment = self.alignment
@@ -72,6 +86,8 @@ class DomainLearner:
         """
         self.args = copy(self.trainer.args)
         self.recipe = self.args.get_recipe()
+        # Of each domain that are aligned: given targets share no example with it, so only a universal score needs halves.
+        self._num_parts = 2 if self.recipe.is_independent and self.targets is None else 1
         self._trained_parameters = []  # for the alignment to be chosen again
 
     @property
@@ -89,6 +105,7 @@ class DomainLearner:
                     self.args,
                     self.recipe,
                     num_domains=len(self.domains.names),
+                    num_parts=self._num_parts,
                     is_universal=self.targets is None,
                     uses_collectives=self._loss.uses_collectives,
                 )
@@ -118,16 +135,16 @@ class DomainLearner:
         Returns:
             `torch.Tensor` of shape `()`: the weighted loss that the step lowers.
         """
-        start, way = time.perf_counter(), self.alignment
+        start, way, metric = time.perf_counter(), self.alignment, self._metric()
         targets = self.targets if self.is_due else None
         step = self._prepare(batches, targets, trains=True)
         if self.is_due and step.can_align:
-            alignment = way.align(step)  # <g_j, G> of every domain j
-            losses, usable = alignment.losses, alignment.step_scales > 0
+            alignment = way.align(step, metric)  # <g_j, G> of every domain j
+            losses, usable, _ = found = _by_domain(alignment, step)
             before = self._shares(usable)
-            self._update_weights(alignment, step.present_domains)  # alpha_j *= exp(lr <g_j, G> / mu)
+            self._update_weights(alignment, step, *found)  # alpha_j *= exp(lr <g_j, G> / mu)
             shares = before if self.args.lagged_update else self._shares(usable)
-            way.write_gradient(step, shares * alignment.step_scales)  # sum_j alpha_j g_j
+            way.write_gradient(step, _by_part(shares, step) * alignment.step_scales)  # sum_j alpha_j g_j
         else:
             losses, usable = self._write_weighted_gradient(step)
         loss = self._weighted_loss(losses, usable)
@@ -146,25 +163,28 @@ class DomainLearner:
         """
         step = self._prepare(self._pieces(self.looks), self.targets, trains=False, spare=batch)
         if step.can_align:
-            alignment = self.alignment.align(step)
+            alignment = self.alignment.align(step, self._metric())
             self.alignment.forget()
-            self._update_weights(alignment, step.present_domains)
+            self._update_weights(alignment, step, *_by_domain(alignment, step))
         return step.can_align
 
     def _write_weighted_gradient(self, step: StepGradients) -> tuple[Tensor, Tensor]:
         """`sum_j alpha_j g_j` of a step that is not aligned; returns the losses and which domains are in it."""
-        way, weights = self.alignment, self.state.weights
-        usable = torch.zeros_like(weights, dtype=torch.bool)
-        usable[step.present_domains] = True
-        losses = way.write_weighted_gradient(step, self._shares(usable))
+        way, weights, usable = self.alignment, self.state.weights, step.is_present
+        losses = way.write_weighted_gradient(step, _by_part(self._shares(usable), step))
+        losses = losses if step.halves is None else step.halves.mean_losses(losses)
         finite = usable & losses.isfinite()
         if not torch.equal(usable & (weights > 0), finite):
             # A loss that is not a number has spoilt the sum: take it again without that domain.
             self.trainer.model.zero_grad()
-            way.write_weighted_gradient(step, self._shares(finite))
-        self._note_finiteness(bool((usable & ~finite & (weights > 0)).any()))
+            way.write_weighted_gradient(step, _by_part(self._shares(finite), step))
+        is_broken = bool((usable & ~finite & (weights > 0)).any())
+        self.state.note_finiteness(is_broken, patience=self.args.max_nonfinite_steps)
         self.metrics.record(losses=losses)
         return losses, finite
+
+    def _metric(self) -> TargetMetric | None:
+        return OptimizerMetric(self.trainer.optimizer) if self.recipe.score_metric == "optimizer" else None
 
     def _pieces(self, batches: DomainBatches) -> list[tuple[dict[str, Any], Tensor]]:
         """This process' share of the examples that the step at hand compares, besides those that it trains on."""
@@ -177,17 +197,7 @@ class DomainLearner:
         )
         return [(trainer._prepare_inputs(trainer.data_collator(features)), ids) for features, ids in pieces]
 
-    def _micro_batch(self, inputs: dict[str, Any], ids: Tensor | None) -> MicroBatch:
-        if ids is None:
-            raise ValueError(
-                "Every batch must come with its domains, which the trainer's own data collator adds, but a batch came "
-                "without. Pass `data_collator` when the trainer is made, and leave `trainer.data_collator` alone."
-            )
-        if (ids < 0).any():
-            raise ValueError(
-                f"Every train example must come with its {self.args.domain_column!r}, but some come without. Keep "
-                "that column in the format or transform of the train dataset, and do not pack examples."
-            )
+    def _micro_batch(self, inputs: dict[str, Any], ids: Tensor) -> MicroBatch:
         return MicroBatch(inputs, ids, labels_are_shifted=self._loss.labels_are_shifted)
 
     def _prepare(
@@ -209,16 +219,27 @@ class DomainLearner:
         """
         train = [self._micro_batch(*batch) for batch in batches]
         target = [] if targets is None else [self._micro_batch(*batch) for batch in self._pieces(targets)]
-        num_domains, target_weights = len(self.domains.names), None if self.targets is None else self.targets.weights
-        num_targets = len(target_weights or ())
-        counts = [count_labels(train, num_domains), count_labels(target, num_targets)]
+        num_domains, weights = len(self.domains.names), None if self.targets is None else self.targets.weights
+        num_targets = len(weights or ())
         if trains:
-            counts.append(count_examples(train, num_domains))
-        items, target_items, *examples = self._sum_counts(counts)
+            counts = [count_labels(train, num_domains), count_examples(train, num_domains)]
+        if self._num_parts == 2:
+            split_in_halves(train, num_domains, self._reduction)
+        num_domains *= self._num_parts
+        items, target_items = count_labels(train, num_domains), count_labels(target, num_targets)
+        items, target_items, *counts = sum_counts(
+            [items, target_items, *(counts if trains else [])],
+            self.state.weights,
+            self._reduction,
+            step=self.trainer.state.global_step,
+        )
         if trains:
-            self.state.num_tokens += items
-            self.state.num_examples += examples[0]
+            self.state.num_tokens += counts[0]
+            self.state.num_examples += counts[1]
         self._loss.learn(train)
+        num_calls = None
+        if self._loss.uses_collectives:
+            num_calls = agree_on_calls(train, target, num_domains, num_targets, self._reduction)
         if self._loss.is_sharded:
             sum_every_backward(self.trainer.model)
         return StepGradients(
@@ -227,20 +248,11 @@ class DomainLearner:
             target,
             num_items=items,
             target_items=target_items,
-            target_weights=target_weights,
-            num_calls=self._agree_on_calls(train, target) if self._loss.uses_collectives else None,
+            target_weights=weights,
+            num_parts=self._num_parts,
+            num_calls=num_calls,
             spare=None if spare is None else self._micro_batch(*spare),
         )
-
-    def _agree_on_calls(self, train: list[MicroBatch], targets: list[MicroBatch]) -> tuple[list[int], list[int]]:
-        """The most slices of each domain and target that some process has."""
-        num_domains, num_targets = len(self.domains.names), len(self.targets.weights if self.targets else ())
-        calls = torch.zeros(num_domains + num_targets, dtype=torch.int64)
-        for offset, batches in ((0, train), (num_domains, targets)):
-            for batch in batches:
-                calls[offset + batch.domain_ids[batch.items > 0].unique()] += 1
-        calls = self._reduction.max(calls.to(self.args.device)).tolist()
-        return calls[:num_domains], calls[num_domains:]
 
     def begin(self, checkpoint: Path | None) -> None:
         """Start from the beginning, or from where a checkpoint stands."""
@@ -269,14 +281,8 @@ class DomainLearner:
     @property
     def identity(self) -> dict[str, Any]:
         """What makes the weights, for [`~hf_doge.training.run_identity.refuse_other_run`]."""
-        identity = {"recipe": self.recipe.to_dict(), "mode": self.args.mode}
+        identity = describe_recipe(self.args, self.recipe, self.targets)
         identity["initial_weights"] = dict(zip(self.domains.names, self.initial_weights.tolist(), strict=True))
-        identity["targets"] = None if self.targets is None else self.targets.describe()
-        identity["target_data"] = None if self.targets is None else self.targets.fingerprints
-        for name in ("alignment_parameters", "lagged_update", "per_device_target_batch_size"):
-            identity[name] = getattr(self.args, name)
-        if self.args.is_online:
-            identity["sampler_lag_steps"] = self.args.lag_steps
         if self.domains.sizes is None:
             identity["reading"] = describe_reading(self.args, self.trainer.train_dataset.num_shards)
             identity["num_rows"] = dict.fromkeys(self.domains.names)
@@ -316,63 +322,48 @@ class DomainLearner:
         ]
         num_domains = len(self.domains.names)
         counts = [count_labels(micro_batches, num_domains), count_examples(micro_batches, num_domains)]
-        items, examples = self._sum_counts(counts)
+        items, examples = sum_counts(counts, self.state.weights, self._reduction, step=self.trainer.state.global_step)
         self.state.num_tokens += items
         self.state.num_examples += examples
 
-    def _sum_counts(self, counts: list[Tensor]) -> list[Tensor]:
-        """Sums over the processes. The same message tells whether all of them hold the same weights."""
-        checksum = zlib.crc32(self.state.weights.numpy().tobytes())
-        numbers = self._reduction.sum(torch.cat([*counts, torch.tensor([checksum])]).to(self.args.device)).cpu()
-        if int(numbers[-1]) != checksum * self._reduction.num_processes:
-            raise RuntimeError(
-                "All processes must hold the same domain weights, but at step "
-                f"{self.trainer.state.global_step} they differ. Start all of them with the same code, arguments, data and "
-                "checkpoint."
-            )
-        return list(numbers[:-1].split([len(count) for count in counts]))
+    def _score(self, alignment: Alignment) -> Tensor:
+        """The score of every domain, NaN where there is none."""
+        if self._num_parts == 2:
+            return independent_scores(alignment.inner_products.view(-1, 2, 2))
+        scores = alignment.inner_products[:, 0]
+        return scores - alignment.norms.square() if self.targets is None and not self.recipe.self_term else scores
 
-    def _update_weights(self, alignment: Alignment, present: list[int]) -> None:
+    def _update_weights(
+        self, alignment: Alignment, step: StepGradients, losses: Tensor, usable: Tensor, scored: Tensor
+    ) -> None:
         """One mirror step by the scores of an alignment, unless something in it is not finite."""
-        usable, recipe, state = alignment.step_scales > 0, self.recipe, self.state
-        learning_rate = self.trainer._get_learning_rate()
-        scores = alignment.inner_products
-        if self.targets is None and not recipe.self_term:
-            scores = scores - alignment.norms.square()
-        finite = len(present) == int(usable.sum()) and bool(scores[usable].isfinite().all())
-        self._note_finiteness(not finite)
+        recipe, state = self.recipe, self.state
+        scores = self._score(alignment)
+        finite = torch.equal(usable, step.is_present) and bool(scores[scored].isfinite().all())
         if not finite:
-            self.metrics.record(losses=alignment.losses, scores=scores)
+            state.note_finiteness(True, patience=self.args.max_nonfinite_steps)
+            self.metrics.record(losses=losses, scores=scores)
             return
-        norms, target_norm = alignment.norms[usable], alignment.target_norm
-        found = normalize_scores(scores[usable], norms, target_norm, normalization=recipe.normalization)
+        found = scores[scored]
+        if self._num_parts == 1:
+            norms, target_norm = alignment.norms[scored], alignment.target_norm
+            found = normalize_scores(found, norms, target_norm, normalization=recipe.normalization)
         found = clamp_scores(found, score_min=recipe.score_min, score_max=recipe.score_max)
-        scores = scores.index_put((usable,), found)
+        scores = scores.index_put((scored,), found)
+        learning_rate = self.trainer._get_learning_rate()
         weights = update_domain_weights(
             state.weights,
             scores,
-            learning_rate=learning_rate,
+            learning_rate=1.0 if recipe.score_metric == "optimizer" else learning_rate,  # which is in such scores
             mu=recipe.mu,
             smoothing=recipe.smoothing,
-            present=usable,
+            present=scored,
         )
-        self.metrics.record(losses=alignment.losses, scores=scores)
+        self.metrics.record(losses=losses, scores=scores)
         state.update(weights, burn_in_steps=recipe.burn_in_steps)
         if state.num_updates % self.args.trajectory_steps == 0:
-            step = self.trainer.state.global_step + 1
-            state.points.append(TrajectoryPoint(step, learning_rate, weights, scores, alignment.losses))
-
-    def _note_finiteness(self, nonfinite: bool) -> None:
-        """Count a step in which a domain's loss or gradient was not finite, and stop when they do not end."""
-        state = self.state
-        state.nonfinite_steps += nonfinite
-        state.nonfinite_in_a_row = state.nonfinite_in_a_row + 1 if nonfinite else 0
-        if state.nonfinite_in_a_row >= self.args.max_nonfinite_steps:
-            raise FloatingPointError(
-                f"Loss and gradient must be finite, but in the last {state.nonfinite_in_a_row} steps some domain's was "
-                "not. The weights were left alone meanwhile. Look at `domain_loss/...` in the logs, lower the learning "
-                "rate or clean the data of that domain (`max_nonfinite_steps` sets the patience)."
-            )
+            number = self.trainer.state.global_step + 1
+            state.points.append(TrajectoryPoint(number, learning_rate, weights, scores, losses))
 
     def _shares(self, usable: Tensor) -> Tensor:
         """Shares of the usable domains, summing to 1; where they hold no weight at all, they count alike."""
@@ -386,3 +377,16 @@ class DomainLearner:
         shares = self._shares(usable)
         loss = torch.where(shares > 0, shares * losses, 0.0).sum()
         return loss.to(device=self.args.device, dtype=torch.float32)
+
+
+def _by_domain(alignment: Alignment, step: StepGradients) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean losses; which domains can step the model; which have a score."""
+    if step.halves is not None:
+        return step.halves.by_domain(alignment)
+    usable = alignment.step_scales > 0
+    return alignment.losses, usable, usable
+
+
+def _by_part(shares: Tensor, step: StepGradients) -> Tensor:
+    """The factor of each gradient that was aligned, from the shares of the domains."""
+    return shares if step.halves is None else step.halves.spread(shares)

@@ -1,6 +1,7 @@
 """What a DoGE run has learned so far, as it goes into a checkpoint and comes back, and what `Trainer.log` shows of it."""
 
 import json
+from collections import deque
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,12 +11,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from hf_doge.artifacts.record import Trajectory
+from hf_doge.artifacts.record import Trajectory, estimate_score_noise
 from hf_doge.functional.doge import update_running_mean
 
 STATE_FILE = "doge_state.json"
 TRAJECTORY_FILE = "doge_trajectory.parquet"
 FORMAT_VERSION = 1
+_NOISE_UPDATES = 100  # that the noise of a score is told from
 
 
 @dataclass
@@ -72,11 +74,23 @@ class LearningState:
         """Take over the weights of one more update."""
         self.weights = weights
         self.num_updates += 1
+        self.nonfinite_in_a_row = 0
         if self.num_updates <= burn_in_steps:
             self.mean = weights.clone()
             return
         self.mean = update_running_mean(self.mean, weights, self.num_averaged)
         self.num_averaged += 1
+
+    def note_finiteness(self, nonfinite: bool, *, patience: int) -> None:
+        """Count a step in which a domain's loss or gradient was not finite, and stop when they do not end."""
+        self.nonfinite_steps += nonfinite
+        self.nonfinite_in_a_row = self.nonfinite_in_a_row + 1 if nonfinite else 0
+        if self.nonfinite_in_a_row >= patience:
+            raise FloatingPointError(
+                f"Loss and gradient must be finite, but in the last {self.nonfinite_in_a_row} steps some domain's was "
+                "not. The weights were left alone meanwhile. Look at `domain_loss/...` in the logs, lower the learning "
+                "rate or clean the data of that domain (`max_nonfinite_steps` sets the patience)."
+            )
 
     @property
     def trajectory(self) -> Trajectory | None:
@@ -177,6 +191,7 @@ class DomainMetrics:
 
     def __init__(self, names: tuple[str, ...]) -> None:
         self.names = names
+        self._last_scores: deque[Tensor] = deque(maxlen=_NOISE_UPDATES + 1)
         self._clear()
 
     def _clear(self) -> None:
@@ -190,6 +205,7 @@ class DomainMetrics:
         self._losses.append(losses)
         if scores is not None:
             self._scores.append(scores)
+            self._last_scores.append(scores)
 
     def record_time(self, *, step_seconds: float, training_seconds: float) -> None:
         """Note how long one step took, and how much of it training alone would have taken."""
@@ -210,6 +226,10 @@ class DomainMetrics:
             "domain_score": _mean_without_nan(self._scores, len(self.names)),
             "domain_tokens": state.num_tokens.tolist(),
         }
+        if len(self._last_scores) > 1:
+            noises = estimate_score_noise(torch.stack(list(self._last_scores)).numpy())
+            by_domain["domain_score_noise"] = noises.tolist()
+            by_domain["domain_score_snr"] = (np.array(by_domain["domain_score"]) / np.maximum(noises, 1e-300)).tolist()
         if sizes is not None:
             by_domain["domain_epochs"] = (state.num_examples.numpy() / sizes).tolist()
         metrics = {

@@ -13,7 +13,8 @@ from transformers import Trainer, TrainingArguments
 from hf_doge.sampling.collation import SeededCollator
 from hf_doge.text import public_name
 from hf_doge.training.collator import ColumnCollator
-from hf_doge.training.config import DoGEConfig
+from hf_doge.training.config import DoGEConfig, Recipe
+from hf_doge.training.domain_batches import TargetBatches
 from hf_doge.training.global_batch import examples_per_step
 from hf_doge.training.learning_state import STATE_FILE
 from hf_doge.training.provenance import to_plain
@@ -108,6 +109,16 @@ def _settings(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         elif not _UNSTEADY_CONFIG.match(str(key)):
             found[f"{prefix}{key}"] = to_plain(value)
     return found
+
+
+def describe_recipe(args: DoGEConfig, recipe: Recipe, targets: TargetBatches | None) -> dict[str, Any]:
+    """How weights are learned and for what, which a resumed run must share, in plain values."""
+    described = {"recipe": recipe.to_dict(), "mode": args.mode}
+    described["targets"] = None if targets is None else targets.describe()
+    described["target_data"] = None if targets is None else targets.fingerprints
+    for name in ("alignment_parameters", "lagged_update", "per_device_target_batch_size"):
+        described[name] = getattr(args, name)
+    return described | ({"sampler_lag_steps": args.lag_steps} if args.is_online else {})
 
 
 def refuse_other_run(checkpoint: Path, own: Mapping[str, Any]) -> None:

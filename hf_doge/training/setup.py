@@ -153,6 +153,7 @@ def choose_alignment(
     recipe: Recipe,
     *,
     num_domains: int,
+    num_parts: int,
     is_universal: bool,
     uses_collectives: bool,
 ) -> DomainAlignment:
@@ -168,6 +169,7 @@ def choose_alignment(
     parameters = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     _refuse_whole_parameters(model, parameters)
     vectors = Vectors(parameters, _find_scored_names(args, parameters))
+    num_domains *= num_parts
     needed = num_domains * sum(num_own_elements(p) * p.element_size() for _, p in parameters) / 2**30
     fits = needed <= args.gradient_memory_budget
     choice, reason = _choose_way(args, fits=fits, uses_collectives=uses_collectives, shards=uses_fsdp(trainer))
@@ -183,6 +185,7 @@ def choose_alignment(
     plain = (PerDomainAlignment if keeps_all else StreamedAlignment)(
         vectors,
         num_domains=num_domains,
+        num_targets=num_parts,
         max_norm=recipe.domain_max_grad_norm,
         needs_norms=recipe.normalization != "none" or (is_universal and not recipe.self_term),
     )

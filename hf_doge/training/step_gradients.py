@@ -1,6 +1,7 @@
 """The losses of one optimizer step, cut by domain: what the alignments of `gradients/` differentiate."""
 
 import time
+import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from copy import copy
@@ -13,6 +14,8 @@ from torch import Tensor
 
 from hf_doge.gradients.alignment import MixedBatch
 from hf_doge.gradients.domain_gradients import Segments
+from hf_doge.gradients.vectors import Reduction
+from hf_doge.training.halves import Halves
 
 
 @dataclass
@@ -107,6 +110,30 @@ def count_examples(batches: list[MicroBatch], num_domains: int) -> Tensor:
     return sum(ones, torch.zeros(num_domains).long())
 
 
+def sum_counts(counts: list[Tensor], weights: Tensor, reduction: Reduction, *, step: int) -> list[Tensor]:
+    """Sums over the processes. The same message tells whether all of them hold the same domain weights."""
+    checksum = zlib.crc32(weights.numpy().tobytes())
+    numbers = reduction.sum(torch.cat([*counts, torch.tensor([checksum])]).to(reduction.device)).cpu()
+    if int(numbers[-1]) != checksum * reduction.num_processes:
+        raise RuntimeError(
+            f"All processes must hold the same domain weights, but at step {step} they differ. Start all of them with the same "
+            "code, arguments, data and checkpoint."
+        )
+    return list(numbers[:-1].split([len(count) for count in counts]))
+
+
+def agree_on_calls(
+    train: list[MicroBatch], targets: list[MicroBatch], num_domains: int, num_targets: int, reduction: Reduction
+) -> tuple[list[int], list[int]]:
+    """The most slices of each domain, and of each target, that some process has."""
+    calls = torch.zeros(num_domains + num_targets, dtype=torch.int64)
+    for offset, batches in ((0, train), (num_domains, targets)):
+        for batch in batches:
+            calls[offset + batch.domain_ids[batch.items > 0].unique()] += 1
+    calls = reduction.max(calls.to(reduction.device)).tolist()
+    return calls[:num_domains], calls[num_domains:]
+
+
 def _refuse_merged_examples(inputs: Mapping[str, Any], num_examples: int) -> None:
     merged = {
         name: tuple(value.shape)
@@ -183,6 +210,7 @@ class StepGradients:
         num_items (`torch.Tensor` of shape `(num_domains,)`): Labels of each domain in the step, on all processes.
         target_items (`torch.Tensor` of shape `(num_targets,)`): Same for the targets.
         target_weights (`dict[int, float]`, *optional*): Weight of each target; `None` in the universal setting.
+        num_parts (`int`): 2 where the "domains" are halves, see [`Halves`].
         num_calls (`tuple[list[int], list[int]]`, *optional*):
             How often the loss is called at least for each domain and each target, where it uses collectives: all processes
             must call it equally often.
@@ -198,6 +226,7 @@ class StepGradients:
         num_items: Tensor,
         target_items: Tensor,
         target_weights: dict[int, float] | None,
+        num_parts: int = 1,
         num_calls: tuple[list[int], list[int]] | None = None,
         spare: MicroBatch | None = None,
     ) -> None:
@@ -210,6 +239,8 @@ class StepGradients:
         self.target_weights = target_weights
         if target_weights is not None:
             self.target_weights = {t: w for t, w in target_weights.items() if target_items[t] > 0 and w > 0}
+        self.halves = Halves(num_items) if num_parts == 2 else None
+        self.is_present = self.halves.is_present if self.halves else num_items > 0  # by domain
         # Whether there is something to compare with: the training domains, or a target that has a label.
         self.can_align = self.target_weights is None or bool(self.target_weights)
         self._num_calls = num_calls

@@ -119,7 +119,7 @@ class DoGEMixin(DomainWeightedMixin):
         else:
             train_dataset, domains = merge_domains(train_dataset, args.domain_column)
         names = domains.names
-        self._refuse_lost_domains(args, names)
+        self._refuse_lost_domains(args, names, has_target=target_dataset is not None)
         self._refuse_useless_cap(args, max_epochs_per_domain)
         first_weights = weights_in_order(initial_weights if args.is_online else None, names)
         super().__init__(
@@ -181,7 +181,7 @@ class DoGEMixin(DomainWeightedMixin):
         super()._read_arguments()
         args.check_arguments()
         refuse_unsupported_arguments(args, has_target=self._targets is not None)
-        self._refuse_lost_domains(args, names)
+        self._refuse_lost_domains(args, names, has_target=self._targets is not None)
         plan = self._plan(names)
         if args.is_online:
             self._alignment_batches.plan(**{**plan, "seed": plan["seed"] + 1})
@@ -194,7 +194,7 @@ class DoGEMixin(DomainWeightedMixin):
         args = self.args
         if args.is_online:
             self._refuse_short_lag()
-        share = ceil(examples_per_step(args) / len(names))
+        share = max(ceil(examples_per_step(args) / len(names)), 2 if args.get_recipe().is_independent else 1)
         return {
             "examples_per_domain": args.per_device_target_batch_size or share if for_targets else share,
             "batch_size": args.train_batch_size,
@@ -258,11 +258,15 @@ class DoGEMixin(DomainWeightedMixin):
             sampler.set_weights(weights, first_draw=first_draw)
 
     @staticmethod
-    def _refuse_lost_domains(args: DoGEConfig, names: tuple[str, ...]) -> None:
-        batch_size = examples_per_step(args)
-        if batch_size < len(names) and not args.is_online:
+    def _refuse_lost_domains(args: DoGEConfig, names: tuple[str, ...], *, has_target: bool) -> None:
+        batch_size, num_parts = (
+            examples_per_step(args),
+            2 if args.get_recipe().is_independent and not has_target else 1,
+        )
+        if batch_size < num_parts * len(names) and not args.is_online:
+            each = "every domain" if num_parts == 1 else "two examples of every domain with `self_term='independent'`"
             raise ValueError(
-                f"Every step must hold every domain, but {batch_size} examples a step cannot hold {len(names)} domains. "
+                f"Every step must hold {each}, but {batch_size} examples a step cannot hold {len(names)} domains. "
                 "Raise `per_device_train_batch_size`, `gradient_accumulation_steps` or the number of processes."
             )
 
@@ -290,9 +294,19 @@ class DoGEMixin(DomainWeightedMixin):
         state = self.domain_sampler.state_dict()
         self.domain_sampler.load_state_dict({**state, "schedule": state["schedule"][:1], "epoch": 0, "position": 0})
 
-    def _prepare_batch(self, inputs: dict[str, Any]) -> tuple[dict[str, Any], Tensor | None]:
+    def _prepare_batch(self, inputs: dict[str, Any]) -> tuple[dict[str, Any], Tensor]:
         """A train batch on the device, and the domain of each example."""
-        return self._prepare_inputs(inputs), inputs.get(DOMAIN_IDS)
+        if DOMAIN_IDS not in inputs:
+            raise ValueError(
+                "Every batch must come with its domains, which the trainer's own data collator adds, but a batch came "
+                "without. Pass `data_collator` when the trainer is made, and leave `trainer.data_collator` alone."
+            )
+        if (inputs[DOMAIN_IDS] < 0).any():
+            raise ValueError(
+                f"Every train example must come with its {self.args.domain_column!r}, but some come without. Keep "
+                "that column in the format or transform of the train dataset, and do not pack examples."
+            )
+        return self._prepare_inputs(inputs), inputs[DOMAIN_IDS]
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """The model does not take the domains."""

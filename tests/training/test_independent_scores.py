@@ -1,0 +1,295 @@
+"""Scores across halves of a step's examples, and in the metric of the optimizer: against autograd, in every alignment."""
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+
+from hf_doge.functional import independent_scores, score_variances
+from hf_doge.training.config import DoGEConfig
+from hf_doge.training.trainer import DoGETrainer
+from tests.tiny import float64_causal_loss, language_model_rows, three_domains, tiny_llama
+
+OPTIONS = {
+    "per_device_train_batch_size": 12, "max_steps": 1, "learning_rate": 0.05, "lr_scheduler_type": "constant",
+    "optim": "sgd", "max_grad_norm": 0.0, "mu": 0.1, "report_to": "none", "save_strategy": "no", "use_cpu": True,
+    "disable_tqdm": True, "logging_strategy": "no",
+}  # fmt: skip
+ALIGNMENTS = ("single_pass", "per_domain", "streamed")
+
+
+def learn(tmp_path, domains, *, model=None, targets=None, resume=None, **options):
+    seen = []
+
+    class Noting(DoGETrainer):
+        def _proxy_step(self, model, inputs, num_items):
+            seen.append({name: value.clone() for name, value in inputs.items()})
+            return super()._proxy_step(model, inputs, num_items)
+
+    model = tiny_llama(dtype=torch.float64) if model is None else model
+    args = DoGEConfig(str(tmp_path), **{**OPTIONS, **options})
+    trainer = Noting(model, args, train_dataset=domains, target_dataset=targets, compute_loss_func=float64_causal_loss)
+    trainer.train(resume_from_checkpoint=resume)
+    return trainer, seen
+
+
+def gradient(model, ids):
+    """Of the mean loss of some examples."""
+    loss = float64_causal_loss(model(input_ids=ids), ids, ids[:, 1:].numel())
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    return torch.cat([g.flatten() for g in torch.autograd.grad(loss, parameters)])
+
+
+def flat(model):
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+def halves_of(batch, num_domains=3):
+    """Gradient of each half of each domain, at `[domain, half]`."""
+    model = tiny_llama(dtype=torch.float64)
+    rows = [batch["input_ids"][batch["domain_ids"] == domain] for domain in range(num_domains)]
+    return torch.stack([torch.stack([gradient(model, ids[half::2]) for half in range(2)]) for ids in rows])
+
+
+@pytest.mark.parametrize("alignment", ALIGNMENTS)
+@pytest.mark.parametrize("budget", [4.0, 0.0])
+def test_a_domain_is_compared_across_halves_only(tmp_path, alignment, budget):
+    options = {"self_term": "independent", "alignment": alignment, "gradient_memory_budget": budget}
+    trainer, seen = learn(tmp_path, three_domains(4), **options)
+    halves = halves_of(seen[0])
+    sums = halves.sum(dim=0)
+    expected = ((halves[:, 0] @ sums[1]) + (halves[:, 1] @ sums[0])) / 2
+    point = trainer.domain_weights.trajectory
+    np.testing.assert_allclose(point.scores[0], expected, rtol=1e-9)
+    noise = ((halves[:, 0] @ sums[0]) - (halves[:, 1] @ sums[1])) / 2
+    np.testing.assert_allclose(point.score_noises[0], noise.abs(), rtol=1e-9)
+    step = (flat(tiny_llama(dtype=torch.float64)) - flat(trainer.model)) / 0.05
+    weights = torch.from_numpy(point.weights[0])
+    torch.testing.assert_close(step, weights @ halves.mean(dim=1), rtol=1e-8, atol=1e-12)  # the whole mean steps it
+
+
+@pytest.mark.parametrize("alignment", ALIGNMENTS)
+def test_given_targets_share_no_example_so_the_score_stays_and_gains_a_noise(tmp_path, alignment):
+    targets = {"a": three_domains(8)["code"].select([4, 5, 6, 7]), "b": three_domains(8)["arxiv"].select([6, 7])}
+    options = {"targets": targets, "alignment": alignment, "per_device_target_batch_size": 2}
+    plain, _ = learn(tmp_path, three_domains(4), **options)
+    trainer, _ = learn(tmp_path, three_domains(4), self_term="independent", **options)
+    found, expected = trainer.domain_weights.trajectory, plain.domain_weights.trajectory
+    np.testing.assert_allclose(found.scores, expected.scores, rtol=1e-9)
+    np.testing.assert_allclose(found.weights, expected.weights, rtol=1e-9)
+    assert (found.score_noises >= 0).all()
+    assert expected.score_noises is None
+
+
+@pytest.mark.parametrize("alignment", ALIGNMENTS)
+def test_in_halves_or_not_the_step_between_two_updates_is_the_same(tmp_path, alignment):
+    runs = [
+        learn(tmp_path, three_domains(4), alignment=alignment, max_steps=2, reweight_steps=2, mu=1e30, **options)[0]
+        for options in ({}, {"self_term": "independent"})
+    ]
+    torch.testing.assert_close(flat(runs[0].model), flat(runs[1].model), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("is_universal", [True, False])
+def test_the_noise_is_the_spread_over_independent_batches(is_universal):
+    """Of Gaussian gradients, with noise from far below to far above the signal."""
+    generator = torch.Generator().manual_seed(0)
+    num_domains, size, num_steps = 3, 40, 20_000
+    means = 0.3 * torch.randn(num_domains, size, generator=generator, dtype=torch.float64)
+    for noise in (0.1, 0.5, 3.0):
+        halves = means.unsqueeze(1) + noise * torch.randn(num_steps, num_domains, 2, size, generator=generator)
+        if is_universal:
+            targets = halves.sum(dim=1)
+        else:
+            targets = means[0] + noise * torch.randn(num_steps, 2, size, generator=generator)
+        products = torch.einsum("sdhp,sip->sdhi", halves.double(), targets.double())
+        scores = torch.stack([independent_scores(one, is_universal=is_universal) for one in products])
+        variances = torch.stack([score_variances(one, is_universal=is_universal) for one in products])
+        predicted, observed = variances.mean(dim=0).sqrt(), scores.std(dim=0)
+        torch.testing.assert_close(predicted, observed, rtol=0.05, atol=0)
+        goal = means @ (means.sum(dim=0) if is_universal else means[0])
+        assert ((scores.mean(dim=0) - goal).abs() < 4 * observed / num_steps**0.5).all()  # unbiased
+
+
+def text(num_examples, seed):
+    return Dataset.from_dict(language_model_rows(num_examples, low=1, high=31, seed=seed))
+
+
+def test_the_noise_of_a_model_is_the_spread_over_independent_batches(tmp_path):
+    """Within 20 %, while the model stands still."""
+    domains = {name: text(256, seed) for seed, name in enumerate(("a", "b", "c"))}
+    options = {"learning_rate": 0.0, "max_steps": 150, "self_term": "independent", "alignment": "single_pass"}
+    trainer, _ = learn(tmp_path, domains, model=tiny_llama(), **options)
+    point = trainer.domain_weights.trajectory
+    assert point.score_noises[-1] == pytest.approx(point.scores.std(axis=0), rel=0.2)
+
+
+def test_a_domain_gains_no_weight_from_the_noise_of_fewer_examples(tmp_path):
+    """Two domains of the same text, of which one has half as many examples in a batch: by the paper's recipe that one gains."""
+    rows = language_model_rows(600, low=1, high=31, seed=0)
+    names = ["half" if row % 3 == 0 else "whole" for row in range(600)]
+    domains = {
+        name: Dataset.from_dict(
+            {key: [v for v, n in zip(values, names, strict=True) if n == name] for key, values in rows.items()}
+        )
+        for name in ("half", "whole")
+    }
+    domains["half"] = domains["half"].map(_mask_half)
+    gains = {}
+    for self_term in ("same", "independent"):
+        options = {"max_steps": 60, "self_term": self_term, "mu": 3.0, "learning_rate": 0.01}
+        trainer, _ = learn(tmp_path, domains, model=tiny_llama(), **options)
+        weights, recorded = trainer.domain_weights.last, trainer.domain_weights.trajectory
+        gains[self_term] = np.log(weights["half"] / weights["whole"])
+        steps = 0.01 / 3.0 * len(recorded.steps) ** 0.5
+    noise = steps * float(np.linalg.norm(recorded.score_noises[-1]))
+    assert gains["same"] > 4 * noise
+    assert abs(gains["independent"]) < 3 * noise
+
+
+def _mask_half(row):
+    """Every second half of an example without labels: fewer of the domain's labels in a batch."""
+    labels = list(row["labels"])
+    labels[len(labels) // 2 :] = [-100] * (len(labels) - len(labels) // 2)
+    return {**row, "labels": labels}
+
+
+def test_a_resumed_run_learns_the_same_weights_and_noises(tmp_path):
+    options = {
+        "max_steps": 6,
+        "self_term": "independent",
+        "save_strategy": "steps",
+        "save_steps": 3,
+        "save_only_model": False,
+    }
+    whole, _ = learn(tmp_path, three_domains(8), **options)
+    resumed, _ = learn(tmp_path, three_domains(8), resume=str(tmp_path / "checkpoint-3"), **options)
+    assert whole.domain_weights.trajectory == resumed.domain_weights.trajectory
+    assert torch.equal(whole._learner.state.score_variances, resumed._learner.state.score_variances)
+    assert len(whole.domain_weights.trajectory.score_noises) == 6
+
+
+def test_logs_and_the_table_of_the_trajectory_tell_the_noise(tmp_path):
+    trainer, _ = learn(
+        tmp_path, three_domains(8), self_term="independent", max_steps=2, logging_strategy="steps", logging_steps=1
+    )
+    logs = trainer.state.log_history[0]
+    noise, score = logs["domain_score_noise/code"], logs["domain_score/code"]
+    assert logs["domain_score_snr/code"] == pytest.approx(score / noise)
+    table = trainer.domain_weights.trajectory.to_table()
+    assert type(trainer.domain_weights.trajectory).from_table(table) == trainer.domain_weights.trajectory
+
+
+def adam_update(trainer, parameter, gradient, target):
+    """What AdamW makes of a gradient, its second moment after a step by the mean of the targets' gradients."""
+    group, state = trainer.optimizer.param_groups[0], trainer.optimizer.state[parameter]
+    decay, step = group["betas"][1], int(state["step"]) + 1
+    moment = decay * state["exp_avg_sq"] + (1 - decay) * target.square()
+    return group["lr"] * gradient / ((moment / (1 - decay**step)).sqrt() + group["eps"])
+
+
+@pytest.mark.parametrize("alignment", ALIGNMENTS)
+def test_in_the_optimizers_metric_a_score_is_the_product_with_its_update(tmp_path, alignment):
+    model, found = tiny_llama(dtype=torch.float64), []
+
+    class Expecting(DoGETrainer):
+        def _proxy_step(self, model, inputs, num_items):
+            if self.state.global_step == 2:
+                rows = [inputs["input_ids"][inputs["domain_ids"] == domain] for domain in range(3)]
+                parameters = list(model.parameters())
+                gradients = [
+                    torch.autograd.grad(float64_causal_loss(model(input_ids=ids), ids, ids[:, 1:].numel()), parameters)
+                    for ids in rows
+                ]
+                total = [sum(parts) for parts in zip(*gradients, strict=True)]
+                for parts in gradients:
+                    updates = [
+                        adam_update(self, p, g, t / 3) for p, g, t in zip(parameters, parts, total, strict=True)
+                    ]
+                    found.append(sum(float((u * t).sum()) for u, t in zip(updates, total, strict=True)))
+            return super()._proxy_step(model, inputs, num_items)
+
+    options = {
+        **OPTIONS,
+        "optim": "adamw_torch",
+        "max_steps": 3,
+        "score_metric": "optimizer",
+        "alignment": alignment,
+        "mu": 5.0,
+    }
+    trainer = Expecting(
+        model,
+        DoGEConfig(str(tmp_path), **options),
+        train_dataset=three_domains(8),
+        compute_loss_func=float64_causal_loss,
+    )
+    trainer.train()
+    point = trainer.domain_weights.trajectory
+    np.testing.assert_allclose(point.scores[2], found, rtol=1e-8)
+    change = np.log(point.weights[2] / point.weights[1])
+    np.testing.assert_allclose(change - change[0], (point.scores[2] - point.scores[2][0]) / 5.0, rtol=1e-6, atol=1e-9)
+
+
+def test_a_score_in_nats_is_what_a_step_on_the_domain_lowers_the_targets_loss_by(tmp_path):
+    """To first order: the target's loss after AdamW's update from one domain's gradient alone."""
+    model = tiny_llama(dtype=torch.float64)
+    target = Dataset.from_dict(language_model_rows(4, low=19, high=31, seed=5))
+    options = {
+        "optim": "adamw_torch",
+        "learning_rate": 1e-6,
+        "score_metric": "optimizer",
+        "targets": target,
+        "per_device_target_batch_size": 4,
+    }
+    trainer, seen = learn(tmp_path, three_domains(4), model=model, **options)
+    start, ids = tiny_llama(dtype=torch.float64), torch.tensor(target["input_ids"])
+    goal = gradient(start, ids)
+    scores = trainer.domain_weights.trajectory.scores[0]
+    for domain in range(3):
+        moved = tiny_llama(dtype=torch.float64)
+        direction = gradient(start, seen[0]["input_ids"][seen[0]["domain_ids"] == domain])
+        torch.nn.utils.vector_to_parameters(flat(start) - 1e-6 * direction / (goal.abs() + 1e-8), moved.parameters())
+        before, after = (float(float64_causal_loss(m(input_ids=ids), ids, ids[:, 1:].numel())) for m in (start, moved))
+        assert before - after == pytest.approx(scores[domain], rel=1e-3)
+
+
+def test_doge_plus_runs_and_names_its_ingredients(tmp_path):
+    options = {"recipe": "doge_plus", "optim": "adamw_torch", "mu": None, "max_steps": 3}
+    trainer, _ = learn(tmp_path, three_domains(8), **options)
+    recipe = trainer.domain_weights.recipe
+    assert (recipe["self_term"], recipe["score_metric"], recipe["mu"]) == ("independent", "optimizer", 10.0)
+    assert "score_metric" not in DoGEConfig(str(tmp_path)).get_recipe().to_dict()
+    assert DoGEConfig(str(tmp_path), recipe="doge_plus", self_term="same").get_recipe().self_term is True
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"self_term": "independent", "normalization": "cosine"}, "`normalization` must be 'none', but got 'cosine'"),
+        ({"self_term": "independent", "recipe": "official"}, "`domain_max_grad_norm` must be 0, but got 1.0"),
+        (
+            {"score_metric": "optimizer", "self_term": "none"},
+            "`self_term` must be 'independent' or 'same', but got 'none'",
+        ),
+        ({"self_term": "half"}, "`self_term` must be True, False or one of"),
+        ({"score_metric": "adam"}, r"`score_metric` must be one of \['gradient', 'optimizer'\], but got 'adam'"),
+    ],
+)
+def test_ingredients_that_do_not_go_together_are_refused(tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        DoGEConfig(str(tmp_path), **options)
+
+
+@pytest.mark.parametrize("optim", ["sgd", "adafactor"])
+def test_an_optimizer_without_second_moments_is_refused(tmp_path, optim):
+    with pytest.raises(ValueError, match="the optimizer (SGD|Adafactor) keeps none of that kind"):
+        learn(tmp_path, three_domains(4), score_metric="optimizer", optim=optim)
+
+
+def test_too_few_examples_for_two_halves_are_refused(tmp_path):
+    options = {"self_term": "independent", "per_device_train_batch_size": 5}
+    with pytest.raises(ValueError, match="Every step must hold two examples of every domain"):
+        learn(tmp_path, three_domains(4), **options)
+    target = three_domains(4)["code"]
+    with pytest.raises(ValueError, match="Every step must hold two examples of every target"):
+        learn(tmp_path, three_domains(4), targets=target, self_term="independent", per_device_target_batch_size=1)
