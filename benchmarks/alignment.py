@@ -39,10 +39,12 @@ from transformers.utils import logging
 from hf_doge.training.config import DoGEConfig
 from hf_doge.training.trainer import DoGETrainer
 
-# name: alignment (None is a plain Trainer), domains, sequences, length, processes
+# name: alignment or kind of scores (None is a plain Trainer), domains, sequences, length, processes
 RUNS = {
     "plain": (None, 8, 64, 64, 1),
     "single_pass_k8": ("single_pass", 8, 64, 64, 1),
+    "independent_k8": ("independent", 8, 64, 64, 1),
+    "doge_plus_k8": ("doge_plus", 8, 64, 64, 1),
     "per_domain_k8": ("per_domain", 8, 64, 64, 1),
     "streamed_k8": ("streamed", 8, 64, 64, 1),
     "single_pass_k64": ("single_pass", 64, 64, 64, 1),
@@ -57,6 +59,11 @@ GPU_RUNS = {
     "plain": (None, 7, 64, 1024, 1),
     "single_pass_k8": ("single_pass", 7, 64, 1024, 1),
     "per_domain_k8": ("per_domain", 7, 64, 1024, 1),
+}
+
+SCORES = {
+    "independent": {"alignment": "single_pass", "self_term": "independent"},
+    "doge_plus": {"alignment": "single_pass", "recipe": "doge_plus"},
 }
 
 
@@ -131,7 +138,7 @@ def measure(name: str, args: argparse.Namespace) -> dict:
         if alignment is None:
             trainer = Trainer(model, TrainingArguments(folder, **options), train_dataset=data, callbacks=[times])
         else:
-            doge = DoGEConfig(folder, **options, alignment=alignment, mu=1.0)
+            doge = DoGEConfig(folder, **{**options, "mu": 1.0, **SCORES.get(alignment, {"alignment": alignment})})
             trainer = DoGETrainer(model, doge, train_dataset=data, callbacks=[times])
         trainer.train()
     result = {
@@ -216,6 +223,9 @@ def main() -> None:
         "single_pass_over_plain": ratio("single_pass_k8", "plain"),
         "single_pass_over_plain_k64": ratio("single_pass_k64", "plain"),
         "single_pass_over_per_domain_k64": ratio("single_pass_k64", "per_domain_k64"),
+        "independent_over_plain": ratio("independent_k8", "plain"),
+        "independent_over_single_pass": ratio("independent_k8", "single_pass_k8"),
+        "doge_plus_over_plain": ratio("doge_plus_k8", "plain"),
         "per_domain_over_plain": ratio("per_domain_k8", "plain"),
         "streamed_over_plain": ratio("streamed_k8", "plain"),
         "memory_over_plain": ratio("single_pass_k8", "plain", "memory_mib"),

@@ -91,7 +91,8 @@ def learn(folder: Path, *, target: bool = False, **options) -> str:
     trainer.remove_callback(PrinterCallback)
     trainer.train()
     weights = trainer.domain_weights
-    scores = [{k: v for k, v in log.items() if k.startswith("domain_")} for log in trainer.state.log_history]
+    kinds = ("domain_weight", "domain_loss/", "domain_score/", "domain_tokens/", "domain_epochs/")
+    scores = [{k: v for k, v in log.items() if k.startswith(kinds)} for log in trainer.state.log_history]
     parameters = torch.cat([parameter.flatten() for parameter in trainer.model.parameters()])
     return digest(weights.mean, weights.last, scores, parameters)
 

@@ -235,8 +235,8 @@ def test_doge_config(tmp_path):
     fuzz(
         call,
         {
-            "mu": number(lambda value: 1 / RATE <= value <= RATE),
-            "recipe": choice("paper", "official"),
+            "mu": number(lambda value: 1 / RATE <= value <= RATE, none=True),
+            "recipe": choice("paper", "official", "doge_plus"),
             "mode": choice("proxy", "online"),
             "alignment": choice("auto", "single_pass", "per_domain", "streamed"),
             "normalization": choice(None, "none", "mean_norm", "cosine"),

@@ -342,3 +342,24 @@ def _known_tokens(domains: Mapping[str, Mapping[str, Any]], which: str) -> dict[
     if unknown:
         raise ValueError(f"{which} need `num_tokens` of every domain, but domains {unknown} have none.")
     return {name: facts["num_tokens"] for name, facts in domains.items()}
+
+
+# How far weights can be told apart, for the noise of the scores that made them.
+
+
+def estimate_score_noise(scores: np.ndarray) -> np.ndarray:
+    """
+    Standard deviation of a step's score over the draw of its examples: that of the difference of two successive scores, over
+    the root of 2 (von Neumann's estimator). It takes for granted that what a score is expected to be changes little from one
+    update to the next, while the examples are new, and nothing of the distribution of the gradients.
+
+    Args:
+        scores (`numpy.ndarray` of shape `(T, K)`): Of successive updates; NaN where a domain was absent.
+
+    Returns:
+        `numpy.ndarray` of shape `(K,)`; NaN for a domain without two scores in a row.
+    """
+    squares = np.square(np.diff(scores, axis=0))
+    counts = np.isfinite(squares).sum(axis=0)
+    sums = np.where(np.isfinite(squares), squares, 0.0).sum(axis=0)
+    return np.sqrt(np.divide(sums, 2 * counts, out=np.full(scores.shape[1], np.nan), where=counts > 0))

@@ -29,6 +29,8 @@ WAYS = {
     "official": {"recipe": "official", "with_target": True},
     "official_plain": {"recipe": "official", "with_target": True, "alignment": "streamed"},
     "cosine": {"normalization": "cosine", "self_term": False, "alignment_parameters": "mlp"},
+    "independent": {"self_term": "independent"},
+    "doge_plus": {"recipe": "doge_plus", "optim": "adamw_torch", "mu": 10.0, "alignment": "streamed"},
     "online": {"mode": "online", "reweight_steps": 2, "sampler_lag_steps": 2, "with_target": True},
     "silent": {"normalization": "cosine", "is_silent": True},
     "sft": {"mode": "online", "reweight_steps": 3, "sft": True, "mu": 1e-4},

@@ -5,7 +5,9 @@ import pytest
 import torch
 from datasets import Dataset
 
-from hf_doge.functional import independent_scores, score_variances
+from hf_doge.artifacts.cards.weights import undecided_groups
+from hf_doge.artifacts.record import estimate_score_noise
+from hf_doge.functional import independent_scores
 from hf_doge.training.config import DoGEConfig
 from hf_doge.training.trainer import DoGETrainer
 from tests.tiny import float64_causal_loss, language_model_rows, three_domains, tiny_llama
@@ -61,24 +63,17 @@ def test_a_domain_is_compared_across_halves_only(tmp_path, alignment, budget):
     expected = ((halves[:, 0] @ sums[1]) + (halves[:, 1] @ sums[0])) / 2
     point = trainer.domain_weights.trajectory
     np.testing.assert_allclose(point.scores[0], expected, rtol=1e-9)
-    noise = ((halves[:, 0] @ sums[0]) - (halves[:, 1] @ sums[1])) / 2
-    np.testing.assert_allclose(point.score_noises[0], noise.abs(), rtol=1e-9)
     step = (flat(tiny_llama(dtype=torch.float64)) - flat(trainer.model)) / 0.05
     weights = torch.from_numpy(point.weights[0])
-    torch.testing.assert_close(step, weights @ halves.mean(dim=1), rtol=1e-8, atol=1e-12)  # the whole mean steps it
+    whole = weights @ halves.mean(dim=1)  # steps it
+    assert (step - whole).norm() / whole.norm() < 1e-6  # a norm inside the model is of float32
 
 
-@pytest.mark.parametrize("alignment", ALIGNMENTS)
-def test_given_targets_share_no_example_so_the_score_stays_and_gains_a_noise(tmp_path, alignment):
+def test_given_targets_share_no_example_so_nothing_changes(tmp_path):
     targets = {"a": three_domains(8)["code"].select([4, 5, 6, 7]), "b": three_domains(8)["arxiv"].select([6, 7])}
-    options = {"targets": targets, "alignment": alignment, "per_device_target_batch_size": 2}
-    plain, _ = learn(tmp_path, three_domains(4), **options)
-    trainer, _ = learn(tmp_path, three_domains(4), self_term="independent", **options)
-    found, expected = trainer.domain_weights.trajectory, plain.domain_weights.trajectory
-    np.testing.assert_allclose(found.scores, expected.scores, rtol=1e-9)
-    np.testing.assert_allclose(found.weights, expected.weights, rtol=1e-9)
-    assert (found.score_noises >= 0).all()
-    assert expected.score_noises is None
+    plain, _ = learn(tmp_path, three_domains(4), targets=targets)
+    trainer, _ = learn(tmp_path, three_domains(4), targets=targets, self_term="independent")
+    assert trainer.domain_weights.trajectory == plain.domain_weights.trajectory
 
 
 @pytest.mark.parametrize("alignment", ALIGNMENTS)
@@ -90,25 +85,18 @@ def test_in_halves_or_not_the_step_between_two_updates_is_the_same(tmp_path, ali
     torch.testing.assert_close(flat(runs[0].model), flat(runs[1].model), rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("is_universal", [True, False])
-def test_the_noise_is_the_spread_over_independent_batches(is_universal):
-    """Of Gaussian gradients, with noise from far below to far above the signal."""
+def test_across_halves_a_score_is_unbiased_and_the_papers_is_not():
     generator = torch.Generator().manual_seed(0)
-    num_domains, size, num_steps = 3, 40, 20_000
-    means = 0.3 * torch.randn(num_domains, size, generator=generator, dtype=torch.float64)
-    for noise in (0.1, 0.5, 3.0):
-        halves = means.unsqueeze(1) + noise * torch.randn(num_steps, num_domains, 2, size, generator=generator)
-        if is_universal:
-            targets = halves.sum(dim=1)
-        else:
-            targets = means[0] + noise * torch.randn(num_steps, 2, size, generator=generator)
-        products = torch.einsum("sdhp,sip->sdhi", halves.double(), targets.double())
-        scores = torch.stack([independent_scores(one, is_universal=is_universal) for one in products])
-        variances = torch.stack([score_variances(one, is_universal=is_universal) for one in products])
-        predicted, observed = variances.mean(dim=0).sqrt(), scores.std(dim=0)
-        torch.testing.assert_close(predicted, observed, rtol=0.05, atol=0)
-        goal = means @ (means.sum(dim=0) if is_universal else means[0])
-        assert ((scores.mean(dim=0) - goal).abs() < 4 * observed / num_steps**0.5).all()  # unbiased
+    means = 0.3 * torch.randn(3, 40, generator=generator, dtype=torch.float64)
+    noises = torch.tensor([0.5, 1.0, 2.0]).view(3, 1, 1)
+    halves = means.unsqueeze(1) + noises * torch.randn(20_000, 3, 2, 40, generator=generator).double()
+    products = torch.einsum("sdhp,sip->sdhi", halves, halves.sum(dim=1))
+    scores = torch.stack([independent_scores(one) for one in products])
+    goal, spread = means @ means.sum(dim=0), scores.std(dim=0) / 20_000**0.5
+    assert ((scores.mean(dim=0) - goal).abs() < 4 * spread).all()
+    papers = products.mean(dim=(2, 3)).mean(dim=0) - goal
+    torch.testing.assert_close(papers, 40 * noises.flatten().double() ** 2 / 2, rtol=0.05, atol=0)
+    assert estimate_score_noise(scores.numpy()) == pytest.approx(scores.std(dim=0).numpy(), rel=0.02)
 
 
 def text(num_examples, seed):
@@ -116,12 +104,21 @@ def text(num_examples, seed):
 
 
 def test_the_noise_of_a_model_is_the_spread_over_independent_batches(tmp_path):
-    """Within 20 %, while the model stands still."""
+    """Within 20 %: told by a run whose model learns, observed on the model that it leaves, standing still."""
     domains = {name: text(256, seed) for seed, name in enumerate(("a", "b", "c"))}
-    options = {"learning_rate": 0.0, "max_steps": 150, "self_term": "independent", "alignment": "single_pass"}
-    trainer, _ = learn(tmp_path, domains, model=tiny_llama(), **options)
-    point = trainer.domain_weights.trajectory
-    assert point.score_noises[-1] == pytest.approx(point.scores.std(axis=0), rel=0.2)
+    options = {
+        "max_steps": 250,
+        "self_term": "independent",
+        "alignment": "single_pass",
+        "learning_rate": 3e-4,
+        "mu": 1e6,
+    }
+    model = tiny_llama()
+    moving, _ = learn(tmp_path, domains, model=model, **options)
+    predicted = estimate_score_noise(moving.domain_weights.trajectory.scores)
+    still, _ = learn(tmp_path, domains, model=model, **{**options, "learning_rate": 0.0, "seed": 1})
+    observed = still.domain_weights.trajectory.scores.std(axis=0)
+    assert predicted == pytest.approx(observed, rel=0.2)
 
 
 def test_a_domain_gains_no_weight_from_the_noise_of_fewer_examples(tmp_path):
@@ -141,8 +138,7 @@ def test_a_domain_gains_no_weight_from_the_noise_of_fewer_examples(tmp_path):
         trainer, _ = learn(tmp_path, domains, model=tiny_llama(), **options)
         weights, recorded = trainer.domain_weights.last, trainer.domain_weights.trajectory
         gains[self_term] = np.log(weights["half"] / weights["whole"])
-        steps = 0.01 / 3.0 * len(recorded.steps) ** 0.5
-    noise = steps * float(np.linalg.norm(recorded.score_noises[-1]))
+    noise = 0.01 / 3.0 * 60**0.5 * float(np.linalg.norm(estimate_score_noise(recorded.scores)))
     assert gains["same"] > 4 * noise
     assert abs(gains["independent"]) < 3 * noise
 
@@ -154,7 +150,7 @@ def _mask_half(row):
     return {**row, "labels": labels}
 
 
-def test_a_resumed_run_learns_the_same_weights_and_noises(tmp_path):
+def test_a_resumed_run_learns_the_same_weights(tmp_path):
     options = {
         "max_steps": 6,
         "self_term": "independent",
@@ -165,19 +161,20 @@ def test_a_resumed_run_learns_the_same_weights_and_noises(tmp_path):
     whole, _ = learn(tmp_path, three_domains(8), **options)
     resumed, _ = learn(tmp_path, three_domains(8), resume=str(tmp_path / "checkpoint-3"), **options)
     assert whole.domain_weights.trajectory == resumed.domain_weights.trajectory
-    assert torch.equal(whole._learner.state.score_variances, resumed._learner.state.score_variances)
-    assert len(whole.domain_weights.trajectory.score_noises) == 6
 
 
-def test_logs_and_the_table_of_the_trajectory_tell_the_noise(tmp_path):
-    trainer, _ = learn(
-        tmp_path, three_domains(8), self_term="independent", max_steps=2, logging_strategy="steps", logging_steps=1
-    )
+def test_logs_and_summary_tell_the_noise_and_what_it_leaves_undecided(tmp_path):
+    domains = {"twin": text(64, 0), "other twin": text(64, 1), "code": three_domains(64)["code"]}
+    options = {"self_term": "independent", "max_steps": 12, "logging_strategy": "steps", "logging_steps": 3}
+    trainer, _ = learn(tmp_path, domains, **options)
     logs = trainer.state.log_history[0]
     noise, score = logs["domain_score_noise/code"], logs["domain_score/code"]
     assert logs["domain_score_snr/code"] == pytest.approx(score / noise)
-    table = trainer.domain_weights.trajectory.to_table()
-    assert type(trainer.domain_weights.trajectory).from_table(table) == trainer.domain_weights.trajectory
+    weights = trainer.domain_weights
+    assert noise == pytest.approx(estimate_score_noise(weights.trajectory.scores[:3])[2])
+    assert {"twin", "other twin"} <= {name for group in undecided_groups(weights) for name in group}
+    assert "cannot tell apart, for the noise of its scores:" in " ".join(weights.summary().split())
+    assert "score/noise" in weights.summary()
 
 
 def adam_update(trainer, parameter, gradient, target):
@@ -236,8 +233,9 @@ def test_a_score_in_nats_is_what_a_step_on_the_domain_lowers_the_targets_loss_by
     target = Dataset.from_dict(language_model_rows(4, low=19, high=31, seed=5))
     options = {
         "optim": "adamw_torch",
-        "learning_rate": 1e-6,
+        "learning_rate": 1e-4,
         "score_metric": "optimizer",
+        "adam_epsilon": 1e-1,
         "targets": target,
         "per_device_target_batch_size": 4,
     }
@@ -248,9 +246,9 @@ def test_a_score_in_nats_is_what_a_step_on_the_domain_lowers_the_targets_loss_by
     for domain in range(3):
         moved = tiny_llama(dtype=torch.float64)
         direction = gradient(start, seen[0]["input_ids"][seen[0]["domain_ids"] == domain])
-        torch.nn.utils.vector_to_parameters(flat(start) - 1e-6 * direction / (goal.abs() + 1e-8), moved.parameters())
+        torch.nn.utils.vector_to_parameters(flat(start) - 1e-4 * direction / (goal.abs() + 1e-1), moved.parameters())
         before, after = (float(float64_causal_loss(m(input_ids=ids), ids, ids[:, 1:].numel())) for m in (start, moved))
-        assert before - after == pytest.approx(scores[domain], rel=1e-3)
+        assert before - after == pytest.approx(scores[domain], rel=2e-2)
 
 
 def test_doge_plus_runs_and_names_its_ingredients(tmp_path):
@@ -282,7 +280,7 @@ def test_ingredients_that_do_not_go_together_are_refused(tmp_path, options, mess
 
 @pytest.mark.parametrize("optim", ["sgd", "adafactor"])
 def test_an_optimizer_without_second_moments_is_refused(tmp_path, optim):
-    with pytest.raises(ValueError, match="the optimizer (SGD|Adafactor) keeps none of that kind"):
+    with pytest.raises(ValueError, match=r"the optimizer (SGD|Adafactor) keeps none of that kind"):
         learn(tmp_path, three_domains(4), score_metric="optimizer", optim=optim)
 
 
@@ -290,6 +288,3 @@ def test_too_few_examples_for_two_halves_are_refused(tmp_path):
     options = {"self_term": "independent", "per_device_train_batch_size": 5}
     with pytest.raises(ValueError, match="Every step must hold two examples of every domain"):
         learn(tmp_path, three_domains(4), **options)
-    target = three_domains(4)["code"]
-    with pytest.raises(ValueError, match="Every step must hold two examples of every target"):
-        learn(tmp_path, three_domains(4), targets=target, self_term="independent", per_device_target_batch_size=1)
