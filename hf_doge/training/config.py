@@ -32,9 +32,13 @@ ALIGNMENTS = ("auto", "single_pass", "per_domain", "streamed")
 
 
 def _check_self_term(name: str, value: Any) -> bool | str:
-    if not isinstance(value, (bool, str)) or value not in SELF_TERMS:
-        raise ValueError(f"`{name}` must be True, False or one of {list(SELF_TERMS)[2:]}, but got {show(value)}.")
-    return value
+    names = [choice for choice in SELF_TERMS if isinstance(choice, str)]
+    if isinstance(value, str) and value in names:
+        return value
+    try:
+        return check_flag(name, value)
+    except ValueError as error:
+        raise ValueError(f"`{name}` must be True, False or one of {names}, but got {show(value)}.") from error
 
 
 _CHECKS = {
