@@ -18,9 +18,10 @@ demo: $(SETUP)  ## Learn weights on text of this machine, train with them, trace
 test: $(SETUP) lint  ## Check the style and run the tests (offline, CPU)
 	$(BIN)/python $(PYTEST)
 
-lint: $(SETUP)  ## Check style and import direction
+lint: $(SETUP)  ## Check style, import direction and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 test-lowest: .venv-lowest/.ready  ## Run the tests on the oldest packages that pyproject.toml allows
 	.venv-lowest/bin/python $(PYTEST)

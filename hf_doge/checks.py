@@ -12,7 +12,7 @@ import os
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, Literal, overload
 
 from hf_doge.text import printable, require_printable
 
@@ -22,6 +22,12 @@ _LARGEST_COUNT = 2**63 - 1
 _SHOWN = 80  # characters of a value in a message
 
 
+@overload
+def check_count(
+    name: str, value: Any, *, least: int = ..., most: int = ..., optional: Literal[False] = ...
+) -> int: ...
+@overload
+def check_count(name: str, value: Any, *, least: int = ..., most: int = ..., optional: bool) -> int | None: ...
 def check_count(
     name: str, value: Any, *, least: int = 1, most: int = _LARGEST_COUNT, optional: bool = False
 ) -> int | None:
@@ -38,11 +44,43 @@ def check_count(
     return number
 
 
-def check_seed(name: str, value: Any, *, least: int = -(2**63), most: int = 2**64 - 1, optional: bool = False) -> int:
+@overload
+def check_seed(name: str, value: Any, *, least: int = ..., most: int = ..., optional: Literal[False] = ...) -> int: ...
+@overload
+def check_seed(name: str, value: Any, *, least: int = ..., most: int = ..., optional: bool) -> int | None: ...
+def check_seed(
+    name: str, value: Any, *, least: int = -(2**63), most: int = 2**64 - 1, optional: bool = False
+) -> int | None:
     """A whole number that a generator of random numbers takes: of 64 bits, unless its range is given."""
     return check_count(name, value, least=least, most=most, optional=optional)
 
 
+@overload
+def check_number(
+    name: str,
+    value: Any,
+    *,
+    least: float | None = ...,
+    above: float | None = ...,
+    most: float | None = ...,
+    below: float | None = ...,
+    finite: bool = ...,
+    unit: str = ...,
+    optional: Literal[False] = ...,
+) -> float: ...
+@overload
+def check_number(
+    name: str,
+    value: Any,
+    *,
+    least: float | None = ...,
+    above: float | None = ...,
+    most: float | None = ...,
+    below: float | None = ...,
+    finite: bool = ...,
+    unit: str = ...,
+    optional: bool,
+) -> float | None: ...
 def check_number(
     name: str,
     value: Any,
@@ -54,7 +92,7 @@ def check_number(
     finite: bool = True,
     unit: str = "",
     optional: bool = False,
-) -> int | float | None:
+) -> float | None:
     """A number, never NaN, that is `>= least`, `> above`, `<= most` and `< below`, and not infinite unless `finite` is off."""
     if optional and value is None:
         return None
@@ -81,6 +119,10 @@ def check_number(
     return number
 
 
+@overload
+def check_flag(name: str, value: Any, *, optional: Literal[False] = ...) -> bool: ...
+@overload
+def check_flag(name: str, value: Any, *, optional: bool) -> bool | None: ...
 def check_flag(name: str, value: Any, *, optional: bool = False) -> bool | None:
     """`True` or `False`. Any text would count as yes."""
     if optional and value is None:
@@ -91,6 +133,10 @@ def check_flag(name: str, value: Any, *, optional: bool = False) -> bool | None:
     return flag
 
 
+@overload
+def check_choice(name: str, value: Any, choices: Sequence[str], *, optional: Literal[False] = ...) -> str: ...
+@overload
+def check_choice(name: str, value: Any, choices: Sequence[str], *, optional: bool) -> str | None: ...
 def check_choice(name: str, value: Any, choices: Sequence[str], *, optional: bool = False) -> str | None:
     """One of the given strings."""
     if optional and value is None:
@@ -100,6 +146,10 @@ def check_choice(name: str, value: Any, choices: Sequence[str], *, optional: boo
     return str(value)
 
 
+@overload
+def check_text(name: str, value: Any, *, what: str = ..., optional: Literal[False] = ...) -> str: ...
+@overload
+def check_text(name: str, value: Any, *, what: str = ..., optional: bool) -> str | None: ...
 def check_text(name: str, value: Any, *, what: str = "a text that is not blank", optional: bool = False) -> str | None:
     """A string that is not blank and that UTF-8 can hold."""
     if optional and value is None:
@@ -109,7 +159,11 @@ def check_text(name: str, value: Any, *, what: str = "a text that is not blank",
     return value
 
 
-def check_path(name: str, value: Any, *, optional: bool = False) -> str | os.PathLike | None:
+@overload
+def check_path(name: str, value: Any, *, optional: Literal[False] = ...) -> str | os.PathLike[str]: ...
+@overload
+def check_path(name: str, value: Any, *, optional: bool) -> str | os.PathLike[str] | None: ...
+def check_path(name: str, value: Any, *, optional: bool = False) -> str | os.PathLike[str] | None:
     """The path of a file or folder, or a name on the Hub: text or a path object, not empty, without a NUL."""
     if optional and value is None:
         return None
@@ -123,6 +177,10 @@ def check_path(name: str, value: Any, *, optional: bool = False) -> str | os.Pat
     return value
 
 
+@overload
+def check_repo_id(name: str, value: Any, *, optional: Literal[False] = ...) -> str: ...
+@overload
+def check_repo_id(name: str, value: Any, *, optional: bool) -> str | None: ...
 def check_repo_id(name: str, value: Any, *, optional: bool = False) -> str | None:
     """The name of a repository on the Hub."""
     if optional and value is None:
@@ -143,6 +201,10 @@ def check_function(name: str, value: Any, *, what: str = "a function", optional:
     return value
 
 
+@overload
+def check_mapping(name: str, value: Any, *, optional: Literal[False] = ...) -> Mapping: ...
+@overload
+def check_mapping(name: str, value: Any, *, optional: bool) -> Mapping | None: ...
 def check_mapping(name: str, value: Any, *, optional: bool = False) -> Mapping | None:
     """A dictionary or the like."""
     if not isinstance(value, Mapping) and not (optional and value is None):
@@ -182,12 +244,12 @@ def check_ratios(name: str, ratios: Mapping[str, float]) -> dict[str, float]:
     if not isinstance(ratios, Mapping):
         raise ValueError(f"`{name}` must map names of domains to numbers, but got {show(ratios)}.")
     check_names(ratios)
-    checked = {domain: read_ratio(ratio) for domain, ratio in ratios.items()}
-    for domain, ratio in checked.items():
+    checked = {}
+    for domain, given in ratios.items():
+        ratio = read_ratio(given)
         if ratio is None:
-            raise ValueError(
-                f"`{name}` must be finite numbers >= 0, but domain {domain!r} has {show(ratios[domain])}."
-            )
+            raise ValueError(f"`{name}` must be finite numbers >= 0, but domain {domain!r} has {show(given)}.")
+        checked[domain] = ratio
     total = _sum(checked.values())
     if not 0 < total < math.inf:
         found = f"all of {list(ratios)} are 0" if total == 0 else "theirs is infinite"
@@ -236,8 +298,11 @@ def check_json(name: str, value: Any) -> Any:
 def check_shape(name: str, tensor: Any, shape: Sequence[int | None]) -> None:
     """A tensor of torch of this shape; `None` stands for any size."""
     found = tensor.shape if hasattr(tensor, "new_zeros") else None
-    fits = found is not None and len(found) == len(shape)
-    if not fits or any(size not in (None, one) for one, size in zip(found, shape, strict=True)):
+    if (
+        found is None
+        or len(found) != len(shape)
+        or any(size not in (None, one) for one, size in zip(found, shape, strict=True))
+    ):
         law = f"({', '.join('any' if size is None else str(size) for size in shape)})"
         got = f"the shape {tuple(found)}" if found is not None else show(tensor)
         raise ValueError(f"`{name}` must be a tensor of shape {law}, but got {got}.")
