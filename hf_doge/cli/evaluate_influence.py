@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from hf_doge.checks import check_count, check_seed
+from hf_doge.checks import check_choice, check_count, check_seed
 from hf_doge.cli.arguments import parse
 from hf_doge.cli.console import save_plot, say
 from hf_doge.evaluation.influence.experiment import CLASSES, evaluate_small_task
@@ -66,6 +66,8 @@ class InfluenceEvaluationArguments:
             values = getattr(self, name)
             if not values or len(set(values)) < len(values):
                 raise ValueError(f"`--{name}` must name each once, and at least one, but got {values}.")
+        for name in self.scorers:
+            check_choice("--scorers", name, SCORERS)
 
 
 def main(argv: Sequence[str]) -> int:

@@ -131,5 +131,5 @@ def _add_recording_flags(parser: ArgumentParser) -> None:
         if one.default is False:
             parser.add_argument(f"--{one.name}", action="store_true", **options)
         else:
-            kind = int if one.default is None else str
+            kind = int if one.default is None or isinstance(one.default, int) else str
             parser.add_argument(f"--{one.name}", type=kind, choices=one.metadata["choices"], **options)

@@ -1,6 +1,6 @@
 """Domain weights as they are named on the command line."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from datasets import Dataset, concatenate_datasets
@@ -65,31 +65,49 @@ def save_results(weights: DomainWeights, output_dir: Path) -> None:
     say(f"Weights: {folder}{f', plot: {plot}' if plot else ''}")
 
 
+Domains = Mapping[str, Mapping[str, int]]  # what there is to train on, from [`describe_blocks`]
+
+
+def _temperature(domains: Domains, num_tokens: int | None, temperature: float) -> DomainWeights:
+    return DomainWeights.from_temperature(domains, temperature=temperature)
+
+
+def _unimax(domains: Domains, num_tokens: int | None, max_epochs: float, budget: float | None = None) -> DomainWeights:
+    num_tokens = num_tokens if budget is None else int(budget)
+    if num_tokens is None:
+        raise ValueError("the tokens of the training are not known here, so name them")
+    return DomainWeights.unimax(domains, num_tokens=num_tokens, max_epochs=max_epochs)
+
+
+# Mixtures by rule: how each is written, and what makes it of the domains, the tokens of a training, and the numbers written.
+RULES: dict[str, tuple[str, Callable[..., DomainWeights]]] = {
+    "uniform": ("uniform", lambda domains, num_tokens: DomainWeights.uniform(domains)),
+    "natural": ("natural", lambda domains, num_tokens: DomainWeights.natural(domains)),
+    "temperature": ("temperature:T", _temperature),
+    "unimax": ("unimax:EPOCHS[:TOKENS]", _unimax),
+}
+
+
 def is_rule(spec: str) -> bool:
     """Whether a word on the command line names a mixture by rule, and no folder or file."""
-    return spec in ("uniform", "natural") or spec.partition(":")[0] in ("temperature", "unimax")
+    name, colon, _ = spec.partition(":")
+    return name in RULES and bool(colon) == (":" in RULES[name][0])
 
 
-def load_weights(
-    spec: str, domains: Mapping[str, Mapping[str, int]], *, num_tokens: int | None = None
-) -> DomainWeights:
+def load_weights(spec: str, domains: Domains, *, num_tokens: int | None = None) -> DomainWeights:
     """
     The weights that a word on the command line stands for, in the order of the domains.
 
     Args:
         spec (`str`): `uniform`, `natural` (in proportion to tokens), `temperature:T`, `unimax:EPOCHS[:TOKENS]`, the output
             folder of `hf-doge learn` or `estimate`, a folder or Hub name of an artifact, or a JSON or YAML file of weights.
-        domains (`Mapping[str, Mapping[str, int]]`): What there is to train on, from [`describe_blocks`].
+        domains (`Mapping[str, Mapping[str, int]]`): The domains to train on, from [`describe_blocks`].
         num_tokens (`int`, *optional*): Tokens of the whole training, for `unimax:EPOCHS`.
 
     Raises:
         `FileNotFoundError`: if there is no such folder, file or repository.
         `ValueError`: if the weights are of other domains.
     """
-    if spec == "uniform":
-        return DomainWeights.uniform(domains)
-    if spec == "natural":
-        return DomainWeights.natural(domains)
     if is_rule(spec):
         return _weigh_by_rule(spec, domains, num_tokens)
     path = Path(spec)
@@ -106,19 +124,13 @@ def load_weights(
     return DomainWeights.from_mapping({name: weights.mean[name] for name in domains}, domains=domains)
 
 
-def _weigh_by_rule(spec: str, domains: Mapping[str, Mapping[str, int]], num_tokens: int | None) -> DomainWeights:
+def _weigh_by_rule(spec: str, domains: Domains, num_tokens: int | None) -> DomainWeights:
     rule, *values = spec.split(":")
     try:
-        if rule == "temperature":
-            (temperature,) = map(float, values)
-            return DomainWeights.from_temperature(domains, temperature=temperature)
-        max_epochs, *budget = map(float, values)
-        if budget:
-            (num_tokens,) = map(int, budget)
-        if num_tokens is None:
-            raise ValueError("the tokens of the training are not known here, so name them")
-        return DomainWeights.unimax(domains, num_tokens=num_tokens, max_epochs=max_epochs)
-    except (ValueError, OverflowError) as error:
+        return RULES[rule][1](domains, num_tokens, *map(float, values))
+    except (ValueError, OverflowError, TypeError) as error:
+        reason = "it takes other numbers" if isinstance(error, TypeError) else error
         raise ValueError(
-            f"Mixtures by rule are `temperature:T` and `unimax:EPOCHS[:TOKENS]`, but {spec!r} cannot be computed: {error}"
+            f"Mixtures by rule are {', '.join(written for written, _ in RULES.values())}, but {spec!r} cannot be computed: "
+            f"{reason}"
         ) from error

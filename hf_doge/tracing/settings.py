@@ -46,7 +46,8 @@ class RecordingSettings:
     How gradient rows are made and stored. Two recordings with the same settings can live in one index.
 
     Each field says what it means in its `metadata["help"]`; `hf-doge index` takes its flags from them.
-    [`TracInWECallback`] takes them as keywords, and says more about each.
+    [`TracInWECallback`] takes them as keywords, and says more about each. A new one also goes into [`RecordingOptions`], into
+    [`~RecordingSettings.to_manifest`] if it changes rows, and into the docstring of the callback.
     """
 
     top_k_tokens: int | None = _option(

@@ -1,6 +1,10 @@
 """
 One Parquet file of gradient rows: a range of examples, sorted by token, as float16, float32 or int8.
 
+A row has the columns `checkpoint`, `token_id`, `example_id`, `grad` (as many numbers as are stored) and, unless they are float32,
+`scale`: `grad / scale` is the gradient of the example's loss with respect to the embedding of the token, projected or in Adam's
+metric where the index was recorded so.
+
 Rows of float16 and float32 and their example ids lie in it plainly, one page in each row group, so that any of them can be
 read by its place in bytes, over HTTP say, without a Parquet reader. A second file, the offsets, tells these places:
 
