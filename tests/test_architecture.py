@@ -1,6 +1,7 @@
 """The rooms of the house: imports point down, and importing the package does no work."""
 
 import ast
+import re
 import subprocess
 import sys
 from functools import cache
@@ -238,3 +239,47 @@ def test_every_test_asserts_something():
             break
         asserting |= callers
     assert [one.name for one in functions if one.name.startswith("test_") and one.name not in asserting] == []
+
+
+# Names that are there
+
+SOURCES = [
+    path
+    for folder in ("hf_doge", "tests", "benchmarks", "examples", "docs", "model_cards")
+    for path in sorted((TESTS.parent / folder).rglob("*"))
+    if path.suffix in (".py", ".md", ".jinja")
+]
+IMPORT = re.compile(r"from ((?:hf_doge|tests|benchmarks)[\w.]*) import (\([^)]*\)|[\w, ]+)")
+
+
+def test_whatever_is_imported_by_code_in_texts_and_strings_too_is_there():
+    """Linters see no import in a string that another process runs, nor one in a page."""
+    exported = {module: set(names_in(path)) for path in PYTHON_FILES for module in [module_of(path)]}
+    missing = []
+    for path in SOURCES:
+        for module, names in IMPORT.findall(path.read_text(encoding="utf-8")):
+            for name in re.findall(r"\w+", re.sub(r"#.*| as \w+", "", names)):
+                if module in exported and f"{module}.{name}" not in exported and name not in exported[module]:
+                    missing.append(f"{path.relative_to(TESTS.parent)}: {module} has no {name}")
+    assert missing == []
+
+
+PYTHON_FILES = [path for path in SOURCES if path.suffix == ".py"]
+
+
+def module_of(path):
+    return ".".join(path.relative_to(TESTS.parent).with_suffix("").parts).removesuffix(".__init__")
+
+
+def names_in(path):
+    """What a module defines or imports at its top level; those of a package that are imported late are in `__all__`."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            yield node.name
+        elif isinstance(node, ast.ImportFrom | ast.Import):
+            yield from (one.asname or one.name for one in node.names)
+        elif isinstance(node, ast.Assign | ast.AnnAssign):
+            yield from (one.id for one in ast.walk(node) if isinstance(one, ast.Name))
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value.isidentifier():
+            yield node.value

@@ -285,7 +285,7 @@ def umask():
     ("mask", "file_mode", "folder_mode"), [(0o077, 0o600, 0o700), (0o022, 0o644, 0o755), (0o002, 0o664, 0o775)]
 )
 def test_modes_follow_the_umask_of_who_saves(tmp_path, indices, umask, mask, file_mode, folder_mode):
-    from hf_doge.tracing.saved_checkpoints import save_model
+    from hf_doge.tracing.models import save_model
     from tests.tiny import tiny_gpt2
 
     source = tmp_path / "source"

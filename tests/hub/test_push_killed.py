@@ -39,7 +39,7 @@ def index(tmp_path_factory):
         for example in range(NUM_SEGMENTS):
             rows = torch.from_numpy(np.random.default_rng(example).standard_normal((ROWS, WIDTH), dtype=np.float32))
             checkpoint.add(TokenRows(torch.tensor([0, ROWS]), tokens, rows, False))
-        checkpoint.finish()
+        writer.publish(checkpoint)
     writer.close()
     size = sum(path.stat().st_size for path in folder.rglob("*.parquet"))
     assert size > 200 * MEGABYTE
