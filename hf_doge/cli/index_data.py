@@ -46,6 +46,7 @@ def load_examples(args: Namespace, tokenizer: PreTrainedTokenizerBase) -> tuple[
         if continues and "labels" not in rows[0]:
             rows = [{**row, "labels": row["input_ids"]} for row in rows]
     elif continues and args.text_field is None and is_dialogue(records[0]):
+        _refuse_unmasked(args, records[0])
         rows, told = _dialogues(args, records, places, tokenizer)
     elif continues or name.endswith((*_ANSWERS, "ForSequenceClassification")):
         rows = _texts(args, records, places, tokenizer, None if continues else config, answers=name.endswith(_ANSWERS))
@@ -73,6 +74,18 @@ def _tokenised(records: Rows, places: Sequence[str]) -> Rows:
                 f"Every record must have whole numbers under `input_ids`, as the first has, but {place} has {ids!r:.60}."
             )
     return [{name: value for name, value in record.items() if name in (*_OWN[:3], *_FED)} for record in records]
+
+
+def _refuse_unmasked(args: Namespace, record: dict[str, Any]) -> None:
+    """An earlier hf_doge indexed prompt and completion as two texts, both with a loss: such rows are not continued by others."""
+    metadata = read_config(args.output_dir)["metadata"] if (args.output_dir / EXAMPLES_FILE).is_file() else None
+    if "messages" in record or metadata is None or metadata.keys() & {"encoding", "collator_seed"}:
+        return
+    raise ValueError(
+        f"The index in {str(args.output_dir)!r} was recorded by an earlier hf_doge, with a loss of prompt and completion, and now"
+        " the completion alone has one. Pass `--text_field prompt completion` to continue it as it was begun, or choose another"
+        " folder."
+    )
 
 
 def _dialogues(

@@ -100,6 +100,19 @@ def test_what_is_indexed_is_its_own_strongest_proponent(case, index, tmp_path):
         assert set(found.domain_influence(records, "source")["domain"]) == {"w1", "w4", "w5"}
 
 
+def test_an_older_index_of_prompts_and_completions_is_continued_as_it_was_begun(index, tmp_path, capsys):
+    as_begun = ("--output_dir", str(tmp_path / "index"), "--text_field", "prompt", "completion")
+    assert index("language model", PAIRS, *as_begun) == 0
+    path = tmp_path / "index" / "config.json"
+    config = json.loads(path.read_text())
+    config["metadata"].pop("encoding", None)  # which 27c6364 did not write
+    path.write_text(json.dumps(config))
+    for grows in ((), ("--add_examples",)):
+        assert index("language model", PAIRS, *as_begun[:2], *grows) == 2
+        assert "Pass `--text_field prompt completion` to continue it as it was begun" in capsys.readouterr().err
+    assert index("language model", PAIRS, *as_begun) == 0
+
+
 BAD = {
     "masked": ([{"text": "w1"}], "holds a `BertForMaskedLM`. Give records with `input_ids`"),
     "tagger": ([{"text": "w1"}], "holds a `BertForTokenClassification`. Give records with"),
