@@ -25,7 +25,7 @@ from typing import BinaryIO, TypeVar
 try:
     import fcntl
 except ImportError:  # Windows
-    fcntl = None
+    fcntl = None  # type: ignore[assignment]
 
 STAGED_PREFIX = ".hf_doge-"
 _LOOKS = 100  # of a reader at a set that is replaced again and again
@@ -215,6 +215,7 @@ def read_settled(folder: Path, manifest: str, read: Callable[[], Result]) -> Res
     def look() -> bytes | None:
         with suppress(OSError):
             return (folder / manifest).read_bytes()
+        return None
 
     for _ in range(_LOOKS):
         before = look()
@@ -301,6 +302,8 @@ def _exchange(one: Path, other: Path) -> bool:
     """Let two folders change places in one step, where the system can."""
     library = ctypes.CDLL(None, use_errno=True) if os.name == "posix" else None
     first, second = os.fsencode(one), os.fsencode(other)
+    if library is None:
+        return False
     if hasattr(library, "renameat2"):
         return library.renameat2(_AT_WORKING_DIRECTORY, first, _AT_WORKING_DIRECTORY, second, _EXCHANGE) == 0
     if sys.platform == "darwin" and hasattr(library, "renamex_np"):

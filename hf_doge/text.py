@@ -89,7 +89,7 @@ def hide_secrets(text: str) -> str:
     text = _CREDENTIALS.sub("", text)
     for pattern in _GIVEN:
         text = pattern.sub(lambda match: f"{match[1]}{_hidden(match[2])}", text)
-    return _TOKEN.sub(lambda match: f"{re.match('[A-Za-z]+[_-]?', match[0])[0]}{HIDDEN}", text)
+    return _TOKEN.sub(lambda match: f"{''.join(re.findall('^[A-Za-z]+[_-]?', match[0]))}{HIDDEN}", text)
 
 
 def holds_token(text: str) -> bool:

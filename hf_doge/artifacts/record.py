@@ -315,14 +315,14 @@ class WeightsRecord:
         Raises:
             ValueError: `num_tokens` is negative, or a domain of positive weight has no known token.
         """
-        num_tokens = check_number("num_tokens", num_tokens, least=0)
+        tokens = check_number("num_tokens", num_tokens, least=0)
         available = {name: facts.get("num_tokens") for name, facts in self.domains.items()}
         unknown = [name for name, weight in self.mean.items() if weight > 0 and not available[name]]
         if unknown:
             raise ValueError(
                 f"Domains of positive weight must have `num_tokens` > 0, but {unknown} have {[available[n] for n in unknown]}."
             )
-        return {n: weight * num_tokens / available[n] if weight > 0 else 0.0 for n, weight in self.mean.items()}
+        return {n: weight * tokens / available[n] if weight > 0 else 0.0 for n, weight in self.mean.items()}
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, WeightsRecord):

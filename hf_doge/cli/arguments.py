@@ -74,7 +74,7 @@ class ModelArguments:
     )
 
 
-def parse(argv: Sequence[str], *dataclasses: type, prog: str, description: str, defaults: dict[str, Any]) -> tuple:
+def parse(argv: Sequence[str], *dataclasses: Any, prog: str, description: str, defaults: dict[str, Any]) -> tuple:
     """
     Read the flags of several dataclasses.
 
@@ -171,7 +171,8 @@ def read_flags(path: Path, parser: ArgumentParser) -> list[str]:
         raise ValueError(f"{source!r} must be YAML or JSON, but it is not: {' '.join(str(error).split())}.") from error
     if not isinstance(contents, dict):
         raise ValueError(f"{source!r} must map flags to values, as in `learning_rate: 5e-4`. Write one flag per line.")
-    flags, seen = [], {}
+    flags: list[str] = []
+    seen: dict[str, Any] = {}
     for name, value in contents.items():
         action = parser._option_string_actions.get(f"--{name}")
         if action is None:
@@ -221,6 +222,7 @@ def _check_numbers(args: Any) -> None:
 
 def get_output_dir(args: TrainingArguments) -> Path:
     """The output folder, made if it is not there."""
+    assert args.output_dir is not None  # the arguments set one
     output_dir = Path(args.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
     return output_dir
@@ -240,7 +242,7 @@ def get_resume(args: TrainingArguments) -> str | bool | None:
         return None
     if word in ("last", "true", "yes"):
         return True
-    if not Path(asked).is_dir():
+    if asked is None or not Path(asked).is_dir():
         raise ValueError(
             f"`--resume_from_checkpoint` must be last (or true), none (or false), or the folder of a checkpoint, but got "
             f"{asked!r}, and there is no such folder."

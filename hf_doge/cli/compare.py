@@ -112,7 +112,7 @@ class MeasureArguments:
             "data_collator": collate_blocks,
             "tokens_per_example": data_args.block_size,
             "identity": {
-                "model": model_args.model_name_or_path or config.to_dict(),
+                "model": model_args.model_name_or_path or (config and config.to_dict()),
                 "data": data.fingerprints,
             },
             "adaptation": self.get_adaptation(data),

@@ -94,7 +94,8 @@ class ParagraphFilter:
 
     def __call__(self, text: str) -> str:
         """Return the text without its repeated paragraphs, and remember the ones that stay; empty if it is dropped."""
-        kept, new = [], set()
+        kept: list[str] = []
+        new: set[int] = set()
         for paragraph in _PARAGRAPH_BREAK.split(text):
             shingles = self._shingles(paragraph)
             if 2 * len(shingles & self._seen | shingles & new) <= len(shingles):

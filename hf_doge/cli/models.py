@@ -1,6 +1,7 @@
 """Which model: one that exists, or a new one of a given shape."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -50,8 +51,13 @@ def get_config(
     if model_args.model_config is not None:
         config = _read_config(Path(model_args.model_config), {"vocab_size": len(tokenizer), **special})
     else:
-        shape = {"vocab_size": len(tokenizer), "block_size": block_size, "special": special}
-        config = _size_config(model_args.model_size, model_args.model_type, **shape)
+        config = _size_config(
+            model_args.model_size,
+            model_args.model_type,
+            vocab_size=len(tokenizer),
+            block_size=block_size,
+            special=special,
+        )
     if config.vocab_size < len(tokenizer):
         raise ValueError(
             f"The model must have an embedding for each of the tokenizer's {len(tokenizer)} entries, but its "
@@ -119,7 +125,8 @@ def _kind(config: PretrainedConfig | None) -> str:
 @torch.no_grad()
 def _looks_ahead(model: PreTrainedModel) -> bool:
     """Whether what is predicted from the first token changes with the tokens behind it."""
-    was_training, size = model.training, model.get_input_embeddings().weight.shape[0]
+    embedding: Any = model.get_input_embeddings()
+    was_training, size = model.training, embedding.weight.shape[0]
     model.eval()
     with torch.random.fork_rng(devices=[]):
         texts = torch.arange(2 * _NUM_TOKENS, device=model.device).reshape(2, -1) % size

@@ -143,8 +143,8 @@ def _named_texts(texts: Sequence[str]) -> dict[str, Any]:
 
 def _lines(hits: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     """What a person reads in a terminal."""
-    for number, rows in groupby(hits, key=lambda hit: hit["query"]):
-        rows = list(rows)
+    for number, group in groupby(hits, key=lambda hit: hit["query"]):
+        rows = list(group)
         yield f"Query {number}: {_one_line(rows[0]['query_text'])}"
         for kind, found in groupby(rows, key=lambda hit: hit["kind"]):
             yield f"  {kind}s"

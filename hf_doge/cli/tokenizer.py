@@ -50,6 +50,7 @@ def get_tokenizer(
             )
         tokenizer = PreTrainedTokenizerFast.from_pretrained(save_directory, trust_remote_code=False)
     else:
+        assert train_vocab_size is not None
         tokenizer = train_tokenizer(files, train_vocab_size)
         tokenizer.save_pretrained(save_directory)
     if tokenizer.eos_token_id is None:

@@ -54,12 +54,12 @@ class Interval:
     @property
     def half_width(self) -> float | None:
         """The smallest mean that would exclude 0, given how the values scatter; `None` for a single value."""
-        return None if self.low is None else (self.high - self.low) / 2
+        return None if self.low is None or self.high is None else (self.high - self.low) / 2
 
     @property
     def excludes_zero(self) -> bool:
         """Whether the whole interval lies on one side of 0."""
-        return self.low is not None and (self.low > 0 or self.high < 0)
+        return self.low is not None and self.high is not None and (self.low > 0 or self.high < 0)
 
 
 def t_interval(values: Sequence[float]) -> Interval:

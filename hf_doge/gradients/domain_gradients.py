@@ -219,7 +219,7 @@ class DomainGradients:
         Returns:
             `torch.Tensor` of the shape (behind `C`, for several) and dtype of the parameter.
         """
-        total = None
+        total: Tensor | None = None
         if self._dense is not None:
             dense = self._finished_dense()
             total = coefficients.to(self.device, self.dtype) @ dense.flatten(1)
@@ -227,6 +227,7 @@ class DomainGradients:
         for factor in self._factors:
             part = _for_each(factor.weighted, coefficients.to(self.device), num_dims=1).to(self.dtype)
             total = part if total is None else total.add_(part)
+        assert total is not None
         return total
 
     def inner_products(self, gradient: Tensor) -> Tensor:
@@ -304,14 +305,17 @@ class DomainGradients:
         """With zeros for the domains that never came."""
         for domain in range(self.num_domains):
             self._clear(domain)
+        assert self._dense is not None
         return self._dense
 
     def _clear(self, domain: int) -> None:
         if not self._written[domain]:
+            assert self._dense is not None
             self._dense[domain].zero_()
             self._written[domain] = True
 
     def _add_to_domain(self, domain: int, gradient: Tensor) -> None:
+        assert self._dense is not None
         if self._written[domain]:
             self._dense[domain].add_(gradient)
         else:

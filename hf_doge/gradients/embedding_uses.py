@@ -7,7 +7,7 @@ forward, and LoRA wraps it. What it catches is the bare lookup, before any scale
 by token, is the gradient of the matrix's rows; no weight has to require a gradient for that.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from types import TracebackType
@@ -58,8 +58,9 @@ def input_embedding_matrix(model: nn.Module) -> Tensor:
     Raises:
         ValueError: if the model has no such method, or what it returns has no matrix.
     """
+    whole: Any = model
     try:
-        weight = model.get_input_embeddings().weight
+        weight = whole.get_input_embeddings().weight
     except (AttributeError, NotImplementedError) as error:
         raise ValueError(
             f"The model must have input embeddings, but `{type(model).__name__}.get_input_embeddings()` gives none. "
@@ -131,7 +132,9 @@ class _MatrixMode(TorchFunctionMode):
         self.collect_lookups = collect_lookups
         self.collect_projections = collect_projections
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
+    def __torch_function__(
+        self, func: Callable, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
         if len(args) < 2 or args[1] is not self.uses.matrix or not torch.is_grad_enabled():
@@ -254,7 +257,9 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def same_problem_type(model: nn.Module) -> Iterator[None]:
     """Classifiers of transformers note in their configuration what they make of the first labels: that is training's to do."""
-    configs = [module.config for module in model.modules() if hasattr(getattr(module, "config", None), "problem_type")]
+    configs: list[Any] = [
+        module.config for module in model.modules() if hasattr(getattr(module, "config", None), "problem_type")
+    ]
     kinds = [config.problem_type for config in configs]
     try:
         yield

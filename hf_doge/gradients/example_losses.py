@@ -140,7 +140,9 @@ class ExampleLosses:
             [`total`].
         """
         logits, labels = logits.detach(), batch["labels"].to(logits.device)
-        expected = F.pad(labels[:, self._label_shift :], (0, self._label_shift), value=IGNORE_INDEX).flatten()
+        shift = self._label_shift
+        assert shift is not None
+        expected = F.pad(labels[:, shift:], (0, shift), value=IGNORE_INDEX).flatten()
         ignored = (expected == IGNORE_INDEX).nonzero().squeeze(1)
         places = expected.index_fill(0, ignored, 0)[:, None]
         dtype = logits.dtype if logits.dtype.itemsize >= 4 else torch.float32
@@ -179,6 +181,8 @@ class ExampleLosses:
         the loss itself hides: those of a model that knows nothing yet are all nearly the same.
         """
         loss, logits = loss_of(outputs), logits_of(outputs)
+        assert loss is not None
+        assert logits is not None
         (grad,) = torch.autograd.grad(loss, logits, allow_unused=True, retain_graph=True)
         if grad is None:  # the loss is of logits that the model keeps to itself
             shift = self._label_shift

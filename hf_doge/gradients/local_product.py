@@ -18,14 +18,14 @@ class LocalProduct(torch.autograd.Function):
     """The output of a module as it is; its backward differentiates the module alone, once for each domain."""
 
     @staticmethod
-    def forward(ctx, output, call, *tensors):
+    def forward(ctx: Any, output: Tensor, call: "ModuleCall", *tensors: Tensor) -> Tensor:
         ctx.call = call
         ctx.save_for_backward(*tensors)
         return output.clone()  # a view would forbid the model to change it in place
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         tensors = ctx.saved_tensors
         ctx.call.differentiate(tensors, grad)
         return grad, None, *(None for _ in tensors)
@@ -51,7 +51,7 @@ class ModuleCall:
         # tensors are autograd's to keep
         self._others = [None if torch.is_tensor(value) else value for value in values]
         device_type = next(module.parameters()).device.type
-        self._autocast = {
+        self._autocast: dict[str, Any] = {
             "device_type": device_type,
             "dtype": torch.get_autocast_dtype(device_type),
             "enabled": torch.is_autocast_enabled(device_type),
@@ -81,7 +81,7 @@ class ModuleCall:
         left = iter(tensors)
         values = []
         for is_tensor, other in zip(self._is_tensor, self._others, strict=True):
-            value = next(left).detach() if is_tensor else other
+            value: Any = next(left).detach() if is_tensor else other
             if is_tensor and value.dim() > 0 and len(value) == num_rows:
                 value = value[start:stop]
             values.append(value)

@@ -99,7 +99,7 @@ class StreamedAlignment:
         """`sum_m v_m G_m` over the given targets and all processes; or one of their first halves, and one of their second."""
         vectors, is_clipped = self.vectors, self.max_norm is not None
         totals = [vectors.zeros() for _ in range(self.num_targets)]
-        for target, weight in source.target_weights.items():
+        for target, weight in (source.target_weights or {}).items():
             loss = source.target_backward(target)
             gradient = vectors.take()
             if is_clipped:

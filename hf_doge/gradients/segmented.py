@@ -8,6 +8,7 @@ parameter to a [`DomainGradients`] instead of to autograd. A use that none of th
 """
 
 from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Set as AbstractSet
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -28,7 +29,7 @@ class HiddenBatchError(Exception):
 class _Recipient:
     """Where the parameter gradients of one call go: the store of each parameter, and who is who in the batch."""
 
-    def __init__(self, segments: Segments, rows_per_example: set[int]) -> None:
+    def __init__(self, segments: Segments, rows_per_example: AbstractSet[int]) -> None:
         self.segments = segments
         self._rows_per_example = rows_per_example
 
@@ -170,7 +171,7 @@ class SegmentedBackward(AbstractContextManager):
         self._recipient: _Recipient | None = None
         self._is_running_again = False
 
-    def start(self, segments: Segments, rows_per_example: set[int]) -> None:
+    def start(self, segments: Segments, rows_per_example: AbstractSet[int]) -> None:
         """
         Announce the micro-batch that comes next.
 

@@ -56,7 +56,7 @@ def without_gradient(model: nn.Module) -> Iterator[None]:
             handle.remove()
 
 
-def _sharded_modules(model: nn.Module) -> list[nn.Module]:
+def _sharded_modules(model: nn.Module) -> list[Any]:
     if not (dist.is_available() and dist.is_initialized()):
         return []
     from torch.distributed.fsdp import FSDPModule

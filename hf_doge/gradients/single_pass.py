@@ -12,7 +12,7 @@ domains have few rows is cheaper by factors.
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -176,7 +176,9 @@ class SinglePassAlignment:
                 products += found.to(products.device)
         return target, products.cpu()
 
-    def _sum_over_parameters(self, question, *num_targets: int, scored_only: bool = True) -> Tensor:
+    def _sum_over_parameters(
+        self, question: Callable[[DomainGradients, int], Tensor | None], *num_targets: int, scored_only: bool = True
+    ) -> Tensor:
         """Ask each parameter's store for K numbers, or for K of each target, and add them up: float64 on the CPU."""
         total = self._zeros(*num_targets)
         for position, (store, scored) in enumerate(zip(self._stores, self.vectors.scored, strict=True)):
@@ -192,8 +194,8 @@ class SinglePassAlignment:
     def _sum_domains_over_processes(self, present: list[int]) -> None:
         """Every domain's own gradient, summed over the processes: K x P numbers, for the sake of its norm."""
         for position, store in enumerate(self._stores if present else []):
-            gradients = [store.of_domain(domain) for domain in present]
-            gradients = [torch.zeros_like(self.vectors.parameters[position]) if g is None else g for g in gradients]
+            found = [store.of_domain(domain) for domain in present]
+            gradients = [torch.zeros_like(self.vectors.parameters[position]) if g is None else g for g in found]
             self.vectors.reduction.sum_(gradients)
             self._stores[position] = DomainGradients.from_dense(
                 dict(zip(present, gradients, strict=True)), num_domains=self.num_domains
@@ -239,10 +241,10 @@ class SinglePassAlignment:
                 source.differentiate(loss)
         except UnsplittableLossError as error:
             trouble = str(error)
-        losses = self._agree(source, losses, trouble, bool(losses.isfinite().all()))
-        if losses is not None:
-            losses[coefficients == 0] = torch.nan  # as the plain way, which does not look at them
-        return losses
+        agreed = self._agree(source, losses, trouble, bool(losses.isfinite().all()))
+        if agreed is not None:
+            agreed[coefficients == 0] = torch.nan  # as the plain way, which does not look at them
+        return agreed
 
     def _agree(self, source: GradientSource, losses: Tensor, trouble: str | None, is_finite: bool) -> Tensor | None:
         """What came of it on all processes together: the losses, or `None` and nothing left behind."""
@@ -302,7 +304,7 @@ class SinglePassAlignment:
             if trouble is None and not all(map(torch.equal, before, _random_state(devices))):
                 self.model.eval()
                 losses, trouble = self._try(sample)
-            if trouble is not None or not losses.isfinite().all():
+            if trouble is not None or losses is None or not losses.isfinite().all():
                 return self._num_compared, trouble
             return len(sample.present_domains), self._find_difference(sample)
 

@@ -1,5 +1,8 @@
 """The loss of every token, caught where a model reduces them to the one number it returns."""
 
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -29,9 +32,11 @@ class TokenLosses(TorchFunctionMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self._caught: list[Tensor] = []
+        self._caught: list[Tensor | None] = []
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
+    def __torch_function__(
+        self, func: Callable, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         kwargs = kwargs or {}
         if func is not F.cross_entropy:
             return func(*args, **kwargs)

@@ -111,8 +111,8 @@ class Vectors:
         """In place; a parameter that some process reaches is one that all have a gradient of."""
         if self.is_sharded or not self.reduction.is_needed:
             return
-        reached = [part is not None for part in gradient]
-        reached = self.reduction.sum(torch.tensor(reached, device=self.device).int())
+        own = torch.tensor([part is not None for part in gradient], device=self.device)
+        reached = self.reduction.sum(own.int())
         for position, is_reached in enumerate(reached.tolist()):
             if is_reached and gradient[position] is None:
                 gradient[position] = torch.zeros_like(self.parameters[position])

@@ -132,7 +132,9 @@ def preserved(generators: Sequence[Generator] = ()) -> Iterator[None]:
 
 def find_generators(collator: Any) -> list[Generator]:
     """The generators that a collator holds or that its code names, those nearest first."""
-    found, looked_at, queue = [], {}, deque([collator])
+    found: list[Generator] = []
+    looked_at: dict[int, Any] = {}
+    queue = deque([collator])
     while queue and len(looked_at) < _MOST_LOOKED_AT:
         one = queue.popleft()
         if id(one) in looked_at:
@@ -180,7 +182,8 @@ def _parts(one: Any) -> list[Any]:
 def _parts_of_function(function: types.FunctionType) -> list[Any]:
     cells = [cell.cell_contents for cell in function.__closure__ or () if _is_filled(cell)]
     defaults = [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
-    names, codes = [], deque([function.__code__])
+    names: list[str] = []
+    codes = deque([function.__code__])
     while codes:
         code = codes.popleft()
         names += code.co_names

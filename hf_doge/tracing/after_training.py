@@ -98,26 +98,28 @@ def record_dataset(
     else:
         whole = _recorded_steps(folder)
         order = in_order_of_steps(paths, whole)
-        rates = [None] * len(paths) if learning_rates is None else list(learning_rates)
+        rates: list[float | None] = [None] * len(paths) if learning_rates is None else list(learning_rates)
         paths, rates = [paths[place] for place in order], [rates[place] for place in order]
-        facts = [describe_checkpoint(path, learning_rate=rate) for path, rate in zip(paths, rates, strict=True)]
+        known = [describe_checkpoint(path, learning_rate=rate) for path, rate in zip(paths, rates, strict=True)]
         if learning_rates is None:
-            for path, fact in zip(paths, facts, strict=True):
+            for path, fact in zip(paths, known, strict=True):
                 load = partial(load_model, path, trainable=True)
                 fact["learning_rate"] = saved_group_rate(path, fact["learning_rate"], load)
-        recording.whole = set(whole)
+        facts, recording.whole = [*known], set(whole)
     if settings.second_moment:
-        for path, fact in zip(paths, facts, strict=True):
-            if fact is None or fact["name"] not in recording.whole:
+        for path, told in zip(paths, facts, strict=True):
+            if told is None or told["name"] not in recording.whole:
                 require_saved_optimizer(path)  # now, not hours later
     try:
-        for path, fact in zip(paths, facts, strict=True):
-            recording.record(path, fact)
-        run_on_main_process(lambda heartbeat: recording.index.writer.require_grown())
+        for path, told in zip(paths, facts, strict=True):
+            recording.record(path, told)
+        index = recording.index
+        assert index is not None
+        run_on_main_process(lambda heartbeat: index.writer.require_grown())
     finally:
         if recording.index is not None:
             recording.index.close()
-    return recording.index.writer
+    return index.writer
 
 
 @dataclass
@@ -164,6 +166,7 @@ class _SavedRecording:
         if self.index is None:
             self.index, self.batches = self._open(model)
             self.index.writer.require_embeddings(recorder.matrix, type(model).__name__)
+        assert self.batches is not None
         if not self.index.has_whole(facts["name"]):
             facts["path"] = stored_path(path, self.index.writer.folder)
             record_checkpoint(

@@ -183,7 +183,7 @@ def describe_encoding(batches: Iterable[Mapping[str, Any]], tokenizer: Any | Non
     return told
 
 
-def _masks(labelled: Sequence[Tensor], args: Any | None) -> list[str] | None:
+def _masks(labelled: Sequence[Tensor], args: Any) -> list[str] | None:
     """Which masks made these labels, if that is certain."""
     if getattr(args, "assistant_only_loss", False):
         return ["assistant"] if args.completion_only_loss is False else ["assistant", "completion"]

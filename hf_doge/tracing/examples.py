@@ -86,7 +86,9 @@ def has_texts(dataset: Any) -> bool:
 
 def prune_columns(dataset: Any, model: torch.nn.Module) -> Any:
     """Only the columns that the model takes, and labels under any of their names, as the Trainer prunes them."""
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    inner: Any = model
+    if hasattr(inner, "get_base_model"):
+        inner = inner.get_base_model()
     accepted = {*inspect.signature(inner.forward).parameters, *LABEL_COLUMNS}
     if isinstance(dataset, list):
         return [{name: item[name] for name in item if name in accepted} for item in dataset]
@@ -96,7 +98,7 @@ def prune_columns(dataset: Any, model: torch.nn.Module) -> Any:
 
 
 def padding_collator(
-    tokenizer: Any | None, *, pad_token_id: int | None = None, vocabulary_size: int | None = None
+    tokenizer: Any, *, pad_token_id: int | None = None, vocabulary_size: int | None = None
 ) -> Callable:
     """
     The Trainer's default; with a tokenizer it pads, labels of tokens too.
@@ -191,7 +193,7 @@ def describe_examples(
                 f" {num_positions}. Tokenise with `truncation=True`, as for training."
             )
         fits = labels is None or _is_class(labels, num_classes) or _is_one_of_each(labels, num_classes)
-        if num_classes is not None and not fits:
+        if num_classes is not None and labels is not None and not fits:
             raise ValueError(
                 f"The label of example {position} must be a whole number from 0 to {num_classes - 1}, the classes of the"
                 f" model, but got {labels.tolist()}."
@@ -261,7 +263,10 @@ def _check_own_ids(column: pa.ChunkedArray | None, num_examples: int) -> None:
     repeated = sorted({example_id for example_id in ids if ids.count(example_id) > 1}) if len(ids) < 1000 else []
     if not repeated and len(set(ids)) < len(ids):
         seen: set = set()
-        repeated = [example_id for example_id in ids if example_id in seen or seen.add(example_id)]
+        for example_id in ids:
+            if example_id in seen:
+                repeated.append(example_id)
+            seen.add(example_id)
     if ids != list(range(num_examples)):
         raise ValueError(
             "`example_id` must be the position of the example, 0, 1, ..., but the dataset has a column of this name with "

@@ -55,7 +55,8 @@ class ModelInputs:
         told = (getattr(config, name, None) for name in ("max_position_embeddings", "n_positions"))
         lengths = (getattr(tokenizer, "model_max_length", None), positions, *told)
         longest = min(length or _LONGEST for length in lengths)
-        size = len(model.get_input_embeddings().weight)
+        whole: Any = model
+        size = len(whole.get_input_embeddings().weight)
         pad_token_id = getattr(config, "pad_token_id", None) or 0
         # Where an answer is, models look for among padding as well.
         pads = "attention_mask" in names and takes_padding(model) and not names & set(ANSWERS)
@@ -113,7 +114,8 @@ def label_law(model: nn.Module) -> Callable[[np.ndarray, int], str | None]:
     that says what is wrong with them. Labels of models that are not known pass.
     """
     inner = _inside(model)
-    name, config = type(inner).__name__, inner.config if hasattr(inner, "config") else None
+    name: str = type(inner).__name__
+    config: Any = inner.config if hasattr(inner, "config") else None
     by_token = name.endswith(_BY_TOKEN)
     writes = getattr(config, "is_encoder_decoder", False) and name.endswith("ForConditionalGeneration")
     kind = getattr(config, "problem_type", None) if name.endswith("ForSequenceClassification") else None

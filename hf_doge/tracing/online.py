@@ -246,7 +246,8 @@ class OnlineRecording(Recording):
 
     def _require_same_examples(self, batches: IdentifiedBatches) -> None:
         """The ids are positions in what the DataLoader reads, so the dataset of the index must be the same there."""
-        recorded, trained = getattr(self.dataset, "recorded", self.dataset), batches.dataset
+        recorded: Any = getattr(self.dataset, "recorded", self.dataset)
+        trained = batches.dataset
         same = len(recorded) == len(trained)
         if same and recorded is not trained:
             positions = sorted({0, len(trained) // 2, len(trained) - 1} & set(range(len(trained))))
@@ -359,7 +360,7 @@ def _require_supported(args: TrainingArguments) -> None:
 
 
 def _tokens(example: Any) -> list | None:
-    tokens = example.get("input_ids") if isinstance(example, Mapping) else None
+    tokens: Any = example.get("input_ids") if isinstance(example, Mapping) else None
     return tokens.tolist() if hasattr(tokens, "tolist") else tokens
 
 

@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from types import TracebackType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -188,7 +189,7 @@ class TrainingCapture(AbstractContextManager):
                 self._uses.clear()
         return args, kwargs
 
-    def _after_forward(self, module: nn.Module, args: tuple, kwargs: dict, outputs: object) -> None:
+    def _after_forward(self, module: nn.Module, args: tuple, kwargs: dict, outputs: Any) -> None:
         if self._checking or self._ids is None:
             return
         lookups = list(self._uses.lookups)

@@ -9,6 +9,7 @@ DataLoader, which the Trainer makes for each training; the dataset, the collator
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from contextlib import AbstractContextManager
 from types import TracebackType
+from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset
@@ -23,7 +24,7 @@ _NUM_CHECKED_LINES = 8
 class IdentifiedDataset(Dataset):
     """A view of a dataset whose examples come as `(example_id, example)`."""
 
-    def __init__(self, dataset: Dataset) -> None:
+    def __init__(self, dataset: Any) -> None:
         self.dataset = dataset
 
     def __getattr__(self, name: str) -> object:
@@ -58,7 +59,7 @@ class IdentifyingCollator:
         self.collate_fn = collate_fn
         self._num_checked = 0
 
-    def __call__(self, identified: list[tuple[int, object]]) -> MutableMapping[str, object]:
+    def __call__(self, identified: list[tuple[int, object]]) -> MutableMapping[str, Any]:
         example_ids = [example_id for example_id, _ in identified]
         examples = [example for _, example in identified]
         given = _input_ids(examples) if self._num_checked < _NUM_CHECKED_BATCHES else None
@@ -129,7 +130,7 @@ def _input_ids(examples: list) -> list[list[int]] | None:
     return None if any(ids and isinstance(ids[0], list) for ids in given) else given  # several choices each
 
 
-def _check_order(given: list[list[int]], batch: Mapping[str, object]) -> None:
+def _check_order(given: list[list[int]], batch: Mapping[str, Any]) -> None:
     """Refuse a line that is less like its own example than like another, which it holds whole."""
     for position, line in enumerate(batch["input_ids"][:_NUM_CHECKED_LINES].flatten(start_dim=1).tolist()):
         if _holds(line, given[position]):

@@ -11,6 +11,7 @@ batch; it is refused if it does not hold.
 
 from collections.abc import Mapping
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -42,7 +43,7 @@ class TrainingScale:
         self._checked: set[tuple[bool, bool]] = set()
         self._uses_num_items = False
 
-    def check(self, inputs: Mapping[str, object]) -> bool:
+    def check(self, inputs: Mapping[str, Any]) -> bool:
         """
         Check, on the first batch of each kind, that the model's loss is what we take it for. Draws no random number and
         leaves no trace in the model.
@@ -79,7 +80,7 @@ class TrainingScale:
         self._checked.add(kind)
         return True
 
-    def _check(self, few: Mapping[str, object], *, num_items: bool) -> None:
+    def _check(self, few: Mapping[str, Any], *, num_items: bool) -> None:
         # evaluation mode, no gradient of a parameter
         with preserved_random_state(), full_precision(self.model), EmbeddingGradientRecorder(self.model) as recorder:
             recorder.check(few)  # an example alone has the rows it has next to another
@@ -87,7 +88,7 @@ class TrainingScale:
             if num_items:
                 self._uses_num_items = self._find_num_items(few)
 
-    def factors(self, inputs: Mapping[str, object], *, summed: bool = False) -> Tensor:
+    def factors(self, inputs: Mapping[str, Any], *, summed: bool = False) -> Tensor:
         """
         What the gradient of the model's loss must be multiplied by to be that of each example's own.
 
@@ -105,14 +106,14 @@ class TrainingScale:
             num_terms = torch.as_tensor(inputs[NUM_ITEMS], dtype=scales.dtype, device=scales.device)
         return scales * num_terms
 
-    def _num_terms(self, batch: Mapping[str, object]) -> tuple[Tensor, Tensor]:
+    def _num_terms(self, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
         """How many terms the batch has, and the factor from their sum to each example's own loss."""
         dtype = self._matrix.dtype if self._matrix.dtype.itemsize >= 4 else torch.float32
         one = torch.ones((), dtype=dtype, device=batch["input_ids"].device)
         return self._losses.total(SimpleNamespace(loss=one), batch)
 
     @torch.no_grad()
-    def _find_num_items(self, batch: Mapping[str, object]) -> bool:
+    def _find_num_items(self, batch: Mapping[str, Any]) -> bool:
         """Whether the model divides by the number it is given rather than by its own count."""
         loss = loss_of(self.model(**batch))
         check_finite(loss)
@@ -158,12 +159,12 @@ def check_loss_is_all(
             )
 
 
-def without_num_items(inputs: Mapping[str, object]) -> dict[str, object]:
+def without_num_items(inputs: Mapping[str, Any]) -> dict[str, Any]:
     """The batch as the data collator made it."""
     return {name: value for name, value in inputs.items() if name != NUM_ITEMS}
 
 
-def _take(batch: Mapping[str, object], rows: Tensor) -> dict[str, object]:
+def _take(batch: Mapping[str, Any], rows: Tensor) -> dict[str, Any]:
     """Some examples of a batch; options of the forward, which are no tensors, stay at their defaults."""
     size = len(batch["input_ids"])
     return {

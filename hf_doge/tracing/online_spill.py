@@ -175,9 +175,9 @@ def merged_rows(
             piece = slice(*np.searchsorted(keys, borders[[begin, end]]))
             if piece.stop > piece.start:
                 pieces.append((torch.from_numpy(keys[piece]), torch.from_numpy(rows[piece])))
-        keys, rows = pieces[-1] if len(pieces) <= 2 else _sum_by_key(pieces)
-        offsets = torch.searchsorted(keys, torch.from_numpy(borders[begin : end + 1]))
-        yield TokenRows(offsets, keys % vocabulary_size, rows, virtual)
+        ids, sums = pieces[-1] if len(pieces) <= 2 else _sum_by_key(pieces)
+        offsets = torch.searchsorted(ids, torch.from_numpy(borders[begin : end + 1]))
+        yield TokenRows(offsets, ids % vocabulary_size, sums, virtual)
         begin = end
 
 

@@ -117,7 +117,7 @@ def _has_ids(folder: Path) -> bool:
 
 
 def _describe_tokenizer(processing_class: Any | None) -> dict[str, Any] | None:
-    tokenizer = text_tokenizer(processing_class)
+    tokenizer: Any = text_tokenizer(processing_class)
     if not hasattr(tokenizer, "get_vocab"):
         return None
     return {
@@ -173,8 +173,9 @@ def open_shared_index(
         ValueError: As [`open_writer`]; or a process has another dataset or does not see the folder. It names itself.
         ProcessFailedError: Another process raised an error.
     """
+    writer: IndexWriter | None = None
 
-    def open_on_main(heartbeat: Callable[[], None]) -> list[Any]:
+    def open_on_main(heartbeat: Callable[[], None]) -> tuple[list[int], list[Any]]:
         nonlocal writer
         writer = open_writer(
             folder,
@@ -210,7 +211,6 @@ def open_shared_index(
                 num_examples=len(dataset) if add_examples else None,
             )
 
-    writer: IndexWriter | None = None
     try:
         borders, expected = run_on_main_process(open_on_main)
         require_shared_folder(folder)
@@ -219,6 +219,7 @@ def open_shared_index(
         if writer is not None:
             writer.close()
         raise
+    assert writer is not None  # one of the two has opened it
     return SharedIndex(writer, borders)
 
 

@@ -169,7 +169,7 @@ def _load_whole(path: str, model_class: str | None, dtype: str | None, hub: dict
     return _from_pretrained(loader, path, dtype, hub)
 
 
-def _from_pretrained(loader: Any, path: str, dtype: str | None, hub: dict[str, Any], **options: Any) -> nn.Module:
+def _from_pretrained(loader: Any, path: str, dtype: str | None, hub: dict[str, Any], **options: Any) -> Any:
     options |= {} if dtype is None else {"dtype": getattr(torch, dtype)}
     return loader.from_pretrained(path, trust_remote_code=False, use_safetensors=True, **options, **hub)
 

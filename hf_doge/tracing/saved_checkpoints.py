@@ -132,7 +132,7 @@ def _trainer_state(path: Path) -> dict[str, Any]:
     return state
 
 
-def logged_learning_rate(log_history: Any, step: int) -> float | None:
+def logged_learning_rate(log_history: Any, step: int | None) -> float | None:
     """The learning rate that made step `step`, if the Trainer logged at that step. (It logs the one before the scheduler.)"""
     rates = [entry["learning_rate"] for entry in log_history if entry.get("step") == step and "learning_rate" in entry]
     return rates[-1] if rates else None

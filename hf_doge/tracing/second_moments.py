@@ -163,13 +163,14 @@ def saved_group_rate(folder: Path, logged: float, load: Callable[[], nn.Module])
     found = {
         rate for rate, group in zip(rates, groups, strict=True) if not states or set(numbers) & set(group["params"])
     }
-    if len(found) != 1 or None in found:
+    known = [rate for rate in found if rate is not None]
+    if len(found) != 1 or not known:
         raise ValueError(
             f"The learning rate of the input embeddings at {str(folder)!r} must be known, but the optimizer's parameter"
             f" groups have several ({[group['lr'] for group in groups]}) and {str(path)!r} does not tell theirs. Pass"
             " `learning_rates` (`hf-doge index --learning_rates`), one for each checkpoint."
         )
-    return found.pop()
+    return known[0]
 
 
 def _numbers_of_shape(states: Mapping[int, Mapping[str, Any]], matrix: Tensor) -> list[int]:
@@ -190,8 +191,8 @@ def _read(path: Path) -> tuple[dict[int, dict[str, Any]], list[dict[str, Any]]]:
             f"`second_moment` needs an optimizer saved by `torch.save`, of tensors and numbers alone, but {str(path)!r} is"
             f" damaged or holds something else (an 8-bit optimizer?): {str(error).splitlines()[0]:.200}" + WHAT_TO_DO
         ) from error
-    states = content.get("state") if isinstance(content, dict) else None
-    groups = content.get("param_groups") if isinstance(content, dict) else None
+    states: Any = content.get("state") if isinstance(content, dict) else None
+    groups: Any = content.get("param_groups") if isinstance(content, dict) else None
     known = isinstance(states, dict) and isinstance(groups, list)
     if known:
         numbers = [*states, *(number for group in groups for number in group["params"])]
@@ -209,7 +210,8 @@ def _number_by_groups(
     states: Mapping[int, Mapping[str, Any]], groups: Sequence[Mapping[str, Any]], model: nn.Module, matrix: Tensor
 ) -> tuple[int | None, str]:
     """The number of the matrix if the groups are those of `Trainer.create_optimizer`; else why they are not."""
-    decaying = set(Trainer.get_decay_parameter_names(None, model))  # it asks nothing of the Trainer itself
+    # It asks nothing of the Trainer itself.
+    decaying = set(Trainer.get_decay_parameter_names(None, model))  # type: ignore[arg-type]
     trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     expected = [[named for named in trained if (named[0] in decaying) is decays] for decays in (True, False)]
     counts = [[len(group) for group in expected], [len(group["params"]) for group in groups]]

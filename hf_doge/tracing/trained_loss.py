@@ -89,11 +89,12 @@ class TrainedLoss:
         begun = any(run["backward"] for run in self._runs)
         if not due or begun or len(self._runs) > 1:
             return
-        loss = loss_of(outputs)
-        run: dict[str, Any] = {"has_loss": isinstance(loss, Tensor) and loss.requires_grad, "backward": False}
+        found = loss_of(outputs)
+        loss = found if isinstance(found, Tensor) and found.requires_grad else None
+        run: dict[str, Any] = {"has_loss": loss is not None, "backward": False}
         self._runs.append(run)  # without the loss itself, whose graph is not to outlive the step
         watched = _watched(module, outputs)
-        if run["has_loss"]:
+        if loss is not None:
             grads = torch.autograd.grad(loss, watched, retain_graph=True, allow_unused=True) if watched else ()
             watched = [tensor for tensor, grad in zip(watched, grads, strict=True) if grad is not None]
             run["expected"] = [grad for grad in grads if grad is not None]

@@ -132,7 +132,9 @@ def fit_inverse_temperature(logits: Tensor, labels: Tensor) -> float:
 
 def _logits_of(trainer: Trainer, dataset: Dataset) -> Iterable[tuple[Tensor, Tensor]]:
     """Logits and labels of the tokens that count, batch by batch: `(N, V)` and `(N,)`."""
-    model = trainer.model.eval()
+    model = trainer.model
+    assert model is not None
+    model.eval()
     for inputs in trainer.get_eval_dataloader(dataset):
         inputs = trainer._prepare_inputs(inputs)
         labels = inputs.pop("labels")[:, 1:].flatten()

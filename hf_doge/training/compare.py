@@ -99,6 +99,7 @@ def compare_mixtures(
         raise ValueError(
             f"A comparison needs mixtures and distinct seeds, but got {list(mixtures)} and {list(seeds)}. Add or drop some."
         )
+    assert args.output_dir is not None  # the arguments set one
     runs_folder = Path(args.output_dir) / RUNS_FOLDER
     runs_folder.mkdir(parents=True, exist_ok=True)
     pending = [(name, seed) for seed in seeds for name in mixtures]

@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from typing import Any
@@ -24,7 +25,13 @@ from hf_doge.functional.doge import NORMALIZATIONS
 
 MODES = ("proxy", "online")
 RECIPES = ("paper", "official", "doge_plus")
-SELF_TERMS = {True: True, False: False, "same": True, "none": False, "independent": "independent"}
+SELF_TERMS: dict[bool | str, bool | str] = {
+    True: True,
+    False: False,
+    "same": True,
+    "none": False,
+    "independent": "independent",
+}
 SCORE_METRICS = ("gradient", "optimizer")
 _MU = 0.01  # of the paper's universal runs
 _MU_IN_NATS = 10.0  # of "doge_plus"
@@ -41,7 +48,7 @@ def _check_self_term(name: str, value: Any) -> bool | str:
         raise ValueError(f"`{name}` must be True, False or one of {names}, but got {show(value)}.") from error
 
 
-_CHECKS = {
+_CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "mode": partial(check_choice, choices=MODES),
     "recipe": partial(check_choice, choices=RECIPES),
     "alignment": partial(check_choice, choices=ALIGNMENTS),

@@ -17,7 +17,7 @@ def examples_per_batch(args: TrainingArguments) -> int:
     Raises:
         `ValueError`: if a batch that is to be split cannot be.
     """
-    if not args.accelerator_config.split_batches:
+    if not accelerator_config(args).split_batches:
         return args.train_batch_size * args.world_size
     if args.train_batch_size % args.world_size:
         raise ValueError(
@@ -25,6 +25,11 @@ def examples_per_batch(args: TrainingArguments) -> int:
             f"{args.train_batch_size}. Change `per_device_train_batch_size`."
         )
     return args.train_batch_size
+
+
+def accelerator_config(args: TrainingArguments) -> Any:
+    """As the arguments have read it: transformers declares what they are given."""
+    return args.accelerator_config
 
 
 def examples_per_step(args: TrainingArguments) -> int:
@@ -43,7 +48,7 @@ def describe_reading(args: TrainingArguments, num_shards: int) -> dict[str, Any]
         args (`TrainingArguments`): Of the run.
         num_shards (`int`): Of the mixture.
     """
-    config, reading = args.accelerator_config, {"examples_per_step": examples_per_step(args)}
+    config, reading = accelerator_config(args), {"examples_per_step": examples_per_step(args)}
     is_split = config.dispatch_batches is False and not config.split_batches and 1 < args.world_size <= num_shards
     if is_split or min(args.dataloader_num_workers, num_shards) > 1:
         reading |= {

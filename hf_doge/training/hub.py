@@ -1,6 +1,7 @@
 """The learned weights beside the model on the Hub, and the cards of both that name each other."""
 
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import ModelCard
 from transformers import Trainer
@@ -15,8 +16,9 @@ _SECTION = "## Domain weights"
 
 def weights_repository(trainer: Trainer) -> str | None:
     """Where the weights go to: `hub_weights_id`, or the model's repository with `-domain-weights` behind its name."""
-    if trainer.args.hub_weights_id is not None:
-        return trainer.args.hub_weights_id
+    args: Any = trainer.args  # a [`DoGEConfig`], perhaps of another trainer's kind too
+    if args.hub_weights_id is not None:
+        return args.hub_weights_id
     model_id = getattr(trainer, "hub_model_id", None)
     return None if model_id is None else model_id + WEIGHTS_SUFFIX
 

@@ -24,6 +24,7 @@ from hf_doge.gradients.vectors import Reduction
 from hf_doge.sampling.domains import DomainIndex, StreamDomains
 from hf_doge.training.checkpoints import read_step
 from hf_doge.training.collator import DOMAIN_IDS
+from hf_doge.training.config import DoGEConfig
 from hf_doge.training.domain_batches import DomainBatches, TargetBatches
 from hf_doge.training.domain_loss import DomainLoss
 from hf_doge.training.global_batch import describe_reading
@@ -84,7 +85,9 @@ class DomainLearner:
         Take the arguments as they stand. A copy, so that what the artifact records is what the weights are learned with,
         whatever is set while or after they are.
         """
-        self.args = copy(self.trainer.args)
+        args = copy(self.trainer.args)
+        assert isinstance(args, DoGEConfig)
+        self.args = args
         self.recipe = self.args.get_recipe()
         # Of each domain that are aligned: given targets share no example with it, so only a universal score needs halves.
         self._num_parts = 2 if self.recipe.is_independent and self.targets is None else 1

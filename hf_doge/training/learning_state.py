@@ -54,10 +54,10 @@ class LearningState:
     names: tuple[str, ...]
     weights: Tensor
     mean: Tensor
+    num_examples: Tensor
+    num_tokens: Tensor
     num_updates: int = 0
     num_averaged: int = 0
-    num_examples: Tensor = None
-    num_tokens: Tensor = None
     nonfinite_steps: int = 0
     nonfinite_in_a_row: int = 0
     seconds: float = 0.0
@@ -117,8 +117,8 @@ class LearningState:
         """
         import pyarrow.parquet as pq
 
-        if self.points:
-            pq.write_table(self.trajectory.to_table(), folder / TRAJECTORY_FILE)
+        if (trajectory := self.trajectory) is not None:
+            pq.write_table(trajectory.to_table(), folder / TRAJECTORY_FILE)
         state = {
             "format_version": FORMAT_VERSION,
             "step": step,

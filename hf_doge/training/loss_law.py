@@ -241,8 +241,8 @@ class LossLaw:
         others = (
             others[~torch.isin(others, seen)] if len(seen) and seen.min() >= 0 and seen.max() < known else seen[:0]
         )
-        special = [getattr(config, f"{kind}_token_id", None) for kind in ("pad", "eos", "bos")]
-        special = torch.tensor([label for label in special if isinstance(label, int)] + self._targets.special)
+        named = [getattr(config, f"{kind}_token_id", None) for kind in ("pad", "eos", "bos")]
+        special = torch.tensor([label for label in named if isinstance(label, int)] + self._targets.special)
         first = torch.isin(others, special.to(others.dtype))
         generator = torch.Generator().manual_seed(0)
         parts = (seen, others[first], others[~first])

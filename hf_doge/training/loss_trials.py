@@ -1,7 +1,7 @@
 """A model that is tried out: left as it was to the bit, its outputs made louder, the targets of its loss noted."""
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from itertools import chain
 from typing import Any
@@ -28,12 +28,16 @@ class Targets(TorchFunctionMode):
         self.special: list[int] = []  # classes that a loss treats otherwise
         self.ignores_another = False  # than -100
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
+    def __torch_function__(
+        self, func: Callable, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         kwargs = kwargs or {}
         if func in (F.cross_entropy, F.nll_loss):
             logits, target = (
                 args[at] if len(args) > at else kwargs[name] for at, name in enumerate(("input", "target"))
             )
+            weight: Any
+            ignored: Any
             weight, ignored = (
                 args[at] if len(args) > at else kwargs.get(name, default)
                 for at, name, default in ((2, "weight", None), (4, "ignore_index", IGNORED))
@@ -95,12 +99,12 @@ def _device_state(device: torch.device) -> Tensor:
 
 
 def random_states(device: torch.device) -> tuple:
-    numpy_state = np.random.get_state()
+    numpy_state: Any = np.random.get_state()
     states = torch.random.get_rng_state(), _device_state(device)
     return random.getstate(), numpy_state[1].tobytes(), numpy_state[2], *(state.numpy().tobytes() for state in states)
 
 
-def output_head(model: nn.Module) -> nn.Module | None:
+def output_head(model: Any) -> nn.Module | None:
     return model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
 
 
@@ -127,7 +131,9 @@ def undisturbed(model: nn.Module, device: torch.device, *, casts: bool) -> Itera
     """The model in float32 where it is in half precision and `casts`; afterwards as it was, to the bit."""
     modules = list(model.modules())
     modes = [module.training for module in modules]
-    checkpointed = [module for module in modules if getattr(module, "gradient_checkpointing", False) is True]
+    checkpointed: list[Any] = [
+        module for module in modules if getattr(module, "gradient_checkpointing", False) is True
+    ]
     buffers = [
         (module, name, buffer, buffer.detach().clone())
         for module in modules

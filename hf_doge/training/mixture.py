@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from functools import cached_property
 from math import ceil
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from datasets import Dataset, IterableDataset
@@ -18,10 +18,7 @@ from hf_doge.sampling.collation import SeededCollator
 from hf_doge.sampling.domains import StreamDomains, merge_domains
 from hf_doge.sampling.sampler import DomainWeightedSampler
 from hf_doge.sampling.schedule import DRAW_MODES
-from hf_doge.sampling.streaming import (
-    holds_streams,
-    interleave_domains,
-)
+from hf_doge.sampling.streaming import holds_streams, interleave_domains
 from hf_doge.sampling.weights import to_shares
 from hf_doge.training.checkpoints import TRAINER_STATE_FILE, read_step, resolve_checkpoint
 from hf_doge.training.collator import ColumnCollator
@@ -42,8 +39,13 @@ READING_FILE = "domain_streams.json"  # likewise, of a mixture of streams
 _READ_ONCE = ("label_smoothing_factor", "neftune_noise_alpha", "bf16")  # by the Trainer, when it is made
 _ENDLESS = 2**62  # examples of a stream that the training ends, not the data
 
+if TYPE_CHECKING:
+    _Trainer = Trainer  # whose methods a mixin overrides, as type checkers must know
+else:
+    _Trainer = object
 
-class DomainWeightedMixin:
+
+class DomainWeightedMixin(_Trainer):
     """
     Makes a `Trainer` draw its train examples by domain weights; everything else stays as it is.
 

@@ -13,7 +13,8 @@ from hf_doge.sampling.streaming import warn_that_all_processes_read_everything
 
 def refuse_lost_column(trainer: Trainer, domain_column: str) -> None:
     """The trainer may prepare the train set, but each example must keep its domain."""
-    column_names = trainer.train_dataset.column_names  # `None` for streams that do not know
+    train_dataset: Any = trainer.train_dataset
+    column_names = train_dataset.column_names  # `None` for streams that do not know
     if column_names is not None and domain_column not in column_names:
         raise ValueError(
             f"The train set must keep its column {domain_column!r}, but {type(trainer).__name__} prepared it down to "
@@ -24,8 +25,9 @@ def refuse_lost_column(trainer: Trainer, domain_column: str) -> None:
 
 def refuse_lost_order(trainer: Trainer, get_sampler: Callable) -> None:
     """The sampler that ours takes the place of, the trainer's own, must be a plain random one: another means something."""
-    lost = get_sampler(trainer.train_dataset) if inspect.signature(get_sampler).parameters else get_sampler()
-    if type(lost) is RandomSampler and not lost.replacement and lost.num_samples == len(trainer.train_dataset):
+    dataset: Any = trainer.train_dataset
+    lost = get_sampler(dataset) if inspect.signature(get_sampler).parameters else get_sampler()
+    if type(lost) is RandomSampler and not lost.replacement and lost.num_samples == len(dataset):
         return
     owner = get_sampler.__qualname__.split(".")[-2]
     raise ValueError(

@@ -125,7 +125,7 @@ def _count_tokens(dataset: Dataset) -> np.ndarray | None:
 def describe_run(trainer: Trainer, args: TrainingArguments) -> dict[str, Any]:
     """Identity of model and tokenizer, what was run, and the versions of what ran it; of local paths the last part only."""
     model, tokenizer = trainer.model, trainer.processing_class
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     return {
         "model": {
             **describe_model(model),

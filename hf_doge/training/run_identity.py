@@ -71,6 +71,7 @@ def describe_identity(trainer: Trainer, *, max_steps: int, has_planned_draws: bo
     if has_planned_draws or not (has_own_schedule or is_lengthless):
         identity["max_steps"] = max_steps
     collator = _describe_collator(trainer.data_collator)
+    assert args.output_dir is not None  # the arguments set one
     return {**identity, "data_collator": collator, "model": _describe_model(model, Path(args.output_dir))}
 
 
@@ -87,8 +88,8 @@ def _describe_collator(collator: Any) -> dict[str, Any]:
 def _describe_model(model: Any, output_dir: Path) -> dict[str, Any]:
     """Its parameters and configuration; its name unless it was read from the folder of the run, as some resume."""
     parameters = [f"{name} {tuple(p.shape)} {p.dtype} {p.requires_grad}" for name, p in model.named_parameters()]
-    described = {"parameters": hashlib.sha256("\n".join(parameters).encode()).hexdigest()[:16]}
-    config = getattr(model, "config", None)
+    described: dict[str, Any] = {"parameters": hashlib.sha256("\n".join(parameters).encode()).hexdigest()[:16]}
+    config: Any = getattr(model, "config", None)
     name = getattr(config, "name_or_path", None) or ""
     if not name or not Path(name).resolve().is_relative_to(output_dir.resolve()):
         described["name_or_path"] = public_name(name) or ""
@@ -102,7 +103,7 @@ def _describe_model(model: Any, output_dir: Path) -> dict[str, Any]:
 
 def _settings(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """What a configuration holds, parts of parts by their whole name."""
-    found = {}
+    found: dict[str, Any] = {}
     for key, value in config.items():
         if isinstance(value, Mapping):
             found |= _settings(value, f"{prefix}{key}.")
@@ -113,7 +114,7 @@ def _settings(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def describe_recipe(args: DoGEConfig, recipe: Recipe, targets: TargetBatches | None) -> dict[str, Any]:
     """How weights are learned and for what, which a resumed run must share, in plain values."""
-    described = {"recipe": recipe.to_dict(), "mode": args.mode}
+    described: dict[str, Any] = {"recipe": recipe.to_dict(), "mode": args.mode}
     described["targets"] = None if targets is None else targets.describe()
     described["target_data"] = None if targets is None else targets.fingerprints
     for name in ("alignment_parameters", "lagged_update", "per_device_target_batch_size"):
@@ -161,7 +162,7 @@ def _only_different(saved: Any, own: Any, *, is_open: bool) -> tuple[Any, Any]:
     names = [name for name in {**saved, **own} if saved.get(name) != own.get(name)]
     if is_open:
         names = [name for name in names if name in saved and name in own]
-    return tuple({name: one[name] for name in names if name in one} for one in (saved, own))
+    return {name: saved[name] for name in names if name in saved}, {name: own[name] for name in names if name in own}
 
 
 def _read(path: Path) -> dict[str, Any]:

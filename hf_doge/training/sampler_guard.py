@@ -5,21 +5,21 @@ from math import ceil
 from typing import Any
 
 from accelerate import skip_first_batches
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from hf_doge.sampling.collation import describe_example, seeded
 from hf_doge.sampling.sampler import DomainWeightedSampler
-from hf_doge.training.global_batch import examples_per_batch
+from hf_doge.training.global_batch import accelerator_config, examples_per_batch
 from hf_doge.training.same_stream import refuse_different_streams
 
 
-def get_innermost_sampler(dataloader: DataLoader) -> Sampler:
+def get_innermost_sampler(dataloader: DataLoader) -> Any:
     """
     The sampler that decides which examples are read, below every wrapper of accelerate; if there is none, what decides in its
     place.
     """
-    batch_sampler = getattr(dataloader, "batch_sampler", dataloader)
+    batch_sampler: Any = getattr(dataloader, "batch_sampler", dataloader)
     while hasattr(batch_sampler, "batch_sampler"):
         batch_sampler = batch_sampler.batch_sampler
     return getattr(batch_sampler, "sampler", batch_sampler)
@@ -99,10 +99,11 @@ def _count_draws_not_skipped(args: TrainingArguments, state: TrainerState, datal
     With `dispatch_batches` the main process draws a batch for every process, and steps of that size are counted; but
     accelerate up to 1.15 at least skips one batch a step. Whether the one installed does is tried out.
     """
-    config = args.accelerator_config
+    config = accelerator_config(args)
     if not config.dispatch_batches or config.split_batches or args.world_size == 1 or args.ignore_data_skip:
         return 0
-    skipped = len(dataloader.batch_sampler) - len(skip_first_batches(dataloader, 1).batch_sampler)
+    whole: Any = dataloader.batch_sampler
+    skipped = len(whole) - len(skip_first_batches(dataloader, 1).batch_sampler)
     if skipped != 1:
         return 0
     accumulation = args.gradient_accumulation_steps

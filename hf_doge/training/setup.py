@@ -23,7 +23,7 @@ from hf_doge.training.config import DoGEConfig, Recipe
 logger = logging.getLogger(__name__)
 
 
-def refuse_unsupported(args: DoGEConfig, train_dataset: Any, *, has_target: bool) -> None:
+def refuse_unsupported(args: Any, train_dataset: Any, *, has_target: bool) -> None:
     """Raise a `ValueError` for what would give a wrong number, saying what to do instead."""
     if not isinstance(args, DoGEConfig):
         raise ValueError(f"`args` must be a `DoGEConfig`, but got {type(args).__name__}.")
@@ -78,7 +78,8 @@ def refuse_unsupported_engine(trainer: Trainer) -> None:
     Raise a `ValueError` if the model is going to be spread over the processes in a way that is not right yet, whoever asked
     for it: the arguments, `accelerate launch`, or how the model was loaded.
     """
-    args, state = trainer.args, trainer.accelerator.state
+    args: Any = trainer.args
+    state = trainer.accelerator.state
     plugin = getattr(state, "fsdp_plugin", None)
     loading = getattr(getattr(trainer.model, "config", None), "distributed_config", None)
     sizes = {name: getattr(loading, name, None) or 1 for name in ("tp_size", "pp_size", "ep_size")}
@@ -124,7 +125,10 @@ def refuse_unsupported_engine(trainer: Trainer) -> None:
 
 def uses_fsdp(trainer: Trainer) -> bool:
     """Whether the model is sharded, or will be when training starts."""
-    return trainer.is_fsdp_enabled or is_sharded(trainer.model)
+    if trainer.is_fsdp_enabled:
+        return True
+    assert trainer.model is not None
+    return is_sharded(trainer.model)
 
 
 def refuse_sparse_gradients(model: nn.Module) -> None:
@@ -164,6 +168,7 @@ def choose_alignment(
     that FSDP shards, or will when training starts.
     """
     model = trainer.model
+    assert model is not None
     refuse_batch_statistics(model)
     refuse_sparse_gradients(model)
     parameters = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]

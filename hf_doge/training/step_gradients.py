@@ -130,8 +130,8 @@ def agree_on_calls(
     for offset, batches in ((0, train), (num_domains, targets)):
         for batch in batches:
             calls[offset + batch.domain_ids[batch.items > 0].unique()] += 1
-    calls = reduction.max(calls.to(reduction.device)).tolist()
-    return calls[:num_domains], calls[num_domains:]
+    most = reduction.max(calls.to(reduction.device)).tolist()
+    return most[:num_domains], most[num_domains:]
 
 
 def _refuse_merged_examples(inputs: Mapping[str, Any], num_examples: int) -> None:
@@ -336,6 +336,7 @@ class StepGradients:
         needed = self._num_calls[kind == "target"][domain]
         for _ in range(num_made, needed):
             batch = next(iter(self._micro_batches + self._target_batches), self._spare)
+            assert batch is not None
             with self._replay("nothing"):
                 self._loss.call_for_nothing(batch.pick(torch.tensor([0])))
 

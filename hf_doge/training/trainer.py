@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import Trainer
 
 from hf_doge.artifacts.domain_weights import DomainWeights
-from hf_doge.sampling.domains import StreamDomains, merge_domains
+from hf_doge.sampling.domains import DomainIndex, StreamDomains, merge_domains
 from hf_doge.sampling.streaming import holds_streams
 from hf_doge.training.collator import DOMAIN_IDS, DomainCollator, DomainLookup
 from hf_doge.training.config import DoGEConfig
@@ -98,6 +98,7 @@ class DoGEMixin(DomainWeightedMixin):
             do not fit together; the message says what to do.
     """
 
+    args: DoGEConfig
     _labels_streams = True
     _learns_weights = True
 
@@ -114,6 +115,8 @@ class DoGEMixin(DomainWeightedMixin):
         **kwargs: Any,
     ) -> None:
         refuse_unsupported(args, train_dataset, has_target=target_dataset is not None)
+        assert args is not None
+        domains: DomainIndex | StreamDomains
         if is_streamed := holds_streams(train_dataset):
             domains = StreamDomains(tuple(train_dataset))
         else:

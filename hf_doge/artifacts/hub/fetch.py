@@ -62,7 +62,7 @@ def fetch_folder(
             repo_type="dataset",
             revision=revision,
             token=token,
-            cache_dir=cache_dir,
+            cache_dir=None if cache_dir is None else os.fspath(cache_dir),
             local_files_only=local_files_only,
             force_download=force_download,
             allow_patterns=None if allow_patterns is None else list(allow_patterns),

@@ -5,7 +5,7 @@ import threading
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from huggingface_hub.errors import EntryNotFoundError
 
@@ -20,6 +20,8 @@ from hf_doge.artifacts.hub.errors import (
     raise_explained,
     shortly,
 )
+
+Result = TypeVar("Result")
 
 _CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+)")
 
@@ -112,7 +114,7 @@ class RangedFile:
             raise ValueError(f"A range must be ascending and not negative, but got [{start}, {stop}).")
         return b"" if start == stop else self._call(lambda: self._read(start, stop))
 
-    def _call(self, action: Callable):
+    def _call(self, action: Callable[[], Result]) -> Result:
         try:
             return self._patience.call(action)
         except (OSError, TransportError) as error:

@@ -139,7 +139,8 @@ def read_examples(folder: Path, config: Mapping[str, Any]) -> pa.Table:
         ValueError: They are not those that config.json claims.
     """
     check_number_of_examples(folder, config)
-    first, tables = 0, []
+    first = 0
+    tables: list[pa.Table] = []
     for path in examples_files(config):
         table = read_parquet(folder / path, str(folder / path))
         require_printable(f"Columns in {str(folder / path)!r}", table.column_names)

@@ -27,7 +27,7 @@ OFFSETS = "offsets"
 DTYPES = ("float16", "float32", "int8")
 
 # What a recording says about itself, with the value where it says nothing.
-SETTINGS = {
+SETTINGS: dict[str, Any] = {
     "loss_reduction": None,
     "loss_fn": None,
     "tied": None,

@@ -363,8 +363,7 @@ def _add_range(scores: Tensor, row_map: RowMap, plan: list[_Postings], first: in
     for postings in plan:
         start, end = postings.start, postings.end
         if not whole:  # examples ascend within a token
-            examples = row_map.examples[start:end]
-            start, end = start + np.searchsorted(examples, [first, last])
+            start, end = start + np.searchsorted(row_map.examples[start:end], [first, last])
         for begin in range(start, end, piece_rows):
             piece = slice(begin, min(begin + piece_rows, end))
             stored = row_map.row_tensor[piece]

@@ -93,6 +93,7 @@ class _PartialParquet:
             self._begin()
             known = self._known()
         self.require(known is not None, "what was fetched of it cannot be read back")
+        assert known is not None
         self._crcs: dict[str, int] = known["crcs"]
         with open_parquet(self._path, file.path) as parquet:
             metadata, self.schema = parquet.metadata, parquet.schema_arrow

@@ -25,7 +25,7 @@ from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Literal
 
 import numpy as np
 import torch
@@ -43,6 +43,7 @@ _IN_USE_SECONDS = 60 * 60
 _MAP_NAME = re.compile(r"[0-9a-f]{32}(-remote)?")
 _LONG = 1_000_000  # rows, from which on a bar shows progress
 
+MapMode = Literal["c", "r+", "w+"]
 Arrays = dict[str, tuple[str, tuple[int, ...]]]  # name of a flat file -> dtype and shape
 
 
@@ -84,7 +85,7 @@ def default_cache_dir() -> Path:
     return Path(constants.HF_HOME) / "hf_doge"
 
 
-def open_place(place: Path, build: Callable[[Path], Arrays], *, mode: str = "c") -> dict[str, np.ndarray | None]:
+def open_place(place: Path, build: Callable[[Path], Arrays], *, mode: MapMode = "c") -> dict[str, Any]:
     """
     The arrays of a map, which is built unless it is there, and whole.
 
@@ -144,19 +145,21 @@ def map_arrays(config: Mapping[str, Any], num_rows: int) -> Arrays:
     return arrays | ({"scales": ("float32", (num_rows,))} if config["dtype"] == "int8" else {})
 
 
-def _map(path: Path, dtype: str, shape: Sequence[int], mode: str) -> np.ndarray:
+def _map(path: Path, dtype: str, shape: Sequence[int], mode: MapMode) -> np.ndarray:
     if 0 in shape:  # an empty file cannot be mapped
         return np.zeros(shape, dtype)
     return np.memmap(path, dtype=dtype, shape=tuple(shape), mode=mode)
 
 
-def _load(place: Path, mode: str) -> dict[str, np.ndarray | None] | None:
+def _load(place: Path, mode: MapMode) -> dict[str, Any] | None:
     """The arrays, or `None` when the map is not there or damaged."""
     try:
         facts = json.loads((place / _MAP).read_bytes())
         if any((place / name).stat().st_size != size for name, size in facts["sizes"].items()):
             return None
-        arrays = {name: _map(place / f"{name}.bin", *spec, mode) for name, spec in facts["arrays"].items()}
+        arrays = {
+            name: _map(place / f"{name}.bin", dtype, shape, mode) for name, (dtype, shape) in facts["arrays"].items()
+        }
         return {"scales": None, **arrays, "offsets": np.load(place / "offsets.npy", allow_pickle=False)}
     except (OSError, ValueError, KeyError, TypeError):
         return None

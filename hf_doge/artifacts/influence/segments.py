@@ -95,7 +95,7 @@ def encode_segment(
         "example_id": pa.array(examples[order]),
         "grad": pa.FixedSizeListArray.from_arrays(pa.array(stored.numpy().reshape(-1), type=_VALUES[dtype]), width),
     }
-    segment_scale = scale if dtype == "float16" else 1.0
+    segment_scale = scale if isinstance(scale, float) else 1.0
     if dtype != "float32":
         columns["scale"] = pa.array(np.full(num_rows, scale, dtype=np.float32))
     table = pa.table(columns)

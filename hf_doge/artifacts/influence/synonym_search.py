@@ -65,14 +65,14 @@ def _pairs(
     row_map: RowMap, tokens: np.ndarray, neighbours: Neighbours, excluded: np.ndarray
 ) -> Iterator[tuple[int, int]]:
     """Pairs that some example may match, by falling cosine; of equal ones the lower ids."""
-    positions, others, cosines = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)], [np.zeros(0)]
+    places, words, near = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)], [np.zeros(0)]
     for position, token in enumerate(tokens.tolist()):
-        ids, near = neighbours[token]
+        ids, cosine = neighbours[token]
         held = row_map.offsets[ids + 1] > row_map.offsets[ids]
         kept = held & ~np.isin(ids, tokens) & ~np.isin(ids, excluded)
-        positions.append(np.full(int(kept.sum()), position))
-        others.append(ids[kept])
-        cosines.append(near[kept])
-    positions, others, cosines = (np.concatenate(part) for part in (positions, others, cosines))
+        places.append(np.full(int(kept.sum()), position))
+        words.append(ids[kept])
+        near.append(cosine[kept])
+    positions, others, cosines = np.concatenate(places), np.concatenate(words), np.concatenate(near)
     order = np.lexsort((others, positions, -cosines))
     return zip(positions[order].tolist(), others[order].tolist(), strict=True)

@@ -48,7 +48,7 @@ class RetrainingJournal:
         if path is None:
             return
         path.parent.mkdir(parents=True, exist_ok=True)
-        if path.exists() and (lines := self._read_whole_lines()):
+        if path.exists() and (lines := _read_whole_lines(path)):
             self._load(lines)
         else:
             self._append({"identity": self.identity, "hf_doge_version": __version__})
@@ -68,15 +68,6 @@ class RetrainingJournal:
             return
         self._keys[key] = digest
         self._append({**key._asdict(), "removed": digest, "probabilities": list(probabilities)})
-
-    def _read_whole_lines(self) -> list[bytes]:
-        """All lines that end; what follows the last end is cut off the file."""
-        content = self.path.read_bytes()
-        whole = content[: content.rfind(b"\n") + 1]
-        if len(whole) < len(content):
-            with self.path.open("r+b") as file:
-                file.truncate(len(whole))
-        return whole.splitlines()
 
     def _load(self, lines: Sequence[bytes]) -> None:
         try:
@@ -110,3 +101,13 @@ class RetrainingJournal:
             file.write(json.dumps(entry).encode() + b"\n")
             file.flush()
             os.fsync(file.fileno())
+
+
+def _read_whole_lines(path: Path) -> list[bytes]:
+    """All lines that end; what follows the last end is cut off the file."""
+    content = path.read_bytes()
+    whole = content[: content.rfind(b"\n") + 1]
+    if len(whole) < len(content):
+        with path.open("r+b") as file:
+            file.truncate(len(whole))
+    return whole.splitlines()

@@ -84,6 +84,8 @@ class ConvolutionalClassifier(_Classifier):
             ]
         )
         for convolution in self.convolutions:  # the default scale loses the signal before it reaches the last layer
+            assert isinstance(convolution, nn.Conv1d)
+            assert convolution.bias is not None
             nn.init.kaiming_normal_(convolution.weight)
             nn.init.zeros_(convolution.bias)
 

@@ -2,6 +2,7 @@
 
 import datasets
 import evaluate
+import numpy as np
 
 from hf_doge.evaluation.influence.rank_metrics import area_under_roc, recall_at
 
@@ -34,7 +35,5 @@ class MislabelledRecall(evaluate.Metric):
         )
 
     def _compute(self, predictions: list[float], references: list[int], fraction: float = 0.1) -> dict[str, float]:
-        return {
-            "recall": recall_at(predictions, references, fraction),
-            "auc": area_under_roc(predictions, references),
-        }
+        suspicion, positive = np.asarray(predictions), np.asarray(references)
+        return {"recall": recall_at(suspicion, positive, fraction), "auc": area_under_roc(suspicion, positive)}
