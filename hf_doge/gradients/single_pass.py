@@ -134,7 +134,7 @@ class SinglePassAlignment:
                 targets = self._combine(scales)
             target = _stack(apply_metric(metric, self.vectors, targets, source))
             found = self._sum_over_parameters(
-                lambda store, position: None if target[position] is None else store.inner_products(target[position]),
+                lambda store, position: None if (g := target[position]) is None else store.inner_products(g),
                 *([num_targets] if num_targets > 1 else []),
             )
             if not sums_each_domain:

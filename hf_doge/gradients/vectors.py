@@ -8,10 +8,14 @@ every process holds a part, and so are their gradients, which are sums over the 
 
 from collections.abc import Sequence
 from math import ceil, prod
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 _BUCKET = 2**23  # elements that travel together
 
@@ -158,13 +162,14 @@ class Vectors:
         for position, part in enumerate(gradient):
             if part is None:
                 continue
-            if total[position] is None:
+            own = total[position]
+            if own is None:
                 total[position] = part * scale
             else:
-                total[position].add_(part, alpha=scale)
+                own.add_(part, alpha=scale)
 
 
-def is_spread(tensor: Tensor) -> bool:
+def is_spread(tensor: Tensor) -> "TypeGuard[DTensor]":
     """Whether a parameter or gradient is spread over the processes."""
     if not dist.is_available():
         return False
@@ -199,7 +204,8 @@ def num_own_elements(parameter: Tensor) -> int:
     if not is_spread(parameter):
         return parameter.numel()
     shape = list(parameter.shape)
-    for size, placement in zip(parameter.device_mesh.shape, parameter.placements, strict=True):
+    placements: Sequence[Any] = parameter.placements
+    for size, placement in zip(parameter.device_mesh.shape, placements, strict=True):
         if placement.is_shard():
             shape[placement.dim] = ceil(shape[placement.dim] / size)
     return prod(shape)
@@ -212,5 +218,7 @@ def is_counted_here(parameter: Tensor) -> bool:
     """
     if not is_spread(parameter):
         return True
-    places = zip(parameter.device_mesh.get_coordinate(), parameter.placements, strict=True)
+    coordinate = parameter.device_mesh.get_coordinate()
+    assert coordinate is not None  # this process is in the mesh that holds its part
+    places = zip(coordinate, parameter.placements, strict=True)
     return all(place == 0 for place, placement in places if placement.is_replicate())
