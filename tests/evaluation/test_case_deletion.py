@@ -270,7 +270,7 @@ def test_the_command_names_the_extra_of_a_scorer_whose_library_is_missing(tmp_pa
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--scorers", "tracin"], "A scorer must be one of"),
+        (["--scorers", "tracin"], "`--scorers` must be one of"),
         (["--task", "other"], "must hold other.train.jsonl"),
         (["--num_points", "99"], "from 1 to the 12 test examples"),
         (["--num_train", "99"], "toy.train must have as many examples"),
