@@ -91,7 +91,7 @@ RULES: dict[str, tuple[str, Callable[..., DomainWeights]]] = {
 def is_rule(spec: str) -> bool:
     """Whether a word on the command line names a mixture by rule, and no folder or file."""
     name, colon, _ = spec.partition(":")
-    return name in RULES and bool(colon) == (":" in RULES[name][0])
+    return name in RULES and (not colon or ":" in RULES[name][0])
 
 
 def load_weights(spec: str, domains: Domains, *, num_tokens: int | None = None) -> DomainWeights:
