@@ -8,7 +8,7 @@ Digests of what the package computes, to the bit: before and after a change of i
 Weights by each alignment, recipe and metric of targets; a stream of examples, its resumed rest, interleaved streams; an
 index recorded at checkpoints and online, its rows, scores, words and self-influence; cards. Dates, versions and the commit
 stand in no digest. Only public names are used, so that the script runs on older commits too; it needs the folder `tests`
-of the commit beside it for tiny models.
+of its commit for tiny models.
 
 Last line: digest by name.
 """

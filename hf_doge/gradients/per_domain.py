@@ -25,7 +25,7 @@ class StreamedAlignment:
     processes (P numbers), the inner products are sums of K numbers, and the step is one more sum of P. Only a norm is not
     linear: where norms are needed (clipping, normalization, `self_term=False`), each domain's gradient is summed, K x P.
 
-    Of a model sharded by FSDP2 every backward leaves each process its part of the *summed* gradient. Inner products and
+    With FSDP2, every backward leaves each process its part of the *summed* gradient. Inner products and
     norms are then sums over the parts, K numbers, and the step is a combination of parts.
 
     Args:

@@ -2,8 +2,8 @@
 A gradient as a list of tensors, one for each trainable parameter: read off the parameters, summed over the processes,
 compared, and put back.
 
-Of a model that FSDP2 (`torch.distributed.fsdp.fully_shard`) has spread over the processes, parameters are `DTensor`s, of which
-every process holds a part, and so are their gradients, which are sums over the processes as soon as a backward is over.
+The parameters of a model that FSDP2 (`torch.distributed.fsdp.fully_shard`) has sharded are `DTensor`s: every process holds a part.
+So are their gradients, which are sums over the processes as soon as a backward is over.
 """
 
 from collections.abc import Sequence

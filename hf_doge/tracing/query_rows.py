@@ -57,7 +57,7 @@ class QueryRecorder:
     Records queries at the checkpoints of an index, one after the other.
 
     A checkpoint's model is loaded when it is needed. Models that take at most 1 GiB in all stay for the next queries;
-    of the others one is in memory at a time.
+    only one of the others is in memory at a time.
 
     Attributes:
         reader ([`IndexReader`]): The index: its settings apply to queries as they did to training examples.

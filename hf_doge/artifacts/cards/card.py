@@ -289,7 +289,7 @@ def _replace_lines(text: str, changes: Mapping[str, Any]) -> str:
 @dataclass(frozen=True)
 class TableFacts:
     """
-    Of the files of one configuration together.
+    What is added up over the files of one configuration.
 
     Attributes:
         schema (`pyarrow.Schema`): Schema that all files share.
