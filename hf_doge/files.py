@@ -133,9 +133,15 @@ def _staged_path(folder: Path, name: str, checksum: str) -> Path:
 
 def _stage(folder: Path, name: str, content: bytes) -> Path:
     path = _staged_path(folder, name, sha256(content))
-    with path.open("wb") as file:
-        _write_out(file, content)
-    return path
+    for _ in range(_LOOKS):
+        # Written under a name of its own: without locks another process may be moving the same content to its place.
+        own = path.with_name(f"{path.name}.{uuid.uuid4().hex}")
+        with own.open("wb") as file:
+            _write_out(file, content)
+        with suppress(FileNotFoundError):  # one that has just saved took it for a leftover
+            os.replace(own, path)
+            return path
+    raise OSError(errno.EBUSY, "Others keep saving to the folder. Save it again", str(folder))
 
 
 def _write_out(file: BinaryIO, content: bytes) -> None:

@@ -11,6 +11,7 @@ from functools import partial
 import pytest
 
 from hf_doge import DomainWeights, InfluenceIndex, files
+from hf_doge.artifacts.domain_weights import MANIFEST
 from hf_doge.tracing.saved_index import copy_index
 from tests.artifacts.influence_rows import random_rows, write_index
 from tests.artifacts.test_domain_weights import make_weights
@@ -121,6 +122,30 @@ def test_where_the_file_system_has_no_locks_the_same_weights_are_saved_by_many(t
     weights = make_weights()
     assert together(lambda number: weights.save_pretrained(tmp_path / "weights"), tmp_path) == []
     assert DomainWeights.from_pretrained(tmp_path / "weights") == weights
+
+
+def test_without_locks_one_that_begins_to_save_the_same_leaves_what_another_has_saved_whole(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "fcntl", None)
+    weights, write_out = make_weights(with_trajectory=False), files._write_out
+    second = threading.Thread(target=weights.save_pretrained, args=(tmp_path,))
+    opened, first_is_done = threading.Event(), threading.Event()
+
+    def interleave(file, content):
+        if threading.current_thread() is second and MANIFEST in file.name:
+            opened.set()
+            first_is_done.wait(60)
+        write_out(file, content)
+        if threading.current_thread() is not second and MANIFEST in file.name:
+            second.start()  # between the first's staging and its moves
+            assert opened.wait(60)
+
+    monkeypatch.setattr(files, "_write_out", interleave)
+    weights.save_pretrained(tmp_path)
+    assert DomainWeights.from_pretrained(tmp_path) == weights  # while the second has its file open, yet empty
+    first_is_done.set()
+    second.join(60)
+    assert DomainWeights.from_pretrained(tmp_path) == weights
+    assert leftovers(tmp_path) == []
 
 
 def test_a_plots_file_is_written_whole_by_many(tmp_path):
