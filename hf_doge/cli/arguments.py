@@ -2,7 +2,7 @@
 
 import json
 import math
-from argparse import ArgumentParser, Namespace
+from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
@@ -13,11 +13,14 @@ from typing import Any
 import torch
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
+from transformers.hf_argparser import string_to_bool
 
 from hf_doge.checks import LARGEST_RATE, check_count, check_number, is_unicode, show
 from hf_doge.text import check_yaml, parse_json
+from hf_doge.training.config import SELF_TERMS
 
 CONFIG_SUFFIXES = (".yaml", ".yml", ".json")
+_SELF_TERM_WORDS = [choice for choice in SELF_TERMS if isinstance(choice, str)]
 
 
 @dataclass
@@ -98,6 +101,8 @@ def parse(argv: Sequence[str], *dataclasses: Any, prog: str, description: str, d
     parser.set_defaults(**defaults)
     if any(issubclass(kind, TrainingArguments) for kind in dataclasses):
         parser.set_defaults(dataloader_pin_memory=torch.cuda.is_available())  # else torch warns on a CPU
+    if (action := parser._option_string_actions.get("--self_term")) is not None:
+        action.type, action.metavar = _read_self_term, f"{{{','.join(_SELF_TERM_WORDS)}}}"  # not a truth value alone
     argv = list(argv)
     configured = []
     if argv and not argv[0].startswith("-") and Path(argv[0]).suffix in CONFIG_SUFFIXES:
@@ -197,6 +202,17 @@ def read_flags(path: Path, parser: ArgumentParser) -> list[str]:
         else:
             flags.append(f"--{name}={values[0]}")
     return flags
+
+
+def _read_self_term(word: str) -> bool | str:
+    if word in _SELF_TERM_WORDS:
+        return word
+    try:
+        return string_to_bool(word)
+    except ArgumentTypeError as error:
+        raise ArgumentTypeError(
+            f"must be one of {', '.join(_SELF_TERM_WORDS)}, true or false, but got {show(word)}"
+        ) from error
 
 
 class _ConfigLoader(yaml.BaseLoader):

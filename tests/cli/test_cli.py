@@ -18,9 +18,10 @@ from transformers import BartConfig, BartForConditionalGeneration, MambaConfig, 
 
 from hf_doge.artifacts import DomainWeights
 from hf_doge.cli import COMMANDS, main
-from hf_doge.cli.arguments import DataArguments, ModelArguments, get_resume
+from hf_doge.cli.arguments import DataArguments, ModelArguments, get_resume, parse
 from hf_doge.cli.data import load_domain_data
 from hf_doge.cli.models import get_config, make_model
+from hf_doge.training.config import DoGEConfig
 from tests.launch import REPOSITORY
 from tests.tiny import tiny_bert, tiny_classifier, tiny_gpt2, tiny_llama, tiny_t5, tiny_tokenizer
 
@@ -527,6 +528,53 @@ def test_a_config_file_that_means_something_else_than_it_says_is_refused(text, m
     line = refusal(capsys, "learn", tmp_path / "config.yaml")
     assert "config.yaml' must" in line
     assert any(words in line for words in ([message] if isinstance(message, str) else message))
+
+
+def test_what_a_score_compares_is_a_flag(data_dir, learned, tmp_path):
+    for flags, self_term, metric in (
+        (["--self_term", "independent", "--score_metric", "optimizer", "--mu=1"], "independent", "optimizer"),
+        (["--self-term=none"], False, None),
+    ):
+        out = tmp_path / str(self_term)
+        assert main(["learn", *flags_of(data_dir, learned, out), *flags]) == 0
+        weights = DomainWeights.from_pretrained(out / "domain_weights")
+        assert (weights.recipe["self_term"], weights.recipe.get("score_metric")) == (self_term, metric)
+        plain = DomainWeights.from_pretrained(learned / "domain_weights")
+        assert weights.trajectory.scores[0] != pytest.approx(plain.trajectory.scores[0], rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("flags", "meant"),
+    [
+        ([], True),
+        (["--self_term"], True),
+        (["--self_term", "same"], True),
+        (["--self_term", "True"], True),
+        (["--self_term=no"], False),
+        (["--no_self_term"], False),
+        (["--self_term=none"], False),
+        (["self_term: none"], False),
+        (["self_term: independent"], "independent"),
+    ],
+)
+def test_a_self_term_is_a_word_or_a_truth_value_as_before(flags, meant, tmp_path):
+    if flags and ":" in flags[0]:
+        config = tmp_path / "config.yaml"
+        config.write_text(flags[0])
+        flags = [str(config)]
+    (args,) = parse([*flags, f"--output_dir={tmp_path}"], DoGEConfig, prog="learn", description="", defaults={})
+    assert args.get_recipe().self_term == meant
+
+
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        ("--self_term=half", "must be one of same, none, independent, true or false, but got 'half'"),
+        ("--score_metric=adam", "`score_metric` must be one of ['gradient', 'optimizer'], but got 'adam'"),
+    ],
+)
+def test_an_unknown_word_for_what_a_score_compares_is_refused(flag, message, data_dir, tmp_path, capsys):
+    assert message in learn_refusal(capsys, data_dir, tmp_path, TOKENIZER, flag)
 
 
 @pytest.mark.parametrize(
