@@ -128,8 +128,8 @@ def _add_recording_flags(parser: ArgumentParser) -> None:
         if not one.metadata["flag"]:
             continue
         options = {"default": one.default, "help": one.metadata["help"]}
-        if one.default is False:
-            parser.add_argument(f"--{one.name}", action="store_true", **options)
+        if one.name == "second_moment":
+            parser.add_argument(f"--{one.name}", action="store_const", const=True, **options)
         else:
             kind = int if one.default is None or isinstance(one.default, int) else str
             parser.add_argument(f"--{one.name}", type=kind, choices=one.metadata["choices"], **options)

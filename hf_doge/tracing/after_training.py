@@ -56,9 +56,9 @@ def record_dataset(
         collator (`Callable`, *optional*): What makes batches of examples, as in training; pads by the tokenizer if left out.
         tokenizer (`PreTrainedTokenizerBase`, *optional*): The one of the model.
         settings ([`RecordingSettings`], *optional*):
-            Of `record="checkpoint"`. With `second_moment`, Adam's second moments of the input embeddings are read from the
-            `optimizer.pt` that the Trainer saved in each checkpoint, see [`saved_second_moments`]; the rows are those
-            that `TracInWECallback(second_moment=True)` would have recorded in training.
+            Of `record="checkpoint"`. With `metric="optimizer"`, Adam's second moments of the input embeddings are
+            read from the `optimizer.pt` that the Trainer saved in each checkpoint, see [`saved_second_moments`]; the rows are
+            those that `TracInWECallback(metric="optimizer")` would have recorded in training.
         learning_rates (`Sequence[float]`, *optional*):
             The rate at each checkpoint, in the order of `checkpoints`; else read from its `trainer_state.json`, if the
             Trainer logged at that very step.
@@ -75,10 +75,10 @@ def record_dataset(
         `IndexWriter`: of the index, closed; on the main process its `checkpoint_names` say what it holds.
 
     Raises:
-        FileNotFoundError: if a checkpoint is no folder with a model, or with `second_moment` has no `optimizer.pt`.
+        FileNotFoundError: if a checkpoint is no folder with a model, or with `metric="optimizer"` has no `optimizer.pt`.
         BlockingIOError: if another process is writing the index.
         ValueError: if a learning rate is unknown, the checkpoints' embeddings differ in shape, or an example cannot be
-            recorded; what was recorded before stays. With `second_moment` also if `optimizer.pt` is not of Adam, or it is
+            recorded; what was recorded before stays. With `metric="optimizer"` also if `optimizer.pt` is not of Adam, or it is
             not certain which of its entries belongs to the embeddings. With `add_examples` also if `dataset` begins with
             other examples than the index, or `checkpoints` are not those of the index.
         ProcessFailedError: if another process raised an error or was killed.
@@ -106,7 +106,7 @@ def record_dataset(
                 load = partial(load_model, path, trainable=True)
                 fact["learning_rate"] = saved_group_rate(path, fact["learning_rate"], load)
         facts, recording.whole = [*known], set(whole)
-    if settings.second_moment:
+    if settings.metric == "optimizer":
         for path, told in zip(paths, facts, strict=True):
             if told is None or told["name"] not in recording.whole:
                 require_saved_optimizer(path)  # now, not hours later
@@ -154,14 +154,14 @@ class _SavedRecording:
         if self.index is not None and facts is not None and self.index.has_whole(facts["name"]):
             return
         dtypes = next((entry.get("dtypes") for entry in self.grown or () if entry["name"] == path.name), None)
-        model = load_model(path, dtypes=dtypes, device=default_device(), trainable=self.settings.second_moment)
+        model = load_model(path, dtypes=dtypes, device=default_device(), trainable=self.settings.metric == "optimizer")
         if facts is None:
             facts = _recorded_facts(self.grown or (), model, path, taken=self.taken)
             self.taken.append(facts["name"])
         recorder = make_recorder(model, self.settings, self.tokenizer)
         if self.index is not None:
             self.index.writer.require_embeddings(recorder.matrix, type(model).__name__)
-        is_asked = self.settings.second_moment and facts["name"] not in self.whole
+        is_asked = self.settings.metric == "optimizer" and facts["name"] not in self.whole
         moments = saved_second_moments(path, model) if is_asked else None
         if self.index is None:
             self.index, self.batches = self._open(model)

@@ -86,9 +86,9 @@ class TracInWECallback(TrainerCallback):
             `record="checkpoint"`.
         loss_reduction (`str`): `"sum"` or `"mean"` of an example's token losses.
         loss_fn (`Callable`, *optional*): `loss_fn(outputs, batch) -> (batch_size,)` instead of the model's own loss.
-        second_moment (`bool`):
-            Divide training rows by `sqrt(v) + eps` of Adam, the whole metric on this side, so that a score is the inner
-            product in Adam's metric with plain query rows. Not in the paper.
+        metric (`str`):
+            Which inner product of gradients is influence: `"gradient"`, the plain one of the paper, or `"optimizer"`, the one
+            that Adam steps in, `<g, g' / (sqrt(v) + eps)>`. Not in the paper. (`second_moment=True` is its older name.)
         record (`str`):
             `"checkpoint"`: all examples at the same weights, by an extra pass over the dataset. `"online"`: each at the
             step that used it, in the training backward itself, at no extra pass; see [`OnlineRecording`].

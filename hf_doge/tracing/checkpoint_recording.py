@@ -41,7 +41,7 @@ class CheckpointRecording(Recording):
         options ([`RecordingSettings`]): How.
         tokenizer (`PreTrainedTokenizerBase`, *optional*): Of the dataset.
         collator (`Callable`, *optional*): Instead of the Trainer's.
-        optimizer (`Optimizer`): Of the training; read for `second_moment`.
+        optimizer (`Optimizer`): Of the training; read for `metric="optimizer"`.
         batch_size (`int`): Examples at once; changes no row.
         seed (`int`): Of whatever the collator draws.
     """
@@ -79,7 +79,7 @@ class CheckpointRecording(Recording):
             ValueError: if something cannot be recorded, or the folder has another training's checkpoints.
         """
         require_whole_weights(model, args)
-        if self.options.second_moment:
+        if self.options.metric == "optimizer":
             self._require_second_moments(model, started=state.global_step > 0)
         self._progress = not args.disable_tqdm
         collator = self.collator or train_dataloader.collate_fn
@@ -118,8 +118,8 @@ class CheckpointRecording(Recording):
             warnings.warn(f"{difference}{ADVICE}", stacklevel=2)
 
     def after_first_step(self, *, model: nn.Module) -> None:
-        """See that the optimizer keeps what `second_moment` needs; it does so from its first step on."""
-        if self.options.second_moment:
+        """See that the optimizer keeps what its metric needs; it does so from its first step on."""
+        if self.options.metric == "optimizer":
             self._require_second_moments(model, started=True)
 
     def plan(self, facts: Mapping[str, Any]) -> None:
@@ -190,7 +190,7 @@ class CheckpointRecording(Recording):
         """On all processes: what the main one has planned."""
         if facts is None:
             return
-        moments = self._second_moments(model) if self.options.second_moment else None
+        moments = self._second_moments(model) if self.options.metric == "optimizer" else None
         record_checkpoint(
             self._index, self._recorder, self._batches, facts, second_moments=moments, progress=self._progress
         )
@@ -240,14 +240,14 @@ class CheckpointRecording(Recording):
         matrix = input_embedding_matrix(unwrap_model(model))
         if not matrix.requires_grad:
             raise ValueError(
-                "`second_moment` needs input embeddings that are trained, but they are frozen, so the optimizer knows"
-                " nothing of them. Leave it out."
+                "`metric='optimizer'` needs input embeddings that are trained, but they are frozen, so the optimizer knows"
+                " nothing of them. Use `metric='gradient'`."
             )
         if started and not keeps_second_moments(self.optimizer.state.get(matrix, {})):
             raise ValueError(
-                f"`second_moment` needs an optimizer that keeps `exp_avg_sq` of the embedding matrix, as Adam and AdamW do,"
+                f"`metric='optimizer'` needs an optimizer that keeps `exp_avg_sq` of the embedding matrix, as Adam and AdamW do,"
                 f" but `{type(getattr(self.optimizer, 'optimizer', self.optimizer)).__name__}` does not. Train with"
-                " `optim='adamw_torch'`, or leave `second_moment` out."
+                " `optim='adamw_torch'`, or use `metric='gradient'`."
             )
 
     def _second_moments(self, model: nn.Module) -> SecondMoments:

@@ -22,8 +22,8 @@ from hf_doge.tracing.saved_checkpoints import group_learning_rate
 
 AVERAGE = "exp_avg_sq"
 WHAT_TO_DO = (
-    " Record in training by `TracInWECallback(second_moment=True)`, or index without `second_moment` (`hf-doge index`"
-    " without `--second_moment`)."
+    " Record in training by `TracInWECallback(metric='optimizer')`, or index with `metric='gradient'` (`hf-doge index"
+    " --metric gradient`)."
 )
 
 
@@ -78,7 +78,7 @@ def require_saved_optimizer(folder: Path) -> Path:
         patterns = ("optimizer*", "global_step*", f"*{OPTIMIZER_NAME}*")
         found = sorted({entry.name for pattern in patterns for entry in folder.glob(pattern)})
         raise FileNotFoundError(
-            f"`second_moment` needs {OPTIMIZER_NAME} in every checkpoint, as a Trainer saves it without"
+            f"`metric='optimizer'` needs {OPTIMIZER_NAME} in every checkpoint, as a Trainer saves it without"
             f" `save_only_model`, but {str(folder)!r} has"
             + (f" {found} instead: optimizers of FSDP or DeepSpeed cannot be read." if found else " none.")
             + WHAT_TO_DO
@@ -111,8 +111,8 @@ def saved_second_moments(folder: Path, model: nn.Module) -> SecondMoments:
     matrix = input_embedding_matrix(model)
     if not matrix.requires_grad:
         raise ValueError(
-            f"`second_moment` needs input embeddings that are trained, but the adapter in {str(folder)!r} leaves them"
-            " frozen, so no optimizer knows anything of them. Leave it out."
+            f"`metric='optimizer'` needs input embeddings that are trained, but the adapter in {str(folder)!r} leaves them"
+            " frozen, so no optimizer knows anything of them. Use `metric='gradient'`."
         )
     states, groups = _read(path)
     if not all("betas" in group for group in groups):
@@ -188,7 +188,7 @@ def _read(path: Path) -> tuple[dict[int, dict[str, Any]], list[dict[str, Any]]]:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (RuntimeError, pickle.UnpicklingError) as error:
         raise ValueError(
-            f"`second_moment` needs an optimizer saved by `torch.save`, of tensors and numbers alone, but {str(path)!r} is"
+            f"`metric='optimizer'` needs an optimizer saved by `torch.save`, of tensors and numbers alone, but {str(path)!r} is"
             f" damaged or holds something else (an 8-bit optimizer?): {str(error).splitlines()[0]:.200}" + WHAT_TO_DO
         ) from error
     states: Any = content.get("state") if isinstance(content, dict) else None
@@ -200,7 +200,7 @@ def _read(path: Path) -> tuple[dict[int, dict[str, Any]], list[dict[str, Any]]]:
         known = known and all(isinstance(state, dict) for state in states.values())
     if not known:
         raise ValueError(
-            f"`second_moment` needs an optimizer whose `state` and `param_groups` know parameters by number, as those of"
+            f"`metric='optimizer'` needs an optimizer whose `state` and `param_groups` know parameters by number, as those of"
             f" torch do, but {str(path)!r} is of another kind (sharded?)." + WHAT_TO_DO
         )
     return states, groups
@@ -240,7 +240,7 @@ def _number_by_shape(
     names = [name for name, parameter in model.named_parameters() if parameter.shape == matrix.shape]
     if len(entries) != 1 or len(names) != 1:
         raise ValueError(
-            f"`second_moment` needs to know which entry of {str(path)!r} belongs to the input embeddings. Its parameter"
+            f"`metric='optimizer'` needs to know which entry of {str(path)!r} belongs to the input embeddings. Its parameter"
             " groups must be those that the Trainer makes of the model, or one entry and one parameter must have their"
             f" shape, {_shape(matrix)}. But {why_not}; and of that shape are {len(entries)} entries and"
             f" {len(names)} parameters, {names}. Was it another optimizer than Adam, were groups of your own made, or"
@@ -251,9 +251,9 @@ def _number_by_shape(
 
 def _not_adam(path: Path, matrix: Tensor, found: str) -> ValueError:
     return ValueError(
-        f"`second_moment` needs an optimizer that keeps `{AVERAGE}` of the embedding matrix, {_shape(matrix)} here, its `step`"
+        f"`metric='optimizer'` needs an optimizer that keeps `{AVERAGE}` of the embedding matrix, {_shape(matrix)} here, its `step`"
         f" and `betas`, as Adam and AdamW do, but that in {str(path)!r} has {found}. Train with `optim='adamw_torch'`, or"
-        " index without `second_moment`."
+        " index with `metric='gradient'`."
     )
 
 

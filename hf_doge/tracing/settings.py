@@ -1,5 +1,6 @@
 """What is recorded of each training example: one dataclass, shared by the callback, online recording and the command."""
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from functools import partial
@@ -13,6 +14,7 @@ from hf_doge.gradients.example_losses import LOSS_REDUCTIONS, LossFunction
 DTYPES = ("float16", "float32", "int8")
 SPECIAL_TOKENS = ("count", "drop")
 RECORDS = ("checkpoint", "online")
+METRICS = ("optimizer", "gradient")
 
 DEFAULT_MAX_SEGMENT_BYTES = 64 * 2**20
 
@@ -29,7 +31,8 @@ class RecordingOptions(TypedDict, total=False):
     tied: str
     loss_reduction: str
     loss_fn: LossFunction | None
-    second_moment: bool
+    metric: str
+    second_moment: bool | None
     max_segment_bytes: int
     record: str
 
@@ -93,11 +96,17 @@ class RecordingSettings:
         flag=False,
         compare=False,
     )
-    second_moment: bool = _option(
-        False,
-        check_flag,
-        help="Divide rows by sqrt(v) + eps of Adam, influence in the metric that it steps in: v of the input embeddings is "
-        "read from the optimizer.pt that the Trainer saved in each checkpoint (without save_only_model).",
+    metric: str = _option(
+        "gradient",
+        partial(check_choice, choices=METRICS),
+        help="Which inner product of gradients is influence: the plain one (gradient, the paper's), or the one that Adam steps "
+        "in, divided by sqrt(v) + eps (optimizer): v of the input embeddings is read from the optimizer.pt that the "
+        "Trainer saved in each checkpoint (without save_only_model). Default: gradient.",
+    )
+    second_moment: bool | None = _option(
+        None,
+        partial(check_flag, optional=True),
+        help="Deprecated, the same as --metric optimizer.",
     )
     max_segment_bytes: int = _option(
         DEFAULT_MAX_SEGMENT_BYTES,
@@ -120,9 +129,10 @@ class RecordingSettings:
                 f"`top_k_unit` must be 'token' with `tied={self.tied!r}`, but got {self.top_k_unit!r}: rows of the "
                 "output part belong to no position."
             )
-        if self.second_moment and self.record == "online":
+        self._read_second_moment()
+        if self.metric == "optimizer" and self.record == "online":
             raise ValueError(
-                "`second_moment` needs `record='checkpoint'`: online rows belong to many steps, each with moments of "
+                "`metric='optimizer'` needs `record='checkpoint'`: online rows belong to many steps, each with moments of "
                 "its own."
             )
         if self.record == "online" and self.tied != "input":
@@ -135,6 +145,21 @@ class RecordingSettings:
                 "`record='online'` records the loss that is trained, but got another as `loss_fn`. Leave it out, or use "
                 "`record='checkpoint'`."
             )
+
+    def _read_second_moment(self) -> None:
+        """The older name of `metric`."""
+        given, self.second_moment = self.second_moment, None
+        if given is None:
+            return
+        meant = "optimizer" if given else "gradient"
+        warnings.warn(
+            f"`second_moment={given}` is called `metric={meant!r}` now, and goes in hf_doge 0.3.",
+            FutureWarning,
+            stacklevel=4,
+        )
+        if self.metric not in ("gradient", meant):
+            raise ValueError(f"`second_moment={given}` says other than `metric={self.metric!r}`. Leave it out.")
+        self.metric = meant
 
     def recorder_options(self, tokenizer: Any | None) -> dict[str, Any]:
         """Arguments of [`EmbeddingGradientRecorder`], for training examples and queries alike."""
@@ -157,7 +182,7 @@ class RecordingSettings:
             "top_k": self.top_k_tokens,
             "top_k_unit": self.top_k_unit if self.top_k_tokens is not None else None,
             "record": self.record,
-            "second_moment": self.second_moment,
+            "second_moment": self.metric == "optimizer",
             "special_tokens": self.special_tokens,
             "special_token_ids": special_token_ids(tokenizer),
         }

@@ -90,7 +90,7 @@ def test_index_continues_and_takes_options(trained, tmp_path, capsys):
 
 def test_index_divides_by_the_moments_that_the_trainer_saved(trained, indexed, tmp_path, capsys):
     folder = tmp_path / "index"
-    argv = ["index", *flags(trained), f"--output_dir={folder}", "--second_moment"]
+    argv = ["index", *flags(trained), f"--output_dir={folder}", "--metric=optimizer"]
     assert main(argv) == 0
     plain, divided = (json.loads((one / "config.json").read_text()) for one in (indexed, folder))
     assert (plain["second_moment"], divided["second_moment"]) == (False, True)

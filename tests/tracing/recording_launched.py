@@ -62,7 +62,7 @@ def main(folder, case):
     if case == "together":  # several trainings in one start
         told = {"whole": train(folder / "whole")}
         told["float16"] = train(folder / "float16", recording={"dtype": "float16", "top_k_tokens": 2}, max_steps=2)
-        told["moments"] = train(folder / "moments", recording={"second_moment": True}, max_steps=2)
+        told["moments"] = train(folder / "moments", recording={"metric": "optimizer"}, max_steps=2)
         told["random"] = train(folder / "random", collator=MaskingCollator(), max_steps=2)
         faults.update({FAULT: fail} if process_index() == 1 else {})
         told["fails"] = train(folder / "fails")

@@ -597,7 +597,7 @@ def test_another_loss_is_refused(recorded, maps):
 
 
 def test_adams_metric_has_no_norms(tmp_path, tokenizer, train_set):
-    folder = train(tmp_path, classifier(tokenizer), tokenizer, train_set, epochs=1, second_moment=True)
+    folder = train(tmp_path, classifier(tokenizer), tokenizer, train_set, epochs=1, metric="optimizer")
     index = InfluenceIndex.from_pretrained(folder, cache_dir=tmp_path / "maps")
     assert index.scores(TEXTS).shape == (3, 24)
     for ask in (

@@ -40,7 +40,7 @@ def record(folder, checkpoints, *, tokenizer, dataset=None, collator=None, **opt
         collator=collator,
         tokenizer=tokenizer,
         settings=RecordingSettings(
-            second_moment=True, dtype=options.pop("dtype", "float32"), max_segment_bytes=10 * 16 * 4
+            metric="optimizer", dtype=options.pop("dtype", "float32"), max_segment_bytes=10 * 16 * 4
         ),
         progress=False,
         **options,
@@ -69,7 +69,7 @@ def saved(folder):
     return sorted((folder / "run").glob("checkpoint-*"))
 
 
-RECORDING = {"second_moment": True, "dtype": "float32"}
+RECORDING = {"metric": "optimizer", "dtype": "float32"}
 MODELS = {
     "classifier": (tiny_classifier, {}),
     "tied": (tiny_gpt2, {"causal": True}),
@@ -84,7 +84,7 @@ def test_an_index_made_afterwards_has_the_rows_that_the_callback_recorded(tmp_pa
     data = {}
     if options.get("causal"):
         data = {"dataset": language_data(), "collator": causal_collator(tokenizer)}
-    recording = {"second_moment": True, "dtype": options.get("dtype", "float32"), "max_segment_bytes": 10 * 16 * 4}
+    recording = {"metric": "optimizer", "dtype": options.get("dtype", "float32"), "max_segment_bytes": 10 * 16 * 4}
     live = train(
         tmp_path, tokenizer=tokenizer, model=make(), recording=recording, adam_beta2=0.9, weight_decay=0.1, **data
     )
@@ -102,7 +102,7 @@ def test_an_index_made_afterwards_has_the_rows_that_the_callback_recorded(tmp_pa
 def trained(tmp_path_factory):
     """Checkpoints of a training that was recorded while it lasted, of 8 examples of 11."""
     folder = tmp_path_factory.mktemp("trained")
-    recording = {"second_moment": True, "dataset": classification_data().select(range(8))}
+    recording = {"metric": "optimizer", "dataset": classification_data().select(range(8))}
     train(folder, tokenizer=tiny_tokenizer(), recording=recording)
     return folder
 
@@ -329,7 +329,7 @@ def test_missing_and_sharded_optimizers_are_refused_before_anything_is_recorded(
     last = checkpoints[1]
     (last / "optimizer.pt").unlink()
     match = (
-        r"needs optimizer\.pt in every checkpoint.*checkpoint-4' has none\. Record in training by .* or index without"
+        r"needs optimizer\.pt in every checkpoint.*checkpoint-4' has none\. Record in training by .* or index with `metric"
     )
     refused(tmp_path, checkpoints, tokenizer, match, error=FileNotFoundError)
     (last / "optimizer_0").mkdir()

@@ -24,6 +24,7 @@ from transformers import (
 from hf_doge.artifacts.influence import IndexReader
 from hf_doge.tracing.callback import TracInWECallback
 from hf_doge.tracing.models import content_hash, model_fingerprint
+from hf_doge.tracing.settings import RecordingOptions, RecordingSettings
 from tests.reference_tracin_we import dense_gradient
 from tests.tiny import tiny_bert, tiny_classifier, tiny_gpt2, tiny_llama, tiny_t5
 from tests.tracing.recorded_training import (
@@ -382,7 +383,7 @@ class KeepMoments(TrainerCallback):
 def test_second_moments_divide_the_rows(tmp_path, tokenizer):
     options = {"adam_beta2": 0.9}
     plain = train(tmp_path / "plain", tokenizer=tokenizer, **options)
-    callback = TracInWECallback(tmp_path / "index", dtype="float32", second_moment=True)
+    callback = TracInWECallback(tmp_path / "index", dtype="float32", metric="optimizer")
     trainer = make_trainer(tmp_path / "run", callback, tokenizer=tokenizer, **options)
     keep = KeepMoments()
     trainer.add_callback(keep)
@@ -582,9 +583,9 @@ def test_second_moments_need_adam_and_trained_embeddings(tmp_path, tokenizer):
     frozen = tiny_classifier()
     frozen.get_input_embeddings().weight.requires_grad_(False)
     refused(
-        tmp_path, tokenizer, "needs input embeddings that are trained", model=frozen, recording={"second_moment": True}
+        tmp_path, tokenizer, "needs input embeddings that are trained", model=frozen, recording={"metric": "optimizer"}
     )
-    callback = TracInWECallback(tmp_path / "other", second_moment=True)
+    callback = TracInWECallback(tmp_path / "other", metric="optimizer")
     trainer = make_trainer(tmp_path / "run", callback, tokenizer=tokenizer, optim="sgd")
     with pytest.raises(ValueError, match="needs an optimizer that keeps `exp_avg_sq`"):
         trainer.train()
@@ -605,7 +606,7 @@ def test_second_moments_need_adam_and_trained_embeddings(tmp_path, tokenizer):
         ({"tied": "own", "top_k_tokens": 5}, "`top_k_unit` must be 'token'"),
         ({"projection_width": -1}, "`projection_width` must be at least 1"),
         ({"max_segment_bytes": None}, "`max_segment_bytes` must be a whole number"),
-        ({"second_moment": True, "record": "online"}, "`second_moment` needs `record='checkpoint'`"),
+        ({"metric": "optimizer", "record": "online"}, "`metric='optimizer'` needs `record='checkpoint'`"),
         ({"loss_fn": 3}, "`loss_fn` must be a function"),
         ({"record_steps": 0}, "`record_steps` must be at least 1"),
         ({"record_steps": []}, "`record_steps` must be a step or several"),
@@ -613,6 +614,11 @@ def test_second_moments_need_adam_and_trained_embeddings(tmp_path, tokenizer):
         ({"batch_size": 0}, "`batch_size` must be at least 1"),
         ({"seed": "x"}, "`seed` must be a whole number, but got 'x'"),
         ({"save_weights": "no"}, "`save_weights` must be True or False, but got 'no'"),
+        ({"metric": "adam"}, r"`metric` must be one of \['optimizer', 'gradient'\], but got 'adam'"),
+        (
+            {"metric": "optimizer", "second_moment": False},
+            "`second_moment=False` says other than `metric='optimizer'`",
+        ),
         ({"second_moment": "text"}, "`second_moment` must be True or False, but got 'text'"),
         ({"redact_text": "no"}, "`redact_text` must be True or False"),
         ({"tied": "own", "record": "online"}, "catches the input part only, but `tied` is 'own'"),
@@ -623,6 +629,13 @@ def test_second_moments_need_adam_and_trained_embeddings(tmp_path, tokenizer):
 def test_options_out_of_range_are_refused_at_once(tmp_path, options, match):
     with pytest.raises(ValueError, match=match):
         TracInWECallback(tmp_path, **options)
+
+
+@pytest.mark.parametrize(("given", "metric"), [(True, "optimizer"), (False, "gradient")])
+def test_second_moment_is_an_older_name_of_the_metric(tmp_path, given, metric):
+    with pytest.warns(FutureWarning, match=f"is called `metric='{metric}'` now"):
+        settings = TracInWECallback(tmp_path, second_moment=given).settings
+    assert settings == RecordingSettings(metric=metric)
 
 
 def test_a_callback_touches_no_disk_before_training(tmp_path):
@@ -643,8 +656,6 @@ def test_a_training_that_never_saves_is_warned_of(tmp_path, tokenizer):
 
 def test_the_keywords_of_a_recording_are_the_fields_of_its_settings():
     from typing import get_type_hints
-
-    from hf_doge.tracing.settings import RecordingOptions, RecordingSettings
 
     assert get_type_hints(RecordingOptions) == get_type_hints(RecordingSettings)
     with pytest.raises(TypeError, match="unexpected keyword argument 'top_k'"):

@@ -88,7 +88,7 @@ def test_scales_and_top_k_do_not_depend_on_the_number_of_processes(together):
 
 def test_the_moments_that_two_processes_saved_are_those_that_they_recorded_with(together):
     folder = together[0] / "moments"
-    alone = recorded_by_one(folder, steps=(2,), rates=[0.005], second_moment=True)
+    alone = recorded_by_one(folder, steps=(2,), rates=[0.005], metric="optimizer")
     assert gradient_files(open_index(folder).folder) == gradient_files(alone.folder)
     calls = [told["moments"]["calls"] for told in together[1]]
     assert calls == [1 + 2, 1 + 2]  # a trial and half of 4 batches
