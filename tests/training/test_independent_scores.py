@@ -10,6 +10,7 @@ from hf_doge.artifacts.record import estimate_score_noise
 from hf_doge.functional import independent_scores
 from hf_doge.training.config import DoGEConfig
 from hf_doge.training.trainer import DoGETrainer
+from tests.launch import REPOSITORY
 from tests.tiny import float64_causal_loss, language_model_rows, three_domains, tiny_llama
 
 OPTIONS = {
@@ -121,33 +122,43 @@ def test_the_noise_of_a_model_is_the_spread_over_independent_batches(tmp_path):
     assert predicted == pytest.approx(observed, rel=0.2)
 
 
-def test_a_domain_gains_no_weight_from_the_noise_of_fewer_examples(tmp_path):
-    """Two domains of the same text, of which one has half as many examples in a batch: by the paper's recipe that one gains."""
-    rows = language_model_rows(600, low=1, high=31, seed=0)
-    names = ["half" if row % 3 == 0 else "whole" for row in range(600)]
+def license_text(length=24):
+    """Blocks of English, by the letter."""
+    text = " ".join((REPOSITORY / "LICENSE").read_text().lower().split())
+    letters = "".join(sorted(set(text), key=text.count, reverse=True))[:30]
+    ids = [1 + max(letters.find(letter), 0) for letter in text]
+    return [ids[start : start + length] for start in range(0, len(ids) - length, length)]
+
+
+@pytest.mark.parametrize("recipe", ["paper", "doge_plus"])
+def test_of_the_same_text_a_domain_with_half_the_labels_in_a_batch_gains_by_the_papers_recipe_alone(tmp_path, recipe):
+    """Half of its labels are left out by chance, as where only answers count: its gradients are as noisy as of half a batch."""
+    rows = license_text()
+    kept = np.random.default_rng(0).random((len(rows), len(rows[0]))) < 0.5
+    half = np.where(kept, rows, -100).tolist()
     domains = {
-        name: Dataset.from_dict(
-            {key: [v for v, n in zip(values, names, strict=True) if n == name] for key, values in rows.items()}
-        )
-        for name in ("half", "whole")
+        name: Dataset.from_dict({"input_ids": rows, "labels": labels})
+        for name, labels in (("whole", rows), ("half", half))
     }
-    domains["half"] = domains["half"].map(_mask_half)
-    gains = {}
-    for self_term in ("same", "independent"):
-        options = {"max_steps": 60, "self_term": self_term, "mu": 3.0, "learning_rate": 0.01}
-        trainer, _ = learn(tmp_path, domains, model=tiny_llama(), **options)
-        weights, recorded = trainer.domain_weights.last, trainer.domain_weights.trajectory
-        gains[self_term] = np.log(weights["half"] / weights["whole"])
-    noise = 0.01 / 3.0 * 60**0.5 * float(np.linalg.norm(estimate_score_noise(recorded.scores)))
-    assert gains["same"] > 4 * noise
-    assert abs(gains["independent"]) < 3 * noise
-
-
-def _mask_half(row):
-    """Every second half of an example without labels: fewer of the domain's labels in a batch."""
-    labels = list(row["labels"])
-    labels[len(labels) // 2 :] = [-100] * (len(labels) - len(labels) // 2)
-    return {**row, "labels": labels}
+    args = DoGEConfig(
+        str(tmp_path), recipe=recipe, per_device_train_batch_size=16, max_steps=60, learning_rate=5e-3, seed=2,
+        report_to="none", save_strategy="no", use_cpu=True, disable_tqdm=True, logging_strategy="no",
+    )  # fmt: skip
+    trainer = DoGETrainer(tiny_llama(), args, train_dataset=domains)
+    trainer.train()
+    weights, trajectory = trainer.domain_weights, trainer.domain_weights.trajectory
+    rates = np.ones(60) if recipe == "doge_plus" else trajectory.learning_rates
+    gap = np.log(weights.last["half"] / weights.last["whole"])
+    column = [trajectory.domains.index(name) for name in ("half", "whole")]
+    differences = trajectory.scores[:, column] @ [[1.0], [-1.0]]
+    noise = estimate_score_noise(differences).item() * np.linalg.norm(rates) / weights.recipe["mu"]
+    if recipe == "doge_plus":
+        assert abs(gap) < 3 * noise < 0.2
+        assert undecided_groups(weights) == [sorted(weights.mean, key=weights.mean.get, reverse=True)]
+    else:
+        assert gap > 3 * noise
+        assert weights.mean["half"] > 0.65
+        assert undecided_groups(weights) == []
 
 
 def test_a_resumed_run_learns_the_same_weights(tmp_path):
