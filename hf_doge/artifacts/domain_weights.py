@@ -12,11 +12,10 @@ README.md                                  makes `load_dataset(folder, "weights"
 
 import json
 import os
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, TypeVar
-
-import pyarrow as pa
 
 from hf_doge._version import __version__
 from hf_doge.artifacts.cards.card import card_bytes, read_card
@@ -35,6 +34,7 @@ from hf_doge.files import (
     require_own_folder,
     sha256,
     sole_writer,
+    write_atomically,
 )
 from hf_doge.text import parse_json, printable
 
@@ -49,16 +49,6 @@ TRAJECTORY_FILE = "trajectory/train-00000-of-00001.parquet"
 CARD_FILE = "README.md"
 _FETCHED_FILES = (MANIFEST, WEIGHTS_FILE, TRAJECTORY_FILE)
 
-_WEIGHTS_SCHEMA = pa.schema(
-    {
-        "domain": pa.string(),
-        "weight": pa.float64(),
-        "last_weight": pa.float64(),
-        "natural_proportion": pa.float64(),
-        "num_rows": pa.int64(),
-        "num_tokens": pa.int64(),
-    }
-)
 _SUBFOLDERS = ("weights", "trajectory")
 _KEYS = dict.fromkeys(("mean", "last", "recipe", "domains", "metadata", "files"), dict) | {"domain_names": list}
 _VERSION_KEYS = ("format_version", "hf_doge_version")
@@ -98,8 +88,8 @@ class DomainWeights(WeightsRecord):
         """
         Read weights written by others, normalising their ratios.
 
-        Known are the JSON of DoReMi (`train_domain_weights`), the YAML of RegMix (`train`), and plain
-        `{name: ratio}` in JSON or YAML. Names stay as they are written.
+        Known are the JSON of DoReMi (`train_domain_weights`), the YAML of RegMix (`train`), the `..._optimal.json` of Olmix (a
+        list of `domain` and `weight`), and plain `{name: ratio}` in JSON or YAML. Names stay as they are written.
 
         Raises:
             ValueError: The file is malformed, repeats a key, or a ratio is no finite number >= 0. Names file and domain.
@@ -110,6 +100,40 @@ class DomainWeights(WeightsRecord):
             return cls.from_mapping(ratios, metadata={"source_file": path.name, "source_format": shape})
         except ValueError as error:
             raise ValueError(f"{str(path)!r}: {error}") from error
+
+    def export(
+        self,
+        format: str,
+        *,
+        paths: Mapping[str, str | Sequence[str]] | None = None,
+        num_rows: Mapping[str, int] | None = None,
+        path: str | os.PathLike | None = None,
+    ) -> str:
+        """
+        The weights as another training framework reads them. Domains of weight 0 are left out.
+
+        Args:
+            format (`str`): `axolotl`, `datasets`, `levanter`, `llama-factory`, `megatron`, `mosaic-streaming`, `ms-swift`,
+                `nemo`, `olmo-core` or `trl`. [`hf_doge.artifacts.export`] tells the form of each and where it is published.
+            paths (`Mapping[str, str or Sequence[str]]`, *optional*): Domain name -> where its data is: files, a folder, or a
+                name on the Hub, as the framework takes it. `datasets` and `llama-factory` hold none, the others need them.
+            num_rows (`Mapping[str, int]`, *optional*): Domain name -> rows of its data; only `axolotl` needs them.
+            path (`str` or `os.PathLike`, *optional*): File to write it to.
+
+        Returns:
+            `str`: The text.
+
+        Raises:
+            ValueError: The format is unknown, cannot hold a name or a path, or lacks one.
+        """
+        from hf_doge.artifacts.export import export_weights
+
+        check_path("path", path, optional=True)
+        text = export_weights(self, format, paths=paths, num_rows=num_rows)
+        if path is not None:
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(Path(path), text.encode())
+        return text
 
     def summary(self) -> str:
         """A table of the domains, heaviest first, under a line on the recipe."""
@@ -273,7 +297,7 @@ def weights_publication(weights: WeightsRecord, repo_id: str, *, model_id: str |
 
 def artifact_files(weights: WeightsRecord, *, plot: bool) -> dict[str, bytes]:
     """The tables, the picture if asked for and matplotlib is there, and the manifest with their checksums."""
-    tables = {WEIGHTS_FILE: _weights_table(weights)}
+    tables = {WEIGHTS_FILE: weights.to_table()}
     if weights.trajectory is not None:
         tables[TRAJECTORY_FILE] = weights.trajectory.to_table()
     files = {name: to_parquet(table, row_group_size=None) for name, table in tables.items()}
@@ -365,20 +389,3 @@ def _to_manifest(weights: WeightsRecord, tables: dict[str, bytes]) -> bytes:
         "files": {name: sha256(content) for name, content in tables.items()},
     }
     return (json.dumps(manifest, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()
-
-
-def _weights_table(weights: WeightsRecord) -> pa.Table:
-    """One row for each domain; null where a number is not known."""
-    natural = weights.natural_proportions or {}
-    rows = [
-        {
-            "domain": name,
-            "weight": weights.mean[name],
-            "last_weight": weights.last[name],
-            "natural_proportion": natural.get(name),
-            "num_rows": weights.domains[name].get("num_rows"),
-            "num_tokens": weights.domains[name].get("num_tokens"),
-        }
-        for name in weights.names
-    ]
-    return pa.Table.from_pylist(rows, schema=_WEIGHTS_SCHEMA)

@@ -1,4 +1,4 @@
-"""Files of others: the ratios of a mixture (DoReMi, RegMix, or a plain mapping in JSON or YAML), and records as JSON lines."""
+"""Files of others: the ratios of a mixture (DoReMi, RegMix, Olmix, or a plain mapping in JSON or YAML), and records as JSON lines."""
 
 import codecs
 import gzip
@@ -19,11 +19,12 @@ def read_ratios(path: Path) -> tuple[dict, str]:
     """
     Read the ratios of a mixture as they are written, neither checked nor normalised.
 
-    Three shapes are known: `{"train_domain_weights": {name: ratio}, ...}` (DoReMi), `{"train": {name: ratio}, ...}`
-    (RegMix) and `{name: ratio}`.
+    Four shapes are known: `{"train_domain_weights": {name: ratio}, ...}` (DoReMi), `{"train": {name: ratio}, ...}`
+    (RegMix, `mixture_config/config_1b/regmix.yaml`), `[{"domain": name, "weight": ratio}, ...]` (what `olmix fit` writes as
+    `..._optimal.json`, `plot_and_log_weights` of allenai/olmix) and `{name: ratio}`.
 
     Returns:
-        `tuple[dict, str]`: name -> ratio, and which shape it was (`"doremi"`, `"regmix"` or `"plain"`).
+        `tuple[dict, str]`: name -> ratio, and which shape it was (`"doremi"`, `"regmix"`, `"olmix"` or `"plain"`).
 
     Raises:
         ValueError: The file is neither JSON nor YAML, is malformed, repeats a key, holds no mapping, or is an artifact.
@@ -44,9 +45,21 @@ def read_ratios(path: Path) -> tuple[dict, str]:
         for key, name in (("train_domain_weights", "doremi"), ("train", "regmix")):
             if isinstance(content.get(key), dict):
                 ratios, shape = content[key], name
+    elif _is_list_of_weights(content):
+        ratios, shape = {row["domain"]: row["weight"] for row in content}, "olmix"
+        refuse_repeated((row["domain"] for row in content), str(path))
     if not isinstance(ratios, dict) or not ratios:
         raise ValueError(f"{str(path)!r} must map domain names to ratios, but it holds {show(content)}.")
     return ratios, shape
+
+
+def _is_list_of_weights(content: Any) -> bool:
+    return (
+        isinstance(content, list)
+        and bool(content)
+        and all(isinstance(row, dict) and {"domain", "weight"} <= row.keys() for row in content)
+        and all(isinstance(row["domain"], str) for row in content)
+    )
 
 
 class _StrictLoader(yaml.SafeLoader):

@@ -33,6 +33,16 @@ _SCHEMA = pa.schema(
         "learning_rate": pa.float64(),
     }
 )
+_WEIGHTS_SCHEMA = pa.schema(
+    {
+        "domain": pa.string(),
+        "weight": pa.float64(),
+        "last_weight": pa.float64(),
+        "natural_proportion": pa.float64(),
+        "num_rows": pa.int64(),
+        "num_tokens": pa.int64(),
+    }
+)
 
 
 @dataclass(eq=False)
@@ -323,6 +333,22 @@ class WeightsRecord:
                 f"Domains of positive weight must have `num_tokens` > 0, but {unknown} have {[available[n] for n in unknown]}."
             )
         return {n: weight * tokens / available[n] if weight > 0 else 0.0 for n, weight in self.mean.items()}
+
+    def to_table(self) -> pa.Table:
+        """One row for each domain; null where a number is not known."""
+        natural = self.natural_proportions or {}
+        rows = [
+            {
+                "domain": name,
+                "weight": self.mean[name],
+                "last_weight": self.last[name],
+                "natural_proportion": natural.get(name),
+                "num_rows": self.domains[name].get("num_rows"),
+                "num_tokens": self.domains[name].get("num_tokens"),
+            }
+            for name in self.names
+        ]
+        return pa.Table.from_pylist(rows, schema=_WEIGHTS_SCHEMA)
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, WeightsRecord):

@@ -26,6 +26,7 @@ COMMANDS = {
     "index": "record what each training example pushed, at saved checkpoints",
     "search": "trace predictions to training examples and words",
     "evaluate-influence": "delete what scorers blame, retrain, and see what becomes of predictions",
+    "export": "write domain weights as another training framework reads them",
     "push": "bring domain weights or an influence index to the Hub",
     "report": "show again what a folder of results holds",
 }

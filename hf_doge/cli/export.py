@@ -1,0 +1,84 @@
+"""`hf-doge export`: domain weights as another training framework reads them."""
+
+from argparse import ArgumentParser, Namespace
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from hf_doge.artifacts import DomainWeights
+from hf_doge.artifacts.export import FORMS
+from hf_doge.cli.arguments import parse_once
+from hf_doge.cli.console import say
+from hf_doge.training.trainer import DOMAIN_WEIGHTS_FOLDER
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the command."""
+    args = _parse(argv)
+    weights = _load(args.weights)
+    text = weights.export(
+        args.format,
+        paths=_by_domain("--paths", args.paths),
+        num_rows=_by_domain("--num_rows", args.num_rows, of=_whole_number),
+        path=args.output,
+    )
+    say(text.rstrip("\n") if args.output is None else f"Written: {args.output}")
+    return 0
+
+
+def _load(spec: str) -> DomainWeights:
+    path = Path(spec)
+    if path.is_file():
+        return DomainWeights.from_file(path)
+    learned = path / DOMAIN_WEIGHTS_FOLDER
+    return DomainWeights.from_pretrained(learned if learned.is_dir() else spec)
+
+
+def _by_domain(flag: str, words: Sequence[str] | None, of: Callable[[str], Any] = str) -> dict[str, Any] | None:
+    """
+    What `NAME=VALUE` words say; the values of a name given several times are a list.
+
+    Raises:
+        `ValueError`: for a word without `=`.
+    """
+    if words is None:
+        return None
+    found: dict[str, list] = {}
+    for word in words:
+        name, equals, value = word.partition("=")
+        if not (name and equals and value):
+            raise ValueError(f"`{flag}` must be words of the form NAME=VALUE, but got {word!r}.")
+        found.setdefault(name, []).append(of(value))
+    return {name: values[0] if len(values) == 1 else values for name, values in found.items()}
+
+
+def _whole_number(text: str) -> int | str:
+    return int(text) if text.isdecimal() else text  # refused where it is used, by its name
+
+
+def _parse(argv: Sequence[str]) -> Namespace:
+    parser = ArgumentParser(
+        prog="hf-doge export",
+        description=(
+            "Print domain weights, or write them to a file, in the form that another training framework reads. Domains of "
+            "weight 0 are left out."
+        ),
+    )
+    parser.add_argument(
+        "weights",
+        help="Output folder of `hf-doge learn`, `estimate` or `sweep`, a folder or Hub name of domain weights, or a JSON or "
+        "YAML file of weights.",
+    )
+    parser.add_argument("--format", required=True, choices=sorted(FORMS), help="The framework.")
+    parser.add_argument(
+        "--paths",
+        nargs="+",
+        metavar="NAME=PATH",
+        help="Where the data of each domain is, as the framework takes it; a name given twice has two. All formats need them "
+        "but datasets and llama-factory, which name data sets by domains.",
+    )
+    parser.add_argument(
+        "--num_rows", nargs="+", metavar="NAME=N", help="Rows of the data of each domain; only axolotl needs them."
+    )
+    parser.add_argument("--output", type=Path, help="File to write, instead of printing.")
+    return parse_once(parser, argv)
