@@ -68,7 +68,7 @@ def plot_domain_weights(
         max_domains (`int`, *optional*): How many domains have a bar, the heaviest; by default all.
 
     Returns:
-        `matplotlib.figure.Figure`: not known to pyplot, so nothing needs closing.
+        `matplotlib.figure.Figure`: not known to pyplot, so nothing needs closing; a notebook shows it.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -104,7 +104,7 @@ def plot_comparison(table: Sequence[Mapping[str, Any]], path: str | os.PathLike 
         path (`str` or `os.PathLike`, *optional*): Where to write the picture; the suffix decides the format.
 
     Returns:
-        `matplotlib.figure.Figure`: not known to pyplot, so nothing needs closing.
+        `matplotlib.figure.Figure`: not known to pyplot, so nothing needs closing; a notebook shows it.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -339,11 +339,12 @@ def _new_figure(width: float, height: float) -> "Figure":
     """A figure of its own, in inches, that leaves pyplot's state alone."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
+
+        from hf_doge.figure_plots import DrawnFigure
     except ImportError as error:
         raise ImportError("Plots need matplotlib. Install it by `pip install 'hf-doge[plot]'`.") from error
     dpi = min(150, _MAX_PIXELS / max(width, height))
-    figure = Figure(figsize=(width, height), dpi=dpi, layout="constrained")
+    figure = DrawnFigure(figsize=(width, height), dpi=dpi, layout="constrained")
     FigureCanvasAgg(figure)
     return figure
 

@@ -139,6 +139,12 @@ class DomainWeights(WeightsRecord):
         """A table of the domains, heaviest first, under a line on the recipe."""
         return summarize(self)
 
+    def _repr_html_(self) -> str:
+        """What a notebook shows."""
+        from hf_doge.artifacts.cards.html import weights_html
+
+        return weights_html(self)
+
     def plot(self, path: str | os.PathLike | None = None) -> "Figure":
         """
         Draw the trajectory, and the weights against uniform and natural proportions. See

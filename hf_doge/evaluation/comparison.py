@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -11,9 +11,11 @@ import numpy as np
 import pyarrow as pa
 
 from hf_doge._version import __version__
+from hf_doge.artifacts.cards.html import escape_html
 from hf_doge.artifacts.cards.text import escape
 from hf_doge.artifacts.parquet import to_parquet
 from hf_doge.checks import check_names
+from hf_doge.evaluation.comparison_tables import Table, format_change, format_perplexity
 from hf_doge.evaluation.intervals import Interval, t_interval
 from hf_doge.files import write_atomically
 from hf_doge.text import parse_json
@@ -210,20 +212,23 @@ class Comparison:
 
     def verdict(self, mixture: str, baseline: str) -> str:
         """Whether `mixture` beats `baseline`, seed against seed: one sentence for each of `verdict_rows`, then the others."""
-        names, changes = f"{escape(mixture)} against {escape(baseline)}", self.paired_changes(mixture, baseline)
+        return "\n".join(f"- {sentence}" for sentence in self._sentences(mixture, baseline, escape))
+
+    def _sentences(self, mixture: str, baseline: str, shown: Callable[[str], str]) -> list[str]:
+        """What a verdict says, with every name as `shown` makes it."""
+        names, changes = f"{shown(mixture)} against {shown(baseline)}", self.paired_changes(mixture, baseline)
         others = [
-            f"{escape(self.row_label(row))} {_format_change(change)} %"
+            f"{shown(self.row_label(row))} {format_change(change)} %"
             for row, change in changes.items()
             if row not in self.verdict_rows and row not in self.domains
         ]
-        lines = [
-            f"{names}, {escape(self.row_label(row))}: {_format_change(changes[row])} %, {_judge(changes[row])}."
+        sentences = [
+            f"{names}, {shown(self.row_label(row))}: {format_change(changes[row])} %, {_judge(changes[row])}."
             for row in self.verdict_rows
         ]
         better = sum(changes[name].mean < 0 for name in self.domains)
         told = "".join(f"; {other}" for other in others)
-        lines.append(f"{names}, besides: lower on {better} of {len(self.domains)} training domains{told}.")
-        return "\n".join(f"- {line}" for line in lines)
+        return [*sentences, f"{names}, besides: lower on {better} of {len(self.domains)} training domains{told}."]
 
     def to_markdown(self) -> str:
         """
@@ -232,45 +237,58 @@ class Comparison:
         Under them stand the paired changes against `"uniform"` and `"natural"`, and the [`~Comparison.verdict`] on each
         mixture against them.
         """
-        summary = self.summary()
-        rows = next(iter(summary.values()))
-        perplexity_rows = []
-        for row in rows:
-            cells = [summary[mixture][row] for mixture in self.mixtures]
-            lowest = min(cell["mean"] for cell in cells)
-            perplexity_rows.append(
-                [escape(self.row_label(row))]
-                + [_format_cell(cell["mean"], cell["std"], is_bold=cell["mean"] == lowest) for cell in cells]
-            )
-        header = ["", *map(escape, self.mixtures)]
-        mixture_rows = [
-            [escape(name)]
-            + [f"{self.weights(mixture)[name]:.4f}, {self.epochs(mixture)[name]:.2f}" for mixture in self.mixtures]
-            for name in self.domains
+        verdicts = [self.verdict(*pair) for pair in self._judged_pairs()]
+        texts = [table.to_markdown() for table in self.tables()] + [
+            f"{text}\n" for text in (*verdicts, *self._caution())
         ]
-        verdicts = [
-            self.verdict(mixture, baseline)
+        return "\n".join(texts)
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows."""
+        tables = "".join(table.to_html() for table in self.tables())
+        sentences = [one for pair in self._judged_pairs() for one in self._sentences(*pair, escape_html)]
+        verdicts = "".join(f"<li>{sentence}</li>" for sentence in sentences)
+        caution = "".join(f"<p>{escape_html(text)}</p>" for text in self._caution())
+        return f"<div>{tables}{f'<ul>{verdicts}</ul>' if verdicts else ''}{caution}</div>"
+
+    def _judged_pairs(self) -> list[tuple[str, str]]:
+        return [
+            (mixture, baseline)
             for mixture in self.mixtures
             for baseline in BASELINES
             if mixture not in BASELINES and baseline in self.mixtures
         ]
-        if verdicts and len(self.seeds) < 3:
-            verdicts.append(f"From {len(self.seeds)} seed(s) no interval means much. Run at least 5.")
+
+    def _caution(self) -> list[str]:
+        few = self._judged_pairs() and len(self.seeds) < 3
+        return [f"From {len(self.seeds)} seed(s) no interval means much. Run at least 5."] if few else []
+
+    def tables(self) -> list[Table]:
+        """Perplexities, paired changes against each baseline, bits per byte where known, and weights with epochs."""
+        summary, sizes = self.summary(), self.bits_per_byte()
+        rows = list(summary[self.mixtures[0]])
+        lowest = {row: min(summary[mixture][row]["mean"] for mixture in self.mixtures) for row in rows}
+        perplexities = {
+            mixture: [
+                format_perplexity(cell["mean"], cell["std"], is_bold=cell["mean"] == lowest[row])
+                for row, cell in summary[mixture].items()
+            ]
+            for mixture in self.mixtures
+        }
         alone = len(self.seeds) == 1
         seeds = f"seed {self.seeds[0]}" if alone else f"mean ± standard deviation over seeds {self.seeds}"
-        sizes = self.bits_per_byte()
-        bits = [
-            [escape(self.row_label(n)), *(f"{sizes[m][n]:.3f}" for m in self.mixtures)]
-            for n in sizes[self.mixtures[0]]
-        ]
-        title = "Bits per byte of text, which compare across tokenizers."
-        bits_table = f"{title}\n\n{_markdown_table(header, bits)}\n\n" if bits else ""
-        return (
-            f"Validation perplexity after {self.train_tokens:,} training tokens, {seeds}. Lower is better.\n\n"
-            f"{_markdown_table(header, perplexity_rows)}\n\n{self._paired_tables()}{bits_table}"
-            "Weight of each domain, and epochs: how many times it was gone through.\n\n"
-            f"{_markdown_table(header, mixture_rows)}\n" + "".join(f"\n{verdict}\n" for verdict in verdicts)
-        )
+        title = f"Validation perplexity after {self.train_tokens:,} training tokens, {seeds}. Lower is better."
+        tables = [Table(title, {"": list(map(self.row_label, rows)), **perplexities}), *self._paired_tables()]
+        if known := list(sizes[self.mixtures[0]]):
+            bits = {mixture: [f"{sizes[mixture][name]:.3f}" for name in known] for mixture in self.mixtures}
+            title = "Bits per byte of text, which compare across tokenizers."
+            tables.append(Table(title, {"": list(map(self.row_label, known)), **bits}))
+        shares = {
+            mixture: [f"{self.weights(mixture)[n]:.4f}, {self.epochs(mixture)[n]:.2f}" for n in self.domains]
+            for mixture in self.mixtures
+        }
+        title = "Weight of each domain, and epochs: how many times it was gone through."
+        return [*tables, Table(title, {"": self.domains, **shares})]
 
     def to_plot_rows(self) -> list[dict[str, Any]]:
         """One row per mixture and row of the table, as [`~hf_doge.plots.plot_comparison`] takes them."""
@@ -327,7 +345,7 @@ class Comparison:
                 f"{str(path)!r} must hold the runs of a comparison, but does not: {error!r:.200}."
             ) from error
 
-    def _paired_tables(self) -> str:
+    def _paired_tables(self) -> list[Table]:
         """For each baseline, what every other mixture changes, in percent with intervals."""
         tables = []
         for baseline in BASELINES:
@@ -335,17 +353,15 @@ class Comparison:
             if baseline not in self.mixtures or not others:
                 continue
             changes = {mixture: self.paired_changes(mixture, baseline) for mixture in others}
-            rows = [
-                [escape(self.row_label(row)), *(_format_change(changes[mixture][row]) for mixture in others)]
-                for row in changes[others[0]]
-            ]
+            cells = {mixture: list(map(format_change, found.values())) for mixture, found in changes.items()}
             widths = [found[row].half_width for found in changes.values() for row in self.verdict_rows]
             seen = f" {len(self.seeds)} seeds could have detected {max(widths):.1f} %." if None not in widths else ""
-            tables.append(
-                f"Change of perplexity against {escape(baseline)} in percent, paired by seed, with 95 % intervals. Below 0 is "
-                f"better.{seen}\n\n{_markdown_table(['', *map(escape, others)], rows)}\n\n"
+            title = (
+                f"Change of perplexity against {baseline} in percent, paired by seed, with 95 % intervals. Below 0 is "
+                f"better.{seen}"
             )
-        return "".join(tables)
+            tables.append(Table(title, {"": list(map(self.row_label, changes[others[0]])), **cells}))
+        return tables
 
     def row_label(self, row: str) -> str:
         """What a row is called in tables."""
@@ -361,11 +377,6 @@ def _steps_of(measure: str) -> int | None:
     return int(steps) if name == "adapted" else None
 
 
-def _format_change(change: Interval) -> str:
-    ends = "" if change.low is None else f" [{change.low:+.1f}, {change.high:+.1f}]"
-    return f"{change.mean:+.1f}{ends}"
-
-
 def _judge(change: Interval) -> str:
     if change.low is None:
         return "one seed decides nothing"
@@ -377,24 +388,3 @@ def _judge(change: Interval) -> str:
 def _bits_per_byte(run: MixtureRun, name: str) -> float | None:
     size = run.bytes_per_token.get(name)
     return None if size is None else run.losses[name] / math.log(2) / size
-
-
-def _format(perplexity: float) -> str:
-    return f"{perplexity:.2f}" if perplexity < 1000 else f"{perplexity:.4g}"
-
-
-def _format_cell(mean: float, std: float | None, *, is_bold: bool) -> str:
-    text = _format(mean) if std is None else f"{_format(mean)} ± {_format(std)}"
-    return f"**{text}**" if is_bold else text
-
-
-def _markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table that reads as well before rendering: columns are padded, all but the first to the right."""
-    widths = [max(len(row[column]) for row in (header, *rows)) for column in range(len(header))]
-
-    def line(cells: Sequence[str]) -> str:
-        others = [cell.rjust(width) for cell, width in zip(cells[1:], widths[1:], strict=True)]
-        return f"| {' | '.join([cells[0].ljust(widths[0]), *others])} |"
-
-    rule = f"|{'-' * (widths[0] + 2)}|{'|'.join('-' * (width + 1) + ':' for width in widths[1:])}|"
-    return "\n".join([line(header), rule, *map(line, rows)])

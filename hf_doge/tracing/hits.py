@@ -7,14 +7,13 @@ import numpy as np
 from datasets import Dataset, Features, List, Value, concatenate_datasets
 from transformers import PreTrainedTokenizerBase
 
+from hf_doge.tracing.html import render_fragment
 from hf_doge.tracing.queries import TEXT_FIELDS, Query
 from hf_doge.tracing.scoring import TokenParts
-from hf_doge.tracing.words import Reading, read_ids, read_text, word_parts
+from hf_doge.tracing.words import word_parts
 
 KINDS = ("proponent", "opponent")
 NOT_SHOWN = ("example_id", "content_hash")
-
-_NO_LIMIT = 1_000_000  # a tokenizer that knows none has a much larger one
 
 HIT_FEATURES = Features(
     {
@@ -36,6 +35,27 @@ HIT_FEATURES = Features(
         "query_token_ids": List(Value("int64")),
     }
 )
+
+
+class Hits(Dataset):
+    """
+    The answer of a search: a `datasets.Dataset` that a notebook shows with its words shaded. What some of its methods return
+    (`select`, `sort`, `map`) is a plain `Dataset`; [`InfluenceIndex.show`] shows that.
+    """
+
+    tokenizer: PreTrainedTokenizerBase | None = None
+    text_columns: Sequence[str] = ()
+
+    @classmethod
+    def of(cls, rows: Dataset, tokenizer: PreTrainedTokenizerBase | None, columns: Sequence[str]) -> "Hits":
+        """The rows, the tokenizer that tells their words, and the columns that hold the texts of the examples."""
+        hits = cls(rows.data, info=rows.info, split=rows.split, fingerprint=rows._fingerprint)
+        hits.tokenizer, hits.text_columns = tokenizer, columns
+        return hits
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows."""
+        return render_fragment(self, self.tokenizer, self.text_columns)
 
 
 def query_hits(
@@ -79,19 +99,18 @@ def query_hits(
             }
 
 
-def make_hits(
-    rows: Sequence[Mapping[str, Any]], examples: Dataset, tokenizer: PreTrainedTokenizerBase | None
-) -> Dataset:
+def make_hits(rows: Sequence[Mapping[str, Any]], examples: Dataset, tokenizer: PreTrainedTokenizerBase | None) -> Hits:
     """
     Hits, with whatever the index knows of their examples, one row for each hit, next to them.
 
     Examples of which the index keeps no text get the one that their tokens decode to.
     """
+    kept = text_columns(examples.features)
     if tokenizer is not None and "input_ids" in examples.column_names and "text" not in examples.column_names:
         texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in examples["input_ids"]]
         examples = examples.add_column("text", texts, feature=Value("string"))
     columns = {name: [row[name] for row in rows] for name in HIT_FEATURES}
-    return add_example_columns(Dataset.from_dict(columns, features=HIT_FEATURES), examples)
+    return Hits.of(add_example_columns(Dataset.from_dict(columns, features=HIT_FEATURES), examples), tokenizer, kept)
 
 
 def add_example_columns(rows: Dataset, examples: Dataset) -> Dataset:
@@ -118,29 +137,3 @@ def text_columns(features: Features) -> list[str]:
             return list(names)
     left = [name for name in strings if name != "content_hash" and not name.endswith(("_name", "source", "domain"))]
     return left if len(left) <= 2 else []
-
-
-def query_reading(hit: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase | None) -> Reading:
-    """The query of a hit, in its own spelling where its text gives its tokens again."""
-    token_ids, text = list(hit["query_token_ids"]), hit["query_text"]
-    if tokenizer is not None:
-        first, separator, second = text.partition("\n")
-        for texts in ([text], [first, second]) if separator else ([text],):
-            reading = read_text(tokenizer, texts, max_length=len(token_ids))
-            if reading.token_ids == token_ids:
-                return reading
-    return read_ids(tokenizer, token_ids)
-
-
-def example_reading(
-    hit: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase | None, fields: Sequence[str]
-) -> Reading | None:
-    """The training example of a hit, as far as the index kept it: its text fields, else its tokens."""
-    texts = [hit[name] for name in fields if isinstance(hit.get(name), str)]
-    if texts and tokenizer is not None:
-        limit = tokenizer.model_max_length
-        return read_text(tokenizer, texts[:2], max_length=limit if limit < _NO_LIMIT else None)
-    if texts:
-        return Reading("\n".join(texts), [], [], [])
-    ids = hit.get("input_ids")
-    return read_ids(tokenizer, ids) if ids is not None and len(ids) else None

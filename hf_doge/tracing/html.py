@@ -1,34 +1,41 @@
 """One page that shows queries and what pushed them: words shaded by their part of the score. No script, no other file."""
 
-import html
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from hf_doge.text import printable
-from hf_doge.tracing.hits import example_reading, query_reading
-from hf_doge.tracing.words import Reading, position_parts
+from hf_doge.artifacts.cards.html import escape_html
+from hf_doge.tracing.words import Reading, position_parts, read_ids, read_text
 
 Hit = Mapping[str, Any]
 
 MAX_WORDS = 12  # listed with a hit
+_NO_LIMIT = 1_000_000  # a tokenizer that knows none has a much larger one
 _PROPONENT, _OPPONENT = "22, 163, 74", "220, 38, 38"  # green and red that black and white text both stand out from
 _OPAQUE = 0.6
 
-_STYLE = """\
+# Of a page, and of a part of a notebook's: the latter changes nothing but what stands in it.
+_PAGE_STYLE = """\
 :root { color-scheme: light dark; }
 body { font: 15px/1.55 system-ui, sans-serif; margin: 2rem auto; max-width: 62rem; padding: 0 1rem; }
-section { border-top: 1px solid #8888; margin-top: 2rem; }
-article { border-inline-start: 4px solid; margin: 1rem 0; padding-inline-start: .8rem; }
-article.proponent { border-color: rgb(22, 163, 74); }
-article.opponent { border-color: rgb(220, 38, 38); }
-.text { unicode-bidi: plaintext; text-align: start; white-space: pre-wrap; overflow-wrap: anywhere; margin: .3rem 0; }
-.facts { font-size: .85em; opacity: .8; margin: .3rem 0; }
-mark { color: inherit; border-radius: .2em; }
-li { display: inline; margin-inline-end: .6em; }
-ul { padding: 0; font-size: .85em; }
+"""
+_STYLE = """\
+.hf-doge section { border-top: 1px solid #8888; margin-top: 2rem; }
+.hf-doge article { border-inline-start: 4px solid; margin: 1rem 0; padding-inline-start: .8rem; }
+.hf-doge article.proponent { border-color: rgb(22, 163, 74); }
+.hf-doge article.opponent { border-color: rgb(220, 38, 38); }
+.hf-doge .text { unicode-bidi: plaintext; text-align: start; white-space: pre-wrap; overflow-wrap: anywhere; margin: .3rem 0; }
+.hf-doge .facts { font-size: .85em; opacity: .8; margin: .3rem 0; }
+.hf-doge mark { color: inherit; border-radius: .2em; }
+.hf-doge li { display: inline; margin-inline-end: .6em; }
+.hf-doge ul { padding: 0; font-size: .85em; }
+"""
+_LEGEND = """\
+<p class="facts">A proponent (green) is a training example that lowered the query's loss, an opponent (red) one that raised
+it. A word is shaded by its part of that score, relative to the largest part shown with it.</p>
 """
 
 _PAGE = """\
@@ -41,11 +48,9 @@ _PAGE = """\
 <style>
 {style}</style>
 </head>
-<body>
+<body class="hf-doge">
 <h1>{title}</h1>
-<p class="facts">A proponent (green) is a training example that lowered the query's loss, an opponent (red) one that raised
-it. A word is shaded by its part of that score, relative to the largest part shown with it.</p>
-{sections}
+{legend}{sections}
 </body>
 </html>
 """
@@ -70,11 +75,32 @@ def render_page(
     Returns:
         `str`: HTML that needs no other file and runs nothing. Whatever the texts hold is escaped.
     """
+    sections = _sections(hits, tokenizer, columns)
+    return _PAGE.format(title=escape_html(title), style=_PAGE_STYLE + _STYLE, legend=_LEGEND, sections=sections)
+
+
+def render_fragment(hits: Iterable[Hit], tokenizer: PreTrainedTokenizerBase | None, columns: Sequence[str]) -> str:
+    """The same as a part of another page, such as a notebook's; arguments as in [`render_page`]."""
+    return f'<div class="hf-doge">\n<style>\n{_STYLE}</style>\n{_LEGEND}{_sections(hits, tokenizer, columns)}\n</div>'
+
+
+@dataclass(frozen=True)
+class Shown:
+    """Something that a notebook shows: `html` is what it shows."""
+
+    html: str
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({len(self.html):,} characters of HTML, which a notebook shows)"
+
+    def _repr_html_(self) -> str:
+        return self.html
+
+
+def _sections(hits: Iterable[Hit], tokenizer: PreTrainedTokenizerBase | None, columns: Sequence[str]) -> str:
     by_query = groupby(hits, key=lambda hit: hit["query"])
     sections = [_section(query, list(rows), tokenizer, columns) for query, rows in by_query]
-    if not sections:
-        sections = ['<p class="text">No training example has a score other than 0.</p>']
-    return _PAGE.format(title=_escape(title), style=_STYLE, sections="\n".join(sections))
+    return "\n".join(sections) or '<p class="text">No training example has a score other than 0.</p>'
 
 
 def shade(reading: Reading, parts: Mapping[int, float]) -> str:
@@ -92,9 +118,9 @@ def shade(reading: Reading, parts: Mapping[int, float]) -> str:
     for (start, stop), part in words:
         if start < end:
             continue  # pieces that overlap are shaded once
-        pieces += [_escape(reading.text[end:start]), _mark(reading.text[start:stop], part, largest)]
+        pieces += [escape_html(reading.text[end:start]), _mark(reading.text[start:stop], part, largest)]
         end = stop
-    return "".join([*pieces, _escape(reading.text[end:])])
+    return "".join([*pieces, escape_html(reading.text[end:])])
 
 
 def _section(
@@ -104,29 +130,29 @@ def _section(
     columns: Sequence[str],
 ) -> str:
     first = hits[0]
-    label = "" if first.get("query_label") is None else f", label {_escape(_plain(first['query_label']))}"
+    label = "" if first.get("query_label") is None else f", label {escape_html(_plain(first['query_label']))}"
     total: dict[int, float] = {}
     for hit in hits:
         for token, part in _parts(hit).items():
             total[token] = total.get(token, 0.0) + part
     articles = "\n".join(_article(hit, example_reading(hit, tokenizer, columns)) for hit in hits)
     return (
-        f'<section>\n<h2>Query {_escape(query)}{label}</h2>\n<div class="text" dir="auto">{shade(query_reading(first, tokenizer), total)}</div>\n'
+        f'<section>\n<h2>Query {escape_html(query)}{label}</h2>\n<div class="text" dir="auto">{shade(query_reading(first, tokenizer), total)}</div>\n'
         f"{articles}\n</section>"
     )
 
 
 def _article(hit: Hit, reading: Reading | None) -> str:
     facts = [
-        f"{_escape(hit['kind'])} {_escape(hit['rank'])}",
-        f"score {_escape(_number(hit['score']))}",
-        f"example {_escape(hit['example_id'])}",
-        *([f"label {_escape(_label(hit))}"] if hit.get("label") is not None else []),
+        f"{escape_html(hit['kind'])} {escape_html(hit['rank'])}",
+        f"score {escape_html(_number(hit['score']))}",
+        f"example {escape_html(hit['example_id'])}",
+        *([f"label {escape_html(_label(hit))}"] if hit.get("label") is not None else []),
         f"special tokens {hit['special_token_share']:.0%}",
     ]
     text = "" if reading is None else f'<div class="text" dir="auto">{shade(reading, _example_parts(hit))}</div>\n'
     return (
-        f'<article class="{_escape(hit["kind"])}">\n<p class="facts">{" · ".join(facts)}</p>\n'
+        f'<article class="{escape_html(hit["kind"])}">\n<p class="facts">{" · ".join(facts)}</p>\n'
         f"{text}{_word_list(hit)}\n</article>"
     )
 
@@ -136,7 +162,7 @@ def _word_list(hit: Hit) -> str:
     parts = hit["word_scores"]
     largest = abs(parts[0]) if parts else 0.0
     items = [
-        f"<li><bdi>{_mark(word, part, largest)}</bdi> {_escape(_number(part))}</li>"
+        f"<li><bdi>{_mark(word, part, largest)}</bdi> {escape_html(_number(part))}</li>"
         for word, part in zip(hit["words"][:MAX_WORDS], parts, strict=False)
     ]
     return f"<ul>{''.join(items)}</ul>"
@@ -146,7 +172,7 @@ def _mark(text: str, part: float, largest: float) -> str:
     strength = 0.0 if largest == 0 else _OPAQUE * abs(part) / largest
     colour = _PROPONENT if part >= 0 else _OPPONENT
     style = f"background: rgba({colour}, {strength:.3f})"
-    return f'<mark style="{style}" title="{_escape(_number(part))}">{_escape(text)}</mark>'
+    return f'<mark style="{style}" title="{escape_html(_number(part))}">{escape_html(text)}</mark>'
 
 
 def _parts(hit: Hit) -> dict[int, float]:
@@ -171,6 +197,27 @@ def _plain(value: Any) -> Any:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-def _escape(value: Any) -> str:
-    """Text of others as HTML, where lines may break but nothing else changes how its surroundings look."""
-    return html.escape(printable(value, keep="\r\n\t"))
+def query_reading(hit: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase | None) -> Reading:
+    """The query of a hit, in its own spelling where its text gives its tokens again."""
+    token_ids, text = list(hit["query_token_ids"]), hit["query_text"]
+    if tokenizer is not None:
+        first, separator, second = text.partition("\n")
+        for texts in ([text], [first, second]) if separator else ([text],):
+            reading = read_text(tokenizer, texts, max_length=len(token_ids))
+            if reading.token_ids == token_ids:
+                return reading
+    return read_ids(tokenizer, token_ids)
+
+
+def example_reading(
+    hit: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase | None, fields: Sequence[str]
+) -> Reading | None:
+    """The training example of a hit, as far as the index kept it: its text fields, else its tokens."""
+    texts = [hit[name] for name in fields if isinstance(hit.get(name), str)]
+    if texts and tokenizer is not None:
+        limit = tokenizer.model_max_length
+        return read_text(tokenizer, texts[:2], max_length=limit if limit < _NO_LIMIT else None)
+    if texts:
+        return Reading("\n".join(texts), [], [], [])
+    ids = hit.get("input_ids")
+    return read_ids(tokenizer, ids) if ids is not None and len(ids) else None

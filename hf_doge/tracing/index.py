@@ -21,7 +21,7 @@ from datasets import ClassLabel, Dataset
 from hf_doge.checks import check_choice, check_count, check_path, show
 from hf_doge.files import write_atomically
 from hf_doge.tracing.hits import HIT_FEATURES, add_example_columns, make_hits, query_hits, text_columns
-from hf_doge.tracing.html import render_page
+from hf_doge.tracing.html import Shown, render_fragment, render_page
 from hf_doge.tracing.processes import build_on_each_machine, share_work
 from hf_doge.tracing.queries import SPECIAL_TOKENS, Queries, SearchOptions, check_options, check_queries, refuse_metric
 from hf_doge.tracing.query_rows import QueryRecorder
@@ -86,7 +86,7 @@ class InfluenceIndex(SavedIndex):
             special_tokens, batch_size, cosine, kernel, synonym_threshold: See [`SearchOptions`].
 
         Returns:
-            `datasets.Dataset`: for each query its proponents from the strongest on, then its opponents, with columns
+            [`Hits`], a `datasets.Dataset`: for each query its proponents from the strongest on, then its opponents, with columns
 
             - `query` (position), `rank` (from 1), `kind` (`"proponent"` or `"opponent"`), `example_id`, `score`;
             - `checkpoint_scores`: what each checkpoint adds to the score, its learning rate included;
@@ -247,14 +247,25 @@ class InfluenceIndex(SavedIndex):
             `str`: The page. It needs no other file and runs no script.
         """
         check_path("path", path, optional=True)
-        missing = sorted(set(HIT_FEATURES) - set(getattr(hits, "column_names", None) or ()))
-        if missing:
-            raise ValueError(f"`hits` must come from `InfluenceIndex.search`, but has no columns {missing}.")
-        columns = text_columns(self.reader.examples_of([]).features)
-        page = render_page(hits, self.processing_class, columns)
+        page = render_page(hits, self.processing_class, self._text_columns(hits))
         if path is not None:
             write_atomically(Path(path), page.encode())
         return page
+
+    def show(self, hits: Dataset) -> Shown:
+        """
+        What a notebook shows of hits: the queries and their examples, words shaded as in [`~InfluenceIndex.to_html`].
+
+        Args:
+            hits (`datasets.Dataset`): From [`~InfluenceIndex.search`], whole or filtered.
+        """
+        return Shown(render_fragment(hits, self.processing_class, self._text_columns(hits)))
+
+    def _text_columns(self, hits: Dataset) -> list[str]:
+        missing = sorted(set(HIT_FEATURES) - set(getattr(hits, "column_names", None) or ()))
+        if missing:
+            raise ValueError(f"`hits` must come from `InfluenceIndex.search`, but has no columns {missing}.")
+        return text_columns(self.reader.examples_of([]).features)
 
     def _records(self, queries: Queries) -> list[dict[str, Any]]:
         tokenizer, folder, missing = self.processing_class, self.reader.folder, []

@@ -11,6 +11,7 @@ from datasets import Dataset
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from hf_doge.artifacts.cards.html import index_html
 from hf_doge.artifacts.hub.fetch import fetch_folder
 from hf_doge.artifacts.influence import IndexReader
 from hf_doge.artifacts.influence.checkpoint_writer import PARTIAL
@@ -254,6 +255,10 @@ class SavedIndex:
     def __repr__(self) -> str:
         names = [checkpoint["name"] for checkpoint in self.reader.checkpoints]
         return f"{type(self).__name__}({str(self.reader.folder)!r}, num_examples={len(self)}, checkpoints={names})"
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows."""
+        return index_html(self.config)
 
     @property
     def examples(self) -> Dataset:

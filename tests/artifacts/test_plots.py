@@ -152,6 +152,7 @@ def test_drawing_leaves_pyplot_alone():
 
 def test_without_matplotlib_the_error_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    monkeypatch.delitem(sys.modules, "hf_doge.figure_plots", raising=False)
     with pytest.raises(ImportError, match=r"pip install 'hf-doge\[plot\]'"):
         make_weights(3).plot()
 

@@ -2,7 +2,8 @@ import numpy as np
 import pytest
 from datasets import ClassLabel, Dataset
 
-from hf_doge.tracing.hits import add_example_columns, example_reading, query_reading
+from hf_doge.tracing.hits import add_example_columns
+from hf_doge.tracing.html import example_reading, query_reading
 from hf_doge.tracing.scoring import select_extremes
 from hf_doge.tracing.words import Reading, position_parts, read_ids, read_text, word_parts
 from tests.tracing.influence_tools import byte_level_tokenizer, sentencepiece_tokenizer, wordpiece_tokenizer

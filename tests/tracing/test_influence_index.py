@@ -29,6 +29,7 @@ from tests.tracing.influence_tools import (
     train,
     wordpiece_tokenizer,
 )
+from tests.tracing.test_influence_html import Page
 
 TEXTS = ["The runner is winning a match.", "Stocks of a rocket fund", "New moon"]
 
@@ -239,6 +240,46 @@ def test_a_synonym_is_shaded_in_the_example(index):
     page = index.to_html(hits.filter(lambda hit: hit["example_id"] == other["example_id"]))
     article = page[page.index("<article") : page.index("<ul>")]
     assert "<mark" in article
+
+
+# What a notebook shows
+
+
+def test_a_notebook_shows_hits_as_the_page_does(index):
+    hits = index.search(TEXTS, top_k=2)
+    shown, page = hits._repr_html_(), index.to_html(hits)
+    sections = re.findall(r"<section>.*?</section>", page, flags=re.DOTALL)
+    assert len(sections) == len(TEXTS)
+    assert re.findall(r"<section>.*?</section>", shown, flags=re.DOTALL) == sections
+    assert "<mark" in shown
+    assert index.show(hits)._repr_html_() == shown
+    assert len(repr(index.show(hits))) < 80
+    assert not {"html", "head", "body", "title", "script"} & set(Page(shown).tags)
+
+
+def test_style_of_a_part_reaches_nothing_outside_it(index):
+    style = re.search(r"<style>(.*?)</style>", index.search(TEXTS[0])._repr_html_(), flags=re.DOTALL)[1]
+    assert all(line.startswith(".hf-doge ") for line in style.strip().splitlines())
+
+
+def test_hits_are_a_dataset_and_what_is_chosen_of_them_is_shown(index):
+    hits = index.search(TEXTS, top_k=3)
+    assert isinstance(hits, Dataset)
+    assert hits.to_list() == Dataset(hits.data).to_list()
+    for chosen in (
+        hits.select([0]),
+        hits.filter(lambda hit: hit["query"] == 0 and hit["rank"] == 1 and hit["score"] > 0),
+    ):
+        assert chosen[0] == hits[0]
+        assert index.show(chosen).html.count("<article") == 1
+    with pytest.raises(ValueError, match=r"must come from `InfluenceIndex\.search`"):
+        index.show(hits.remove_columns("words"))
+
+
+def test_a_notebook_shows_the_checkpoints_of_an_index(index):
+    page = Page(index._repr_html_())
+    assert page.tags.count("tr") == 1 + len(index.config["checkpoints"])
+    assert f"{len(index):,} training examples" in "".join(page.text)
 
 
 # What a hit says

@@ -218,7 +218,7 @@ def summarize(weights: WeightsRecord) -> str:
     The recipe, the entropy and a table of the domains, heaviest first, columns without any value left out; and which weights
     the run cannot tell apart.
     """
-    lines = [*_headline(weights), "", format_table(summary_columns(weights))]
+    lines = [*headline(weights), "", format_table(summary_columns(weights))]
     groups = [", ".join(map(printable, group)) for group in undecided_groups(weights)]
     if groups:
         text = f"Weights that this run cannot tell apart, for the noise of its scores: {'; '.join(groups)}."
@@ -296,7 +296,7 @@ def summary_columns(weights: WeightsRecord) -> dict[str, list[str]]:
     return {title: cells for title, cells in columns.items() if any(cells)}
 
 
-def _headline(weights: WeightsRecord) -> list[str]:
+def headline(weights: WeightsRecord) -> list[str]:
     """How the weights were made, wrapped, and how far they are from uniform."""
     arguments = ", ".join(
         f"{key} {value}"
