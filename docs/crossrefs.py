@@ -1,6 +1,8 @@
 """
-Cross references of docstrings, `[`DomainWeights.save_pretrained`]` and `[`~DomainWeights.save_pretrained`]` (which shows the
-last name alone), as the pages resolve them. An extension of griffe.
+What our docstrings write otherwise than griffe reads it. An extension of griffe.
+
+Types of arguments stand between backticks, as upstream writes them. Cross references, `[`DomainWeights.save_pretrained`]` and
+`[`~DomainWeights.save_pretrained`]` (which shows the last name alone), are resolved.
 
 A name that nothing in the package has ends the build. One that has no page of its own is shown as code.
 """
@@ -13,6 +15,9 @@ from typing import Any
 import griffe
 
 _REFERENCE = re.compile(r"\[`(~?)([\w.]+)`\](?![(\[])")
+# `name (`type`, *optional*): What it is.`, and `name, other (`type`): What they are.`
+_TYPED = re.compile(r"^( +)((?:\*{0,2}\w+, )*\*{0,2}\w+) \((.*`.*)\):( .*)?$", flags=re.MULTILINE)
+_RESULT = re.compile(r"^( +)`([^`\n]+)`:(?= |$)", flags=re.MULTILINE)
 _FOREIGN = ("torch", "transformers", "datasets", "numpy", "pyarrow", "huggingface_hub", "accelerate", "trl")
 _RENDERED = re.compile(r"^::: ([\w.]+)", flags=re.MULTILINE)
 API = Path(__file__).resolve().parent / "api"
@@ -26,20 +31,31 @@ class CrossReferences(griffe.Extension):
         rendered = set(_RENDERED.findall("\n".join(page.read_text() for page in API.glob("*.md"))))
         objects = list(_walk(pkg))
         by_name = defaultdict(list)
-        for one in objects:
-            parts = one.path.split(".")
+        places = {one.path: one.path for one in objects}
+        places |= {
+            alias.path: alias.target_path for one in objects for alias in one.members.values() if alias.is_alias
+        }
+        for name, path in places.items():
+            parts = name.split(".")
             for start in range(len(parts)):
-                by_name[".".join(parts[start:])].append(one.path)
+                by_name[".".join(parts[start:])].append(path)
         for path in rendered:  # what a class inherits is on its page, too
             one = pkg[path.removeprefix(f"{pkg.name}.")]
             if one.is_class:
-                for name in one.inherited_members:
-                    by_name[f"{one.name}.{name}"].append(f"{path}.{name}")
+                for name, member in one.inherited_members.items():
+                    # what has no docstring of its own is told by its class
+                    shown_at = f"{path}.{name}" if member.docstring else path
+                    by_name[f"{one.name}.{name}"].append(shown_at)
+        missing: list[str] = []
         for one in objects:
             if one.docstring is not None:
-                one.docstring.value = _REFERENCE.sub(
-                    lambda match, place=one.path: _resolved(match, place, by_name, rendered), one.docstring.value
+                text = _REFERENCE.sub(
+                    lambda match, place=one.path: _resolved(match, place, by_name, rendered, missing),
+                    one.docstring.value,
                 )
+                one.docstring.value = _RESULT.sub(r"\1\2:", _TYPED.sub(_plain_types, text))
+        if missing:
+            raise LookupError("Nothing in the package is called so:\n" + "\n".join(missing))
 
 
 def _walk(one: griffe.Object) -> Any:
@@ -49,22 +65,26 @@ def _walk(one: griffe.Object) -> Any:
             yield from _walk(member)
 
 
-def _resolved(match: re.Match, place: str, by_name: dict[str, list[str]], rendered: set[str]) -> str:
+def _plain_types(match: re.Match) -> str:
+    names, kind = match[2].split(", "), match[3].replace("`", "").replace("*", "")
+    if match[4] is None:  # what they are follows on lines of its own
+        return f"{match[1]}{names[0]} ({kind}):"
+    return "\n".join(f"{match[1]}{name} ({kind}):{match[4]}" for name in names)
+
+
+def _resolved(
+    match: re.Match, place: str, by_name: dict[str, list[str]], rendered: set[str], missing: list[str]
+) -> str:
     name = match[2]
     shown = f"`{name.rpartition('.')[2] if match[1] else name}`"
     if name.split(".")[0] in _FOREIGN:
         return shown
     found = by_name.get(name, [])
-    if not found and place.count(".") and name.count(".") == 0:  # an argument or attribute of the same object
-        return _refuse(name, place)
     if not found:
-        return _refuse(name, place)
+        missing.append(f"{name!r} in the docstring of {place}")
+        return shown
     near = max(found, key=lambda path: (_is_rendered(path, rendered), _common(path, place), -len(path)))
     return f"[{shown}][{near}]" if _is_rendered(near, rendered) else shown
-
-
-def _refuse(name: str, place: str) -> str:
-    raise LookupError(f"The docstring of {place} refers to {name!r}, but nothing in the package is called so.")
 
 
 def _is_rendered(path: str, rendered: set[str]) -> bool:

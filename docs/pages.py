@@ -60,7 +60,7 @@ def commands_page() -> str:
     """What `--help` says of every command."""
     from hf_doge.cli import COMMANDS
 
-    os.environ["COLUMNS"] = "100"
+    os.environ["COLUMNS"] = "90"
     lines = ["# Commands", "", "```text", help_of().rstrip(), "```", ""]
     for command, purpose in COMMANDS.items():
         lines += [f"## hf-doge {command}", "", f"{purpose[0].upper()}{purpose[1:]}.", ""]

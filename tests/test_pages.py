@@ -79,12 +79,12 @@ def test_every_page_is_in_the_navigation_once():
 
 def test_the_page_of_exports_names_every_format():
     named_there = re.findall(r"^\| `([a-z-]+)` \|", (ROOT / "docs" / "exports.md").read_text(), flags=re.MULTILINE)
-    assert sorted(named_there) == sorted(FORMS)
+    assert sorted(named_there) == sorted([*FORMS, "format"])
 
 
 def test_citation_names_the_version_and_both_papers():
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
-    version = re.search(r'"(.*)"', (ROOT / "hf_doge" / "_version.py").read_text())[1]
+    version = re.search(r'__version__ = "(.*)"', (ROOT / "hf_doge" / "_version.py").read_text())[1]
     assert citation["version"] == version
     identifiers = [one["identifiers"][0]["value"] for one in citation["references"]]
     assert identifiers == ["arXiv:2310.15393", "arXiv:2202.11844"]
@@ -108,7 +108,6 @@ def test_the_code_of_the_readme_runs(tmp_path, monkeypatch, capsys):
     """Every block but those that push, in one go, with fewer steps; what a reader has is made here."""
     from transformers import TrainingArguments
 
-    from tests.tiny import tiny_llama
     from tests.tracing.influence_tools import classifier, sentences, tokenised, wordpiece_tokenizer
 
     monkeypatch.chdir(tmp_path)
@@ -119,10 +118,10 @@ def test_the_code_of_the_readme_runs(tmp_path, monkeypatch, capsys):
 
     scope = {}
     exec(learn.replace("max_steps=100", "max_steps=2, report_to=[]"), scope)
-    assert scope["estimated"].mean["readmes"] == max(scope["estimated"].mean.values())
+    assert set(scope["estimated"].names) == set(scope["names"]) - {"readmes"}
     assert "python_code" in capsys.readouterr().out
 
-    scope["model"] = tiny_llama(vocab_size=256)
+    scope["model"] = scope["proxy"]
     scope["args"] = TrainingArguments("model", max_steps=2, report_to=[], use_cpu=True)
     scope["domain_of_each_row"] = [name for name in scope["names"] for _ in range(3)]
     scope["streams"] = {name: rows.to_iterable_dataset() for name, rows in scope["train"].items()}
