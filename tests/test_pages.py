@@ -52,7 +52,7 @@ def test_every_link_leads_to_a_file_and_every_anchor_to_a_heading(page):
 @pytest.mark.parametrize("page", PAGES, ids=named)
 def test_every_block_of_python_is_python(page):
     for block in blocks(page, "python"):
-        ast.parse(block)
+        assert ast.parse(block).body
 
 
 @pytest.mark.parametrize("page", PAGES, ids=named)

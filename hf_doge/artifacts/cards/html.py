@@ -55,7 +55,8 @@ def weights_html(weights: WeightsRecord) -> str:
     columns = summary_columns(weights)
     largest = max(weights.mean.values())
     bars = [weights.mean[name] / largest for name in columns["domain"]]
-    lines = "".join(f"<p>{escape_html(line)}</p>" for line in (" ".join(line.split()) for line in headline(weights)))
+    *recipe, spread = headline(weights)
+    lines = "".join(f"<p>{escape_html(line)}</p>" for line in (" ".join(map(str.strip, recipe)), spread))
     groups = "; ".join(", ".join(group) for group in undecided_groups(weights))
     noise = f"<p>Weights that this run cannot tell apart: {escape_html(groups)}.</p>" if groups else ""
     return f"<div>{lines}{html_table(columns, bars=bars)}{noise}</div>"
