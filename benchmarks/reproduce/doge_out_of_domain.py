@@ -50,7 +50,7 @@ from benchmarks.reproduce.language_models import (
 from benchmarks.reproduce.plots import plot_changes
 from benchmarks.reproduce.report import Results, Table
 from hf_doge.artifacts.domain_weights import DomainWeights
-from hf_doge.cli.data import DomainData
+from hf_doge.data.domain_data import DomainData
 from hf_doge.evaluation.intervals import Interval, t_interval
 
 STAGES = ("languages", "english")

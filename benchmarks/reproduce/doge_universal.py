@@ -61,8 +61,8 @@ from benchmarks.reproduce.language_models import (
 from benchmarks.reproduce.plots import plot_changes
 from benchmarks.reproduce.report import Results, Table
 from hf_doge.artifacts.domain_weights import DomainWeights
-from hf_doge.cli.data import DomainData
 from hf_doge.cli.learn import carve_heldout_mix
+from hf_doge.data.domain_data import DomainData
 from hf_doge.evaluation.intervals import t_interval
 
 STAGES = ("core", "variants", "arms", "size", "causes", "stability", "fresh")

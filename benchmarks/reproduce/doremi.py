@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainingArguments
 
 from benchmarks.reproduce.language_models import TrainingSettings, train_silently
-from hf_doge.cli.blocks import collate_blocks
+from hf_doge.data.blocks import collate_blocks
 from hf_doge.training.mixture import DomainWeightedTrainer
 
 STEP_SIZE = 1.0

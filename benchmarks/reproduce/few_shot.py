@@ -36,7 +36,7 @@ from benchmarks.reproduce.machine import describe_data
 from benchmarks.reproduce.plots import plot_changes
 from benchmarks.reproduce.report import Results, Table
 from benchmarks.reproduce.store import PartStore
-from hf_doge.cli.domain_files import find_domain_files, read_documents
+from hf_doge.data.domain_files import find_domain_files, read_documents
 from hf_doge.evaluation.intervals import t_interval
 
 PUBLIC_TASKS = ("copa", "sciq", "logiqa", "piqa", "wic", "winogrande")

@@ -12,9 +12,9 @@ from transformers import PreTrainedModel, PrinterCallback, ProgressCallback, Tra
 
 from hf_doge.artifacts.domain_weights import DomainWeights
 from hf_doge.cli.arguments import DataArguments, ModelArguments
-from hf_doge.cli.blocks import collate_blocks
-from hf_doge.cli.data import DomainData, load_domain_data
 from hf_doge.cli.models import get_config, make_model
+from hf_doge.data.blocks import collate_blocks
+from hf_doge.data.domain_data import DomainData, load_domain_data
 from hf_doge.training.config import DoGEConfig
 from hf_doge.training.mixture import DomainWeightedTrainer
 from hf_doge.training.trainer import DoGETrainer

@@ -38,8 +38,8 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 from benchmarks.reproduce.arguments import Arguments
 from benchmarks.reproduce.layer_gradients import layer_gradients
 from benchmarks.reproduce.report import Results, Table, new_figure
-from hf_doge.cli.domain_files import find_domain_files, read_documents
-from hf_doge.cli.tokenizer import train_tokenizer
+from hf_doge.data.domain_files import find_domain_files, read_documents
+from hf_doge.data.tokenizer import train_tokenizer
 from hf_doge.evaluation.influence.case_deletion import strongest
 from hf_doge.evaluation.influence.journal import removal_digest
 from hf_doge.evaluation.influence.scorers import BM25Scorer
@@ -146,9 +146,9 @@ def load_corpus(data_dir: Path, tokenizer_dir: Path, sizes: Sizes) -> Corpus:
     }
     if not tokenizer_dir.exists():
         files = find_domain_files(data_dir)
-        train_tokenizer([files[domain]["train"] for domain in sizes.domains], sizes.vocab_size).save_pretrained(
-            tokenizer_dir
-        )
+        train_tokenizer(
+            [partial(read_documents, files[domain]["train"]) for domain in sizes.domains], sizes.vocab_size
+        ).save_pretrained(tokenizer_dir)
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir)
 
     def documents(domain: str, split: str, count: int) -> Tensor:

@@ -29,7 +29,7 @@ def read_ratios(path: Path) -> tuple[dict, str]:
     Raises:
         ValueError: The file is neither JSON nor YAML, is malformed, repeats a key, holds no mapping, or is an artifact.
     """
-    loaders = {".json": parse_json, ".yaml": _parse_yaml, ".yml": _parse_yaml}
+    loaders = {".json": parse_json, ".yaml": parse_yaml, ".yml": parse_yaml}
     if path.suffix.lower() not in loaders:
         raise ValueError(f"A weights file must end in one of {list(loaders)}, but got {str(path)!r}.")
     if not path.is_file():
@@ -80,7 +80,13 @@ _StrictLoader.add_implicit_resolver(
 )
 
 
-def _parse_yaml(text: bytes, *, source: str) -> Any:
+def parse_yaml(text: bytes, *, source: str) -> Any:
+    """
+    The content of YAML 1.1 that repeats no key; keys are texts as they are written.
+
+    Raises:
+        ValueError: Malformed, too deep, or a key stands twice. Names `source`.
+    """
     try:
         check_yaml(text)
         loader = _StrictLoader(text)

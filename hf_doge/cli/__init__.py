@@ -18,6 +18,7 @@ from hf_doge.text import hide_secrets, printable
 
 COMMANDS = {
     "demo": "learn weights on text found on this machine and see whether they help; no data, no network, minutes",
+    "data": "show the domains of a mixture or a folder: rows, tokens, epochs at a budget",
     "estimate": "estimate domain weights in seconds, without training",
     "learn": "learn domain weights with a small proxy model",
     "sweep": "find the best mixture by small runs and a law fitted to them",

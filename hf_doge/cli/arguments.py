@@ -1,48 +1,58 @@
-"""Flags that several commands share, and how flags are read from the command line and from a file."""
+"""Flags that several commands share."""
 
-import json
-import math
-from argparse import ArgumentParser, ArgumentTypeError, Namespace
-from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
-from difflib import get_close_matches
-from itertools import takewhile
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-import torch
-import yaml
-from transformers import HfArgumentParser, TrainingArguments
-from transformers.hf_argparser import string_to_bool
+from transformers import TrainingArguments
 
-from hf_doge.checks import LARGEST_RATE, check_count, check_number, is_unicode, show
-from hf_doge.text import check_yaml, parse_json
-from hf_doge.training.config import SELF_TERMS
-
-CONFIG_SUFFIXES = (".yaml", ".yml", ".json")
-_SELF_TERM_WORDS = [choice for choice in SELF_TERMS if isinstance(choice, str)]
+from hf_doge.checks import check_count
+from hf_doge.data.mixture import DatasetConfig, MixtureConfig
 
 
 @dataclass
 class DataArguments:
-    """Where the text is and how it is cut."""
+    """Where the data are and how they are cut. One of `mixture`, `data_dir` and `dataset` says where."""
 
-    data_dir: str = field(
+    _argument_group_name = "data (one of --mixture, --data_dir, --dataset)"
+
+    data_dir: str | None = field(
+        default=None,
         metadata={
             "help": "Folder with <domain>.train.jsonl[.gz] and <domain>.validation.jsonl[.gz] (or <domain>/train.jsonl "
-            "...), one pair per domain; each record has a field `text`."
-        }
+            "...), one pair per domain. Each record has a field `text`."
+        },
     )
+    mixture: str | None = field(
+        default=None,
+        metadata={
+            "help": "YAML file with a list `datasets`, each a domain, as trl has it. Keys of each: path, name, split, revision, "
+            "columns, ...; ours: domain, domain_column, weight, max_examples, streaming, validation_split, assistant_only_loss."
+        },
+    )
+    dataset: str | None = field(
+        default=None,
+        metadata={"help": "One data set, whose --domain_column tells the domains. File, folder or name on the Hub."},
+    )
+    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of --dataset."})
+    dataset_split: str = field(default="train", metadata={"help": "Split of --dataset."})
+    domain_column: str | None = field(
+        default=None, metadata={"help": "Column of --dataset that names each row's domain."}
+    )
+    streaming: bool = field(default=False, metadata={"help": "Read --dataset as a stream, --max_examples rows of it."})
+    max_examples: int | None = field(default=None, metadata={"help": "Rows of --dataset, from its start."})
     domains: list[str] | None = field(
-        default=None, metadata={"help": "Domains to train on. Default: all in the folder that are not targets."}
+        default=None, metadata={"help": "Domains to train on. Default: all that are not targets."}
     )
     tokenizer: str | None = field(default=None, metadata={"help": "Folder or Hub name of a tokenizer."})
     train_tokenizer_vocab: int | None = field(
         default=None,
         metadata={
-            "help": "Train a byte-level BPE tokenizer of this many entries on an equal share of each training domain, "
-            "and keep it in <output_dir>/tokenizer. At least 257."
+            "help": "Train a byte-level BPE tokenizer of this many entries, and keep it in <output_dir>/tokenizer. It sees an "
+            "equal share of each training domain. At least 257."
         },
+    )
+    chat_template_path: str | None = field(
+        default=None, metadata={"help": "Jinja file, or tokenizer, with the chat template for messages."}
     )
     block_size: int = field(default=512, metadata={"help": "Tokens per training example. At least 2."})
     max_train_tokens: int | None = field(
@@ -51,17 +61,60 @@ class DataArguments:
     max_validation_tokens: int | None = field(
         default=None, metadata={"help": "Use no more than this many validation tokens of each domain."}
     )
+    dataset_num_proc: int | None = field(default=None, metadata={"help": "Processes that tokenise."})
 
     def __post_init__(self) -> None:
-        for name in ("train_tokenizer_vocab", "max_train_tokens", "max_validation_tokens"):
+        counts = (
+            "train_tokenizer_vocab",
+            "max_train_tokens",
+            "max_validation_tokens",
+            "max_examples",
+            "dataset_num_proc",
+        )
+        for name in counts:
             check_count(f"--{name}", getattr(self, name), optional=True)
         if not 2 <= self.block_size <= 2**31:
             raise ValueError(f"`--block_size` must be at least 2 tokens, but got {self.block_size}.")
+        places = {f"--{name}": getattr(self, name) for name in ("mixture", "data_dir", "dataset")}
+        given = [flag for flag, place in places.items() if place is not None]
+        if len(given) != 1:
+            raise ValueError(
+                f"One of {', '.join(places)} must say where the data are, but got {' and '.join(given) or 'none of them'}. Give one."
+            )
+        if self.dataset is not None and self.domain_column is None:
+            raise ValueError(
+                "`--dataset` must be divided into domains by a column, but `--domain_column` is not given. Name it, or list data "
+                "sets that are domains in a `--mixture`."
+            )
+        if self.dataset is None and (
+            self.streaming or self.max_examples is not None or self.dataset_config is not None
+        ):
+            raise ValueError(
+                "`--streaming`, `--max_examples` and `--dataset_config` are of `--dataset`. Write them into the mixture file."
+            )
+
+    def get_mixture(self) -> MixtureConfig | None:
+        """The data sets, or nothing if they are in `data_dir`."""
+        if self.mixture is not None:
+            return MixtureConfig.from_file(self.mixture)
+        if self.dataset is None:
+            return None
+        config = DatasetConfig(
+            self.dataset,
+            name=self.dataset_config,
+            split=self.dataset_split,
+            domain_column=self.domain_column,
+            max_examples=self.max_examples,
+            streaming=self.streaming,
+        )
+        return MixtureConfig((config,))
 
 
 @dataclass
 class ModelArguments:
     """A model to start from, or the shape of a new one."""
+
+    _argument_group_name = "model"
 
     model_size: str = field(
         default="tiny",
@@ -75,165 +128,6 @@ class ModelArguments:
     model_name_or_path: str | None = field(
         default=None, metadata={"help": "Model to start from, instead of a new one: folder or Hub name."}
     )
-
-
-def parse(argv: Sequence[str], *dataclasses: Any, prog: str, description: str, defaults: dict[str, Any]) -> tuple:
-    """
-    Read the flags of several dataclasses.
-
-    Args:
-        argv (`Sequence[str]`): What follows the command. A YAML or JSON file may come first: its keys are flags, and
-            flags given after it win.
-        dataclasses (`type`): What the flags fill.
-        prog (`str`): The command, for messages.
-        description (`str`): First lines of `--help`.
-        defaults (`dict[str, Any]`): Defaults of this command that differ from the dataclasses'.
-
-    Returns:
-        `tuple`: one instance per dataclass.
-
-    Raises:
-        `SystemExit`: as `argparse` does, after `--help` or for flags it does not understand.
-        `ValueError`: for values a dataclass refuses, and for a file that is not a mapping.
-    """
-    parser = HfArgumentParser(dataclasses, prog=prog, usage="%(prog)s [CONFIG.yaml] --data_dir DIR [flags]")
-    parser.description = description
-    parser.set_defaults(**defaults)
-    if any(issubclass(kind, TrainingArguments) for kind in dataclasses):
-        parser.set_defaults(dataloader_pin_memory=torch.cuda.is_available())  # else torch warns on a CPU
-    if (action := parser._option_string_actions.get("--self_term")) is not None:
-        action.type, action.metavar = _read_self_term, f"{{{','.join(_SELF_TERM_WORDS)}}}"  # not a truth value alone
-    argv = list(argv)
-    configured = []
-    if argv and not argv[0].startswith("-") and Path(argv[0]).suffix in CONFIG_SUFFIXES:
-        configured = read_flags(Path(argv.pop(0)), parser)
-    refuse_repeated_flags(parser, argv)
-    parsed = parser.parse_args_into_dataclasses([*configured, *argv], look_for_args_file=False)
-    for args in parsed:
-        _check_numbers(args)
-    return parsed
-
-
-def parse_once(parser: ArgumentParser, argv: Sequence[str]) -> Namespace:
-    """
-    What a parser makes of the words of the command line.
-
-    Raises:
-        `SystemExit`: as `argparse` does, after `--help` or for flags it does not understand.
-        `ValueError`: if a flag is given twice.
-    """
-    refuse_repeated_flags(parser, argv)
-    return parser.parse_args(argv)
-
-
-def refuse_repeated_flags(parser: ArgumentParser, argv: Sequence[str]) -> None:
-    """
-    `argparse` would take the last one, unseen.
-
-    Raises:
-        `ValueError`: if a flag is given twice with different values, under whichever of its names, or a key stands twice in
-            its JSON.
-    """
-    seen: dict[str, list[str]] = {}
-    for position, word in enumerate(argv):
-        if word == "--":
-            return
-        flag, _, value = word.partition("=")
-        if (value or word).startswith("{"):
-            parse_json((value or word).encode(), source=flag if value else word)
-        if not flag.startswith("--"):
-            continue
-        actions = parser._option_string_actions
-        found = [flag] if flag in actions else [name for name in actions if name.startswith(flag)]
-        names = {actions[name].dest for name in found}
-        if len(names) != 1:  # unknown or more than one: for argparse to refuse
-            continue
-        (name,) = names
-        rest = takewhile(lambda one: not one.startswith("--"), argv[position + 1 :])
-        given = [found[0], *([value] if "=" in word else rest)]
-        if seen.setdefault(name, given) != given:
-            raise ValueError(
-                f"A flag must be given once, but `{' '.join(seen[name])}` and `{' '.join(given)}` differ."
-            )
-
-
-def read_flags(path: Path, parser: ArgumentParser) -> list[str]:
-    """
-    The flags in a YAML or JSON file.
-
-    Scalars are taken as they are written, so that `eval_strategy: no` and `learning_rate: 5e-4` mean what they say; a
-    value left empty or `null` leaves the default.
-
-    Raises:
-        `ValueError`: if the file is not a mapping of flags of the parser to values, or a key stands in it twice.
-    """
-    source = str(path)
-    try:
-        text = path.read_text(encoding="utf-8")
-        check_yaml(text)
-        contents = _ConfigLoader(text).get_single_data()  # JSON is YAML too
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise ValueError(f"{source!r} must be YAML or JSON, but it is not: {' '.join(str(error).split())}.") from error
-    if not isinstance(contents, dict):
-        raise ValueError(f"{source!r} must map flags to values, as in `learning_rate: 5e-4`. Write one flag per line.")
-    flags: list[str] = []
-    seen: dict[str, Any] = {}
-    for name, value in contents.items():
-        action = parser._option_string_actions.get(f"--{name}")
-        if action is None:
-            near = get_close_matches(str(name), [flag[2:] for flag in parser._option_string_actions], n=1)
-            advice = f" Did you mean {near[0]!r}?" if near else ""
-            raise ValueError(
-                f"{source!r} must hold flags of `{parser.prog}` only, but it has {name!r}, that is `--{name}`.{advice}"
-            )
-        if action.dest in seen:
-            raise ValueError(
-                f"{source!r} must set each flag once, but {seen[action.dest]!r} and {name!r} are the same."
-            )
-        seen[action.dest] = name
-        if value in ("", "null"):
-            continue
-        values = value if isinstance(value, list) else [json.dumps(value) if isinstance(value, dict) else value]
-        odd = [one for one in values if not isinstance(one, str) or not is_unicode(one)]
-        if odd:
-            raise ValueError(f"{source!r} must have texts or numbers under {name!r}, but got {show(odd[0])}.")
-        if isinstance(value, list):
-            flags += [f"--{name}", *value]
-        else:
-            flags.append(f"--{name}={values[0]}")
-    return flags
-
-
-def _read_self_term(word: str) -> bool | str:
-    if word in _SELF_TERM_WORDS:
-        return word
-    try:
-        return string_to_bool(word)
-    except ArgumentTypeError as error:
-        raise ArgumentTypeError(
-            f"must be one of {', '.join(_SELF_TERM_WORDS)}, true or false, but got {show(word)}"
-        ) from error
-
-
-class _ConfigLoader(yaml.BaseLoader):
-    """All scalars as they are written; no key twice, at any level."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-        repeated = sorted({key for key in keys if keys.count(key) > 1})
-        if repeated:
-            raise yaml.YAMLError(f"keys must be unique, but {repeated[0]!r} stands twice. Keep one of them")
-        return super().construct_mapping(node, deep=deep)
-
-
-def _check_numbers(args: Any) -> None:
-    """No float that a flag can give is NaN, and a learning rate stays where its products with gradients are finite."""
-    for one in fields(args):
-        value = getattr(args, one.name)
-        if isinstance(value, float) and math.isnan(value):
-            raise ValueError(f"`--{one.name}` must be a number, but got {value}.")
-    if isinstance(args, TrainingArguments):
-        check_number("--learning_rate", args.learning_rate, least=0, most=LARGEST_RATE)
 
 
 def get_output_dir(args: TrainingArguments) -> Path:

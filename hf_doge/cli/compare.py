@@ -11,12 +11,13 @@ from transformers import TrainingArguments
 
 from hf_doge.artifacts import DomainWeights
 from hf_doge.checks import check_count
-from hf_doge.cli.arguments import DataArguments, ModelArguments, get_output_dir, get_resume, parse
-from hf_doge.cli.blocks import collate_blocks
+from hf_doge.cli.arguments import DataArguments, ModelArguments, get_output_dir, get_resume
 from hf_doge.cli.console import save_plot, say
-from hf_doge.cli.data import DomainData, load_domain_data, match_repetition, measure_bytes_per_token
 from hf_doge.cli.mixtures import ESTIMATED, describe_blocks, estimate_for_targets, is_rule, load_weights
 from hf_doge.cli.models import get_config, make_model
+from hf_doge.cli.parser import parse
+from hf_doge.data.blocks import collate_blocks
+from hf_doge.data.domain_data import DomainData, load_domain_data, match_repetition, measure_bytes_per_token
 from hf_doge.evaluation.comparison import BASELINES
 from hf_doge.plots import plot_comparison
 from hf_doge.training.adaptation import Adaptation
@@ -202,5 +203,5 @@ def load_mixtures(
         name, equals, spec = word.partition("=")
         if not equals:
             name, spec = "learned", word
-        add(name, word, partial(load_weights, spec, domains, num_tokens=num_tokens))
+        add(name, word, partial(load_weights, spec, domains, num_tokens=num_tokens, given=data.weights))
     return mixtures

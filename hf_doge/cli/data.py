@@ -1,147 +1,170 @@
-"""The data of one command: domains to train on, domains to evaluate on, and what tokenised them."""
+"""`hf-doge data`: what there is to train on, as a table of the domains."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-from datasets import Dataset
-from transformers import PreTrainedTokenizerBase, TrainingArguments
+import numpy as np
+import pyarrow.compute as pc
 
+from hf_doge.artifacts import DomainWeights
+from hf_doge.checks import check_count
 from hf_doge.cli.arguments import DataArguments
-from hf_doge.cli.blocks import BlockMaker
-from hf_doge.cli.domain_files import find_domain_files, select_domains
-from hf_doge.cli.tokenizer import get_tokenizer
+from hf_doge.cli.console import say
+from hf_doge.cli.estimate import DEFAULT_VOCAB
+from hf_doge.cli.parser import parse
+from hf_doge.data.blocks import IGNORED_LABEL, BlockMaker
+from hf_doge.data.domain_data import RecordDomain, load_tokenizer_of
+from hf_doge.data.domain_files import find_domain_files, select_domains
+from hf_doge.data.mixture import DatasetConfig, MixtureConfig
+from hf_doge.data.records import open_mixture
+
+
+@dataclass
+class BudgetArguments:
+    """How long a training is, and where a tokenizer trained here is kept."""
+
+    _argument_group_name = "budget"
+
+    max_steps: int | None = field(
+        default=None, metadata={"help": "Steps of a training: the table then tells the epochs of each domain."}
+    )
+    per_device_train_batch_size: int = field(default=8, metadata={"help": "Blocks in a step, on each process."})
+    gradient_accumulation_steps: int = field(default=1, metadata={"help": "Batches in a step."})
+    num_processes: int = field(default=1, metadata={"help": "Processes of the training."})
+    output_dir: str = field(default="doge_data", metadata={"help": "Folder for a tokenizer that is trained here."})
+
+    def __post_init__(self) -> None:
+        check_count("--max_steps", self.max_steps, optional=True)
+        for name in ("per_device_train_batch_size", "gradient_accumulation_steps", "num_processes"):
+            check_count(f"--{name}", getattr(self, name))
+
+    def count_tokens(self, block_size: int) -> int | None:
+        """Tokens of the training, where its length is known."""
+        if self.max_steps is None:
+            return None
+        batch = self.per_device_train_batch_size * self.gradient_accumulation_steps * self.num_processes
+        return self.max_steps * batch * block_size
 
 
 @dataclass(frozen=True)
-class DomainData:
+class DomainCounts:
     """
-    Blocks of every domain.
+    What there is of a domain.
 
     Attributes:
-        tokenizer (`PreTrainedTokenizerBase`): What made them.
-        train (`dict[str, Dataset]`): Train split of every domain to train on.
-        targets (`dict[str, Dataset]`): Train split of every target. No model is trained on it.
-        validation (`dict[str, Dataset]`): Validation split of every domain to train on and every target.
-        fingerprints (`dict[str, str]`): Name of the contents of each split, by `<domain>.<split>`.
+        num_rows (`int`): Rows to train on.
+        num_tokens (`int`): Their tokens.
+        num_losses (`int`): Those of them that have a loss.
+        num_held_out (`int`): Rows to evaluate on.
     """
 
-    tokenizer: PreTrainedTokenizerBase
-    train: dict[str, Dataset]
-    targets: dict[str, Dataset]
-    validation: dict[str, Dataset]
-    fingerprints: dict[str, str]
+    num_rows: int
+    num_tokens: int
+    num_losses: int
+    num_held_out: int
 
 
-def load_shared_domain_data(
-    data_args: DataArguments, output_dir: Path, *, args: TrainingArguments, **options: Any
-) -> DomainData:
-    """
-    As [`load_domain_data`], on all processes that a launcher started: the main one writes tokenizer and blocks, the
-    others wait, at most `ddp_timeout` seconds, and read them.
-
-    Args:
-        data_args (`DataArguments`): What to read, and with which tokenizer.
-        output_dir (`Path`): A folder that all machines see, unless `save_on_each_node` says that each has its own.
-        args (`TrainingArguments`): They know the processes.
-        options: Of [`load_domain_data`].
-    """
-    with args.main_process_first(local=args.save_on_each_node, desc="preparing the data"):
-        return load_domain_data(data_args, output_dir, is_prepared=not args.should_save, **options)
-
-
-def load_domain_data(
-    data_args: DataArguments,
-    output_dir: Path,
-    *,
-    targets: Sequence[str] = (),
-    max_target_tokens: int | None = None,
-    is_prepared: bool = False,
-) -> DomainData:
-    """
-    Find, tokenise and cut what the arguments ask for, or take it from `output_dir` where an earlier run left it.
-
-    Args:
-        data_args (`DataArguments`): What to read, and with which tokenizer.
-        output_dir (`Path`): Blocks are kept in its folder `blocks`, a tokenizer trained here in `tokenizer`.
-        targets (`Sequence[str]`): Domains that are not trained on.
-        max_target_tokens (`int`, *optional*): Use no more train tokens of each target.
-        is_prepared (`bool`): Whether another process of this run has done it just before.
-    """
-    files = find_domain_files(data_args.data_dir)
-    domains, targets = select_domains(files, domains=data_args.domains, targets=targets)
-    tokenizer = get_tokenizer(
-        data_args.tokenizer,
-        data_args.train_tokenizer_vocab,
-        files=[files[name]["train"] for name in domains],
-        save_directory=output_dir / "tokenizer",
-        is_trained=is_prepared,
+def main(argv: Sequence[str]) -> int:
+    """Run the command."""
+    argv = list(argv)
+    if argv and not argv[0].startswith("-"):
+        argv[0] = f"--mixture={argv[0]}"
+    data_args, budget = parse(
+        argv,
+        DataArguments,
+        BudgetArguments,
+        prog="hf-doge data",
+        description=(
+            "Show the domains of a mixture or a data folder: rows, tokens, mean length, and how often a training would go "
+            "through each. `hf-doge data mixture.yaml` is short for `--mixture mixture.yaml`. Without --tokenizer and "
+            f"--train_tokenizer_vocab, a tokenizer of {DEFAULT_VOCAB:,} entries is trained on the domains first."
+        ),
+        defaults={},
     )
-    blocks = BlockMaker(tokenizer, data_args.block_size, output_dir / "blocks")
-    limits = {
-        **{(name, "train"): data_args.max_train_tokens for name in domains},
-        **{(name, "train"): max_target_tokens for name in targets},
-        **{(name, "validation"): data_args.max_validation_tokens for name in (*domains, *targets)},
-    }
-    loaded = {
-        (name, split): blocks.load(files[name][split], name=f"{name}.{split}", max_tokens=limit)
-        for (name, split), limit in limits.items()
-    }
-    return DomainData(
-        tokenizer=tokenizer,
-        train={name: loaded[name, "train"] for name in domains},
-        targets={name: loaded[name, "train"] for name in targets},
-        validation={name: loaded[name, "validation"] for name in (*domains, *targets)},
-        fingerprints={
-            f"{name}.{split}": blocks.fingerprint(files[name][split], max_tokens=limit)
-            for (name, split), limit in limits.items()
-        },
-    )
+    if data_args.tokenizer is None and data_args.train_tokenizer_vocab is None:
+        data_args.train_tokenizer_vocab = DEFAULT_VOCAB
+    mixture = data_args.get_mixture() or folder_as_mixture(data_args.data_dir)
+    counts = count_domains(data_args, mixture, Path(budget.output_dir))
+    say(describe_counts(counts, num_tokens=budget.count_tokens(data_args.block_size), given=mixture.weights))
+    return 0
 
 
-def match_repetition(data: DomainData, *, num_tokens: int | None, full_tokens: int) -> DomainData:
+def folder_as_mixture(data_dir: str | None) -> MixtureConfig:
+    """The domains of a data folder as data sets."""
+    assert data_dir is not None  # the arguments require it where there is no mixture
+    files = find_domain_files(data_dir)
+    select_domains(files, domains=None)  # each has both files
+    sets = [
+        DatasetConfig(
+            "json",
+            data_files={split: str(path) for split, path in paths.items()},
+            validation_split="validation",
+            domain=name,
+            columns={"text": "text"},
+        )
+        for name, paths in files.items()
+    ]
+    return MixtureConfig(tuple(sets))
+
+
+def count_domains(data_args: DataArguments, mixture: MixtureConfig, output_dir: Path) -> dict[str, DomainCounts]:
+    """Rows and tokens of every domain that is chosen, in the order of the mixture."""
+    found = {name: RecordDomain(rows, data_args.dataset_num_proc) for name, rows in open_mixture(mixture).items()}
+    names, _ = select_domains({name: one.splits for name, one in found.items()}, domains=data_args.domains)
+    blocks = BlockMaker(load_tokenizer_of(data_args, output_dir, found, names), data_args.block_size, output_dir)
+    counts = {}
+    for name in names:
+        rows = found[name].encode(blocks, "train")
+        num_tokens = num_losses = 0
+        for table in rows.with_format("arrow").iter(batch_size=1000):
+            num_tokens += pc.sum(pc.list_value_length(table["input_ids"])).as_py()
+            if "labels" in table.column_names:
+                labels = pc.list_flatten(table["labels"]).to_numpy()
+                num_losses += int(np.count_nonzero(labels != IGNORED_LABEL))
+        held_out = len(found[name].records.splits["validation"])
+        counts[name] = DomainCounts(len(rows), num_tokens, num_losses or num_tokens, held_out)
+    return counts
+
+
+def describe_counts(
+    counts: Mapping[str, DomainCounts], *, num_tokens: int | None = None, given: Mapping[str, float] | None = None
+) -> str:
     """
-    The first blocks of every domain, as many as a small run repeats as often as the full training repeats them all.
-
-    With weights `a`, a training on `full_tokens` reads domain j `a_j * full_tokens / n_j` times. A run on `num_tokens` does
-    the same with `n_j * num_tokens / full_tokens` tokens of it, whatever `a` is. Otherwise small runs see fresh text of
-    domains that the full training repeats, and find weights that are wrong for it
-    (https://huggingface.co/papers/2606.07597).
+    The table of the domains.
 
     Args:
-        data (`DomainData`): Blocks of the domains; targets and validation stay as they are.
-        num_tokens (`int`, *optional*): Tokens of a small run.
-        full_tokens (`int`): Tokens of the training that the mixture is for.
-
-    Raises:
-        `ValueError`: if the small run is the larger one or its length is not known, or a domain would have no block left.
+        counts (`Mapping[str, DomainCounts]`): What there is of each.
+        num_tokens (`int`, *optional*): Tokens of a training. With them, the table tells the epochs of each domain by equal
+            weights, in proportion to tokens, and by `given`.
+        given (`Mapping[str, float]`, *optional*): Shares that the mixture file gives.
     """
-    if num_tokens is None:
-        raise ValueError(
-            "`--match_repetition` must know how many tokens a run is trained on, but `--max_steps` is not given. Set it."
+    domains = {name: {"num_rows": one.num_rows, "num_tokens": one.num_tokens} for name, one in counts.items()}
+    mixtures = {"uniform": DomainWeights.uniform(domains).mean, "natural": DomainWeights.natural(domains).mean}
+    if given is not None:
+        mixtures["mixture"] = DomainWeights.from_mapping({name: given[name] for name in domains}).mean
+    masked = any(one.num_losses < one.num_tokens for one in counts.values())
+    header = ["domain", "rows", "held out", "tokens", *(["with a loss"] if masked else []), "mean length", "natural"]
+    header += ["weight"] if given is not None else []
+    header += [f"epochs, {name}" for name in mixtures] if num_tokens is not None else []
+    lines = [header]
+    for name, one in counts.items():
+        line = [name, f"{one.num_rows:,}", f"{one.num_held_out:,}", f"{one.num_tokens:,}"]
+        line += [f"{one.num_losses:,}"] if masked else []
+        line += [f"{one.num_tokens / one.num_rows:,.1f}", f"{mixtures['natural'][name]:.4f}"]
+        line += [f"{mixtures['mixture'][name]:.4f}"] if given is not None else []
+        if num_tokens is not None:
+            line += [f"{num_tokens * weights[name] / one.num_tokens:,.2f}" for weights in mixtures.values()]
+        lines.append(line)
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    text = [
+        "  ".join(
+            cell.ljust(width) if at == 0 else cell.rjust(width)
+            for at, (cell, width) in enumerate(zip(line, widths, strict=True))
         )
-    if full_tokens < num_tokens:
-        raise ValueError(
-            f"`--full_tokens` must be at least the {num_tokens:,} tokens of a run here, but got {full_tokens:,}."
-        )
-    sizes = {name: len(rows) * num_tokens // full_tokens for name, rows in data.train.items()}
-    short = [name for name, size in sizes.items() if size == 0]
-    if short:
-        raise ValueError(
-            f"Every domain must keep a block, but at {num_tokens:,} of {full_tokens:,} tokens {short} would have none. Train the "
-            "runs longer, or lower `--block_size`."
-        )
-    cut = {name: rows.select(range(sizes[name])) for name, rows in data.train.items()}
-    marks = {f"{name}.train": f"{data.fingerprints[f'{name}.train']}[:{size}]" for name, size in sizes.items()}
-    return replace(data, train=cut, fingerprints={**data.fingerprints, **marks})
-
-
-def measure_bytes_per_token(data: DomainData, *, max_blocks: int = 200) -> dict[str, float]:
-    """UTF-8 bytes of text for each token, by domain and target, of their first validation blocks."""
-    sizes = {}
-    for name, rows in data.validation.items():
-        blocks = rows[:max_blocks]["input_ids"]
-        texts = data.tokenizer.batch_decode(blocks, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        sizes[name] = sum(len(text.encode()) for text in texts) / sum(map(len, blocks))
-    return sizes
+        for line in lines
+    ]
+    text.insert(1, "  ".join("-" * width for width in widths))
+    if num_tokens is not None:
+        text.append(f"Epochs of a training on {num_tokens:,} tokens.")
+    return "\n".join(text)

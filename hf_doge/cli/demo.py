@@ -8,10 +8,10 @@ from pathlib import Path
 import torch
 
 from hf_doge.cli import compare, learn
-from hf_doge.cli.arguments import parse_once
 from hf_doge.cli.console import say
 from hf_doge.cli.demo_corpus import build_demo_corpus
 from hf_doge.cli.demo_influence import trace_continuation
+from hf_doge.cli.parser import parse_once
 from hf_doge.cli.report import collect_sections, write_report
 
 # Sized to end within five minutes on two CPU cores. Proxy and base model have half a million parameters.

@@ -16,10 +16,10 @@ from transformers import (
 )
 
 from hf_doge.cli.arguments import ModelArguments
-from hf_doge.cli.blocks import BlockMaker, collate_blocks
 from hf_doge.cli.console import say
-from hf_doge.cli.domain_files import find_domain_files
 from hf_doge.cli.models import get_config, make_model
+from hf_doge.data.blocks import BlockMaker, collate_blocks
+from hf_doge.data.domain_files import find_domain_files
 from hf_doge.tracing.callback import TracInWECallback
 from hf_doge.tracing.index import InfluenceIndex
 

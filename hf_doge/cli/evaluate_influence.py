@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 
 from hf_doge.checks import check_choice, check_count, check_seed
-from hf_doge.cli.arguments import parse
 from hf_doge.cli.console import save_plot, say
+from hf_doge.cli.parser import parse
 from hf_doge.evaluation.influence.experiment import CLASSES, evaluate_small_task
 from hf_doge.evaluation.influence.scorers import SCORERS
 from hf_doge.evaluation.influence.small_models import ARCHITECTURES

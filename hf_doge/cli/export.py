@@ -7,8 +7,8 @@ from typing import Any
 
 from hf_doge.artifacts import DomainWeights
 from hf_doge.artifacts.export import FORMS
-from hf_doge.cli.arguments import parse_once
 from hf_doge.cli.console import say
+from hf_doge.cli.parser import parse_once
 from hf_doge.training.trainer import DOMAIN_WEIGHTS_FOLDER
 
 

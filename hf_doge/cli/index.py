@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 
-from hf_doge.cli.arguments import parse_once
 from hf_doge.cli.console import say
 from hf_doge.cli.index_data import load_examples
+from hf_doge.cli.parser import parse_once
 from hf_doge.tracing.after_training import record_dataset
 from hf_doge.tracing.encoding import MASKINGS
 from hf_doge.tracing.pretrained import load_tokenizer, tokenizer_place

@@ -7,12 +7,13 @@ from datasets import Dataset, concatenate_datasets
 from transformers import set_seed
 
 from hf_doge.checks import check_count
-from hf_doge.cli.arguments import DataArguments, ModelArguments, get_output_dir, get_resume, parse
-from hf_doge.cli.blocks import collate_blocks
+from hf_doge.cli.arguments import DataArguments, ModelArguments, get_output_dir, get_resume
 from hf_doge.cli.console import say
-from hf_doge.cli.data import load_shared_domain_data
 from hf_doge.cli.mixtures import describe_estimate, save_results
 from hf_doge.cli.models import get_config, make_model
+from hf_doge.cli.parser import parse
+from hf_doge.data.blocks import collate_blocks
+from hf_doge.data.domain_data import load_shared_domain_data
 from hf_doge.training.config import DoGEConfig
 from hf_doge.training.trainer import DoGETrainer
 

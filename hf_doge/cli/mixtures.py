@@ -7,11 +7,12 @@ from datasets import Dataset, concatenate_datasets
 
 from hf_doge.artifacts import DomainWeights
 from hf_doge.cli.console import save_plot, say
-from hf_doge.cli.data import DomainData
+from hf_doge.data.domain_data import DomainData
 from hf_doge.mixing.estimate import estimate_domain_weights
 from hf_doge.training.trainer import DOMAIN_WEIGHTS_FOLDER
 
 ESTIMATED = "estimated"
+GIVEN = "mixture"  # the weights that the mixture file gives
 
 
 def describe_blocks(train: Mapping[str, Dataset], block_size: int) -> dict[str, dict[str, int]]:
@@ -94,15 +95,18 @@ def is_rule(spec: str) -> bool:
     return name in RULES and (not colon or ":" in RULES[name][0])
 
 
-def load_weights(spec: str, domains: Domains, *, num_tokens: int | None = None) -> DomainWeights:
+def load_weights(
+    spec: str, domains: Domains, *, num_tokens: int | None = None, given: Mapping[str, float] | None = None
+) -> DomainWeights:
     """
     The weights that a word on the command line stands for, in the order of the domains.
 
     Args:
-        spec (`str`): `uniform`, `natural` (in proportion to tokens), `temperature:T`, `unimax:EPOCHS[:TOKENS]`, the output
-            folder of `hf-doge learn` or `estimate`, a folder or Hub name of an artifact, or a JSON or YAML file of weights.
+        spec (`str`): `uniform`, `natural` (in proportion to tokens), `temperature:T`, `unimax:EPOCHS[:TOKENS]`, `mixture`
+            (those of the mixture file), the output folder of `hf-doge learn` or `estimate`, a folder or Hub name of an artifact, or a JSON or YAML file of weights.
         domains (`Mapping[str, Mapping[str, int]]`): The domains to train on, from [`describe_blocks`].
         num_tokens (`int`, *optional*): Tokens of the whole training, for `unimax:EPOCHS`.
+        given (`Mapping[str, float]`, *optional*): Shares that the mixture file gives.
 
     Raises:
         `FileNotFoundError`: if there is no such folder, file or repository.
@@ -110,6 +114,12 @@ def load_weights(spec: str, domains: Domains, *, num_tokens: int | None = None) 
     """
     if is_rule(spec):
         return _weigh_by_rule(spec, domains, num_tokens)
+    if spec == GIVEN and (given is not None or not Path(spec).exists()):  # a folder may be called so
+        if given is None:
+            raise ValueError(
+                "The weights of the mixture file are asked for, but it gives none. Add a `weight` to each data set."
+            )
+        return DomainWeights.from_mapping(given, domains=domains)
     path = Path(spec)
     if path.is_file():
         weights = DomainWeights.from_file(path)

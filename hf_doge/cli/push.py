@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hf_doge.artifacts import DomainWeights
-from hf_doge.cli.arguments import parse_once
 from hf_doge.cli.console import say
+from hf_doge.cli.parser import parse_once
 
 WEIGHTS_MANIFEST, INDEX_MANIFEST = "domain_weights.json", "config.json"
 

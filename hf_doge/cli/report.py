@@ -9,8 +9,8 @@ from pathlib import Path
 
 from hf_doge.artifacts import DomainWeights
 from hf_doge.artifacts.cards.text import code_block, escape
-from hf_doge.cli.arguments import parse_once
 from hf_doge.cli.console import save_plot, say
+from hf_doge.cli.parser import parse_once
 from hf_doge.evaluation.comparison import Comparison
 from hf_doge.files import write_atomically
 from hf_doge.plots import plot_comparison

@@ -7,8 +7,8 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from hf_doge.cli.arguments import parse_once
 from hf_doge.cli.console import say
+from hf_doge.cli.parser import parse_once
 from hf_doge.cli.records import check_text_fields, read_records
 from hf_doge.text import printable
 from hf_doge.tracing.encoding import DIALOGUE_FIELDS, MASKINGS

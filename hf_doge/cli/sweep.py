@@ -12,11 +12,12 @@ from transformers import TrainingArguments
 
 from hf_doge.artifacts import DomainWeights
 from hf_doge.checks import check_count
-from hf_doge.cli.arguments import DataArguments, ModelArguments, get_output_dir, parse
+from hf_doge.cli.arguments import DataArguments, ModelArguments, get_output_dir
 from hf_doge.cli.compare import MeasureArguments, tokens_of_run
 from hf_doge.cli.console import save_plot, say
-from hf_doge.cli.data import match_repetition
 from hf_doge.cli.mixtures import describe_blocks, estimate_for_targets
+from hf_doge.cli.parser import parse
+from hf_doge.data.domain_data import match_repetition
 from hf_doge.plots import plot_sweep
 from hf_doge.training.sweep import MIN_RANK_CORRELATION, sweep_domain_weights
 

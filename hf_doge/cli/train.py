@@ -7,12 +7,13 @@ from dataclasses import dataclass, field
 
 from transformers import TrainingArguments, set_seed
 
-from hf_doge.cli.arguments import DataArguments, ModelArguments, get_output_dir, get_resume, parse
-from hf_doge.cli.blocks import collate_blocks
+from hf_doge.cli.arguments import DataArguments, ModelArguments, get_output_dir, get_resume
 from hf_doge.cli.console import say
-from hf_doge.cli.data import load_shared_domain_data
 from hf_doge.cli.mixtures import describe_blocks, load_weights
 from hf_doge.cli.models import get_config, make_model
+from hf_doge.cli.parser import parse
+from hf_doge.data.blocks import collate_blocks
+from hf_doge.data.domain_data import load_shared_domain_data
 from hf_doge.training.mixture import DomainWeightedTrainer
 
 
@@ -22,7 +23,7 @@ class MixtureArguments:
 
     weights: str = field(
         metadata={
-            "help": "uniform, natural (in proportion to tokens), the output folder of `hf-doge learn`, a folder or Hub "
+            "help": "uniform, natural (in proportion to tokens), mixture (those of the mixture file), the output folder of `hf-doge learn`, a folder or Hub "
             "name of an artifact, or a JSON or YAML file of weights."
         }
     )
@@ -52,7 +53,7 @@ def main(argv: Sequence[str]) -> int:
     )
     resume, output_dir = get_resume(args), get_output_dir(args)
     data = load_shared_domain_data(data_args, output_dir, args=args, targets=mixture_args.target or ())
-    weights = load_weights(mixture_args.weights, describe_blocks(data.train, data_args.block_size))
+    weights = load_weights(mixture_args.weights, describe_blocks(data.train, data_args.block_size), given=data.weights)
     config = get_config(model_args, data.tokenizer, data_args.block_size)
     set_seed(args.seed)
     trainer = DomainWeightedTrainer(

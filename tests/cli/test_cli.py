@@ -18,9 +18,10 @@ from transformers import BartConfig, BartForConditionalGeneration, MambaConfig, 
 
 from hf_doge.artifacts import DomainWeights
 from hf_doge.cli import COMMANDS, main
-from hf_doge.cli.arguments import DataArguments, ModelArguments, get_resume, parse
-from hf_doge.cli.data import load_domain_data
+from hf_doge.cli.arguments import DataArguments, ModelArguments, get_resume
 from hf_doge.cli.models import get_config, make_model
+from hf_doge.cli.parser import parse
+from hf_doge.data.domain_data import load_domain_data
 from hf_doge.training.config import DoGEConfig
 from tests.launch import REPOSITORY
 from tests.tiny import tiny_bert, tiny_classifier, tiny_gpt2, tiny_llama, tiny_t5, tiny_tokenizer
@@ -427,7 +428,8 @@ def test_demo_goes_from_a_corpus_to_a_report(data_dir, tmp_path, monkeypatch, ca
 
 def test_the_flags_of_the_demo_are_those_of_the_commands():
     from hf_doge.cli import compare, demo, learn
-    from hf_doge.cli.arguments import DataArguments, ModelArguments, parse
+    from hf_doge.cli.arguments import DataArguments, ModelArguments
+    from hf_doge.cli.parser import parse
     from hf_doge.training.config import DoGEConfig
 
     shared = ["--data_dir=x", "--use_cpu", *demo.SHARED_FLAGS]
@@ -629,8 +631,8 @@ def test_a_split_that_is_there_twice_is_refused(data_dir, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--domains", "code", "web"], r"`--domains` must name domains of the data folder"),
-        (["--target", "web"], r"`--target` must name domains of the data folder"),
+        (["--domains", "code", "web"], r"`--domains` must name domains of the data"),
+        (["--target", "web"], r"`--target` must name domains of the data"),
         (["--domains", "code", "code"], r"['code'] are repeated"),
         (["--domains", "code", "prose", "--target", "code"], r"['code'] are in both"),
         (["--target", "code", "prose", "wiki"], "Drop a target"),

@@ -1,6 +1,6 @@
 """The data folder: one pair of JSONL files per domain."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from hf_doge.artifacts.readers import read_jsonl
@@ -49,13 +49,13 @@ def find_domain_files(data_dir: str | Path) -> dict[str, dict[str, Path]]:
 
 
 def select_domains(
-    files: dict[str, dict[str, Path]], *, domains: Sequence[str] | None, targets: Sequence[str] = ()
+    splits: Mapping[str, Collection[str]], *, domains: Sequence[str] | None, targets: Sequence[str] = ()
 ) -> tuple[list[str], list[str]]:
     """
     Decide which domains are trained on. Targets never are.
 
     Args:
-        files (`dict[str, dict[str, Path]]`): What [`find_domain_files`] found.
+        splits (`Mapping[str, Collection[str]]`): Splits of each domain that there is.
         domains (`Sequence[str]`, *optional*): Domains to train on; by default all that are not targets.
         targets (`Sequence[str]`): Domains kept out of training.
 
@@ -66,16 +66,16 @@ def select_domains(
         `ValueError`: for names that are unknown, repeated or both trained on and target, and for missing files.
     """
     for flag, names in (("--domains", domains or ()), ("--target", targets)):
-        unknown = sorted(set(names) - set(files))
+        unknown = sorted(set(names) - set(splits))
         if unknown:
-            raise ValueError(f"`{flag}` must name domains of the data folder, {list(files)}, but got {unknown}.")
+            raise ValueError(f"`{flag}` must name domains of the data, {list(splits)}, but got {unknown}.")
         repeated = sorted({name for name in names if list(names).count(name) > 1})
         if repeated:
             raise ValueError(
                 f"`{flag}` must name each domain once, but {repeated} are repeated. Drop the repetitions."
             )
     if domains is None:
-        domains = [name for name in files if name not in targets]
+        domains = [name for name in splits if name not in targets]
     overlap = sorted(set(domains) & set(targets))
     if overlap:
         raise ValueError(
@@ -83,9 +83,9 @@ def select_domains(
             "Drop them from one."
         )
     if not domains:
-        raise ValueError(f"There must be domains to train on, but all of {list(files)} are targets. Drop a target.")
+        raise ValueError(f"There must be domains to train on, but all of {list(splits)} are targets. Drop a target.")
     for name in [*domains, *targets]:
-        missing = [split for split in SPLITS if split not in files[name]]
+        missing = [one for one in SPLITS if one not in splits[name]]
         if missing:
             raise ValueError(
                 f"Domain {name!r} must have a train and a validation file, but it has no {missing[0]} file. "
