@@ -74,8 +74,8 @@ class DomainWeights(WeightsRecord):
 
     Attributes:
         mean, last (`dict[str, float]`): In the order of the domains.
-        trajectory (`Trajectory` or `None`).
-        recipe, metadata (`dict`).
+        trajectory (`Trajectory` or `None`): As given.
+        recipe, metadata (`dict`): As given, as JSON holds it.
         domains (`dict[str, dict]`): One entry for every domain, empty where nothing is known.
         unknown_keys (`dict`): Keys that a newer version of this package wrote; they are saved again as they are.
 

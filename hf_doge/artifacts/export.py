@@ -41,7 +41,7 @@ class Mixture:
         return self.paths[name][0]
 
 
-def _megatron(mixture: Mixture) -> str:
+def write_megatron(mixture: Mixture) -> str:
     """
     Weights and prefixes in turn, as `--data-args-path FILE` or `--data-path $(cat FILE)` takes them:
     `get_blend_from_list` of `megatron/core/datasets/utils.py`, megatron-core 0.16.1.
@@ -54,7 +54,7 @@ def _megatron(mixture: Mixture) -> str:
     return "".join(f"{weight!r} {mixture.path(name)}\n" for name, weight in mixture.weights.items())
 
 
-def _nemo(mixture: Mixture) -> str:
+def write_nemo(mixture: Mixture) -> str:
     """
     One JSON list of weights and prefixes in turn, which `paths: FILE.json` of `MegatronPretraining` reads:
     `try_load_blend_from_json` of `nemo_automodel/components/datasets/llm/megatron_dataset.py`, nemo-automodel 0.7.0. It is
@@ -64,7 +64,7 @@ def _nemo(mixture: Mixture) -> str:
     return json.dumps(blend, indent=2, ensure_ascii=False) + "\n"
 
 
-def _olmo_core(mixture: Mixture) -> str:
+def write_olmo_core(mixture: Mixture) -> str:
     """
     `SourceMixtureList` in YAML, the `source_list` of a `SourceMixtureDatasetConfig`:
     `src/olmo_core/data/source_mixture.py`, ai2-olmo-core 3.0.0. Ratios are of tokens.
@@ -79,7 +79,7 @@ def _olmo_core(mixture: Mixture) -> str:
     )
 
 
-def _levanter(mixture: Mixture) -> str:
+def write_levanter(mixture: Mixture) -> str:
     """
     The section `data` of a training's YAML, `LmDataConfig` of `levanter/data/text/datasets.py`, marin-levanter 0.2.20, as in
     "How to Use Dataset Formats" (lib/levanter/docs/guides/Training-Data-Guide.md). Components are folders of its cache.
@@ -99,7 +99,7 @@ def _levanter(mixture: Mixture) -> str:
     return _yaml({"data": {"components": components, "train_weights": dict(mixture.weights)}})
 
 
-def _llama_factory(mixture: Mixture) -> str:
+def write_llama_factory(mixture: Mixture) -> str:
     """
     The keys of a training's YAML that choose data sets by their names in its `dataset_info.json`: `DataArguments` of
     `src/llamafactory/hparams/data_args.py`, llamafactory 0.9.5, which splits both texts at commas. `interleave_over` begins
@@ -119,7 +119,7 @@ def _llama_factory(mixture: Mixture) -> str:
     )
 
 
-def _ms_swift(mixture: Mixture) -> str:
+def write_ms_swift(mixture: Mixture) -> str:
     """
     The keys of a YAML for `swift sft FILE.yaml` and `swift pt FILE.yaml`: `DataArguments` of
     `swift/arguments/base_args/data_args.py`, ms-swift 4.6.0. Paths follow its syntax, `[HF::]name-or-path[:subset][#rows]`.
@@ -133,7 +133,7 @@ def _ms_swift(mixture: Mixture) -> str:
     )
 
 
-def _axolotl(mixture: Mixture) -> str:
+def write_axolotl(mixture: Mixture) -> str:
     """
     The list `datasets` of a training's YAML, `SFTDataset` of `src/axolotl/utils/schemas/datasets.py`, axolotl 0.19.0. It
     knows no weights and joins data sets whole, so each is cut (`split: train[:n]`) to as many rows as the largest mixture
@@ -161,7 +161,7 @@ def _axolotl(mixture: Mixture) -> str:
     return _yaml({"datasets": datasets})
 
 
-def _mosaic_streaming(mixture: Mixture) -> str:
+def write_mosaic_streaming(mixture: Mixture) -> str:
     """
     `streams` as llm-foundry's `train_loader.dataset.streams` has them, each the arguments of a `streaming.Stream`:
     `streaming/base/stream.py` of mosaicml-streaming 0.13.0, `build_streams` of `llmfoundry/data/text_data.py`.
@@ -173,7 +173,7 @@ def _mosaic_streaming(mixture: Mixture) -> str:
     return _yaml({"streams": streams})
 
 
-def _trl(mixture: Mixture) -> str:
+def write_trl(mixture: Mixture) -> str:
     """
     `DatasetMixtureConfig` of `trl/scripts/utils.py`, trl 1.16, as the YAML of `trl sft --config FILE.yaml` has it. A
     `fraction` is a share of rows; trl cuts data sets so that none is repeated, and takes none of them as a stream.
@@ -189,7 +189,7 @@ def _trl(mixture: Mixture) -> str:
     return _yaml({"datasets": datasets})
 
 
-def _datasets(mixture: Mixture) -> str:
+def write_datasets(mixture: Mixture) -> str:
     """
     `names`, the order in which to pass data sets to `datasets.interleave_datasets`, and the keyword arguments of that call,
     in JSON (https://huggingface.co/docs/datasets/process#interleave): `interleave_datasets([data[name] for name in names], **rest)`.
@@ -211,16 +211,16 @@ class _Form:
 
 
 FORMS = {
-    "axolotl": _Form(_axolotl, several_paths=True, needs_rows=True),
-    "datasets": _Form(_datasets, holds_paths=False),
-    "levanter": _Form(_levanter, several_paths=True),
-    "llama-factory": _Form(_llama_factory, holds_paths=False),
-    "megatron": _Form(_megatron),
-    "mosaic-streaming": _Form(_mosaic_streaming),
-    "ms-swift": _Form(_ms_swift),
-    "nemo": _Form(_nemo),
-    "olmo-core": _Form(_olmo_core, several_paths=True),
-    "trl": _Form(_trl, several_paths=True),
+    "axolotl": _Form(write_axolotl, several_paths=True, needs_rows=True),
+    "datasets": _Form(write_datasets, holds_paths=False),
+    "levanter": _Form(write_levanter, several_paths=True),
+    "llama-factory": _Form(write_llama_factory, holds_paths=False),
+    "megatron": _Form(write_megatron),
+    "mosaic-streaming": _Form(write_mosaic_streaming),
+    "ms-swift": _Form(write_ms_swift),
+    "nemo": _Form(write_nemo),
+    "olmo-core": _Form(write_olmo_core, several_paths=True),
+    "trl": _Form(write_trl, several_paths=True),
 }
 
 
