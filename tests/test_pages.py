@@ -66,6 +66,17 @@ def test_the_readme_is_short():
     assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 150
 
 
+def test_every_interval_of_the_readme_is_measured_where_it_says():
+    rows = re.findall(r"^\|(.*\[[-+.\d]+, [-+.\d]+\].*)\|$", (ROOT / "README.md").read_text(), flags=re.MULTILINE)
+    assert len(rows) == 5
+    source = ROOT
+    for row in rows:
+        if link := LINK.search(row):  # else "the same" as the row above
+            source = ROOT / link[1]
+        for interval in re.findall(r"\[[-+.\d]+, [-+.\d]+\]", row):
+            assert interval in source.read_text(encoding="utf-8"), row
+
+
 def test_every_page_is_in_the_navigation_once():
     class Loader(yaml.SafeLoader):
         """Reads `mkdocs.yml`, which may name Python objects."""
@@ -147,6 +158,7 @@ def test_the_code_of_the_readme_runs(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("name", ["mix", "trace"])
 def test_a_notebook_runs_and_shows_what_it_says(name, tmp_path):
     nbclient = pytest.importorskip("nbclient")
