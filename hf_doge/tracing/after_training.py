@@ -2,8 +2,8 @@
 
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass, field, replace
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -11,18 +11,25 @@ from torch import nn
 
 from hf_doge.artifacts.influence import IndexWriter
 from hf_doge.artifacts.influence.manifest import MANIFEST, read_config
+from hf_doge.artifacts.influence.metric import continued_metric
 from hf_doge.checks import LARGEST_RATE, check_number
 from hf_doge.gradients.embedding_uses import input_embedding_matrix
 from hf_doge.tracing.batches import SequentialBatches
 from hf_doge.tracing.examples import Examples, padding_collator, prune_columns
 from hf_doge.tracing.limits import takes_padding
+from hf_doge.tracing.metric import moments_for
 from hf_doge.tracing.models import model_fingerprint
 from hf_doge.tracing.opening import SharedIndex, open_shared_index
 from hf_doge.tracing.pretrained import load_model
 from hf_doge.tracing.processes import default_device, join_processes, run_on_main_process
 from hf_doge.tracing.recording import encoding_of, make_recorder, record_checkpoint
 from hf_doge.tracing.saved_checkpoints import describe_checkpoint, in_order_of_steps, stored_path
-from hf_doge.tracing.second_moments import require_saved_optimizer, saved_group_rate, saved_second_moments
+from hf_doge.tracing.second_moments import (
+    SecondMoments,
+    require_saved_optimizer,
+    saved_group_rate,
+    saved_second_moments,
+)
 from hf_doge.tracing.settings import RecordingSettings
 
 
@@ -87,6 +94,9 @@ def record_dataset(
     if isinstance(checkpoints, str | os.PathLike):
         raise ValueError(f"`checkpoints` must be a list of folders, but got {str(checkpoints)!r} alone.")
     folder, settings = Path(folder), settings or RecordingSettings()
+    asked = settings.metric
+    metric = run_on_main_process(lambda heartbeat: continued_metric(folder, asked))
+    settings = replace(settings, metric=metric)
     paths = [Path(os.path.abspath(checkpoint)) for checkpoint in checkpoints]  # '.' has a name too
     _require_after_training(settings, paths, learning_rates)
     recording = _SavedRecording(folder, dataset, collator, tokenizer, settings, batch_size, seed, progress, encoding)
@@ -106,10 +116,13 @@ def record_dataset(
                 load = partial(load_model, path, trainable=True)
                 fact["learning_rate"] = saved_group_rate(path, fact["learning_rate"], load)
         facts, recording.whole = [*known], set(whole)
-    if settings.metric == "optimizer":
-        for path, told in zip(paths, facts, strict=True):
-            if told is None or told["name"] not in recording.whole:
-                require_saved_optimizer(path)  # now, not hours later
+    recording.awaited = [
+        path for path, told in zip(paths, facts, strict=True) if told is None or told["name"] not in recording.whole
+    ]
+    recording.trainable = metric != "gradient" or _has_trained_embeddings(folder)
+    if metric == "optimizer":
+        for path in recording.awaited:
+            require_saved_optimizer(path)  # now, not hours later
     try:
         for path, told in zip(paths, facts, strict=True):
             recording.record(path, told)
@@ -130,6 +143,8 @@ class _SavedRecording:
     Attributes:
         grown (`list[dict]`, *optional*): The checkpoints of an index that examples are added to, and `None` of another.
         whole (`set[str]`): Names of the checkpoints that the index had whole before.
+        awaited (`list[Path]`): The folders that are still to be recorded.
+        trainable (`bool`): Whether models are loaded as in training.
         taken (`list[str]`): Those of an index that grows that a folder was found to be.
         index ([`SharedIndex`], *optional*), batches ([`SequentialBatches`], *optional*): Once it is opened.
     """
@@ -145,6 +160,8 @@ class _SavedRecording:
     encoding: Mapping[str, Any] | None
     grown: list[dict[str, Any]] | None = None
     whole: set[str] = field(default_factory=set)
+    awaited: list[Path] = field(default_factory=list)
+    trainable: bool = False
     taken: list[str] = field(default_factory=list)
     index: SharedIndex | None = None
     batches: SequentialBatches | None = None
@@ -154,24 +171,33 @@ class _SavedRecording:
         if self.index is not None and facts is not None and self.index.has_whole(facts["name"]):
             return
         dtypes = next((entry.get("dtypes") for entry in self.grown or () if entry["name"] == path.name), None)
-        model = load_model(path, dtypes=dtypes, device=default_device(), trainable=self.settings.metric == "optimizer")
+        model = load_model(path, dtypes=dtypes, device=default_device(), trainable=self.trainable)
         if facts is None:
             facts = _recorded_facts(self.grown or (), model, path, taken=self.taken)
             self.taken.append(facts["name"])
         recorder = make_recorder(model, self.settings, self.tokenizer)
         if self.index is not None:
             self.index.writer.require_embeddings(recorder.matrix, type(model).__name__)
-        is_asked = self.settings.metric == "optimizer" and facts["name"] not in self.whole
-        moments = saved_second_moments(path, model) if is_asked else None
+        find = cache(partial(self._second_moments, path, model))
+        if self.settings.metric == "optimizer" and facts["name"] not in self.whole:
+            find()  # before there is an index
         if self.index is None:
             self.index, self.batches = self._open(model)
             self.index.writer.require_embeddings(recorder.matrix, type(model).__name__)
         assert self.batches is not None
-        if not self.index.has_whole(facts["name"]):
-            facts["path"] = stored_path(path, self.index.writer.folder)
-            record_checkpoint(
-                self.index, recorder, self.batches, facts, second_moments=moments, progress=self.progress
-            )
+        if self.index.has_whole(facts["name"]):
+            return
+        moments = None
+        if self.settings.metric != "gradient":
+            moments = moments_for(self.index, self.settings.metric, find, name=facts["name"])
+        facts["path"] = stored_path(path, self.index.writer.folder)
+        record_checkpoint(self.index, recorder, self.batches, facts, second_moments=moments, progress=self.progress)
+
+    def _second_moments(self, path: Path, model: nn.Module) -> SecondMoments:
+        if self.settings.metric == "auto":  # one metric for all, and so plain gradients where one has no optimizer
+            for other in self.awaited:
+                require_saved_optimizer(other)
+        return saved_second_moments(path, model)
 
     def _open(self, model: nn.Module) -> tuple[SharedIndex, SequentialBatches]:
         """The index, and batches of all examples that the model takes."""
@@ -201,6 +227,11 @@ def _recorded_steps(folder: Path) -> dict[str, int]:
     if not (folder / MANIFEST).is_file():
         return {}
     return {entry["name"]: entry["step"] for entry in read_config(folder)["checkpoints"]}
+
+
+def _has_trained_embeddings(folder: Path) -> bool:
+    """Whether an index that is there says that its embeddings were trained."""
+    return (folder / MANIFEST).is_file() and not read_config(folder).get("virtual", True)
 
 
 def _checkpoints_to_grow(

@@ -13,12 +13,13 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
 
 from hf_doge.checks import check_count, check_flag, check_function, check_path, check_repo_id, check_seed, show
 from hf_doge.tracing.background_push import BackgroundPush
-from hf_doge.tracing.checkpoint_recording import CheckpointRecording, find_group
+from hf_doge.tracing.checkpoint_recording import CheckpointRecording
 from hf_doge.tracing.examples import choose_examples, has_texts
 from hf_doge.tracing.models import keep_weights, warn_if_unsearchable
 from hf_doge.tracing.processes import process_index, run_on_main_process
 from hf_doge.tracing.recording import Recording
 from hf_doge.tracing.saved_checkpoints import MODELS, stored_path
+from hf_doge.tracing.second_moments import find_group
 from hf_doge.tracing.settings import RecordingOptions, RecordingSettings
 
 logger = logging.getLogger(__name__)
@@ -87,8 +88,10 @@ class TracInWECallback(TrainerCallback):
         loss_reduction (`str`): `"sum"` or `"mean"` of an example's token losses.
         loss_fn (`Callable`, *optional*): `loss_fn(outputs, batch) -> (batch_size,)` instead of the model's own loss.
         metric (`str`):
-            Which inner product of gradients is influence: `"gradient"`, the plain one of the paper, or `"optimizer"`, the one
-            that Adam steps in, `<g, g' / (sqrt(v) + eps)>`. Not in the paper. (`second_moment=True` is its older name.)
+            Which inner product of gradients is influence: `"gradient"`, the plain one of the paper; `"optimizer"`, the one
+            that Adam steps in, `<g, g'> / (sqrt(v) + eps)`, not in the paper; or `"auto"`: that one if the optimizer has second
+            moments of the embeddings at the first checkpoint, else the plain one, with a warning unless it is SGD. What was
+            done is in the index's card. (`second_moment=True` is the older name of `"optimizer"`.)
         record (`str`):
             `"checkpoint"`: all examples at the same weights, by an extra pass over the dataset. `"online"`: each at the
             step that used it, in the training backward itself, at no extra pass; see [`OnlineRecording`].

@@ -5,11 +5,12 @@ import logging
 import os
 import warnings
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import DataLoader
 from transformers import TrainerState, TrainingArguments
 
@@ -17,12 +18,13 @@ from hf_doge.files import write_atomically
 from hf_doge.gradients.embedding_uses import input_embedding_matrix
 from hf_doge.tracing.batches import SequentialBatches
 from hf_doge.tracing.examples import Examples
+from hf_doge.tracing.metric import moments_for
 from hf_doge.tracing.models import has_fingerprint, unwrap_model
 from hf_doge.tracing.opening import SharedIndex, open_shared_index
 from hf_doge.tracing.processes import process_index, run_on_all_processes, run_on_main_process
 from hf_doge.tracing.recording import Recording, check_first_batch, encoding_of, make_recorder, record_checkpoint
 from hf_doge.tracing.saved_checkpoints import group_learning_rate, logged_learning_rate
-from hf_doge.tracing.second_moments import SecondMoments, keeps_second_moments, second_moments_of
+from hf_doge.tracing.second_moments import current_second_moments, find_group, require_adam
 from hf_doge.tracing.settings import RecordingSettings
 from hf_doge.tracing.trained_loss import ADVICE, TrainedLoss
 
@@ -80,7 +82,7 @@ class CheckpointRecording(Recording):
         """
         require_whole_weights(model, args)
         if self.options.metric == "optimizer":
-            self._require_second_moments(model, started=state.global_step > 0)
+            require_adam(self.optimizer, model, started=state.global_step > 0)
         self._progress = not args.disable_tqdm
         collator = self.collator or train_dataloader.collate_fn
         self._batches = SequentialBatches(self.dataset.recorded, collator, batch_size=self.batch_size, seed=self.seed)
@@ -120,7 +122,7 @@ class CheckpointRecording(Recording):
     def after_first_step(self, *, model: nn.Module) -> None:
         """See that the optimizer keeps what its metric needs; it does so from its first step on."""
         if self.options.metric == "optimizer":
-            self._require_second_moments(model, started=True)
+            require_adam(self.optimizer, model, started=True)
 
     def plan(self, facts: Mapping[str, Any]) -> None:
         """Note on disk what [`save`] is about to be called with, in case it does not come to its end."""
@@ -190,7 +192,10 @@ class CheckpointRecording(Recording):
         """On all processes: what the main one has planned."""
         if facts is None:
             return
-        moments = self._second_moments(model) if self.options.metric == "optimizer" else None
+        moments = None
+        if self.options.metric != "gradient":
+            find = partial(current_second_moments, self.optimizer, model)
+            moments = moments_for(self._index, self.options.metric, find, name=facts["name"])
         record_checkpoint(
             self._index, self._recorder, self._batches, facts, second_moments=moments, progress=self._progress
         )
@@ -235,32 +240,6 @@ class CheckpointRecording(Recording):
             checkpoint["name"]: checkpoint["fingerprint"] for checkpoint in self._index.writer.config["checkpoints"]
         }
         return has_fingerprint(model, recorded[name])
-
-    def _require_second_moments(self, model: nn.Module, *, started: bool) -> None:
-        matrix = input_embedding_matrix(unwrap_model(model))
-        if not matrix.requires_grad:
-            raise ValueError(
-                "`metric='optimizer'` needs input embeddings that are trained, but they are frozen, so the optimizer knows"
-                " nothing of them. Use `metric='gradient'`."
-            )
-        if started and not keeps_second_moments(self.optimizer.state.get(matrix, {})):
-            raise ValueError(
-                f"`metric='optimizer'` needs an optimizer that keeps `exp_avg_sq` of the embedding matrix, as Adam and AdamW do,"
-                f" but `{type(getattr(self.optimizer, 'optimizer', self.optimizer)).__name__}` does not. Train with"
-                " `optim='adamw_torch'`, or use `metric='gradient'`."
-            )
-
-    def _second_moments(self, model: nn.Module) -> SecondMoments:
-        matrix = input_embedding_matrix(unwrap_model(model))
-        return second_moments_of(self.optimizer.state[matrix], find_group(self.optimizer, matrix))
-
-
-def find_group(optimizer: torch.optim.Optimizer, matrix: Tensor) -> dict[str, Any]:
-    """The parameter group that trains the embedding matrix; the first one if none does."""
-    for group in optimizer.param_groups:
-        if any(parameter is matrix for parameter in group["params"]):
-            return group
-    return optimizer.param_groups[0]
 
 
 def require_whole_weights(model: nn.Module, args: TrainingArguments) -> None:

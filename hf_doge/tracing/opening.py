@@ -13,6 +13,7 @@ from torch import nn
 
 from hf_doge.artifacts.influence import IndexWriter
 from hf_doge.artifacts.influence.manifest import EXAMPLES_FILE
+from hf_doge.artifacts.influence.metric import continued_metric, continued_settings, is_decided
 from hf_doge.artifacts.provenance import describe_dataset, describe_model, describe_process
 from hf_doge.gradients.embedding_uses import input_embedding_matrix
 from hf_doge.text import public_name
@@ -61,7 +62,7 @@ def open_writer(
         ValueError: if the model has no input embeddings, an example cannot be recorded, or the folder holds an index of
             another dataset, model or settings; the message says which.
     """
-    model = unwrap_model(model)
+    model, metric = unwrap_model(model), continued_metric(Path(folder), settings.metric)
     matrix = input_embedding_matrix(model)
     if not isinstance(dataset, Examples):
         dataset = Examples(dataset, dataset)
@@ -88,6 +89,7 @@ def open_writer(
         add_examples=add_examples,
         settings={
             **settings.to_manifest(tokenizer),
+            **continued_settings(Path(folder), metric),
             "virtual": not matrix.requires_grad,
             "tokenizer": _describe_tokenizer(tokenizer),
             "dataset": {
@@ -103,6 +105,8 @@ def open_writer(
         },
     )
     try:
+        if not is_decided(writer.config) and writer.config["metric"] != metric:
+            writer.decide_metric(metric)  # it was begun in another, and has no row yet
         writer.write_examples(table)
     except BaseException:
         writer.close()

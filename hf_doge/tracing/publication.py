@@ -18,9 +18,8 @@ from hf_doge.artifacts.hub.push import ensure_repository, push_publication
 from hf_doge.artifacts.influence.manifest import (
     CARD_FILE,
     CHECKPOINTS_FILE,
-    GRADIENTS,
     MANIFEST,
-    OFFSETS,
+    TABLE_FOLDERS,
     examples_files,
     parse_config,
     read_config,
@@ -38,7 +37,6 @@ from hf_doge.tracing.saved_checkpoints import MODELS, checkpoint_folders
 
 logger = logging.getLogger(__name__)
 
-_TABLES = ("examples", "checkpoints", GRADIENTS, OFFSETS)
 # What a search needs of a saved model. Optimizer, random states and arguments stay behind: they are pickles, or have paths.
 _MODEL_FILES = (
     *("*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json", "adapter_config.json"),
@@ -182,7 +180,7 @@ def _check_of(repo_id: str, *, redacted: bool, publish_text: bool) -> Callable[[
 def _is_owned(path: str) -> bool:
     """Whether a path in the repository is of an index: a table, or what we publish of a model. All else is of others."""
     top, _, rest = path.partition("/")
-    if top in _TABLES:
+    if top in TABLE_FOLDERS:
         return rest.endswith(".parquet")
     name = rest.rpartition("/")[2]
     return top == MODELS and any(fnmatchcase(name, pattern) for pattern in _MODEL_FILES)

@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from hf_doge.artifacts.influence import IndexReader
+from hf_doge.artifacts.influence.metric import metric_of
 from hf_doge.checks import check_choice, check_count, check_flag, check_number, show
 from hf_doge.gradients.example_losses import IGNORE_INDEX
 from hf_doge.tracing.words import Reading
@@ -104,18 +105,16 @@ def check_options(given: SearchOptions, reader: IndexReader) -> SearchOptions:
     if options["cosine"]:
         refuse_metric("`cosine`", reader)
         reader.require_whole("`cosine`")
-    if options["kernel"] == "synonym":  # Adam's metric is one of each token; between two there is none
-        refuse_metric("`kernel='synonym'`", reader)
     return options
 
 
 def refuse_metric(what: str, reader: IndexReader) -> None:
-    """Raise a `ValueError` if the rows of an index are in Adam's metric."""
-    if reader.config.get("second_moment"):
+    """Raise a `ValueError` if the rows of an index are divided by Adam's metric for queries that are not, as once."""
+    if metric_of(reader.config) == "one-sided":
         raise ValueError(
-            f"{what} needs the gradients of the training examples, but this index was recorded with "
-            "`second_moment=True`: its rows are divided by Adam's metric, the queries' are not. Record another "
-            "index without it."
+            f"{what} needs the length of the training examples' gradients, but this index was recorded with "
+            "`second_moment=True` of an earlier version: its rows are divided by all of Adam's metric, and it keeps none of "
+            "it. Record the checkpoints again with `metric='optimizer'`, in another folder."
         )
 
 

@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 from transformers import TrainerState, TrainingArguments
 
 from hf_doge.artifacts.influence.checkpoint_writer import CheckpointWriter
-from hf_doge.functional.tracin_we import scale_by_second_moment
+from hf_doge.artifacts.influence.metric import metric_of
 from hf_doge.gradients.embedding import EmbeddingGradientRecorder
 from hf_doge.gradients.embedding_uses import input_embedding_matrix
 from hf_doge.tracing.batches import SequentialBatches, preserved_random_state
@@ -27,8 +27,6 @@ from hf_doge.tracing.second_moments import SecondMoments
 from hf_doge.tracing.settings import RecordingSettings, text_tokenizer
 
 Range = tuple[int, int]  # examples [first, last)
-
-SECOND_MOMENT_EPS = 1e-8
 
 
 class Recording(Protocol):
@@ -97,8 +95,8 @@ def record_checkpoint(
             `name`, `step`, `epoch`, `path` of the checkpoint, the `learning_rate` of the step that led to it, and perhaps
             its `revision`, see [`IndexWriter.checkpoint`].
         second_moments ([`SecondMoments`], *optional*):
-            Adam's `v` of the embedding matrix; rows are divided by `sqrt(v) + eps`. An interrupted recording continues,
-            and a whole one grows, with the same only.
+            Adam's `v` of the embedding matrix, where the index is in its metric: rows are divided by `sqrt(sqrt(v) + eps)`.
+            An interrupted recording continues, and a whole one grows, with the same only.
         progress (`bool`): Whether to show a progress bar, of the main process's share.
 
     Raises:
@@ -122,12 +120,13 @@ class CheckpointShare:
         self._recorder = recorder
         self._second_moments = second_moments
         self._facts: dict[str, Any] = {}
+        self._one_sided = False  # of an index that an earlier version began
         self._writer: CheckpointWriter | None = None
 
     def begin(self, facts: Mapping[str, Any]) -> list[Range]:
         """Begin the checkpoint on the main process, or continue it. Returns the examples that this process is to record."""
         told = run_on_all_processes(lambda heartbeat: self._begin(facts))
-        self._facts = told[0]["facts"]
+        self._facts, self._one_sided = told[0]["facts"], told[0]["one_sided"]
         able = _able(told)
         shares = share_ranges([(first, last) for first, last in told[0]["missing"]], len(able))
         return shares[able.index(process_index())] if process_index() in able else []
@@ -138,7 +137,10 @@ class CheckpointShare:
 
     def publish(self) -> None:
         """Make the checkpoint visible, once all processes have recorded their ranges."""
-        run_on_main_process(lambda heartbeat: self._index.writer.publish(self._writer, heartbeat=heartbeat))
+        moments = None if self._one_sided else self._second_moments
+        divisors = None if moments is None else moments.divisors
+        publish = self._index.writer.publish
+        run_on_main_process(lambda heartbeat: publish(self._writer, divisors=divisors, heartbeat=heartbeat))
 
     def _begin(self, facts: Mapping[str, Any]) -> dict[str, Any]:
         """Which weights this process has; of the main one, what is to be recorded too."""
@@ -155,7 +157,8 @@ class CheckpointShare:
         writer, borders = self._index.writer, self._index.borders
         writer.require_embeddings(input_embedding_matrix(model), entry["model_class"])
         self._writer = writer.checkpoint(**facts, **entry, second_moments=moments, borders=borders)
-        return {**weights, "facts": self._writer.facts, "missing": self._writer.missing()}
+        one_sided = moments is not None and metric_of(writer.config) == "one-sided"
+        return {**weights, "facts": self._writer.facts, "missing": self._writer.missing(), "one_sided": one_sided}
 
     def _record(
         self, batches: SequentialBatches, ranges: Sequence[Range], progress: bool, heartbeat: Callable[[], None]
@@ -175,8 +178,7 @@ class CheckpointShare:
                     # Other examples of the batch are on disk already, or another process's.
                     rows = rows.between(max(0, first - start), min(last - start, len(rows)))
                     if self._second_moments is not None:
-                        metric = self._second_moments.of(rows.tokens).to(rows.rows.dtype)
-                        rows.rows = scale_by_second_moment(rows.rows, metric, eps=SECOND_MOMENT_EPS, sides="one")
+                        rows = self._second_moments.measure(rows, one_sided=self._one_sided)
                     self._writer.add(rows)
                     bar.update(len(rows))
                     heartbeat()

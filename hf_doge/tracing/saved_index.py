@@ -14,13 +14,12 @@ from transformers import PreTrainedTokenizerBase
 from hf_doge.artifacts.cards.html import index_html
 from hf_doge.artifacts.hub.fetch import fetch_folder
 from hf_doge.artifacts.influence import IndexReader
-from hf_doge.artifacts.influence.checkpoint_writer import PARTIAL
 from hf_doge.artifacts.influence.lock import LOCK_FILE
 from hf_doge.artifacts.influence.manifest import (
     CARD_FILE,
-    GRADIENTS,
     MANIFEST,
-    OFFSETS,
+    PARTIAL,
+    TABLE_FOLDERS,
     check_files,
     read_config,
     recorded_checksums,
@@ -38,11 +37,11 @@ if TYPE_CHECKING:
     from huggingface_hub import CommitInfo
 
 # config.json first: what it names is there by then, and stays, whatever is added while the rest is copied.
-_ENTRIES = (MANIFEST, CARD_FILE, "examples", "checkpoints", GRADIENTS, OFFSETS, MODELS)
+_ENTRIES = (MANIFEST, CARD_FILE, *TABLE_FOLDERS, MODELS)
 FETCHED_FILES = (
     MANIFEST,
     CARD_FILE,
-    *(f"{name}/*" for name in ("examples", "checkpoints", GRADIENTS, OFFSETS, MODELS)),
+    *(f"{name}/*" for name in (*TABLE_FOLDERS, MODELS)),
 )
 
 

@@ -59,6 +59,9 @@ class QueryScorer:
     ) -> None:
         self.reader = reader
         self.queries, self.rows = recorded.queries, recorded.rows
+        self._plain = recorded.rows
+        if reader.config.get("metric") == "optimizer":
+            self.rows = [reader.metric(place).measured(rows) for place, rows in enumerate(recorded.rows)]
         self._synonyms = recorded.synonyms
         self._excluded = excluded_tokens
         self._query_scales: list[np.ndarray] = []  # the learning rate, and with `cosine` 1 / |g(x)|
@@ -125,11 +128,11 @@ class QueryScorer:
         """What matches of different tokens add to a query's scores at a checkpoint, before any scale."""
         if not self._synonyms:
             return
-        tokens, rows = self.rows[checkpoint][query]
+        tokens, rows = self._plain[checkpoint][query]
         yield from self.reader.synonym_scores(
             checkpoint,
             tokens,
-            self.reader.project(rows),
+            rows if self.reader.config.get("metric") == "optimizer" else self.reader.project(rows),
             self._synonyms[checkpoint],
             exclude_tokens=self._excluded,
             only=only,

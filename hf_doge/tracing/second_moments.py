@@ -16,15 +16,40 @@ from torch import Tensor, nn
 from transformers import Trainer
 from transformers.trainer import OPTIMIZER_NAME
 
+from hf_doge.functional.tracin_we import scale_by_second_moment
 from hf_doge.gradients.embedding_uses import input_embedding_matrix
+from hf_doge.gradients.token_rows import TokenRows
 from hf_doge.tracing.models import tensor_fingerprint, unwrap_model
 from hf_doge.tracing.saved_checkpoints import group_learning_rate
 
 AVERAGE = "exp_avg_sq"
+EPS = 1e-8
+_FROZEN = "the embeddings are frozen, so no optimizer knows anything of them"
+_NOT_SAVED = "no optimizer was saved with the checkpoint"
+_UNREADABLE = "the saved optimizer cannot be read"
+_UNCERTAIN = "it is not certain which entry of the saved optimizer belongs to the embeddings"
 WHAT_TO_DO = (
     " Record in training by `TracInWECallback(metric='optimizer')`, or index with `metric='gradient'` (`hf-doge index"
     " --metric gradient`)."
 )
+
+
+class NoSecondMoments(ValueError):
+    """
+    There are none of the input embeddings, or it is not known which they are.
+
+    Attributes:
+        why (`str`): The reason in a few words, without a path.
+        is_exact (`bool`): Whether the plain gradient is the metric of the optimizer.
+    """
+
+    def __init__(self, message: str, *, why: str, is_exact: bool = False) -> None:
+        super().__init__(message)
+        self.why, self.is_exact = why, is_exact
+
+
+class NoSavedOptimizer(NoSecondMoments, FileNotFoundError):
+    """A checkpoint has no `optimizer.pt`."""
 
 
 @dataclass
@@ -36,14 +61,35 @@ class SecondMoments:
         average (`torch.Tensor` of shape `(vocabulary_size, width)`):
             As the optimizer keeps it, biased towards 0; with AMSGrad the largest so far, which its steps divide by.
         correction (`float`): `1 - beta2 ** step`, in (0, 1]; what it is divided by.
+        eps (`float`): Adam's.
     """
 
     average: Tensor
     correction: float
+    eps: float = EPS
 
-    def of(self, tokens: Tensor) -> Tensor:
-        """Bias-corrected, in float32: `(W,)` tokens to `(W, width)`."""
-        return self.average[tokens].float() / self.correction
+    def of(self, tokens: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Bias-corrected: `(W,)` tokens to `(W, width)`."""
+        return self.average[tokens].to(dtype) / self.correction
+
+    def divisors(self, tokens: Tensor) -> Tensor:
+        """`sqrt(sqrt(v) + eps)`: what rows and queries are divided by, `(W,)` tokens to `(W, width)` in float32."""
+        return (self.of(tokens).sqrt() + self.eps).sqrt()
+
+    def measure(self, rows: TokenRows, *, one_sided: bool) -> TokenRows:
+        """
+        Rows in Adam's metric.
+
+        Args:
+            rows ([`TokenRows`]): Plain gradients.
+            one_sided (`bool`): As an earlier version did: divided by all of `sqrt(v) + eps`, for queries that are plain.
+        """
+        if one_sided:
+            moments, eps, sides = self.of(rows.tokens).to(rows.rows.dtype), EPS, "one"
+        else:
+            moments, eps, sides = self.of(rows.tokens, rows.rows.dtype), self.eps, "both"
+        scaled = scale_by_second_moment(rows.rows, moments, eps=eps, sides=sides)
+        return TokenRows(rows.offsets, rows.tokens, scaled, rows.virtual)
 
     def fingerprint(self) -> str:
         """Checksum by which they are recognised, as [`model_fingerprint`] is one of weights."""
@@ -63,7 +109,65 @@ def second_moments_of(state: Mapping[str, Any], group: Mapping[str, Any]) -> Sec
         state (`Mapping`): What the optimizer keeps of it; see [`keeps_second_moments`].
         group (`Mapping`): The parameter group that it is in.
     """
-    return SecondMoments(state.get(f"max_{AVERAGE}", state[AVERAGE]), 1 - group["betas"][1] ** float(state["step"]))
+    average, eps = state.get(f"max_{AVERAGE}", state[AVERAGE]), float(group.get("eps", EPS))
+    return SecondMoments(average, 1 - group["betas"][1] ** float(state["step"]), eps if eps > 0 else EPS)
+
+
+def current_second_moments(optimizer: torch.optim.Optimizer, model: nn.Module) -> SecondMoments:
+    """
+    Adam's second moments of the input embeddings, of an optimizer that has made a step.
+
+    Raises:
+        NoSecondMoments: The embeddings are frozen, or the optimizer keeps none of them.
+    """
+    require_adam(optimizer, model, started=True)
+    matrix = input_embedding_matrix(unwrap_model(model))
+    return second_moments_of(optimizer.state[matrix], find_group(optimizer, matrix))
+
+
+def require_adam(optimizer: torch.optim.Optimizer, model: nn.Module, *, started: bool) -> None:
+    """
+    Raises:
+        NoSecondMoments: The embeddings are frozen; or the optimizer keeps no second moments of them, as far as that is known
+            if it has not `started`.
+    """
+    matrix = input_embedding_matrix(unwrap_model(model))
+    if not matrix.requires_grad:
+        raise NoSecondMoments(
+            "`metric='optimizer'` needs input embeddings that are trained, but they are frozen, so the optimizer knows"
+            " nothing of them. Use `metric='gradient'`.",
+            why=_FROZEN,
+        )
+    group, state = find_group(optimizer, matrix), optimizer.state.get(matrix, {})
+    average = state.get(AVERAGE)
+    # Quantised averages (8 bit) are of other types, or of other names.
+    plain = type(average) is Tensor and average.is_floating_point() and average.shape == matrix.shape
+    if not group.get("betas") or (started and not (plain and keeps_second_moments(state))):
+        name = type(getattr(optimizer, "optimizer", optimizer)).__name__
+        raise NoSecondMoments(
+            f"`metric='optimizer'` needs an optimizer that keeps `exp_avg_sq` of the embedding matrix, as Adam and AdamW do,"
+            f" but `{name}` does not. Train with `optim='adamw_torch'`, or use `metric='gradient'`.",
+            why=_no_adam(name, group),
+            is_exact=_is_sgd(group),
+        )
+
+
+def find_group(optimizer: torch.optim.Optimizer, matrix: Tensor) -> dict[str, Any]:
+    """The parameter group that trains the embedding matrix; the first one if none does."""
+    for group in optimizer.param_groups:
+        if any(parameter is matrix for parameter in group["params"]):
+            return group
+    return optimizer.param_groups[0]
+
+
+def _is_sgd(group: Mapping[str, Any]) -> bool:
+    return {"momentum", "dampening", "nesterov"} <= set(group)
+
+
+def _no_adam(name: str, group: Mapping[str, Any]) -> str:
+    return (
+        "SGD steps along the plain gradient" if _is_sgd(group) else f"{name} keeps no second moments of the embeddings"
+    )
 
 
 def require_saved_optimizer(folder: Path) -> Path:
@@ -71,17 +175,18 @@ def require_saved_optimizer(folder: Path) -> Path:
     The file with the optimizer of a checkpoint.
 
     Raises:
-        FileNotFoundError: The folder has none, or has it in shards.
+        NoSavedOptimizer: The folder has none, or has it in shards.
     """
     path = folder / OPTIMIZER_NAME
     if not path.is_file():
         patterns = ("optimizer*", "global_step*", f"*{OPTIMIZER_NAME}*")
         found = sorted({entry.name for pattern in patterns for entry in folder.glob(pattern)})
-        raise FileNotFoundError(
+        raise NoSavedOptimizer(
             f"`metric='optimizer'` needs {OPTIMIZER_NAME} in every checkpoint, as a Trainer saves it without"
             f" `save_only_model`, but {str(folder)!r} has"
             + (f" {found} instead: optimizers of FSDP or DeepSpeed cannot be read." if found else " none.")
-            + WHAT_TO_DO
+            + WHAT_TO_DO,
+            why=_NOT_SAVED,
         )
     return path
 
@@ -103,20 +208,21 @@ def saved_second_moments(folder: Path, model: nn.Module) -> SecondMoments:
         [`SecondMoments`]: On the device of the embeddings. Nothing else of the file stays in memory.
 
     Raises:
-        FileNotFoundError: See [`require_saved_optimizer`].
-        ValueError: The file cannot be read, the optimizer is not Adam, or it is not certain which entry it is.
+        NoSavedOptimizer: See [`require_saved_optimizer`].
+        NoSecondMoments: The file cannot be read, the optimizer is not Adam, or it is not certain which entry it is.
     """
     path = require_saved_optimizer(folder)
     model = unwrap_model(model)
     matrix = input_embedding_matrix(model)
     if not matrix.requires_grad:
-        raise ValueError(
+        raise NoSecondMoments(
             f"`metric='optimizer'` needs input embeddings that are trained, but the adapter in {str(folder)!r} leaves them"
-            " frozen, so no optimizer knows anything of them. Use `metric='gradient'`."
+            " frozen, so no optimizer knows anything of them. Use `metric='gradient'`.",
+            why=_FROZEN,
         )
     states, groups = _read(path)
     if not all("betas" in group for group in groups):
-        raise _not_adam(path, matrix, "no `betas`")
+        raise _not_adam(path, matrix, "no `betas`", groups[0])
     number, why_not = _number_by_groups(states, groups, model, matrix)
     if number is None:
         number = _number_by_shape(states, model, matrix, path=path, why_not=why_not)
@@ -125,7 +231,7 @@ def saved_second_moments(folder: Path, model: nn.Module) -> SecondMoments:
     # Quantised averages (8 bit) are of other types, or of other names.
     plain = type(average) is Tensor and average.is_floating_point() and average.shape == matrix.shape
     if not plain or not keeps_second_moments(state) or not group:
-        raise _not_adam(path, matrix, _described(state))
+        raise _not_adam(path, matrix, _described(state), group)
     moments = second_moments_of(state, group)
     # A copy, for the mapped file could change or go away while the rows are made.
     moments.average = moments.average.to(matrix.device, copy=True)
@@ -187,9 +293,10 @@ def _read(path: Path) -> tuple[dict[int, dict[str, Any]], list[dict[str, Any]]]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (RuntimeError, pickle.UnpicklingError) as error:
-        raise ValueError(
+        raise NoSecondMoments(
             f"`metric='optimizer'` needs an optimizer saved by `torch.save`, of tensors and numbers alone, but {str(path)!r} is"
-            f" damaged or holds something else (an 8-bit optimizer?): {str(error).splitlines()[0]:.200}" + WHAT_TO_DO
+            f" damaged or holds something else (an 8-bit optimizer?): {str(error).splitlines()[0]:.200}" + WHAT_TO_DO,
+            why=_UNREADABLE,
         ) from error
     states: Any = content.get("state") if isinstance(content, dict) else None
     groups: Any = content.get("param_groups") if isinstance(content, dict) else None
@@ -199,9 +306,10 @@ def _read(path: Path) -> tuple[dict[int, dict[str, Any]], list[dict[str, Any]]]:
         known = all(isinstance(number, int) for number in numbers)
         known = known and all(isinstance(state, dict) for state in states.values())
     if not known:
-        raise ValueError(
+        raise NoSecondMoments(
             f"`metric='optimizer'` needs an optimizer whose `state` and `param_groups` know parameters by number, as those of"
-            f" torch do, but {str(path)!r} is of another kind (sharded?)." + WHAT_TO_DO
+            f" torch do, but {str(path)!r} is of another kind (sharded?)." + WHAT_TO_DO,
+            why=_UNREADABLE,
         )
     return states, groups
 
@@ -239,21 +347,24 @@ def _number_by_shape(
     entries = _numbers_of_shape(states, matrix)
     names = [name for name, parameter in model.named_parameters() if parameter.shape == matrix.shape]
     if len(entries) != 1 or len(names) != 1:
-        raise ValueError(
+        raise NoSecondMoments(
             f"`metric='optimizer'` needs to know which entry of {str(path)!r} belongs to the input embeddings. Its parameter"
             " groups must be those that the Trainer makes of the model, or one entry and one parameter must have their"
             f" shape, {_shape(matrix)}. But {why_not}; and of that shape are {len(entries)} entries and"
             f" {len(names)} parameters, {names}. Was it another optimizer than Adam, were groups of your own made, or"
-            " weights frozen or resized?" + WHAT_TO_DO
+            " weights frozen or resized?" + WHAT_TO_DO,
+            why=_UNCERTAIN,
         )
     return entries[0]
 
 
-def _not_adam(path: Path, matrix: Tensor, found: str) -> ValueError:
-    return ValueError(
+def _not_adam(path: Path, matrix: Tensor, found: str, group: Mapping[str, Any]) -> NoSecondMoments:
+    return NoSecondMoments(
         f"`metric='optimizer'` needs an optimizer that keeps `{AVERAGE}` of the embedding matrix, {_shape(matrix)} here, its `step`"
         f" and `betas`, as Adam and AdamW do, but that in {str(path)!r} has {found}. Train with `optim='adamw_torch'`, or"
-        " index with `metric='gradient'`."
+        " index with `metric='gradient'`.",
+        why=_no_adam("the optimizer", group),
+        is_exact=_is_sgd(group),
     )
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, fields
 from functools import partial
 from typing import Any, TypedDict
 
+from hf_doge.artifacts.influence.metric import metric_settings
 from hf_doge.checks import check_choice, check_count, check_flag, check_function, check_seed
 from hf_doge.functional.tracin_we import TOP_K_UNITS
 from hf_doge.gradients.embedding import TIED_PARTS
@@ -14,7 +15,7 @@ from hf_doge.gradients.example_losses import LOSS_REDUCTIONS, LossFunction
 DTYPES = ("float16", "float32", "int8")
 SPECIAL_TOKENS = ("count", "drop")
 RECORDS = ("checkpoint", "online")
-METRICS = ("optimizer", "gradient")
+METRICS = ("auto", "optimizer", "gradient")
 
 DEFAULT_MAX_SEGMENT_BYTES = 64 * 2**20
 
@@ -101,7 +102,8 @@ class RecordingSettings:
         partial(check_choice, choices=METRICS),
         help="Which inner product of gradients is influence: the plain one (gradient, the paper's), or the one that Adam steps "
         "in, divided by sqrt(v) + eps (optimizer): v of the input embeddings is read from the optimizer.pt that the "
-        "Trainer saved in each checkpoint (without save_only_model). Default: gradient.",
+        "Trainer saved in each checkpoint (without save_only_model). auto: of these the one of the optimizer that trained the "
+        "model; plain where it has no v, or none was saved. Default: gradient.",
     )
     second_moment: bool | None = _option(
         None,
@@ -130,6 +132,8 @@ class RecordingSettings:
                 "output part belong to no position."
             )
         self._read_second_moment()
+        if self.metric == "auto" and self.record == "online":
+            self.metric = "gradient"
         if self.metric == "optimizer" and self.record == "online":
             raise ValueError(
                 "`metric='optimizer'` needs `record='checkpoint'`: online rows belong to many steps, each with moments of "
@@ -182,7 +186,7 @@ class RecordingSettings:
             "top_k": self.top_k_tokens,
             "top_k_unit": self.top_k_unit if self.top_k_tokens is not None else None,
             "record": self.record,
-            "second_moment": self.metric == "optimizer",
+            **metric_settings(self.metric),
             "special_tokens": self.special_tokens,
             "special_token_ids": special_token_ids(tokenizer),
         }

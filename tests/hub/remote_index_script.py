@@ -331,7 +331,10 @@ def whole_journey() -> dict:
 
     tokenizer = wordpiece_tokenizer()
     data = tokenised(sentences(24), tokenizer)
-    push("trained", train(WORK / "trained", classifier(tokenizer), tokenizer, data, save_weights=True))
+    push(
+        "trained",
+        train(WORK / "trained", classifier(tokenizer), tokenizer, data, save_weights=True, metric="optimizer"),
+    )
     shutil.rmtree(WORK / "trained")
     hub.clear_log()
     index = InfluenceIndex.from_pretrained("doge/trained", streaming=True, cache_dir=WORK / "streamed")

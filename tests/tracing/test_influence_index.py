@@ -637,19 +637,6 @@ def test_another_loss_is_refused(recorded, maps):
         index.scores(TEXTS)
 
 
-def test_adams_metric_has_no_norms(tmp_path, tokenizer, train_set):
-    folder = train(tmp_path, classifier(tokenizer), tokenizer, train_set, epochs=1, metric="optimizer")
-    index = InfluenceIndex.from_pretrained(folder, cache_dir=tmp_path / "maps")
-    assert index.scores(TEXTS).shape == (3, 24)
-    for ask in (
-        index.self_influence,
-        lambda: index.search(TEXTS, cosine=True),
-        lambda: index.scores(TEXTS, kernel="synonym"),
-    ):
-        with pytest.raises(ValueError, match="divided by Adam's metric"):
-            ask()
-
-
 def test_an_altered_index_is_refused(movable, tmp_path):
     segment = next(movable.glob("gradients/*/*.parquet"))
     segment.write_bytes(segment.read_bytes()[:-1] + b"x")

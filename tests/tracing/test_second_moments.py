@@ -328,9 +328,7 @@ def test_missing_and_sharded_optimizers_are_refused_before_anything_is_recorded(
     checkpoints = [shutil.copytree(path, tmp_path / path.name) for path in saved(trained)]
     last = checkpoints[1]
     (last / "optimizer.pt").unlink()
-    match = (
-        r"needs optimizer\.pt in every checkpoint.*checkpoint-4' has none\. Record in training by .* or index with `metric"
-    )
+    match = r"needs optimizer\.pt in every checkpoint.*checkpoint-4' has none\. Record in training by .* or index with `metric"
     refused(tmp_path, checkpoints, tokenizer, match, error=FileNotFoundError)
     (last / "optimizer_0").mkdir()
     (last / "global_step4").mkdir()

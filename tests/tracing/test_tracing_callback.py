@@ -392,7 +392,7 @@ def test_second_moments_divide_the_rows(tmp_path, tokenizer):
     assert scaled.config["second_moment"] is True
     assert [step for _, step in keep.moments] == [2, 4]
     for position, (average, step) in enumerate(keep.moments):
-        metric = (average / (1 - 0.9**step)).sqrt() + 1e-8
+        metric = ((average / (1 - 0.9**step)).sqrt() + 1e-8).sqrt()  # on both sides of an inner product
         for example in range(11):
             tokens, rows = plain.example_rows(position, [example])[0]
             _, divided = scaled.example_rows(position, [example])[0]
@@ -586,7 +586,9 @@ def test_second_moments_need_adam_and_trained_embeddings(tmp_path, tokenizer):
         tmp_path, tokenizer, "needs input embeddings that are trained", model=frozen, recording={"metric": "optimizer"}
     )
     callback = TracInWECallback(tmp_path / "other", metric="optimizer")
-    trainer = make_trainer(tmp_path / "run", callback, tokenizer=tokenizer, optim="sgd")
+    model = tiny_classifier()
+    optimizer = torch.optim.Adamax(model.parameters())
+    trainer = make_trainer(tmp_path / "run", callback, tokenizer=tokenizer, model=model, optimizers=(optimizer, None))
     with pytest.raises(ValueError, match="needs an optimizer that keeps `exp_avg_sq`"):
         trainer.train()
     assert trainer.state.global_step == 1  # its first step tells
@@ -614,7 +616,7 @@ def test_second_moments_need_adam_and_trained_embeddings(tmp_path, tokenizer):
         ({"batch_size": 0}, "`batch_size` must be at least 1"),
         ({"seed": "x"}, "`seed` must be a whole number, but got 'x'"),
         ({"save_weights": "no"}, "`save_weights` must be True or False, but got 'no'"),
-        ({"metric": "adam"}, r"`metric` must be one of \['optimizer', 'gradient'\], but got 'adam'"),
+        ({"metric": "adam"}, r"`metric` must be one of \['auto', 'optimizer', 'gradient'\], but got 'adam'"),
         (
             {"metric": "optimizer", "second_moment": False},
             "`second_moment=False` says other than `metric='optimizer'`",

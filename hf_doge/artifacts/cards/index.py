@@ -23,7 +23,7 @@ from hf_doge.artifacts.cards.text import (
 )
 from hf_doge.files import sha256
 
-_CONFIGS = ("gradients", "examples", "checkpoints", "offsets")
+_CONFIGS = ("gradients", "examples", "checkpoints", "offsets", "metric")
 _SETTINGS = (
     "loss_reduction",
     "loss_fn",
@@ -31,6 +31,7 @@ _SETTINGS = (
     "top_k",
     "top_k_unit",
     "record",
+    "metric",
     "second_moment",
     "virtual",
     "special_tokens",
@@ -46,6 +47,14 @@ _SIDES = {
     "output": " as the model predicts it",
     "full": " as the model reads it and, where the output layer is tied to the embeddings, predicts it",
     "own": " as the model reads it and, where the output layer is tied to the embeddings, predicts it",
+}
+_METRICS = {
+    "gradient": "plain inner products of gradients{because}",
+    "optimizer": "inner products divided by `sqrt(v) + eps` of Adam, which trained the model{because}",
+}
+# What the rows of an index in the optimizer's metric are.
+_DIVIDED = {
+    "optimizer": ", divided by `sqrt(sqrt(v) + eps)` of Adam, so that inner products of rows are those of the metric in which it steps"
 }
 
 
@@ -109,6 +118,7 @@ def data_paths(config: Mapping[str, Any]) -> dict[str, list[str]]:
         "examples": [path for path in tops if path.startswith("examples/")],
         "checkpoints": [path for path in tops if path.startswith("checkpoints/")],
         "offsets": [file["offsets_path"] for file in segments if file.get("offsets_path")],
+        "metric": [file["path"] for checkpoint in config["checkpoints"] for file in checkpoint.get("metric", ())],
     }
     return {name: paths for name, paths in found.items() if paths}
 
@@ -118,13 +128,18 @@ def _checksums(config: Mapping[str, Any]) -> dict[str, str]:
     return {
         **config["files"],
         **{file["path"]: file["sha256"] for file in segments},
+        **{
+            file["path"]: file["sha256"]
+            for checkpoint in config["checkpoints"]
+            for file in checkpoint.get("metric", ())
+        },
         **{file["offsets_path"]: file["offsets_sha256"] for file in segments if file.get("offsets_path")},
     }
 
 
 def _patterns(name: str, paths: list[str]) -> list[str]:
     """Gradients folder by folder, as a pattern over all would find checkpoints that are not whole."""
-    if name in ("gradients", "offsets"):
+    if name in ("gradients", "offsets", "metric"):
         return list(dict.fromkeys(f"{path.rpartition('/')[0]}/*.parquet" for path in paths))
     return paths
 
@@ -157,7 +172,9 @@ def _render(
         if config["loss_reduction"]
         else "as the model defines it",
         top_k=config["top_k"] and escape(config["top_k"]),
-        second_moment=config["second_moment"],
+        one_sided=bool(config["second_moment"]) and not config.get("metric"),
+        divided=_DIVIDED.get(str(config.get("metric")), ""),
+        has_metric="metric" in tables,
         sides=_SIDES.get(str(config.get("tied")), ""),
         columns=", ".join(map(code, tables["examples"].schema.names)) if columns else "",
         numbered=any("number" in one for one in checkpoints),
@@ -187,6 +204,9 @@ def _facts(config: Mapping[str, Any]) -> str:
                 counted(model.get("num_parameters"), "parameters"),
                 f"begun from {hub_link(name)}" if "/" in name else None,
                 revision(model),
+            ),
+            "Metric": _METRICS.get(str(config.get("metric")), "").format(
+                because=f", as {escape(metadata['metric'])}" if metadata.get("metric") else ""
             ),
             "Tokenizer": join(
                 hub_link(tokenizer.get("name")),

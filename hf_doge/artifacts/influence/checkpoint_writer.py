@@ -8,23 +8,20 @@ journal of its own, `journal.json` or `journal-<part>.json`; the one that finish
 import logging
 import shutil
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
 from itertools import pairwise
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from hf_doge.artifacts.influence.manifest import (
-    GRADIENTS,
-    OFFSETS,
-    example_dtype,
-    to_json,
-)
+from hf_doge.artifacts.influence.manifest import GRADIENTS, METRIC, OFFSETS, PARTIAL, example_dtype, to_json
+from hf_doge.artifacts.influence.metric import Divisors, write_metric
+from hf_doge.artifacts.influence.open_index import OpenIndex
 from hf_doge.artifacts.influence.segments import encode_segment
 from hf_doge.files import sha256, sync_folder, write_atomically
 from hf_doge.gradients.token_rows import TokenRows
@@ -33,21 +30,6 @@ from hf_doge.text import parse_json
 logger = logging.getLogger(__name__)
 
 JOURNAL = "journal.json"
-PARTIAL = ".partial"
-
-
-class OpenIndex(Protocol):
-    """What the writer of a checkpoint knows of its index, see [`IndexWriter`] for what each means."""
-
-    folder: Path
-    config: dict[str, Any]
-    first_example: int
-    num_examples: int
-    max_segment_bytes: int
-    projection: Tensor | None
-
-    def require_open(self) -> None:
-        """Raises a `ValueError` if the index can no longer be written."""
 
 
 class CheckpointWriter(AbstractContextManager):
@@ -89,6 +71,8 @@ class CheckpointWriter(AbstractContextManager):
         folder = facts["name"] if self._start == 0 else f"{facts['name']}/{self._start:08d}"
         self._gradients = _Place(index.folder, f"{GRADIENTS}/{folder}")
         self._offsets = _Place(index.folder, f"{OFFSETS}/{folder}")
+        self._metric = _Place(index.folder, f"{METRIC}/{folder}")
+        self._metric_files: list[dict[str, Any]] | None = None
         self._borders = sorted({border for border in borders or () if self._start < border < self._stop})
         self._in_order = borders is None
         self._journal = self._gradients.partial / (JOURNAL if part is None else f"journal-{part:05d}.json")
@@ -201,11 +185,14 @@ class CheckpointWriter(AbstractContextManager):
         border = self._borders[following] if following < len(self._borders) else self._end
         return min(border, self._end)
 
-    def finish(self, *, heartbeat: Callable[[], None] = lambda: None) -> list[dict[str, Any]]:
+    def finish(
+        self, *, divisors: Divisors | None = None, heartbeat: Callable[[], None] = lambda: None
+    ) -> list[dict[str, Any]]:
         """
         Close the writer when all parts are written. The files of others are read and checked.
 
         Args:
+            divisors (`Callable`, *optional*): See [`IndexWriter.publish`].
             heartbeat (`Callable`): Called every now and then.
 
         Returns:
@@ -225,15 +212,22 @@ class CheckpointWriter(AbstractContextManager):
         if self._num_buffered:
             self._flush()
             segments.append(self._segments[-1])
+        if divisors is not None:
+            self._metric_files = self._write_metric(segments, divisors)
         self._closed = True
         return sorted(segments, key=lambda segment: segment["first_example"])
 
-    def files(self, before: Sequence[dict[str, Any]], segments: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-        """What config.json says of the segments of this checkpoint; `before` are those of the examples before."""
-        return _with_files([*before, *segments]) or [self._write_nothing()]
+    def entry(self, before: Mapping[str, Any], segments: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """What config.json says of the files of this checkpoint; `before` is what it says of the examples before."""
+        files = _with_files([*before.get("files", ()), *segments]) or [self._write_nothing()]
+        if self._metric_files is None:
+            return {"files": files}
+        return {"files": files, "metric": [*before.get("metric", ()), *self._metric_files]}
 
     def settle(self) -> None:
         """Give the finished files their places."""
+        if self._metric_files:
+            self._metric.settle()
         if self._config["dtype"] != "int8":
             self._offsets.settle()
         self._gradients.settle()
@@ -325,6 +319,13 @@ class CheckpointWriter(AbstractContextManager):
                 write_atomically(place.partial / name, content)
                 written |= {f"{kind}path": place.path_of(name), f"{kind}sha256": sha256(content)}
         return written
+
+    def _write_metric(self, segments: Sequence[dict[str, Any]], divisors: Divisors) -> list[dict[str, Any]]:
+        """The metric of the tokens of all segments, in one file, or in none where there is no token."""
+        folder, number = self._gradients.partial, self.facts["position"]
+        paths = [folder / Path(segment["path"]).name for segment in segments if segment["path"] is not None]
+        written = write_metric(self._metric.partial, paths, divisors, config=self._config, checkpoint=number)
+        return [] if written is None else [{**written, "path": self._metric.path_of(written["path"])}]
 
     def _is_whole(self, segment: dict[str, Any], heartbeat: Callable[[], None]) -> bool:
         """Whether the files of a segment are what the journal says."""

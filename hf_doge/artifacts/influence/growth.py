@@ -31,7 +31,7 @@ class Growth:
     present: Mapping[str, Any]
     num_examples: int
     dataset: Any
-    done: dict[str, tuple[CheckpointWriter, list[dict[str, Any]]]] = field(default_factory=dict)
+    done: dict[str, tuple[CheckpointWriter, dict[str, Any]]] = field(default_factory=dict)
     examples_sha256: str | None = None
 
     def write_examples(self, folder: Path, table: pa.Table) -> None:
@@ -104,8 +104,8 @@ class Growth:
     def take(self, checkpoint: CheckpointWriter, segments: Sequence[dict[str, Any]]) -> None:
         """Note the segments of a checkpoint that has the new examples."""
         name = checkpoint.facts["name"]
-        before = next(entry["files"] for entry in self.present["checkpoints"] if entry["name"] == name)
-        self.done[name] = checkpoint, checkpoint.files(before, segments)
+        before = next(entry for entry in self.present["checkpoints"] if entry["name"] == name)
+        self.done[name] = checkpoint, checkpoint.entry(before, segments)
 
     def missing(self) -> list[str]:
         """The checkpoints that have not got the new examples yet."""
@@ -114,7 +114,7 @@ class Growth:
     def config(self) -> dict[str, Any]:
         """The content of config.json with the new examples."""
         files = {**self.present["files"], added_examples_file(self.present["num_examples"]): self.examples_sha256}
-        checkpoints = [{**entry, "files": self.done[entry["name"]][1]} for entry in self.present["checkpoints"]]
+        checkpoints = [{**entry, **self.done[entry["name"]][1]} for entry in self.present["checkpoints"]]
         return {
             **self.present,
             "num_examples": self.num_examples,

@@ -18,12 +18,17 @@ from hf_doge.files import sha256
 from hf_doge.text import parse_json, printable, require_printable
 
 FORMAT_VERSION = "1.0"  # a newer major number tells older readers that they would misread the files
+MEASURED_VERSION = "2.0"  # of an index in the optimizer's metric, the newest that can be read
 MANIFEST = "config.json"
 EXAMPLES_FILE = "examples/train-00000-of-00001.parquet"
 CHECKPOINTS_FILE = "checkpoints/train-00000-of-00001.parquet"
 CARD_FILE = "README.md"
 GRADIENTS = "gradients"
 OFFSETS = "offsets"
+METRIC = "metric"
+CHECKPOINT_FOLDERS = (GRADIENTS, OFFSETS, METRIC)
+TABLE_FOLDERS = ("examples", "checkpoints", *CHECKPOINT_FOLDERS)
+PARTIAL = ".partial"  # what a folder ends with that is not whole yet
 DTYPES = ("float16", "float32", "int8")
 
 # What a recording says about itself, with the value where it says nothing.
@@ -34,6 +39,7 @@ SETTINGS: dict[str, Any] = {
     "top_k": None,
     "top_k_unit": None,
     "record": "checkpoint",
+    "metric": None,
     "second_moment": False,
     "virtual": False,
     "special_token_ids": [],
@@ -44,6 +50,7 @@ SETTINGS: dict[str, Any] = {
 }
 CHECKPOINT_FACTS = ("name", "step", "epoch", "learning_rate", "path", "revision", "model_class", "fingerprint")
 
+_NAME_CHARACTERS = set("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._-")
 _KINDS = {
     "width": int,
     "stored_width": int,
@@ -65,6 +72,7 @@ _FILE_KINDS = {
     "scale": (int, float),
 }
 _OFFSETS_KINDS = {"offsets_path": str, "offsets_sha256": str}
+_METRICS = (None, "auto", "gradient", "optimizer")
 
 _LARGEST = {
     "width": 2**20,
@@ -110,9 +118,9 @@ def parse_config(content: bytes, *, source: str) -> dict[str, Any]:
             f"{source!r} must have a `format_version` such as {FORMAT_VERSION!r}, but got {show(version)}: it does not"
             " belong to an influence index. Choose another folder."
         )
-    if int(major) > int(FORMAT_VERSION.partition(".")[0]):
+    if int(major) > int(MEASURED_VERSION.partition(".")[0]):
         raise ValueError(
-            f"{source!r} has format {printable(version)[:40]}, but hf_doge {__version__} reads up to {FORMAT_VERSION}. Update with"
+            f"{source!r} has format {printable(version)[:40]}, but hf_doge {__version__} reads up to {MEASURED_VERSION}. Update with"
             " `pip install -U hf-doge`."
         )
     _check_kinds(config, _KINDS, source)
@@ -123,9 +131,25 @@ def parse_config(content: bytes, *, source: str) -> dict[str, Any]:
         _check_kinds(checkpoint, {"name": str, "learning_rate": (int, float), "files": list}, place)
         for file in checkpoint["files"]:
             _check_kinds(file, _FILE_KINDS if config["dtype"] == "int8" else _FILE_KINDS | _OFFSETS_KINDS, place)
+        if config.get("metric") == "optimizer" or "metric" in checkpoint:
+            _check_kinds(checkpoint, {"metric": list}, place)
+            for file in checkpoint["metric"]:
+                _check_kinds(file, {"path": str, "sha256": str}, place)
         _check_coverage(checkpoint, config["num_examples"], source)
     _check_claims(config, source=source)
     return {**config, "checkpoints": ordered_checkpoints(config["checkpoints"])}
+
+
+def check_checkpoint_name(name: str) -> None:
+    """
+    Raises:
+        ValueError: No folder of a checkpoint can be called so.
+    """
+    if not name or set(name) - _NAME_CHARACTERS or name.startswith(".") or name.endswith(PARTIAL):
+        raise ValueError(
+            f"The name of a checkpoint must be of letters, digits, '.', '_' and '-', not begin with '.' and not end"
+            f" with {PARTIAL!r}, but got {name!r}."
+        )
 
 
 def ordered_checkpoints(entries: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -203,7 +227,7 @@ def recorded_checksums(config: Mapping[str, Any]) -> dict[str, str | None]:
     # What people read of the checkpoints stands in config.json too, which may be newer for a moment.
     checksums = examples_files(config)
     for checkpoint in config["checkpoints"]:
-        for file in checkpoint["files"]:
+        for file in (*checkpoint["files"], *checkpoint.get("metric", ())):
             checksums[file["path"]] = file["sha256"]
             if file.get("offsets_path") is not None:
                 checksums[file["offsets_path"]] = file["offsets_sha256"]
@@ -310,6 +334,7 @@ def _check_claims(config: Mapping[str, Any], *, source: str) -> None:
 
     for name, largest in _LARGEST.items():
         require(1 <= config[name] <= largest, f"must have `{name}` in [1, {largest}]", config[name])
+    require(config.get("metric") in _METRICS, f"must have one of {_METRICS} under `metric`", config.get("metric"))
     projection = config.get("projection")
     if projection is None:
         require(config["stored_width"] == config["width"], "must store rows of `width`", config["stored_width"])
@@ -335,10 +360,11 @@ def _check_claims(config: Mapping[str, Any], *, source: str) -> None:
         require(dtypes is None or _are_dtypes(dtypes), "must have names of dtypes under `dtypes`", dtypes)
         rate = checkpoint["learning_rate"]
         require(math.isfinite(rate) and rate >= 0, "must have finite learning rates of at least 0", rate)
-        for file in checkpoint["files"]:
+        for file in (*checkpoint["files"], *checkpoint.get("metric", ())):
             for key in ("path", "offsets_path"):
                 if file.get(key) is not None:
                     require_inside(file[key], source=source)
+        for file in checkpoint["files"]:
             require(file["num_examples"] >= 1, "must have examples in each file", file["num_examples"])
             most = file["num_examples"] * config["vocabulary_size"]
             require(

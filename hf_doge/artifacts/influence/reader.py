@@ -21,16 +21,18 @@ from hf_doge.artifacts.influence.manifest import (
     require_checkpoints,
     warn_of_unknown,
 )
+from hf_doge.artifacts.influence.metric import CheckpointMetric, read_metric
 from hf_doge.artifacts.influence.row_map import RowMap, default_cache_dir
 from hf_doge.artifacts.influence.segment_reader import check_scales
 from hf_doge.artifacts.influence.segments import recorded_projection
 from hf_doge.artifacts.influence.synonym_search import Neighbours, synonym_matches
 from hf_doge.files import read_settled
+from hf_doge.gradients.token_rows import TokenRows
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-    from hf_doge.gradients.token_rows import TokenRows
+Numbers = Tensor | np.ndarray
 
 _BLOCK_ROWS = 1 << 15
 _PIECE_BYTES = 1 << 20  # of float32: what is widened stays in the cache of one core until it is multiplied
@@ -42,8 +44,7 @@ class IndexReader:
     Search engine over one local folder. Open it by [`IndexReader.open`].
 
     Attributes:
-        folder (`Path`).
-        config (`dict`): The content of config.json.
+        folder (`Path`), config (`dict`): The index, and the content of its config.json.
         num_examples, width, stored_width, vocabulary_size (`int`).
         checkpoints (`list[dict]`): Name, step, epoch, learning rate, path, revision, model class, fingerprint of each.
     """
@@ -60,6 +61,7 @@ class IndexReader:
         ]
         self._cache_dir = cache_dir
         self._maps: dict[int, RowMap] = {}
+        self._metrics: dict[int, CheckpointMetric] = {}
         self._examples: Dataset | None = None
         self._projection = recorded_projection(config)
 
@@ -75,8 +77,7 @@ class IndexReader:
             cache_dir (`str` or `os.PathLike`, *optional*):
                 Where the memory maps go, about as large as the rows. `$HF_HOME/hf_doge` when left out.
             verify (`bool`):
-                Whether to check the sha256 of every file. That they are there is always checked, and rows when the memory
-                maps are made.
+                Check the sha256 of every file. That they are there is always checked, and rows when maps are made.
 
         Raises:
             FileNotFoundError: A file is missing. Names it.
@@ -120,6 +121,12 @@ class IndexReader:
     def fetch_model(self, checkpoint: int) -> None:
         """See that the model of a checkpoint is here, if the index holds it."""
 
+    def metric(self, checkpoint: int) -> CheckpointMetric:
+        """What queries are divided by at a checkpoint, of an index in the optimizer's metric."""
+        if checkpoint not in self._metrics:
+            self._metrics[checkpoint] = read_metric(self.folder, self.config, checkpoint)
+        return self._metrics[checkpoint]
+
     def require_whole(self, what: str) -> None:
         """
         Raises:
@@ -131,7 +138,7 @@ class IndexReader:
         rows = torch.as_tensor(rows)
         return rows if self._projection is None else rows @ self._projection.to(rows.dtype)
 
-    def scores(self, checkpoint: int, queries: "TokenRows", *, exclude_tokens: Iterable[int] = ()) -> np.ndarray:
+    def scores(self, checkpoint: int, queries: TokenRows, *, exclude_tokens: Iterable[int] = ()) -> np.ndarray:
         """
         Inner products of the queries' gradients with those of all training examples, at one checkpoint.
 
@@ -182,14 +189,11 @@ class IndexReader:
         The stored gradients of some training examples.
 
         Returns:
-            `list[tuple[torch.Tensor, torch.Tensor]]`: for each its `tokens (W,)`, ascending, and
-            `rows (W, stored_width)` in float32.
+            `list`: for each its `tokens (W,)`, ascending, and `rows (W, stored_width)` in float32.
         """
         ids = check_integers("Examples", example_ids, self.num_examples)
         row_map = self._map(checkpoint, None)
-        wanted = np.zeros(self.num_examples, dtype=bool)
-        wanted[ids] = True
-        places = np.flatnonzero(wanted[row_map.examples])
+        places = np.flatnonzero(np.isin(row_map.examples, ids))
         places = places[np.argsort(row_map.examples[places], kind="stable")]
         owners = row_map.examples[places]
         tokens = np.searchsorted(row_map.offsets, places, side="right") - 1
@@ -201,11 +205,7 @@ class IndexReader:
         ]
 
     def word_scores(
-        self,
-        checkpoint: int,
-        query_tokens: Tensor | np.ndarray,
-        query_rows: Tensor | np.ndarray,
-        example_ids: Iterable[int],
+        self, checkpoint: int, query_tokens: Numbers, query_rows: Numbers, example_ids: Iterable[int]
     ) -> np.ndarray:
         """
         How much each token of one query carries of its scores with some examples; the sum over tokens is the score.
@@ -220,10 +220,8 @@ class IndexReader:
             `numpy.ndarray` of shape `(num_examples_asked, W)` and dtype float32; 0 where the example lacks the token.
         """
         ids = check_integers("Examples", example_ids, self.num_examples)
-        tokens, rows = (
-            check_integers("Tokens", query_tokens, self.vocabulary_size),
-            torch.as_tensor(query_rows).float(),
-        )
+        tokens = check_integers("Tokens", query_tokens, self.vocabulary_size)
+        rows = torch.as_tensor(query_rows).float()
         expected = (len(tokens), self.stored_width)
         if tuple(rows.shape) != expected:
             raise ValueError(f"`query_rows` must have shape {expected}, but got {tuple(rows.shape)}.")
@@ -241,8 +239,8 @@ class IndexReader:
     def synonym_scores(
         self,
         checkpoint: int,
-        query_tokens: Tensor | np.ndarray,
-        query_rows: Tensor | np.ndarray,
+        query_tokens: Numbers,
+        query_rows: Numbers,
         neighbours: Neighbours,
         *,
         exclude_tokens: Iterable[int] = (),
@@ -252,17 +250,15 @@ class IndexReader:
         What TracIn-WE-Syn adds to the scores of one query at one checkpoint: see [`synonym_similarity`]. Exact.
 
         Args:
-            checkpoint (`int`): Its position in `checkpoints`.
-            query_tokens (`(W,)`): Distinct tokens, ascending.
-            query_rows (`(W, stored_width)`): Their rows, after [`~IndexReader.project`].
-            neighbours (`Mapping[int, tuple[numpy.ndarray, numpy.ndarray]]`):
-                Synonyms of each query token and their cosines, from [`synonym_neighbours`].
+            checkpoint, query_tokens, query_rows: As of [`~IndexReader.word_scores`], tokens ascending. In the optimizer's
+                metric plain gradients `(W, width)`: each is measured as the token that it is matched with.
+            neighbours ([`Neighbours`]): Synonyms of each query token and their cosines, from [`synonym_neighbours`].
             exclude_tokens (`Iterable[int]`): Tokens of examples that do not count.
             only (`Iterable[int]`, *optional*): Ids of examples; all if left out.
 
         Yields:
-            `tuple[int, int, numpy.ndarray, numpy.ndarray]`: position of a query token, the token that it is matched with in
-            some examples, their ids, and the part of their scores that this match carries (float32).
+            `tuple`: position of a query token, the token that it is matched with in some examples, the ids of these `(n,)`,
+            and the part of their scores that this match carries `(n,)` in float32.
         """
         tokens = check_integers("Tokens", query_tokens, self.vocabulary_size)
         rows = torch.as_tensor(query_rows).float()
@@ -271,9 +267,12 @@ class IndexReader:
         synonyms = [np.setdiff1d(neighbours[token][0], excluded) for token in tokens.tolist()]
         row_map = self._map(checkpoint, np.unique(np.concatenate([tokens, *synonyms])))
         for position, token, places in synonym_matches(row_map, tokens, neighbours, excluded=excluded, only=ids):
+            row = rows[position]
+            if self.config.get("metric") == "optimizer":
+                row = self.project(row / self.metric(checkpoint).divisor(token))
             for start in range(0, len(places), _BLOCK_ROWS):
                 piece = places[start : start + _BLOCK_ROWS]
-                parts = (self._decoded(checkpoint, row_map, piece) @ rows[position]).numpy()
+                parts = (self._decoded(checkpoint, row_map, piece) @ row).numpy()
                 yield position, token, row_map.examples[piece], parts
 
     def _map(self, checkpoint: int, tokens: np.ndarray | None) -> RowMap:

@@ -19,6 +19,7 @@ from hf_doge.artifacts.influence.manifest import (
     require_checkpoints,
     warn_of_unknown,
 )
+from hf_doge.artifacts.influence.metric import CheckpointMetric
 from hf_doge.artifacts.influence.reader import IndexReader, check_integers
 from hf_doge.artifacts.influence.remote_examples import RemoteExamples
 from hf_doge.artifacts.influence.remote_map import RemoteMap
@@ -129,6 +130,13 @@ class RemoteIndexReader(IndexReader):
     def build_map(self, checkpoint: int) -> None:
         """Fetch the offsets of a checkpoint now, and not when its rows are first needed."""
         self._open_map(checkpoint)
+
+    def metric(self, checkpoint: int) -> CheckpointMetric:
+        """What queries are divided by at a checkpoint. All of it is fetched: a query needs the model, which is larger."""
+        if checkpoint not in self._metrics:
+            files = self.config["checkpoints"][checkpoint]["metric"]
+            self._fetch({file["path"]: file["sha256"] for file in files})
+        return super().metric(checkpoint)
 
     def fetch_model(self, checkpoint: int) -> None:
         """Fetch the model of a checkpoint, if the repository holds it."""

@@ -8,14 +8,15 @@ examples/train-*.parquet                one row for each training example
 checkpoints/train-*.parquet             one row for each checkpoint
 gradients/<checkpoint>/segment-*.parquet    the gradient rows of a range of examples, sorted by token
 offsets/<checkpoint>/segment-*.parquet      where in that file the rows of each token lie
-gradients/<checkpoint>/<number>/        of the examples that were added later, from this number on; offsets too
+metric/<checkpoint>/tokens.parquet      in the optimizer's metric: what the rows of each token were divided by
+gradients/<checkpoint>/<number>/        of the examples that were added later, from this number on; the others too
 gradients/<checkpoint>.partial/         a checkpoint that is not whole yet, with a journal of the segments of each process
 ```
 """
 
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from torch import Tensor
 from hf_doge._version import __version__
 from hf_doge.artifacts.cards.card import card_bytes, read_card
 from hf_doge.artifacts.cards.index import index_card
-from hf_doge.artifacts.influence.checkpoint_writer import PARTIAL, CheckpointWriter
+from hf_doge.artifacts.influence.checkpoint_writer import CheckpointWriter
 from hf_doge.artifacts.influence.examples import (
     checkpoints_table,
     ordered_examples,
@@ -36,14 +37,14 @@ from hf_doge.artifacts.influence.lock import WriterLock
 from hf_doge.artifacts.influence.manifest import (
     CARD_FILE,
     CHECKPOINT_FACTS,
+    CHECKPOINT_FOLDERS,
     CHECKPOINTS_FILE,
     DTYPES,
     EXAMPLES_FILE,
-    FORMAT_VERSION,
-    GRADIENTS,
     MANIFEST,
-    OFFSETS,
     SETTINGS,
+    TABLE_FOLDERS,
+    check_checkpoint_name,
     example_dtype,
     next_checkpoint_number,
     ordered_checkpoints,
@@ -52,11 +53,11 @@ from hf_doge.artifacts.influence.manifest import (
     require_same,
     to_json,
 )
+from hf_doge.artifacts.influence.metric import Divisors, version_of, with_metric
+from hf_doge.artifacts.influence.open_index import Heartbeat
 from hf_doge.artifacts.influence.segments import describe_projection, recorded_projection
 from hf_doge.checks import LARGEST_RATE, check_choice, check_count, check_json, check_number, check_path, check_seed
 from hf_doge.files import STAGED_PREFIX, replace_files, require_own_folder, sha256
-
-_NAME_CHARACTERS = set("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._-")
 
 
 class IndexWriter:
@@ -133,7 +134,7 @@ class IndexWriter:
         }
         if add_examples:
             read_config(self.folder)  # there must be one
-        require_own_folder(self.folder, manifest=MANIFEST, subfolders=("examples", "checkpoints", GRADIENTS, OFFSETS))
+        require_own_folder(self.folder, manifest=MANIFEST, subfolders=TABLE_FOLDERS)
         self.folder.mkdir(parents=True, exist_ok=True)
         self._ticket = object()  # not the writer itself, which nobody but its user should keep alive
         self._lock: WriterLock | None = WriterLock.take(self.folder, self._ticket)  # `None` of one that joined
@@ -144,7 +145,7 @@ class IndexWriter:
                 self.config = read_config(self.folder)
                 require_same(self.config, asked, folder=self.folder)
             else:
-                versions = {"format_version": FORMAT_VERSION, "hf_doge_version": __version__}
+                versions = {"format_version": version_of(asked), "hf_doge_version": __version__}
                 self.config = {**versions, **asked, "checkpoints": [], "files": {}}
                 self._replace(self.config, {})
             self.projection = recorded_projection(self.config)
@@ -299,11 +300,7 @@ class IndexWriter:
             ValueError: It is whole already, or an argument cannot be kept; or there are no examples yet.
         """
         self.require_open()
-        if not name or set(name) - _NAME_CHARACTERS or name.startswith(".") or name.endswith(PARTIAL):
-            raise ValueError(
-                f"The name of a checkpoint must be of letters, digits, '.', '_' and '-', not begin with '.' and not end"
-                f" with {PARTIAL!r}, but got {name!r}."
-            )
+        check_checkpoint_name(name)
         if self._growth is not None:
             facts = self._growth.facts_of(name, fingerprint=fingerprint, second_moments=second_moments)
             return CheckpointWriter(self, facts, borders=borders)
@@ -333,19 +330,26 @@ class IndexWriter:
         """
         return CheckpointWriter(self, dict(facts), borders=borders, part=part)
 
-    def publish(self, checkpoint: CheckpointWriter, *, heartbeat: Callable[[], None] = lambda: None) -> None:
+    def decide_metric(self, metric: str, why: str | None = None) -> None:
+        """Say in config.json in which metric the rows will be, and why. Before there is a checkpoint."""
+        self._replace(with_metric(self.config, metric, why), {})
+
+    def publish(
+        self, checkpoint: CheckpointWriter, *, divisors: Divisors | None = None, heartbeat: Heartbeat = lambda: None
+    ) -> None:
         """
         Make a checkpoint visible: what is new begins to exist here. When examples are added, the last checkpoint that gets
         them makes all of it visible.
 
         Args:
             checkpoint ([`CheckpointWriter`]): With all examples, its parts with theirs.
+            divisors (`Callable`, *optional*): In the optimizer's metric: what the rows of tokens `(n,)` were divided by.
             heartbeat (`Callable`): Called every now and then.
 
         Raises:
             ValueError: As [`CheckpointWriter.finish`]; or another checkpoint was published since this one was begun.
         """
-        segments = checkpoint.finish(heartbeat=heartbeat)
+        segments = checkpoint.finish(divisors=divisors, heartbeat=heartbeat)
         facts = dict(checkpoint.facts)
         number = facts.pop("position")
         if self._growth is not None:
@@ -357,7 +361,7 @@ class IndexWriter:
             raise ValueError(
                 "Checkpoints must be written one after the other, but two were open. Write this one again."
             )
-        entry = {**facts, "number": number, "files": checkpoint.files((), segments)}
+        entry = {**facts, "number": number, **checkpoint.entry({}, segments)}
         checkpoint.settle()
         entries = ordered_checkpoints([*self.config["checkpoints"], entry])
         self._replace_all({**self.config, "checkpoints": entries})
@@ -379,7 +383,7 @@ class IndexWriter:
         forgotten = self.checkpoint_names[position:]
         self._replace_all({**self.config, "checkpoints": self.config["checkpoints"][:position]})
         for name in forgotten:
-            for place in (GRADIENTS, OFFSETS):
+            for place in CHECKPOINT_FOLDERS:
                 shutil.rmtree(self.folder / place / name, ignore_errors=True)
 
     def _replace_all(self, config: dict[str, Any]) -> None:
