@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from hf_doge.tracing.callback import TracInWECallback
     from hf_doge.tracing.index import InfluenceIndex
     from hf_doge.training.config import DoGEConfig
+    from hf_doge.training.metrics_callback import DomainMetricsCallback
     from hf_doge.training.mixture import DomainWeightedMixin, DomainWeightedTrainer
     from hf_doge.training.sweep import sweep_domain_weights
     from hf_doge.training.trainer import DoGEMixin, DoGETrainer
@@ -26,6 +27,7 @@ _MODULES = {
     "DoGEConfig": "hf_doge.training.config",
     "DoGEMixin": "hf_doge.training.trainer",
     "DoGETrainer": "hf_doge.training.trainer",
+    "DomainMetricsCallback": "hf_doge.training.metrics_callback",
     "DomainWeightedMixin": "hf_doge.training.mixture",
     "DomainWeightedSampler": "hf_doge.sampling.sampler",
     "DomainWeightedTrainer": "hf_doge.training.mixture",
@@ -42,6 +44,7 @@ __all__ = [
     "DoGEConfig",
     "DoGEMixin",
     "DoGETrainer",
+    "DomainMetricsCallback",
     "DomainWeightedMixin",
     "DomainWeightedSampler",
     "DomainWeightedTrainer",

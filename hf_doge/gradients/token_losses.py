@@ -33,6 +33,7 @@ class TokenLosses(TorchFunctionMode):
     def __init__(self) -> None:
         super().__init__()
         self._caught: list[Tensor | None] = []
+        self._counted: list[Tensor] = []
 
     def __torch_function__(
         self, func: Callable, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
@@ -62,9 +63,16 @@ class TokenLosses(TorchFunctionMode):
         losses = F.cross_entropy(
             input, target, ignore_index=ignore_index, reduction="none", label_smoothing=label_smoothing
         )
+        counted = target.ne(ignore_index)
         self._caught.append(losses)
+        self._counted.append(counted)
         total = losses.sum()
-        return total if reduction == "sum" else total / target.ne(ignore_index).sum()
+        return total if reduction == "sum" else total / counted.sum()
+
+    @property
+    def num_caught(self) -> int:
+        """How many calls of `cross_entropy` there were."""
+        return len(self._caught)
 
     @property
     def by_row(self) -> Tensor:
@@ -81,6 +89,11 @@ class TokenLosses(TorchFunctionMode):
                 else "the loss comes from no cross-entropy of torch"
             )
         return self._caught[0]
+
+    @property
+    def counted(self) -> Tensor:
+        """Which of the rows have a label that counts, bool of shape `(R,)`; raises as [`by_row`] does."""
+        return self._counted[0] if self.by_row is not None else torch.empty(0)
 
     def by_domain(self, segments: Segments) -> Tensor:
         """

@@ -59,7 +59,7 @@ class DomainCollator(SeededCollator):
         domain_column: str,
         domain_of_label: DomainLookup,
         *,
-        seed: int,
+        seed: int | None,
     ) -> None:
         super().__init__(collator, seed=seed)
         self.domain_column = domain_column
@@ -70,3 +70,33 @@ class DomainCollator(SeededCollator):
         domains = [self.domain_of_label(feature.get(self.domain_column)) for feature in features]
         features = [{k: v for k, v in feature.items() if k != self.domain_column} for feature in features]
         return {**super().__call__(features, seed), DOMAIN_IDS: torch.tensor(domains)}
+
+
+class SwitchedDomainCollator(DomainCollator):
+    """
+    Hands the domains on only while `is_on`, for one that other loaders share; seeds nothing.
+
+    Args:
+        collator (`Callable`), domain_column (`str`), domain_of_label ([`DomainLookup`]): As for [`DomainCollator`].
+        keeps_column (`bool`): Whether the collator gets the domain column, as it does where the Trainer leaves all columns.
+    """
+
+    def __init__(
+        self,
+        collator: Callable[[list], Mapping[str, Any]],
+        domain_column: str,
+        domain_of_label: DomainLookup,
+        *,
+        keeps_column: bool,
+    ) -> None:
+        super().__init__(collator, domain_column, domain_of_label, seed=None)
+        self.keeps_column = keeps_column
+        self.is_on = False
+
+    def __call__(self, features: list[dict[str, Any]], seed: int | None = None) -> Any:
+        """Collate a list of examples."""
+        domains = [self.domain_of_label(feature.get(self.domain_column)) for feature in features] if self.is_on else []
+        if not self.keeps_column:
+            features = [_without(feature, self.domain_column) for feature in features]
+        batch = self.collator(features)
+        return {**batch, DOMAIN_IDS: torch.tensor(domains)} if self.is_on else batch

@@ -35,7 +35,7 @@ class DomainLoss:
     @cached_property
     def labels_are_shifted(self) -> bool:
         """See [`count_items`]; asked for in a step, since a search makes the model of a trial after its trainer begins."""
-        return _are_labels_shifted(self.trainer.model)
+        return are_labels_shifted(self.trainer.model)
 
     @cached_property
     def is_sharded(self) -> bool:
@@ -137,7 +137,7 @@ class DomainLoss:
             args.average_tokens_across_devices = averages
 
 
-def _are_labels_shifted(model: Any) -> bool:
+def are_labels_shifted(model: Any) -> bool:
     """Whether the model's loss predicts each label from the position before."""
     if hasattr(model, "get_base_model"):  # PEFT
         model = model.get_base_model()

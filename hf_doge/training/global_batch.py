@@ -37,6 +37,21 @@ def examples_per_step(args: TrainingArguments) -> int:
     return examples_per_batch(args) * args.gradient_accumulation_steps
 
 
+def draws_of_batch(args: TrainingArguments, step: int, position: int) -> range:
+    """
+    The draws that this process trains on in one micro-batch: the processes take turns, micro-batch by micro-batch.
+
+    Args:
+        args (`TrainingArguments`): Of the run.
+        step (`int`): Optimizer steps before this one.
+        position (`int`): Micro-batches of the step before this one.
+    """
+    size = examples_per_batch(args)
+    own = size // args.world_size
+    first = step * examples_per_step(args) + position * size + args.process_index * own
+    return range(first, first + own)
+
+
 def describe_reading(args: TrainingArguments, num_shards: int) -> dict[str, Any]:
     """
     What decides which examples of a mixed stream a step holds, in plain values, for a resumed run to share.

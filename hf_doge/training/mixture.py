@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from functools import cached_property
 from math import ceil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from datasets import Dataset, IterableDataset
@@ -21,9 +21,11 @@ from hf_doge.sampling.schedule import DRAW_MODES
 from hf_doge.sampling.streaming import holds_streams, interleave_domains
 from hf_doge.sampling.weights import to_shares
 from hf_doge.training.checkpoints import TRAINER_STATE_FILE, read_step, resolve_checkpoint
-from hf_doge.training.collator import ColumnCollator
+from hf_doge.training.collator import ColumnCollator, DomainCollator, DomainLookup
 from hf_doge.training.global_batch import describe_reading, examples_per_step
+from hf_doge.training.metrics_mixin import STREAM_COLUMN, DomainMetricsMixin
 from hf_doge.training.mixture_checks import (
+    keeps_column,
     refuse_arguments,
     refuse_endless,
     refuse_lost_column,
@@ -39,13 +41,8 @@ READING_FILE = "domain_streams.json"  # likewise, of a mixture of streams
 _READ_ONCE = ("label_smoothing_factor", "neftune_noise_alpha", "bf16")  # by the Trainer, when it is made
 _ENDLESS = 2**62  # examples of a stream that the training ends, not the data
 
-if TYPE_CHECKING:
-    _Trainer = Trainer  # whose methods a mixin overrides, as type checkers must know
-else:
-    _Trainer = object
 
-
-class DomainWeightedMixin(_Trainer):
+class DomainWeightedMixin(DomainMetricsMixin):
     """
     Makes a `Trainer` draw its train examples by domain weights; everything else stays as it is.
 
@@ -60,10 +57,11 @@ class DomainWeightedMixin(_Trainer):
     What the data collator draws (masks, say) is a function of the seed and the batch, see [`SeededCollator`], so that a
     resumed run draws what the uninterrupted one draws.
 
+    The logs tell loss, tokens, share and epochs of each domain; see [`~hf_doge.training.metrics_mixin.DomainMetricsMixin`].
+
     A dict of streams (`IterableDataset`) is mixed by [`interleave_domains`], which tells how processes and workers
     share a stream. The mixture has no end, so set `max_steps`. Resuming is exact, but by the Trainer's way: what was
-    trained on is read again and thrown away. Streams get no domain column (unless weights are learned on them), and how
-    often they were repeated is not known.
+    trained on is read again and thrown away. How often streams were repeated is not known.
 
     Args:
         model (`PreTrainedModel` or `torch.nn.Module`): The model to train.
@@ -122,10 +120,10 @@ class DomainWeightedMixin(_Trainer):
                     f"got {max_epochs_per_domain}. Lower the weights of the small domains instead."
                 )
             refuse_endless(args)
+            self._stream_column = domain_column if self._labels_streams else STREAM_COLUMN
             mixed, settings = self._mix_streams(train_dataset, domain_weights, args, draw)
             super().__init__(model=model, args=args, train_dataset=mixed, **kwargs)
-            if self._labels_streams:
-                refuse_lost_column(self, domain_column)
+            self._follow_streams(settings)
             warn_of_reading_everything(self.args, mixed)
             self._stream_settings, seed = settings, settings["seed"]
             guard = StreamGuardCallback({k: v for k, v in settings.items() if k != "weights"}, settings["weights"])
@@ -148,7 +146,10 @@ class DomainWeightedMixin(_Trainer):
             self._draws = self._read_draws()
             self.domain_sampler = DomainWeightedSampler(**self._drawn, **self._draws)
             seed, guard = self.domain_sampler.seed, SamplerGuardCallback(self.domain_sampler)
-        self._seeded_collator = self.data_collator = SeededCollator(self.data_collator, seed=seed)
+            self._measure_domains(domains.names, domains.sizes)
+        if not isinstance(self.data_collator, DomainCollator):
+            self.data_collator = SeededCollator(self.data_collator, seed=seed)
+        self._seeded_collator = self.data_collator
         self.add_callback(guard)
         self._remember_what_is_fixed()
 
@@ -173,10 +174,20 @@ class DomainWeightedMixin(_Trainer):
             seed=seed,
             draw=draw,
             num_samples=_ENDLESS,
-            domain_column=self._domain_column if self._labels_streams else None,
+            domain_column=self._stream_column,
         )
         weights = dict(zip(names, to_shares(domain_weights, names).tolist(), strict=True))
         return mixed, {"seed": seed, "draw": draw, "domains": names, "weights": weights}
+
+    def _follow_streams(self, settings: dict[str, Any]) -> None:
+        """Let the examples of streams tell their domains, where the trainer lets them."""
+        assert self._stream_column is not None
+        if self._labels_streams:
+            refuse_lost_column(self, self._stream_column)
+        elif keeps_column(self, self._stream_column):
+            lookup = DomainLookup(None, tuple(settings["domains"]))
+            self.data_collator = DomainCollator(self.data_collator, self._stream_column, lookup, seed=settings["seed"])
+            self._measure_domains(settings["domains"], None)
 
     def _read_draws(self) -> dict[str, Any]:
         """What the arguments say of the sampler."""
@@ -271,6 +282,7 @@ class DomainWeightedMixin(_Trainer):
 
     def _take_up(self, checkpoint: Path | None) -> None:
         """Be where a run begins, or where it stood when a checkpoint was written."""
+        self._load_domain_metrics(checkpoint)
         # Without a file of ours, it is a plain Trainer's checkpoint.
         if checkpoint is not None and self.domain_sampler is not None and (checkpoint / SAMPLER_FILE).exists():
             self._load_sampler(checkpoint)
@@ -378,20 +390,6 @@ class DomainWeightedMixin(_Trainer):
             )
         # The Trainer skips to the place inside the epoch by itself.
         self.domain_sampler.load_state_dict({**state, "position": 0})
-
-    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Add how often each domain has been repeated to the training logs."""
-        if "loss" in logs:
-            logs = {**logs, **{f"domain_epochs/{name}": n for name, n in self.get_domain_epochs().items()}}
-        super().log(logs, *args, **kwargs)
-
-    def get_domain_epochs(self) -> dict[str, float]:
-        """How often each domain has been gone through so far, by name; empty for streams, whose length is unknown."""
-        if self.domain_sampler is None:
-            return {}
-        domains = self.domain_sampler.domains
-        counts = self.domain_sampler.domain_counts(self.state.global_step * examples_per_step(self.args))
-        return {name: counts[name] / int(size) for name, size in zip(domains.names, domains.sizes, strict=True)}
 
 
 class DomainWeightedTrainer(DomainWeightedMixin, Trainer):

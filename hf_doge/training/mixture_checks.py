@@ -1,6 +1,7 @@
 """What a trainer must leave to [`~hf_doge.training.mixture.DomainWeightedMixin`], which draws its examples by weights."""
 
 import inspect
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -9,6 +10,8 @@ from torch.utils.data import RandomSampler
 from transformers import Trainer
 
 from hf_doge.sampling.streaming import warn_that_all_processes_read_everything
+
+logger = logging.getLogger(__name__)
 
 
 def refuse_lost_column(trainer: Trainer, domain_column: str) -> None:
@@ -21,6 +24,21 @@ def refuse_lost_column(trainer: Trainer, domain_column: str) -> None:
             f"{column_names}. Packing mixes domains in one example: switch it off, or prepare the data of "
             "each domain before."
         )
+
+
+def keeps_column(trainer: Trainer, column: str) -> bool:
+    """Whether the examples of a stream still have a column after the trainer has prepared it; if not, that is said."""
+    train_dataset: Any = trainer.train_dataset
+    column_names = train_dataset.column_names  # `None` for streams that do not know
+    if column_names is None or column in column_names:
+        return True
+    logger.warning(
+        "Loss, tokens and share of each domain are not logged, since %s prepared the streams down to %s, without the column "
+        "that tells the domain. Prepare them before, and pass what the model takes.",
+        type(trainer).__name__,
+        column_names,
+    )
+    return False
 
 
 def refuse_lost_order(trainer: Trainer, get_sampler: Callable) -> None:

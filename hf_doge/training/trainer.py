@@ -101,6 +101,7 @@ class DoGEMixin(DomainWeightedMixin):
     args: DoGEConfig
     _labels_streams = True
     _learns_weights = True
+    _measures_domains = False  # the learner tells of them
 
     def __init__(
         self,

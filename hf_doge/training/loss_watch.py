@@ -1,0 +1,141 @@
+"""The loss of every label of a training step, seen in the one forward that the step makes."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from hf_doge.gradients.example_losses import IGNORE_INDEX
+from hf_doge.gradients.token_losses import TokenLosses, UnsplittableLossError
+
+# Shapes: B = examples of a micro-batch, R = rows (labels, ignored ones too), of one example next to each other.
+
+
+@dataclass
+class SeenLosses:
+    """
+    What was seen of one micro-batch, on its device and detached.
+
+    Attributes:
+        losses (`torch.Tensor` of shape `(R,)`, *optional*): Cross-entropy of each row, 0 where a label is ignored.
+        counted (`torch.Tensor` of shape `(R,)`, bool, *optional*): Which rows have a label that counts.
+        problem (`str`, *optional*): Why `losses`, or both, could not be seen.
+    """
+
+    losses: Tensor | None = None
+    counted: Tensor | None = None
+    problem: str | None = None
+
+
+class LossWatch:
+    """
+    Looks on while a model computes its loss, and calls nothing by itself: no second forward, no second loss.
+
+    Seen are a plain cross-entropy of torch, which is where the losses of transformers end (it is then computed label by
+    label and added up as before, so that the gradients stay what they are to the bit), and log-probabilities of labels
+    that the model returns, as trl's SFTTrainer (1.0 and newer) asks of its fused head. To cost little, it looks at calls
+    of torch only from the model's output layer on, where the model names one.
+
+    Args:
+        model (`torch.nn.Module`): Without the wrappers of DDP and the like.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._mode: TokenLosses | None = None
+        self._is_compiled = False
+        self._open = ExitStack()
+        self._outputs: list[Mapping[str, Any]] = []
+
+    @contextmanager
+    def during(self, model: nn.Module) -> Iterator[None]:
+        """
+        Look on inside the context; [`seen`] tells of it.
+
+        Args:
+            model (`torch.nn.Module`): The same model as it is called, in its wrappers.
+        """
+        self.begin(model)
+        handle = model.register_forward_hook(self.end_of_forward)
+        try:
+            yield
+        finally:
+            handle.remove()
+            self.end()
+
+    def begin(self, model: nn.Module) -> None:
+        """Look on from here; [`end_of_forward`] must then be a forward hook of `model`."""
+        self._mode, self._outputs, self._open = TokenLosses(), [], ExitStack()
+        self._is_compiled = is_compiled(model)
+        if self._is_compiled:
+            return
+        head = output_layer(self._model)
+        if head is None:
+            self._open.enter_context(self._mode)
+        else:
+            self._open.callback(head.register_forward_hook(self._from_here_on).remove)
+
+    def end(self) -> None:
+        """Look on no longer."""
+        self._open.close()
+
+    def _from_here_on(self, *_: Any) -> None:
+        stack, self._open = self._open, ExitStack()
+        stack.close()  # the hook, which has done its work
+        assert self._mode is not None
+        self._open.enter_context(self._mode)
+
+    def end_of_forward(self, model: nn.Module, args: Any, outputs: Any) -> None:
+        """Look at what the model returned; where its loss was in it, there is no more to see."""
+        if getattr(outputs, "log_probs", None) is not None:
+            self._outputs.append({"log_probs": outputs.log_probs, "mask": getattr(outputs, "label_mask", None)})
+        if self._mode is not None and self._mode.num_caught:
+            self._open.close()
+
+    def seen(self, inputs: Mapping[str, Any], *, labels_are_shifted: bool) -> SeenLosses:
+        """
+        What was seen since the last [`begin`]; then it is forgotten.
+
+        Args:
+            inputs (`Mapping`): The micro-batch, for its labels where no loss was seen.
+            labels_are_shifted (`bool`): Whether the loss predicts each label from the position before.
+        """
+        mode, outputs, self._mode, self._outputs = self._mode, self._outputs, None, []
+        if len(outputs) == 1 and outputs[0]["log_probs"].dim() == 2:
+            losses, counted = -outputs[0]["log_probs"].detach(), outputs[0]["mask"]
+            return SeenLosses(losses.flatten(), (losses != 0 if counted is None else counted).flatten())
+        labels = inputs.get("shift_labels", inputs.get("labels"))
+        counted = None
+        if isinstance(labels, Tensor) and not labels.is_floating_point():
+            if labels_are_shifted and "shift_labels" not in inputs:
+                labels = labels[..., 1:]
+            counted = labels.ne(IGNORE_INDEX).flatten()
+        if mode is None or self._is_compiled:
+            return SeenLosses(None, counted, "the model is compiled, and what happens inside is not seen")
+        try:
+            return SeenLosses(mode.by_row.detach(), mode.counted)
+        except UnsplittableLossError as error:
+            return SeenLosses(None, counted, str(error))
+
+
+def is_compiled(model: nn.Module) -> bool:
+    """Whether torch.compile runs the model, below whatever wraps it: then nothing of torch is called that could be seen."""
+    while True:
+        if hasattr(model, "_orig_mod") or getattr(model, "_compiled_call_impl", None) is not None:
+            return True
+        inner = getattr(model, "module", None)  # of DDP
+        if not isinstance(inner, nn.Module):
+            return False
+        model = inner
+
+
+def output_layer(model: nn.Module) -> nn.Module | None:
+    """The layer that makes the logits, if the model names one."""
+    get = getattr(model, "get_output_embeddings", None)
+    try:
+        layer = get() if callable(get) else None
+    except (NotImplementedError, AttributeError):  # of models that have no such layer
+        return None
+    return layer if isinstance(layer, nn.Module) else None
