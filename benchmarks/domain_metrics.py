@@ -3,8 +3,8 @@ What the loss, tokens, share and epochs of each domain add to a training step: o
 
     python -m benchmarks.domain_metrics
 
-A small Llama (`--layers 4 --width 256 --vocabulary 32000`) takes the same micro-batches of `--batch-size 8` texts of
-`--length 128` tokens, by turns with what is logged and without; turns change places. Trainer and trl's SFTTrainer are
+A small Llama (`--layers 4 --width 256 --vocabulary 8000`) takes the same micro-batches of `--batch-size 8` texts of
+`--length 64` tokens, by turns with what is logged and without; turns change places. Trainer and trl's SFTTrainer are
 measured, both with `DomainWeightedMixin`. A turn is one `training_step`, forward and backward, without the optimizer; on the CPU
 its CPU seconds, on a GPU the time until it is idle. Every tenth turn with them collects what is logged, as `logging_steps=10`
 does. The overhead is the ratio of the medians, less one; the interval is that of 90 % by the bootstrap over pairs of turns.
@@ -158,8 +158,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--layers", type=int, default=4, help="Layers of the model.")
     parser.add_argument("--width", type=int, default=256, help="Its width, a multiple of 64.")
-    parser.add_argument("--vocabulary", type=int, default=32_000, help="Its vocabulary.")
-    parser.add_argument("--length", type=int, default=128, help="Tokens of a text.")
+    parser.add_argument("--vocabulary", type=int, default=8_000, help="Its vocabulary.")
+    parser.add_argument("--length", type=int, default=64, help="Tokens of a text.")
     parser.add_argument("--batch-size", type=int, default=8, help="Texts of a micro-batch.")
     parser.add_argument("--turns", type=int, default=60, help="Steps of each kind.")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="Where; bfloat16 on a GPU.")

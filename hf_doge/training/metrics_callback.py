@@ -65,8 +65,8 @@ class DomainMetricsCallback(TrainerCallback):
         )
         trainer.data_collator = self._collator
         trainer._set_signature_columns_if_needed()
-        assert trainer._signature_columns is not None
-        trainer._signature_columns.append(domain_column)  # otherwise the Trainer drops it
+        columns: Any = trainer._signature_columns  # which transformers declares as None
+        columns.append(domain_column)  # otherwise the Trainer drops it
         self._meter = DomainMeter(names, trainer.args.device, sizes=sizes)
         self._watch: LossWatch | None = None
         self._inputs: dict[str, Any] = {}
@@ -87,8 +87,9 @@ class DomainMetricsCallback(TrainerCallback):
         self._meter.load(state.stateful_callbacks.get(STATE_KEY) if state.global_step > 0 else None)
         self._has_seen_a_batch = self._is_due = self._is_saving = False
         self._collator.is_on = True
-        model = trainer.model_wrapped
-        self._watch = LossWatch(trainer.model)
+        model: Any = trainer.model_wrapped
+        inner: Any = trainer.model
+        self._watch = LossWatch(inner)
         self._handles = [
             model.register_forward_pre_hook(self._before_forward, prepend=True, with_kwargs=True),
             model.register_forward_hook(self._after_forward, prepend=True, always_call=True),
@@ -106,7 +107,10 @@ class DomainMetricsCallback(TrainerCallback):
         if self._is_saving and not self._is_due:
             self._meter.save(state)
 
-    on_epoch_end = on_step_end
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.on_step_end(args, state, control)
 
     def on_log(
         self,

@@ -51,8 +51,9 @@ class DomainMetricsMixin(_Trainer):
     def _set_signature_columns_if_needed(self) -> None:
         if self._signature_columns is None:
             super()._set_signature_columns_if_needed()
+            columns: Any = self._signature_columns  # which transformers declares as None
             if self._stream_column is not None:
-                self._signature_columns.append(self._stream_column)  # otherwise the Trainer drops it
+                columns.append(self._stream_column)  # otherwise the Trainer drops it
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         """As the Trainer's; what it shows of the domains is noted."""
@@ -62,7 +63,8 @@ class DomainMetricsMixin(_Trainer):
         domain_ids = self._domains_of_batch(inputs)
         inputs = {name: value for name, value in inputs.items() if name != DOMAIN_IDS}
         noted = dict(inputs)  # trainers take what they do not need out of it
-        watch = LossWatch(self.model)
+        inner: Any = self.model
+        watch = LossWatch(inner)
         with watch.during(model):
             loss = super().training_step(model, inputs, *args, **kwargs)
         meter.add(domain_ids, watch.seen(noted, labels_are_shifted=are_labels_shifted(self.model)), noted)
