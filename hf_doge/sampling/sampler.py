@@ -11,7 +11,9 @@ from torch.utils.data import Sampler
 from hf_doge.checks import check_choice, check_count, check_number, check_seed
 from hf_doge.sampling.domains import DomainIndex
 from hf_doge.sampling.permutation import derive_key, pass_keys, permute
-from hf_doge.sampling.schedule import DRAW_MODES, DrawSchedule
+from hf_doge.sampling.phases import first_draw_of, read_phases
+from hf_doge.sampling.schedule import DRAW_MODES, UNITS, DrawSchedule
+from hf_doge.sampling.token_draws import RowTokens, refuse_tokenless_domains
 from hf_doge.sampling.weights import cap_shares, refuse_empty_domains, to_shares
 
 _FIRST_CHUNK = 2**8  # indices computed at a time: few at first, so that the first comes at once
@@ -34,6 +36,10 @@ class DomainWeightedSampler(Sampler[int]):
       draws owed are carried over, and a violent change can need a moment to pay them.) Equal weights give plain turns.
     - `draw="iid"`: each draw is independent of the others, as in the DoGE paper.
 
+    With `unit="tokens"` weights are shares of the tokens, not of the examples: by quota, after any number of draws each domain has
+    had its weight of all tokens drawn, up or down by about the longest example; independent draws have it on average. Where all
+    rows have as many tokens the two units are one. A jump then costs what adding up a pass of the domains costs.
+
     Inside a domain, rows come in shuffled order without replacement; when the domain is exhausted it is shuffled again.
     This goes on across epochs and across changes of the weights. A domain of weight 0 is never drawn.
 
@@ -51,7 +57,8 @@ class DomainWeightedSampler(Sampler[int]):
             The domains of the rows. A mapping gives the number of rows of domains that lie one after the other;
             anything else is one label per row, such as `dataset["domain"]`.
         weights (mapping of `str` to `float`, object whose `mean` is one, such as `DomainWeights`, or sequence):
-            Finite, `>= 0`, not all 0, in any scale. A sequence follows the order of the domains' names.
+            Finite, `>= 0`, not all 0, in any scale. A sequence follows the order of the domains' names. Or phases, such as
+            `[(0, weights), (0.8, other_weights)]`: which weights hold from which part of the `num_epochs` on.
         num_samples (`int`, *optional*):
             Draws in an epoch, `> 0`. Defaults to the number of rows.
         seed (`int`, *optional*, defaults to 0):
@@ -63,7 +70,13 @@ class DomainWeightedSampler(Sampler[int]):
             they reach the limit and the others share the rest in proportion, which is logged; see `effective_weights`.
             Kept to within one draw by `"quota"`, on average by `"iid"`. Draws after the `num_epochs` have no limit.
         num_epochs (`float`, *optional*, defaults to 1):
-            Epochs of `num_samples` that will be drawn, `> 0`; only `max_epochs_per_domain` needs it.
+            Epochs of `num_samples` that will be drawn, `> 0`; only `max_epochs_per_domain` and phases need it.
+        step_size (`int`, *optional*, defaults to 1):
+            Draws of a training step; a phase begins with a whole step.
+        unit (`str`, *optional*, defaults to `"examples"`):
+            What weights are shares of: `"examples"` or `"tokens"`.
+        lengths (sequence of `int`, *optional*):
+            Tokens of each row, in the order of the data set; needed for `unit="tokens"`.
 
     Raises:
         `ValueError`: for weights that are negative, not finite or all 0, for unknown or missing domains, for a domain
@@ -86,6 +99,9 @@ class DomainWeightedSampler(Sampler[int]):
         draw: str = "quota",
         max_epochs_per_domain: float | None = None,
         num_epochs: float = 1,
+        step_size: int = 1,
+        unit: str = "examples",
+        lengths: Sequence[int] | np.ndarray | None = None,
     ) -> None:
         if isinstance(domains, Mapping):
             domains = DomainIndex.from_sizes(domains)
@@ -105,8 +121,39 @@ class DomainWeightedSampler(Sampler[int]):
         self._position = 0
         self._is_resuming = False
         self._domain_keys = np.array([derive_key(self.seed, "order", name) for name in domains.names], dtype=np.uint64)
-        shares = self._read_weights(weights, first_draw=0, counts=np.zeros(len(domains.names), np.int64))
-        self._schedule = DrawSchedule(shares, draw=self.draw, seed=self.seed)
+        self.step_size = check_count("step_size", step_size)
+        self.unit = check_choice("unit", unit, UNITS)
+        self._tokens = self._read_tokens(lengths)
+        self._schedule = self._plan(weights)
+
+    def _plan(self, weights: Any) -> DrawSchedule:
+        """The schedule of the phases."""
+        first_draws, by_phase = zip(*read_phases(weights), strict=True)
+        size = {"num_planned": self.num_planned, "step_size": self.step_size}
+        borders = [*(first_draw_of(fraction, **size) for fraction in first_draws), self.num_planned]
+        counts = np.zeros(len(self.domains.names), np.int64)
+        schedule = self._make_schedule(self._read_weights(by_phase[0], first_draw=0, counts=counts, end=borders[1]))
+        for number, phase in enumerate(by_phase[1:], start=1):
+            first_draw = borders[number]
+            counts = schedule.counts(first_draw)
+            shares = self._read_weights(phase, first_draw=first_draw, counts=counts, end=borders[number + 1])
+            schedule.append(first_draw, shares, counts=counts)
+        return schedule
+
+    def _make_schedule(self, shares: np.ndarray) -> DrawSchedule:
+        return DrawSchedule(shares, draw=self.draw, seed=self.seed, tokens=self._tokens)
+
+    def _read_tokens(self, lengths: Sequence[int] | np.ndarray | None) -> RowTokens | None:
+        """Tokens of the rows, where shares of them are not shares of the examples."""
+        if self.unit == "examples":
+            return None
+        if lengths is None:
+            raise ValueError(
+                "Weights in tokens need the tokens of each row, but `lengths` is None. Pass one number for each row, or set "
+                "`unit='examples'`."
+            )
+        tokens = RowTokens(self.domains, lengths, self._domain_keys)
+        return None if tokens.are_equal and tokens.totals.any() else tokens
 
     @property
     def effective_weights(self) -> dict[str, float]:
@@ -251,6 +298,7 @@ class DomainWeightedSampler(Sampler[int]):
         The place is behind the rows handed out, including those a `DataLoader` has taken ahead of the training step.
         """
         return {
+            **({} if self.unit == "examples" else {"unit": self.unit, "tokens": self._digest_tokens()}),
             "seed": self.seed,
             "draw": self.draw,
             "num_samples": self.num_samples,
@@ -290,14 +338,16 @@ class DomainWeightedSampler(Sampler[int]):
                 f"The domains must have as many rows as when the state was saved, but (then, now) are {resized}. "
                 "Resume with the data the state was saved with."
             )
-        for name in ("seed", "draw", "num_samples"):
-            if state[name] != getattr(self, name):
+        saved = {"unit": "examples", "tokens": None, **state}
+        own = {name: getattr(self, name) for name in ("seed", "draw", "num_samples", "unit")}
+        for name, value in {**own, "tokens": self._digest_tokens()}.items():
+            if saved[name] != value:
                 raise ValueError(
-                    f"The state was saved with `{name}` {state[name]!r}, but this sampler has {getattr(self, name)!r}. "
+                    f"The state was saved with `{name}` {saved[name]!r}, but this sampler has {value!r}. "
                     "Make it with the same."
                 )
         first, *others = state["schedule"]
-        schedule = DrawSchedule(self._from_names(first["weights"], np.float64), draw=self.draw, seed=self.seed)
+        schedule = self._make_schedule(self._from_names(first["weights"], np.float64))
         for piece in others:
             counts = self._from_names(piece["domain_counts"], np.int64)
             schedule.append(piece["first_draw"], self._from_names(piece["weights"], np.float64), counts=counts)
@@ -305,10 +355,19 @@ class DomainWeightedSampler(Sampler[int]):
         self.epoch, self._position = state["epoch"], state["position"]
         self._is_resuming = True
 
-    def _read_weights(self, weights: Any, *, first_draw: int, counts: np.ndarray) -> np.ndarray:
+    def _digest_tokens(self) -> str | None:
+        if self._tokens is None:
+            return None
+        return hashlib.blake2b(self._tokens.content().astype("<i8").tobytes(), digest_size=8).hexdigest()
+
+    def _read_weights(
+        self, weights: Any, *, first_draw: int, counts: np.ndarray, end: int | None = None
+    ) -> np.ndarray:
         """Shares from what the user gave, after the limit on epochs; `counts` are the draws of each domain so far."""
         shares = to_shares(weights, self.domains.names)
         refuse_empty_domains(shares, self.domains.sizes, self.domains.names)
+        if self._tokens is not None:
+            refuse_tokenless_domains(shares, self._tokens.totals, self.domains.names)
         if self.max_epochs_per_domain is None:
             return shares
         num_planned = self.num_planned
@@ -317,8 +376,14 @@ class DomainWeightedSampler(Sampler[int]):
                 f"With `max_epochs_per_domain`, weights must begin within the {num_planned} planned draws, but got "
                 f"`first_draw` {first_draw}. Raise `num_epochs`."
             )
+        num_draws = (num_planned if end is None else end) - first_draw
+        if num_draws == 0:  # a phase of no step
+            return shares
         budgets = np.maximum(self.max_epochs_per_domain * self.domains.sizes - counts, 0)
-        return cap_shares(shares, budgets, num_planned - first_draw, self.domains.names)
+        if self._tokens is None:
+            return cap_shares(shares, budgets, num_draws, self.domains.names)
+        capped = cap_shares(self._tokens.to_examples(shares), budgets, num_draws, self.domains.names)
+        return self._tokens.from_examples(capped)
 
     def _by_name(self, values: np.ndarray) -> dict[str, Any]:
         return dict(zip(self.domains.names, values.tolist(), strict=True))

@@ -14,9 +14,12 @@ from datasets.iterable_dataset import _BaseExamplesIterable
 
 from hf_doge.checks import check_choice, check_count, check_names, check_seed, check_text
 from hf_doge.sampling.domains import concatenate_domains, merge_domains, refuse_different_features, refuse_splits
+from hf_doge.sampling.lengths import COLUMNS, count_example_tokens, count_row_tokens, lengthless
 from hf_doge.sampling.permutation import derive_key
+from hf_doge.sampling.phases import first_draw_of, read_phases
 from hf_doge.sampling.sampler import MOST_DRAWS, DomainWeightedSampler
-from hf_doge.sampling.schedule import DRAW_MODES, DrawSchedule
+from hf_doge.sampling.schedule import DRAW_MODES, UNITS, DrawSchedule
+from hf_doge.sampling.token_streams import TokenTurns
 from hf_doge.sampling.weights import refuse_empty_domains, to_shares
 
 STOPPING_RULES = ("all_exhausted", "first_exhausted")
@@ -35,6 +38,8 @@ def interleave_domains(
     num_samples: int | None = None,
     stopping: str | None = None,
     domain_column: str | None = None,
+    unit: str = "examples",
+    num_planned: int | None = None,
 ) -> datasets.Dataset | datasets.IterableDataset:
     """
     Mix domains in given proportions: datasets into a dataset, streams into a stream.
@@ -71,7 +76,8 @@ def interleave_domains(
         domains (mapping of `str` to `datasets.Dataset` or `datasets.IterableDataset`):
             One dataset or one stream per domain, all with the same features.
         weights (mapping of `str` to `float`, object whose `mean` is one, such as `DomainWeights`, or sequence):
-            Finite, `>= 0`, not all 0, in any scale. A sequence follows the order of `domains`.
+            Finite, `>= 0`, not all 0, in any scale. A sequence follows the order of `domains`. Or phases, such as
+            `[(0, weights), (0.8, other_weights)]`: which weights hold from which part of `num_planned` on.
         seed (`int`, *optional*, defaults to 0):
             Of the `"iid"` draws and of the order inside datasets.
         draw (`str`, *optional*, defaults to `"quota"`):
@@ -84,6 +90,12 @@ def interleave_domains(
             first draw finds its domain at its end, so that no example is repeated.
         domain_column (`str`, *optional*):
             Add the domain in this column, as a `ClassLabel` to a dataset and by name to a stream.
+        unit (`str`, *optional*, defaults to `"examples"`):
+            What weights are shares of. With `"tokens"` rows must be tokenised: the tokens of one are its `labels` that count, or
+            its `input_ids`. A stream then gives the example of the domain whose tokens are due next, see
+            [`~hf_doge.sampling.token_streams`]; each part that is read apart keeps the shares by itself.
+        num_planned (`int`, *optional*):
+            Examples that phases are parts of. `num_samples` by default.
 
     Returns:
         `datasets.Dataset` or `datasets.IterableDataset`.
@@ -104,17 +116,19 @@ def interleave_domains(
     check_choice("stopping", stopping, STOPPING_RULES, optional=True)
     check_text("domain_column", domain_column, what="the name of a column", optional=True)
     names = list(check_names(domains))
-    shares = to_shares(weights, names)
-    drawn = {name: domains[name] for name, share in zip(names, shares, strict=True) if share > 0}
+    check_choice("unit", unit, UNITS)
+    phases = [(fraction, to_shares(one, names)) for fraction, one in read_phases(weights)]
+    is_drawn = np.any([shares > 0 for _, shares in phases], axis=0)
+    drawn = {name: domains[name] for name, has_weight in zip(names, is_drawn, strict=True) if has_weight}
+    phases = [(fraction, shares[is_drawn]) for fraction, shares in phases]
     if all(isinstance(domain, datasets.Dataset) for domain in domains.values()):
         if stopping is not None:
             raise ValueError(f"`stopping` is for streams; the length of a dataset is `num_samples`. Got {stopping!r}.")
         sizes = np.array([len(dataset) for dataset in domains.values()])
-        refuse_empty_domains(shares, sizes, names)
-        merged, index = concatenate_domains(drawn) if domain_column is None else merge_domains(drawn, domain_column)
+        refuse_empty_domains(is_drawn, sizes, names)
         num_samples = int(sizes.sum()) if num_samples is None else num_samples
-        sampler = DomainWeightedSampler(index, shares[shares > 0], num_samples=num_samples, seed=seed, draw=draw)
-        return merged.select(sampler.indices(0, num_samples))
+        options = {"seed": seed, "draw": draw, "unit": unit, "num_epochs": (num_planned or num_samples) / num_samples}
+        return _mix_datasets(drawn, phases, num_samples, domain_column, **options)
     if not all(isinstance(domain, datasets.IterableDataset) for domain in domains.values()):
         kinds = {name: type(domain).__name__ for name, domain in domains.items()}
         raise TypeError(
@@ -126,9 +140,21 @@ def interleave_domains(
             f"Either `num_samples` or `stopping` ends a stream, but got {num_samples} and {stopping!r}. Drop one."
         )
     stopping = "all_exhausted" if stopping is None else stopping
+    num_planned = num_samples if num_planned is None else num_planned
+    if len(phases) > 1 and num_planned is None:
+        raise ValueError(
+            "Phases begin at parts of a training, so `num_samples` or `num_planned` must say how many examples it has, but both "
+            "are None. Set one."
+        )
+    if unit == "tokens" and draw == "iid":
+        raise ValueError(
+            "Independent draws need the mean length of each domain, which is not known of streams before they are read, so with "
+            "`unit='tokens'` the draw must be 'quota', but got 'iid'."
+        )
     examples = _InterleavedExamples(
         drawn,
-        shares[shares > 0],
+        [(first_draw_of(fraction, num_planned=num_planned or 0), shares) for fraction, shares in phases],
+        unit=unit,
         draw=draw,
         seed=seed,
         num_samples=num_samples,
@@ -136,6 +162,20 @@ def interleave_domains(
         domain_column=domain_column,
     )
     return datasets.IterableDataset(examples, info=datasets.DatasetInfo(features=examples.features))
+
+
+def _mix_datasets(
+    drawn: Mapping[str, datasets.Dataset],
+    phases: list[tuple[float, np.ndarray]],
+    num_samples: int,
+    domain_column: str | None,
+    **options: Any,
+) -> datasets.Dataset:
+    """Rows of several datasets in the order of a sampler."""
+    merged, index = concatenate_domains(drawn) if domain_column is None else merge_domains(drawn, domain_column)
+    lengths = count_row_tokens(merged) if options["unit"] == "tokens" else None
+    sampler = DomainWeightedSampler(index, phases, num_samples=num_samples, lengths=lengths, **options)
+    return merged.select(sampler.indices(0, num_samples))
 
 
 def holds_streams(domains: Any) -> bool:
@@ -163,8 +203,9 @@ class _InterleavedExamples(_BaseExamplesIterable):
     def __init__(
         self,
         streams: Mapping[str, datasets.IterableDataset],
-        shares: np.ndarray,
+        phases: list[tuple[int, np.ndarray]],
         *,
+        unit: str,
         draw: str,
         seed: int,
         num_samples: int | None,
@@ -175,7 +216,8 @@ class _InterleavedExamples(_BaseExamplesIterable):
         self._names = list(streams)
         self._streams = list(streams.values())
         self._first_epochs = [stream.epoch for stream in self._streams]
-        self._shares = shares
+        self._phases = phases  # from which draw of this part on which shares hold
+        self._unit = unit
         self._draw = draw
         self._seed = seed
         self._num_samples = num_samples
@@ -184,7 +226,8 @@ class _InterleavedExamples(_BaseExamplesIterable):
         self._first_draw, self._stride = 0, _STRIDE
         self._is_part = False
         self._features = self._merge_features(streams)
-        DrawSchedule(shares, draw=draw, seed=seed)  # refuses an unknown `draw` here rather than in a worker
+        if unit == "tokens" and self._features is not None and not set(COLUMNS) & self._features.keys():
+            raise lengthless(list(self._features))
 
     def _merge_features(self, streams: Mapping[str, datasets.IterableDataset]) -> datasets.Features | None:
         """The features of the examples, if all streams know theirs; none is read to find out."""
@@ -224,53 +267,72 @@ class _InterleavedExamples(_BaseExamplesIterable):
             "streams": [None] * len(self._streams),
             "type": type(self).__name__,
         }
+        if self._unit == "tokens":
+            self._state_dict["tokens"] = TokenTurns.start(len(self._streams))
         return self._state_dict
+
+    def _schedule(self) -> DrawSchedule:
+        """Of the draws of this part, counted from where it begins."""
+        schedule = DrawSchedule(self._phases[0][1], draw=self._draw, seed=self._seed)
+        for first_draw, shares in self._phases[1:]:
+            schedule.append(self._first_draw + first_draw, shares)
+        return schedule
+
+    def _draws(self, state: dict[str, Any]) -> Iterator[tuple[int, int]]:
+        """Domain of each draw from where the state says on, and how often this part has drawn it before."""
+        if self._unit == "tokens":
+            turns = TokenTurns(self._phases, self._names, state["tokens"])
+            while self._num_samples is None or state["draw"] < self._num_samples:
+                yield turns.next(state["draw"])
+            return
+        schedule = self._schedule()
+        counts_before = schedule.counts(self._first_draw)
+        while self._num_samples is None or state["draw"] < self._num_samples:
+            start = state["draw"]
+            stop = start + _CHUNK if self._num_samples is None else min(start + _CHUNK, self._num_samples)
+            domain_ids, ranks = schedule.draws(self._first_draw + start, self._first_draw + stop)
+            yield from zip(domain_ids.tolist(), (ranks - counts_before[domain_ids]).tolist(), strict=True)
 
     def __iter__(self) -> Iterator[tuple[int, dict[str, Any]]]:
         if self._state_dict is None:
             self._init_state_dict()
         state = self._state_dict
-        schedule = DrawSchedule(self._shares, draw=self._draw, seed=self._seed)
-        counts_before = schedule.counts(self._first_draw)
+        turns = TokenTurns(self._phases, self._names, state["tokens"]) if self._unit == "tokens" else None
         readers: list[Iterator[tuple[Any, dict[str, Any]]] | None] = [None] * len(self._streams)
-        num_chunks = 0
-        while self._num_samples is None or state["draw"] < self._num_samples:
-            start = state["draw"]
-            stop = start + _CHUNK if self._num_samples is None else min(start + _CHUNK, self._num_samples)
+        for number, (domain, rank) in enumerate(self._draws(state)):
             # Workers of a loader that the main process reads for all take a few batches too, and then wait for ever.
-            if not self._is_part and (torch.utils.data.get_worker_info() is None or num_chunks > 0):
+            if not self._is_part and number % _CHUNK == 0 and (not torch.utils.data.get_worker_info() or number > 0):
                 warn_that_all_processes_read_everything()
-            num_chunks += 1
-            domain_ids, ranks = schedule.draws(self._first_draw + start, self._first_draw + stop)
-            ranks = ranks - counts_before[domain_ids]
-            for domain, rank in zip(domain_ids.tolist(), ranks.tolist(), strict=True):
-                if readers[domain] is None:
-                    readers[domain] = self._open(domain, state)
-                found = next(readers[domain], None)
+            reader = readers[domain]
+            if reader is None:
+                reader = readers[domain] = self._open(domain, state)
+            found = next(reader, None)
+            if found is None:
+                if rank == 0:
+                    raise ValueError(
+                        f"Domains {[self._names[domain]]} have positive weight but no example. Drop them or set "
+                        "their weight to 0."
+                    )
+                if self._ends_at(domain, state["passes"]):
+                    return
+                state["passes"][domain] += 1
+                state["streams"][domain] = None
+                reader = readers[domain] = self._open(domain, state)
+                found = next(reader, None)
                 if found is None:
-                    if rank == 0:
-                        raise ValueError(
-                            f"Domains {[self._names[domain]]} have positive weight but no example. Drop them or set "
-                            "their weight to 0."
-                        )
-                    if self._ends_at(domain, state["passes"]):
-                        return
-                    state["passes"][domain] += 1
-                    state["streams"][domain] = None
-                    readers[domain] = self._open(domain, state)
-                    found = next(readers[domain], None)
-                    if found is None:
-                        raise ValueError(
-                            f"A domain must have examples whenever it is restarted, but {self._names[domain]!r} had "
-                            f"none in pass {state['passes'][domain]}. Make it from a function that starts again each "
-                            "time, or end with `stopping='first_exhausted'`."
-                        )
-                state["draw"] += 1
-                example = found[1]
-                if self._domain_column is not None:
-                    self._refuse_occupied_column(example)
-                    example = {**example, self._domain_column: self._names[domain]}
-                yield state["draw"] - 1, example
+                    raise ValueError(
+                        f"A domain must have examples whenever it is restarted, but {self._names[domain]!r} had "
+                        f"none in pass {state['passes'][domain]}. Make it from a function that starts again each "
+                        "time, or end with `stopping='first_exhausted'`."
+                    )
+            state["draw"] += 1
+            example = found[1]
+            if turns is not None:
+                turns.note(domain, count_example_tokens(example))
+            if self._domain_column is not None:
+                self._refuse_occupied_column(example)
+                example = {**example, self._domain_column: self._names[domain]}
+            yield state["draw"] - 1, example
 
     def _ends_at(self, domain: int, passes: list[int]) -> bool:
         """Whether the stream ends, now that a draw found this domain at its end."""
@@ -313,6 +375,7 @@ class _InterleavedExamples(_BaseExamplesIterable):
             stream.shard(num_shards=num_shards, index=index, contiguous=contiguous) for stream in self._streams
         ]
         shard._seed = derive_key(self._seed, "shard", num_shards, index)
+        shard._phases = [(-(-first_draw // num_shards), shares) for first_draw, shares in self._phases]
         if self._num_samples is not None:
             shard._num_samples = self._num_samples // num_shards + (index < self._num_samples % num_shards)
         return shard

@@ -166,7 +166,8 @@ class DomainMeter:
             "all_tokens": self._all_tokens.tolist(),
             "all_examples": self._all_examples.tolist(),
         }
-        state.stateful_callbacks = {**(state.stateful_callbacks or {}), STATE_KEY: numbers}
+        by_name: Any = state.stateful_callbacks  # a dict, which transformers declares as what it is made of
+        by_name[STATE_KEY] = numbers
 
     def load(self, numbers: Mapping[str, Any] | None) -> None:
         """Go on from what [`save`] put into a checkpoint; from nothing for `None` or other domains."""
@@ -179,6 +180,12 @@ class DomainMeter:
             for name in ("losses", "tokens", "examples"):
                 sums = getattr(self, f"_{name}")
                 sums[:-1] += torch.tensor(numbers[name], dtype=sums.dtype).to(self.device)
+
+
+def saved_in(state: TrainerState) -> dict[str, Any] | None:
+    """What [`DomainMeter.save`] put into the state of a run that was resumed."""
+    by_name: Any = state.stateful_callbacks
+    return by_name.get(STATE_KEY) if state.global_step > 0 else None
 
 
 def read_saved(checkpoint: Path | None) -> dict[str, Any] | None:

@@ -12,7 +12,7 @@ from hf_doge.checks import check_names, check_text
 from hf_doge.sampling.domains import DomainIndex
 from hf_doge.training.collator import DOMAIN_IDS, DomainLookup, SwitchedDomainCollator
 from hf_doge.training.domain_loss import are_labels_shifted
-from hf_doge.training.domain_metrics import STATE_KEY, DomainMeter
+from hf_doge.training.domain_metrics import DomainMeter, saved_in
 from hf_doge.training.loss_watch import LossWatch
 from hf_doge.training.metrics_mixin import DomainMetricsMixin
 
@@ -57,7 +57,7 @@ class DomainMetricsCallback(TrainerCallback):
         names, sizes = _find_domains(trainer, domain_column, domains)
         dataset: Any = trainer.train_dataset
         feature = (dataset.features or {}).get(domain_column)
-        self._collator = SwitchedDomainCollator(
+        self._collator: SwitchedDomainCollator = SwitchedDomainCollator(
             trainer.data_collator,
             domain_column,
             DomainLookup(feature, names),
@@ -78,13 +78,14 @@ class DomainMetricsCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         trainer = self._trainer
-        if trainer.data_collator is not self._collator:
+        collator: Any = trainer.data_collator
+        if collator is not self._collator:
             raise ValueError(
                 "The data collator must stay the one that `DomainMetricsCallback` put in place, since it hands on the domains, "
-                f"but it is a {type(trainer.data_collator).__name__} now. Set `data_collator` before making the callback."
+                f"but it is a {type(collator).__name__} now. Set `data_collator` before making the callback."
             )
         self._release()
-        self._meter.load(state.stateful_callbacks.get(STATE_KEY) if state.global_step > 0 else None)
+        self._meter.load(saved_in(state))
         self._has_seen_a_batch = self._is_due = self._is_saving = False
         self._collator.is_on = True
         model: Any = trainer.model_wrapped

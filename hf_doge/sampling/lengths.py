@@ -1,0 +1,75 @@
+"""How many tokens a row is trained on."""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+if TYPE_CHECKING:
+    import datasets
+
+IGNORED = -100  # a label that no loss counts
+COLUMNS = ("labels", "input_ids")  # the first of them that a row has tells
+
+
+def count_row_tokens(dataset: "datasets.Dataset", *, shift: int = 0) -> np.ndarray:
+    """
+    Tokens that each row is trained on: its `labels` that count, or else its `input_ids`, read from the table as it is stored.
+
+    Args:
+        dataset (`datasets.Dataset`): Tokenised, before it is padded by a collator.
+        shift (`int`): 1 where the first token of a row is not predicted, as in causal models; else 0.
+
+    Returns:
+        `np.ndarray` of `int64` and shape `(num_rows,)`.
+
+    Raises:
+        `ValueError`: if the rows have neither.
+    """
+    for name in COLUMNS:
+        if name in dataset.column_names:
+            column = dataset.with_format("arrow").data.column(name)
+            if _holds_tokens(column.type):
+                parts = [_count(part, name == "labels", shift) for part in column.chunks]
+                found = np.concatenate([*parts, np.zeros(0, np.int64)])
+                order = dataset._indices
+                return found if order is None else found[order.column(0).to_numpy()]
+    raise lengthless(dataset.column_names)
+
+
+def count_example_tokens(example: Mapping[str, Any]) -> int:
+    """Tokens that an example of a stream is trained on, by the same rule; the first token counts."""
+    for name in COLUMNS:
+        tokens = example.get(name)
+        if tokens is not None and np.ndim(tokens) == 1:
+            counted = np.asarray(tokens)
+            return int((counted != IGNORED).sum()) if name == "labels" else len(counted)
+    raise lengthless(list(example))
+
+
+def lengthless(column_names: list[str] | None) -> ValueError:
+    """The error of rows that tell no number of tokens."""
+    return ValueError(
+        "Weights in tokens need rows whose tokens can be counted, with a list of `labels` or `input_ids` in each, but the columns "
+        f"are {column_names}. Tokenise the data before, or set `unit='examples'`."
+    )
+
+
+def _holds_tokens(kind: pa.DataType) -> bool:
+    is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+    return is_list and pa.types.is_integer(kind.value_type)
+
+
+def _count(rows: pa.Array, are_labels: bool, shift: int) -> np.ndarray:
+    """Tokens of each row of a chunk."""
+    lengths = pc.fill_null(pc.list_value_length(rows), 0).to_numpy(zero_copy_only=False).astype(np.int64)
+    if not are_labels:
+        return np.maximum(lengths - shift, 0)
+    counted = pc.fill_null(pc.list_flatten(rows), IGNORED).to_numpy(zero_copy_only=False) != IGNORED
+    ends = np.cumsum(lengths)
+    starts = ends - lengths
+    sums = np.append(0, np.cumsum(counted))
+    first = np.minimum(starts + shift, ends)
+    return sums[ends] - sums[first]
