@@ -31,6 +31,7 @@ _BAR = "#9ecae1"
 _ROW_HEIGHT = 0.22  # inches for one domain
 _MAX_SIDE_BY_SIDE = 16  # with more domains the bars go under the trajectory, not next to it
 _MAX_NAME_LENGTH = 28
+_MOST_NOISE = 50.0  # of a logarithm that is drawn: beyond it a band is the whole panel
 _MAX_PIXELS = 65_000  # on a side; matplotlib 3.8 draws fewer than 2**16
 
 
@@ -54,18 +55,25 @@ class _Weights(Protocol):
 
 
 def plot_domain_weights(
-    weights: _Weights, path: str | os.PathLike | None = None, *, max_domains: int | None = None
+    weights: _Weights,
+    path: str | os.PathLike | None = None,
+    *,
+    max_domains: int | None = None,
+    noise: np.ndarray | None = None,
 ) -> "Figure":
     """
     Two panels: the weights over the steps, and the mean weights against uniform and natural proportions.
 
-    The trajectory names the heaviest domains, at most eight, and draws the others in grey. Without a trajectory there is
+    The trajectory names the heaviest domains, at most eight, and draws the others in grey. Where the noise is known, each named
+    line has a band: where the noise of the scores alone could have led it, two standard deviations either way. Without a trajectory there is
     only the second panel; without token counts it has no natural proportions.
 
     Args:
         weights (`DomainWeights`): What to draw.
         path (`str` or `os.PathLike`, *optional*): Where to write the picture; the suffix decides the format.
         max_domains (`int`, *optional*): How many domains have a bar, the heaviest; by default all.
+        noise (`numpy.ndarray` of shape `(T, K)`, *optional*): Standard deviation of the logarithm of each weight of the
+            trajectory, as [`~hf_doge.artifacts.score_noise.weight_noise`] tells it.
 
     Returns:
         `matplotlib.figure.Figure`: not known to pyplot, so nothing needs closing; a notebook shows it.
@@ -86,7 +94,7 @@ def plot_domain_weights(
         else:
             figure = _new_figure(12.0, max(4.2, rows_height))
             lines, bars = figure.subplots(1, 2, width_ratios=[1.1, 1])
-        _draw_trajectory(lines, weights.trajectory, names)
+        _draw_trajectory(lines, weights.trajectory, names, noise)
     _draw_weights(bars, weights, shown)
     _write(figure, path)
     return figure
@@ -164,10 +172,10 @@ def plot_sweep(runs: Sequence[Mapping[str, Any]], path: str | os.PathLike | None
     return figure
 
 
-def _draw_trajectory(axes: "Axes", trajectory: _Trajectory, names: list[str]) -> None:
-    """Weights over steps: the first of `names` each in a style of its own, the rest in grey."""
-    steps = trajectory.steps
-    weights = trajectory.weights[:, [trajectory.domains.index(name) for name in names]]
+def _draw_trajectory(axes: "Axes", trajectory: _Trajectory, names: list[str], noise: np.ndarray | None) -> None:
+    """Weights over steps: the first of `names` each in a style of its own and with a band, the rest in grey."""
+    steps, order = trajectory.steps, [trajectory.domains.index(name) for name in names]
+    weights = trajectory.weights[:, order]
     num_named = len(names) if len(names) <= len(_STYLES) else len(_STYLES) - 1
     ends = []
     for position, name in enumerate(names[:num_named]):
@@ -176,13 +184,17 @@ def _draw_trajectory(axes: "Axes", trajectory: _Trajectory, names: list[str]) ->
         first = spacing * position // num_named
         (line,) = axes.plot(steps, weights[:, position], **_line_style(position), markevery=(first, spacing), zorder=3)
         ends.append((weights[-1, position], line, _short(name)))
+        if noise is not None:
+            factor = np.exp(np.minimum(2 * noise[:, order[position]], _MOST_NOISE))
+            low, high = weights[:, position] / factor, np.minimum(weights[:, position] * factor, 1)
+            axes.fill_between(steps, low, high, color=line.get_color(), alpha=0.15, linewidth=0, zorder=1, label=name)
     if num_named < len(names):
         rest = axes.plot(steps, weights[:, num_named:], color=_FAINT, linewidth=0.8, zorder=1)
         ends.append((float(np.median(weights[-1, num_named:])), rest[0], f"{len(rest)} smaller domains"))
     axes.axhline(1 / len(names), color="black", linewidth=0.8, linestyle=(0, (1, 3)), zorder=2)
     axes.set_xlim(steps[0], max(steps[-1], steps[0] + 1))
     axes.set_ylim(0, 1.05 * max(weights.max(), 1 / len(names)))
-    axes.set_xlabel("step")
+    axes.set_xlabel("step" if noise is None else "step (bands: noise of the scores, two standard deviations)")
     axes.set_title("Weights while learning", loc="left", fontsize="medium")
     axes.spines[["top", "right"]].set_visible(False)
     _label_ends(axes, ends)

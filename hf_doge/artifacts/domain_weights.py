@@ -25,6 +25,7 @@ from hf_doge.artifacts.hub.publication import Publication
 from hf_doge.artifacts.parquet import read_parquet, to_parquet
 from hf_doge.artifacts.readers import read_ratios
 from hf_doge.artifacts.record import Trajectory, WeightsRecord
+from hf_doge.artifacts.score_noise import weight_noise
 from hf_doge.checks import check_flag, check_path, show
 from hf_doge.files import (
     read_settled,
@@ -147,12 +148,12 @@ class DomainWeights(WeightsRecord):
 
     def plot(self, path: str | os.PathLike | None = None) -> "Figure":
         """
-        Draw the trajectory, and the weights against uniform and natural proportions. See
-        [`~hf_doge.plots.plot_domain_weights`].
+        Draw the trajectory with bands for the noise of its scores, and the weights against uniform and natural proportions.
+        See [`~hf_doge.plots.plot_domain_weights`].
         """
         from hf_doge.plots import plot_domain_weights
 
-        return plot_domain_weights(self, check_path("path", path, optional=True))
+        return plot_domain_weights(self, check_path("path", path, optional=True), noise=weight_noise(self))
 
     def save_pretrained(self, save_directory: str | os.PathLike, *, plot: bool = False) -> None:
         """

@@ -90,7 +90,7 @@ def main(argv: Sequence[str]) -> int:
         processing_class=data.tokenizer,
     )
     trainer.train(resume_from_checkpoint=resume)
-    if trainer.state.global_step < trainer.state.max_steps:
+    if trainer.state.global_step < trainer.state.max_steps and not trainer.has_settled:
         say(
             f"Stopped after step {trainer.state.global_step} of {trainer.state.max_steps}, with a checkpoint. Go on with "
             "`--resume_from_checkpoint last`."

@@ -3,7 +3,7 @@
 import math
 import re
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from functools import partial
 from typing import Any
 
@@ -22,6 +22,7 @@ from hf_doge.checks import (
     show,
 )
 from hf_doge.functional.doge import NORMALIZATIONS
+from hf_doge.training.recipe import Recipe
 
 MODES = ("proxy", "online")
 RECIPES = ("paper", "official", "doge_plus")
@@ -33,6 +34,7 @@ SELF_TERMS: dict[bool | str, bool | str] = {
     "independent": "independent",
 }
 SCORE_METRICS = ("gradient", "optimizer")
+MEAN_WEIGHTINGS = ("steps", "inverse_variance")
 _MU = 0.01  # of the paper's universal runs
 _MU_IN_NATS = 10.0  # of "doge_plus"
 ALIGNMENTS = ("auto", "single_pass", "per_domain", "streamed")
@@ -68,6 +70,9 @@ _CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "per_device_target_batch_size": partial(check_count, optional=True),
     "self_term": _check_self_term,
     "lagged_update": check_flag,
+    "mean_weighting": partial(check_choice, choices=MEAN_WEIGHTINGS),
+    "stop_when_undecided": check_flag,
+    "undecided_window": partial(check_count, least=2),
     "domain_column": partial(check_text, what="the name of a column"),
     "hub_weights_id": partial(check_repo_id, optional=True),
     # Of the Trainer's own arguments those that the weights depend on.
@@ -80,50 +85,6 @@ _CHECKS: dict[str, Callable[[str, Any], Any]] = {
 }
 _LEAST_LAG = 2  # steps: a DataLoader without workers runs one batch ahead of the step
 WEIGHTS_SUFFIX = "-domain-weights"  # of the repository of the weights, behind the name of the model's
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """
-    The ingredients of one weight update, all decided. It is written into the artifact as it is.
-
-    Attributes:
-        name (`str`): `"paper"`, `"official"` or `"doge_plus"`, the recipe the ingredients started from.
-        mu (`float`): Bregman coefficient.
-        normalization (`str`): See [`~hf_doge.functional.normalize_scores`].
-        score_min (`float` or `None`): Lower bound of the normalised scores.
-        score_max (`float` or `None`): Upper bound of the normalised scores.
-        domain_max_grad_norm (`float` or `None`): Norm to which each domain's gradient is clipped alone.
-        smoothing (`float`): Share of the uniform weights mixed into each update.
-        self_term (`bool` or `"independent"`): Whether a domain's alignment with itself counts, in the universal setting; and
-            `"independent"` if all gradients are compared across halves of the examples.
-        burn_in_steps (`int`): Updates left out of the mean, from the start.
-        reweight_steps (`int`): Optimizer steps from one update to the next.
-    """
-
-    name: str
-    mu: float
-    normalization: str
-    score_min: float | None
-    score_max: float | None
-    domain_max_grad_norm: float | None
-    smoothing: float
-    self_term: bool | str
-    burn_in_steps: int
-    reweight_steps: int
-    score_metric: str = "gradient"
-
-    @property
-    def is_independent(self) -> bool:
-        """Whether domains are aligned in halves."""
-        return self.self_term == "independent"
-
-    def to_dict(self) -> dict:
-        """Plain values, for JSON; the metric where it is not the paper's, so that older checkpoints are of the same recipe."""
-        values = asdict(self)
-        if self.score_metric == "gradient":
-            del values["score_metric"]
-        return values
 
 
 @dataclass
@@ -153,6 +114,11 @@ class DoGEConfig(TrainingArguments):
     The logs tell how sure a score is: `domain_score_noise/<name>` is the standard deviation of one step's score over the draw of
     its examples, from the differences of the last hundred (see [`~hf_doge.artifacts.record.estimate_score_noise`]), and
     `domain_score_snr/<name>` the mean score since the last log over it.
+
+    `stop_when_undecided=True` ends the learning when scores no longer tell the domains apart, by the rule in
+    [`~hf_doge.training.score_noise.ScoreNoise`]: the run of a proxy stops there, and online the weights stay as they are while the
+    training goes on. `mean_weighting="inverse_variance"` lets the weights after an update count less in the mean the more noise
+    has reached them; it is nearer to the initial weights, as a larger `mu` is.
     """
 
     domain_column: str = field(
@@ -217,6 +183,23 @@ class DoGEConfig(TrainingArguments):
             "help": "Weight updates left out of the mean, from the start; the paper leaves out none. If none is left, the mean is "
             "the last weights."
         },
+    )
+    mean_weighting: str = field(
+        default="steps",
+        metadata={
+            "help": "How much the weights after each update count in the mean: 'steps', all alike (the paper), or "
+            "'inverse_variance', by how little noise of the scores has reached them (ours)."
+        },
+    )
+    stop_when_undecided: bool = field(
+        default=False,
+        metadata={
+            "help": "Stop learning when scores have not told the domains apart in two windows of `undecided_window` updates: a "
+            "proxy run ends, online the weights stay."
+        },
+    )
+    undecided_window: int = field(
+        default=100, metadata={"help": "Updates of a window of `stop_when_undecided`. Must be >= 2."}
     )
     reweight_steps: int = field(
         default=1, metadata={"help": "Update the weights every this many optimizer steps. Must be >= 1."}
@@ -385,6 +368,7 @@ class DoGEConfig(TrainingArguments):
             burn_in_steps=self.burn_in_steps,
             reweight_steps=self.reweight_steps,
             score_metric=self.score_metric or ("optimizer" if plus else "gradient"),
+            mean_weighting=self.mean_weighting,
         )
 
     def get_doge_arguments(self) -> dict:

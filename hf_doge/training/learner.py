@@ -32,6 +32,7 @@ from hf_doge.training.halves import split_in_halves
 from hf_doge.training.learning_state import DomainMetrics, LearningState, TrajectoryPoint
 from hf_doge.training.provenance import describe_run
 from hf_doge.training.run_identity import describe_recipe
+from hf_doge.training.score_noise import ScoreNoise
 from hf_doge.training.setup import choose_alignment, weights_in_order
 from hf_doge.training.step_gradients import (
     MicroBatch,
@@ -124,7 +125,12 @@ class DomainLearner:
     @property
     def is_due(self) -> bool:
         """Whether the weights are updated in the step at hand."""
-        return self.trainer.state.global_step % self.args.reweight_steps == 0
+        return self.trainer.state.global_step % self.args.reweight_steps == 0 and not self.has_settled
+
+    @property
+    def has_settled(self) -> bool:
+        """Whether nothing is left to learn and that ends the learning; see [`~hf_doge.training.score_noise.ScoreNoise`]."""
+        return self.args.stop_when_undecided and self.state.has_settled
 
     def step(self, batches: list[tuple[dict[str, Any], Tensor]]) -> Tensor:
         """
@@ -262,10 +268,11 @@ class DomainLearner:
         names = self.domains.names
         self.metrics = DomainMetrics(names)
         self._loss = DomainLoss(self.trainer)
+        noise = ScoreNoise.if_asked_for(self.args, len(names))
         if checkpoint is None:
-            self.state = LearningState.fresh(names, self.initial_weights)
+            self.state = LearningState.fresh(names, self.initial_weights, noise)
         else:
-            self.state = LearningState.load(checkpoint, names)
+            self.state = LearningState.load(checkpoint, names, noise)
         self._clock = time.monotonic()
         self._described_step = None if self.state.described is None else read_step(checkpoint)
 
@@ -310,20 +317,15 @@ class DomainLearner:
             self._described_step, self.state.described = step, describe_run(self.trainer, self.args)
         described = self.state.described
         cost = {"seconds": round(self.state.seconds, 1), "num_tokens_seen": int(self.state.num_tokens.sum())}
+        if self.has_settled:
+            cost["settled_after_updates"] = self.state.num_updates
         objective = "universal" if self.targets is None else "target"
         return {**described, "objective": objective, "training": {**described["training"], **cost}}
 
     def count_consumed(self, batches: list[dict[str, Any]]) -> None:
         """Note, over all processes, examples and labels of a step that the trainer takes by itself."""
-        micro_batches = [
-            MicroBatch(
-                {name: value for name, value in inputs.items() if name != DOMAIN_IDS},
-                inputs[DOMAIN_IDS],
-                labels_are_shifted=self._loss.labels_are_shifted,
-            )
-            for inputs in batches
-        ]
-        num_domains = len(self.domains.names)
+        pieces = [({name: v for name, v in one.items() if name != DOMAIN_IDS}, one[DOMAIN_IDS]) for one in batches]
+        micro_batches, num_domains = [self._micro_batch(*piece) for piece in pieces], len(self.domains.names)
         counts = [count_labels(micro_batches, num_domains), count_examples(micro_batches, num_domains)]
         items, examples = sum_counts(counts, self.state.weights, self._reduction, step=self.trainer.state.global_step)
         self.state.num_tokens += items
@@ -354,16 +356,17 @@ class DomainLearner:
         found = clamp_scores(found, score_min=recipe.score_min, score_max=recipe.score_max)
         scores = scores.index_put((scored,), found)
         learning_rate = self.trainer._get_learning_rate()
+        rate = 1.0 if recipe.score_metric == "optimizer" else learning_rate  # which is in such scores
         weights = update_domain_weights(
             state.weights,
             scores,
-            learning_rate=1.0 if recipe.score_metric == "optimizer" else learning_rate,  # which is in such scores
+            learning_rate=rate,
             mu=recipe.mu,
             smoothing=recipe.smoothing,
             present=scored,
         )
         self.metrics.record(losses=losses, scores=scores)
-        state.update(weights, burn_in_steps=recipe.burn_in_steps)
+        state.update(weights, scores, rate=rate / recipe.mu, burn_in_steps=recipe.burn_in_steps)
         if state.num_updates % self.args.trajectory_steps == 0:
             number = self.trainer.state.global_step + 1
             state.points.append(TrajectoryPoint(number, learning_rate, weights, scores, losses))

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from hf_doge.artifacts.record import Trajectory, estimate_score_noise
 from hf_doge.functional.doge import update_running_mean
+from hf_doge.training.score_noise import ScoreNoise
 
 STATE_FILE = "doge_state.json"
 TRAJECTORY_FILE = "doge_trajectory.parquet"
@@ -49,6 +50,7 @@ class LearningState:
         seconds (`float`): Wall clock seconds of training, of this run and those it resumed, up to its last step.
         points (`list[TrajectoryPoint]`): The recorded updates.
         described (`dict` or `None`): What the artifact says of the run that learned all this.
+        noise (`ScoreNoise` or `None`): What is kept of the noise of the scores, where an argument asks for it.
     """
 
     names: tuple[str, ...]
@@ -63,22 +65,41 @@ class LearningState:
     seconds: float = 0.0
     points: list[TrajectoryPoint] = field(default_factory=list)
     described: dict[str, Any] | None = None
+    noise: ScoreNoise | None = None
 
     @classmethod
-    def fresh(cls, names: tuple[str, ...], weights: Tensor) -> "LearningState":
+    def fresh(cls, names: tuple[str, ...], weights: Tensor, noise: ScoreNoise | None = None) -> "LearningState":
         """Before the first step; the mean of no update is the initial weights."""
         zeros = torch.zeros(len(names), dtype=torch.int64)
-        return cls(names, weights.clone(), weights.clone(), num_examples=zeros, num_tokens=zeros.clone())
+        return cls(names, weights.clone(), weights.clone(), num_examples=zeros, num_tokens=zeros.clone(), noise=noise)
 
-    def update(self, weights: Tensor, *, burn_in_steps: int) -> None:
-        """Take over the weights of one more update."""
+    @property
+    def has_settled(self) -> bool:
+        """Whether nothing is left to learn, by the noise of the scores."""
+        return self.noise is not None and self.noise.has_settled
+
+    def update(self, weights: Tensor, scores: Tensor, *, rate: float, burn_in_steps: int) -> None:
+        """
+        Take over the weights of one more update.
+
+        Args:
+            weights (`torch.Tensor` of shape `(num_domains,)`): Those after it.
+            scores (`torch.Tensor` of shape `(num_domains,)`): What made them; NaN where a domain had none.
+            rate (`float`): What multiplied the scores in the logarithm of the weights.
+            burn_in_steps (`int`): Updates left out of the mean.
+        """
         self.weights = weights
         self.num_updates += 1
         self.nonfinite_in_a_row = 0
+        if self.noise is not None:
+            self.noise.take(scores, rate)
         if self.num_updates <= burn_in_steps:
             self.mean = weights.clone()
             return
-        self.mean = update_running_mean(self.mean, weights, self.num_averaged)
+        if self.noise is not None and self.noise.weighs_mean:
+            self.mean = self.mean + self.noise.share() * (weights - self.mean)
+        else:
+            self.mean = update_running_mean(self.mean, weights, self.num_averaged)
         self.num_averaged += 1
 
     def note_finiteness(self, nonfinite: bool, *, patience: int) -> None:
@@ -142,12 +163,19 @@ class LearningState:
             "seconds": self.seconds,
             "described": self.described,
         }
+        if self.noise is not None:
+            state["score_noise"] = self.noise.state_dict()
         (folder / STATE_FILE).write_text(json.dumps(state, indent=2))  # unsorted: the order of `described` is shown
 
     @classmethod
-    def load(cls, folder: Path, names: tuple[str, ...]) -> "LearningState":
+    def load(cls, folder: Path, names: tuple[str, ...], noise: ScoreNoise | None = None) -> "LearningState":
         """
         Read what [`LearningState.save`] wrote.
+
+        Args:
+            folder (`Path`): The checkpoint.
+            names (`tuple[str, ...]`): The training domains.
+            noise (`ScoreNoise`, *optional*): What takes up what is kept of the noise.
 
         Raises:
             `ValueError`: if the checkpoint was written for other domains, or is not whole.
@@ -169,6 +197,8 @@ class LearningState:
         if state["num_trajectory_points"]:
             trajectory = _read_trajectory(folder / TRAJECTORY_FILE)
             points = _to_points(trajectory, names)
+        if noise is not None:
+            noise.load_state_dict(state.get("score_noise", {}))
         by_domain = [state["domains"][name] for name in names]
         return cls(
             names=names,
@@ -183,6 +213,7 @@ class LearningState:
             seconds=state.get("seconds", 0.0),
             points=points,
             described=state.get("described"),
+            noise=noise,
         )
 
 
@@ -240,6 +271,8 @@ class DomainMetrics:
         }
         metrics["domain_weight_entropy"] = float(torch.special.entr(state.weights).sum())
         metrics["alignment_time_share"] = 1 - self._training_seconds / max(self._step_seconds, 1e-9)
+        if state.noise is not None and state.noise.statistic == state.noise.statistic:
+            metrics |= {"domain_score_f": state.noise.statistic, "undecided_windows": state.noise.num_undecided}
         if state.nonfinite_steps:
             metrics["nonfinite_domain_steps"] = state.nonfinite_steps
         self._clear()

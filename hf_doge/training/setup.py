@@ -18,7 +18,8 @@ from hf_doge.gradients.sharding import is_sharded
 from hf_doge.gradients.single_pass import SinglePassAlignment
 from hf_doge.gradients.vectors import Vectors, is_spread, num_own_elements
 from hf_doge.sampling.streaming import holds_streams
-from hf_doge.training.config import DoGEConfig, Recipe
+from hf_doge.training.config import DoGEConfig
+from hf_doge.training.recipe import Recipe
 
 logger = logging.getLogger(__name__)
 

@@ -23,6 +23,7 @@ from hf_doge.training.learner import DomainLearner
 from hf_doge.training.lost_process import explaining_lost_process
 from hf_doge.training.mixture import DomainWeightedMixin
 from hf_doge.training.preemption import PreemptionCallback
+from hf_doge.training.score_noise import UndecidedCallback
 from hf_doge.training.setup import (
     refuse_unsupported,
     refuse_unsupported_arguments,
@@ -157,6 +158,13 @@ class DoGEMixin(DomainWeightedMixin):
         )
         self._micro_batches: list[dict[str, Any]] = []
         PreemptionCallback.take_over(self)
+        if not args.is_online:
+            self.add_callback(UndecidedCallback(lambda: self.has_settled))
+
+    @property
+    def has_settled(self) -> bool:
+        """Whether learning has ended by `stop_when_undecided`."""
+        return self._learner.has_settled
 
     @property
     def domain_weights(self) -> DomainWeights:
@@ -237,6 +245,13 @@ class DoGEMixin(DomainWeightedMixin):
         learner.record_time(step_seconds=end - start, training_seconds=end - training_start)
         return loss
 
+    def set_initial_training_values(self, *args: Any, **kwargs: Any) -> tuple:
+        """As the Trainer's; a proxy whose learning has ended has no epoch left."""
+        num_epochs, steps_per_epoch, *others = super().set_initial_training_values(*args, **kwargs)
+        if self.has_settled and not self.args.is_online:
+            num_epochs = self._resumed_step // steps_per_epoch
+        return num_epochs, steps_per_epoch, *others
+
     def _enter_training(self, model: nn.Module) -> None:
         """As `Trainer.training_step` begins: schedule-free optimizers hold other parameters for evaluation."""
         model.train()
@@ -263,10 +278,8 @@ class DoGEMixin(DomainWeightedMixin):
 
     @staticmethod
     def _refuse_lost_domains(args: DoGEConfig, names: tuple[str, ...], *, has_target: bool) -> None:
-        batch_size, num_parts = (
-            examples_per_step(args),
-            2 if args.get_recipe().is_independent and not has_target else 1,
-        )
+        batch_size = examples_per_step(args)
+        num_parts = 2 if args.get_recipe().is_independent and not has_target else 1
         if batch_size < num_parts * len(names) and not args.is_online:
             each = "every domain" if num_parts == 1 else "two examples of every domain with `self_term='independent'`"
             raise ValueError(

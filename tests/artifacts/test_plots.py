@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from hf_doge.artifacts import DomainWeights, Trajectory
+from hf_doge.artifacts.score_noise import undecided_groups, weight_noise
 from hf_doge.plots import plot_comparison, plot_domain_weights
 
 pytest.importorskip("matplotlib")
@@ -212,3 +213,118 @@ def test_a_single_seed_has_no_spread_to_explain(std):
 def test_a_table_that_is_no_comparison_is_refused_by_name(table, message):
     with pytest.raises(ValueError, match=message):
         plot_comparison(table)
+
+
+def noisy_weights(num_domains=3, *, num_steps=40, mu=10.0, **recipe):
+    """Weights that follow from their scores by the update, from uniform ones."""
+    draw = np.random.default_rng(0)
+    scores = draw.normal(size=(num_steps, num_domains)) * np.arange(1, num_domains + 1)
+    logits = scores.cumsum(axis=0) / mu
+    weights = np.exp(logits - logits.max(axis=1, keepdims=True))
+    weights /= weights.sum(axis=1, keepdims=True)
+    names = [f"d{number}" for number in range(num_domains)]
+    steps = np.arange(1, num_steps + 1)
+    trajectory = Trajectory(names, steps, np.full(num_steps, 0.5), weights, scores, np.ones_like(scores))
+    return DomainWeights(
+        dict(zip(names, weights.mean(axis=0).tolist(), strict=True)),
+        last=dict(zip(names, weights[-1].tolist(), strict=True)),
+        trajectory=trajectory,
+        recipe={"name": "doge_plus", "mu": mu, "score_metric": "optimizer"} | recipe,
+    )
+
+
+def bands(figure):
+    """Steps, lower and upper edge of each band, in the order of the lines."""
+    found = []
+    for band in figure.axes[0].collections:
+        edge = band.get_paths()[0].vertices
+        steps = np.unique(edge[:, 0])
+        found.append((steps, *(np.array([f(edge[edge[:, 0] == x, 1]) for x in steps]) for f in (np.min, np.max))))
+    return found
+
+
+def test_the_band_of_a_weight_is_where_the_noise_of_the_scores_alone_could_have_led_it(tmp_path):
+    weights = noisy_weights()
+    weights.save_pretrained(tmp_path / "saved", plot=True)
+    weights = DomainWeights.from_pretrained(tmp_path / "saved")
+    figure, trajectory = weights.plot(), weights.trajectory
+    assert figure.axes[0].get_xlabel() == "step (bands: noise of the scores, two standard deviations)"
+    apart = trajectory.scores - (trajectory.weights * trajectory.scores).sum(axis=1, keepdims=True)
+    squares = np.diff(apart, axis=0) ** 2 / 2
+    noise = np.sqrt(np.vstack([squares[:1], squares]).cumsum(axis=0)) / 10
+    heaviest_first = np.argsort([-weights.mean[name] for name in trajectory.domains])
+    drawn = bands(figure)
+    assert len(drawn) == 3
+    for column, (steps, low, high) in zip(heaviest_first, drawn, strict=True):
+        np.testing.assert_array_equal(steps, trajectory.steps)
+        line, factor = trajectory.weights[:, column], np.exp(2 * noise[:, column])
+        np.testing.assert_allclose(low, line / factor, rtol=1e-9)
+        np.testing.assert_allclose(high, np.minimum(line * factor, 1), rtol=1e-9)
+    assert drawn[0][2][-1] / drawn[0][1][-1] > drawn[0][2][0] / drawn[0][1][0]  # it widens
+
+
+def test_the_noise_of_a_weight_is_its_spread_over_runs_whose_scores_are_noise():
+    """Against the spread itself, of two hundred runs without any signal."""
+    draw, found, logs = np.random.default_rng(1), [], []
+    for _ in range(200):
+        scores = draw.normal(size=(60, 3))
+        logits = scores.cumsum(axis=0) / 100
+        weights = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+        one = noisy_weights(num_steps=60, mu=100.0)
+        one.trajectory.scores, one.trajectory.weights = scores, weights
+        found.append(weight_noise(one))
+        logs.append(np.log(weights))
+    np.testing.assert_allclose(np.mean(found, axis=0)[[9, 59]], np.std(logs, axis=0)[[9, 59]], rtol=0.15)
+
+
+def _without_mu():
+    weights = noisy_weights()
+    del weights.recipe["mu"]
+    return weights
+
+
+@pytest.mark.parametrize("weights", [noisy_weights(num_steps=9), _without_mu(), make_weights(3)])
+def test_without_known_noise_there_is_no_band(weights):
+    figure = weights.plot()
+    assert bands(figure) == []
+    assert figure.axes[0].get_xlabel() == "step"
+
+
+def test_noise_beyond_all_bounds_is_drawn_as_the_whole_panel():
+    (_, low, high), *_ = bands(noisy_weights(mu=1e-6).plot())
+    assert np.isfinite([low, high]).all()
+    assert high.max() <= 1
+
+
+def test_of_a_recorded_part_of_the_updates_each_stands_for_as_many():
+    every, tenth = noisy_weights(), noisy_weights(arguments={"trajectory_steps": 10})
+    np.testing.assert_allclose(weight_noise(tenth), 10**0.5 * weight_noise(every))
+
+
+def test_what_cannot_be_told_apart_follows_the_mean_that_was_taken():
+    draw = np.random.default_rng(3)
+    scores = 0.5 * draw.normal(size=(40, 2))
+    scores[:, 0] += 0.3
+
+    def groups(ratio, **recipe):
+        one = noisy_weights(2, **recipe)
+        one.trajectory.scores = scores
+        one.mean = {"d0": ratio / (1 + ratio), "d1": 1 / (1 + ratio)}
+        return undecided_groups(one)
+
+    def noise(shares):
+        """Of the logarithm of the ratio, where the weights after each update make up such shares of the mean."""
+        reach = [sum(shares[step:]) / sum(shares) for step in range(40)]
+        squares = np.diff(scores[:, 0] - scores[:, 1]) ** 2 / 2
+        return np.sqrt(sum(np.square(reach) * [squares[0], *squares])) / 10
+
+    squares = np.diff(scores - scores.mean(axis=1, keepdims=True), axis=0) ** 2 / 2
+    plain, by_noise = noise(np.ones(40)), noise(1 / np.cumsum([squares[0].mean(), *squares.mean(axis=1)]))
+    assert by_noise < 0.8 * plain  # early weights, with little noise, make up most of that mean
+    for recipe, deviation in (({}, plain), ({"mean_weighting": "inverse_variance"}, by_noise)):
+        assert groups(np.exp(1.95 * deviation), **recipe) == [["d0", "d1"]]
+        assert groups(np.exp(2.05 * deviation), **recipe) == []
+    late = noise([0] * 30 + [1] * 10)
+    assert late > 1.2 * plain
+    assert groups(np.exp(1.95 * late), burn_in_steps=30) == [["d0", "d1"]]
+    assert groups(np.exp(2.05 * late), burn_in_steps=30) == []

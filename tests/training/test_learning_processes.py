@@ -55,7 +55,7 @@ def load(folder, way, rank=0):
 
 
 def assert_same_learning(found, expected, *, tolerance=1e-5):
-    for name in ("weights", "losses", "parameters"):
+    for name in ("weights", "mean", "losses", "parameters"):
         torch.testing.assert_close(found[name], expected[name], rtol=tolerance, atol=tolerance, equal_nan=True)
     torch.testing.assert_close(
         found["scores"], expected["scores"], rtol=10 * tolerance, atol=tolerance, equal_nan=True
@@ -78,6 +78,12 @@ def test_all_processes_hold_the_same_weights_to_the_bit(learned, way, num_proces
     for other in others:
         assert torch.equal(first["weights"], other["weights"])
         assert torch.equal(first["parameters"], other["parameters"])
+
+
+def test_learning_settles_after_the_same_step_on_any_number_of_processes(learned):
+    """The fourth of six, after two windows of two updates; the mean by inverse variance is compared above."""
+    ends = [len(load(learned[number], "undecided", rank)["weights"]) for number, rank in ((1, 0), (2, 0), (2, 1))]
+    assert ends == [4, 4, 4]
 
 
 @pytest.mark.parametrize("num_processes", [1, 4])

@@ -22,7 +22,7 @@ def draws(count):
 def learned(count=5, burn_in_steps=2):
     state = LearningState.fresh(NAMES, torch.full((3,), 1 / 3, dtype=torch.float64))
     for step, weights in enumerate(draws(count), start=1):
-        state.update(weights, burn_in_steps=burn_in_steps)
+        state.update(weights, torch.zeros(3), rate=1.0, burn_in_steps=burn_in_steps)
         state.points.append(TrajectoryPoint(step, 0.1 * step, weights, weights - 1, weights + 1))
     state.num_examples += torch.tensor([5, 6, 7])
     state.num_tokens += torch.tensor([50, 60, 70])

@@ -1,7 +1,6 @@
 """The card of domain weights."""
 
 import io
-import math
 import textwrap
 from collections.abc import Mapping
 from importlib.util import find_spec
@@ -30,6 +29,7 @@ from hf_doge.artifacts.cards.text import (
     table,
 )
 from hf_doge.artifacts.record import WeightsRecord, estimate_score_noise
+from hf_doge.artifacts.score_noise import LEAST_UPDATES, undecided_groups, weight_noise
 from hf_doge.files import sha256
 from hf_doge.text import printable
 
@@ -67,7 +67,6 @@ _COSTS = {
 }
 _MOST_DRAWN = 1000  # domains, each a line of the trajectory; with 10,000 it took minutes
 _MOST_BARS = 50  # the heaviest; with 300 a picture took 3 s, at each save
-_LEAST_UPDATES = 10  # that the noise of a score is told from
 
 
 def weights_card(
@@ -114,8 +113,11 @@ def draw_plot(weights: WeightsRecord) -> bytes | None:
         return None
     from hf_doge.plots import plot_domain_weights
 
-    picture = io.BytesIO()
-    plot_domain_weights(weights, max_domains=_MOST_BARS).savefig(picture, format="png", metadata={"Software": None})
+    picture, trajectory = io.BytesIO(), weights.trajectory
+    noise = None if trajectory is None or len(trajectory.steps) < LEAST_UPDATES else weight_noise(weights)
+    plot_domain_weights(weights, max_domains=_MOST_BARS, noise=noise).savefig(
+        picture, format="png", metadata={"Software": None}
+    )
     return picture.getvalue()
 
 
@@ -219,6 +221,12 @@ def summarize(weights: WeightsRecord) -> str:
     the run cannot tell apart.
     """
     lines = [*headline(weights), "", format_table(summary_columns(weights))]
+    settled = part_of(weights.metadata, "training").get("settled_after_updates")
+    if isinstance(settled, int):
+        text = (
+            f"Learning stopped after {settled:,} updates: the scores no longer told the domains apart for their noise."
+        )
+        lines += ["", *textwrap.wrap(text, width=100, subsequent_indent="  ")]
     groups = [", ".join(map(printable, group)) for group in undecided_groups(weights)]
     if groups:
         text = f"Weights that this run cannot tell apart, for the noise of its scores: {'; '.join(groups)}."
@@ -226,45 +234,10 @@ def summarize(weights: WeightsRecord) -> str:
     return "\n".join(lines)
 
 
-def undecided_groups(weights: WeightsRecord) -> list[list[str]]:
-    """
-    Domains whose weights differ by less than the noise of the scores accounts for, heaviest first, two or more in a group.
-
-    The noise of a step's score moves the logarithm of the weight by `rate * noise / mu` from that update on, so that of the
-    mean weight over T updates by the root of the sum of `(rate * noise / mu * (T - t) / T)^2`. Two weights are told apart if
-    their logarithms differ by two standard deviations. Nothing is said of fewer than ten recorded updates.
-    """
-    noises, names = _weight_noises(weights), sorted(weights.names, key=lambda name: weights.mean[name], reverse=True)
-    groups: list[list[str]] = []
-    for name in names:
-        if weights.mean[name] == 0 or not math.isfinite(noises.get(name, math.nan)):
-            continue
-        first = groups[-1][0] if groups else name
-        distance = math.log(weights.mean[first] / weights.mean[name])
-        if groups and distance < 2 * math.hypot(noises[first], noises[name]):
-            groups[-1].append(name)
-        else:
-            groups.append([name])
-    return [group for group in groups if len(group) > 1]
-
-
-def _weight_noises(weights: WeightsRecord) -> dict[str, float]:
-    """Standard deviation of the logarithm of each mean weight; empty where it is not known."""
-    trajectory, recipe = weights.trajectory, weights.recipe
-    arguments, mu = recipe.get("arguments"), recipe.get("mu")
-    if trajectory is None or len(trajectory.steps) < _LEAST_UPDATES or not isinstance(mu, int | float) or not mu > 0:
-        return {}
-    num_updates = len(trajectory.steps)
-    rates = np.ones(num_updates) if recipe.get("score_metric") == "optimizer" else trajectory.learning_rates
-    every = arguments.get("trajectory_steps", 1) if isinstance(arguments, dict) else 1
-    reach = np.sqrt(every * np.square(rates * (1 - np.arange(num_updates) / num_updates)).sum()) / mu
-    return dict(zip(trajectory.domains, (estimate_score_noise(trajectory.scores) * reach).tolist(), strict=True))
-
-
 def signal_to_noise(weights: WeightsRecord) -> dict[str, float]:
     """Mean score of each domain over the noise of one step's score; empty for fewer than ten recorded updates."""
     trajectory = weights.trajectory
-    if trajectory is None or len(trajectory.steps) < _LEAST_UPDATES:
+    if trajectory is None or len(trajectory.steps) < LEAST_UPDATES:
         return {}
     noises = estimate_score_noise(trajectory.scores)
     scores = [column[np.isfinite(column)] for column in trajectory.scores.T]

@@ -1,0 +1,109 @@
+"""How far the weights of a run can be told apart, for the noise of the scores that made them."""
+
+import math
+
+import numpy as np
+
+from hf_doge.artifacts.record import WeightsRecord
+
+# Shapes: T = recorded updates, K = domains.
+
+LEAST_UPDATES = 10  # that noise is told from
+
+
+def undecided_groups(weights: WeightsRecord) -> list[list[str]]:
+    """
+    Domains whose weights differ by less than the noise of the scores accounts for, heaviest first, two or more in a group.
+
+    The noise of the difference of two scores moves the logarithm of the ratio of the two weights by `rate * noise / mu` from
+    that update on, so that of the mean weights by the root of the sum of `(rate * noise / mu * reach)^2`, where `reach` is the
+    share of the mean that lies behind the update: `(T - t) / T` in the paper's. Two weights are told apart if their logarithms
+    differ by two standard deviations. Nothing is said of fewer than ten recorded updates.
+    """
+    trajectory, rates = weights.trajectory, update_rates(weights)
+    if trajectory is None or rates is None:
+        return []
+    reach = np.cumsum(_shares_of_mean(weights, rates)[::-1])[::-1]
+    columns = dict(zip(trajectory.domains, trajectory.scores.T, strict=True))
+    groups: list[list[str]] = []
+    for name in sorted(weights.names, key=lambda name: weights.mean[name], reverse=True):
+        known = np.isfinite(np.diff(columns[name])).any()
+        if weights.mean[name] == 0 or not known:
+            continue
+        first = groups[-1][0] if groups else name
+        differences = (columns[first] - columns[name])[:, None]
+        noise = math.sqrt(float((_variances(differences, rates * reach)).sum()))
+        if groups and math.log(weights.mean[first] / weights.mean[name]) < 2 * noise:
+            groups[-1].append(name)
+        else:
+            groups.append([name])
+    return [group for group in groups if len(group) > 1]
+
+
+def weight_noise(weights: WeightsRecord) -> np.ndarray | None:
+    """
+    Standard deviation of the logarithm of each recorded weight, for the noise of the scores up to it.
+
+    Only the distance of a score from the mean of the scores under the weights moves a weight, so the noise is that distance's.
+
+    Returns:
+        `numpy.ndarray` of shape `(T, K)`, in the order of the trajectory; `None` where it is not known: without a trajectory,
+        with fewer than ten recorded updates or without `mu` in the recipe.
+    """
+    trajectory, rates = weights.trajectory, update_rates(weights)
+    if trajectory is None or rates is None or not np.isfinite(np.diff(trajectory.scores, axis=0)).any():
+        return None
+    is_known = np.isfinite(trajectory.scores)
+    shares = np.where(is_known, trajectory.weights, 0.0)
+    total = shares.sum(axis=1, keepdims=True)
+    means = np.where(is_known, shares * trajectory.scores, 0.0).sum(axis=1, keepdims=True) / np.where(total, total, 1)
+    return np.sqrt(np.cumsum(_variances(trajectory.scores - means, rates), axis=0))
+
+
+def update_rates(weights: WeightsRecord) -> np.ndarray | None:
+    """
+    By how much the noise of one score at each recorded update moves the logarithm of a weight, up to the next recorded update:
+    `rate / mu` times the root of the number of updates that it stands for. `None` where that is not known.
+    """
+    trajectory, recipe = weights.trajectory, weights.recipe
+    arguments, mu = recipe.get("arguments"), recipe.get("mu")
+    if trajectory is None or len(trajectory.steps) < LEAST_UPDATES or not isinstance(mu, int | float) or not mu > 0:
+        return None
+    is_measured = recipe.get("score_metric") == "optimizer"  # the learning rate is in such scores
+    rates = np.ones(len(trajectory.steps)) if is_measured else trajectory.learning_rates
+    return rates * math.sqrt(_stands_for(arguments)) / mu
+
+
+def _stands_for(arguments: object) -> int:
+    every = arguments.get("trajectory_steps", 1) if isinstance(arguments, dict) else 1
+    return every if isinstance(every, int) and every > 0 else 1
+
+
+def _shares_of_mean(weights: WeightsRecord, rates: np.ndarray) -> np.ndarray:
+    """How much of the mean the weights after each recorded update make up."""
+    assert weights.trajectory is not None
+    scores, recipe = weights.trajectory.scores, weights.recipe
+    shares = np.ones(len(rates))
+    if recipe.get("mean_weighting") == "inverse_variance":
+        known = np.isfinite(scores)
+        means = np.where(known, scores, 0.0).sum(axis=1, keepdims=True) / np.maximum(
+            known.sum(axis=1, keepdims=True), 1
+        )
+        shares = 1 / (np.cumsum(_variances(scores - means, rates).mean(axis=1)) + np.finfo(np.float64).tiny)
+    burn_in = recipe.get("burn_in_steps")
+    first = burn_in // _stands_for(recipe.get("arguments")) if isinstance(burn_in, int) and burn_in > 0 else 0
+    shares[: min(first, len(shares) - 1)] = 0
+    return shares / shares.sum()
+
+
+def _variances(values: np.ndarray, rates: np.ndarray) -> np.ndarray:
+    """
+    Variance that each update adds to the logarithm, from half the squared difference to the value before: shape `(T, n)`. The
+    first counts as the second; where a value is missing nothing moves, and after a gap the mean of the column is taken.
+    """
+    squares = np.square(np.diff(values, axis=0)) / 2
+    squares = np.concatenate([squares[:1], squares])
+    known = np.isfinite(squares)
+    means = np.where(known, squares, 0.0).sum(axis=0) / np.maximum(known.sum(axis=0), 1)
+    squares = np.where(known, squares, means)
+    return np.where(np.isfinite(values), squares, 0.0) * np.square(rates)[:, None]

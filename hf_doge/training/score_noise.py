@@ -1,0 +1,156 @@
+"""What the noise of scores says while weights are learned: [`ScoreNoise`], and [`UndecidedCallback`], which stops by it."""
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from hf_doge.training.config import DoGEConfig
+
+logger = logging.getLogger(__name__)
+
+QUIET = 2.0  # below which a window is undecided
+LOUD = 3.0  # from which on it is decided, and those before it no longer count
+WINDOWS = 2  # undecided ones after which nothing is left to learn
+_SETTINGS = ("window", "weighs_mean")
+_LEAST_VARIANCE = 1e-12  # of the logarithm of a weight
+
+
+class ScoreNoise:
+    """
+    Carries from update to update how much noise has reached the weights, and whether scores still tell the domains apart, in
+    a few numbers for each domain. Ours.
+
+    Only differences between scores move weights, so each score counts as its distance `d_tj` from the mean over the domains at
+    that update; its noise is told from successive differences, as in [`~hf_doge.artifacts.score_noise.estimate_score_noise`].
+
+    *Nothing left to learn.* At the end of each window of n updates `z_j = mean_t d_tj / (noise_j / sqrt(n))` says how many
+    standard errors the score of a domain is away from the others', and `F = mean_j z_j^2` is 1 on average if none is. A
+    window with F below 2 is undecided, one with F from 3 on is decided, and one between leaves things as they are. Learning has
+    settled after two undecided windows without a decided one between them, and stays so. With n = 100 a signal to noise ratio
+    of a single score of .1 gives F = 2, one of .17 gives about 4.
+
+    *Inverse variance.* The noise of the updates so far leaves the logarithm of a weight with the variance
+    `V_t = sum_{s <= t} (rate_s noise_s / mu)^2`, whose terms are the squared differences over 2, averaged over the domains.
+    The weights after update t count `1 / V_t` in the mean; those after the first, of which no noise is known, do not count.
+
+    Args:
+        num_domains (`int`): As many scores come with each update.
+        window (`int`): Updates of a window, at least 2.
+        weighs_mean (`bool`): Whether the mean of the weights counts them by inverse variance.
+
+    Attributes:
+        num_undecided (`int`): Undecided windows that count so far.
+        statistic (`float`): F of the last whole window, NaN before.
+    """
+
+    def __init__(self, num_domains: int, *, window: int, weighs_mean: bool = False) -> None:
+        self.window = window
+        self.weighs_mean = weighs_mean
+        self.num_undecided = 0
+        self.statistic = float("nan")
+        self._last = torch.full((num_domains,), torch.nan, dtype=torch.float64)
+        self._knows_noise = False
+        self._log_variance = 0.0
+        self._total_precision = 0.0
+        self._open_window()
+
+    def _open_window(self) -> None:
+        zeros = torch.zeros_like(self._last)
+        self._num_updates = 0
+        self._sums, self._counts, self._squares, self._changes = (zeros.clone() for _ in range(4))
+
+    @property
+    def has_settled(self) -> bool:
+        """Whether nothing is left to learn."""
+        return self.num_undecided >= WINDOWS
+
+    def take(self, scores: Tensor, rate: float) -> None:
+        """
+        Note one more update.
+
+        Args:
+            scores (`torch.Tensor` of shape `(num_domains,)`): NaN for a domain without one.
+            rate (`float`): What they are multiplied by in the logarithm of the weights, learning rate over mu.
+        """
+        centred = scores.double() - scores.double().nanmean()
+        variance = (centred - self._last).square() / 2
+        known, there = variance.isfinite(), centred.isfinite()
+        if known.any():
+            self._knows_noise = True
+            self._log_variance += rate**2 * float(variance[known].mean())
+        self._squares += torch.where(known, variance, 0.0)
+        self._changes += known
+        self._sums += torch.where(there, centred, 0.0)
+        self._counts += there
+        self._last = centred
+        self._num_updates += 1
+        if self._num_updates >= self.window:
+            self._close_window()
+
+    def _close_window(self) -> None:
+        there = (self._counts > 0) & (self._changes > 0)
+        noise = (self._squares / self._changes)[there].clamp(min=torch.finfo(torch.float64).tiny)
+        squares = self._sums[there].square() / (self._counts[there] * noise)  # of z
+        self.statistic = float(squares.mean()) if len(squares) else float("nan")
+        if not self.has_settled:
+            self.num_undecided += self.statistic < QUIET
+            if self.statistic >= LOUD:
+                self.num_undecided = 0
+        self._open_window()
+
+    @classmethod
+    def if_asked_for(cls, args: DoGEConfig, num_domains: int) -> "ScoreNoise | None":
+        """What the arguments need, `None` if they need nothing."""
+        weighs_mean = args.mean_weighting == "inverse_variance"
+        if not (weighs_mean or args.stop_when_undecided):
+            return None
+        return cls(num_domains, window=args.undecided_window, weighs_mean=weighs_mean)
+
+    def share(self) -> float:
+        """How much of the mean the weights after the update just taken make up, by the inverse of their variance."""
+        precision = 1 / (self._log_variance + _LEAST_VARIANCE) if self._knows_noise else 0.0
+        self._total_precision += precision
+        return precision / self._total_precision if self._total_precision else 1.0
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON, from which learning goes on as if it had not been interrupted."""
+        values = {name.lstrip("_"): value for name, value in vars(self).items() if name not in _SETTINGS}
+        return {name: value.tolist() if isinstance(value, Tensor) else value for name, value in values.items()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up what [`state_dict`] gave."""
+        for name in vars(self):
+            if name.lstrip("_") in state:
+                value = state[name.lstrip("_")]
+                setattr(self, name, torch.tensor(value, dtype=torch.float64) if isinstance(value, list) else value)
+
+
+class UndecidedCallback(TrainerCallback):
+    """
+    Ends the run of a proxy after the step in which its learning has settled, with a checkpoint if it makes any by steps, and
+    an evaluation likewise. The scores are the same on all processes, so that all of them end it there.
+
+    Args:
+        has_settled (`Callable[[], bool]`): Whether it has.
+    """
+
+    def __init__(self, has_settled: Callable[[], bool]) -> None:
+        self._has_settled = has_settled
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if not self._has_settled():
+            return
+        logger.info(
+            "Nothing is left to learn after step %d of %d: the scores no longer tell the domains apart.",
+            state.global_step,
+            state.max_steps,
+        )
+        control.should_training_stop = control.should_log = True
+        control.should_save |= args.save_strategy == "steps"
+        control.should_evaluate |= args.eval_strategy == "steps"
