@@ -38,7 +38,8 @@ def statistic(scores):
     """F of one window by its definition; the first change of a later window is from the window before."""
     centred = scores - np.nanmean(scores, axis=1, keepdims=True)
     noise = np.sqrt(np.nanmean(np.diff(centred, axis=0) ** 2, axis=0) / 2)
-    return np.mean((np.nanmean(centred[-6:], axis=0) / (noise / 6**0.5)) ** 2)
+    counts = np.isfinite(centred[-6:]).sum(axis=0)
+    return np.mean((np.nanmean(centred[-6:], axis=0) / (noise / counts**0.5)) ** 2)
 
 
 def feed(noise, scores, rate=1.0):
