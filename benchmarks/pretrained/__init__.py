@@ -1,0 +1,1 @@
+"""Tracing on models that were pretrained: `python -m benchmarks.pretrained minilm` and `smollm2`."""
