@@ -89,7 +89,7 @@ def record_training(
         eval_dataset=test,
         data_collator=DataCollatorWithPadding(tokenizer),
         processing_class=tokenizer,
-        callbacks=[TracInWECallback(folder, dataset=train, batch_size=64)],
+        callbacks=[TracInWECallback(folder, dataset=train, batch_size=64, recipe="paper")],
         compute_metrics=lambda output: {"accuracy": float((output[0].argmax(axis=1) == output[1]).mean())},
     )
     trainer.train()

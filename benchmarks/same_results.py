@@ -136,7 +136,7 @@ def record(folder: Path, tokenizer, **options) -> dict[str, str]:
         folder / "run", num_train_epochs=2, per_device_train_batch_size=4, learning_rate=5e-3, save_strategy="epoch",
         report_to=[], use_cpu=True, disable_tqdm=True, seed=1,
     )  # fmt: skip
-    callback = TracInWECallback(folder / "index", dataset=dataset, dtype="float32", **options)
+    callback = TracInWECallback(folder / "index", dataset=dataset, dtype="float32", **options, **paper_recipe())
     collator = DataCollatorWithPadding(tokenizer)
     trainer = Trainer(classifier(), args, collator, dataset, processing_class=tokenizer, callbacks=[callback])
     trainer.remove_callback(PrinterCallback)
@@ -156,6 +156,15 @@ def record(folder: Path, tokenizer, **options) -> dict[str, str]:
         "self_influence": digest([] if "record" in options else index.self_influence().to_dict()),
         "card": digest(without_time(card, folder)),
     }
+
+
+def paper_recipe() -> dict[str, str]:
+    """What asks for the paper's settings, which were all defaults in commits that know no recipe."""
+    try:
+        TracInWECallback("index", recipe="paper")
+    except TypeError:
+        return {}
+    return {"recipe": "paper"}
 
 
 def without_time(text: str, folder: Path) -> str:

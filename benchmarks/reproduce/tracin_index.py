@@ -55,7 +55,7 @@ def write_index(data_dir: Path, folder: Path, task_name: str, architecture: str,
     tokenizer = word_tokenizer(explained.task.vocabulary)
     lines = [ids[mask.bool()].tolist() for ids, mask in zip(train["input_ids"], train["attention_mask"], strict=True)]
     dataset = Dataset.from_dict({"input_ids": lines, "labels": train["labels"].tolist()})
-    settings = RecordingSettings()
+    settings = RecordingSettings(recipe="paper")
     shutil.rmtree(folder, ignore_errors=True)
     batches = SequentialBatches(dataset, DataCollatorWithPadding(tokenizer), batch_size=64, seed=0)
     index = open_shared_index(

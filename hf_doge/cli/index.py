@@ -131,5 +131,5 @@ def _add_recording_flags(parser: ArgumentParser) -> None:
         if one.name == "second_moment":
             parser.add_argument(f"--{one.name}", action="store_const", const=True, **options)
         else:
-            kind = int if one.default is None or isinstance(one.default, int) else str
+            kind = str if one.metadata["choices"] else int
             parser.add_argument(f"--{one.name}", type=kind, choices=one.metadata["choices"], **options)

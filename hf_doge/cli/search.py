@@ -1,7 +1,7 @@
 """`hf-doge search`: which training examples, and which of their words, made a model predict what it predicts."""
 
 import json
-from argparse import ArgumentParser, Namespace
+from argparse import ArgumentParser, BooleanOptionalAction, Namespace
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
@@ -36,7 +36,9 @@ def main(argv: Sequence[str]) -> int:
     hits = index.search(
         queries,
         top_k=args.top_k,
+        recipe=args.recipe,
         special_tokens=args.special_tokens,
+        sentence_ends=args.sentence_ends,
         batch_size=args.batch_size,
         cosine=args.cosine,
         kernel=args.kernel,
@@ -88,16 +90,7 @@ def _parse(argv: Sequence[str]) -> Namespace:
         help="Field of the label in it, if it has one. 'none' traces what the model predicts. Default: label.",
     )
     parser.add_argument("--top_k", type=int, default=10, help="Examples of each kind, at least 1. Default: 10.")
-    parser.add_argument(
-        "--special_tokens", default="count", choices=SPECIAL_TOKENS, help="Whether tokens such as [CLS] count."
-    )
-    parser.add_argument("--cosine", action="store_true", help="Divide scores by the norms of both gradients.")
-    parser.add_argument(
-        "--kernel", default="token", choices=KERNELS, help="Whether words of like meaning answer each other too."
-    )
-    parser.add_argument(
-        "--synonym_threshold", type=float, default=0.5, help="Smallest cosine of such words. Default: 0.5."
-    )
+    _add_scoring_flags(parser)
     parser.add_argument("--tokenizer", default=None, help="Folder or Hub name. Default: the one of the checkpoints.")
     parser.add_argument(
         "--masking",
@@ -109,6 +102,40 @@ def _parse(argv: Sequence[str]) -> Namespace:
     parser.add_argument("--html", type=Path, default=None, help="Write a page with shaded words to this file.")
     parser.add_argument("--json", action="store_true", help="Print one JSON object for each hit.")
     return parse_once(parser, argv)
+
+
+def _add_scoring_flags(parser: ArgumentParser) -> None:
+    """What counts in a score."""
+    parser.add_argument(
+        "--recipe",
+        default=None,
+        choices=["paper"],
+        help="paper: all tokens count, and nothing is divided by norms. Default: what the index was begun with.",
+    )
+    parser.add_argument(
+        "--special_tokens",
+        default=None,
+        choices=SPECIAL_TOKENS,
+        help="Whether tokens such as [CLS] count. Default: as the index says.",
+    )
+    parser.add_argument(
+        "--sentence_ends",
+        default=None,
+        choices=SPECIAL_TOKENS,
+        help="Whether the ends of sentences (. ? !) count. Default: as the index says.",
+    )
+    parser.add_argument(
+        "--cosine",
+        action=BooleanOptionalAction,
+        default=None,
+        help="Divide scores by the norms of both gradients. Default: as the index says.",
+    )
+    parser.add_argument(
+        "--kernel", default="token", choices=KERNELS, help="Whether words of like meaning answer each other too."
+    )
+    parser.add_argument(
+        "--synonym_threshold", type=float, default=0.5, help="Smallest cosine of such words. Default: 0.5."
+    )
 
 
 def _read_queries(args: Namespace) -> list[Any]:

@@ -26,6 +26,7 @@ from hf_doge.gradients.embedding_uses import (
     counted_positions,
     evaluation_mode,
     full_precision,
+    has_tied_output,
     input_embedding_matrix,
     join_by_example,
     no_parameter_gradients,
@@ -343,7 +344,7 @@ class EmbeddingBackward(AbstractContextManager):
                 f"`tied='output'` needs an output layer that multiplies by the embedding matrix, but "
                 f"`{type(self.model).__name__}` has none. Use `tied='input'`."
             )
-        if self.tied != "input" and not projections and _has_tied_output(self.model, self.matrix):
+        if self.tied != "input" and not projections and has_tied_output(self.model):
             raise ValueError(
                 f"`tied={self.tied!r}` needs to see the output layer multiply by the embedding matrix, but that of "
                 f"`{type(self.model).__name__}`, which is tied to it, does so in a way of its own (not by `F.linear` within "
@@ -391,9 +392,3 @@ class EmbeddingBackward(AbstractContextManager):
         lookups = list(self._uses.lookups)
         self._uses.clear()
         return outputs, lookups
-
-
-def _has_tied_output(model: nn.Module, matrix: Tensor) -> bool:
-    """Whether the model says that its output layer is the embedding matrix."""
-    output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    return getattr(output, "weight", None) is matrix

@@ -74,6 +74,13 @@ def input_embedding_matrix(model: nn.Module) -> Tensor:
     return weight
 
 
+def has_tied_output(model: nn.Module) -> bool:
+    """Whether the model says that its output layer is the embedding matrix."""
+    whole: Any = model
+    output = whole.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    return getattr(output, "weight", None) is input_embedding_matrix(model)
+
+
 class EmbeddingUses(AbstractContextManager):
     """
     Collects every use of the input embedding matrix while the model runs inside the context.

@@ -175,6 +175,7 @@ class _SavedRecording:
         if facts is None:
             facts = _recorded_facts(self.grown or (), model, path, taken=self.taken)
             self.taken.append(facts["name"])
+        self.settings = self.settings.resolved(model, self.folder)
         recorder = make_recorder(model, self.settings, self.tokenizer)
         if self.index is not None:
             self.index.writer.require_embeddings(recorder.matrix, type(model).__name__)

@@ -69,6 +69,9 @@ class TracInWECallback(TrainerCallback):
             train begin if it does not exist, private if `hub_private_repo` of the arguments says so; `hub_token` is used.
             A push that fails never stops a training: a warning at its end says so, and how to repeat it.
         redact_text (`bool`): What is pushed has no text of the examples, see [`InfluenceIndex.push_to_hub`].
+        recipe (`str`, *optional*):
+            `"paper"`: what the paper has of the settings below, `tied="input"`, `metric="gradient"` and
+            `special_tokens="count"`. Another value next to it is refused. If left out, what our own experiments say.
         top_k_tokens (`int`, *optional*):
             Keep only so many rows of largest norm for each example and checkpoint (TracIn-WE-Topk; the paper has 10).
         top_k_unit (`str`): `"position"`, as the authors' code counts, or `"token"` (ours), see [`top_k_rows`].
@@ -82,9 +85,9 @@ class TracInWECallback(TrainerCallback):
             Which use of an embedding matrix that is tied to the output layer counts: `"input"`, as in the paper, `"output"`,
             `"full"`, their sum, or `"own"`: of the sum the rows of the tokens that the example itself holds. With
             `"output"` and `"full"` an example has a row for every token of the vocabulary, with `"own"` as few as with
-            `"input"`. On a small language model `"own"` found better proponents than `"input"`, as good ones as `"full"`:
-            equation, figures and cost are in [`EmbeddingGradientRecorder`]. Other than `"input"` it needs
-            `record="checkpoint"`.
+            `"input"`: equation and cost are in [`EmbeddingGradientRecorder`]. Other than `"input"` it needs
+            `record="checkpoint"`. `"auto"` is `"own"` where the output layer is tied, and `"input"` elsewhere, online
+            and with top-k by position; config.json says which. An index that is continued keeps what it has.
         loss_reduction (`str`): `"sum"` or `"mean"` of an example's token losses.
         loss_fn (`Callable`, *optional*): `loss_fn(outputs, batch) -> (batch_size,)` instead of the model's own loss.
         metric (`str`):

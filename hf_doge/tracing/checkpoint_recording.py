@@ -81,6 +81,7 @@ class CheckpointRecording(Recording):
             ValueError: if something cannot be recorded, or the folder has another training's checkpoints.
         """
         require_whole_weights(model, args)
+        self.options = self.options.resolved(unwrap_model(model), self.folder)
         if self.options.metric == "optimizer":
             require_adam(self.optimizer, model, started=state.global_step > 0)
         self._progress = not args.disable_tqdm

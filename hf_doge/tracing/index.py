@@ -23,7 +23,14 @@ from hf_doge.files import write_atomically
 from hf_doge.tracing.hits import HIT_FEATURES, add_example_columns, make_hits, query_hits, text_columns
 from hf_doge.tracing.html import Shown, render_fragment, render_page
 from hf_doge.tracing.processes import build_on_each_machine, share_work
-from hf_doge.tracing.queries import SPECIAL_TOKENS, Queries, SearchOptions, check_options, check_queries, refuse_metric
+from hf_doge.tracing.queries import (
+    SPECIAL_TOKENS,
+    Queries,
+    SearchOptions,
+    check_options,
+    check_queries,
+    refuse_metric,
+)
 from hf_doge.tracing.query_rows import QueryRecorder
 from hf_doge.tracing.saved_checkpoints import checkpoint_folders
 from hf_doge.tracing.saved_index import SavedIndex
@@ -55,7 +62,7 @@ class InfluenceIndex(SavedIndex):
     the tokens of the text itself (padding left out).
 
     Their gradients are computed at the recorded checkpoints, one of which is in memory at a time; models that take at most
-    1 GiB in all stay there for the next search.
+    4 GiB in all stay there for the next search.
 
     Under `accelerate launch` all processes must call [`~InfluenceIndex.search`], [`~InfluenceIndex.scores`] and
     [`~InfluenceIndex.self_influence`] alike: each takes a share of the queries (of the checkpoints for self-influence), and
@@ -83,14 +90,15 @@ class InfluenceIndex(SavedIndex):
             queries: See above.
             top_k (`int`): At most so many of each kind, `>= 1`. An example that scores 0 is neither.
             exclude (`Sequence[int]`): Ids of examples to leave out, such as that of the query itself.
-            special_tokens, batch_size, cosine, kernel, synonym_threshold: See [`SearchOptions`].
+            recipe, special_tokens, sentence_ends, batch_size, cosine, kernel, synonym_threshold: See [`SearchOptions`].
 
         Returns:
             [`Hits`], a `datasets.Dataset`: for each query its proponents from the strongest on, then its opponents, with columns
 
             - `query` (position), `rank` (from 1), `kind` (`"proponent"` or `"opponent"`), `example_id`, `score`;
             - `checkpoint_scores`: what each checkpoint adds to the score, its learning rate included;
-            - `special_token_share`: part of the sum of all tokens' absolute parts that special tokens hold;
+            - `special_token_share`: part of the sum of all tokens' absolute parts that special tokens hold (0 where they are
+              left out);
             - `words`, `word_scores`: words of the query that the example shares, or has a synonym of, by the size of their
               part. They add up to the score. A token's part is shared equally by the positions that hold it, pieces of a
               word are joined. In an index recorded with `tied="own"` (or `"full"`) a token's part has two sides, the word
@@ -137,7 +145,7 @@ class InfluenceIndex(SavedIndex):
 
         Args:
             queries: See above.
-            special_tokens, batch_size, cosine, kernel, synonym_threshold: See [`SearchOptions`].
+            recipe, special_tokens, sentence_ends, batch_size, cosine, kernel, synonym_threshold: See [`SearchOptions`].
 
         Returns:
             `numpy.ndarray` of shape `(num_queries, num_examples)`, float32. [`~InfluenceIndex.iter_scores`] gives it in
@@ -169,7 +177,7 @@ class InfluenceIndex(SavedIndex):
         `sum_c learning_rate_c * |g_c(x)|^2`, which needs no model.
 
         Args:
-            special_tokens (`str`): See [`SearchOptions`].
+            special_tokens (`str`): `"count"` or `"drop"`, see [`SearchOptions`].
 
         Returns:
             `datasets.Dataset`: `rank` (from 1), `example_id`, `score`, and what the index keeps of the example.
@@ -185,7 +193,7 @@ class InfluenceIndex(SavedIndex):
                 "Self-influence needs an index with `record='checkpoint'`: online rows are sums of gradients times learning "
                 "rates. Search with the examples as queries instead."
             )
-        excluded = self._excluded_tokens(special_tokens)
+        excluded = list(self.config["special_token_ids"]) if special_tokens == "drop" else []
 
         def work(start: int, stop: int) -> list[np.ndarray]:
             return [
@@ -214,7 +222,7 @@ class InfluenceIndex(SavedIndex):
             queries: See above.
             column (`str`): Column of the examples that names their domain (or label, source, ...).
             reduction (`str`): `"mean"` score of a domain's examples, or their `"sum"`, which grows with the domain.
-            special_tokens, batch_size, cosine, kernel, synonym_threshold: See [`SearchOptions`].
+            recipe, special_tokens, sentence_ends, batch_size, cosine, kernel, synonym_threshold: See [`SearchOptions`].
 
         Returns:
             `datasets.Dataset`: `query`, `domain`, `score`, `num_examples`; one row for each query and domain.
@@ -282,7 +290,7 @@ class InfluenceIndex(SavedIndex):
         self, records: Sequence[Mapping[str, Any]], options: SearchOptions, *, first_position: int = 0
     ) -> QueryScorer:
         """Queries with their rows at all checkpoints, ready to be scored."""
-        excluded = self._excluded_tokens(options["special_tokens"])
+        excluded = self._left_out(options)
         recorded = self._recorder.record(
             records,
             batch_size=options["batch_size"],
@@ -290,10 +298,13 @@ class InfluenceIndex(SavedIndex):
             synonym_threshold=options["synonym_threshold"] if options["kernel"] == "synonym" else None,
             first_position=first_position,
         )
-        return QueryScorer(self.reader, recorded, excluded_tokens=excluded, cosine=options["cosine"])
+        return QueryScorer(self.reader, recorded, excluded_tokens=excluded, cosine=bool(options["cosine"]))
 
-    def _excluded_tokens(self, special_tokens: str) -> list[int]:
-        return list(self.config["special_token_ids"]) if special_tokens == "drop" else []
+    def _left_out(self, options: SearchOptions) -> list[int]:
+        """Ids of the tokens that do not count."""
+        found = list(self.config["special_token_ids"]) if options["special_tokens"] == "drop" else []
+        ends = (self.config["metadata"].get("search") or {}).get("sentence_end_ids", ())
+        return sorted({*found, *ends}) if options["sentence_ends"] == "drop" else found
 
     def _domains(self, column: str) -> tuple[list[Any], np.ndarray]:
         """Names of the domains in order of appearance, and the domain of each example."""

@@ -31,6 +31,7 @@ from hf_doge.tracing.processes import (
     run_on_all_processes,
     run_on_main_process,
 )
+from hf_doge.tracing.search_defaults import search_defaults
 from hf_doge.tracing.settings import RecordingSettings, text_tokenizer
 
 
@@ -101,6 +102,7 @@ def open_writer(
                 "model": describe_model(model),
                 "dataset": describe_dataset(dataset.described),
                 **metadata(),
+                "search": search_defaults(settings, model, tokenizer),
             },
         },
     )
@@ -247,7 +249,7 @@ def expected_rows(num_tokens: np.ndarray, settings: RecordingSettings, *, vocabu
             The output part of a tied matrix has a row for each word of the vocabulary, unless only own rows are kept.
         vocabulary_size (`int`): Number of rows of the embedding matrix.
     """
-    sparse = settings.tied in ("input", "own")
+    sparse = settings.tied not in ("output", "full")
     rows = num_tokens if sparse else np.full_like(num_tokens, vocabulary_size)
     return rows if settings.top_k_tokens is None else np.minimum(rows, settings.top_k_tokens)
 

@@ -5,6 +5,7 @@ one record, and the options of a search.
 No model is needed for it: what becomes of a record depends on the model, see `query_rows`.
 """
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypedDict
@@ -56,13 +57,18 @@ class SearchOptions(TypedDict, total=False):
     How queries are scored; all keywords of [`InfluenceIndex.search`] and its relatives, all optional.
 
     Args:
+        recipe (`str`):
+            `"paper"`: `special_tokens="count"`, `sentence_ends="count"` and `cosine=False`. If left out, these are what the
+            index was begun with, see [`search_defaults`]; indices of before they were have those of the paper.
         special_tokens (`str`):
-            `"count"` (default): tokens such as [CLS] count like any other. They are in every text, and their gradients
-            carry much of a sentence. `"drop"`: they do not count, neither in queries nor in examples.
+            `"count"`: tokens such as [CLS] count like any other. They are in every text, and their gradients carry much of
+            a sentence. `"drop"`: they do not count, neither in queries nor in examples. Default: what the index says.
+        sentence_ends (`str`): The same of tokens that are nothing but the end of a sentence, `.`, `?` or `!`.
         batch_size (`int`): Queries per forward and backward. Default: 32.
         cosine (`bool`):
             Divide the score at each checkpoint by the norms of both gradients, before the learning rate weighs it.
-            Not in the paper. Default: off.
+            Not in the paper. Default: what the index says, on for classifiers. Needs the whole index: where it is read
+            from the Hub in parts, the default is off.
         kernel (`str`):
             Which tokens answer each other. `"token"` (default): equal ones alone, TracIn-WE. `"synonym"`,
             TracIn-WE-Syn: those that both texts hold, and of the rest each token of the query one of the example that
@@ -73,16 +79,25 @@ class SearchOptions(TypedDict, total=False):
             Smallest cosine of a synonym, in [-1, 1]; the time of a search grows as it falls. Ours. Default: 0.5.
     """
 
-    special_tokens: Literal["count", "drop"]
+    recipe: Literal["paper"] | None
+    special_tokens: Literal["count", "drop"] | None
+    sentence_ends: Literal["count", "drop"] | None
     batch_size: int
-    cosine: bool
+    cosine: bool | None
     kernel: Literal["token", "synonym"]
     synonym_threshold: float
 
 
 SEARCH_DEFAULTS = SearchOptions(
-    special_tokens="count", batch_size=32, cosine=False, kernel="token", synonym_threshold=0.5
+    recipe=None,
+    special_tokens=None,
+    sentence_ends=None,
+    batch_size=32,
+    cosine=None,
+    kernel="token",
+    synonym_threshold=0.5,
 )
+PAPER = SearchOptions(special_tokens="count", sentence_ends="count", cosine=False)
 
 
 def check_options(given: SearchOptions, reader: IndexReader) -> SearchOptions:
@@ -97,7 +112,10 @@ def check_options(given: SearchOptions, reader: IndexReader) -> SearchOptions:
     if unknown:
         raise TypeError(f"Options of a search are {sorted(SEARCH_DEFAULTS)}, but got an unexpected {unknown[0]!r}.")
     options: SearchOptions = {**SEARCH_DEFAULTS, **given}
+    _fill(options, reader)
+    check_choice("recipe", options["recipe"], ("paper",), optional=True)
     check_choice("special_tokens", options["special_tokens"], SPECIAL_TOKENS)
+    check_choice("sentence_ends", options["sentence_ends"], SPECIAL_TOKENS)
     check_count("batch_size", options["batch_size"])
     check_flag("cosine", options["cosine"])
     check_choice("kernel", options["kernel"], KERNELS)
@@ -106,6 +124,38 @@ def check_options(given: SearchOptions, reader: IndexReader) -> SearchOptions:
         refuse_metric("`cosine`", reader)
         reader.require_whole("`cosine`")
     return options
+
+
+def _fill(options: SearchOptions, reader: IndexReader) -> None:
+    """Decide what was left to the recipe, or to the index."""
+    recorded = reader.config["metadata"].get("search")
+    recorded = recorded if isinstance(recorded, dict) and options["recipe"] is None else PAPER
+    given_cosine = options["cosine"]
+    for name, paper in PAPER.items():
+        given = options[name]  # type: ignore[literal-required]
+        if options["recipe"] == "paper" and given not in (None, paper):
+            raise ValueError(
+                f"`recipe='paper'` means `{name}={paper!r}`, but got `{name}={given!r}`. Leave out one of the two."
+            )
+        if given is None:
+            value = recorded.get(name, paper)
+            known = isinstance(value, bool) if name == "cosine" else value in SPECIAL_TOKENS
+            options[name] = value if known else paper  # type: ignore[literal-required]
+    if given_cosine is None and options["cosine"]:
+        options["cosine"] = _can_divide(reader)
+
+
+def _can_divide(reader: IndexReader) -> bool:
+    """Whether norms can be had where nobody asked for them."""
+    if metric_of(reader.config) == "one-sided":
+        return False
+    if not reader.is_whole:
+        warnings.warn(
+            "This index is searched by cosine once it is downloaded, but with `streaming=True` its norms are not here, so"
+            " scores are not divided by them. Download it, or pass `cosine=False` to be told no more.",
+            stacklevel=5,
+        )
+    return reader.is_whole
 
 
 def refuse_metric(what: str, reader: IndexReader) -> None:

@@ -32,7 +32,7 @@ from hf_doge.tracing.queries import Query, is_dialogue, label_field, label_tenso
 from hf_doge.tracing.settings import padding_token_id
 from hf_doge.tracing.words import Reading, read_ids, read_text
 
-_KEPT_BYTES = 2**30  # of models that stay in memory
+_KEPT_BYTES = 4 * 2**30  # of models that stay in memory
 
 
 @dataclass
@@ -56,7 +56,7 @@ class QueryRecorder:
     """
     Records queries at the checkpoints of an index, one after the other.
 
-    A checkpoint's model is loaded when it is needed. Models that take at most 1 GiB in all stay for the next queries;
+    A checkpoint's model is loaded when it is needed. Models that take at most 4 GiB in all stay for the next queries;
     only one of the others is in memory at a time.
 
     Attributes:

@@ -1,21 +1,32 @@
 """What is recorded of each training example: one dataclass, shared by the callback, online recording and the command."""
 
+import os
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
+from pathlib import Path
 from typing import Any, TypedDict
 
+from torch import nn
+
+from hf_doge.artifacts.influence.manifest import MANIFEST, read_config
 from hf_doge.artifacts.influence.metric import metric_settings
 from hf_doge.checks import check_choice, check_count, check_flag, check_function, check_seed
 from hf_doge.functional.tracin_we import TOP_K_UNITS
 from hf_doge.gradients.embedding import TIED_PARTS
+from hf_doge.gradients.embedding_uses import has_tied_output
 from hf_doge.gradients.example_losses import LOSS_REDUCTIONS, LossFunction
 
 DTYPES = ("float16", "float32", "int8")
 SPECIAL_TOKENS = ("count", "drop")
 RECORDS = ("checkpoint", "online")
-METRICS = ("auto", "optimizer", "gradient")
+AUTO = "auto"
+METRICS = (AUTO, "optimizer", "gradient")
+TIED = (AUTO, *TIED_PARTS)
+RECIPES: dict[str, dict[str, Any]] = {
+    "paper": {"tied": "input", "special_tokens": "count", "metric": "gradient"},
+}
 
 DEFAULT_MAX_SEGMENT_BYTES = 64 * 2**20
 
@@ -23,6 +34,7 @@ DEFAULT_MAX_SEGMENT_BYTES = 64 * 2**20
 class RecordingOptions(TypedDict, total=False):
     """The fields of [`RecordingSettings`] as keywords, for type checkers."""
 
+    recipe: str | None
     top_k_tokens: int | None
     top_k_unit: str
     dtype: str
@@ -54,6 +66,12 @@ class RecordingSettings:
     [`~RecordingSettings.to_manifest`] if it changes rows, and into the docstring of the callback.
     """
 
+    recipe: str | None = _option(
+        None,
+        partial(check_choice, choices=tuple(RECIPES), optional=True),
+        help="`paper`: all settings that it decides are those of TracIn-WE's paper (--tied input, --metric gradient, "
+        "--special_tokens count), and a search counts special tokens. Default: what our own experiments say.",
+    )
     top_k_tokens: int | None = _option(
         None, partial(check_count, optional=True), help="Keep only so many words of each example. Default: all."
     )
@@ -77,12 +95,12 @@ class RecordingSettings:
         " the largest are taken. Default: count.",
     )
     tied: str = _option(
-        "input",
-        partial(check_choice, choices=TIED_PARTS),
+        AUTO,
+        partial(check_choice, choices=TIED),
         help="For language models whose output layer is tied to the embeddings: record the gradient of words as they are "
         "read (input, the paper's), as they are predicted (output), both (full), or both for the words of the example "
         "alone (own). output and full give each example a row for every word of the vocabulary; own has as few as input. "
-        "Default: input.",
+        "Default: auto, which is own for such models and input for others.",
     )
     loss_reduction: str = _option(
         "sum",
@@ -126,13 +144,16 @@ class RecordingSettings:
     def __post_init__(self) -> None:
         for one in fields(self):
             setattr(self, one.name, one.metadata["check"](one.name, getattr(self, one.name)))
-        if self.tied != "input" and self.top_k_tokens is not None and self.top_k_unit != "token":
+        self._read_second_moment()
+        self._follow_recipe()
+        if self.tied == AUTO and (self.record == "online" or self._counts_positions()):
+            self.tied = "input"  # all that these can have
+        if self.tied not in ("input", AUTO) and self._counts_positions():
             raise ValueError(
                 f"`top_k_unit` must be 'token' with `tied={self.tied!r}`, but got {self.top_k_unit!r}: rows of the "
                 "output part belong to no position."
             )
-        self._read_second_moment()
-        if self.metric == "auto" and self.record == "online":
+        if self.metric == AUTO and self.record == "online":
             self.metric = "gradient"
         if self.metric == "optimizer" and self.record == "online":
             raise ValueError(
@@ -164,6 +185,34 @@ class RecordingSettings:
         if self.metric not in ("gradient", meant):
             raise ValueError(f"`second_moment={given}` says other than `metric={self.metric!r}`. Leave it out.")
         self.metric = meant
+
+    def _counts_positions(self) -> bool:
+        return self.top_k_tokens is not None and self.top_k_unit == "position"
+
+    def _follow_recipe(self) -> None:
+        """Set what the recipe says, and refuse what contradicts it."""
+        defaults = {one.name: one.default for one in fields(self)}
+        for name, value in RECIPES.get(self.recipe or "", {}).items():
+            given = getattr(self, name)
+            if given not in (value, defaults[name]):
+                raise ValueError(
+                    f"`recipe={self.recipe!r}` means `{name}={value!r}`, but got `{name}={given!r}`. Leave out one of the two."
+                )
+            setattr(self, name, value)
+
+    def resolved(self, model: nn.Module, folder: str | os.PathLike | None = None) -> "RecordingSettings":
+        """
+        The same settings with a value for each that was left to us (`"auto"`).
+
+        Args:
+            model (`nn.Module`): Which is recorded.
+            folder (`str` or `os.PathLike`, *optional*): Of the index. One that is there keeps what it was begun with.
+        """
+        if self.tied != AUTO:
+            return self
+        if folder is not None and (Path(folder) / MANIFEST).is_file():
+            return replace(self, tied=read_config(Path(folder)).get("tied") or "input")
+        return replace(self, tied="own" if has_tied_output(model) else "input")
 
     def recorder_options(self, tokenizer: Any | None) -> dict[str, Any]:
         """Arguments of [`EmbeddingGradientRecorder`], for training examples and queries alike."""

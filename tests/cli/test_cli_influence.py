@@ -58,7 +58,10 @@ def test_index_then_search_prints_examples_and_words(indexed, capsys):
     assert "Query 0: The runner is winning" in out
     assert "proponents" in out
     assert "opponents" in out
-    assert "[CLS]" in out
+    assert "[CLS]" not in out
+    argv = ["search", "--index", str(indexed), "--query", "The runner is winning", "--top_k", "2", "--recipe=paper"]
+    assert main(argv) == 0
+    assert "[CLS]" in capsys.readouterr().out
 
 
 def test_search_in_json_and_html(indexed, tmp_path, capsys):
@@ -86,6 +89,15 @@ def test_index_continues_and_takes_options(trained, tmp_path, capsys):
     assert config["top_k"] == 4
     assert config["tied"] == "own"
     assert config["num_examples"] == 15
+
+
+def test_index_takes_the_papers_recipe_and_refuses_what_contradicts_it(trained, tmp_path, capsys):
+    argv = ["index", *flags(trained), f"--output_dir={tmp_path / 'index'}", "--recipe=paper"]
+    assert main([*argv, "--tied=own"]) == 2
+    assert "`recipe='paper'` means `tied='input'`, but got `tied='own'`" in capsys.readouterr().err
+    assert main(argv) == 0
+    search = json.loads((tmp_path / "index" / "config.json").read_text())["metadata"]["search"]
+    assert (search["special_tokens"], search["cosine"]) == ("count", False)
 
 
 def test_index_divides_by_the_moments_that_the_trainer_saved(trained, indexed, tmp_path, capsys):

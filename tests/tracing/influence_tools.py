@@ -128,7 +128,9 @@ def tokenised(rows, tokenizer):
 def train(
     folder, model, tokenizer, dataset, *, language=False, epochs=2, index="index", callback=TracInWECallback, **options
 ):
-    """Train with a callback; returns the folder of the index."""
+    """Train with a callback, by the paper's recipe where `options` do not decide; returns the folder of the index."""
+    decided = {"tied", "metric", "special_tokens", "second_moment", "recipe"} & set(options)
+    options = {**({} if decided else {"recipe": "paper"}), **options}
     args = TrainingArguments(
         folder / "run",
         num_train_epochs=epochs,

@@ -662,7 +662,7 @@ def test_compressed_indexes_rank_nearly_alike(index, recorded, tokenizer, train_
     folders = [checkpoint["path"] for checkpoint in index.reader.checkpoints]
     rates = [checkpoint["learning_rate"] for checkpoint in index.reader.checkpoints]
     dataset = train_set.rename_column("label", "labels")
-    settings = RecordingSettings(**options)
+    settings = RecordingSettings(recipe="paper", **options)
     record_dataset(
         tmp_path / "i", folders, dataset, tokenizer=tokenizer, settings=settings, learning_rates=rates, progress=False
     )
@@ -682,7 +682,7 @@ def test_recorded_without_special_tokens_equals_dropping_them(index, tokenizer, 
         tmp_path / "i", folders, dataset, tokenizer=tokenizer, settings=settings, learning_rates=rates, progress=False
     )
     dropped = InfluenceIndex.from_pretrained(tmp_path / "i", cache_dir=tmp_path / "maps")
-    assert close(dropped.scores(TEXTS), index.scores(TEXTS, special_tokens="drop"))
+    assert close(dropped.scores(TEXTS, recipe="paper"), index.scores(TEXTS, special_tokens="drop"))
 
 
 # Other kinds of models
@@ -691,7 +691,8 @@ def test_recorded_without_special_tokens_equals_dropping_them(index, tokenizer, 
 def record(folder, models, dataset, **options):
     """An index of saved models, all of learning rate 1, and itself in `folder`."""
     rates = [1.0] * len(models)
-    settings = RecordingSettings(dtype="float32", **options)
+    recipe = None if "tied" in options else "paper"
+    settings = RecordingSettings(recipe=recipe, dtype="float32", **options)
     record_dataset(folder / "index", models, dataset, settings=settings, learning_rates=rates, progress=False)
     return InfluenceIndex.from_pretrained(folder / "index", cache_dir=folder / "maps")
 

@@ -286,7 +286,7 @@ def test_several_labels_are_inferred_by_the_training_and_searched(tmp_path, toke
     train(tmp_path, tokenizer=tokenizer, model=model, dataset=several_labels(), trainer_class=Watching)
     assert seen == [None, *["multi_label_classification"] * 3]
     index = InfluenceIndex.from_pretrained(tmp_path / "index", cache_dir=tmp_path / "maps")
-    scores = index.scores(several_labels().remove_columns(["text", "domain"]).select(range(4)))
+    scores = index.scores(several_labels().remove_columns(["text", "domain"]).select(range(4)), recipe="paper")
     squares = index.self_influence()
     own = dict(zip(squares["example_id"], squares["score"], strict=True))
     assert [scores[i, i] for i in range(4)] == pytest.approx([own[i] for i in range(4)], rel=1e-3)
@@ -306,7 +306,7 @@ def test_answers_are_recorded_and_searched(tmp_path, tokenizer):
     model, data = question_answering()
     train(tmp_path, tokenizer=tokenizer, model=model, dataset=data)
     index = InfluenceIndex.from_pretrained(tmp_path / "index", cache_dir=tmp_path / "maps")
-    scores, squares = index.scores(data), index.self_influence()
+    scores, squares = index.scores(data, recipe="paper"), index.self_influence()
     own = dict(zip(squares["example_id"], squares["score"], strict=True))
     assert [scores[i, i] for i in range(4)] == pytest.approx([own[i] for i in range(4)], rel=1e-3)
     assert len(index.search(["w3 w5", "w7 w7 w4 w9"], top_k=1)) >= 2  # for the answers that the model finds

@@ -52,6 +52,7 @@ class IndexReader:
     def __init__(self, folder: Path, config: dict[str, Any], *, cache_dir: Path) -> None:
         self.folder = folder
         self.config = config
+        self.is_whole = True  # here, see [`~IndexReader.require_whole`]
         self.num_examples: int = config["num_examples"]
         self.width: int = config["width"]
         self.stored_width: int = config["stored_width"]

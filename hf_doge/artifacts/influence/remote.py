@@ -57,6 +57,7 @@ class RemoteIndexReader(IndexReader):
         patience: Patience | None = None,
     ) -> None:
         super().__init__(folder, config, cache_dir=cache_dir)
+        self.is_whole = False
         self.repo_id, self.commit = repo_id, folder.name
         self._token, self._hub_cache_dir = token, hub_cache_dir
         self._patience = patience or Patience()
