@@ -108,7 +108,7 @@ class Reference:
 
 def asked(**options):
     """Options of a search, none of them left to a default."""
-    return {"special_tokens": "count", "cosine": False, **options}
+    return {"special_tokens": "count", "sentence_ends": "count", "cosine": False, **options}
 
 
 def rates_of(index):
