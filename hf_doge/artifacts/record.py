@@ -244,7 +244,7 @@ class WeightsRecord:
             ValueError: A domain lacks `num_tokens`, or none has a token.
         """
         tokens = _known_tokens(domains, "Natural weights")
-        return cls.from_mapping(tokens, recipe={"name": "natural"}, domains=domains)
+        return cls.from_mapping(tokens, recipe={"name": "natural", "unit": "tokens"}, domains=domains)
 
     @classmethod
     def from_temperature(cls, domains: Mapping[str, Mapping[str, Any]], *, temperature: float) -> Self:
@@ -262,7 +262,9 @@ class WeightsRecord:
         tokens = _known_tokens(domains, "Weights by temperature")
         most = max(tokens.values())
         ratios = {name: (count / most) ** (1 / temperature) if count else 0.0 for name, count in tokens.items()}
-        return cls.from_mapping(ratios, recipe={"name": "temperature", "temperature": temperature}, domains=domains)
+        return cls.from_mapping(
+            ratios, recipe={"name": "temperature", "temperature": temperature, "unit": "tokens"}, domains=domains
+        )
 
     @classmethod
     def unimax(cls, domains: Mapping[str, Mapping[str, Any]], *, num_tokens: int, max_epochs: float) -> Self:
@@ -290,13 +292,19 @@ class WeightsRecord:
         for position, name in enumerate(by_size):
             shares[name] = min(left / (len(by_size) - position), max_epochs * tokens[name])
             left -= shares[name]
-        recipe = {"name": "unimax", "num_tokens": num_tokens, "max_epochs": max_epochs}
+        recipe = {"name": "unimax", "num_tokens": num_tokens, "max_epochs": max_epochs, "unit": "tokens"}
         return cls.from_mapping({name: shares[name] for name in tokens}, recipe=recipe, domains=domains)
 
     @property
     def names(self) -> tuple[str, ...]:
         """The domains, in order."""
         return tuple(self.mean)
+
+    @property
+    def unit(self) -> str | None:
+        """What the weights are shares of as they were found, `"examples"` or `"tokens"`; `None` where it is not known."""
+        unit = self.recipe.get("unit")
+        return unit if unit in ("examples", "tokens") else None
 
     @property
     def entropy(self) -> float:

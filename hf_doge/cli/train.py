@@ -4,6 +4,7 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from transformers import TrainingArguments, set_seed
 
@@ -37,6 +38,31 @@ class MixtureArguments:
         default="quota",
         metadata={"help": "How domains are drawn: quota (low variance) or iid (as in the paper)."},
     )
+    unit: str = field(
+        default="examples",
+        metadata={"help": "What weights are shares of: examples or tokens. Blocks of one length make them the same."},
+    )
+    phases: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Weights that take over from --weights, each with the part of the steps before it: 0.8=natural 0.95=final.json."
+        },
+    )
+
+    def read_phases(self) -> list[tuple[float, str]]:
+        """The parts of the training, from 0 on, and the words for their weights."""
+        phases = [(0.0, self.weights)]
+        for phase in self.phases or ():
+            fraction, equals, spec = phase.partition("=")
+            try:
+                phases.append((float(fraction), spec))
+            except ValueError:
+                equals = ""
+            if not equals or not spec:
+                raise ValueError(
+                    f"`--phases` must be parts of the training and weights, as in 0.8=natural, but got {phase!r}."
+                )
+        return phases
 
 
 def main(argv: Sequence[str]) -> int:
@@ -53,16 +79,21 @@ def main(argv: Sequence[str]) -> int:
     )
     resume, output_dir = get_resume(args), get_output_dir(args)
     data = load_shared_domain_data(data_args, output_dir, args=args, targets=mixture_args.target or ())
-    weights = load_weights(mixture_args.weights, describe_blocks(data.train, data_args.block_size), given=data.weights)
+    domains = describe_blocks(data.train, data_args.block_size)
+    phases = [
+        (fraction, load_weights(spec, domains, given=data.weights)) for fraction, spec in mixture_args.read_phases()
+    ]
+    weights = phases[0][1]
     config = get_config(model_args, data.tokenizer, data_args.block_size)
     set_seed(args.seed)
     trainer = DomainWeightedTrainer(
         make_model(model_args.model_name_or_path, config, data.tokenizer),
         args,
         train_dataset=data.train,
-        domain_weights=weights,
+        domain_weights=phases,
         max_epochs_per_domain=mixture_args.max_epochs_per_domain,
         draw=mixture_args.draw,
+        unit=mixture_args.unit,
         eval_dataset=data.validation,
         data_collator=collate_blocks,
         processing_class=data.tokenizer,
@@ -73,7 +104,9 @@ def main(argv: Sequence[str]) -> int:
     metrics = trainer.evaluate()
     perplexities = {name: math.exp(metrics[f"eval_{name}_loss"]) for name in data.validation}
     epochs = trainer.get_domain_epochs()
-    results = {"domain_weights": weights.mean, "perplexity": perplexities, "epochs": epochs}
+    results: dict[str, Any] = {"domain_weights": weights.mean, "perplexity": perplexities, "epochs": epochs}
+    if len(phases) > 1:
+        results["phases"] = [[fraction, one.mean] for fraction, one in phases]
     results_file = output_dir / "domain_results.json"
     if args.should_save:
         results_file.write_text(json.dumps(results, indent=2, sort_keys=True, ensure_ascii=False), encoding="utf-8")

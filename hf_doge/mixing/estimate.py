@@ -99,6 +99,7 @@ def estimate_domain_weights(
         dict(zip(names, fit.weights.tolist(), strict=True)),
         recipe={
             "name": RECIPE,
+            "unit": "tokens",
             "order": order,
             "num_target_tokens": target.num_tokens,
             "target_loss": round(-fit.log_likelihood, 6),

@@ -30,12 +30,21 @@ class DomainMeter:
         names (`Sequence[str]`): The domains.
         device (`torch.device`): Of the training.
         sizes (`Sequence[int]`, *optional*): Rows of each domain, for its epochs.
+        unit (`str`): What shares are of, `"examples"` or `"tokens"`.
 
     Attributes:
         problem (`str` or `None`): Why the losses of domains are not known, once that is so.
     """
 
-    def __init__(self, names: Sequence[str], device: torch.device, *, sizes: Sequence[int] | None = None) -> None:
+    def __init__(
+        self,
+        names: Sequence[str],
+        device: torch.device,
+        *,
+        sizes: Sequence[int] | None = None,
+        unit: str = "examples",
+    ) -> None:
+        self.unit = unit
         self.names = tuple(names)
         self.device = device
         self.sizes = None if sizes is None else torch.as_tensor(sizes)
@@ -146,8 +155,9 @@ class DomainMeter:
                 logs[f"domain_loss/{name}"] = float(losses[k] / tokens[k])
         if self._counts_tokens:
             logs |= self._by_name("domain_tokens", self._all_tokens)
-        if examples.any():
-            logs |= self._by_name("domain_share", examples / examples.sum())
+        drawn = tokens if self.unit == "tokens" else examples
+        if drawn.any():
+            logs |= self._by_name("domain_share", drawn.double() / drawn.sum())
         if epochs is None and self.sizes is not None:
             return logs | self._by_name("domain_epochs", self._all_examples / self.sizes)
         return logs | {f"domain_epochs/{name}": value for name, value in (epochs or {}).items()}

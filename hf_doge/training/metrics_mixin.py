@@ -31,7 +31,7 @@ class DomainMetricsMixin(_Trainer):
       forward that trains, see [`~hf_doge.training.loss_watch.LossWatch`]; what else a training loss may hold, such as the
       auxiliary loss of a router, is not in it. Where the loss is none that can be told apart, that is said once, in words;
     - `domain_tokens/<name>`: its tokens trained on so far;
-    - `domain_share/<name>`: its share of the examples since the last log;
+    - `domain_share/<name>`: its share of the examples since the last log, or of the tokens where weights are shares of these;
     - `domain_epochs/<name>`: how often it has been gone through so far (not of streams).
 
     All of them are of all processes, which talk about it only when something is logged or saved; a resumed run logs what an
@@ -44,9 +44,9 @@ class DomainMetricsMixin(_Trainer):
     _stream_column: str | None = None
     _last_batch = (-1, 0)  # optimizer step, and its micro-batches so far
 
-    def _measure_domains(self, names: Sequence[str], sizes: Sequence[int] | None) -> None:
+    def _measure_domains(self, names: Sequence[str], sizes: Sequence[int] | None, *, unit: str) -> None:
         if self._measures_domains:
-            self._domain_meter = DomainMeter(names, self.args.device, sizes=sizes)
+            self._domain_meter = DomainMeter(names, self.args.device, sizes=sizes, unit=unit)
 
     def _set_signature_columns_if_needed(self) -> None:
         if self._signature_columns is None:

@@ -16,8 +16,9 @@ from hf_doge.artifacts.domain_weights import DomainWeights
 from hf_doge.checks import check_choice, check_number, check_text
 from hf_doge.sampling.collation import SeededCollator
 from hf_doge.sampling.domains import StreamDomains, merge_domains
+from hf_doge.sampling.phases import read_phases
 from hf_doge.sampling.sampler import DomainWeightedSampler
-from hf_doge.sampling.schedule import DRAW_MODES
+from hf_doge.sampling.schedule import DRAW_MODES, UNITS
 from hf_doge.sampling.streaming import holds_streams, interleave_domains
 from hf_doge.sampling.weights import to_shares
 from hf_doge.training.checkpoints import TRAINER_STATE_FILE, read_step, resolve_checkpoint
@@ -32,12 +33,20 @@ from hf_doge.training.mixture_checks import (
     refuse_lost_order,
     warn_of_reading_everything,
 )
+from hf_doge.training.mixture_state import (
+    READING_FILE,
+    SAMPLER_FILE,
+    describe_phases,
+    load_sampler,
+    phases_by_draw,
+    refuse_other_reading,
+    save_sampler,
+)
 from hf_doge.training.provenance import describe_domains
 from hf_doge.training.run_identity import RUN_FILE, describe_identity, refuse_other_run
 from hf_doge.training.sampler_guard import SamplerGuardCallback, StreamGuardCallback
+from hf_doge.training.units import read_lengths, warn_of_other_unit
 
-SAMPLER_FILE = "domain_sampler.json"  # in a checkpoint
-READING_FILE = "domain_streams.json"  # likewise, of a mixture of streams
 _READ_ONCE = ("label_smoothing_factor", "neftune_noise_alpha", "bf16")  # by the Trainer, when it is made
 _ENDLESS = 2**62  # examples of a stream that the training ends, not the data
 
@@ -69,12 +78,15 @@ class DomainWeightedMixin(DomainMetricsMixin):
         train_dataset (`datasets.Dataset`, or mapping of `str` to `datasets.Dataset` or `datasets.IterableDataset`):
             One dataset with a column `domain_column`, one dataset per domain, or one stream per domain. The splits of a
             `DatasetDict` are no domains.
-        domain_weights (`DomainWeights` or `dict[str, float]`): Share of the drawn examples by domain.
+        domain_weights (`DomainWeights`, `dict[str, float]`, or list of `(fraction, weights)`): Share of what is drawn by domain; or
+            phases, such as `[(0, weights), (0.8, other_weights)]`, where the other weights hold from the first step on that has
+            80 % of all steps before it.
         domain_column (`str`): Column that names each example's domain. It reaches neither collator
             nor model, unless the dataset came with it and `remove_unused_columns` is off. Not used for streams.
         max_epochs_per_domain (`float`, *optional*): Most times that a domain may be repeated over the whole run; what
             exceeds it goes to the other domains, and is logged. Not for streams.
         draw (`str`): `"quota"` (low variance) or `"iid"` (as in the paper).
+        unit (`str`): What weights are shares of: `"examples"`, or `"tokens"` that are trained on, for which rows must be tokenised.
         kwargs: Everything else the trainer takes.
 
     Attributes:
@@ -95,10 +107,11 @@ class DomainWeightedMixin(DomainMetricsMixin):
         args: Any = None,
         *,
         train_dataset: Dataset | Mapping[str, Dataset] | Mapping[str, IterableDataset],
-        domain_weights: DomainWeights | Mapping[str, float],
+        domain_weights: DomainWeights | Mapping[str, float] | list[tuple[float, Any]],
         domain_column: str = "domain",
         max_epochs_per_domain: float | None = None,
         draw: str = "quota",
+        unit: str = "examples",
         **kwargs: Any,
     ) -> None:
         if not isinstance(train_dataset, (Dataset, Mapping)):
@@ -109,6 +122,8 @@ class DomainWeightedMixin(DomainMetricsMixin):
             )
         check_text("domain_column", domain_column, what="the name of a column")
         check_choice("draw", draw, DRAW_MODES)
+        check_choice("unit", unit, UNITS)
+        read_phases(domain_weights)  # refuses here what is none
         check_number("max_epochs_per_domain", max_epochs_per_domain, above=0, finite=False, optional=True)
         refuse_arguments(args)
         self.domain_sampler, self._domain_column = None, domain_column
@@ -121,12 +136,13 @@ class DomainWeightedMixin(DomainMetricsMixin):
                 )
             refuse_endless(args)
             self._stream_column = domain_column if self._labels_streams else STREAM_COLUMN
-            mixed, settings = self._mix_streams(train_dataset, domain_weights, args, draw)
+            mixed, settings = self._mix_streams(train_dataset, domain_weights, args, draw=draw, unit=unit)
             super().__init__(model=model, args=args, train_dataset=mixed, **kwargs)
             self._follow_streams(settings)
             warn_of_reading_everything(self.args, mixed)
             self._stream_settings, seed = settings, settings["seed"]
             guard = StreamGuardCallback({k: v for k, v in settings.items() if k != "weights"}, settings["weights"])
+            fixed = ("max_steps",) if "phases" in settings else ()
         else:
             merged, domains = merge_domains(train_dataset, domain_column)
             super().__init__(model=model, args=args, train_dataset=merged, **kwargs)
@@ -142,16 +158,20 @@ class DomainWeightedMixin(DomainMetricsMixin):
                 "weights": domain_weights,
                 "draw": draw,
                 "max_epochs_per_domain": max_epochs_per_domain,
+                "unit": unit,
+                "lengths": read_lengths(self, unit),
             }
+            warn_of_other_unit(self, domain_weights, domains, unit)
             self._draws = self._read_draws()
             self.domain_sampler = DomainWeightedSampler(**self._drawn, **self._draws)
             seed, guard = self.domain_sampler.seed, SamplerGuardCallback(self.domain_sampler)
-            self._measure_domains(domains.names, domains.sizes)
+            self._measure_domains(domains.names, domains.sizes, unit=unit)
+            fixed = ()
         if not isinstance(self.data_collator, DomainCollator):
             self.data_collator = SeededCollator(self.data_collator, seed=seed)
         self._seeded_collator = self.data_collator
         self.add_callback(guard)
-        self._remember_what_is_fixed()
+        self._remember_what_is_fixed(*fixed)
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -164,20 +184,26 @@ class DomainWeightedMixin(DomainMetricsMixin):
             )
 
     def _mix_streams(
-        self, streams: Mapping[str, IterableDataset], domain_weights: Any, args: Any, draw: str
+        self, streams: Mapping[str, IterableDataset], domain_weights: Any, args: Any, *, draw: str, unit: str
     ) -> tuple[IterableDataset, dict[str, Any]]:
         """The mixture, and what decides which examples it yields."""
         names, seed = list(streams), args.seed if args.data_seed is None else args.data_seed
+        weights, num_planned = phases_by_draw(domain_weights, args)
         mixed = interleave_domains(
             streams,
-            domain_weights,
+            weights,
+            unit=unit,
+            num_planned=num_planned,
             seed=seed,
             draw=draw,
             num_samples=_ENDLESS,
             domain_column=self._stream_column,
         )
-        weights = dict(zip(names, to_shares(domain_weights, names).tolist(), strict=True))
-        return mixed, {"seed": seed, "draw": draw, "domains": names, "weights": weights}
+        first = to_shares(read_phases(domain_weights)[0][1], names).tolist()
+        settings = {"seed": seed, "draw": draw, "domains": names, "weights": dict(zip(names, first, strict=True))}
+        if num_planned is not None:
+            settings |= {"phases": describe_phases(domain_weights, tuple(names)), "num_planned": num_planned}
+        return mixed, settings | ({"unit": unit} if unit == "tokens" else {})
 
     def _follow_streams(self, settings: dict[str, Any]) -> None:
         """Let the examples of streams tell their domains, where the trainer lets them."""
@@ -187,7 +213,7 @@ class DomainWeightedMixin(DomainMetricsMixin):
         elif keeps_column(self, self._stream_column):
             lookup = DomainLookup(None, tuple(settings["domains"]))
             self.data_collator = DomainCollator(self.data_collator, self._stream_column, lookup, seed=settings["seed"])
-            self._measure_domains(settings["domains"], None)
+            self._measure_domains(settings["domains"], None, unit=settings.get("unit", "examples"))
 
     def _read_draws(self) -> dict[str, Any]:
         """What the arguments say of the sampler."""
@@ -198,6 +224,7 @@ class DomainWeightedMixin(DomainMetricsMixin):
             "num_samples": num_samples,
             "num_epochs": args.max_steps * step_size / num_samples if args.max_steps > 0 else args.num_train_epochs,
             "seed": args.seed if args.data_seed is None else args.data_seed,
+            "step_size": step_size,
         }
 
     def _read_arguments(self) -> None:
@@ -216,10 +243,16 @@ class DomainWeightedMixin(DomainMetricsMixin):
             return
         draws = self._read_draws()
         self._seeded_collator.seed = draws["seed"]
-        names = ["num_samples", "seed", *(["num_epochs"] if self._drawn["max_epochs_per_domain"] is not None else [])]
+        names = ["num_samples", "seed", *(["num_epochs", "step_size"] if self._has_plan else [])]
         if any(draws[name] != self._draws[name] for name in names):
             self._draws = draws
             self.domain_sampler.__init__(**self._drawn, **draws)  # the same object, which others may hold
+
+    @property
+    def _has_plan(self) -> bool:
+        """Whether what is drawn depends on how long the training is."""
+        drawn = self._drawn
+        return drawn["max_epochs_per_domain"] is not None or len(read_phases(drawn["weights"])) > 1
 
     def _remember_what_is_fixed(self, *names: str) -> None:
         """What the Trainer or we read once, when the trainer is made."""
@@ -285,9 +318,9 @@ class DomainWeightedMixin(DomainMetricsMixin):
         self._load_domain_metrics(checkpoint)
         # Without a file of ours, it is a plain Trainer's checkpoint.
         if checkpoint is not None and self.domain_sampler is not None and (checkpoint / SAMPLER_FILE).exists():
-            self._load_sampler(checkpoint)
+            load_sampler(checkpoint, self.domain_sampler, self.args, learns=self._learns_weights)
         elif checkpoint is not None and self.domain_sampler is None and (checkpoint / READING_FILE).exists():
-            self._refuse_other_reading(checkpoint)
+            refuse_other_reading(checkpoint, self._describe_reading())
 
     def _get_max_steps(self) -> int:
         """Of the whole run, as the Trainer counts them."""
@@ -297,14 +330,16 @@ class DomainWeightedMixin(DomainMetricsMixin):
 
     def _describe_identity(self) -> dict[str, Any]:
         sampler = self.domain_sampler
-        has_planned_draws = sampler is not None and sampler.max_epochs_per_domain is not None
+        has_planned_draws = sampler is not None and self._has_plan
         identity = describe_identity(self, max_steps=self._get_max_steps(), has_planned_draws=has_planned_draws)
         if sampler is None:
             settings = {name: value for name, value in self._stream_settings.items() if name != "seed"}
             return {**identity, **settings}
-        described = self.described_domains
+        described, phases = self.described_domains, describe_phases(self._drawn["weights"], sampler.domains.names)
         return {
             **identity,
+            "unit": sampler.unit,
+            "phases": phases,
             "domains": list(described),
             "draw": sampler.draw,
             "max_epochs_per_domain": sampler.max_epochs_per_domain,
@@ -352,44 +387,10 @@ class DomainWeightedMixin(DomainMetricsMixin):
         if self.domain_sampler is None:
             (folder / READING_FILE).write_text(json.dumps(self._describe_reading(), indent=2))
             return
-        sampler, step_size = self.domain_sampler, examples_per_step(self.args)
-        epoch, position = divmod(self.state.global_step * step_size, sampler.num_samples)
-        # The sampler's own place is ahead of the training step, as far as its DataLoader is.
-        state = {**sampler.state_dict(), "epoch": epoch, "position": position, "examples_per_step": step_size}
-        (folder / SAMPLER_FILE).write_text(json.dumps(state, indent=2))  # unsorted: domains have an order
+        save_sampler(folder, self.domain_sampler, self.args, step=self.state.global_step)
 
     def _describe_reading(self) -> dict[str, Any]:
         return {**self._stream_settings, **describe_reading(self.args, self.train_dataset.num_shards)}
-
-    def _refuse_other_reading(self, checkpoint: Path) -> None:
-        """The Trainer reads again what was trained on and throws it away, which must be the same examples."""
-        saved, own = json.loads((checkpoint / READING_FILE).read_text()), self._describe_reading()
-        names = [name for name in {**saved, **own} if saved.get(name) != own.get(name)]
-        if names:
-            differing = "; ".join(f"`{name}` was {saved.get(name)!r} and is {own.get(name)!r}" for name in names)
-            raise ValueError(
-                f"A run on streams must go on reading as it began, or it would skip some examples and repeat others, but in"
-                f" {checkpoint} {differing}. Set them as they were, or start a new run from the model of that checkpoint."
-            )
-
-    def _load_sampler(self, checkpoint: Path) -> None:
-        """Take up the weights of a checkpoint, after a look at whether it is of the same stream."""
-        state, step_size = json.loads((checkpoint / SAMPLER_FILE).read_text()), examples_per_step(self.args)
-        if state["examples_per_step"] != step_size:
-            raise ValueError(
-                "A run must go on with as many examples a step as it began with, or it would skip some and repeat "
-                f"others, but {checkpoint} has {state['examples_per_step']} and these arguments make it {step_size}. "
-                "Set batch size, accumulation and number of processes so that the product is the same."
-            )
-        first, own = state["schedule"][0]["weights"], self.domain_sampler.state_dict()["schedule"][0]["weights"]
-        if first.keys() == own.keys() and first != own:
-            raise ValueError(
-                f"A run must go on under the weights it began with, but {checkpoint} began with {first} and this "
-                f"trainer has {own}, after `max_epochs_per_domain`. Give it the same, or start a new run from the "
-                "model of that checkpoint."
-            )
-        # The Trainer skips to the place inside the epoch by itself.
-        self.domain_sampler.load_state_dict({**state, "position": 0})
 
 
 class DomainWeightedTrainer(DomainWeightedMixin, Trainer):

@@ -1,0 +1,221 @@
+"""Trainers on weights that are shares of tokens, and on weights that change at parts of the training."""
+
+import json
+from pathlib import Path
+
+import pytest
+from datasets import Dataset
+
+from hf_doge.artifacts.domain_weights import DomainWeights
+from hf_doge.cli.train import MixtureArguments
+from hf_doge.training.mixture import DomainWeightedTrainer
+from tests.launch import run_processes
+from tests.tiny import three_domains, tiny_bert, tiny_llama
+from tests.training import units_processes
+from tests.training.mixture_processes import Line, NotingTrainer, SaveAt, domains, expected_rows
+from tests.training.mixture_processes import arguments as line_arguments
+from tests.training.test_mixture import arguments
+from tests.training.units_processes import THEN, WEIGHTS, Smallest, pad, train
+
+
+def shares(logs, step):
+    tokens = {name: logs[step][f"domain_tokens/{name}"] for name in WEIGHTS}
+    return {name: count / sum(tokens.values()) for name, count in tokens.items()}
+
+
+@pytest.fixture(scope="module")
+def on_two_processes(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("units")
+    plan = [
+        {"name": "datasets", "folder": str(folder / "datasets"), "save_at": [750]},
+        {"name": "streams", "folder": str(folder / "streams"), "streamed": True},
+        {
+            "name": "resumed",
+            "folder": str(folder / "datasets"),
+            "resume": str(folder / "datasets" / "checkpoint-750"),
+        },
+    ]
+    (folder / "plan.json").write_text(json.dumps(plan))
+    run_processes(Path(units_processes.__file__), folder / "plan.json")
+    told = {}
+    for entry in plan:
+        content = json.loads((folder / f"{entry['name']}.json").read_text())
+        told[entry["name"]] = {int(step): logs for step, logs in content.items()}
+    return told, folder
+
+
+@pytest.mark.parametrize("kind", ["datasets", "streams"])
+def test_after_a_thousand_steps_shares_of_tokens_are_the_weights_on_one_process_and_on_two(
+    on_two_processes, tmp_path, kind
+):
+    one, two = train(tmp_path, streamed=kind == "streams"), on_two_processes[0][kind]
+    assert shares(one, 1000) == pytest.approx(WEIGHTS, abs=0.005)
+    assert two == one
+    told = {name: one[1000][f"domain_share/{name}"] for name in WEIGHTS}
+    assert told == pytest.approx(WEIGHTS, abs=0.005)
+
+
+def test_a_resumed_run_draws_the_tokens_of_an_uninterrupted_one(on_two_processes, tmp_path):
+    told, folder = on_two_processes
+    assert told["resumed"] == told["datasets"]
+    checkpoint = folder / "datasets" / "checkpoint-750"
+    assert train(tmp_path, resume=str(checkpoint)) == told["datasets"]
+
+
+def test_phases_by_tokens_begin_with_their_step(tmp_path):
+    for streamed in (False, True):
+        logs = train(
+            tmp_path, streamed=streamed, weights=[(0, WEIGHTS), (0.5, THEN)], max_steps=400, logging_steps=200
+        )
+        for step, expected in ((200, WEIGHTS), (400, THEN)):
+            assert {n: logs[step][f"domain_share/{n}"] for n in WEIGHTS} == pytest.approx(expected, abs=0.01)
+
+
+LATER = {"wiki": 0.1, "code": 0.1, "arxiv": 0.8}
+EARLIER = {"wiki": 0.5, "code": 0.3, "arxiv": 0.2}
+PHASES = [(0, EARLIER), (0.5, LATER)]
+
+
+def noting(tmp_path, weights=PHASES, **options):
+    args = line_arguments(tmp_path, num_processes=1, max_steps=11, lr_scheduler_type="constant", **options)
+    trainer = NotingTrainer(Line(), args, train_dataset=domains(), domain_weights=weights)
+    trainer.micro_batches, trainer.leads = [], []
+    return trainer
+
+
+def test_a_phase_begins_with_the_first_step_that_has_its_part_before_it(tmp_path):
+    trainer = noting(tmp_path)
+    trainer.train()
+    rows = [row for batch in trainer.micro_batches for row in batch]
+    assert rows == expected_rows(0, 44, weights=EARLIER, changes=[(6 * 4, LATER)])  # 6 of 11 steps before it
+
+
+@pytest.mark.parametrize("step", [3, 8])
+def test_a_run_in_phases_is_resumed_in_the_phase_that_it_was_in(tmp_path, step):
+    whole = noting(tmp_path)
+    whole.add_callback(SaveAt([step]))
+    whole.train()
+    resumed = noting(tmp_path)
+    resumed.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
+    assert resumed.micro_batches == whole.micro_batches[step:]
+
+
+@pytest.mark.parametrize("weights", [EARLIER, [(0, EARLIER), (0.6, LATER)], [(0, EARLIER), (0.5, EARLIER)]])
+def test_a_run_goes_on_through_its_own_phases_only(tmp_path, weights):
+    trainer = noting(tmp_path)
+    trainer.add_callback(SaveAt([3]))
+    trainer.train()
+    with pytest.raises(ValueError, match=r"must go on as it began, but the checkpoint .* has .*'phases'"):
+        noting(tmp_path, weights).train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    (tmp_path / "checkpoint-3" / "run_identity.json").unlink()  # as of a version that knew no phases
+    if weights is not EARLIER:
+        with pytest.raises(ValueError, match="must go on through the phases it began with"):
+            noting(tmp_path, weights).train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+
+
+def test_phases_follow_the_number_of_steps_that_is_set_later(tmp_path):
+    trainer = noting(tmp_path)
+    trainer.args.max_steps = 8
+    trainer.train()
+    rows = [row for batch in trainer.micro_batches for row in batch]
+    assert rows == expected_rows(0, 32, weights=EARLIER, changes=[(4 * 4, LATER)])
+
+
+def test_the_number_of_steps_of_streams_in_phases_stays(tmp_path):
+    streams = {name: data.to_iterable_dataset() for name, data in three_domains().items()}
+    first, then = dict.fromkeys(streams, 1.0), {**dict.fromkeys(streams, 1.0), "code": 5.0}
+    trainer = DomainWeightedTrainer(
+        tiny_llama(), arguments(tmp_path), train_dataset=streams, domain_weights=[(0, first), (0.5, then)]
+    )
+    trainer.args.max_steps = 9
+    with pytest.raises(ValueError, match="`max_steps` must stay what the trainer was made with, 5, but is 9"):
+        trainer.train()
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        ([(0.5, EARLIER)], "The first phase must begin at 0"),
+        ([(0, EARLIER), (0.8, LATER), (0.4, EARLIER)], "in the order in which they begin"),
+        ([(0, EARLIER), (-0.2, LATER)], "at least 0 and below 1"),
+        ([(0, EARLIER), (0.5, {"wiki": 1.0})], "Every domain of the data needs a weight"),
+    ],
+)
+def test_bad_phases_are_refused_when_the_trainer_is_made(tmp_path, weights, message):
+    with pytest.raises(ValueError, match=message):
+        noting(tmp_path, weights)
+
+
+# Units
+
+
+def of_two_lengths(unit=None, lengths=(40, 10)):
+    data = {n: Dataset.from_dict({"input_ids": [[1] * k] * 8}) for n, k in zip(("a", "b"), lengths, strict=True)}
+    return data, DomainWeights({"a": 0.5, "b": 0.5}, recipe={"unit": unit} if unit else None)
+
+
+def make(tmp_path, data, weights, **options):
+    return DomainWeightedTrainer(
+        Smallest(), arguments(tmp_path), train_dataset=data, domain_weights=weights, data_collator=pad, **options
+    )
+
+
+def test_weights_learned_in_tokens_on_rows_of_unequal_length_are_told(tmp_path, recwarn):
+    data, weights = of_two_lengths("tokens")
+    with pytest.warns(
+        UserWarning, match=r"'a' has weight 0.500 and comes to 0.800 of the tokens. Pass `unit='tokens'`"
+    ):
+        make(tmp_path, data, weights)
+    recwarn.clear()
+    make(tmp_path, data, weights, unit="tokens")
+    make(tmp_path, data, of_two_lengths("examples")[1])
+    make(tmp_path, data, of_two_lengths()[1])
+    make(tmp_path, of_two_lengths(lengths=(9, 9))[0], weights)
+    assert not [one for one in recwarn if "shares of tokens" in str(one.message)]
+
+
+def test_weights_in_tokens_need_rows_that_tell_theirs(tmp_path):
+    data = {"a": Dataset.from_dict({"text": ["one"] * 8, "row": [1] * 8})}
+    with pytest.raises(ValueError, match="Weights in tokens need rows whose tokens can be counted"):
+        make(tmp_path, data, {"a": 1.0}, unit="tokens")
+    streams = {name: one.to_iterable_dataset() for name, one in data.items()}
+    with pytest.raises(ValueError, match="Weights in tokens need rows whose tokens can be counted"):
+        make(tmp_path, streams, {"a": 1.0}, unit="tokens")
+    with pytest.raises(ValueError, match="`unit` must be one of"):
+        make(tmp_path, of_two_lengths()[0], {"a": 0.5, "b": 0.5}, unit="words")
+
+
+@pytest.mark.parametrize(("model", "tokens"), [(tiny_llama, 7), (tiny_bert, 8)])
+def test_the_first_token_counts_where_the_model_predicts_it(tmp_path, model, tokens):
+    """The tokens of a row are those that its loss counts, which the logs count too."""
+    data = three_domains(4)
+    weights = dict.fromkeys(data, 1.0)
+    trainer = DomainWeightedTrainer(
+        model(), arguments(tmp_path, max_steps=1), train_dataset=data, domain_weights=weights, unit="tokens"
+    )
+    assert trainer._drawn["lengths"].tolist() == [tokens] * 12
+    trainer.train()
+    assert sum(trainer.state.log_history[0][f"domain_tokens/{name}"] for name in data) == 4 * tokens
+
+
+def test_the_artifact_tells_the_unit(tmp_path):
+    facts = {"a": {"num_tokens": 10}, "b": {"num_tokens": 30}}
+    assert DomainWeights.natural(facts).unit == "tokens"
+    assert DomainWeights.uniform(facts).unit is None
+    DomainWeights({"a": 1.0}, recipe={"name": "mine", "unit": "examples"}).save_pretrained(tmp_path)
+    assert DomainWeights.from_pretrained(tmp_path).unit == "examples"
+
+
+# The command
+
+
+def test_the_command_reads_phases():
+    flags = MixtureArguments(weights="uniform", phases=["0.8=natural", "0.95=folder=x"])
+    assert flags.read_phases() == [(0.0, "uniform"), (0.8, "natural"), (0.95, "folder=x")]
+    assert MixtureArguments(weights="uniform").read_phases() == [(0.0, "uniform")]
+
+
+@pytest.mark.parametrize("phase", ["natural", "0.8", "0.8=", "late=natural"])
+def test_a_phase_without_part_or_weights_is_refused(phase):
+    with pytest.raises(ValueError, match=r"`--phases` must be parts of the training and weights, as in 0.8=natural"):
+        MixtureArguments(weights="uniform", phases=[phase]).read_phases()
