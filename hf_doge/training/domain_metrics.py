@@ -111,6 +111,8 @@ class DomainMeter:
         self.problem = problem
         self._counts_tokens = self._counts_tokens and not tokens_too
         told = "tokens, share and epochs" if self._counts_tokens else "share and epochs"
+        if Reduction().process_index > 0:
+            return
         logger.warning(
             "The loss of each domain is not logged, since %s. The logs tell %s of the domains. Evaluate on one dataset per "
             "domain (`eval_dataset={name: dataset}`) to see their losses.",

@@ -124,6 +124,9 @@ def test_a_resumed_run_goes_on_with_the_next_examples(tell, name):
 def test_reading_everything_on_every_process_is_warned_of_once(tell, name):
     expected = "Each of the 2 processes reads the whole mixture to keep 1/2 of it"
     warnings = [message for told in tell[name] for message in told["warnings"]]
+    unseen = [message for message in warnings if "loss of each domain is not logged" in message]  # of this model
+    assert len(unseen) == (not name.startswith("plain"))
+    warnings = [message for message in warnings if message not in unseen]
     assert [message[: len(expected)] for message in warnings] == [expected] * ("read_by_all" in name)
 
 
