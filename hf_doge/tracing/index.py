@@ -174,7 +174,7 @@ class InfluenceIndex(SavedIndex):
         """
         How much each training example pushes its own prediction, the largest first: wrong labels tend to stand on top.
 
-        `sum_c learning_rate_c * |g_c(x)|^2`, which needs no model.
+        `sum_c learning_rate_c * |g_c(x)|^2`, in the metric of the index, which needs no model.
 
         Args:
             special_tokens (`str`): `"count"` or `"drop"`, see [`SearchOptions`].
@@ -183,7 +183,8 @@ class InfluenceIndex(SavedIndex):
             `datasets.Dataset`: `rank` (from 1), `example_id`, `score`, and what the index keeps of the example.
 
         Raises:
-            ValueError: The rows of the index are not gradients of their examples (second moment, online recording).
+            ValueError: The rows of the index do not tell (it was recorded online, or by an earlier version with
+                `second_moment=True`).
         """
         check_choice("special_tokens", special_tokens, SPECIAL_TOKENS)
         refuse_metric("Self-influence", self.reader)

@@ -6,6 +6,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from transformers import TrainerCallback
 
 from hf_doge import InfluenceIndex, TracInWECallback
 from hf_doge.artifacts.influence import IndexReader
@@ -147,6 +148,28 @@ def test_an_index_continues_with_its_own_metric(tmp_path, adam):
         assert torch.equal(rows, expected)
     with pytest.raises(ValueError, match="are recorded with `metric='gradient'`, but got 'optimizer'"):
         record(folder, [more], metric="optimizer")
+
+
+def metric_files(reader):
+    return [[file["sha256"] for file in entry["metric"]] for entry in reader.config["checkpoints"]]
+
+
+def test_a_training_that_is_resumed_goes_on_in_the_metric(tmp_path):
+    class Stop(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 3:
+                raise KeyboardInterrupt("stopped by the test")
+
+    whole = train(tmp_path / "whole", tokenizer=tiny_tokenizer(), recording=AUTO)
+    folder = tmp_path / "resumed"
+    callback = TracInWECallback(folder / "index", **AUTO)
+    trainer = make_trainer(folder / "run", callback, tokenizer=tiny_tokenizer())
+    trainer.add_callback(Stop())
+    with pytest.raises(KeyboardInterrupt, match="stopped by the test"):
+        trainer.train()
+    resumed = train(folder, tokenizer=tiny_tokenizer(), recording=AUTO, resume=True)
+    assert resumed.config["metric"] == "optimizer"
+    assert (segments(resumed), metric_files(resumed)) == (segments(whole), metric_files(whole))
 
 
 def begin(folder, checkpoints, **options):

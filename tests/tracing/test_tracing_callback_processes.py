@@ -90,6 +90,9 @@ def test_the_moments_that_two_processes_saved_are_those_that_they_recorded_with(
     folder = together[0] / "moments"
     alone = recorded_by_one(folder, steps=(2,), rates=[0.005], metric="optimizer")
     assert gradient_files(open_index(folder).folder) == gradient_files(alone.folder)
+    metrics = [[one["metric"] for one in index.config["checkpoints"]] for index in (open_index(folder), alone)]
+    assert metrics[0] == metrics[1]
+    assert metrics[0][0][0]["num_tokens"] > 0
     calls = [told["moments"]["calls"] for told in together[1]]
     assert calls == [1 + 2, 1 + 2]  # a trial and half of 4 batches
 

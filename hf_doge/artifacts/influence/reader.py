@@ -147,7 +147,8 @@ class IndexReader:
 
         Args:
             checkpoint (`int`): Its position in `checkpoints`.
-            queries (`TokenRows`): Rows of the queries at this checkpoint, of width `width`. One without tokens scores 0.
+            queries (`TokenRows`): Rows of the queries at this checkpoint, of width `width`. One without tokens scores 0. In
+                the optimizer's metric they must be [`~CheckpointMetric.measured`] by [`~IndexReader.metric`].
             exclude_tokens (`Iterable[int]`): Tokens that do not count.
 
         Returns:
