@@ -193,7 +193,9 @@ class DomainLearner:
         return losses, finite
 
     def _metric(self) -> TargetMetric | None:
-        return OptimizerMetric(self.trainer.optimizer) if self.recipe.score_metric == "optimizer" else None
+        if self.recipe.score_metric != "optimizer":
+            return None
+        return OptimizerMetric(self.trainer.optimizer, max_norm=self.args.max_grad_norm)
 
     def _pieces(self, batches: DomainBatches) -> list[tuple[dict[str, Any], Tensor]]:
         """This process' share of the examples that the step at hand compares, besides those that it trains on."""

@@ -188,16 +188,17 @@ def test_logs_and_summary_tell_the_noise_and_what_it_leaves_undecided(tmp_path):
     assert "score/noise" in weights.summary()
 
 
-def adam_update(trainer, parameter, gradient, target):
-    """What AdamW makes of a gradient, its second moment after a step by the mean of the targets' gradients."""
+def adam_update(trainer, parameter, gradient, target, clip):
+    """What AdamW makes of a clipped gradient, its second moment after a step by the mean of the targets' gradients."""
     group, state = trainer.optimizer.param_groups[0], trainer.optimizer.state[parameter]
     decay, step = group["betas"][1], int(state["step"]) + 1
-    moment = decay * state["exp_avg_sq"] + (1 - decay) * target.square()
-    return group["lr"] * gradient / ((moment / (1 - decay**step)).sqrt() + group["eps"])
+    moment = decay * state["exp_avg_sq"] + (1 - decay) * (clip * target).square()
+    return group["lr"] * clip * gradient / ((moment / (1 - decay**step)).sqrt() + group["eps"])
 
 
+@pytest.mark.parametrize("max_grad_norm", [0.0, 0.1])
 @pytest.mark.parametrize("alignment", ALIGNMENTS)
-def test_in_the_optimizers_metric_a_score_is_the_product_with_its_update(tmp_path, alignment):
+def test_in_the_optimizers_metric_a_score_is_the_product_with_its_update(tmp_path, alignment, max_grad_norm):
     model, found = tiny_llama(dtype=torch.float64), []
 
     class Expecting(DoGETrainer):
@@ -210,9 +211,12 @@ def test_in_the_optimizers_metric_a_score_is_the_product_with_its_update(tmp_pat
                     for ids in rows
                 ]
                 total = [sum(parts) for parts in zip(*gradients, strict=True)]
+                norm = torch.cat([part.flatten() for part in total]).norm() / 3
+                clip = min(1.0, max_grad_norm / (float(norm) + 1e-6)) if max_grad_norm else 1.0
+                assert (clip < 0.5) == bool(max_grad_norm)
                 for parts in gradients:
                     updates = [
-                        adam_update(self, p, g, t / 3) for p, g, t in zip(parameters, parts, total, strict=True)
+                        adam_update(self, p, g, t / 3, clip) for p, g, t in zip(parameters, parts, total, strict=True)
                     ]
                     found.append(sum(float((u * t).sum()) for u, t in zip(updates, total, strict=True)))
             return super()._proxy_step(model, inputs, num_items)
@@ -223,6 +227,7 @@ def test_in_the_optimizers_metric_a_score_is_the_product_with_its_update(tmp_pat
         "max_steps": 3,
         "score_metric": "optimizer",
         "alignment": alignment,
+        "max_grad_norm": max_grad_norm,
         "mu": 5.0,
     }
     trainer = Expecting(
