@@ -303,19 +303,15 @@ class DomainLearner:
     def to_domain_weights(self) -> DomainWeights:
         """What has been learned so far, as an artifact."""
         state = self.state
+        unit = self.trainer.domain_sampler.unit if self.is_online else "tokens"  # whose losses a proxy weighs
         return DomainWeights(
             dict(zip(state.names, state.mean.tolist(), strict=True)),
             last=dict(zip(state.names, state.weights.tolist(), strict=True)),
             trajectory=state.trajectory,
-            recipe={**self.recipe.to_dict(), "unit": self.unit, "arguments": self.args.get_doge_arguments()},
+            recipe={**self.recipe.to_dict(), "unit": unit, "arguments": self.args.get_doge_arguments()},
             domains=self.trainer.described_domains,
             metadata=self._describe_run(),
         )
-
-    @property
-    def unit(self) -> str:
-        """A proxy weighs mean losses of tokens; online the weights draw examples, or tokens if asked to."""
-        return self.trainer.domain_sampler.unit if self.is_online else "tokens"
 
     def _describe_run(self) -> dict[str, Any]:
         """Once for each step: asked for again, by a resumed run too, what was learned is the same artifact to the byte."""

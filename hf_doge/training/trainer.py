@@ -125,7 +125,7 @@ class DoGEMixin(DomainWeightedMixin):
             train_dataset, domains = merge_domains(train_dataset, args.domain_column)
         names = domains.names
         self._refuse_lost_domains(args, names, has_target=target_dataset is not None)
-        self._refuse_useless_cap(args, max_epochs_per_domain)
+        self._refuse_useless_cap(args, max_epochs_per_domain, kwargs.get("unit", "examples"))
         first_weights = weights_in_order(initial_weights if args.is_online else None, names)
         super().__init__(
             model,
@@ -288,11 +288,12 @@ class DoGEMixin(DomainWeightedMixin):
             )
 
     @staticmethod
-    def _refuse_useless_cap(args: DoGEConfig, max_epochs_per_domain: float | None) -> None:
-        if max_epochs_per_domain is not None and not args.is_online:
+    def _refuse_useless_cap(args: DoGEConfig, max_epochs_per_domain: float | None, unit: str) -> None:
+        if (max_epochs_per_domain, unit) != (None, "examples") and not args.is_online:
             raise ValueError(
-                "A proxy sees the same number of examples of every domain, so `max_epochs_per_domain` must be unset, but got "
-                f"{max_epochs_per_domain}. Cap the epochs where the learned weights are used, or set `mode='online'`."
+                "A proxy sees the same number of examples of every domain, so `max_epochs_per_domain` must be unset and `unit` "
+                f"'examples', but got {max_epochs_per_domain} and {unit!r}. Set them where the learned weights are used, or set "
+                "`mode='online'`."
             )
 
     def _refuse_short_lag(self) -> None:

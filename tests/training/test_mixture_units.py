@@ -8,7 +8,9 @@ from datasets import Dataset
 
 from hf_doge.artifacts.domain_weights import DomainWeights
 from hf_doge.cli.train import MixtureArguments
+from hf_doge.training.config import DoGEConfig
 from hf_doge.training.mixture import DomainWeightedTrainer
+from hf_doge.training.trainer import DoGETrainer
 from tests.launch import run_processes
 from tests.tiny import three_domains, tiny_bert, tiny_llama
 from tests.training import units_processes
@@ -204,6 +206,28 @@ def test_the_artifact_tells_the_unit(tmp_path):
     assert DomainWeights.uniform(facts).unit is None
     DomainWeights({"a": 1.0}, recipe={"name": "mine", "unit": "examples"}).save_pretrained(tmp_path)
     assert DomainWeights.from_pretrained(tmp_path).unit == "examples"
+
+
+def doge_trainer(tmp_path, **options):
+    own = {"mode": options.pop("mode")} if "mode" in options else {}
+    args = arguments(tmp_path, DoGEConfig, per_device_train_batch_size=6, max_steps=1, **own)
+    return DoGETrainer(tiny_llama(), args, train_dataset=three_domains(8), **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "unit"),
+    [({}, "tokens"), ({"mode": "online"}, "examples"), ({"mode": "online", "unit": "tokens"}, "tokens")],
+)
+def test_learned_weights_tell_the_unit_that_they_were_learned_in(tmp_path, options, unit):
+    """A proxy weighs mean losses of tokens, whatever the lengths of its rows; online, weights draw."""
+    trainer = doge_trainer(tmp_path, **options)
+    trainer.train()
+    assert trainer.domain_weights.unit == unit
+
+
+def test_a_proxy_does_not_draw_by_tokens(tmp_path):
+    with pytest.raises(ValueError, match=r"A proxy sees the same number of examples .* but got None and 'tokens'"):
+        doge_trainer(tmp_path, unit="tokens")
 
 
 # The command
