@@ -320,8 +320,7 @@ class DomainLearner:
             self._described_step, self.state.described = step, describe_run(self.trainer, self.args)
         described = self.state.described
         cost = {"seconds": round(self.state.seconds, 1), "num_tokens_seen": int(self.state.num_tokens.sum())}
-        if self.has_settled:
-            cost["settled_after_updates"] = self.state.num_updates
+        cost |= {"settled_after_updates": self.state.num_updates} if self.has_settled else {}
         objective = "universal" if self.targets is None else "target"
         return {**described, "objective": objective, "training": {**described["training"], **cost}}
 
