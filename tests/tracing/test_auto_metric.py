@@ -6,6 +6,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from datasets import load_dataset
 from transformers import TrainerCallback
 
 from hf_doge import InfluenceIndex, TracInWECallback
@@ -57,6 +58,8 @@ def test_what_adam_trained_is_in_its_metric(tmp_path, adam):
     card = (tmp_path / "index" / "README.md").read_text()
     assert "- Metric: inner products divided by `sqrt(v) + eps` of Adam, which trained the model" in card
     assert "| `metric` | a row for each checkpoint and token" in card
+    table = load_dataset(str(tmp_path / "index"), "metric", split="train", cache_dir=str(tmp_path / "cache"))
+    assert len(table) == sum(entry["metric"][0]["num_tokens"] for entry in reader.config["checkpoints"]) > 0
     again = record(tmp_path / "again", saved(tmp_path))
     assert decision(again) == ("optimizer", None)
     assert segments(again) == segments(reader)
