@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import ClassVar
 
 from transformers import TrainingArguments
 
@@ -10,10 +11,11 @@ from hf_doge.data.mixture import DatasetConfig, MixtureConfig
 
 
 @dataclass
-class DataArguments:
-    """Where the data are and how they are cut. One of `mixture`, `data_dir` and `dataset` says where."""
+class PlaceArguments:
+    """Where the data are: one of `mixture`, `data_dir` and `dataset` says it."""
 
     _argument_group_name = "data (one of --mixture, --data_dir, --dataset)"
+    _places: ClassVar[tuple[str, ...]] = ("mixture", "data_dir", "dataset")
 
     data_dir: str | None = field(
         default=None,
@@ -40,6 +42,50 @@ class DataArguments:
     )
     streaming: bool = field(default=False, metadata={"help": "Read --dataset as a stream, --max_examples rows of it."})
     max_examples: int | None = field(default=None, metadata={"help": "Rows of --dataset, from its start."})
+
+    def __post_init__(self) -> None:
+        check_count("--max_examples", self.max_examples, optional=True)
+        places = {f"--{name}": getattr(self, name) for name in self._places}
+        given = [flag for flag, place in places.items() if place is not None]
+        if len(given) != 1:
+            raise ValueError(
+                f"One of {', '.join(places)} must say where the data are, but got {' and '.join(given) or 'none of them'}. Give one."
+            )
+        if self.dataset is not None and self.domain_column is None:
+            raise ValueError(
+                "`--dataset` must be divided into domains by a column, but `--domain_column` is not given. Name it, or list data "
+                "sets that are domains in a `--mixture`."
+            )
+        if self.dataset is None and (
+            self.streaming or self.max_examples is not None or self.dataset_config is not None
+        ):
+            raise ValueError(
+                "`--streaming`, `--max_examples` and `--dataset_config` are of `--dataset`. Write them into the mixture file."
+            )
+
+    def get_mixture(self, *, of_folder: bool = False) -> MixtureConfig | None:
+        """The data sets; of a `data_dir` nothing, as it has a reader of its own, unless they are asked for."""
+        if of_folder and self.data_dir is not None:
+            return MixtureConfig.from_folder(self.data_dir)
+        if self.mixture is not None:
+            return MixtureConfig.from_file(self.mixture)
+        if self.dataset is None:
+            return None
+        config = DatasetConfig(
+            self.dataset,
+            name=self.dataset_config,
+            split=self.dataset_split,
+            domain_column=self.domain_column,
+            max_examples=self.max_examples,
+            streaming=self.streaming,
+        )
+        return MixtureConfig((config,))
+
+
+@dataclass
+class DataArguments(PlaceArguments):
+    """Where the data are and how they are cut."""
+
     domains: list[str] | None = field(
         default=None, metadata={"help": "Domains to train on. Default: all that are not targets."}
     )
@@ -64,50 +110,11 @@ class DataArguments:
     dataset_num_proc: int | None = field(default=None, metadata={"help": "Processes that tokenise."})
 
     def __post_init__(self) -> None:
-        counts = (
-            "train_tokenizer_vocab",
-            "max_train_tokens",
-            "max_validation_tokens",
-            "max_examples",
-            "dataset_num_proc",
-        )
-        for name in counts:
+        super().__post_init__()
+        for name in ("train_tokenizer_vocab", "max_train_tokens", "max_validation_tokens", "dataset_num_proc"):
             check_count(f"--{name}", getattr(self, name), optional=True)
         if not 2 <= self.block_size <= 2**31:
             raise ValueError(f"`--block_size` must be at least 2 tokens, but got {self.block_size}.")
-        places = {f"--{name}": getattr(self, name) for name in ("mixture", "data_dir", "dataset")}
-        given = [flag for flag, place in places.items() if place is not None]
-        if len(given) != 1:
-            raise ValueError(
-                f"One of {', '.join(places)} must say where the data are, but got {' and '.join(given) or 'none of them'}. Give one."
-            )
-        if self.dataset is not None and self.domain_column is None:
-            raise ValueError(
-                "`--dataset` must be divided into domains by a column, but `--domain_column` is not given. Name it, or list data "
-                "sets that are domains in a `--mixture`."
-            )
-        if self.dataset is None and (
-            self.streaming or self.max_examples is not None or self.dataset_config is not None
-        ):
-            raise ValueError(
-                "`--streaming`, `--max_examples` and `--dataset_config` are of `--dataset`. Write them into the mixture file."
-            )
-
-    def get_mixture(self) -> MixtureConfig | None:
-        """The data sets, or nothing if they are in `data_dir`."""
-        if self.mixture is not None:
-            return MixtureConfig.from_file(self.mixture)
-        if self.dataset is None:
-            return None
-        config = DatasetConfig(
-            self.dataset,
-            name=self.dataset_config,
-            split=self.dataset_split,
-            domain_column=self.domain_column,
-            max_examples=self.max_examples,
-            streaming=self.streaming,
-        )
-        return MixtureConfig((config,))
 
 
 @dataclass

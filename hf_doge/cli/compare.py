@@ -29,6 +29,8 @@ from hf_doge.training.global_batch import examples_per_step
 class ComparisonArguments:
     """Which mixtures, how often."""
 
+    _argument_group_name = "comparison"
+
     weights: list[str] | None = field(
         default=None,
         metadata={
@@ -74,6 +76,8 @@ class ComparisonArguments:
 @dataclass
 class MeasureArguments:
     """What the mixtures should serve, and how that is measured."""
+
+    _argument_group_name = "targets"
 
     target: list[str] | None = field(
         default=None, metadata={"help": "Domain(s) that no model is trained on, but all are evaluated on."}

@@ -15,8 +15,8 @@ from hf_doge.cli.estimate import DEFAULT_VOCAB
 from hf_doge.cli.parser import parse
 from hf_doge.data.blocks import IGNORED_LABEL, BlockMaker
 from hf_doge.data.domain_data import RecordDomain, load_tokenizer_of
-from hf_doge.data.domain_files import find_domain_files, select_domains
-from hf_doge.data.mixture import DatasetConfig, MixtureConfig
+from hf_doge.data.domain_files import select_domains
+from hf_doge.data.mixture import MixtureConfig
 from hf_doge.data.records import open_mixture
 
 
@@ -84,28 +84,11 @@ def main(argv: Sequence[str]) -> int:
     )
     if data_args.tokenizer is None and data_args.train_tokenizer_vocab is None:
         data_args.train_tokenizer_vocab = DEFAULT_VOCAB
-    mixture = data_args.get_mixture() or folder_as_mixture(data_args.data_dir)
+    mixture = data_args.get_mixture(of_folder=True)
+    assert mixture is not None
     counts = count_domains(data_args, mixture, Path(budget.output_dir))
     say(describe_counts(counts, num_tokens=budget.count_tokens(data_args.block_size), given=mixture.weights))
     return 0
-
-
-def folder_as_mixture(data_dir: str | None) -> MixtureConfig:
-    """The domains of a data folder as data sets."""
-    assert data_dir is not None  # the arguments require it where there is no mixture
-    files = find_domain_files(data_dir)
-    select_domains(files, domains=None)  # each has both files
-    sets = [
-        DatasetConfig(
-            "json",
-            data_files={split: str(path) for split, path in paths.items()},
-            validation_split="validation",
-            domain=name,
-            columns={"text": "text"},
-        )
-        for name, paths in files.items()
-    ]
-    return MixtureConfig(tuple(sets))
 
 
 def count_domains(data_args: DataArguments, mixture: MixtureConfig, output_dir: Path) -> dict[str, DomainCounts]:

@@ -1,8 +1,8 @@
 """`hf-doge demo`: the whole journey on text that this machine already has, in minutes and without network."""
 
 import time
-from argparse import ArgumentParser
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -11,7 +11,7 @@ from hf_doge.cli import compare, learn
 from hf_doge.cli.console import say
 from hf_doge.cli.demo_corpus import build_demo_corpus
 from hf_doge.cli.demo_influence import trace_continuation
-from hf_doge.cli.parser import parse_once
+from hf_doge.cli.parser import parse
 from hf_doge.cli.report import collect_sections, write_report
 
 # Sized to end within five minutes on two CPU cores. Proxy and base model have half a million parameters.
@@ -41,9 +41,20 @@ COMPARE_FLAGS = [
 ]
 
 
+@dataclass
+class DemoArguments:
+    """Where everything goes."""
+
+    _argument_group_name = "demo"
+
+    output_dir: Path = field(default=Path("demo"), metadata={"help": "Where everything goes."})
+
+
 def main(argv: Sequence[str]) -> int:
     """Run the command."""
-    parser = ArgumentParser(
+    (args,) = parse(
+        argv,
+        DemoArguments,
         prog="hf-doge demo",
         description=(
             "Build a small corpus from text on this machine, learn domain weights with a tiny proxy, and compare them "
@@ -51,10 +62,7 @@ def main(argv: Sequence[str]) -> int:
             "minutes on two CPU cores; no network."
         ),
     )
-    parser.add_argument(
-        "--output_dir", type=Path, default=Path("demo"), help="Where everything goes (default: %(default)s)."
-    )
-    folder = parse_once(parser, argv).output_dir
+    folder = args.output_dir
     num_threads = torch.get_num_threads()
     # Threads of one small product wait for each other: two of them beside other programs took thirty times as long.
     torch.set_num_threads(1)

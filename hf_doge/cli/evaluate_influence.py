@@ -21,6 +21,8 @@ from hf_doge.influence_plots import plot_case_deletion
 class InfluenceEvaluationArguments:
     """Which task, which scorers, how many retrainings: points x ks x 2 x scorers x seeds at most."""
 
+    _argument_group_name = "evaluation"
+
     data_dir: str = field(
         metadata={
             "help": "Folder with <task>.train.jsonl[.gz] and <task>.test.jsonl[.gz]; each record has `text` (or `premise` "

@@ -1,20 +1,57 @@
 """`hf-doge export`: domain weights as another training framework reads them."""
 
-from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from hf_doge.artifacts import DomainWeights
 from hf_doge.artifacts.export import FORMS
 from hf_doge.cli.console import say
-from hf_doge.cli.parser import parse_once
+from hf_doge.cli.parser import parse
 from hf_doge.training.trainer import DOMAIN_WEIGHTS_FOLDER
+
+
+@dataclass
+class ExportArguments:
+    """Which weights, for which framework."""
+
+    _argument_group_name = "export"
+
+    weights: str = field(
+        metadata={
+            "positional": True,
+            "help": "Output folder of `hf-doge learn`, `estimate` or `sweep`, a folder or Hub name of domain weights, or a "
+            "JSON or YAML file of weights.",
+        }
+    )
+    format: str = field(metadata={"choices": sorted(FORMS), "help": "The framework."})
+    paths: list[str] | None = field(
+        default=None,
+        metadata={
+            "metavar": "NAME=PATH",
+            "help": "Where the data of each domain is, as the framework takes it; a name given twice has two. All formats "
+            "need them but datasets and llama-factory, which name data sets by domains.",
+        },
+    )
+    num_rows: list[str] | None = field(
+        default=None,
+        metadata={"metavar": "NAME=N", "help": "Rows of the data of each domain; only axolotl needs them."},
+    )
+    output: Path | None = field(default=None, metadata={"help": "File to write, instead of printing."})
 
 
 def main(argv: Sequence[str]) -> int:
     """Run the command."""
-    args = _parse(argv)
+    (args,) = parse(
+        argv,
+        ExportArguments,
+        prog="hf-doge export",
+        description=(
+            "Print domain weights, or write them to a file, in the form that another training framework reads. Domains of "
+            "weight 0 are left out."
+        ),
+    )
     weights = _load(args.weights)
     text = weights.export(
         args.format,
@@ -54,31 +91,3 @@ def _by_domain(flag: str, words: Sequence[str] | None, of: Callable[[str], Any] 
 
 def _whole_number(text: str) -> int | str:
     return int(text) if text.isdecimal() else text  # refused where it is used, by its name
-
-
-def _parse(argv: Sequence[str]) -> Namespace:
-    parser = ArgumentParser(
-        prog="hf-doge export",
-        description=(
-            "Print domain weights, or write them to a file, in the form that another training framework reads. Domains of "
-            "weight 0 are left out."
-        ),
-    )
-    parser.add_argument(
-        "weights",
-        help="Output folder of `hf-doge learn`, `estimate` or `sweep`, a folder or Hub name of domain weights, or a JSON or "
-        "YAML file of weights.",
-    )
-    parser.add_argument("--format", required=True, choices=sorted(FORMS), help="The framework.")
-    parser.add_argument(
-        "--paths",
-        nargs="+",
-        metavar="NAME=PATH",
-        help="Where the data of each domain is, as the framework takes it; a name given twice has two. All formats need them "
-        "but datasets and llama-factory, which name data sets by domains.",
-    )
-    parser.add_argument(
-        "--num_rows", nargs="+", metavar="NAME=N", help="Rows of the data of each domain; only axolotl needs them."
-    )
-    parser.add_argument("--output", type=Path, help="File to write, instead of printing.")
-    return parse_once(parser, argv)

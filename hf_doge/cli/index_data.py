@@ -1,8 +1,8 @@
 """The training examples of `hf-doge index`: records of texts, chats or tokens, as the model of the checkpoints is fed them."""
 
-from argparse import Namespace
 from collections.abc import Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol
 
 import pyarrow as pa
 from datasets import ClassLabel, Dataset
@@ -11,6 +11,10 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from hf_doge.artifacts.influence.examples import read_examples
 from hf_doge.artifacts.influence.manifest import EXAMPLES_FILE, read_config
 from hf_doge.cli.records import check_text_fields, read_records, select_fields
+from hf_doge.data.blocks import IGNORED_LABEL
+from hf_doge.data.encoding import ROWS_PER_CALL, RecordEncoder, require_chat_template
+from hf_doge.data.mixture import MixtureConfig
+from hf_doge.data.records import open_mixture, readable
 from hf_doge.tracing.encoding import DIALOGUE_FIELDS, Encoding
 from hf_doge.tracing.examples import LABEL_COLUMNS, Examples
 from hf_doge.tracing.pretrained import saved_model
@@ -24,10 +28,25 @@ _CONTINUES, _ANSWERS = ("ForCausalLM", "LMHeadModel"), ("ForConditionalGeneratio
 Rows = list[dict[str, Any]]
 
 
-def load_examples(args: Namespace, tokenizer: PreTrainedTokenizerBase) -> tuple[Examples, dict[str, Any]]:
+class IndexSource(Protocol):
+    """What is indexed: the arguments of `hf-doge index`."""
+
+    checkpoints: list[Path]
+    data: Path | None
+    output_dir: Path
+    text_field: list[str] | None
+    label_field: str
+    masking: str | None
+    max_length: int | None
+
+    def get_mixture(self, *, of_folder: bool = False) -> MixtureConfig | None:
+        """The data sets, where they are given instead of `data`."""
+
+
+def load_examples(args: IndexSource, tokenizer: PreTrainedTokenizerBase) -> tuple[Examples, dict[str, Any]]:
     """
     Args:
-        args (`Namespace`): Of `hf-doge index`.
+        args (`IndexSource`): The arguments of `hf-doge index`.
         tokenizer (`PreTrainedTokenizerBase`): Of the model.
 
     Returns:
@@ -37,10 +56,18 @@ def load_examples(args: Namespace, tokenizer: PreTrainedTokenizerBase) -> tuple[
         ValueError: A record is not what the model of the last checkpoint can be fed, or its label is none that it has.
     """
     model_class, config = saved_model(args.checkpoints[-1])
-    name, records = model_class.__name__, read_records(args.data)
-    places = [f"line {number} of {str(args.data)!r}" for number in range(1, len(records) + 1)]
-    told = {} if args.max_length is None else {"max_length": args.max_length, "truncation": "tokenizer"}
+    name, told = model_class.__name__, {}
     continues = name.endswith(_CONTINUES) and not getattr(config, "is_encoder_decoder", False)
+    mixture = args.get_mixture(of_folder=True)
+    if mixture is not None and not continues:
+        raise ValueError(
+            f"A mixture is of language models, but {str(args.checkpoints[-1])!r} holds a `{name}`. Give its examples as `--data`."
+        )
+    records = read_records(args.data) if mixture is None else encode_mixture(mixture, tokenizer, args.max_length)
+    data = repr(str(args.data)) if mixture is None else "the data"
+    places = [f"line {number} of {data}" for number in range(1, len(records) + 1)]
+    if args.max_length is not None:
+        told = {"max_length": args.max_length, "truncation": "tokenizer" if mixture is None else "keep_start"}
     if "input_ids" in records[0]:
         rows = _tokenised(records, places)
         if continues and "labels" not in rows[0]:
@@ -66,6 +93,35 @@ def load_examples(args: Namespace, tokenizer: PreTrainedTokenizerBase) -> tuple[
     return Examples(dataset.select_columns(fed), dataset), told
 
 
+def encode_mixture(mixture: MixtureConfig, tokenizer: PreTrainedTokenizerBase, max_length: int | None) -> Rows:
+    """
+    The train rows of all data sets as tokens and labels, as training makes them, with their text and domain for people.
+
+    Raises:
+        ValueError: A row cannot be encoded, or has no token with a loss within `max_length`.
+    """
+    rows: Rows = []
+    for name, records in open_mixture(mixture).items():
+        what = f"data set {name!r}"
+        require_chat_template(records, tokenizer)
+        encoder = RecordEncoder(tokenizer, records.kind, records.masks, what)
+        for batch in records.splits["train"].iter(batch_size=ROWS_PER_CALL):
+            encoded = encoder({column: batch[column] for column in encoder.columns(batch)})
+            labels = encoded.get("labels", encoded["input_ids"])
+            for position, (ids, kept) in enumerate(zip(encoded["input_ids"], labels, strict=True)):
+                ids, kept = ids[:max_length], kept[:max_length]
+                if all(label == IGNORED_LABEL for label in kept):
+                    raise ValueError(
+                        f"Every row must have a token with a loss, but one of {what} has none among its first {len(ids)}. Raise "
+                        "`--max_length` or remove that row."
+                    )
+                row = {column: values[position] for column, values in batch.items() if column not in (*_OWN, *_FED)}
+                text = readable(row, records.kind)
+                kept_columns = {one: value for one, value in row.items() if isinstance(value, str | int | float)}
+                rows.append({**kept_columns, "text": text, "domain": name, "input_ids": ids, "labels": kept})
+    return rows
+
+
 def _tokenised(records: Rows, places: Sequence[str]) -> Rows:
     for record, place in zip(records, places, strict=True):
         ids = record.get("input_ids")
@@ -76,7 +132,7 @@ def _tokenised(records: Rows, places: Sequence[str]) -> Rows:
     return [{name: value for name, value in record.items() if name in (*_OWN[:3], *_FED)} for record in records]
 
 
-def _refuse_unmasked(args: Namespace, record: dict[str, Any]) -> None:
+def _refuse_unmasked(args: IndexSource, record: dict[str, Any]) -> None:
     """An earlier hf_doge indexed prompt and completion as two texts, both with a loss: such rows are not continued by others."""
     metadata = read_config(args.output_dir)["metadata"] if (args.output_dir / EXAMPLES_FILE).is_file() else None
     if "messages" in record or metadata is None or metadata.keys() & {"encoding", "collator_seed"}:
@@ -89,7 +145,7 @@ def _refuse_unmasked(args: Namespace, record: dict[str, Any]) -> None:
 
 
 def _dialogues(
-    args: Namespace, records: Rows, places: Sequence[str], tokenizer: PreTrainedTokenizerBase
+    args: IndexSource, records: Rows, places: Sequence[str], tokenizer: PreTrainedTokenizerBase
 ) -> tuple[Rows, dict[str, Any]]:
     """Prompts with completions, or messages, as trl's SFTTrainer makes tokens and labels of them."""
     masking = args.masking or ("none" if "messages" in records[0] else "completion")
@@ -114,7 +170,7 @@ def _dialogues(
 
 
 def _texts(
-    args: Namespace,
+    args: IndexSource,
     records: Rows,
     places: Sequence[str],
     tokenizer: PreTrainedTokenizerBase,
@@ -172,7 +228,7 @@ def _label(label: Any, config: PretrainedConfig, place: str) -> int | float | li
     return number
 
 
-def _other_columns(args: Namespace, records: Rows) -> Rows:
+def _other_columns(args: IndexSource, records: Rows) -> Rows:
     """
     What else a person can read of the records, such as their source, where it is of one kind in all of them. An index that is
     there keeps the columns that it was begun with, and the values in them that records do not have.
@@ -195,7 +251,7 @@ def _other_columns(args: Namespace, records: Rows) -> Rows:
     return others
 
 
-def _dataset(rows: Rows, args: Namespace) -> Dataset:
+def _dataset(rows: Rows, args: IndexSource) -> Dataset:
     try:
         return Dataset.from_list(rows)
     except (pa.ArrowException, OverflowError, ValueError, TypeError) as error:

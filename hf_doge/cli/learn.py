@@ -25,6 +25,8 @@ TERMINATED = 143  # what shells say of a program that SIGTERM ended
 class TargetArguments:
     """What the weights should serve."""
 
+    _argument_group_name = "target"
+
     target: list[str] | None = field(
         default=None,
         metadata={

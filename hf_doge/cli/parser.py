@@ -2,12 +2,19 @@
 
 import json
 import math
+import re
+import shutil
+import sys
 from argparse import (
+    SUPPRESS,
+    Action,
+    ArgumentDefaultsHelpFormatter,
     ArgumentParser,
     ArgumentTypeError,
-    Namespace,
+    HelpFormatter,
+    _ArgumentGroup,
 )
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from difflib import get_close_matches
 from itertools import takewhile
@@ -25,15 +32,22 @@ from hf_doge.training.config import SELF_TERMS
 
 CONFIG_SUFFIXES = (".yaml", ".yml", ".json")
 _SELF_TERM_WORDS = [choice for choice in SELF_TERMS if isinstance(choice, str)]
-_OF_TRAINER = frozenset(one.name for one in fields(TrainingArguments))
+# Of the Trainer's arguments those that `--help` shows.
+COMMON = (
+    *("output_dir", "max_steps", "num_train_epochs", "per_device_train_batch_size", "learning_rate", "warmup_steps"),
+    *("save_steps", "seed", "resume_from_checkpoint"),
+)
+_FIRST_SENTENCE = re.compile(r".*?\.(?=\s+[A-Z'`0-9]|$)", flags=re.DOTALL)
 
 
 class CommandParser(HfArgumentParser):
     """
     Flags of several dataclasses, in groups that their `_argument_group_name` names.
 
-    A field that more than one dataclass has is one flag, declared by the first; where it is not given, the others keep their
-    defaults.
+    `--help` shows our flags, the first sentence of each, and the most used of the Trainer's; `--help_all` shows everything. A
+    field that more than one dataclass has is one flag, declared by the first; where it is not given, the others keep their
+    defaults. A field whose metadata say `positional` is no flag but a word; then truth values are flags without a word behind
+    them. One whose metadata say `switch` is on by `--x`, off by `--no_x`, and otherwise its default, which may be `None`.
 
     Args:
         dataclasses (`Sequence[type]`): What the flags fill.
@@ -42,18 +56,52 @@ class CommandParser(HfArgumentParser):
     """
 
     def __init__(self, dataclasses: Sequence[Any], *, prog: str, description: str) -> None:
-        super().__init__(dataclasses, prog=prog, usage="%(prog)s [CONFIG.yaml] --data_dir DIR [flags]")
+        self.positional = [one.name for kind in dataclasses for one in fields(kind) if one.metadata.get("positional")]
+        self._hidden: _ArgumentGroup | None = None
+        words = self.positional or ["[CONFIG.yaml]"]
+        super().__init__(dataclasses, prog=prog, usage=f"%(prog)s {' '.join(words)} [flags]", add_help=False)
         self.description = description
+        group = self.add_argument_group("help")
+        group.add_argument("-h", "--help", action="help", help="Show this.")
+        more = "Show all that is to say of each flag, and the Trainer's other arguments, which are flags too."
+        group.add_argument("--help_all", "--help-all", action=_HelpAll, nargs=0, default=SUPPRESS, help=more)
 
     def _add_dataclass_arguments(self, dtype: Any) -> None:
-        group: Any = (
-            self.add_argument_group(dtype._argument_group_name) if hasattr(dtype, "_argument_group_name") else self
-        )
-        kinds = get_type_hints(dtype)
+        kinds, own = get_type_hints(dtype), self.add_argument_group(getattr(dtype, "_argument_group_name", "flags"))
+        trainer = {one.name for one in fields(TrainingArguments)} if issubclass(dtype, TrainingArguments) else set()
+        common = self.add_argument_group("training (of the Trainer)") if trainer else own
+        hidden = self._hidden = self.add_argument_group("the Trainer's other arguments") if trainer else self._hidden
         for one in fields(dtype):
             if one.init and f"--{one.name}" not in self._option_string_actions:
                 one.type = kinds[one.name]
-                self._parse_dataclass_field(group, one)
+                group = own if one.name not in trainer else common if one.name in COMMON else hidden
+                self._add_field(group, one)
+
+    def _add_field(self, group: Any, one: Any) -> None:
+        if one.metadata.get("positional"):
+            group.add_argument(one.name, type=one.type, help=one.metadata["help"])
+        elif self.positional and one.type is bool:
+            group.add_argument(*_spellings(one.name), action="store_true", help=one.metadata["help"])
+        elif one.metadata.get("switch"):
+            options = {"dest": one.name, "default": one.default, "help": one.metadata["help"]}
+            group.add_argument(*_spellings(one.name), type=string_to_bool, nargs="?", const=True, **options)
+            group.add_argument(*_spellings(f"no_{one.name}"), action="store_false", **options)
+        else:
+            self._parse_dataclass_field(group, one)
+
+    def format_help(self, *, everything: bool = False) -> str:
+        """The help, in groups; by default without what few need."""
+        width = max(80, min(120, shutil.get_terminal_size((120, 24)).columns))
+        options = {"width": width, "max_help_position": 33}
+        formatter = ArgumentDefaultsHelpFormatter(self.prog, **options) if everything else _Brief(self.prog, **options)
+        formatter.add_usage(self.usage, self._actions, self._mutually_exclusive_groups)
+        formatter.add_text(self.description)
+        for group in self._action_groups:
+            if group._group_actions and (everything or group is not self._hidden):
+                formatter.start_section(group.title)
+                formatter.add_arguments(one for one in group._group_actions if everything or not _turns_off(one))
+                formatter.end_section()
+        return formatter.format_help()
 
     def read(self, argv: Sequence[str]) -> tuple:
         """One instance of each dataclass."""
@@ -66,7 +114,42 @@ class CommandParser(HfArgumentParser):
         return tuple(made)
 
 
-def parse(argv: Sequence[str], *dataclasses: Any, prog: str, description: str, defaults: dict[str, Any]) -> tuple:
+def _spellings(name: str) -> dict[str, None]:
+    """With underscores and with hyphens, where they differ."""
+    return dict.fromkeys([f"--{name}", f"--{name.replace('_', '-')}"])
+
+
+class _HelpAll(Action):
+    """Prints the whole help and ends, as `--help` does."""
+
+    def __call__(self, parser: Any, *_: Any) -> None:
+        parser._print_message(parser.format_help(everything=True), sys.stdout)
+        parser.exit()
+
+
+class _Brief(HelpFormatter):
+    """One name of each flag, the first sentence of its help, and its default."""
+
+    def _format_action_invocation(self, action: Action) -> str:
+        if not action.option_strings:
+            return super()._format_action_invocation(action)
+        return ", ".join(one for one in action.option_strings if "-" not in one[2:])
+
+    def _get_help_string(self, action: Action) -> str:
+        said = _FIRST_SENTENCE.match(action.help or "")
+        text = said[0].rstrip() if said else action.help or ""
+        shown = action.default not in (None, False, SUPPRESS) and "Default:" not in text and action.option_strings
+        return f"{text} (default: %(default)s)" if shown else text
+
+
+def _turns_off(action: Action) -> bool:
+    """Whether it is the `--no_x` of a flag `--x`."""
+    return bool(action.option_strings) and action.option_strings[0] == f"--no_{action.dest}"
+
+
+def parse(
+    argv: Sequence[str], *dataclasses: Any, prog: str, description: str, defaults: Mapping[str, Any] | None = None
+) -> tuple:
     """
     Read the flags of several dataclasses.
 
@@ -76,7 +159,7 @@ def parse(argv: Sequence[str], *dataclasses: Any, prog: str, description: str, d
         dataclasses (`type`): What the flags fill.
         prog (`str`): The command, for messages.
         description (`str`): First lines of `--help`.
-        defaults (`dict[str, Any]`): Defaults of this command that differ from the dataclasses'.
+        defaults (`Mapping[str, Any]`, *optional*): Defaults of this command that differ from the dataclasses'.
 
     Returns:
         `tuple`: one instance per dataclass.
@@ -86,32 +169,20 @@ def parse(argv: Sequence[str], *dataclasses: Any, prog: str, description: str, d
         `ValueError`: for values a dataclass refuses, and for a file that is not a mapping.
     """
     parser = CommandParser(dataclasses, prog=prog, description=description)
-    parser.set_defaults(**defaults)
+    parser.set_defaults(**(defaults or {}))
     if (action := parser._option_string_actions.get("--self_term")) is not None:
         action.type, action.metavar = _read_self_term, f"{{{','.join(_SELF_TERM_WORDS)}}}"  # not a truth value alone
     if any(issubclass(kind, TrainingArguments) for kind in dataclasses):
         parser.set_defaults(dataloader_pin_memory=torch.cuda.is_available())  # else torch warns on a CPU
     argv = list(argv)
     configured = []
-    if argv and not argv[0].startswith("-") and Path(argv[0]).suffix in CONFIG_SUFFIXES:
+    if argv and not parser.positional and not argv[0].startswith("-") and Path(argv[0]).suffix in CONFIG_SUFFIXES:
         configured = read_flags(Path(argv.pop(0)), parser)
     refuse_repeated_flags(parser, argv)
     parsed = parser.read([*configured, *argv])
     for args in parsed:
         _check_numbers(args)
     return parsed
-
-
-def parse_once(parser: ArgumentParser, argv: Sequence[str]) -> Namespace:
-    """
-    What a parser makes of the words of the command line.
-
-    Raises:
-        `SystemExit`: as `argparse` does, after `--help` or for flags it does not understand.
-        `ValueError`: if a flag is given twice.
-    """
-    refuse_repeated_flags(parser, argv)
-    return parser.parse_args(argv)
 
 
 def refuse_repeated_flags(parser: ArgumentParser, argv: Sequence[str]) -> None:

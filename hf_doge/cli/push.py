@@ -1,19 +1,50 @@
 """`hf-doge push`: bring domain weights or an influence index to the Hub."""
 
-from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from hf_doge.artifacts import DomainWeights
 from hf_doge.cli.console import say
-from hf_doge.cli.parser import parse_once
+from hf_doge.cli.parser import parse
 
 WEIGHTS_MANIFEST, INDEX_MANIFEST = "domain_weights.json", "config.json"
 
 
+@dataclass
+class PushArguments:
+    """What is pushed, and where to."""
+
+    _argument_group_name = "push"
+
+    folder: Path = field(metadata={"positional": True, "help": "Folder of domain weights or of an influence index."})
+    repo_id: str = field(metadata={"positional": True, "help": "Where to: user/name. Made if it does not exist."})
+    message: str | None = field(default=None, metadata={"help": "Message of the commit."})
+    private: bool = field(default=False, metadata={"help": "Make a new repository private."})
+    revision: str | None = field(default=None, metadata={"help": "Branch to push to; made if it does not exist."})
+    create_pr: bool = field(default=False, metadata={"help": "Propose it instead, as a pull request."})
+    tag: str | None = field(default=None, metadata={"help": "Tag to put on the commit."})
+    redact_text: bool = field(
+        default=False, metadata={"help": "Leave out every column of an index's examples that can hold text."}
+    )
+    keep_columns: list[str] = field(default_factory=list, metadata={"help": "But for these."})
+    publish_text: bool = field(
+        default=False, metadata={"help": "Publish the texts also where the repository holds the index without them."}
+    )
+    no_models: bool = field(default=False, metadata={"help": "Leave out the weights of an index's checkpoints."})
+
+
 def main(argv: Sequence[str]) -> int:
     """Run the command."""
-    args = _parse(argv)
+    (args,) = parse(
+        argv,
+        PushArguments,
+        prog="hf-doge push",
+        description=(
+            "Push domain weights or an influence index to a dataset repository on the Hub, in one commit. Pushing again "
+            "sends only what is missing. Log in first by `hf auth login`, or set HF_TOKEN."
+        ),
+    )
     options = {
         "commit_message": args.message,
         "private": args.private or None,
@@ -46,31 +77,3 @@ def main(argv: Sequence[str]) -> int:
     if commit is not None:
         say(commit.pr_url or commit.commit_url)
     return 0
-
-
-def _parse(argv: Sequence[str]) -> Namespace:
-    parser = ArgumentParser(
-        prog="hf-doge push",
-        description=(
-            "Push domain weights or an influence index to a dataset repository on the Hub, in one commit. Pushing again "
-            "sends only what is missing. Log in first by `hf auth login`, or set HF_TOKEN."
-        ),
-    )
-    parser.add_argument("folder", type=Path, help="Folder of domain weights or of an influence index.")
-    parser.add_argument("repo_id", help="Where to: user/name. Made if it does not exist.")
-    parser.add_argument("--message", default=None, help="Message of the commit.")
-    parser.add_argument("--private", action="store_true", help="Make a new repository private.")
-    parser.add_argument("--revision", default=None, help="Branch to push to; made if it does not exist.")
-    parser.add_argument("--create_pr", action="store_true", help="Propose it instead, as a pull request.")
-    parser.add_argument("--tag", default=None, help="Tag to put on the commit.")
-    parser.add_argument(
-        "--redact_text", action="store_true", help="Leave out every column of an index's examples that can hold text."
-    )
-    parser.add_argument("--keep_columns", nargs="+", default=(), help="But for these.")
-    parser.add_argument(
-        "--publish_text",
-        action="store_true",
-        help="Publish the texts also where the repository holds the index without them.",
-    )
-    parser.add_argument("--no_models", action="store_true", help="Leave out the weights of an index's checkpoints.")
-    return parse_once(parser, argv)

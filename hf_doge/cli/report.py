@@ -1,19 +1,29 @@
 """`hf-doge report`: show again what a folder of results holds."""
 
 import base64
-from argparse import ArgumentParser
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
 from hf_doge.artifacts import DomainWeights
 from hf_doge.artifacts.cards.text import code_block, escape
 from hf_doge.cli.console import save_plot, say
-from hf_doge.cli.parser import parse_once
+from hf_doge.cli.parser import parse
 from hf_doge.evaluation.comparison import Comparison
 from hf_doge.files import write_atomically
 from hf_doge.plots import plot_comparison
+
+
+@dataclass
+class ReportArguments:
+    """Where the results are."""
+
+    _argument_group_name = "report"
+
+    folder: Path = field(
+        metadata={"positional": True, "help": "Output folder of `hf-doge learn`, `compare` or `demo`."}
+    )
 
 
 @dataclass(frozen=True)
@@ -39,12 +49,13 @@ class Section:
 
 def main(argv: Sequence[str]) -> int:
     """Run the command."""
-    parser = ArgumentParser(
+    (args,) = parse(
+        argv,
+        ReportArguments,
         prog="hf-doge report",
         description="Show the learned weights and comparisons in a folder, and write them into one report.md with plots.",
     )
-    parser.add_argument("folder", type=Path, help="Output folder of `hf-doge learn`, `compare` or `demo`.")
-    folder = parse_once(parser, argv).folder
+    folder = args.folder
     sections = collect_sections(folder)
     say("\n".join(section.to_markdown(embed=False) for section in sections))
     say(f"Report: {write_report(folder, sections)}")

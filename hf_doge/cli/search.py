@@ -1,14 +1,14 @@
 """`hf-doge search`: which training examples, and which of their words, made a model predict what it predicts."""
 
 import json
-from argparse import ArgumentParser, BooleanOptionalAction, Namespace
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 from hf_doge.cli.console import say
-from hf_doge.cli.parser import parse_once
+from hf_doge.cli.parser import parse
 from hf_doge.cli.records import check_text_fields, read_records
 from hf_doge.text import printable
 from hf_doge.tracing.encoding import DIALOGUE_FIELDS, MASKINGS
@@ -22,9 +22,93 @@ TEXT_WIDTH = 90
 JSON_COLUMNS_LEFT_OUT = ("query_token_ids", "example_token_ids", "example_token_scores", "input_ids")
 
 
+@dataclass
+class SearchArguments:
+    """What is asked, of which index."""
+
+    _argument_group_name = "search"
+
+    index: str = field(metadata={"help": "Folder of `hf-doge index` or TracInWECallback, or a Hub name."})
+    revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of an index on the Hub."})
+    streaming: bool = field(
+        default=False, metadata={"help": "Fetch from the Hub only the rows that the queries touch."}
+    )
+    query: list[str] | None = field(default=None, metadata={"help": "Texts to trace the predictions of."})
+    queries: Path | None = field(
+        default=None,
+        metadata={
+            "help": "JSONL file of them instead (.gz or not): a field text, or premise and hypothesis, and perhaps a label; "
+            "or prompt and completion, or messages."
+        },
+    )
+    text_field: list[str] | None = field(
+        default=None, metadata={"help": "Field of the text in it, or the two of a pair."}
+    )
+    label_field: str = field(
+        default="label",
+        metadata={"help": "Field of the label in it, if it has one. 'none' traces what the model predicts."},
+    )
+    top_k: int = field(default=10, metadata={"help": "Examples of each kind, at least 1."})
+    recipe: str | None = field(
+        default=None,
+        metadata={
+            "choices": ["paper"],
+            "help": "paper: all tokens count, and nothing is divided by norms. Default: what the index was begun with.",
+        },
+    )
+    special_tokens: str | None = field(
+        default=None,
+        metadata={
+            "choices": SPECIAL_TOKENS,
+            "help": "Whether tokens such as [CLS] count. Default: as the index says.",
+        },
+    )
+    sentence_ends: str | None = field(
+        default=None,
+        metadata={
+            "choices": SPECIAL_TOKENS,
+            "help": "Whether the ends of sentences (. ? !) count. Default: as the index says.",
+        },
+    )
+    cosine: bool | None = field(
+        default=None,
+        metadata={
+            "switch": True,
+            "help": "Divide scores by the norms of both gradients. Default: as the index says.",
+        },
+    )
+    kernel: str = field(
+        default="token",
+        metadata={"choices": KERNELS, "help": "Whether words of like meaning answer each other too."},
+    )
+    synonym_threshold: float = field(default=0.5, metadata={"help": "Smallest cosine of such words."})
+    tokenizer: str | None = field(
+        default=None, metadata={"help": "Folder or Hub name. Default: the one of the checkpoints."}
+    )
+    masking: str | None = field(
+        default=None,
+        metadata={
+            "choices": MASKINGS,
+            "help": "Which tokens of prompt and completion, or of messages, are scored. Default: as the examples were masked.",
+        },
+    )
+    batch_size: int = field(default=32, metadata={"help": "Queries at once."})
+    html: Path | None = field(default=None, metadata={"help": "Write a page with shaded words to this file."})
+    json: bool = field(default=False, metadata={"help": "Print one JSON object for each hit."})
+
+
 def main(argv: Sequence[str]) -> int:
     """Run the command."""
-    args = _parse(argv)
+    (args,) = parse(
+        argv,
+        SearchArguments,
+        prog="hf-doge search",
+        description=(
+            "Find the training examples that pushed a prediction (proponents) and those that pushed against it "
+            "(opponents), with the words they did it through. A query without a label is traced for what the model "
+            "predicts."
+        ),
+    )
     queries = _read_queries(args)
     index = InfluenceIndex.from_pretrained(
         args.index,
@@ -59,90 +143,12 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def _parse(argv: Sequence[str]) -> Namespace:
-    parser = ArgumentParser(
-        prog="hf-doge search",
-        description=(
-            "Find the training examples that pushed a prediction (proponents) and those that pushed against it "
-            "(opponents), with the words they did it through. A query without a label is traced for what the model "
-            "predicts."
-        ),
-    )
-    parser.add_argument("--index", required=True, help="Folder of `hf-doge index` or TracInWECallback, or a Hub name.")
-    parser.add_argument("--revision", default=None, help="Branch, tag or commit of an index on the Hub.")
-    parser.add_argument(
-        "--streaming", action="store_true", help="Fetch from the Hub only the rows that the queries touch."
-    )
-    parser.add_argument("--query", nargs="+", default=None, help="Texts to trace the predictions of.")
-    parser.add_argument(
-        "--queries",
-        type=Path,
-        default=None,
-        help=(
-            "JSONL file of them instead (.gz or not): a field text, or premise and hypothesis, and perhaps a label; or prompt "
-            "and completion, or messages."
-        ),
-    )
-    parser.add_argument("--text_field", nargs="+", default=None, help="Field of the text in it, or the two of a pair.")
-    parser.add_argument(
-        "--label_field",
-        default="label",
-        help="Field of the label in it, if it has one. 'none' traces what the model predicts. Default: label.",
-    )
-    parser.add_argument("--top_k", type=int, default=10, help="Examples of each kind, at least 1. Default: 10.")
-    _add_scoring_flags(parser)
-    parser.add_argument("--tokenizer", default=None, help="Folder or Hub name. Default: the one of the checkpoints.")
-    parser.add_argument(
-        "--masking",
-        default=None,
-        choices=MASKINGS,
-        help="Which tokens of prompt and completion, or of messages, are scored. Default: as the examples were masked.",
-    )
-    parser.add_argument("--batch_size", type=int, default=32, help="Queries at once. Default: 32.")
-    parser.add_argument("--html", type=Path, default=None, help="Write a page with shaded words to this file.")
-    parser.add_argument("--json", action="store_true", help="Print one JSON object for each hit.")
-    return parse_once(parser, argv)
-
-
-def _add_scoring_flags(parser: ArgumentParser) -> None:
-    """What counts in a score."""
-    parser.add_argument(
-        "--recipe",
-        default=None,
-        choices=["paper"],
-        help="paper: all tokens count, and nothing is divided by norms. Default: what the index was begun with.",
-    )
-    parser.add_argument(
-        "--special_tokens",
-        default=None,
-        choices=SPECIAL_TOKENS,
-        help="Whether tokens such as [CLS] count. Default: as the index says.",
-    )
-    parser.add_argument(
-        "--sentence_ends",
-        default=None,
-        choices=SPECIAL_TOKENS,
-        help="Whether the ends of sentences (. ? !) count. Default: as the index says.",
-    )
-    parser.add_argument(
-        "--cosine",
-        action=BooleanOptionalAction,
-        default=None,
-        help="Divide scores by the norms of both gradients. Default: as the index says.",
-    )
-    parser.add_argument(
-        "--kernel", default="token", choices=KERNELS, help="Whether words of like meaning answer each other too."
-    )
-    parser.add_argument(
-        "--synonym_threshold", type=float, default=0.5, help="Smallest cosine of such words. Default: 0.5."
-    )
-
-
-def _read_queries(args: Namespace) -> list[Any]:
+def _read_queries(args: SearchArguments) -> list[Any]:
     if (args.query is None) == (args.queries is None):
         raise ValueError("Give either `--query`, texts, or `--queries`, a file of them.")
     if args.query is not None:
         return args.query
+    assert args.queries is not None
     queries, text_names = [], check_text_fields(args.text_field)
     for number, record in enumerate(read_records(args.queries), start=1):
         if args.text_field is None and is_dialogue(record):

@@ -28,6 +28,8 @@ IS_HELPER = "HF_DOGE_SWEEP_HELPER"  # in the environment of a process that anoth
 class SweepArguments:
     """Which mixtures are tried, and what their law is asked for."""
 
+    _argument_group_name = "sweep"
+
     num_mixtures: int = field(default=16, metadata={"help": "Mixtures to train on, each with every seed."})
     seeds: list[int] = field(default_factory=lambda: [1], metadata={"help": "Seeds of the runs."})
     concentration: float = field(

@@ -22,6 +22,8 @@ from hf_doge.training.mixture import DomainWeightedTrainer
 class MixtureArguments:
     """What to draw the training data by."""
 
+    _argument_group_name = "mixture"
+
     weights: str = field(
         metadata={
             "help": "uniform, natural (in proportion to tokens), mixture (those of the mixture file), the output folder of `hf-doge learn`, a folder or Hub "

@@ -1,7 +1,7 @@
 """Rows of text, of prompts with completions, and of messages, as tokens and labels, by `Dataset.map`."""
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,6 +52,11 @@ class RecordEncoder:
         encoded = {"input_ids": [ids for ids, _ in pairs]}
         return {**encoded, "labels": [labels for _, labels in pairs]} if self.masks else encoded
 
+    def columns(self, names: Iterable[str]) -> list[str]:
+        """Those of a data set's columns that are read."""
+        used = (*self.kind, *(() if self.kind == ("text",) else ("tools", "chat_template_kwargs")))
+        return [name for name in names if name in used]
+
     def _encode_texts(self, texts: Sequence[str | None]) -> list[list[int]]:
         if None in texts:
             raise ValueError(f"{self.what} must have a text in every row, but one has none. Remove that row.")
@@ -71,6 +76,20 @@ class RecordEncoder:
             return encoding.encode(record, self.tokenizer)
         except (ValueError, TemplateError, TypeError) as error:
             raise ValueError(f"A row of {self.what} cannot be encoded: {error} The row is {show(record)}.") from error
+
+
+def require_chat_template(records: Records, tokenizer: PreTrainedTokenizerBase) -> None:
+    """
+    Messages need a chat template.
+
+    Raises:
+        ValueError: Rows hold messages and the tokenizer has none.
+    """
+    if records.is_chat and tokenizer.chat_template is None:
+        raise ValueError(
+            f"A tokenizer must have a chat template to encode messages, but this one has none, and data set {records.name!r} "
+            "holds messages. Give one by `--chat_template_path`, or the tokenizer of a chat model."
+        )
 
 
 def encode_records(
@@ -94,16 +113,10 @@ def encode_records(
     Raises:
         ValueError: Rows hold messages and the tokenizer has no chat template, or a row cannot be encoded.
     """
-    what = f"data set {records.name!r}"
-    if records.is_chat and tokenizer.chat_template is None:
-        raise ValueError(
-            f"A tokenizer must have a chat template to encode messages, but this one has none, and {what} holds messages. "
-            "Give one by `--chat_template_path`, or the tokenizer of a chat model."
-        )
-    used = (*records.kind, *(("tools", "chat_template_kwargs") if records.is_chat else ()))
+    require_chat_template(records, tokenizer)
     rows = records.splits[split]
-    rows = rows.select_columns([name for name in rows.column_names if name in used])
-    encoder = RecordEncoder(tokenizer, records.kind, records.masks, what)
+    encoder = RecordEncoder(tokenizer, records.kind, records.masks, f"data set {records.name!r}")
+    rows = rows.select_columns(encoder.columns(rows.column_names))
     names = ("input_ids", "labels") if encoder.masks else ("input_ids",)
     # What `datasets` would make of a tokenizer differs from process to process.
     key = (rows._fingerprint, tokenizer_key, records.kind, records.masks)

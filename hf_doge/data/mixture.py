@@ -32,6 +32,7 @@ from typing import Any
 
 from hf_doge.artifacts.readers import parse_yaml
 from hf_doge.checks import check_count, check_flag, check_names, check_number, check_text, show
+from hf_doge.data.domain_files import find_domain_files, select_domains
 from hf_doge.text import parse_json
 
 BUILDERS = ("json", "parquet", "csv", "arrow")
@@ -228,6 +229,23 @@ class MixtureConfig:
             return cls.from_dict(content, folder=path.parent)
         except ValueError as error:
             raise ValueError(f"The mixture {str(path)!r} cannot be used: {error}") from error
+
+    @classmethod
+    def from_folder(cls, data_dir: str | Path) -> "MixtureConfig":
+        """The domains of a data folder as data sets, see [`find_domain_files`]."""
+        files = find_domain_files(data_dir)
+        select_domains(files, domains=None)  # each has both files
+        sets = [
+            DatasetConfig(
+                "json",
+                data_files={split: str(path) for split, path in paths.items()},
+                validation_split="validation",
+                domain=name,
+                columns={"text": "text"},
+            )
+            for name, paths in files.items()
+        ]
+        return cls(tuple(sets))
 
     @classmethod
     def from_dict(cls, content: Any, *, folder: Path | None = None) -> "MixtureConfig":

@@ -121,6 +121,8 @@ class DoGEConfig(TrainingArguments):
     has reached them; it is nearer to the initial weights, as a larger `mu` is.
     """
 
+    _argument_group_name = "domain weights (DoGE)"
+
     domain_column: str = field(
         default="domain",
         metadata={"help": "Column of the train set that names each example's domain (string, ClassLabel or integer)."},
