@@ -37,6 +37,9 @@ COMMON = (
     *("output_dir", "max_steps", "num_train_epochs", "per_device_train_batch_size", "learning_rate", "warmup_steps"),
     *("save_steps", "seed", "resume_from_checkpoint"),
 )
+_ONE_LINE = 84  # characters of help beside a flag
+_LAST_CLAUSE = re.compile(r"[,;:] [^,;:]*$")
+_ASIDE = re.compile(r" \([^()]*[a-z]{3}[^()]*\)")
 _FIRST_SENTENCE = re.compile(r".*?\.(?=\s+[A-Z'`0-9]|$)", flags=re.DOTALL)
 
 
@@ -92,7 +95,7 @@ class CommandParser(HfArgumentParser):
     def format_help(self, *, everything: bool = False) -> str:
         """The help, in groups; by default without what few need."""
         width = max(80, min(120, shutil.get_terminal_size((120, 24)).columns))
-        options = {"width": width, "max_help_position": 33}
+        options = {"width": width, "max_help_position": 34}
         formatter = ArgumentDefaultsHelpFormatter(self.prog, **options) if everything else _Brief(self.prog, **options)
         formatter.add_usage(self.usage, self._actions, self._mutually_exclusive_groups)
         formatter.add_text(self.description)
@@ -128,7 +131,7 @@ class _HelpAll(Action):
 
 
 class _Brief(HelpFormatter):
-    """One name of each flag, the first sentence of its help, and its default."""
+    """One name of each flag, the first sentence of its help, in two lines, and its default."""
 
     def _format_action_invocation(self, action: Action) -> str:
         if not action.option_strings:
@@ -139,7 +142,13 @@ class _Brief(HelpFormatter):
         said = _FIRST_SENTENCE.match(action.help or "")
         text = said[0].rstrip() if said else action.help or ""
         shown = action.default not in (None, False, SUPPRESS) and "Default:" not in text and action.option_strings
-        return f"{text} (default: %(default)s)" if shown else text
+        default = " (default: %(default)s)" if shown else ""
+        room = _ONE_LINE - (len(f" (default: {action.default})") if shown else 0)
+        if len(text) > room:
+            text = _ASIDE.sub("", text)
+        if len(text) > room + _ONE_LINE:
+            text = _LAST_CLAUSE.sub("", text[: room + _ONE_LINE - 4]) + " ..."
+        return text + default
 
 
 def _turns_off(action: Action) -> bool:
