@@ -1,10 +1,12 @@
 import dataclasses
 import json
+import re
 import shutil
 
 import datasets
 import numpy as np
 import pytest
+import yaml
 from datasets import Dataset, DatasetDict, load_dataset
 
 from hf_doge.cli.arguments import DataArguments
@@ -15,6 +17,7 @@ from hf_doge.data.mixture import DatasetConfig, MixtureConfig
 from hf_doge.data.records import open_mixture
 from hf_doge.data.tokenizer import get_tokenizer
 from tests.data.made import rows_of, write_jsonl, write_sets
+from tests.launch import REPOSITORY
 
 TRAINED = {"train_tokenizer_vocab": 300, "block_size": 16}
 
@@ -230,6 +233,13 @@ def test_the_keys_of_trl_mean_what_they_mean_there():
     assert {name: ours[name] for name in theirs} == theirs
     wanted = {one.name for one in dataclasses.fields(trl.DatasetMixtureConfig)}
     assert wanted == {"datasets", "streaming", "test_split_size"}
+
+
+@pytest.mark.parametrize("page", ["docs/data.md", "hf_doge/data/mixture.py", "examples/mixture/mixture.yaml"])
+def test_every_mixture_that_is_shown_can_be_read(page):
+    text = (REPOSITORY / page).read_text(encoding="utf-8")
+    (shown,) = [text] if page.endswith("yaml") else re.findall(r"^```yaml\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+    assert len(MixtureConfig.from_dict(yaml.safe_load(shown)).datasets) == 3
 
 
 # Errors
