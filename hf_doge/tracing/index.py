@@ -304,8 +304,11 @@ class InfluenceIndex(SavedIndex):
     def _left_out(self, options: SearchOptions) -> list[int]:
         """Ids of the tokens that do not count."""
         found = list(self.config["special_token_ids"]) if options["special_tokens"] == "drop" else []
-        ends = (self.config["metadata"].get("search") or {}).get("sentence_end_ids", ())
-        return sorted({*found, *ends}) if options["sentence_ends"] == "drop" else found
+        search = self.config["metadata"].get("search")
+        ends = search.get("sentence_end_ids") if isinstance(search, dict) else None
+        if options["sentence_ends"] != "drop" or not isinstance(ends, list):
+            return found
+        return sorted({*found, *(token for token in ends if isinstance(token, int))})
 
     def _domains(self, column: str) -> tuple[list[Any], np.ndarray]:
         """Names of the domains in order of appearance, and the domain of each example."""
@@ -330,5 +333,5 @@ class InfluenceIndex(SavedIndex):
             found = np.asarray(None)
         whole = found.ndim == 1 and (found.dtype.kind in "iu" or not len(found)) and not isinstance(ids, str | bytes)
         if not whole or (len(found) and not 0 <= found.min() <= found.max() < len(self)):
-            raise ValueError(f"`exclude` must hold ids of examples, 0 to {len(self) - 1}, but got {ids!r:.80}.")
+            raise ValueError(f"`exclude` must hold ids of examples, 0 to {len(self) - 1}, but got {show(ids)}.")
         return found.astype(np.int64)

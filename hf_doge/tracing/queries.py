@@ -130,10 +130,11 @@ def _fill(options: SearchOptions, reader: IndexReader) -> None:
     """Decide what was left to the recipe, or to the index."""
     recorded = reader.config["metadata"].get("search")
     recorded = recorded if isinstance(recorded, dict) and options["recipe"] is None else PAPER
-    given_cosine = options["cosine"]
+    given_cosine, asked = options["cosine"], options["recipe"]
+    is_paper = isinstance(asked, str) and asked == "paper"
     for name, paper in PAPER.items():
         given = options[name]  # type: ignore[literal-required]
-        if options["recipe"] == "paper" and given not in (None, paper):
+        if is_paper and given is not None and given != paper:
             raise ValueError(
                 f"`recipe='paper'` means `{name}={paper!r}`, but got `{name}={given!r}`. Leave out one of the two."
             )

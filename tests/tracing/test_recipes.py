@@ -103,13 +103,13 @@ def searched(tmp_path_factory):
     return train(folder, classifier(tokenizer), tokenizer, data, epochs=1, recipe=None, metric="gradient"), tokenizer
 
 
-def open_index(folder, tmp_path, *, told=True):
-    """The index, or one that says nothing of searches, as those of before they were written down."""
-    if not told:
-        folder = shutil.copytree(folder, tmp_path / "old")
+def open_index(folder, tmp_path, **told):
+    """The index, or one whose config.json tells something else of searches (`search=None`: nothing)."""
+    if told:
+        folder = shutil.copytree(folder, tmp_path / "told", dirs_exist_ok=True)
         path = folder / "config.json"
         config = json.loads(path.read_text())
-        del config["metadata"]["search"]
+        config["metadata"] |= told
         path.write_text(json.dumps(config))
     return InfluenceIndex.from_pretrained(folder, cache_dir=tmp_path / "maps")
 
@@ -135,8 +135,9 @@ def test_special_tokens_and_ends_of_sentences_are_left_out_by_default_and_classi
 
 
 def test_an_index_that_does_not_tell_how_it_is_searched_answers_as_before(searched, tmp_path):
-    old, new = (open_index(searched[0], tmp_path, told=told) for told in (False, True))
-    assert np.array_equal(old.scores(TEXTS[:2]), new.scores(TEXTS[:2], recipe="paper"))
+    expected = open_index(searched[0], tmp_path).scores(TEXTS[:2], recipe="paper")
+    for told in (None, ["drop"], {"special_tokens": 3, "sentence_ends": [], "cosine": "yes", "sentence_end_ids": "."}):
+        assert np.array_equal(open_index(searched[0], tmp_path, search=told).scores(TEXTS[:2]), expected)
 
 
 def test_the_papers_recipe_of_a_search_refuses_what_contradicts_it(searched, tmp_path):
