@@ -17,6 +17,7 @@ LONGEST = (
     "training/test_learning_faults.py",
     "training/test_learning_processes.py",
     "cli/test_cli.py",
+    "data/test_front_door.py",
     "training/test_resume.py",
     "training/test_learning_streams.py",
     "training/test_mixture_processes.py",
