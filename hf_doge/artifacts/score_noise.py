@@ -9,6 +9,7 @@ from hf_doge.artifacts.record import WeightsRecord
 # Shapes: T = recorded updates, K = domains.
 
 LEAST_UPDATES = 10  # that noise is told from
+_LEAST_VARIANCE = 1e-12  # as in the mean that a training takes
 
 
 def undecided_groups(weights: WeightsRecord) -> list[list[str]]:
@@ -89,7 +90,10 @@ def _shares_of_mean(weights: WeightsRecord, rates: np.ndarray) -> np.ndarray:
         means = np.where(known, scores, 0.0).sum(axis=1, keepdims=True) / np.maximum(
             known.sum(axis=1, keepdims=True), 1
         )
-        shares = 1 / (np.cumsum(_variances(scores - means, rates).mean(axis=1)) + np.finfo(np.float64).tiny)
+        added = _variances(scores - means, rates).mean(axis=1)
+        added[0] = 0.0  # no noise of the first update is known
+        shares = 1 / (np.cumsum(added) + _LEAST_VARIANCE)
+        shares[0] = 0.0
     burn_in = recipe.get("burn_in_steps")
     first = burn_in // _stands_for(recipe.get("arguments")) if isinstance(burn_in, int) and burn_in > 0 else 0
     shares[: min(first, len(shares) - 1)] = 0

@@ -56,12 +56,10 @@ class PlaceArguments:
                 "`--dataset` must be divided into domains by a column, but `--domain_column` is not given. Name it, or list data "
                 "sets that are domains in a `--mixture`."
             )
-        if self.dataset is None and (
-            self.streaming or self.max_examples is not None or self.dataset_config is not None
-        ):
-            raise ValueError(
-                "`--streaming`, `--max_examples` and `--dataset_config` are of `--dataset`. Write them into the mixture file."
-            )
+        options = ("streaming", "max_examples", "dataset_config", "dataset_split", "domain_column")
+        given = [f"--{name}" for name in options if getattr(self, name) not in (None, False, "train")]
+        if self.dataset is None and given:
+            raise ValueError(f"{', '.join(given)} go with `--dataset` alone. Write them into the mixture file.")
 
     def get_mixture(self, *, of_folder: bool = False) -> MixtureConfig | None:
         """The data sets; of a `data_dir` nothing, as it has a reader of its own, unless they are asked for."""

@@ -105,6 +105,9 @@ def count_domains(data_args: DataArguments, mixture: MixtureConfig, output_dir: 
             if "labels" in table.column_names:
                 labels = pc.list_flatten(table["labels"]).to_numpy()
                 num_losses += int(np.count_nonzero(labels != IGNORED_LABEL))
+        limit = data_args.max_train_tokens
+        if limit is not None and num_tokens > limit:
+            num_tokens, num_losses = limit, num_losses * limit // num_tokens
         held_out = len(found[name].records.splits["validation"])
         counts[name] = DomainCounts(len(rows), num_tokens, num_losses or num_tokens, held_out)
     return counts

@@ -33,6 +33,12 @@ class IndexArguments(PlaceArguments):
             "completion, messages, or input_ids with labels. Its other fields are kept with the examples."
         },
     )
+    domains: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Domains of the data that were trained on. Default: all; leave out targets of that training."
+        },
+    )
     add_examples: bool = field(
         default=False,
         metadata={

@@ -38,6 +38,7 @@ class IndexSource(Protocol):
     label_field: str
     masking: str | None
     max_length: int | None
+    domains: list[str] | None
 
     def get_mixture(self, *, of_folder: bool = False) -> MixtureConfig | None:
         """The data sets, where they are given instead of `data`."""
@@ -63,7 +64,14 @@ def load_examples(args: IndexSource, tokenizer: PreTrainedTokenizerBase) -> tupl
         raise ValueError(
             f"A mixture is of language models, but {str(args.checkpoints[-1])!r} holds a `{name}`. Give its examples as `--data`."
         )
-    records = read_records(args.data) if mixture is None else encode_mixture(mixture, tokenizer, args.max_length)
+    if mixture is not None and (args.masking is not None or args.text_field is not None):
+        raise ValueError(
+            "`--masking` and `--text_field` are of `--data`. A mixture file says both, by `columns` and masks."
+        )
+    if mixture is None:
+        records = read_records(args.data)
+    else:
+        records = encode_mixture(mixture, tokenizer, args.max_length, domains=args.domains)
     data = repr(str(args.data)) if mixture is None else "the data"
     places = [f"line {number} of {data}" for number in range(1, len(records) + 1)]
     if args.max_length is not None:
@@ -93,15 +101,26 @@ def load_examples(args: IndexSource, tokenizer: PreTrainedTokenizerBase) -> tupl
     return Examples(dataset.select_columns(fed), dataset), told
 
 
-def encode_mixture(mixture: MixtureConfig, tokenizer: PreTrainedTokenizerBase, max_length: int | None) -> Rows:
+def encode_mixture(
+    mixture: MixtureConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int | None,
+    *,
+    domains: Sequence[str] | None = None,
+) -> Rows:
     """
-    The train rows of all data sets as tokens and labels, as training makes them, with their text and domain for people.
+    The train rows of the data sets, or of some `domains` of them, as tokens and labels, as training makes them, with their text and domain for people.
 
     Raises:
         ValueError: A row cannot be encoded, or has no token with a loss within `max_length`.
     """
     rows: Rows = []
-    for name, records in open_mixture(mixture).items():
+    found = open_mixture(mixture)
+    names = list(found) if domains is None else list(domains)
+    if not set(names) <= set(found):
+        raise ValueError(f"`--domains` must be among {list(found)}, but got {names}.")
+    for name in names:
+        records = found[name]
         what = f"data set {name!r}"
         require_chat_template(records, tokenizer)
         encoder = RecordEncoder(tokenizer, records.kind, records.masks, what)

@@ -61,7 +61,12 @@ class Records:
         masks: tuple[str, ...] = ()
         if self.kind == ("prompt", "completion") and self.config.completion_only_loss:
             masks += ("completion",)
-        if self.is_chat and self.config.assistant_only_loss:
+        if self.config.assistant_only_loss:
+            if not self.is_chat:
+                raise ValueError(
+                    f"`assistant_only_loss` needs messages, but data set {self.name!r} holds texts in "
+                    f"{' and '.join(map(repr, self.kind))}. Leave it out, or give the messages."
+                )
             masks += ("assistant",)
         return masks
 
@@ -201,7 +206,7 @@ def _load(config: DatasetConfig, split: str, folder: Path | None) -> Dataset:
         dataset = _read(config, split, options)
         dataset = _keep_columns(dataset, config, what)
         if isinstance(dataset, IterableDataset):
-            dataset = Dataset.from_list(list(dataset.take(config.max_examples)))
+            dataset = Dataset.from_list(list(dataset.take(config.max_examples)), features=dataset.features)
     except (DatasetsError, OSError, ValueError, StopIteration, pa.ArrowException) as error:
         if isinstance(error, ValueError) and str(error).startswith(what):
             raise

@@ -64,7 +64,6 @@ def get_tokenizer(
     else:
         assert train_vocab_size is not None
         tokenizer = train_tokenizer(documents, train_vocab_size, for_chat=for_chat)
-        tokenizer.save_pretrained(save_directory)
     if tokenizer.eos_token_id is None:
         raise ValueError(
             f"The tokenizer must have an end-of-text token to set documents apart, but {name_or_path!r} has none. "
@@ -72,6 +71,8 @@ def get_tokenizer(
         )
     if chat_template_path is not None:
         tokenizer.chat_template = _read_chat_template(chat_template_path)
+    if name_or_path is None and not is_trained:
+        tokenizer.save_pretrained(save_directory)  # with the template that it is used with
     return tokenizer
 
 

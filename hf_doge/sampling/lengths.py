@@ -1,6 +1,6 @@
 """How many tokens a row is trained on."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
 IGNORED = -100  # a label that no loss counts
 COLUMNS = ("labels", "input_ids")  # the first of them that a row has tells
+MASKS = ("completion_mask", "assistant_masks")  # of the tokens that a collator leaves labels of
 
 
 def count_row_tokens(dataset: "datasets.Dataset", *, shift: int = 0) -> np.ndarray:
@@ -30,6 +31,7 @@ def count_row_tokens(dataset: "datasets.Dataset", *, shift: int = 0) -> np.ndarr
     """
     for name in COLUMNS:
         if name in dataset.column_names:
+            _refuse_masks(name, dataset.column_names)
             column = dataset.with_format("arrow").data.column(name)
             if _holds_tokens(column.type):
                 parts = [_count(part, name == "labels", shift) for part in column.chunks]
@@ -44,9 +46,19 @@ def count_example_tokens(example: Mapping[str, Any]) -> int:
     for name in COLUMNS:
         tokens = example.get(name)
         if tokens is not None and np.ndim(tokens) == 1:
+            _refuse_masks(name, example)
             counted = np.asarray(tokens)
             return int((counted != IGNORED).sum()) if name == "labels" else len(counted)
     raise lengthless(list(example))
+
+
+def _refuse_masks(name: str, column_names: Iterable[str]) -> None:
+    masks = [mask for mask in MASKS if mask in column_names]
+    if name != "labels" and masks:
+        raise ValueError(
+            f"Weights in tokens count the tokens that are trained on, which `labels` tell, but rows have {masks} and no `labels`. "
+            "Add `labels` that are -100 where a token is not trained on, or set `unit='examples'`."
+        )
 
 
 def lengthless(column_names: list[str] | None) -> ValueError:

@@ -371,14 +371,14 @@ class DomainWeightedSampler(Sampler[int]):
         if self.max_epochs_per_domain is None:
             return shares
         num_planned = self.num_planned
+        if end is not None and first_draw >= min(end, num_planned):  # a phase of no step
+            return shares
         if first_draw >= num_planned:
             raise ValueError(
                 f"With `max_epochs_per_domain`, weights must begin within the {num_planned} planned draws, but got "
                 f"`first_draw` {first_draw}. Raise `num_epochs`."
             )
         num_draws = (num_planned if end is None else end) - first_draw
-        if num_draws == 0:  # a phase of no step
-            return shares
         budgets = np.maximum(self.max_epochs_per_domain * self.domains.sizes - counts, 0)
         if self._tokens is None:
             return cap_shares(shares, budgets, num_draws, self.domains.names)

@@ -35,6 +35,7 @@ from hf_doge.tracing.query_rows import QueryRecorder
 from hf_doge.tracing.saved_checkpoints import checkpoint_folders
 from hf_doge.tracing.saved_index import SavedIndex
 from hf_doge.tracing.scoring import QueryScorer, select_extremes
+from hf_doge.tracing.search_defaults import sentence_end_ids
 
 REDUCTIONS = ("mean", "sum")
 
@@ -304,10 +305,12 @@ class InfluenceIndex(SavedIndex):
     def _left_out(self, options: SearchOptions) -> list[int]:
         """Ids of the tokens that do not count."""
         found = list(self.config["special_token_ids"]) if options["special_tokens"] == "drop" else []
+        if options["sentence_ends"] != "drop":
+            return found
         search = self.config["metadata"].get("search")
         ends = search.get("sentence_end_ids") if isinstance(search, dict) else None
-        if options["sentence_ends"] != "drop" or not isinstance(ends, list):
-            return found
+        if not isinstance(ends, list):  # recorded by an earlier version
+            ends = sentence_end_ids(self.processing_class)
         return sorted({*found, *(token for token in ends if isinstance(token, int))})
 
     def _domains(self, column: str) -> tuple[list[Any], np.ndarray]:

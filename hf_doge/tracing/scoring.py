@@ -70,10 +70,29 @@ class QueryScorer:
             scale = np.full(len(self.queries), checkpoint["learning_rate"], dtype=np.float64)
             if cosine:
                 projected = TokenRows(rows.offsets, rows.tokens, reader.project(rows.rows), rows.virtual)
-                scale = scale * _inverse_root(projected.squared_norms().numpy())
+                scale = scale * _inverse_root(projected.squared_norms().numpy() + self._squares_of_unheld(position))
                 squares = reader.self_influence(position, exclude_tokens=excluded_tokens)
             self._query_scales.append(scale)
             self._example_scales.append(_inverse_root(squares) if cosine else None)
+
+    def _squares_of_unheld(self, checkpoint: int) -> np.ndarray:
+        """
+        Squared lengths in the optimizer's metric, `(num_queries,)`, that matches of synonyms add to queries: those of tokens that
+        no example holds, each measured as the nearest token that one does.
+        """
+        squares = np.zeros(len(self.queries))
+        if not self._synonyms or self.reader.config.get("metric") != "optimizer":
+            return squares
+        metric = self.reader.metric(checkpoint)
+        for query in range(len(squares)):
+            for token, row in zip(*self._plain[checkpoint][query], strict=True):
+                near, cosines = self._synonyms[checkpoint][int(token)]
+                held = np.isin(near, metric.tokens)
+                if held.any() and int(token) not in metric.tokens:
+                    nearest = int(near[held][cosines[held].argmax()])
+                    measured = row.float().cpu()[None] / metric.divisor(nearest)
+                    squares[query] += float(self.reader.project(measured).square().sum())
+        return squares
 
     def scores(self, start: int, stop: int) -> np.ndarray:
         """TracIn-WE of the queries `[start, stop)` with all examples, `(stop - start, num_examples)` in float32."""

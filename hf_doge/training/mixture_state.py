@@ -42,14 +42,19 @@ def load_sampler(checkpoint: Path, sampler: DomainWeightedSampler, args: Trainin
             "Set batch size, accumulation and number of processes so that the product is the same."
         )
     first, own = state["schedule"][0]["weights"], sampler.state_dict()["schedule"]
-    if first.keys() == own[0]["weights"].keys() and first != own[0]["weights"]:
+    same_names = first.keys() == own[0]["weights"].keys()  # others are named by who loads the state
+    if same_names and first != own[0]["weights"]:
         raise ValueError(
             f"A run must go on under the weights it began with, but {checkpoint} began with {first} and this "
             f"trainer has {own[0]['weights']}, after `max_epochs_per_domain`. Give it the same, or start a new run from the "
             "model of that checkpoint."
         )
     planned = [(one["first_draw"], one["weights"]) for one in own]
-    if not learns and planned != [(one["first_draw"], one["weights"]) for one in state["schedule"][: len(planned)]]:
+    if (
+        same_names
+        and not learns
+        and planned != [(one["first_draw"], one["weights"]) for one in state["schedule"][: len(planned)]]
+    ):
         raise ValueError(
             f"A run must go on through the phases it began with, but those of {checkpoint} are others. Give it the same "
             "`domain_weights` and number of steps, or start a new run from the model of that checkpoint."
@@ -88,7 +93,6 @@ def phases_by_draw(weights: Any, args: TrainingArguments) -> tuple[Any, int | No
         return weights, None
     step_size = examples_per_step(args)
     num_planned = args.max_steps * step_size
-    return [
-        (first_draw_of(fraction, num_planned=num_planned, step_size=step_size) / num_planned, one)
-        for fraction, one in phases
-    ], num_planned
+    # Of phases that begin with the same step the last holds; one that begins with the end never does.
+    by_draw = {first_draw_of(fraction, num_planned=num_planned, step_size=step_size): one for fraction, one in phases}
+    return [(first / num_planned, one) for first, one in by_draw.items() if first < num_planned], num_planned

@@ -118,8 +118,10 @@ def describe_recipe(args: DoGEConfig, recipe: Recipe, targets: TargetBatches | N
     described: dict[str, Any] = {"recipe": recipe.to_dict(), "mode": args.mode}
     described["targets"] = None if targets is None else targets.describe()
     described["target_data"] = None if targets is None else targets.fingerprints
-    for name in ("alignment_parameters", "lagged_update", "per_device_target_batch_size"):
+    for name in ("alignment_parameters", "lagged_update", "per_device_target_batch_size", "stop_when_undecided"):
         described[name] = getattr(args, name)
+    if args.stop_when_undecided:
+        described["undecided_window"] = args.undecided_window
     return described | ({"sampler_lag_steps": args.lag_steps} if args.is_online else {})
 
 

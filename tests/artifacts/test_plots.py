@@ -319,11 +319,16 @@ def test_what_cannot_be_told_apart_follows_the_mean_that_was_taken():
         return np.sqrt(sum(np.square(reach) * [squares[0], *squares])) / 10
 
     squares = np.diff(scores - scores.mean(axis=1, keepdims=True), axis=0) ** 2 / 2
-    plain, by_noise = noise(np.ones(40)), noise(1 / np.cumsum([squares[0].mean(), *squares.mean(axis=1)]))
+    plain, by_noise = noise(np.ones(40)), noise([0, *1 / np.cumsum(squares.mean(axis=1))])
     assert by_noise < 0.8 * plain  # early weights, with little noise, make up most of that mean
     for recipe, deviation in (({}, plain), ({"mean_weighting": "inverse_variance"}, by_noise)):
         assert groups(np.exp(1.95 * deviation), **recipe) == [["d0", "d1"]]
         assert groups(np.exp(2.05 * deviation), **recipe) == []
+    warmed = noisy_weights(2, mean_weighting="inverse_variance")  # whose first learning rate is 0
+    warmed.trajectory.learning_rates[0] = 0.0
+    warmed.trajectory.scores = draw.normal(size=(40, 2))
+    warmed.mean = {"d0": 0.501, "d1": 0.499}
+    assert undecided_groups(warmed) == [["d0", "d1"]]
     late = noise([0] * 30 + [1] * 10)
     assert late > 1.2 * plain
     assert groups(np.exp(1.95 * late), burn_in_steps=30) == [["d0", "d1"]]

@@ -7,7 +7,7 @@ import datasets
 import numpy as np
 import pytest
 import yaml
-from datasets import Dataset, DatasetDict, load_dataset
+from datasets import ClassLabel, Dataset, DatasetDict, load_dataset
 
 from hf_doge.cli.arguments import DataArguments
 from hf_doge.data.blocks import BlockMaker
@@ -166,6 +166,17 @@ def test_every_value_of_the_domain_column_is_a_domain(streaming, divided, tmp_pa
         assert len(records.splits["validation"]) == 2
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+def test_domains_have_the_names_of_their_class_labels(streaming, tmp_path):
+    rows = Dataset.from_list([{"body": f"row {place}", "source": place % 2} for place in range(80)])
+    rows.cast_column("source", ClassLabel(names=["news", "wiki"])).to_parquet(tmp_path / "all.parquet")
+    columns = {"text": "body", "source": "source"}
+    config = DatasetConfig(
+        "all.parquet", domain_column="source", columns=columns, max_examples=60, streaming=streaming
+    )
+    assert list(open_mixture(MixtureConfig((config,)))) == ["news", "wiki"]
+
+
 def test_a_data_set_with_a_domain_column_is_learned_from_by_flags_alone(divided, tmp_path):
     args = DataArguments(dataset="all.parquet", domain_column="source", domains=["prose"], **TRAINED)
     data = load_domain_data(args, tmp_path / "out", targets=["chat"])
@@ -296,6 +307,7 @@ ROWS = [{"text": "a b c", "source": "x"}] * 8
         ([{"messages": [{"role": "user", "content": "a"}]}] * 8, {"tokenizer": "plain"}, "must have a chat template"),
         ([{"messages": [{"content": "a"}]}] * 8, {}, "must be a list of messages|lists of messages with `role`"),
         ([{"messages": [{"role": "user", "content": "a"}]}] * 8, {"assistant_only_loss": True}, "marks none"),
+        (ROWS, {"assistant_only_loss": True}, "needs messages, but data set 'a' holds texts in 'text'"),
     ],
 )
 def test_rows_that_cannot_be_trained_on_are_refused_by_name(rows, entry, message, tmp_path, chat_tokenizer, tokenizer):
@@ -327,7 +339,8 @@ def test_a_file_that_no_builder_reads_and_a_missing_mixture_are_refused(tmp_path
         ({}, "One of --mixture, --data_dir, --dataset must say where the data are, but got none of them"),
         ({"data_dir": "a", "mixture": "b"}, "but got --mixture and --data_dir"),
         ({"dataset": "a"}, "`--domain_column` is not given"),
-        ({"data_dir": "a", "streaming": True}, "are of `--dataset`"),
+        ({"data_dir": "a", "streaming": True}, "--streaming go with `--dataset` alone"),
+        ({"mixture": "a", "domain_column": "b"}, "--domain_column go with `--dataset` alone"),
         ({"dataset": "a", "domain_column": "b", "streaming": True}, "has no `max_examples`"),
     ],
 )

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from datasets import Dataset, IterableDataset
 
-from hf_doge.sampling.lengths import count_row_tokens
+from hf_doge.sampling.lengths import count_example_tokens, count_row_tokens
 from hf_doge.sampling.phases import first_draw_of, read_phases
 from hf_doge.sampling.sampler import DomainWeightedSampler
 from hf_doge.sampling.streaming import interleave_domains
@@ -188,6 +188,25 @@ def test_phases_are_taken_up_where_they_were_left():
 def test_a_phase_begins_with_the_first_step_that_has_its_part_before_it(fraction, num_planned, step_size, first):
     assert first_draw_of(fraction, num_planned=num_planned, step_size=step_size) == first
     assert first % step_size == 0
+
+
+@pytest.mark.parametrize("limit", [None, 2])
+def test_a_last_phase_of_no_step_is_none(limit):
+    options = {"num_samples": 20, "max_epochs_per_domain": limit}
+    phases = [(0, [1, 1]), (0.96, [1, 0])]
+    with_it = DomainWeightedSampler({"a": 10, "b": 10}, phases, **options)
+    without = DomainWeightedSampler({"a": 10, "b": 10}, [1, 1], **options)
+    assert with_it.indices(0, 20).tolist() == without.indices(0, 20).tolist()
+
+
+@pytest.mark.parametrize("mask", ["completion_mask", "assistant_masks"])
+def test_rows_whose_labels_a_collator_has_yet_to_leave_out_are_not_counted(mask):
+    rows = Dataset.from_list([{"input_ids": [1, 2, 3], mask: [0, 0, 1]}])
+    with pytest.raises(ValueError, match=f"rows have .'{mask}'. and no `labels`"):
+        count_row_tokens(rows)
+    with pytest.raises(ValueError, match=f"rows have .'{mask}'. and no `labels`"):
+        count_example_tokens(rows[0])
+    assert count_row_tokens(rows.add_column("labels", [[-100, -100, 3]])).tolist() == [1]
 
 
 def test_a_limit_on_epochs_counts_phase_by_phase():

@@ -140,6 +140,14 @@ def test_an_index_that_does_not_tell_how_it_is_searched_answers_as_before(search
         assert np.array_equal(open_index(searched[0], tmp_path, search=told).scores(TEXTS[:2]), expected)
 
 
+def test_ends_of_sentences_are_left_out_of_an_index_that_does_not_tell_them(searched, tmp_path):
+    options = {"special_tokens": "count", "sentence_ends": "drop", "cosine": False}
+    old, new = (open_index(searched[0], tmp_path, **told) for told in ({"search": None}, {}))
+    asked = "Is the market up? The team lost."
+    assert np.array_equal(old.scores(asked, **options), new.scores(asked, **options))
+    assert not np.array_equal(old.scores(asked, **options), old.scores(asked, recipe="paper"))
+
+
 def test_the_papers_recipe_of_a_search_refuses_what_contradicts_it(searched, tmp_path):
     index = open_index(searched[0], tmp_path)
     for name, given, paper in (("cosine", True, False), ("sentence_ends", "drop", "count")):

@@ -10,6 +10,7 @@ from hf_doge.artifacts.domain_weights import DomainWeights
 from hf_doge.cli.train import MixtureArguments
 from hf_doge.training.config import DoGEConfig
 from hf_doge.training.mixture import DomainWeightedTrainer
+from hf_doge.training.mixture_state import phases_by_draw
 from hf_doge.training.trainer import DoGETrainer
 from tests.launch import run_processes
 from tests.tiny import three_domains, tiny_bert, tiny_llama
@@ -132,6 +133,13 @@ def test_the_number_of_steps_of_streams_in_phases_stays(tmp_path):
     trainer.args.max_steps = 9
     with pytest.raises(ValueError, match="`max_steps` must stay what the trainer was made with, 5, but is 9"):
         trainer.train()
+
+
+@pytest.mark.parametrize("phases", [[0.8], [0.55, 0.7]])
+def test_streams_have_the_phases_that_begin_with_a_step_of_theirs(tmp_path, phases):
+    args = line_arguments(tmp_path, num_processes=1, max_steps=4)
+    planned, _ = phases_by_draw([(0, "first"), *((one, f"from {one}") for one in phases)], args)
+    assert planned == [(0, "first")] + ([(0.75, "from 0.7")] if 0.7 in phases else [])
 
 
 @pytest.mark.parametrize(
