@@ -5,6 +5,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from hf_doge.gradients.example_losses import IGNORE_INDEX
@@ -81,7 +82,9 @@ class LossWatch:
         """Look on no longer."""
         self._open.close()
 
-    def _from_here_on(self, *_: Any) -> None:
+    def _from_here_on(self, head: nn.Module, *_: Any) -> None:
+        if not (head.training and torch.is_grad_enabled()):
+            return  # a forward of someone who compares something first, inside whose own modes this one must not begin
         stack, self._open = self._open, ExitStack()
         stack.close()  # the hook, which has done its work
         assert self._mode is not None

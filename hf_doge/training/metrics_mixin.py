@@ -61,7 +61,7 @@ class DomainMetricsMixin(_Trainer):
         if meter is None:
             return super().training_step(model, inputs, *args, **kwargs)
         domain_ids = self._domains_of_batch(inputs)
-        inputs = {name: value for name, value in inputs.items() if name != DOMAIN_IDS}
+        inputs = self._without_domains(inputs)
         noted = dict(inputs)  # trainers take what they do not need out of it
         inner: Any = self.model
         watch = LossWatch(inner)
@@ -81,8 +81,13 @@ class DomainMetricsMixin(_Trainer):
 
     def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> tuple:
         """As the Trainer's; the model does not take the domains."""
-        inputs = {name: value for name, value in inputs.items() if name != DOMAIN_IDS}
-        return super().prediction_step(model, inputs, *args, **kwargs)
+        return super().prediction_step(model, self._without_domains(inputs), *args, **kwargs)
+
+    def _without_domains(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """What the model takes, of batches that our collator made; in others the name is somebody else's."""
+        if self.domain_sampler is not None:
+            return inputs
+        return {name: value for name, value in inputs.items() if name != DOMAIN_IDS}
 
     def _load_domain_metrics(self, checkpoint: Path | None) -> None:
         """Begin as a run begins, or as it stood when the checkpoint was written."""
