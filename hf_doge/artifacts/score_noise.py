@@ -9,7 +9,7 @@ from hf_doge.artifacts.record import WeightsRecord
 # Shapes: T = recorded updates, K = domains.
 
 LEAST_UPDATES = 10  # that noise is told from
-_LEAST_VARIANCE = 1e-12  # as in the mean that a training takes
+LEAST_VARIANCE = 1e-12  # of the logarithm of a weight, in a mean by inverse variance
 
 
 def undecided_groups(weights: WeightsRecord) -> list[list[str]]:
@@ -92,7 +92,7 @@ def _shares_of_mean(weights: WeightsRecord, rates: np.ndarray) -> np.ndarray:
         )
         added = _variances(scores - means, rates).mean(axis=1)
         added[0] = 0.0  # no noise of the first update is known
-        shares = 1 / (np.cumsum(added) + _LEAST_VARIANCE)
+        shares = 1 / (np.cumsum(added) + LEAST_VARIANCE)
         shares[0] = 0.0
     burn_in = recipe.get("burn_in_steps")
     first = burn_in // _stands_for(recipe.get("arguments")) if isinstance(burn_in, int) and burn_in > 0 else 0

@@ -9,6 +9,8 @@ from transformers import TrainingArguments
 from hf_doge.checks import check_count
 from hf_doge.data.mixture import DatasetConfig, MixtureConfig
 
+DEFAULT_VOCAB = 4096
+
 
 @dataclass
 class PlaceArguments:
@@ -113,6 +115,11 @@ class DataArguments(PlaceArguments):
             check_count(f"--{name}", getattr(self, name), optional=True)
         if not 2 <= self.block_size <= 2**31:
             raise ValueError(f"`--block_size` must be at least 2 tokens, but got {self.block_size}.")
+
+    def train_tokenizer_if_none(self) -> None:
+        """Ask for a tokenizer of [`DEFAULT_VOCAB`] entries where none is named and none is asked for."""
+        if self.tokenizer is None and self.train_tokenizer_vocab is None:
+            self.train_tokenizer_vocab = DEFAULT_VOCAB
 
 
 @dataclass

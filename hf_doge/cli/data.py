@@ -9,15 +9,15 @@ import pyarrow.compute as pc
 
 from hf_doge.artifacts import DomainWeights
 from hf_doge.checks import check_count
-from hf_doge.cli.arguments import DataArguments
+from hf_doge.cli.arguments import DEFAULT_VOCAB, DataArguments
 from hf_doge.cli.console import say
-from hf_doge.cli.estimate import DEFAULT_VOCAB
 from hf_doge.cli.parser import parse
-from hf_doge.data.blocks import IGNORED_LABEL, BlockMaker
+from hf_doge.data.blocks import BlockMaker
 from hf_doge.data.domain_data import RecordDomain, load_tokenizer_of
 from hf_doge.data.domain_files import select_domains
 from hf_doge.data.mixture import MixtureConfig
 from hf_doge.data.records import open_mixture
+from hf_doge.sampling.lengths import IGNORED_LABEL
 
 
 @dataclass
@@ -82,8 +82,7 @@ def main(argv: Sequence[str]) -> int:
         ),
         defaults={},
     )
-    if data_args.tokenizer is None and data_args.train_tokenizer_vocab is None:
-        data_args.train_tokenizer_vocab = DEFAULT_VOCAB
+    data_args.train_tokenizer_if_none()
     mixture = data_args.get_mixture(of_folder=True)
     assert mixture is not None
     counts = count_domains(data_args, mixture, Path(budget.output_dir))

@@ -5,12 +5,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from hf_doge.cli.arguments import DataArguments
+from hf_doge.cli.arguments import DEFAULT_VOCAB, DataArguments
 from hf_doge.cli.mixtures import describe_blocks, estimate_for_targets, is_rule, load_weights, save_results
 from hf_doge.cli.parser import parse
 from hf_doge.data.domain_data import load_domain_data
-
-DEFAULT_VOCAB = 4096
 
 logger = logging.getLogger(__name__)
 
@@ -68,8 +66,7 @@ def main(argv: Sequence[str]) -> int:
         ),
         defaults={},
     )
-    if data_args.tokenizer is None and data_args.train_tokenizer_vocab is None:
-        data_args.train_tokenizer_vocab = DEFAULT_VOCAB
+    data_args.train_tokenizer_if_none()
     output_dir = Path(args.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
     targets = args.target or ()

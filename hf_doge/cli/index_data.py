@@ -11,10 +11,10 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from hf_doge.artifacts.influence.examples import read_examples
 from hf_doge.artifacts.influence.manifest import EXAMPLES_FILE, read_config
 from hf_doge.cli.records import check_text_fields, read_records, select_fields
-from hf_doge.data.blocks import IGNORED_LABEL
 from hf_doge.data.encoding import ROWS_PER_CALL, RecordEncoder, require_chat_template
 from hf_doge.data.mixture import MixtureConfig
 from hf_doge.data.records import open_mixture, readable
+from hf_doge.sampling.lengths import IGNORED_LABEL
 from hf_doge.tracing.encoding import DIALOGUE_FIELDS, Encoding
 from hf_doge.tracing.examples import LABEL_COLUMNS, Examples
 from hf_doge.tracing.pretrained import saved_model

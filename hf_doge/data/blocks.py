@@ -19,12 +19,12 @@ from datasets import Dataset, Features, List, Value
 from transformers import PreTrainedTokenizerBase
 
 from hf_doge.data.domain_files import read_documents
+from hf_doge.sampling.lengths import IGNORED_LABEL
 
 logger = logging.getLogger(__name__)
 
 DOCUMENTS_PER_CALL = 256
 ROWS_PER_CHUNK = 1000
-IGNORED_LABEL = -100
 _COLUMNS = ("input_ids", "labels")
 
 

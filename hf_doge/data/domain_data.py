@@ -10,13 +10,14 @@ from typing import Any, Protocol
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 
-from hf_doge.data.blocks import IGNORED_LABEL, BlockMaker
+from hf_doge.data.blocks import BlockMaker
 from hf_doge.data.domain_files import SPLITS, find_domain_files, read_documents, select_domains
 from hf_doge.data.encoding import encode_records
 from hf_doge.data.mixture import MixtureConfig
 from hf_doge.data.records import Records, open_mixture
 from hf_doge.data.tokenizer import get_tokenizer, unseen_folder
 from hf_doge.files import write_atomically
+from hf_doge.sampling.lengths import IGNORED_LABEL
 
 PREPARED = "prepared.json"  # in the folder of the blocks: what the main process of a run made for the others
 

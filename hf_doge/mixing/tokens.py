@@ -6,11 +6,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pyarrow as pa
 
+from hf_doge.sampling.lengths import IGNORED_LABEL
+
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
 
 ROWS_AT_A_TIME = 1_000
-IGNORED_LABEL = -100
 
 # Token ids of some rows one after the other, and whether each is the first of its row and counts: three arrays of one length.
 Tokens = tuple[np.ndarray, np.ndarray, np.ndarray]

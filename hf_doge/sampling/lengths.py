@@ -10,7 +10,7 @@ import pyarrow.compute as pc
 if TYPE_CHECKING:
     import datasets
 
-IGNORED = -100  # a label that no loss counts
+IGNORED_LABEL = -100  # a label that no loss counts
 COLUMNS = ("labels", "input_ids")  # the first of them that a row has tells
 MASKS = ("completion_mask", "assistant_masks")  # of the tokens that a collator leaves labels of
 
@@ -48,7 +48,7 @@ def count_example_tokens(example: Mapping[str, Any]) -> int:
         if tokens is not None and np.ndim(tokens) == 1:
             _refuse_masks(name, example)
             counted = np.asarray(tokens)
-            return int((counted != IGNORED).sum()) if name == "labels" else len(counted)
+            return int((counted != IGNORED_LABEL).sum()) if name == "labels" else len(counted)
     raise lengthless(list(example))
 
 
@@ -79,7 +79,7 @@ def _count(rows: pa.Array, are_labels: bool, shift: int) -> np.ndarray:
     lengths = pc.fill_null(pc.list_value_length(rows), 0).to_numpy(zero_copy_only=False).astype(np.int64)
     if not are_labels:
         return np.maximum(lengths - shift, 0)
-    counted = pc.fill_null(pc.list_flatten(rows), IGNORED).to_numpy(zero_copy_only=False) != IGNORED
+    counted = pc.fill_null(pc.list_flatten(rows), IGNORED_LABEL).to_numpy(zero_copy_only=False) != IGNORED_LABEL
     ends = np.cumsum(lengths)
     starts = ends - lengths
     sums = np.append(0, np.cumsum(counted))

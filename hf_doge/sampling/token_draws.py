@@ -4,8 +4,8 @@ whose tokens are due next.
 
 If domain j has weight `w_j` and its example r begins after `S_j(r)` of the domain's tokens and has `l` of them, its middle is due
 when `(S_j(r) + l / 2) / w_j` tokens of all domains have been drawn (the virtual time of fair queueing). Ordered by that, the tokens
-of a domain stay within about the longest example of `w_j` times all tokens. It is a merge of sorted lists: any draw is found by
-bisection, without those before it.
+drawn of a domain differ from `w_j` times all tokens by about its longest example. Each domain's examples are sorted by it, so any
+draw is found by bisection, without those before it.
 
 Shapes: K = domains, R = rows of the data.
 """

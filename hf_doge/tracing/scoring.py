@@ -60,7 +60,8 @@ class QueryScorer:
         self.reader = reader
         self.queries, self.rows = recorded.queries, recorded.rows
         self._plain = recorded.rows
-        if reader.config.get("metric") == "optimizer":
+        self._is_measured = reader.config.get("metric") == "optimizer"
+        if self._is_measured:
             self.rows = [reader.metric(place).measured(rows) for place, rows in enumerate(recorded.rows)]
         self._synonyms = recorded.synonyms
         self._excluded = excluded_tokens
@@ -81,7 +82,7 @@ class QueryScorer:
         no example holds, each measured as the nearest token that one does.
         """
         squares = np.zeros(len(self.queries))
-        if not self._synonyms or self.reader.config.get("metric") != "optimizer":
+        if not self._synonyms or not self._is_measured:
             return squares
         metric = self.reader.metric(checkpoint)
         for query in range(len(squares)):
@@ -151,7 +152,7 @@ class QueryScorer:
         yield from self.reader.synonym_scores(
             checkpoint,
             tokens,
-            rows if self.reader.config.get("metric") == "optimizer" else self.reader.project(rows),
+            rows if self._is_measured else self.reader.project(rows),
             self._synonyms[checkpoint],
             exclude_tokens=self._excluded,
             only=only,

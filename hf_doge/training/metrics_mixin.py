@@ -104,10 +104,11 @@ class DomainMetricsMixin(_Trainer):
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Add what there is to tell of each domain to the training logs."""
         if "loss" in logs:
-            found = {f"domain_epochs/{name}": value for name, value in self.get_domain_epochs().items()}
+            epochs = self.get_domain_epochs()
+            found = {f"domain_epochs/{name}": value for name, value in epochs.items()}
             # All processes come here only if the Trainer is about to log: then it has summed its own loss over them.
             if self._domain_meter is not None and self.control.should_log:
-                found |= self._domain_meter.collect(self.get_domain_epochs())
+                found |= self._domain_meter.collect(epochs)
             logs = {**logs, **found}
         super().log(logs, *args, **kwargs)
 

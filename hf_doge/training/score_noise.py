@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from hf_doge.artifacts.score_noise import LEAST_VARIANCE
 from hf_doge.training.config import DoGEConfig
 
 logger = logging.getLogger(__name__)
@@ -16,7 +17,6 @@ QUIET = 2.0  # below which a window is undecided
 LOUD = 3.0  # from which on it is decided, and those before it no longer count
 WINDOWS = 2  # undecided ones after which nothing is left to learn
 _SETTINGS = ("window", "weighs_mean")
-_LEAST_VARIANCE = 1e-12  # of the logarithm of a weight
 
 
 class ScoreNoise:
@@ -25,13 +25,13 @@ class ScoreNoise:
     a few numbers for each domain. Ours.
 
     Only differences between scores move weights, so each score counts as its distance `d_tj` from the mean over the domains at
-    that update; its noise is told from successive differences, as in [`~hf_doge.artifacts.score_noise.estimate_score_noise`].
+    that update; its noise is told from successive differences, as in [`~hf_doge.artifacts.record.estimate_score_noise`].
 
     *Nothing left to learn.* At the end of each window of n updates `z_j = mean_t d_tj / (noise_j / sqrt(n))` says how many
     standard errors the score of a domain is away from the others', and `F = mean_j z_j^2` is 1 on average if none is. A
     window with F below 2 is undecided, one with F from 3 on is decided, and one between leaves things as they are. Learning has
     settled after two undecided windows without a decided one between them, and stays so. With n = 100 a signal to noise ratio
-    of a single score of .1 gives F = 2, one of .17 gives about 4.
+    of a single score of .1 makes the expected F 2, one of .17 about 4.
 
     *Inverse variance.* The noise of the updates so far leaves the logarithm of a weight with the variance
     `V_t = sum_{s <= t} (rate_s noise_s / mu)^2`, whose terms are the squared differences over 2, averaged over the domains.
@@ -112,7 +112,7 @@ class ScoreNoise:
 
     def share(self) -> float:
         """How much of the mean the weights after the update just taken make up, by the inverse of their variance."""
-        precision = 1 / (self._log_variance + _LEAST_VARIANCE) if self._knows_noise else 0.0
+        precision = 1 / (self._log_variance + LEAST_VARIANCE) if self._knows_noise else 0.0
         self._total_precision += precision
         return precision / self._total_precision if self._total_precision else 1.0
 

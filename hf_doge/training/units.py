@@ -24,21 +24,21 @@ def read_lengths(trainer: Trainer, unit: str) -> np.ndarray | None:
     """
     if unit != "tokens":
         return None
-    return count_row_tokens(_train_set(trainer), shift=int(are_labels_shifted(trainer.model)))
+    return _count_tokens(trainer)
 
 
 def warn_of_other_unit(trainer: Trainer, weights: Any, domains: DomainIndex, unit: str) -> None:
     """Weights that were learned in tokens are not what examples are drawn by where rows are not equally long."""
-    learned = getattr(read_phases(weights)[-1][1], "unit", None)
-    if learned != "tokens" or unit == "tokens":
+    last = read_phases(weights)[-1][1]
+    if getattr(last, "unit", None) != "tokens" or unit == "tokens":
         return
     try:
-        lengths = count_row_tokens(_train_set(trainer), shift=int(are_labels_shifted(trainer.model)))
+        lengths = _count_tokens(trainer)
     except ValueError:  # nothing to count
         return
     sizes = domains.sizes
     totals = np.array([lengths[domains.rows(np.full(n, d), np.arange(n))].sum() for d, n in enumerate(sizes)])
-    shares, means = to_shares(read_phases(weights)[-1][1], domains.names), totals / np.maximum(sizes, 1)
+    shares, means = to_shares(last, domains.names), totals / np.maximum(sizes, 1)
     drawn = means[shares > 0]
     if drawn.max() <= drawn.min() * (1 + _EQUAL):
         return
@@ -52,5 +52,6 @@ def warn_of_other_unit(trainer: Trainer, weights: Any, domains: DomainIndex, uni
     )
 
 
-def _train_set(trainer: Trainer) -> Any:
-    return trainer.train_dataset
+def _count_tokens(trainer: Trainer) -> np.ndarray:
+    dataset: Any = trainer.train_dataset  # by now a `Dataset`, which transformers does not declare
+    return count_row_tokens(dataset, shift=int(are_labels_shifted(trainer.model)))

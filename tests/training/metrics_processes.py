@@ -79,7 +79,8 @@ def train(folder, *, kind, num_processes=1, save_at=(), resume=None, **options):
     return logs_of(trainer)
 
 
-def main(plan_path):
+def run_plan(train, plan_path):
+    """Run the trainings that a JSON file lists; the first process writes what each tells, beside it."""
     for entry in json.loads(Path(plan_path).read_text()):
         name = entry.pop("name")
         told = train(num_processes=int(os.environ["WORLD_SIZE"]), **entry)
@@ -89,4 +90,4 @@ def main(plan_path):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    run_plan(train, sys.argv[1])

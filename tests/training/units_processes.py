@@ -2,10 +2,7 @@
 A thousand steps on rows whose lengths differ tenfold, by shares of tokens: what the tests of units run, on one process or two.
 """
 
-import json
-import os
 import sys
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -13,8 +10,7 @@ from datasets import Dataset
 from torch.nn.utils.rnn import pad_sequence
 
 from hf_doge.training.mixture import DomainWeightedTrainer
-from tests.launch import end_process_group
-from tests.training.metrics_processes import arguments, logs_of
+from tests.training.metrics_processes import arguments, logs_of, run_plan
 from tests.training.mixture_processes import SaveAt
 
 WEIGHTS = {"short": 0.5, "long": 0.3, "mixed": 0.2}
@@ -68,14 +64,5 @@ def train(folder, *, num_processes=1, streamed=False, weights=WEIGHTS, resume=No
     return logs_of(trainer)
 
 
-def main(plan_path):
-    for entry in json.loads(Path(plan_path).read_text()):
-        name = entry.pop("name")
-        told = train(num_processes=int(os.environ["WORLD_SIZE"]), **entry)
-        if os.environ["RANK"] == "0":
-            Path(plan_path).with_name(f"{name}.json").write_text(json.dumps(told))
-    end_process_group()
-
-
 if __name__ == "__main__":
-    main(sys.argv[1])
+    run_plan(train, sys.argv[1])

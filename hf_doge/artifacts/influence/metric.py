@@ -3,7 +3,7 @@ Adam's metric of an index that was recorded with `metric="optimizer"`: what its 
 
 There the inner product of two gradients is `<g, g'> / (sqrt(v) + eps)`, which is the plain one of `g / divisor` and
 `g' / divisor` with `divisor = sqrt(sqrt(v) + eps)`. Rows are stored divided so, before they are projected. A query needs the
-divisors of its tokens; they are kept for the tokens that some example holds, as no other is in an inner product:
+divisors of its tokens; they are kept for the tokens that some example holds, as no other meets a row of its own:
 
 | column | |
 |---|---|
@@ -121,8 +121,8 @@ class CheckpointMetric:
 
     def measured(self, rows: TokenRows) -> TokenRows:
         """
-        Queries in this metric. Rows of tokens that no example holds are 0: they are in no inner product, and their metric is
-        not known (the optimizer has most often never moved them, so that their length would be one over `eps`).
+        Queries in this metric. Rows of tokens that no example holds are 0: they meet no row of the same token, and their metric
+        is not known (the optimizer has most often never moved them, so that their length would be one over `eps`).
         """
         tokens = rows.tokens.cpu().numpy()
         places = np.searchsorted(self.tokens, tokens)
