@@ -14,6 +14,10 @@ from hf_doge.functional.doge import (
     update_domain_weights,
     update_running_mean,
 )
+from hf_doge.functional.layers import (
+    layer_gradients,
+    projection_matrix,
+)
 from hf_doge.functional.mixture_weights import (
     fit_mixture_weights,
 )
@@ -50,7 +54,9 @@ __all__ = [
     "generalization_scores",
     "independent_scores",
     "last_layer_score",
+    "layer_gradients",
     "normalize_scores",
+    "projection_matrix",
     "scale_by_second_moment",
     "self_influence",
     "sum_checkpoints",

@@ -26,13 +26,15 @@ from hf_doge.gradients.embedding_uses import (
     counted_positions,
     evaluation_mode,
     full_precision,
-    has_tied_output,
     input_embedding_matrix,
     join_by_example,
     no_parameter_gradients,
+    require_seen,
     same_problem_type,
 )
 from hf_doge.gradients.example_losses import ExampleLosses, LossFunction, check_finite, logits_of
+from hf_doge.gradients.layer_uses import LayerUses
+from hf_doge.gradients.layers import ChosenLayers, is_virtual
 from hf_doge.gradients.token_rows import PositionGradients, TokenRows, join_groups
 from hf_doge.gradients.verification import Verification
 
@@ -70,11 +72,8 @@ class EmbeddingGradientRecorder(AbstractContextManager):
         row_w = sum_{t: x_t = w} dloss/de_t + sum_s dloss/dlogit[s, w] * h_s        (D,)
 
     with `e_t (D,)` what is read at position `t` and `h_s (D,)` what the tied output layer reads at position `s`: the word as
-    it is read, and as it is predicted or wrongly expected anywhere in the example. Ours; the paper has the first sum alone.
-    On a small language model whose matrices are tied, leaving out the 30 of 600 documents it names raised the loss of 24
-    held-out continuations by .160 [.075, .245] nats more than `"input"` (95 % intervals), .187 [.099, .275] more than BM25
-    and about as much as `"full"`, +.012 [-.026, .049]: `python -m benchmarks.reproduce tracin_lm --data_dir ../shared/data
-    --output_dir outputs/reproduce`. An example has as many rows as with `"input"`. What it costs besides: the
+    it is read, and as it is predicted or wrongly expected anywhere in the example. Ours; the paper has the first sum alone,
+    and what is better is measured in `benchmarks/reproduce/RESULTS.md`. An example has as many rows as with `"input"`. What it costs besides: the
     logits, `(B, S, V)`, are copied once and their gradient is kept until the rows are made, which for each example takes
     `S * W * D` multiplications. A model without a tied output layer has the rows of `"input"`.
 
@@ -103,6 +102,8 @@ class EmbeddingGradientRecorder(AbstractContextManager):
         drop_token_ids (`Sequence[int]`):
             Tokens that get no row, as if they were padding: special ones, say. They are left out before `top_k`.
         verify (`bool`): Whether to compare the first batches with examples alone.
+        layers ([`ChosenLayers`], *optional*): Layers that have rows next to those of words, or instead of them; with all of
+            an example's positions, also those of dropped tokens, and next to the `top_k` of words.
 
     Raises:
         ValueError: if the model has no input embeddings or an option is unknown.
@@ -120,6 +121,7 @@ class EmbeddingGradientRecorder(AbstractContextManager):
         pad_token_id: int | None = None,
         drop_token_ids: Sequence[int] = (),
         verify: bool = True,
+        layers: ChosenLayers | None = None,
     ) -> None:
         if tied not in TIED_PARTS:
             raise ValueError(f"`tied` must be one of {list(TIED_PARTS)}, but got {tied!r}.")
@@ -140,6 +142,7 @@ class EmbeddingGradientRecorder(AbstractContextManager):
             tied=tied,
             pad_token_id=pad_token_id,
             drop_token_ids=drop_token_ids,
+            layers=layers,
         )
         self._verification = Verification(self._backward, is_on=verify)
         self._warned = False
@@ -153,9 +156,12 @@ class EmbeddingGradientRecorder(AbstractContextManager):
         self._backward.__enter__()
         if self._backward.virtual and not self._warned:
             self._warned = True
+            is_layers = self._backward.layers is not None
             warnings.warn(
-                "The input embeddings of the model are frozen, so no training example ever moved them: the recorded "
-                "gradients are virtual. Train the embeddings too if you want the influence of training itself.",
+                f"The {'chosen layers' if is_layers else 'input embeddings'} of the model are frozen, so no training example ever"
+                " moved them: the recorded gradients are virtual. "
+                + ("Choose" if is_layers else "Train the embeddings too, or choose")
+                + " layers that are trained (`layers`) if you want the influence of training itself.",
                 stacklevel=2,
             )
         return self
@@ -246,11 +252,11 @@ class EmbeddingBackward(AbstractContextManager):
 
     Args:
         model (`nn.Module`): With input embeddings.
-        loss_fn, loss_reduction, tied, pad_token_id, drop_token_ids: See [`EmbeddingGradientRecorder`].
+        loss_fn, loss_reduction, tied, pad_token_id, drop_token_ids, layers: See [`EmbeddingGradientRecorder`].
 
     Attributes:
         matrix (`torch.Tensor`): The embedding matrix.
-        virtual (`bool`): Whether it is frozen, see [`TokenRows`].
+        virtual (`bool`): Whether all that is recorded is frozen, see [`TokenRows`].
         padding_ids (`tuple[int, ...]`): The tokens that are padding wherever they stand; known inside the context.
     """
 
@@ -263,8 +269,10 @@ class EmbeddingBackward(AbstractContextManager):
         tied: str = "input",
         pad_token_id: int | None = None,
         drop_token_ids: Sequence[int] = (),
+        layers: ChosenLayers | None = None,
     ) -> None:
         self.model = model
+        self.layers = layers
         self.losses = ExampleLosses(loss_fn, reduction=loss_reduction)
         self.matrix = input_embedding_matrix(model)
         self.tied = tied
@@ -272,10 +280,13 @@ class EmbeddingBackward(AbstractContextManager):
         self.drop_token_ids = tuple(drop_token_ids)
         self.virtual = not self.matrix.requires_grad
         self._uses: EmbeddingUses | None = None
+        self._layer_uses: LayerUses | None = None
 
     def __enter__(self) -> "EmbeddingBackward":
         self.matrix = input_embedding_matrix(self.model)  # may have been resized since
         self.virtual = not self.matrix.requires_grad
+        if self.layers is not None:
+            self.virtual = is_virtual(self.model, self.layers)
         padding = (self.pad_token_id, getattr(self.model.get_input_embeddings(), "padding_idx", None))
         self.padding_ids = tuple(token for token in padding if token is not None)
         with ExitStack() as stack:
@@ -285,13 +296,15 @@ class EmbeddingBackward(AbstractContextManager):
             stack.enter_context(no_parameter_gradients(self.model))
             uses = EmbeddingUses(self.model, lookups=self.tied != "output", projections=self.tied != "input")
             self._uses = stack.enter_context(uses)
+            if self.layers is not None:
+                self._layer_uses = stack.enter_context(LayerUses(self.model, self.layers))
             self._stack = stack.pop_all()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._uses = None
+        self._uses = self._layer_uses = None
         self._stack.close()
 
     @property
@@ -325,9 +338,9 @@ class EmbeddingBackward(AbstractContextManager):
         self, batch: Mapping[str, Any], *, from_logits: bool = False
     ) -> tuple[PositionGradients, Tensor]:
         """The gradients of every position, and the loss that was differentiated (finite or not, if `from_logits`)."""
-        batch_size = batch["input_ids"].shape[0]
         uses = self._uses
-        uses.clear()
+        self._clear()
+        uses.differentiable = self.layers is None or self.layers.embedding
         with torch.enable_grad():
             if from_logits:
                 outputs = self.model(**without_labels(batch))
@@ -338,57 +351,49 @@ class EmbeddingBackward(AbstractContextManager):
                 loss, scales = self.losses.total(outputs, batch)
                 differentiated, grad_outputs = loss, None
         lookups, projections = list(uses.lookups), list(uses.projections)
-        uses.clear()
-        if self.tied == "output" and not projections:
-            raise ValueError(
-                f"`tied='output'` needs an output layer that multiplies by the embedding matrix, but "
-                f"`{type(self.model).__name__}` has none. Use `tied='input'`."
-            )
-        if self.tied != "input" and not projections and has_tied_output(self.model):
-            raise ValueError(
-                f"`tied={self.tied!r}` needs to see the output layer multiply by the embedding matrix, but that of "
-                f"`{type(self.model).__name__}`, which is tied to it, does so in a way of its own (not by `F.linear` within "
-                "a module that holds the matrix). Use `tied='input'`."
-            )
-        wanted = [use.output for use in (*lookups, *projections)]
-        embeddings = self.model.get_input_embeddings()
-        if not lookups and any(hasattr(module, "trainable_tokens_delta") for module in embeddings.modules()):
-            raise ValueError(
-                "The input embeddings must be trained as a whole or not at all, but of those of"
-                f" `{type(self.model).__name__}` only some tokens are (`trainable_token_indices` of PEFT), which are kept"
-                " apart. Train all of them (`modules_to_save` with the name of the embedding layer), or none."
-            )
+        layer_uses = [] if self._layer_uses is None else self._layer_uses.take()
+        self._clear()
+        require_seen(self.model, lookups, projections, tied=self.tied)
+        read = lookups if uses.differentiable else []
+        wanted = [*(use.output for use in (*read, *projections)), *(output for _, _, output in layer_uses)]
         if not wanted or not differentiated.requires_grad:
             raise ValueError(
                 f"The loss must depend on what the model reads from its input embeddings, but "
                 f"`{type(self.model).__name__}` did not read them with gradients on. Feed it token ids."
             )
         grads = torch.autograd.grad(differentiated, wanted, grad_outputs, allow_unused=True, materialize_grads=True)
-        lookup_grads, logit_grads = grads[: len(lookups)], grads[len(lookups) :]
-        nothing = self.matrix.new_zeros(batch_size, 0, self.matrix.shape[1])
+        ids, num_words = batch["input_ids"], len(read) + len(projections)
+        nothing = self.matrix.new_zeros(len(ids), 0, self.matrix.shape[1])
+        counted = [counted_positions(lookup, batch, pad_token_id=self.pad_token_id) for lookup in lookups]
+        unread = [] if read else [torch.zeros_like(lookup.output) for lookup in lookups]
+        layer_rows = None
+        if self._layer_uses is not None:
+            layer_rows = self._layer_uses.rows(layer_uses, grads[num_words:], ids)
         gradients = PositionGradients(
-            token_ids=join_by_example(
-                [lookup.token_ids for lookup in lookups], nothing[..., 0].long(), batch["input_ids"]
-            ),
-            counted=join_by_example(
-                [counted_positions(lookup, batch, pad_token_id=self.pad_token_id) for lookup in lookups],
-                nothing[..., 0].bool(),
-                batch["input_ids"],
-            ),
-            input_grads=join_by_example(lookup_grads, nothing, batch["input_ids"]),
-            hidden=join_by_example([use.inputs for use in projections], nothing, batch["input_ids"]),
-            logit_grads=join_by_example(logit_grads, nothing, batch["input_ids"]),
+            token_ids=join_by_example([lookup.token_ids for lookup in lookups], nothing[..., 0].long(), ids),
+            counted=uses.differentiable & join_by_example(counted, nothing[..., 0].bool(), ids),
+            input_grads=join_by_example(grads[: len(read)] or unread, nothing, ids),
+            hidden=join_by_example([use.inputs for use in projections], nothing, ids),
+            logit_grads=join_by_example(grads[len(read) : num_words], nothing, ids),
             scales=scales.to(self.matrix.device),
             dropped=torch.tensor(self.drop_token_ids, dtype=torch.long, device=self.matrix.device),
             own_only=self.tied == "own",
+            layer_rows=layer_rows,
+            first_layer_row=len(self.matrix),
         )
         return gradients, loss.detach()
 
+    def _clear(self) -> None:
+        self._uses.clear()
+        if self._layer_uses is not None:
+            self._layer_uses.clear()
+
     def run(self, batch: Mapping[str, Any]) -> tuple[object, list[Lookup]]:
         """What the model returns with gradients on, and what it has looked up for it."""
-        self._uses.clear()
+        self._clear()
+        self._uses.differentiable = True
         with torch.enable_grad():
             outputs = self.model(**batch)
         lookups = list(self._uses.lookups)
-        self._uses.clear()
+        self._clear()
         return outputs, lookups

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -81,6 +81,31 @@ def has_tied_output(model: nn.Module) -> bool:
     return getattr(output, "weight", None) is input_embedding_matrix(model)
 
 
+def require_seen(model: nn.Module, lookups: Sequence[Lookup], projections: Sequence[Projection], *, tied: str) -> None:
+    """
+    Raises:
+        ValueError: Not all uses of the embedding matrix that count can be seen.
+    """
+    name, whole = type(model).__name__, cast(Any, model)
+    if tied == "output" and not projections:
+        raise ValueError(
+            f"`tied='output'` needs an output layer that multiplies by the embedding matrix, but `{name}` has none. Use"
+            " `tied='input'`."
+        )
+    if tied != "input" and not projections and has_tied_output(model):
+        raise ValueError(
+            f"`tied={tied!r}` needs to see the output layer multiply by the embedding matrix, but that of `{name}`, which is tied"
+            " to it, does so in a way of its own (not by `F.linear` within a module that holds the matrix). Use `tied='input'`."
+        )
+    embeddings = whole.get_input_embeddings()
+    if not lookups and any(hasattr(module, "trainable_tokens_delta") for module in embeddings.modules()):
+        raise ValueError(
+            f"The input embeddings must be trained as a whole or not at all, but of those of `{name}` only some tokens are"
+            " (`trainable_token_indices` of PEFT), which are kept apart. Train all of them (`modules_to_save` with the name of"
+            " the embedding layer), or none."
+        )
+
+
 class EmbeddingUses(AbstractContextManager):
     """
     Collects every use of the input embedding matrix while the model runs inside the context.
@@ -92,10 +117,14 @@ class EmbeddingUses(AbstractContextManager):
         model (`nn.Module`): A model with `get_input_embeddings()`.
         lookups (`bool`): Whether to collect [`Lookup`]s.
         projections (`bool`): Whether to collect [`Projection`]s.
+
+    Attributes:
+        differentiable (`bool`): Whether what is looked up next is made to require a gradient.
     """
 
     def __init__(self, model: nn.Module, *, lookups: bool = True, projections: bool = False) -> None:
         self.matrix = input_embedding_matrix(model)
+        self.differentiable = True
         self.lookups: list[Lookup] = []
         self.projections: list[Projection] = []
         self._mode = _MatrixMode(self, collect_lookups=lookups, collect_projections=projections)
@@ -147,7 +176,7 @@ class _MatrixMode(TorchFunctionMode):
         if len(args) < 2 or args[1] is not self.uses.matrix or not torch.is_grad_enabled():
             return result
         if func is F.embedding and self.collect_lookups:
-            output = _requiring_grad(result)
+            output = _requiring_grad(result) if self.uses.differentiable else result
             self.uses.lookups.append(Lookup(args[0], output, kwargs.get("padding_idx")))
         elif func is F.linear and self.collect_projections:
             output = _requiring_grad(result)

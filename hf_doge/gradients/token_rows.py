@@ -84,6 +84,27 @@ class TokenRows:
         dtype = torch.float64 if self.rows.dtype == torch.float64 else torch.float32
         return TokenRows(self.offsets.cpu(), self.tokens.cpu(), self.rows.detach().to("cpu", dtype), self.virtual)
 
+    def with_more(self, first: int, more: Tensor) -> "TokenRows":
+        """
+        Further rows behind those of each example.
+
+        Args:
+            first (`int`): The number of the first one, beyond all tokens.
+            more (`torch.Tensor` of shape `(num_examples, num_more, width)`): The rows.
+        """
+        num_examples, num_more = more.shape[:2]
+        lengths = self.offsets.diff() + num_more
+        offsets = torch.cat([self.offsets[:1], lengths.cumsum(dim=0)])
+        steps = torch.arange(num_more, device=more.device)
+        last = (offsets[1:, None] - num_more + steps).flatten()
+        is_more = torch.zeros(len(self.rows) + len(last), dtype=torch.bool, device=more.device)
+        is_more[last] = True
+        tokens = self.tokens.new_empty(len(is_more))
+        rows = more.new_empty(len(is_more), more.shape[2])
+        tokens[~is_more], tokens[is_more] = self.tokens, (first + steps).repeat(num_examples)
+        rows[~is_more], rows[is_more] = self.rows.to(rows.dtype), more.flatten(end_dim=1)
+        return TokenRows(offsets, tokens, rows, self.virtual)
+
     def squared_norms(self) -> Tensor:
         """Self-influence of each example, `(num_examples,)`."""
         squares = self.rows.double().square().sum(dim=1)
@@ -188,6 +209,8 @@ class PositionGradients:
         own_only (`bool`):
             Whether only the tokens that were looked up at a counted position get a row, their output part included, or
             every token of the vocabulary that the output part moves. No matter without an output part.
+        layer_rows (`torch.Tensor` of shape `(B, K, D)`, *optional*): Those of chosen layers, see [`LayerUses.rows`].
+        first_layer_row (`int`): The number of their first one.
     """
 
     token_ids: Tensor
@@ -198,14 +221,32 @@ class PositionGradients:
     scales: Tensor
     dropped: Tensor | None = None
     own_only: bool = False
+    layer_rows: Tensor | None = None
+    first_layer_row: int = 0
 
     def __post_init__(self) -> None:
         if self.dropped is not None and self.dropped.numel():
             self.counted = self.counted & ~torch.isin(self.token_ids, self.dropped)
 
+    def sizes(self) -> Tensor:
+        """About how long the gradient of each example is, `(B,)`."""
+        squares = self.input_grads.flatten(start_dim=1).norm(dim=1).square()
+        if self.layer_rows is not None:
+            squares = squares + self.layer_rows.flatten(start_dim=1).norm(dim=1).square()
+        return squares.sqrt() * self.scales
+
     def example_rows(self, example: int) -> tuple[Tensor, Tensor]:
+        """All rows of one example, of its words and of chosen layers, `tokens (W,)` and `rows (W, D)`."""
+        tokens, rows = self._word_rows(example)
+        if self.layer_rows is None:
+            return tokens, rows
+        more = self.layer_rows[example] * self.scales[example]
+        numbers = self.first_layer_row + torch.arange(len(more), device=tokens.device)
+        return torch.cat([tokens, numbers]), torch.cat([rows.to(more.dtype), more])
+
+    def _word_rows(self, example: int) -> tuple[Tensor, Tensor]:
         """
-        All rows of one example, `tokens (W,)` and `rows (W, D)`: `sum_t dloss/doutput[t]` over the counted positions `t`
+        The rows of one example's words, `tokens (W,)` and `rows (W, D)`: `sum_t dloss/doutput[t]` over the counted positions `t`
         that hold the token, plus, where the output layer is tied and counts, `sum_s dloss/dlogit[s, w] * hidden[s]`.
         """
         scale = self.scales[example]
@@ -227,7 +268,14 @@ class PositionGradients:
         return tokens, dense[tokens] * scale
 
     def merge(self, *, top_k: int | None, top_k_unit: str, virtual: bool) -> TokenRows:
-        """The rows of all examples; with an output part example by example, as each may be dense in the vocabulary."""
+        """The rows of all examples: the largest `top_k` of words, and all of layers."""
+        words = self._merge_words(top_k=top_k, top_k_unit=top_k_unit, virtual=virtual)
+        if self.layer_rows is None:
+            return words
+        return words.with_more(self.first_layer_row, self.layer_rows * self.scales[:, None, None])
+
+    def _merge_words(self, *, top_k: int | None, top_k_unit: str, virtual: bool) -> TokenRows:
+        """The rows of words; with an output part example by example, as each may be dense in the vocabulary."""
         if self.hidden.shape[1] == 0:
             positions = (self.token_ids, self.input_grads)
             if top_k is None:
@@ -238,7 +286,7 @@ class PositionGradients:
             return TokenRows(offsets, tokens, rows, virtual)
         examples = []
         for example in range(len(self.scales)):
-            tokens, rows = self.example_rows(example)
+            tokens, rows = self._word_rows(example)
             examples.append((tokens, rows) if top_k is None else top_k_rows(tokens, rows, top_k, unit=top_k_unit))
         lengths = torch.tensor([0] + [len(tokens) for tokens, _ in examples], device=self.scales.device)
         tokens, rows = (torch.cat(parts) for parts in zip(*examples, strict=True))

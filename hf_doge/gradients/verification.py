@@ -222,8 +222,7 @@ class Verification:
             return bool((alone[1] != 0).any())
         if not self._is_conclusive(own_loss, batch):
             # next to nothing alone: then rounding is small against the rows of the others
-            sizes = gradients.input_grads.flatten(start_dim=1).norm(dim=1) * gradients.scales
-            least = float(sizes.max()) if self._is_conclusive(loss, batch) else torch.inf
+            least = float(gradients.sizes().max()) if self._is_conclusive(loss, batch) else torch.inf
             if rows_agree(together, alone, dtype=self._backward.dtype, room=room, least=least):
                 return False
         padded, _ = self._rows_alone(batch, at, strip_padding=False)

@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 from hf_doge.artifacts.parquet import to_parquet
+from hf_doge.functional.layers import projection_matrix
 from hf_doge.text import printable
 
 ROW_GROUP_SIZE = 16_384  # what DuckDB and the Hub's viewer read fastest
@@ -194,19 +195,6 @@ def segment_schema(dtype: str, width: int, example_type: str) -> pa.Schema:
 def describe_schema(schema: pa.Schema) -> str:
     """Names and types, on one line."""
     return printable(", ".join(f"{field.name} {field.type}" for field in schema))
-
-
-def projection_matrix(width: int, projected_width: int, seed: int) -> Tensor:
-    """
-    Random signs over the square root of the projected width: `E[<P x, P y>] = <x, y>`, with a standard deviation of at
-    most `|x| |y| sqrt(2 / projected_width)`. Signs, unlike normal numbers, are the same on every machine.
-
-    Returns:
-        `torch.Tensor` of shape `(width, projected_width)` and dtype float64.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    signs = torch.randint(0, 2, (width, projected_width), generator=generator, dtype=torch.int64)
-    return (signs * 2 - 1).double() / math.sqrt(projected_width)
 
 
 def projection_sha256(matrix: Tensor) -> str:

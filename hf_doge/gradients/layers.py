@@ -1,0 +1,241 @@
+"""
+Which layers of a model have rows of their own, next to its words or instead of them, and how their rows are laid out.
+
+With `x_t (d_in,)` what a linear layer reads at position `t`, and `delta_t (d_out,)` the gradient of what it returns there, its
+weight has the gradient
+
+    G = sum_t delta_t x_t^T                                           (d_out, d_in)
+    P_out G P_in^T = sum_t (P_out delta_t) (P_in x_t)^T               (p_out, p_in)
+
+the second of which has the inner products of the first in the mean over random `P` ([`projection_matrix`]), and is never wider.
+
+Flattened, it is cut into rows as wide as an embedding, the last filled up with zeros. They have the numbers from the size of the
+vocabulary on, where words have their tokens. So inner products over shared numbers, norms, files and search know of rows alone.
+"""
+
+import difflib
+import hashlib
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from math import isqrt
+from typing import Any
+
+from torch import Tensor, nn
+
+from hf_doge.functional.layers import projection_matrix
+from hf_doge.gradients.embedding_uses import input_embedding_matrix
+
+EMBEDDING, ADAPTERS = "embedding", "adapters"
+
+_WRAPPERS = re.compile(r"\.base_layer\b|\.modules_to_save\.[^.]+|^base_model\.model\.")  # of peft
+_LORA = ("lora_A", "lora_B")
+_OTHER_LORA = ("lora_embedding_A", "lora_magnitude_vector")
+
+
+@dataclass(frozen=True)
+class Layer:
+    """
+    A linear layer whose gradient is recorded.
+
+    Attributes:
+        name (`str`): Of the module in its model.
+        shape (`tuple[int, int]`): `(d_out, d_in)`.
+        kept (`tuple[int, int]`): `(p_out, p_in)`, as `shape` where nothing is projected.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    kept: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class ChosenLayers:
+    """
+    The layers with rows of their own.
+
+    Attributes:
+        layers (`tuple[Layer, ...]`): In the order of their rows.
+        num_words (`int`): Tokens of the vocabulary: the number of the first row.
+        width (`int`): Of a row.
+        seed (`int`): Of all projections.
+        embedding (`bool`): Whether words have rows too.
+    """
+
+    layers: tuple[Layer, ...]
+    num_words: int
+    width: int
+    seed: int
+    embedding: bool
+
+    def num_rows_of(self, layer: Layer) -> int:
+        """How many rows the gradient of a layer fills."""
+        return -(-layer.kept[0] * layer.kept[1] // self.width)
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of all layers; each example has as many."""
+        return sum(map(self.num_rows_of, self.layers))
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether no layer is projected."""
+        return all(layer.kept == layer.shape for layer in self.layers)
+
+    def names(self) -> dict[int, str]:
+        """Number of the first row -> name, of each layer."""
+        names, number = {}, self.num_words
+        for layer in self.layers:
+            names[number] = layer.name
+            number += self.num_rows_of(layer)
+        return names
+
+    def projections(self, layer: Layer) -> tuple[Tensor | None, Tensor | None]:
+        """`P_out^T (d_out, p_out)` and `P_in^T (d_in, p_in)` of a layer in float64; `None` where a side is whole."""
+        return tuple(  # type: ignore[return-value]
+            None if whole == kept else projection_matrix(whole, kept, _seed_of(layer.name, side, self.seed))
+            for side, whole, kept in zip(("out", "in"), layer.shape, layer.kept, strict=True)
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """For config.json, with a checksum of all signs of the projections."""
+        digest = hashlib.sha256()
+        for layer in self.layers:
+            for matrix in self.projections(layer):
+                digest.update(b"" if matrix is None else (matrix > 0).numpy().tobytes())
+        return {
+            "embedding": self.embedding,
+            "seed": self.seed,
+            "sha256": digest.hexdigest(),
+            "modules": [{"name": one.name, "shape": [*one.shape], "kept": [*one.kept]} for one in self.layers],
+        }
+
+    @staticmethod
+    def from_dict(facts: Mapping[str, Any], *, num_words: int, width: int) -> "ChosenLayers":
+        """What [`~ChosenLayers.to_dict`] was of."""
+        layers = tuple(Layer(one["name"], (*one["shape"],), (*one["kept"],)) for one in facts["modules"])
+        return ChosenLayers(layers, num_words, width, facts["seed"], facts["embedding"])
+
+
+def choose_layers(
+    model: nn.Module, wanted: Sequence[str], *, projection_dim: int | None = None, seed: int = 0
+) -> ChosenLayers:
+    """
+    Find the layers that are meant.
+
+    Args:
+        model (`nn.Module`): With input embeddings.
+        wanted (`Sequence[str]`):
+            `"embedding"`: the words, as ever. `"adapters"`: the matrices A and B of all active LoRA adapters, each a layer.
+            Anything else names linear layers: by their name in `model.named_modules()`, by its end (`"o_proj"`: those of all
+            blocks), or by a pattern (`"*.1?.mlp.*"`). What peft adds to names may be left out.
+        projection_dim (`int`, *optional*):
+            Most numbers on each side of a gradient; a side that is no longer stays whole. If left out, adapters are whole,
+            and others have as many as make one row: the root of its width.
+        seed (`int`): Of the projections.
+
+    Raises:
+        ValueError: The model has no such layer, it is not linear, or quantised, or its weight is the embedding matrix; or it
+            has no LoRA adapter, or one with more than A and B.
+    """
+    matrix, found = input_embedding_matrix(model), {}
+    modules = {name: module for name, module in model.named_modules() if ".original_module" not in name}
+    for item in wanted:
+        if item == EMBEDDING:
+            continue
+        names = _adapters(model, modules) if item == ADAPTERS else _matching(model, modules, item)
+        dim = projection_dim or (None if item == ADAPTERS else isqrt(matrix.shape[1]))
+        for name in names:
+            shape = _shape_of(name, modules[name], matrix)
+            found[name] = Layer(name, shape, shape if dim is None else (min(shape[0], dim), min(shape[1], dim)))
+    layers = tuple(found[name] for name in modules if name in found)
+    return ChosenLayers(layers, len(matrix), matrix.shape[1], seed, EMBEDDING in wanted)
+
+
+def is_virtual(model: nn.Module, chosen: ChosenLayers) -> bool:
+    """Whether nothing that has rows is trained."""
+    modules: dict[str, Any] = dict(model.named_modules())
+    weights = [modules[layer.name].weight for layer in chosen.layers if layer.name in modules]
+    if chosen.embedding:
+        weights.append(input_embedding_matrix(model))
+    return not any(weight.requires_grad for weight in weights)
+
+
+def _seed_of(name: str, side: str, seed: int) -> int:
+    """Every side of every layer is projected by a matrix of its own."""
+    return int.from_bytes(hashlib.sha256(f"{seed} {side} {name}".encode()).digest()[:7])
+
+
+def _is_linear(module: nn.Module) -> bool:
+    """GPT-2's `Conv1D` is one whose weight is transposed; its gradient is recorded as `(d_out, d_in)` as well."""
+    return isinstance(module, nn.Linear) or (type(module).__name__ == "Conv1D" and hasattr(module, "nf"))
+
+
+def _matching(model: nn.Module, modules: Mapping[str, nn.Module], item: str) -> list[str]:
+    """Names of the linear layers that an item of the list means."""
+    matching = [name for name in modules if any(_means(item, one) for one in (name, _WRAPPERS.sub("", name)))]
+    linear = [name for name in matching if _is_linear(modules[name])]
+    if linear:
+        return linear
+    known = [_WRAPPERS.sub("", name) for name, module in modules.items() if _is_linear(module)]
+    parts = {".".join(name.split(".")[-count:]): None for name in known for count in range(1, name.count(".") + 2)}
+    if matching:
+        inside = [name for name in modules if name.startswith(f"{matching[0]}.") and _is_linear(modules[name])]
+        kind = type(modules[matching[0]]).__name__
+        raise ValueError(
+            f"`layers` must name linear layers, but {item!r} of `{type(model).__name__}` is a `{kind}`."
+            + (f" Linear ones within it are {inside[:4]}." if inside else f" It has {known[:4]}, for instance.")
+        )
+    near = difflib.get_close_matches(item, parts, n=3, cutoff=0.4) or known[:3]
+    raise ValueError(
+        f"`layers` must name linear layers of the model, but `{type(model).__name__}` has none that is called {item!r}, ends"
+        f" so or fits it. The nearest are {near}."
+    )
+
+
+def _means(item: str, name: str) -> bool:
+    return name == item or name.endswith(f".{item}") or fnmatchcase(name, item)
+
+
+def _adapters(model: nn.Module, modules: Mapping[str, Any]) -> list[str]:
+    """Names of the matrices of the active adapters."""
+    found = []
+    for name, module in modules.items():
+        if not all(isinstance(getattr(module, part, None), nn.ModuleDict) for part in _LORA):
+            continue
+        for adapter in module.active_adapters:
+            others = [part for part in _OTHER_LORA if adapter in getattr(module, part, {})]
+            own = [f"{name}.{part}.{adapter}" for part in _LORA if adapter in getattr(module, part)]
+            if others or not all(_is_linear(modules[one]) for one in own):
+                what = others[0] if others else f"{type(modules[own[0]]).__name__} matrices"
+                raise ValueError(
+                    f"`layers='adapters'` records matrices A and B of linear layers, but adapter {adapter!r} has {what} at"
+                    f" {_WRAPPERS.sub('', name)!r}, which have no row. Name those that you mean:"
+                    f" `layers=['lora_A.{adapter}', 'lora_B.{adapter}']`."
+                )
+            found += own
+    if not found:
+        raise ValueError(
+            f"`layers='adapters'` needs a model with LoRA adapters, but `{type(model).__name__}` has none that is active. Name"
+            " linear layers instead, or record the adapted model (of peft) that is trained."
+        )
+    return found
+
+
+def _shape_of(name: str, module: Any, matrix: Tensor) -> tuple[int, int]:
+    """`(d_out, d_in)` of a linear layer that can be recorded."""
+    weight = module.weight
+    if weight is matrix:
+        raise ValueError(
+            f"`layers` must not hold {name!r}: its weight is the matrix of the input embeddings (tied), whose rows are those of"
+            " words. Leave it out, and choose by `tied` which uses of the matrix count (`tied='own'`: both)."
+        )
+    if not isinstance(weight, Tensor) or not weight.is_floating_point():
+        raise ValueError(
+            f"`layers` must hold layers with weights that have a gradient, but {name!r} is quantised"
+            f" (`{type(module).__name__}`), and nothing trains it. Record what is trained: `layers='adapters'`."
+        )
+    if hasattr(module, "nf"):
+        return module.nf, weight.shape[0]
+    return module.out_features, module.in_features
