@@ -3,15 +3,16 @@ Is the noise of a score that a run tells of itself the spread of the score over 
 
     OMP_NUM_THREADS=1 python -m benchmarks.score_noise --data_dir ../shared/data
 
-Real text, by the byte, in blocks of 64. In every setting one run, of constant learning rate, has three parts: it warms up; it moves,
-and from the differences of successive scores in this part alone the noise is *predicted*
-(`hf_doge.artifacts.record.estimate_score_noise`, as logs and summaries do); then model and optimizer are put back to the middle of
-that part before every step, so that the scores of further steps are those of independent batches at the same weights, and their
-standard deviation is the *observed* noise. The chance error of both together is about 9 % of one domain's at the default lengths.
+Real text, by the byte, in blocks of 64. In every setting one run, of constant learning rate, warms up and then takes each step
+twice: from the same weights with two independent batches, of which only the first moves the model. The noise is *predicted* from
+the differences of successive scores of the first batches, as a run without the second ones tells it
+(`hf_doge.artifacts.record.estimate_score_noise`), and *observed* as the spread between the two scores at the same weights, over the
+same steps. What is between the two is the drift of the score from step to step, and chance: the interval is that of a bootstrap over
+blocks of ten steps.
 
 The settings differ in the width of the model, the number of domains, the batch, the metric and what of a domain's product with
-itself counts. The last line is JSON: for each setting predicted over observed, pooled over the domains and for the domain that
-is farthest from 1; and the worst pooled one.
+itself counts. The last line is JSON: for each setting predicted over observed, pooled over the domains with its 95 % interval, and for
+the domain that is farthest from 1; and the worst pooled one.
 """
 
 import argparse
@@ -58,20 +59,36 @@ SETTINGS = {
 }
 
 
-class Standing(TrainerCallback):
-    """Keeps model and optimizer as they are after step `middle`, from step `start` on."""
+class SecondBatch(TrainerCallback):
+    """From step `start` on, lets every second step begin at the weights of the one before, and puts back what came of that one."""
 
-    def __init__(self, *, middle: int, start: int) -> None:
-        self.middle, self.start = middle, start
-        self._model: Any = None
-        self._optimizer: Any = None
+    def __init__(self, *, start: int) -> None:
+        self.start = start
+        self._before: Any = None
+        self._after: Any = None
+
+    def _is_first(self, step: int) -> bool:
+        return step >= self.start and (step - self.start) % 2 == 0
+
+    def on_step_begin(self, args, state, control, *, model, optimizer, **kwargs):
+        if self._is_first(state.global_step):
+            self._before = _copy(model, optimizer)
 
     def on_step_end(self, args, state, control, *, model, optimizer, **kwargs):
-        if state.global_step == self.middle:
-            self._model, self._optimizer = deepcopy(model.state_dict()), deepcopy(optimizer.state_dict())
-        if state.global_step >= self.start:
-            model.load_state_dict(self._model)
-            optimizer.load_state_dict(deepcopy(self._optimizer))
+        if self._is_first(state.global_step - 1):
+            self._after = _copy(model, optimizer)
+            _put_back(model, optimizer, self._before)
+        elif state.global_step > self.start:
+            _put_back(model, optimizer, self._after)
+
+
+def _copy(model: Any, optimizer: Any) -> Any:
+    return deepcopy((model.state_dict(), optimizer.state_dict()))
+
+
+def _put_back(model: Any, optimizer: Any, kept: Any) -> None:
+    model.load_state_dict(kept[0])
+    optimizer.load_state_dict(deepcopy(kept[1]))
 
 
 def main() -> None:
@@ -79,8 +96,7 @@ def main() -> None:
     parser.add_argument("--data_dir", type=Path, required=True, help="Folder with `lm` and `multilingual`.")
     parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS))
     parser.add_argument("--warm", type=int, default=60, help="Steps before the noise is predicted.")
-    parser.add_argument("--moving", type=int, default=150, help="Updates that it is predicted from.")
-    parser.add_argument("--standing", type=int, default=200, help="Batches that it is observed on.")
+    parser.add_argument("--moving", type=int, default=300, help="Steps that are taken twice.")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     if not (args.data_dir / "lm").is_dir():
@@ -101,27 +117,38 @@ def measure(setting: Setting, args: argparse.Namespace) -> dict[str, float]:
 
 
 def ratios(model: Any, domains: dict[str, Dataset], setting: Setting, args: argparse.Namespace) -> dict[str, float]:
-    """The three parts, and what comes of them."""
-    start = args.warm + args.moving
+    """Predicted over observed noise of a run on these domains."""
     with tempfile.TemporaryDirectory() as folder:
         config = DoGEConfig(
-            folder, per_device_train_batch_size=setting.batch_size, max_steps=start + args.standing, mu=1e6,
+            folder, per_device_train_batch_size=setting.batch_size, max_steps=args.warm + 2 * args.moving, mu=1e6,
             learning_rate=setting.learning_rate, lr_scheduler_type="constant", self_term=setting.self_term,
             score_metric=setting.score_metric, seed=args.seed, report_to="none", save_strategy="no", use_cpu=True,
             disable_tqdm=True, logging_strategy="no",
         )  # fmt: skip
-        standing = Standing(middle=args.warm + args.moving // 2, start=start)
-        trainer = DoGETrainer(model, config, train_dataset=domains, callbacks=[standing])
+        trainer = DoGETrainer(model, config, train_dataset=domains, callbacks=[SecondBatch(start=args.warm)])
         trainer.train()
-    scores = trainer.domain_weights.trajectory.scores
-    predicted = estimate_score_noise(scores[args.warm : start])
-    observed = scores[start:].std(axis=0, ddof=1)
-    each = predicted / observed
+    scores = trainer.domain_weights.trajectory.scores[args.warm :]
+    first, second = scores[0::2], scores[1::2]
+    predicted = np.square(np.diff(first, axis=0)) / 2
+    observed = np.square(first - second)[1:] / 2
+    assert np.allclose(np.sqrt(predicted.mean(axis=0)), estimate_score_noise(first))
+    each = np.sqrt(predicted.mean(axis=0) / observed.mean(axis=0))
+    low, high = interval(predicted.sum(axis=1), observed.sum(axis=1))
     return {
-        "pooled": round(float(np.sqrt(np.square(predicted).sum() / np.square(observed).sum())), 3),
+        "pooled": round(float(np.sqrt(predicted.sum() / observed.sum())), 3),
+        "low": low,
+        "high": high,
         "farthest": round(float(each[np.abs(np.log(each)).argmax()]), 3),
-        "mean": round(float(each.mean()), 3),
     }
+
+
+def interval(predicted: np.ndarray, observed: np.ndarray, *, block: int = 10) -> list[float]:
+    """95 % of the pooled ratio over resampled blocks of steps."""
+    starts = np.arange(0, len(predicted) - block + 1, block)
+    sums = np.array([[predicted[i : i + block].sum(), observed[i : i + block].sum()] for i in starts])
+    drawn = np.random.default_rng(0).integers(len(sums), size=(5_000, len(sums)))
+    totals = sums[drawn].sum(axis=1)
+    return np.quantile(np.sqrt(totals[:, 0] / totals[:, 1]), [0.025, 0.975]).round(3).tolist()
 
 
 def make_model(width: int) -> LlamaForCausalLM:

@@ -19,7 +19,7 @@ def undecided_groups(weights: WeightsRecord) -> list[list[str]]:
     The noise of the difference of two scores moves the logarithm of the ratio of the two weights by `rate * noise / mu` from
     that update on, so that of the mean weights by the root of the sum of `(rate * noise / mu * reach)^2`, where `reach` is the
     share of the mean that lies behind the update: `(T - t) / T` in the paper's. Two weights are told apart if their logarithms
-    differ by two standard deviations. Nothing is said of fewer than ten recorded updates.
+    differ by two standard deviations. Shrunk weights are nearer to each other than their noise is, so that they are told apart later. Nothing is said of fewer than ten recorded updates.
     """
     trajectory, rates = weights.trajectory, update_rates(weights)
     if trajectory is None or rates is None:

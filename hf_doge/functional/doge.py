@@ -192,6 +192,27 @@ def update_domain_weights(
     return updated
 
 
+def shrink_deviations(deviations: Tensor, variances: Tensor) -> Tensor:
+    """
+    What of the deviations of the weights' logarithms is more than noise, by empirical Bayes (Efron & Morris, 1973). Ours.
+
+    `s_j D_j` with `s_j = tau^2 / (tau^2 + V_j)`, the posterior mean of a deviation that is normal around 0 with the variance
+    `tau^2 = max(0, mean_j (D_j^2 - V_j))`, seen with a noise of the variance `V_j`. Where noise accounts for all, `tau` is 0 and
+    nothing is left; where it is small beside the deviations, they stay.
+
+    Args:
+        deviations (`torch.Tensor` of shape `(num_train_domains,)`): D, around a mean of 0.
+        variances (`torch.Tensor` of shape `(num_train_domains,)`): V, `>= 0`. Where it is 0 nothing is known: all is noise.
+
+    Returns:
+        `torch.Tensor` of shape `(num_train_domains,)`.
+    """
+    check_shape("deviations", deviations, (None,))
+    check_shape("variances", variances, tuple(deviations.shape))
+    between = (deviations.square() - variances).mean().clamp(min=0)
+    return torch.where(variances > 0, deviations * between / (between + variances), 0.0)
+
+
 def update_running_mean(mean: Tensor, weights: Tensor, num_updates: int) -> Tensor:
     """
     Arithmetic mean of the weights after one more update; the paper returns the mean of alpha_1 ... alpha_T.

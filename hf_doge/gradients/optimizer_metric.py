@@ -12,7 +12,7 @@ class OptimizerMetric:
     The inner product of a target's gradient with the update that Adam or AdamW would make from a domain's gradient.
 
     `<u_j, G>` with `u_j = lr * g_j / (sqrt(v) + eps)` is, to first order, by how many nats a step on the domain alone lowers the
-    target's loss. It equals `<g_j, H G>` with a diagonal `H`, so the domains' gradients stay as they are: one elementwise
+    target's loss, or the mean loss of several targets. It equals `<g_j, H G>` with a diagonal `H`, so the domains' gradients stay as they are: one elementwise
     product of the target's gradient.
 
     `lr`, `eps`, the decay rate and the step count are the optimizer's own, by parameter group. `v` is its second moment,
@@ -64,7 +64,7 @@ class OptimizerMetric:
         moment = moment / (1 - decay**step)
         if "max_exp_avg_sq" in state:
             moment = torch.maximum(moment, own_part(state["max_exp_avg_sq"]).to(wide) / (1 - decay**step))
-        return (wide * (scale * float(group["lr"]) / (moment.sqrt() + group["eps"]))).to(part.dtype)
+        return (wide * (scale * float(group["lr"]) / weight / (moment.sqrt() + group["eps"]))).to(part.dtype)
 
     def _refusal(self) -> ValueError:
         optimizer = getattr(self._optimizer, "optimizer", self._optimizer)

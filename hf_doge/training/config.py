@@ -71,6 +71,7 @@ _CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "self_term": _check_self_term,
     "lagged_update": check_flag,
     "mean_weighting": partial(check_choice, choices=MEAN_WEIGHTINGS),
+    "shrinkage": partial(check_flag, optional=True),
     "stop_when_undecided": check_flag,
     "undecided_window": partial(check_count, least=2),
     "domain_column": partial(check_text, what="the name of a column"),
@@ -101,11 +102,12 @@ class DoGEConfig(TrainingArguments):
     | each domain's gradient | as it is | clipped alone to `max_grad_norm` | as it is |
     | target | the step's train domains, or a target set | a target set (held-out mix or out-of-domain) | either |
     | `mu` | 0.01 | 0.01 | 10 nats |
+    | weights | as the scores make them | as the scores make them | shrunk by the noise of the scores |
 
     In all of them the new weights step the model, and the result is the mean of the weights after every update.
     `mu` cannot be carried from one recipe to the other, nor from the authors' later code: see
     [`hf_doge.functional.doge`] for the three conventions. With `score_metric="optimizer"` its unit is nats: weights change by
-    `exp(score / mu)`, where the score is by how many nats a step on the domain alone would lower the targets' summed loss.
+    `exp(score / mu)`, where the score is by how many nats a step on the domain alone would lower the targets' mean loss.
 
     `self_term="independent"` needs two examples of each domain in a step, and memory for twice as many gradients where they are
     kept. A domain of which a step has but one example with a label keeps its share in that step. Given targets share no example
@@ -117,7 +119,8 @@ class DoGEConfig(TrainingArguments):
 
     `stop_when_undecided=True` ends the learning when scores no longer tell the domains apart, by the rule in
     [`~hf_doge.training.score_noise.ScoreNoise`]: the run of a proxy stops there, and online the weights stay as they are while the
-    training goes on. `mean_weighting="inverse_variance"` lets the weights after an update count less in the mean the more noise
+    training goes on. `shrinkage=True` moves the weights only as far from the initial ones as that noise cannot account for, with the
+    same result for domains that it does not tell apart, whatever the seed. `mean_weighting="inverse_variance"` lets the weights after an update count less in the mean the more noise
     has reached them; it is nearer to the initial weights, as a larger `mu` is.
     """
 
@@ -191,6 +194,13 @@ class DoGEConfig(TrainingArguments):
         metadata={
             "help": "How much the weights after each update count in the mean: 'steps', all alike (the paper), or "
             "'inverse_variance', by how little noise of the scores has reached them (ours)."
+        },
+    )
+    shrinkage: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Move the weights only as far from the initial ones as the noise of the scores cannot account for (ours). "
+            "Default: what the recipe says, which is on for 'doge_plus' alone."
         },
     )
     stop_when_undecided: bool = field(
@@ -371,6 +381,7 @@ class DoGEConfig(TrainingArguments):
             reweight_steps=self.reweight_steps,
             score_metric=self.score_metric or ("optimizer" if plus else "gradient"),
             mean_weighting=self.mean_weighting,
+            shrinkage=plus if self.shrinkage is None else self.shrinkage,
         )
 
     def get_doge_arguments(self) -> dict:

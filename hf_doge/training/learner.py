@@ -270,7 +270,7 @@ class DomainLearner:
         names = self.domains.names
         self.metrics = DomainMetrics(names)
         self._loss = DomainLoss(self.trainer)
-        noise = ScoreNoise.if_asked_for(self.args, len(names))
+        noise = ScoreNoise.if_asked_for(self.args, self.initial_weights)
         if checkpoint is None:
             self.state = LearningState.fresh(names, self.initial_weights, noise)
         else:
@@ -371,7 +371,7 @@ class DomainLearner:
         state.update(weights, scores, rate=rate / recipe.mu, burn_in_steps=recipe.burn_in_steps)
         if state.num_updates % self.args.trajectory_steps == 0:
             number = self.trainer.state.global_step + 1
-            state.points.append(TrajectoryPoint(number, learning_rate, weights, scores, losses))
+            state.points.append(TrajectoryPoint(number, learning_rate, state.weights, scores, losses))
 
     def _shares(self, usable: Tensor) -> Tensor:
         """Shares of the usable domains, summing to 1; where they hold no weight at all, they count alike."""

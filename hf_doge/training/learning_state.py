@@ -83,16 +83,17 @@ class LearningState:
         Take over the weights of one more update.
 
         Args:
-            weights (`torch.Tensor` of shape `(num_domains,)`): Those after it.
+            weights (`torch.Tensor` of shape `(num_domains,)`): Those after it, unless they are shrunk.
             scores (`torch.Tensor` of shape `(num_domains,)`): What made them; NaN where a domain had none.
             rate (`float`): What multiplied the scores in the logarithm of the weights.
             burn_in_steps (`int`): Updates left out of the mean.
         """
+        if self.noise is not None:
+            self.noise.take(scores, rate)
+            weights = self.noise.shrink(weights)
         self.weights = weights
         self.num_updates += 1
         self.nonfinite_in_a_row = 0
-        if self.noise is not None:
-            self.noise.take(scores, rate)
         if self.num_updates <= burn_in_steps:
             self.mean = weights.clone()
             return

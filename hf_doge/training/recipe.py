@@ -22,6 +22,7 @@ class Recipe:
         reweight_steps (`int`): Optimizer steps from one update to the next.
         score_metric (`str`): `"gradient"` or `"optimizer"`.
         mean_weighting (`str`): How much the weights after each update count in the mean: `"steps"` or `"inverse_variance"`.
+        shrinkage (`bool`): Whether the weights go only as far from the initial ones as the noise of the scores cannot account for.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Recipe:
     reweight_steps: int
     score_metric: str = "gradient"
     mean_weighting: str = "steps"
+    shrinkage: bool = False
 
     @property
     def is_independent(self) -> bool:
@@ -44,5 +46,5 @@ class Recipe:
 
     def to_dict(self) -> dict:
         """Plain values, for JSON; what came later where it is not the paper's, so that older checkpoints are of the same recipe."""
-        later = {"score_metric": "gradient", "mean_weighting": "steps"}
+        later = {"score_metric": "gradient", "mean_weighting": "steps", "shrinkage": False}
         return {name: value for name, value in asdict(self).items() if name not in later or value != later[name]}

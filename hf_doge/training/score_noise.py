@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from hf_doge.artifacts.score_noise import LEAST_VARIANCE
+from hf_doge.functional.doge import shrink_deviations
 from hf_doge.training.config import DoGEConfig
 
 logger = logging.getLogger(__name__)
@@ -16,7 +17,7 @@ logger = logging.getLogger(__name__)
 QUIET = 2.0  # below which a window is undecided
 LOUD = 3.0  # from which on it is decided, and those before it no longer count
 WINDOWS = 2  # undecided ones after which nothing is left to learn
-_SETTINGS = ("window", "weighs_mean")
+_SETTINGS = ("window", "weighs_mean", "shrinks", "initial_weights", "smoothing")
 
 
 class ScoreNoise:
@@ -37,22 +38,40 @@ class ScoreNoise:
     `V_t = sum_{s <= t} (rate_s noise_s / mu)^2`, whose terms are the squared differences over 2, averaged over the domains.
     The weights after update t count `1 / V_t` in the mean; those after the first, of which no noise is known, do not count.
 
+    *Shrinkage.* The weights after an update are `alpha_0,j exp(s_j D_j)` over their sum, where `D_j = sum_t rate_t d_tj / mu` is how
+    far the scores have moved the logarithm of a weight, and `s_j` the part of it that is more than noise: see
+    [`~hf_doge.functional.doge.shrink_deviations`]. While all `s_j` are 1 that is the update of the paper.
+
     Args:
-        num_domains (`int`): As many scores come with each update.
+        initial_weights (`torch.Tensor` of shape `(num_domains,)`): alpha_0.
         window (`int`): Updates of a window, at least 2.
         weighs_mean (`bool`): Whether the mean of the weights counts them by inverse variance.
+        shrinks (`bool`): Whether the weights are shrunk.
+        smoothing (`float`): Share of the uniform weights that is mixed into shrunk ones.
 
     Attributes:
         num_undecided (`int`): Undecided windows that count so far.
         statistic (`float`): F of the last whole window, NaN before.
     """
 
-    def __init__(self, num_domains: int, *, window: int, weighs_mean: bool = False) -> None:
+    def __init__(
+        self,
+        initial_weights: Tensor,
+        *,
+        window: int,
+        weighs_mean: bool = False,
+        shrinks: bool = False,
+        smoothing: float = 0.0,
+    ) -> None:
+        self.initial_weights = initial_weights.double()
         self.window = window
         self.weighs_mean = weighs_mean
+        self.shrinks = shrinks
+        self.smoothing = smoothing
         self.num_undecided = 0
         self.statistic = float("nan")
-        self._last = torch.full((num_domains,), torch.nan, dtype=torch.float64)
+        self._last = torch.full_like(self.initial_weights, torch.nan)
+        self._deviations, self._variances = torch.zeros_like(self._last), torch.zeros_like(self._last)
         self._knows_noise = False
         self._log_variance = 0.0
         self._total_precision = 0.0
@@ -82,6 +101,8 @@ class ScoreNoise:
         if known.any():
             self._knows_noise = True
             self._log_variance += rate**2 * float(variance[known].mean())
+        self._deviations += rate * torch.where(there, centred, 0.0)
+        self._variances += rate**2 * torch.where(known, variance, 0.0)
         self._squares += torch.where(known, variance, 0.0)
         self._changes += known
         self._sums += torch.where(there, centred, 0.0)
@@ -103,12 +124,26 @@ class ScoreNoise:
         self._open_window()
 
     @classmethod
-    def if_asked_for(cls, args: DoGEConfig, num_domains: int) -> "ScoreNoise | None":
+    def if_asked_for(cls, args: DoGEConfig, initial_weights: Tensor) -> "ScoreNoise | None":
         """What the arguments need, `None` if they need nothing."""
-        weighs_mean = args.mean_weighting == "inverse_variance"
-        if not (weighs_mean or args.stop_when_undecided):
+        recipe = args.get_recipe()
+        weighs_mean = recipe.mean_weighting == "inverse_variance"
+        if not (weighs_mean or recipe.shrinkage or args.stop_when_undecided):
             return None
-        return cls(num_domains, window=args.undecided_window, weighs_mean=weighs_mean)
+        return cls(
+            initial_weights,
+            window=args.undecided_window,
+            weighs_mean=weighs_mean,
+            shrinks=recipe.shrinkage,
+            smoothing=recipe.smoothing,
+        )
+
+    def shrink(self, weights: Tensor) -> Tensor:
+        """The weights after the update just taken, given those that it makes without shrinkage."""
+        if not self.shrinks:
+            return weights
+        logits = self.initial_weights.log() + shrink_deviations(self._deviations, self._variances)
+        return (1 - self.smoothing) * logits.softmax(dim=0) + self.smoothing / len(weights)
 
     def share(self) -> float:
         """How much of the mean the weights after the update just taken make up, by the inverse of their variance."""

@@ -219,7 +219,7 @@ def test_in_the_optimizers_metric_a_score_is_the_product_with_its_update(tmp_pat
                     updates = [
                         adam_update(self, p, g, t / 3, clip) for p, g, t in zip(parameters, parts, total, strict=True)
                     ]
-                    found.append(sum(float((u * t).sum()) for u, t in zip(updates, total, strict=True)))
+                    found.append(sum(float((u * t / 3).sum()) for u, t in zip(updates, total, strict=True)))
             return super()._proxy_step(model, inputs, num_items)
 
     options = {

@@ -22,6 +22,10 @@ OPTIONS = {
 }  # fmt: skip
 
 
+def uniform(num_domains):
+    return torch.full((num_domains,), 1 / num_domains)
+
+
 def twins():
     rows = [Dataset.from_dict(language_model_rows(64, low=1, high=31, seed=seed)) for seed in range(2)]
     return dict(zip(("twin", "other twin"), rows, strict=True))
@@ -52,7 +56,7 @@ def feed(noise, scores, rate=1.0):
 def test_a_window_is_told_by_how_many_standard_errors_the_scores_are_apart(absent):
     scores = np.random.default_rng(0).normal(size=(12, 4)) + np.array([0.0, 0.1, 0.2, 0.5])
     scores[2, 1] = np.nan if absent else scores[2, 1]
-    noise = ScoreNoise(4, window=6)
+    noise = ScoreNoise(uniform(4), window=6)
     assert feed(noise, scores[:6]).statistic == pytest.approx(statistic(scores[:6]))
     assert feed(noise, scores[6:]).statistic == pytest.approx(statistic(scores[5:]))
 
@@ -61,7 +65,9 @@ def test_of_domains_alike_the_statistic_is_one_on_average_and_a_signal_adds_its_
     draw = np.random.default_rng(0)
     for snr in (0.0, 0.2):
         signal = snr * np.array([1, -1, 1, -1, 1, -1])
-        found = [feed(ScoreNoise(6, window=100), draw.normal(size=(100, 6)) + signal).statistic for _ in range(200)]
+        found = [
+            feed(ScoreNoise(uniform(6), window=100), draw.normal(size=(100, 6)) + signal).statistic for _ in range(200)
+        ]
         assert np.mean(found) == pytest.approx((1 + 100 * snr**2 * 6 / 5) * 1.0, rel=0.15)
 
 
@@ -84,15 +90,15 @@ def windows(*signals, window=20):
     ],
 )
 def test_learning_settles_after_two_undecided_windows_without_a_decided_one_between_for_good(signals, has_settled):
-    noise = ScoreNoise(2, window=20)
+    noise = ScoreNoise(uniform(2), window=20)
     for scores in windows(*signals):
         feed(noise, scores)
     assert noise.has_settled is has_settled
 
 
 def test_between_the_two_thresholds_a_window_changes_nothing():
-    noise = ScoreNoise(2, window=20)
-    f_of_one = feed(ScoreNoise(2, window=20), windows(1.0)[0]).statistic
+    noise = ScoreNoise(uniform(2), window=20)
+    f_of_one = feed(ScoreNoise(uniform(2), window=20), windows(1.0)[0]).statistic
     between = (2.5 / f_of_one) ** 0.5  # F is proportional to the square of the signal
     for signal, undecided in ((0, 1), (between, 1), (between, 1), (0, 2)):
         feed(noise, windows(signal)[0])
@@ -168,7 +174,7 @@ def test_the_mean_by_inverse_variance_counts_weights_by_the_noise_that_reached_t
 
 
 def test_without_noise_the_mean_by_inverse_variance_is_the_plain_one_but_for_the_first():
-    noise, shares = ScoreNoise(2, window=5, weighs_mean=True), []
+    noise, shares = ScoreNoise(uniform(2), window=5, weighs_mean=True), []
     for _ in range(4):
         noise.take(torch.tensor([1.0, 2.0]), 0.1)
         shares.append(noise.share())
