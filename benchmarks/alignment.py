@@ -8,7 +8,8 @@ A Llama of 10 million parameters, 4,096 tokens a step: 64 sequences of 64 (K = 8
 `DoGETrainer.train()` and AdamW; runs take turns, round by round, and a figure is the median of a run's steps after the
 first two, then the least over the rounds. A step is counted from `on_step_begin` to `on_step_end`: loading the batch,
 forward, backward, weights, clipping and optimizer. Memory is the peak of the process (`ru_maxrss`), less what it held before
-the first step. The last two runs are two processes each under `accelerate launch`, gloo, half of the examples in either.
+the first step. The runs named `ddp` are two processes each under `accelerate launch`, gloo, half of the examples in either.
+The runs named `sft` are trl's SFTTrainer, plain and with `DoGEMixin`, on the same rows.
 
 `--device cuda --preset gpt2` takes the shape of GPT-2 (124M parameters, 65,536 tokens a step, K = 7, bfloat16).
 The last line is JSON.
@@ -22,14 +23,18 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from datasets import Dataset
+from tokenizers import Tokenizer, models
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    PreTrainedTokenizerFast,
     Trainer,
     TrainerCallback,
     TrainingArguments,
@@ -37,7 +42,7 @@ from transformers import (
 from transformers.utils import logging
 
 from hf_doge.training.config import DoGEConfig
-from hf_doge.training.trainer import DoGETrainer
+from hf_doge.training.trainer import DoGEMixin, DoGETrainer
 
 # name: alignment or kind of scores (None is a plain Trainer), domains, sequences, length, processes
 RUNS = {
@@ -54,6 +59,9 @@ RUNS = {
     "single_pass_short_k512": ("single_pass", 512, 512, 8, 1),
     "plain_ddp": (None, 8, 64, 64, 2),
     "single_pass_ddp": ("single_pass", 8, 64, 64, 2),
+    "sft_plain": (None, 8, 64, 64, 1),
+    "sft_single_pass_k8": ("single_pass", 8, 64, 64, 1),
+    "sft_per_domain_k8": ("per_domain", 8, 64, 64, 1),
 }
 GPU_RUNS = {
     "plain": (None, 7, 64, 1024, 1),
@@ -111,6 +119,32 @@ def make_model(preset: str) -> torch.nn.Module:
     return LlamaForCausalLM(config)
 
 
+def make_trainer(model: torch.nn.Module, folder: str, options: dict, **kwargs: Any) -> Trainer:
+    """A plain one, or one that learns where the options have a `mu`."""
+    if "mu" in options:
+        return DoGETrainer(model, DoGEConfig(folder, **options), **kwargs)
+    return Trainer(model, TrainingArguments(folder, **options), **kwargs)
+
+
+def make_sft_trainer(model: torch.nn.Module, folder: str, options: dict, **kwargs: Any) -> Trainer:
+    """The same of trl's SFTTrainer."""
+    from trl import SFTConfig, SFTTrainer
+
+    class DoGESFTTrainer(DoGEMixin, SFTTrainer):
+        """What a user would write."""
+
+    @dataclass
+    class DoGESFTConfig(DoGEConfig, SFTConfig):
+        """What a user would write."""
+
+    vocabulary = {f"w{number}": number for number in range(model.config.vocab_size)}
+    words = Tokenizer(models.WordLevel(vocabulary, unk_token="w0"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="w1", pad_token="w2")
+    trainer, config = (DoGESFTTrainer, DoGESFTConfig) if "mu" in options else (SFTTrainer, SFTConfig)
+    settings = {"max_length": None, "gradient_checkpointing": False, "bf16": False}
+    return trainer(model, config(folder, **{**settings, **options}), processing_class=tokenizer, **kwargs)
+
+
 def measure(name: str, args: argparse.Namespace) -> dict:
     """One run in this process."""
     alignment, num_domains, sequences, length, num_processes = args.runs[name]
@@ -133,13 +167,12 @@ def measure(name: str, args: argparse.Namespace) -> dict:
         "use_cpu": args.device == "cpu",
         "bf16": args.device != "cpu",
     }
+    if alignment is not None:
+        options |= {"mu": 1.0, **SCORES.get(alignment, {"alignment": alignment})}
     times = StepTimes()
     with tempfile.TemporaryDirectory() as folder:
-        if alignment is None:
-            trainer = Trainer(model, TrainingArguments(folder, **options), train_dataset=data, callbacks=[times])
-        else:
-            doge = DoGEConfig(folder, **{**options, "mu": 1.0, **SCORES.get(alignment, {"alignment": alignment})})
-            trainer = DoGETrainer(model, doge, train_dataset=data, callbacks=[times])
+        make = make_sft_trainer if name.startswith("sft") else make_trainer
+        trainer = make(model, folder, options, train_dataset=data, callbacks=[times])
         trainer.train()
     result = {
         "wall": statistics.median(times.wall[2:]),
@@ -234,8 +267,13 @@ def main() -> None:
         else None,
         "k512_over_k8": ratio("single_pass_short_k512", "single_pass_short_k8"),
         "ddp_over_plain_ddp": ratio("single_pass_ddp", "plain_ddp"),
+        "sft_single_pass_over_sft_plain": ratio("sft_single_pass_k8", "sft_plain"),
+        "sft_per_domain_over_sft_plain": ratio("sft_per_domain_k8", "sft_plain"),
+        "sft_memory_over_sft_plain": ratio("sft_single_pass_k8", "sft_plain", "memory_mib"),
     }
-    pairs = [("single_pass_k8", "per_domain_k8"), ("single_pass_k64", "per_domain_k64")]
+    pairs = [
+        (f"{kind}single_pass_{k}", f"{kind}per_domain_{k}") for kind, k in (("", "k8"), ("", "k64"), ("sft_", "k8"))
+    ]
     errors = [
         relative_error(results[a][0]["scores"], results[b][0]["scores"]) for a, b in pairs if {a, b} <= set(names)
     ]

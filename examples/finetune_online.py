@@ -7,7 +7,7 @@ Fine-tune a model on several sources towards a target, and let the mixture find 
 Every source has a file `<name>.train.jsonl[.gz]`; the target, which the model is never trained on, has a file
 `<target>.validation.jsonl[.gz]`. Records have a field `text`. Needs `pip install trl`; add `--lora` for adapters (peft).
 There is no proxy: every 20 steps the gradients of a few examples of each source are compared with the target's, and the
-sampler draws by the new weights from the next period on.
+sampler draws by the new weights from the next period on. On one process they all come out of one backward.
 """
 
 import argparse
@@ -71,7 +71,6 @@ def main() -> None:
             per_device_train_batch_size=8,
             learning_rate=2e-4,
             max_length=256,
-            loss_type="nll",  # trl's chunked loss cannot be taken apart by token: all domains in one backward need this
             max_steps=args.max_steps,
             logging_steps=20,
             report_to="none",

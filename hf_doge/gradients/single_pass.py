@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from hf_doge.functional.doge import clip_scale
 from hf_doge.gradients.alignment import Alignment, GradientSource, MixedBatch, TargetMetric, apply_metric
 from hf_doge.gradients.domain_gradients import DomainGradients, squared_norm
+from hf_doge.gradients.fused_head import FUSED, WholeLogitsError, ask_for_logits
 from hf_doge.gradients.per_domain import StreamedAlignment
 from hf_doge.gradients.segmented import HiddenBatchError, SegmentedBackward
 from hf_doge.gradients.token_losses import UnsplittableLossError, weighted_token_loss
@@ -27,6 +28,7 @@ from hf_doge.gradients.vectors import Gradient
 
 logger = logging.getLogger(__name__)
 
+_INEXACT = (HiddenBatchError, UnsplittableLossError, WholeLogitsError)  # what leaves the plain way only
 MIN_ROWS_PER_DOMAIN = 24  # of a micro-batch, below which a product more is cheaper than a matrix per domain
 
 
@@ -207,7 +209,7 @@ class SinglePassAlignment:
         try:
             losses = self._backward_all(source)
             is_finite = bool(losses.isfinite().all())
-        except (HiddenBatchError, UnsplittableLossError) as error:
+        except _INEXACT as error:
             trouble = str(error)
         return self._agree(source, losses, trouble, is_finite)
 
@@ -216,14 +218,24 @@ class SinglePassAlignment:
         batches = list(source.mixed_batches())
         self._stores = self._make_stores(batches)
         losses = torch.zeros(self.num_domains, dtype=torch.float64)
-        with SegmentedBackward(self.model, dict(zip(self.vectors.parameters, self._stores, strict=True))) as segmented:
-            for batch in batches:
-                segmented.start(batch.segments, batch.lengths)
-                loss, found = weighted_token_loss(batch, source.num_items)
-                losses += found
-                if not found.isfinite().all():
-                    break
-                source.differentiate(loss)
+        stores = dict(zip(self.vectors.parameters, self._stores, strict=True))
+        handle = self.model.register_forward_pre_hook(
+            lambda model, args, kwargs: (
+                ask_for_logits(model, args, kwargs, memory_budget=self.memory_budget) if FUSED in kwargs else None
+            ),
+            with_kwargs=True,
+        )
+        try:
+            with SegmentedBackward(self.model, stores) as segmented:
+                for batch in batches:
+                    segmented.start(batch.segments, batch.lengths)
+                    loss, found = weighted_token_loss(self.model, batch, source.num_items)
+                    losses += found
+                    if not found.isfinite().all():
+                        break
+                    source.differentiate(loss)
+        finally:
+            handle.remove()
         missed = [
             name for name, p in zip(self.vectors.names, self.vectors.parameters, strict=True) if p.grad is not None
         ]
@@ -236,7 +248,7 @@ class SinglePassAlignment:
         losses, trouble = torch.zeros(self.num_domains, dtype=torch.float64), None
         try:
             for batch in source.mixed_batches():
-                loss, found = weighted_token_loss(batch, source.num_items, coefficients)
+                loss, found = weighted_token_loss(self.model, batch, source.num_items, coefficients)
                 losses += found
                 source.differentiate(loss)
         except UnsplittableLossError as error:
@@ -312,7 +324,7 @@ class SinglePassAlignment:
         """The mean losses of a backward of all domains, or why there is none."""
         try:
             return self._backward_all(sample), None
-        except (HiddenBatchError, UnsplittableLossError) as error:
+        except _INEXACT as error:
             return None, str(error)
         except RuntimeError as error:  # torch's, of shapes and of what autograd forbids
             for domain in sample.present_domains:

@@ -1,10 +1,13 @@
-"""The loss of every token, caught where a model reduces them to the one number it returns."""
+"""
+The loss of every token, caught where a model reduces them to the one number it returns, or read where it returns them one by
+one.
+"""
 
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
@@ -21,7 +24,8 @@ class TokenLosses(TorchFunctionMode):
     Keeps the losses that go into each `cross_entropy` called inside the context, before they are added up.
 
     Every loss of transformers ends there (language models, masked ones, seq2seq, classifiers), and so do most of one's
-    own. What the model returns stays what it is.
+    own. What the model returns stays what it is. Log-probabilities of labels that a model returns, as trl's fused head does,
+    are losses too, once [`read`] has seen them.
 
     ```python
     with TokenLosses() as losses:
@@ -34,6 +38,17 @@ class TokenLosses(TorchFunctionMode):
         super().__init__()
         self._caught: list[Tensor | None] = []
         self._counted: list[Tensor] = []
+        self._told: list[
+            tuple[Tensor, Tensor]
+        ] = []  # losses and which labels count, of each forward that returned them
+
+    def read(self, outputs: Any) -> None:
+        """Take the losses of labels whose log-probabilities a model returned, in shape `(B, T - 1)`; 0 for those that are ignored."""
+        log_probs = getattr(outputs, "log_probs", None)
+        if isinstance(log_probs, Tensor) and log_probs.dim() == 2:
+            mask = getattr(outputs, "label_mask", None)
+            counted = log_probs.detach().ne(0) if mask is None else mask
+            self._told.append((-log_probs.flatten(), counted.flatten()))
 
     def __torch_function__(
         self, func: Callable, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
@@ -82,18 +97,23 @@ class TokenLosses(TorchFunctionMode):
         Raises:
             `UnsplittableLossError`: if there was no cross-entropy to catch, more than one, or one with class weights.
         """
-        if len(self._caught) != 1 or self._caught[0] is None:
-            raise UnsplittableLossError(
-                "the loss is not one plain cross-entropy over tokens"
-                if self._caught
-                else "the loss comes from no cross-entropy of torch"
-            )
-        return self._caught[0]
+        return self._find()[0]
 
     @property
     def counted(self) -> Tensor:
         """Which of the rows have a label that counts, bool of shape `(R,)`; raises as [`by_row`] does."""
-        return self._counted[0] if self.by_row is not None else torch.empty(0)
+        return self._find()[1]
+
+    def _find(self) -> tuple[Tensor, Tensor]:
+        if len(self._told) == 1:
+            return self._told[0]
+        if len(self._caught) != 1 or self._caught[0] is None:
+            raise UnsplittableLossError(
+                "the loss is not one plain cross-entropy over tokens"
+                if self._caught or self._told
+                else "the loss comes from no cross-entropy of torch"
+            )
+        return self._caught[0], self._counted[0]
 
     def by_domain(self, segments: Segments) -> Tensor:
         """
@@ -128,12 +148,13 @@ def require_same_total(by_row: Tensor, loss: Tensor, num_items: int) -> None:
 
 
 def weighted_token_loss(
-    batch: MixedBatch, num_items: Tensor, coefficients: Tensor | None = None
+    model: nn.Module, batch: MixedBatch, num_items: Tensor, coefficients: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """
     One forward of a mixed batch.
 
     Args:
+        model (`nn.Module`): As the loss calls it.
         batch (`MixedBatch`): A micro-batch.
         num_items (`torch.Tensor` of shape `(K,)`): Labels of each domain in the whole step.
         coefficients (`torch.Tensor` of shape `(K,)`, *optional*): 1 by default.
@@ -146,7 +167,14 @@ def weighted_token_loss(
         `UnsplittableLossError`: if the loss is not the sum of its tokens' losses.
     """
     with TokenLosses() as caught:
-        loss = batch.compute_loss()
+        handle = model.register_forward_hook(
+            # log-probabilities without a gradient are for the trainer's logs
+            lambda _, args, outputs: caught.read(outputs) if torch.is_grad_enabled() else None
+        )
+        try:
+            loss = batch.compute_loss()
+        finally:
+            handle.remove()
     by_row, segments = caught.by_row, batch.segments
     if loss.isfinite() and by_row.isfinite().all():
         require_same_total(by_row, loss, batch.num_items)

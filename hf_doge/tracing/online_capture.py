@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from hf_doge.gradients.embedding_uses import EmbeddingUses, counted_positions, join_by_example
 from hf_doge.gradients.example_losses import loss_of
+from hf_doge.gradients.fused_head import FUSED
 from hf_doge.gradients.token_rows import PositionGradients
 from hf_doge.tracing.online_identity import EXAMPLE_IDS
 from hf_doge.tracing.online_scale import TrainingScale, check_loss_is_all, without_num_items
@@ -25,9 +26,6 @@ from hf_doge.tracing.settings import RecordingSettings
 # Makes the gradients of the check, which no loss scale protects, survive in float16. A power of two rounds nothing.
 _BOOST = 1024.0
 
-# With this, what trl puts in place of the model's forward returns `log_probs (batch_size, num_positions - 1)` of the
-# labels and their `label_mask`; trl then adds up the loss itself.
-_FUSED = "fused_lm_head"
 _SAME_WEIGHT = 1e-2  # room for multiples in half precision
 
 
@@ -195,7 +193,7 @@ class TrainingCapture(AbstractContextManager):
         lookups = list(self._uses.lookups)
         self._uses.clear()  # the graph must not outlive the step
         ids, self._ids = self._ids, None
-        log_probs = getattr(outputs, "log_probs", None) if kwargs.get(_FUSED) else None
+        log_probs = getattr(outputs, "log_probs", None) if kwargs.get(FUSED) else None
         loss = loss_of(outputs) if log_probs is None else -log_probs.sum()
         if loss is None or not loss.requires_grad or not lookups:
             self._stack.close()

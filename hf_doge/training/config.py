@@ -248,7 +248,10 @@ class DoGEConfig(TrainingArguments):
     )
     gradient_memory_budget: float = field(
         default=4.0,
-        metadata={"help": "GiB that kept domain gradients may take. Beyond it they are not kept but computed again."},
+        metadata={
+            "help": "GiB that kept domain gradients may take. Beyond it they are not kept but computed again. Also the GiB that "
+            "whole logits may take in 'single_pass' under trl's SFTTrainer, whose own head makes none."
+        },
     )
     alignment_parameters: str | None = field(
         default=None,

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hf_doge.gradients.fused_head import output_layer
 from hf_doge.sampling.collation import seeded
 from hf_doge.training.loss_trials import (
     IGNORED,
@@ -17,7 +18,6 @@ from hf_doge.training.loss_trials import (
     can_be_cast,
     is_integer,
     louder,
-    output_head,
     random_states,
     undisturbed,
 )
@@ -236,7 +236,7 @@ class LossLaw:
         if not known and self._batches[0].inputs[name].dim() == 1:
             known = getattr(config, "num_labels", 0) or 0
         elif not known:
-            known = len(getattr(output_head(self.model), "weight", ()))
+            known = len(getattr(output_layer(self.model), "weight", ()))
         others = torch.arange(known, dtype=seen.dtype)
         others = (
             others[~torch.isin(others, seen)] if len(seen) and seen.min() >= 0 and seen.max() < known else seen[:0]

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from hf_doge.gradients.embedding_uses import full_precision
+from hf_doge.gradients.fused_head import output_layer
 from hf_doge.gradients.sharding import is_sharded
 from hf_doge.gradients.vectors import is_spread
 
@@ -104,10 +105,6 @@ def random_states(device: torch.device) -> tuple:
     return random.getstate(), numpy_state[1].tobytes(), numpy_state[2], *(state.numpy().tobytes() for state in states)
 
 
-def output_head(model: Any) -> nn.Module | None:
-    return model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-
-
 @contextmanager
 def louder(model: nn.Module, factor: float) -> Iterator[None]:
     """
@@ -115,7 +112,7 @@ def louder(model: nn.Module, factor: float) -> Iterator[None]:
     the same loss for all labels, of which every function is additive.
     """
     weights = [parameter for parameter in model.parameters() if parameter.dim() == 2 and not is_spread(parameter)]
-    weight = getattr(output_head(model), "weight", weights[-1] if weights else None)
+    weight = getattr(output_layer(model), "weight", weights[-1] if weights else None)
     if factor == 1 or weight is None or is_spread(weight) or not weight.is_floating_point():
         yield
         return

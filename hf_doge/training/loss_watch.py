@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_doge.gradients.example_losses import IGNORE_INDEX
+from hf_doge.gradients.fused_head import output_layer
 from hf_doge.gradients.token_losses import TokenLosses, UnsplittableLossError
 
 # Shapes: B = examples of a micro-batch, R = rows (labels, ignored ones too), of one example next to each other.
@@ -48,7 +49,6 @@ class LossWatch:
         self._mode: TokenLosses | None = None
         self._is_compiled = False
         self._open = ExitStack()
-        self._outputs: list[Mapping[str, Any]] = []
 
     @contextmanager
     def during(self, model: nn.Module) -> Iterator[None]:
@@ -68,7 +68,7 @@ class LossWatch:
 
     def begin(self, model: nn.Module) -> None:
         """Look on from here; [`end_of_forward`] must then be a forward hook of `model`."""
-        self._mode, self._outputs, self._open = TokenLosses(), [], ExitStack()
+        self._mode, self._open = TokenLosses(), ExitStack()
         self._is_compiled = is_compiled(model)
         if self._is_compiled:
             return
@@ -92,10 +92,10 @@ class LossWatch:
 
     def end_of_forward(self, model: nn.Module, args: Any, outputs: Any) -> None:
         """Look at what the model returned; where its loss was in it, there is no more to see."""
-        if getattr(outputs, "log_probs", None) is not None:
-            self._outputs.append({"log_probs": outputs.log_probs, "mask": getattr(outputs, "label_mask", None)})
-        if self._mode is not None and self._mode.num_caught:
-            self._open.close()
+        if self._mode is not None:
+            self._mode.read(outputs)
+            if self._mode.num_caught:
+                self._open.close()
 
     def seen(self, inputs: Mapping[str, Any], *, labels_are_shifted: bool) -> SeenLosses:
         """
@@ -105,22 +105,19 @@ class LossWatch:
             inputs (`Mapping`): The micro-batch, for its labels where no loss was seen.
             labels_are_shifted (`bool`): Whether the loss predicts each label from the position before.
         """
-        mode, outputs, self._mode, self._outputs = self._mode, self._outputs, None, []
-        if len(outputs) == 1 and outputs[0]["log_probs"].dim() == 2:
-            losses, counted = -outputs[0]["log_probs"].detach(), outputs[0]["mask"]
-            return SeenLosses(losses.flatten(), (losses != 0 if counted is None else counted).flatten())
+        mode, self._mode = self._mode, None
         labels = inputs.get("shift_labels", inputs.get("labels"))
         counted = None
         if isinstance(labels, Tensor) and not labels.is_floating_point():
             if labels_are_shifted and "shift_labels" not in inputs:
                 labels = labels[..., 1:]
             counted = labels.ne(IGNORE_INDEX).flatten()
-        if mode is None or self._is_compiled:
-            return SeenLosses(None, counted, "the model is compiled, and what happens inside is not seen")
+        assert mode is not None
         try:
             return SeenLosses(mode.by_row.detach(), mode.counted)
         except UnsplittableLossError as error:
-            return SeenLosses(None, counted, str(error))
+            problem = "the model is compiled, and what happens inside is not seen" if self._is_compiled else str(error)
+            return SeenLosses(None, counted, problem)
 
 
 def is_compiled(model: nn.Module) -> bool:
@@ -132,13 +129,3 @@ def is_compiled(model: nn.Module) -> bool:
         if not isinstance(inner, nn.Module):
             return False
         model = inner
-
-
-def output_layer(model: nn.Module) -> nn.Module | None:
-    """The layer that makes the logits, if the model names one."""
-    get = getattr(model, "get_output_embeddings", None)
-    try:
-        layer = get() if callable(get) else None
-    except (NotImplementedError, AttributeError):  # of models that have no such layer
-        return None
-    return layer if isinstance(layer, nn.Module) else None
