@@ -33,7 +33,7 @@ LANGUAGES = ("ca", "de", "en", "es", "fr", "it", "nl")
 ENGLISH = ("arxiv_latex", "books", "code", "legal", "news", "qa", "web", "wikipedia")
 TRAINING = (
     *("--train_tokenizer_vocab=2048", "--block_size=128", "--per_device_train_batch_size=16", "--learning_rate=5e-3"),
-    *("--lr_scheduler_type=cosine", "--use_cpu", "--report_to=none", "--disable_tqdm=true"),
+    *("--lr_scheduler_type=cosine", "--max_validation_tokens=60000", "--use_cpu", "--report_to=none", "--disable_tqdm=true"),
 )
 SEEDS = tuple(range(11, 19))
 # Sources, target, and the source that the control gives half the weight.

@@ -55,7 +55,6 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     texts, facts = documents(args.data_dir, seed=args.seed)
     encoded = tokenizer(texts, truncation=True, max_length=LENGTH)
     train = Dataset.from_dict({"text": texts, "fact": facts, **encoded})
-    train = train.map(lambda row: {"labels": row["input_ids"]})
     questions = [(fact, *pair) for fact, pairs in QUESTIONS.items() for pair in pairs]
     figures: dict[str, Any] = {"loss_before": completion_loss(model, tokenizer, questions)}
     checkpoints = fine_tune(model, tokenizer, train, folder / "run", args, base=base)

@@ -148,9 +148,10 @@ def load_domain_data(
         max_target_tokens (`int`, *optional*): Use no more train tokens of each target.
         is_prepared (`bool`): Whether another process of this run has done it just before: then only what it made is read.
     """
-    if is_prepared:
-        return _read_prepared(data_args, output_dir)
     mixture = data_args.get_mixture()
+    asked = _describe(data_args, mixture, targets, max_target_tokens)
+    if is_prepared:
+        return _read_prepared(data_args, output_dir, asked)
     found = open_domains(data_args, mixture)
     splits = {name: domain.splits for name, domain in found.items()}
     domains, targets = select_domains(splits, domains=data_args.domains, targets=targets)
@@ -165,7 +166,7 @@ def load_domain_data(
         (name, split): found[name].load(blocks, split, max_tokens=limit) for (name, split), limit in limits.items()
     }
     weights = None if mixture is None or mixture.weights is None else {name: mixture.weights[name] for name in domains}
-    _write_prepared(blocks, domains, targets, loaded, weights)
+    _write_prepared(blocks, domains, targets, loaded, weights, asked)
     return _assemble(tokenizer, domains, targets, loaded, weights)
 
 
@@ -227,28 +228,51 @@ def _with_labels(rows: Dataset) -> Dataset:
     return rows.add_column("labels", rows.data.column("input_ids"), feature=rows.features["input_ids"])
 
 
+def _describe(
+    data_args: DataSource, mixture: MixtureConfig | None, targets: Sequence[str], max_target_tokens: int | None
+) -> dict[str, Any]:
+    """What decides which blocks there are, by the name of its flag, in plain values."""
+    limits = {"max_train_tokens": data_args.max_train_tokens, "max_validation_tokens": data_args.max_validation_tokens}
+    return {
+        "data_dir": data_args.data_dir,
+        "mixture": None if mixture is None else repr(mixture),
+        "domains": data_args.domains,
+        "target": list(targets),
+        "block_size": data_args.block_size,
+        **limits,
+        "max_target_tokens": max_target_tokens,
+    }
+
+
 def _write_prepared(
     blocks: BlockMaker,
     domains: Sequence[str],
     targets: Sequence[str],
     loaded: Loaded,
     weights: dict[str, float] | None,
+    asked: dict[str, Any],
 ) -> None:
     """What the other processes of a run need to find the blocks, without reading the data again."""
     made = [[name, split, fingerprint] for (name, split), (_, fingerprint) in loaded.items()]
-    content = {"domains": list(domains), "targets": list(targets), "blocks": made, "weights": weights}
+    content = {"domains": list(domains), "targets": list(targets), "blocks": made, "weights": weights, "asked": asked}
     path, text = blocks.cache_dir / PREPARED, json.dumps(content, indent=2).encode()
     if not path.is_file() or path.read_bytes() != text:
         write_atomically(path, text)
 
 
-def _read_prepared(data_args: DataSource, output_dir: Path) -> DomainData:
+def _read_prepared(data_args: DataSource, output_dir: Path, asked: dict[str, Any]) -> DomainData:
     tokenizer = load_tokenizer_of(data_args, output_dir, is_trained=True)
     blocks = BlockMaker(tokenizer, data_args.block_size, output_dir / "blocks")
     path = blocks.cache_dir / PREPARED
     if not path.is_file():
         raise FileNotFoundError(unseen_folder(blocks.cache_dir))
     made = json.loads(path.read_text(encoding="utf-8"))
+    other = [name for name, value in asked.items() if made.get("asked", {}).get(name) != value]
+    if other:
+        raise ValueError(
+            f"All processes must be started with the same arguments, but what the main process has made in {str(blocks.cache_dir)!r} "
+            f"is of other {other}. Start them alike; if another run writes there too, give each an `--output_dir` of its own."
+        )
     loaded = {
         (name, split): (Dataset.from_file(str(blocks.locate(f"{name}.{split}", fingerprint))), fingerprint)
         for name, split, fingerprint in made["blocks"]

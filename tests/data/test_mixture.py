@@ -210,11 +210,13 @@ def test_other_processes_read_what_the_main_one_made_and_not_the_data(tmp_path):
     args = DataArguments(mixture=str(mixture), **TRAINED)
     first = load_domain_data(args, tmp_path / "out", targets=["tasks"])
     shutil.rmtree(tmp_path / "data")
-    other = load_domain_data(args, tmp_path / "out", is_prepared=True)
+    other = load_domain_data(args, tmp_path / "out", targets=["tasks"], is_prepared=True)
     assert (other.fingerprints, other.weights) == (first.fingerprints, {"chat": 3, "prose": 1})
     for part in ("train", "targets", "validation"):
         for name, rows in getattr(first, part).items():
             assert getattr(other, part)[name][:] == rows[:]
+    with pytest.raises(ValueError, match=r"same arguments, but what .* is of other \['target', 'max_target_tokens'\]"):
+        load_domain_data(args, tmp_path / "out", max_target_tokens=100, is_prepared=True)
     with pytest.raises(FileNotFoundError, match="All processes must see the output folder"):
         load_domain_data(args, tmp_path / "elsewhere", is_prepared=True)
 
