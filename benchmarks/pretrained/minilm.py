@@ -144,7 +144,16 @@ def read(path: Path) -> list[dict[str, Any]]:
         return [json.loads(line) for line in file]
 
 
-def fine_tune(model: Any, tokenizer: Any, train: Dataset, folder: Path, *, epochs: int, seed: int) -> list[Path]:
+def fine_tune(
+    model: Any,
+    tokenizer: Any,
+    train: Dataset,
+    folder: Path,
+    *,
+    epochs: int,
+    seed: int,
+    learning_rate: float = 5e-5,
+) -> list[Path]:
     """The checkpoints of a training, one at each third of an epoch; those of an earlier run if they are there."""
     steps = -(-len(train) // 16)
     places = sorted({round(steps * third / 3) for third in range(1, 3 * epochs + 1)})
@@ -155,7 +164,7 @@ def fine_tune(model: Any, tokenizer: Any, train: Dataset, folder: Path, *, epoch
         folder,
         num_train_epochs=epochs,
         per_device_train_batch_size=16,
-        learning_rate=5e-5,
+        learning_rate=learning_rate,
         save_strategy="steps",
         save_steps=1 / (3 * epochs),
         logging_steps=1,

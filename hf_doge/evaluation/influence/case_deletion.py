@@ -10,14 +10,14 @@ scorer has DEL+ far below 0 and DEL- far above.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm.auto import tqdm
 
 from hf_doge.evaluation.influence.deletion_result import CaseDeletionResult
-from hf_doge.evaluation.influence.journal import RetrainingJournal, RetrainingKey, removal_digest
+from hf_doge.evaluation.influence.journal import RetrainingJournal, RetrainingKey
 
 SIGNS = ("+", "-")
 FULL = "(nothing removed)"  # stands in the journal where a scorer's name would
@@ -74,7 +74,7 @@ def case_deletion(
         ValueError: if shapes, `ks` or seeds do not fit, a score or probability is no number, or the journal is of
             another evaluation.
     """
-    num_points, num_examples = _check_scores(scores)
+    num_points, num_examples = check_scores(scores)
     ks, seeds = tuple(ks), tuple(seeds)
     noise_seeds = (
         tuple(max(seeds, default=0) + 1 + i for i in range(len(seeds))) if noise_seeds is None else noise_seeds
@@ -85,21 +85,10 @@ def case_deletion(
         None if journal_path is None else Path(journal_path),
         identity={**(identity or {}), "num_points": num_points, "num_examples": num_examples},
     )
-    digests = {removed: removal_digest(removed) for removed in plan.values()}
-    missing = {(digests[removed], key.seed) for key, removed in plan.items()}
-    missing = {retraining for retraining in missing if journal.find(*retraining) is None}
-    with tqdm(total=len(missing), desc="Retraining", unit="run") as progress:
-        for key, removed in plan.items():
-            probabilities = journal.find(digests[removed], key.seed)
-            if probabilities is None:
-                probabilities = _retrain(train_fn, removed, key.seed, num_points)
-                progress.update()
-            journal.add(key, digests[removed], probabilities)
+    measured = journal.measure(plan, partial(_retrain, train_fn, num_points))
 
     def probability(key: RetrainingKey) -> float:
-        probabilities = journal.find(digests[plan[key]], key.seed)
-        assert probabilities is not None  # all are known by now
-        return probabilities[key.point]
+        return measured[key][key.point]
 
     return CaseDeletionResult(
         ks=ks,
@@ -116,7 +105,7 @@ def case_deletion(
             for scorer in scores
             for sign in SIGNS
         },
-        num_retrainings=len(set(zip(map(digests.get, plan.values()), (key.seed for key in plan), strict=True))),
+        num_retrainings=len({(removed, key.seed) for key, removed in plan.items()}),
     )
 
 
@@ -144,7 +133,7 @@ def _full(probability: Callable[[RetrainingKey], float], num_points: int, seeds:
     )
 
 
-def _retrain(train_fn: TrainFunction, removed: tuple[int, ...], seed: int, num_points: int) -> list[float]:
+def _retrain(train_fn: TrainFunction, num_points: int, removed: tuple[int, ...], seed: int) -> list[float]:
     function = train_fn(removed, seed)
     probabilities = [float(function(point)) for point in range(num_points)]
     if not all(0 <= value <= 1 for value in probabilities):
@@ -155,7 +144,7 @@ def _retrain(train_fn: TrainFunction, removed: tuple[int, ...], seed: int, num_p
     return probabilities
 
 
-def _check_scores(scores: Mapping[str, np.ndarray]) -> tuple[int, int]:
+def check_scores(scores: Mapping[str, np.ndarray]) -> tuple[int, int]:
     shapes = {scorer: np.shape(matrix) for scorer, matrix in scores.items()}
     shape = next(iter(shapes.values()), ())
     if len(set(shapes.values())) != 1 or len(shape) != 2 or 0 in shape:

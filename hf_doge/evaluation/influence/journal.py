@@ -3,9 +3,11 @@
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from tqdm.auto import tqdm
 
 from hf_doge._version import __version__
 
@@ -20,6 +22,16 @@ class RetrainingKey(NamedTuple):
     seed: int
 
 
+class SubsetKey(NamedTuple):
+    """A retraining on the part of the training set that was drawn as number `subset`, counted from 0."""
+
+    subset: int
+    seed: int
+
+
+Key = RetrainingKey | SubsetKey
+
+
 def removal_digest(removed: Iterable[int]) -> str:
     """The same for equal sets of positions, whatever their order."""
     return hashlib.sha256(",".join(map(str, sorted(removed))).encode()).hexdigest()[:16]
@@ -29,22 +41,32 @@ class RetrainingJournal:
     """
     A JSONL file of finished retrainings, and the memory of what they gave.
 
-    The first line says which evaluation it belongs to, each other one has a key, the digest of the removed set, and the
-    probability of every test point. A last line that was cut short is dropped, and that retraining done again.
+    The first line says which evaluation it belongs to, each other one has a key, the digest of the removed set, and one
+    number for every test point. A last line that was cut short is dropped, and that retraining done again.
 
     Args:
         path (`Path`, *optional*): The file, made when it does not exist; `None` keeps everything in memory.
         identity (`Mapping`): What must be equal for results to belong together, such as data and recipe. Plain values.
+        key_type (`type`): What a retraining was for, [`RetrainingKey`] or [`SubsetKey`].
+        values (`str`): Name of the numbers in the file.
 
     Raises:
         ValueError: if the file belongs to another evaluation, or a line in the middle of it cannot be read.
     """
 
-    def __init__(self, path: Path | None, *, identity: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        path: Path | None,
+        *,
+        identity: Mapping[str, Any],
+        key_type: type[RetrainingKey] | type[SubsetKey] = RetrainingKey,
+        values: str = "probabilities",
+    ) -> None:
         self.path = path
+        self.key_type, self.values = key_type, values
         self.identity = json.loads(json.dumps(dict(identity)))  # as it will be read: tuples are lists
         self._results: dict[tuple[str, int], list[float]] = {}
-        self._keys: dict[RetrainingKey, str] = {}
+        self._keys: dict[Key, str] = {}
         if path is None:
             return
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -61,22 +83,46 @@ class RetrainingJournal:
         """What retraining without this set under this seed gave, if it is known, under whatever key."""
         return self._results.get((digest, seed))
 
-    def add(self, key: RetrainingKey, digest: str, probabilities: Sequence[float]) -> None:
+    def add(self, key: Key, digest: str, values: Sequence[float]) -> None:
         """Note a result under a key. One that stands there already costs no line."""
-        self._results[digest, key.seed] = list(probabilities)
+        self._results[digest, key.seed] = list(values)
         if self._keys.get(key) == digest:
             return
         self._keys[key] = digest
-        self._append({**key._asdict(), "removed": digest, "probabilities": list(probabilities)})
+        self._append({**key._asdict(), "removed": digest, self.values: list(values)})
+
+    def measure(
+        self, plan: Mapping[Key, tuple[int, ...]], retrain: Callable[[tuple[int, ...], int], Sequence[float]]
+    ) -> dict[Key, list[float]]:
+        """
+        What every planned retraining gave; only those that are not known are done, each removed set once per seed.
+
+        Args:
+            plan (`Mapping`): The removed positions by key.
+            retrain (`Callable`): `retrain(removed, seed)` gives one number per test point.
+        """
+        digests = {removed: removal_digest(removed) for removed in plan.values()}
+        places = {key: (digests[removed], key.seed) for key, removed in plan.items()}
+        missing = {place for place in places.values() if self.find(*place) is None}
+        with tqdm(total=len(missing), desc="Retraining", unit="run") as progress:
+            for key, removed in plan.items():
+                values = self.find(*places[key])
+                if values is None:
+                    values = retrain(removed, key.seed)
+                    progress.update()
+                self.add(key, digests[removed], values)
+        return {key: self._results[place] for key, place in places.items()}
 
     def _load(self, lines: Sequence[bytes]) -> None:
         try:
             header, *entries = [json.loads(line) for line in lines]
             identity = header["identity"]
+            if identity != self.identity:
+                entries = []  # told below
             for entry in entries:
-                key = RetrainingKey(*(entry[name] for name in RetrainingKey._fields))
+                key = self.key_type(*(entry[name] for name in self.key_type._fields))
                 self._keys[key] = entry["removed"]
-                self._results[entry["removed"], key.seed] = entry["probabilities"]
+                self._results[entry["removed"], key.seed] = entry[self.values]
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(
                 f"{str(self.path)!r} must hold one JSON object per line as an evaluation wrote them, but a line was "

@@ -1,0 +1,292 @@
+"""
+Which scorer tells what a fine-tuned encoder would have become without some of its examples? By retraining.
+
+MiniLM with a new head, 240 questions of six sources (see `minilm`), three epochs of AdamW at 1e-4, batches of 16, no dropout.
+30 held-out questions are traced for what the model predicts. By scorer:
+
+- `lds`: the linear datamodelling score over random halves of the training set, mean over the 30 points, and its 95 % interval.
+  The output is the margin of the predicted class. A retraining's initial weights and batches depend on its seed alone; a removed
+  example leaves its place empty;
+- `removed`: of the first points (`--deletion_points`), the change of the predicted class's probability, in points, when the 10
+  or 20 strongest proponents are removed, and its difference from the removal of as many random examples of the predicted class
+  (two draws a class) on the same points;
+- `epochs`: CPU time of recording and scoring, in epochs of the fine-tuning, measured in the same run.
+
+Scorers named `late_...` look at the ends of the three epochs, `early_...` at the thirds of the first; `default` is what an
+index does today, `paper` is `recipe="paper"`. Those that know the classes stand below: `same_label` is 1 for examples of the
+predicted class, `class_random` draws among them. Finished retrainings are kept in the output folder.
+"""
+
+import argparse
+import hashlib
+import json
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from torch import Tensor, nn
+from transformers import set_seed
+
+from benchmarks.pretrained.minilm import LENGTH, fine_tune, load_task, record, sentence_embeddings
+from benchmarks.pretrained.packaged_models import minilm
+from hf_doge.evaluation.influence.case_deletion import FULL, strongest
+from hf_doge.evaluation.influence.journal import RetrainingJournal, RetrainingKey
+from hf_doge.evaluation.influence.lds import class_margins, linear_datamodelling_score, retrain
+from hf_doge.evaluation.influence.scorers import BM25Scorer, RandomScorer, TracInLastScorer
+from hf_doge.evaluation.influence.small_models import TrainingRecipe, to_batches, train_classifier
+from hf_doge.evaluation.intervals import bootstrap_interval
+
+NUM_TRAIN, NUM_POINTS, EPOCHS, LEARNING_RATE = 240, 30, 3, 1e-4
+KS = (10, 20)
+NUM_DRAWS = 2
+SEARCHES: dict[str, tuple[str, dict[str, Any]]] = {
+    "paper": ("gradient", {"recipe": "paper"}),
+    "default": ("gradient", {}),
+    "default_no_cosine": ("gradient", {"cosine": False}),
+    "cosine_all_tokens": ("gradient", {"cosine": True, "special_tokens": "count", "sentence_ends": "count"}),
+    "metric": ("optimizer", {"cosine": False}),
+    "metric_cosine": ("optimizer", {"cosine": True}),
+}
+REMOVED = ("late_paper", "late_default", "late_metric_cosine", "sentence_embedding", "last_layer")
+
+
+class Trimmed(nn.Module):
+    """A model that reads no column which is padding in the whole batch."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Any:
+        """As that of the model."""
+        width = int(attention_mask.sum(dim=1).max())
+        return self.model(input_ids=input_ids[:, :width], attention_mask=attention_mask[:, :width])
+
+
+class Trial:
+    """Data and model of the trial, and what was predicted."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args = args
+        self.folder = args.output_dir / f"lds-{args.task}"
+        self.num_train = args.num_train or NUM_TRAIN
+        self.epochs = args.epochs or EPOCHS
+        texts, labels, names = load_task(args.data_dir, args.task, seed=args.seed)
+        self.num_labels = len(names)
+        number = self.num_train + NUM_POINTS
+        self.texts, self.labels = texts[:number], np.asarray(labels[:number])
+        set_seed(args.seed)
+        model, self.tokenizer = minilm(args.output_dir / "minilm", num_labels=self.num_labels)
+        options = {"truncation": True, "max_length": LENGTH}
+        encoded = self.tokenizer(self.texts, **options)
+        self.dataset = Dataset.from_dict({"text": self.texts, "label": self.labels, **encoded})
+        self.train_set = self.dataset.select(range(self.num_train))
+        self.checkpoints = fine_tune(
+            without_dropout(model),
+            self.tokenizer,
+            self.train_set,
+            self.folder / "run",
+            epochs=self.epochs,
+            seed=args.seed,
+            learning_rate=LEARNING_RATE,
+        )
+        padded = self.tokenizer(self.texts, padding=True, return_tensors="pt", **options)
+        tensors = {name: padded[name] for name in ("input_ids", "attention_mask")}
+        self.train = {name: rows[: self.num_train] for name, rows in tensors.items()}
+        self.train["labels"] = torch.tensor(self.labels[: self.num_train])
+        self.points = {name: rows[self.num_train :] for name, rows in tensors.items()}
+        self.last = type(model).from_pretrained(self.checkpoints[-1]).eval()
+        with torch.no_grad():
+            self.points["labels"] = self.last(**self.points).logits.argmax(dim=1)
+        self.own = self.labels[: self.num_train]
+        self.predicted = self.points["labels"].numpy()
+
+    def make_model(self, seed: int) -> nn.Module:
+        """A pretrained model whose head depends on the seed."""
+        torch.manual_seed(seed)
+        return Trimmed(without_dropout(minilm(self.args.output_dir / "minilm", num_labels=self.num_labels)[0]))
+
+    def train_fn(self, removed: tuple[int, ...], seed: int) -> Callable[[int], float]:
+        """Margins of the predicted classes after a retraining."""
+        recipe = TrainingRecipe(self.epochs, 16, LEARNING_RATE, "adam", (self.epochs,))
+        model, _ = train_classifier(self.make_model, self.train, recipe, seed=seed, removed=removed)
+        with torch.no_grad():
+            inputs = {name: rows for name, rows in self.points.items() if name != "labels"}
+            margins = class_margins(model(**inputs).logits.double(), self.points["labels"])
+        return margins.tolist().__getitem__
+
+    def identity(self) -> dict[str, Any]:
+        """What retrainings must share."""
+        rows = [*self.train.values(), *self.points.values()]
+        digest = hashlib.sha256(b"".join(row.numpy().tobytes() for row in rows)).hexdigest()
+        return {"data": digest, "epochs": self.epochs, "learning_rate": LEARNING_RATE, "model": "all-MiniLM-L6-v2"}
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Fine-tune, score, retrain on halves, remove; figures by scorer."""
+    trial = Trial(args)
+    accuracy = round(float((trial.predicted == trial.labels[trial.num_train :]).mean()), 3)
+    print(f"{accuracy=}, points of each class: {np.bincount(trial.predicted, minlength=trial.num_labels)}", flush=True)
+    scores, costs = all_scores(trial)
+    result = linear_datamodelling_score(
+        scores,
+        trial.train_fn,
+        num_subsets=args.num_subsets,
+        seeds=range(1, args.retraining_seeds + 1),
+        output_dir=trial.folder / "lds",
+        identity=trial.identity(),
+    )
+    result.save(trial.folder / "lds")
+    print(result.to_markdown(), flush=True)
+    agreement = result.agreement()
+    beyond = result.differences("same_label")
+    figures: dict[str, Any] = {
+        name: {"lds": rounded(values), "lds_less_same_label": rounded(beyond.get(name)), "epochs": costs[name]}
+        for name, values in result.summary().items()
+    }
+    for name, change in removals(trial, scores).items():
+        figures.setdefault(name, {})["removed"] = change
+    for name, values in figures.items():
+        print(name, values, flush=True)
+    return {
+        "accuracy": accuracy,
+        "agreement": None if agreement is None else round(float(agreement.mean()), 3),
+        **figures,
+    }
+
+
+def all_scores(trial: Trial) -> tuple[dict[str, np.ndarray], dict[str, float]]:
+    """Scores `(NUM_POINTS, num_train)` by scorer, and their cost in epochs of the fine-tuning."""
+    scores: dict[str, np.ndarray] = {}
+    known = trial.folder / "costs.json"  # of the run that recorded the indices
+    costs: dict[str, float] = json.loads(known.read_text()) if known.is_file() else {}
+    epoch = 1.0 if costs else seconds_of_an_epoch(trial)
+    train, points = to_batches(trial.train), to_batches(trial.points)
+
+    def note(name: str, score: Callable[[], np.ndarray], *, before: float = 0.0) -> None:
+        start = time.process_time()
+        scores[name] = np.asarray(score(), dtype=np.float64)
+        costs.setdefault(name, round((time.process_time() - start + before) / epoch, 2))
+
+    queries = [
+        {"text": text, "label": int(label)}
+        for text, label in zip(trial.texts[trial.num_train :], trial.predicted, strict=True)
+    ]
+    spread = {"late": trial.checkpoints[2::3], "early": trial.checkpoints[:3]}
+    for when, chosen in spread.items():
+        indices = {}
+        for metric in ("gradient", "optimizer"):
+            start = time.process_time()
+            folder = trial.folder / f"{when}_{metric}"
+            index = record(folder, chosen, trial.train_set, trial.tokenizer, {"metric": metric})
+            index.scores(queries[:1])  # makes the memory maps
+            indices[metric] = index, time.process_time() - start
+        for name, (metric, options) in SEARCHES.items():
+            index, seconds = indices[metric]
+            note(
+                f"{when}_{name}", lambda index=index, options=options: index.scores(queries, **options), before=seconds
+            )
+        if when == "late":
+            rates = [checkpoint["learning_rate"] for checkpoint in index.config["checkpoints"]]
+    models = [type(trial.last).from_pretrained(path).eval() for path in spread["late"]]
+    note("last_layer", lambda: TracInLastScorer(models, rates).scores(train, points))
+    ignored = tuple(trial.tokenizer.all_special_ids)
+    note("bm25", lambda: BM25Scorer(ignore_tokens=ignored).scores(train, points))
+    embedding, _ = minilm(trial.args.output_dir / "minilm", num_labels=trial.num_labels)
+
+    def nearest() -> np.ndarray:
+        rows = nn.functional.normalize(sentence_embeddings(embedding, trial.tokenizer, trial.dataset))
+        return (rows[trial.num_train :] @ rows[: trial.num_train].T).numpy()
+
+    note("sentence_embedding", nearest)
+    note("random", lambda: RandomScorer(seed=0).scores(train, points))
+    same = (trial.own[None] == trial.predicted[:, None]).astype(float)
+    note("same_label", lambda: same)
+    note("class_random", lambda: same * np.random.default_rng(0).uniform(size=same.shape))
+    note("class_bm25", lambda: same * scores["bm25"])
+    note("class_sentence_embedding", lambda: same * (1 + scores["sentence_embedding"]))
+    known.write_text(json.dumps(costs))
+    return scores, costs
+
+
+def removals(trial: Trial, scores: dict[str, np.ndarray]) -> dict[str, dict[str, Any]]:
+    """Change of the predicted class's probability by scorer and k, alone and less that of the class's random examples."""
+    number, seed = trial.args.deletion_points, 1
+    journal = RetrainingJournal(
+        trial.folder / "removed.jsonl", identity={**trial.identity(), "evaluation": "removal"}, values="margins"
+    )
+    generator = np.random.default_rng(0)
+    plan = {RetrainingKey(FULL, 0, "+", 0, seed): ()}
+    for label in range(trial.num_labels):
+        for draw in range(NUM_DRAWS):
+            places = generator.permutation(np.flatnonzero(trial.own == label))
+            if label in trial.predicted[:number]:
+                plan |= {
+                    RetrainingKey(f"class_random_{draw}", label, "+", k, seed): tuple(sorted(places[:k].tolist()))
+                    for k in KS
+                }
+    for point in range(number):
+        for name in REMOVED:
+            plan |= {RetrainingKey(name, point, "+", k, seed): strongest(scores[name][point], k, "+") for k in KS}
+    measured = journal.measure(plan, lambda removed, seed: retrain(trial.train_fn, NUM_POINTS, removed, seed))
+
+    def probability(name: str, place: int, k: int, point: int) -> float:
+        return float(1 / (1 + np.exp(-measured[RetrainingKey(name, place, "+", k, seed)][point])))
+
+    full = np.array([probability(FULL, 0, 0, point) for point in range(number)])
+    changes = {
+        name: {k: np.array([probability(name, point, k, point) for point in range(number)]) - full for k in KS}
+        for name in REMOVED
+    }
+    changes["class_random"] = {
+        k: np.mean(
+            [
+                [probability(f"class_random_{draw}", int(trial.predicted[point]), k, point) for point in range(number)]
+                for draw in range(NUM_DRAWS)
+            ],
+            axis=0,
+        )
+        - full
+        for k in KS
+    }
+    figures: dict[str, dict[str, Any]] = {"nothing removed": {"probability": round(float(full.mean()), 3)}}
+    for name, by_k in changes.items():
+        figures[name] = {}
+        for k, change in by_k.items():
+            less = change - changes["class_random"][k]
+            figures[name][str(k)] = {
+                "change": points_and_interval(change),
+                "less_class_random": points_and_interval(less),
+            }
+    return figures
+
+
+def points_and_interval(values: np.ndarray) -> list[float]:
+    """Mean and 95 % interval over the test points, in percentage points."""
+    return [round(100 * float(value), 1) for value in (values.mean(), *bootstrap_interval(values))]
+
+
+def rounded(values: Mapping[str, Any] | None) -> list[float] | None:
+    """Mean and 95 % interval, short."""
+    return None if values is None else [round(float(value), 3) for value in (values["mean"], *values["interval"])]
+
+
+def without_dropout(model: nn.Module) -> nn.Module:
+    """The model, which then trains without chance."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    return model
+
+
+def seconds_of_an_epoch(trial: Trial) -> float:
+    """CPU time of an epoch of the retrainings."""
+    recipe = TrainingRecipe(1, 16, LEARNING_RATE, "adam", (1,))
+    model = trial.make_model(1)
+    start = time.process_time()
+    train_classifier(lambda seed: model, trial.train, recipe, seed=1)
+    return time.process_time() - start
