@@ -23,12 +23,6 @@ def hub_share(scores: np.ndarray, *, top_k: int = 10, num_hubs: int = 12) -> flo
     return float(counts[-num_hubs:].sum() / best.size)
 
 
-def average_precision(scores: np.ndarray, relevant: np.ndarray) -> float:
-    """Average precision of finding the `relevant` `(num_examples,)` by descending score."""
-    found = relevant[np.argsort(-scores, kind="stable")]
-    return float((np.cumsum(found) / np.arange(1, len(found) + 1))[found].mean())
-
-
 def strongest_words(hits: Dataset, *, num_words: int = STRONGEST) -> list[list[str]]:
     """Of each hit that is a proponent the words that carry most of its score."""
     rows = (hit for hit in hits if hit["kind"] == "proponent")

@@ -9,7 +9,7 @@ MiniLM with a new head, 240 questions of six sources (see `minilm`), three epoch
   example leaves its place empty;
 - `removed`: of the first points (`--deletion_points`), the change of the predicted class's probability, in points, when the 10
   or 20 strongest proponents are removed, and its difference from the removal of as many random examples of the predicted class
-  (two draws a class) on the same points;
+  (one draw a class) on the same points;
 - `epochs`: CPU time of recording and scoring, in epochs of the fine-tuning, measured in the same run.
 
 Scorers named `late_...` look at the ends of the three epochs, `early_...` at the thirds of the first; `default` is what an
@@ -22,7 +22,6 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -42,7 +41,7 @@ from hf_doge.evaluation.intervals import bootstrap_interval
 
 NUM_TRAIN, NUM_POINTS, EPOCHS, LEARNING_RATE = 240, 30, 3, 1e-4
 KS = (10, 20)
-NUM_DRAWS = 2
+NUM_DRAWS = 1
 SEARCHES: dict[str, tuple[str, dict[str, Any]]] = {
     "paper": ("gradient", {"recipe": "paper"}),
     "default": ("gradient", {}),
@@ -51,7 +50,7 @@ SEARCHES: dict[str, tuple[str, dict[str, Any]]] = {
     "metric": ("optimizer", {"cosine": False}),
     "metric_cosine": ("optimizer", {"cosine": True}),
 }
-REMOVED = ("late_paper", "late_default", "late_metric_cosine", "sentence_embedding", "last_layer")
+REMOVED = ("late_paper", "late_default", "sentence_embedding")
 
 
 class Trimmed(nn.Module):
@@ -162,8 +161,10 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 def all_scores(trial: Trial) -> tuple[dict[str, np.ndarray], dict[str, float]]:
     """Scores `(NUM_POINTS, num_train)` by scorer, and their cost in epochs of the fine-tuning."""
     scores: dict[str, np.ndarray] = {}
-    known = trial.folder / "costs.json"  # of the run that recorded the indices
-    costs: dict[str, float] = json.loads(known.read_text()) if known.is_file() else {}
+    files = trial.folder / "scores.npz", trial.folder / "costs.json"
+    costs: dict[str, float] = json.loads(files[1].read_text()) if files[1].is_file() else {}
+    if files[0].is_file():
+        return dict(np.load(files[0])), costs
     epoch = 1.0 if costs else seconds_of_an_epoch(trial)
     train, points = to_batches(trial.train), to_batches(trial.points)
 
@@ -209,7 +210,8 @@ def all_scores(trial: Trial) -> tuple[dict[str, np.ndarray], dict[str, float]]:
     note("class_random", lambda: same * np.random.default_rng(0).uniform(size=same.shape))
     note("class_bm25", lambda: same * scores["bm25"])
     note("class_sentence_embedding", lambda: same * (1 + scores["sentence_embedding"]))
-    known.write_text(json.dumps(costs))
+    np.savez(files[0], **scores)
+    files[1].write_text(json.dumps(costs))
     return scores, costs
 
 
@@ -220,18 +222,22 @@ def removals(trial: Trial, scores: dict[str, np.ndarray]) -> dict[str, dict[str,
         trial.folder / "removed.jsonl", identity={**trial.identity(), "evaluation": "removal"}, values="margins"
     )
     generator = np.random.default_rng(0)
+    draws = [
+        [generator.permutation(np.flatnonzero(trial.own == label)) for label in range(trial.num_labels)]
+        for _ in range(NUM_DRAWS)
+    ]
     plan = {RetrainingKey(FULL, 0, "+", 0, seed): ()}
-    for label in range(trial.num_labels):
-        for draw in range(NUM_DRAWS):
-            places = generator.permutation(np.flatnonzero(trial.own == label))
-            if label in trial.predicted[:number]:
-                plan |= {
-                    RetrainingKey(f"class_random_{draw}", label, "+", k, seed): tuple(sorted(places[:k].tolist()))
-                    for k in KS
-                }
     for point in range(number):
-        for name in REMOVED:
-            plan |= {RetrainingKey(name, point, "+", k, seed): strongest(scores[name][point], k, "+") for k in KS}
+        for k in KS:
+            plan |= {
+                RetrainingKey(name, point, "+", k, seed): strongest(scores[name][point], k, "+") for name in REMOVED
+            }
+            plan |= {
+                RetrainingKey(f"class_random_{draw}", point, "+", k, seed): tuple(
+                    sorted(of_class[trial.predicted[point]][:k].tolist())
+                )
+                for draw, of_class in enumerate(draws)
+            }
     measured = journal.measure(plan, lambda removed, seed: retrain(trial.train_fn, NUM_POINTS, removed, seed))
 
     def probability(name: str, place: int, k: int, point: int) -> float:
@@ -245,7 +251,7 @@ def removals(trial: Trial, scores: dict[str, np.ndarray]) -> dict[str, dict[str,
     changes["class_random"] = {
         k: np.mean(
             [
-                [probability(f"class_random_{draw}", int(trial.predicted[point]), k, point) for point in range(number)]
+                [probability(f"class_random_{draw}", point, k, point) for point in range(number)]
                 for draw in range(NUM_DRAWS)
             ],
             axis=0,

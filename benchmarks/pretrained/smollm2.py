@@ -26,11 +26,11 @@ from torch import nn
 from transformers import DataCollatorForLanguageModeling, Trainer, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
-from benchmarks.pretrained.figures import average_precision
 from benchmarks.pretrained.minilm import read
 from benchmarks.pretrained.packaged_models import MissingPackage, minilm, smollm2
 from benchmarks.pretrained.planted_facts import FACTS, QUESTIONS
 from hf_doge import InfluenceIndex
+from hf_doge.evaluation.influence.rank_metrics import average_precision
 from hf_doge.evaluation.influence.scorers import BM25Scorer
 from hf_doge.tracing.after_training import record_dataset
 from hf_doge.tracing.settings import RecordingSettings
@@ -60,11 +60,10 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     checkpoints = fine_tune(model, tokenizer, train, folder / "run", args, base=base)
     figures["loss_after"] = completion_loss(load(checkpoints[-1], base, lora=args.lora), tokenizer, questions)
     print(figures, flush=True)
-    relevant = [np.asarray([own == fact for own in facts]) for fact, _, _ in questions]
+    relevant = [[place for place, own in enumerate(facts) if own == fact] for fact, _, _ in questions]
 
     def note(name: str, scores: np.ndarray) -> None:
-        found = [average_precision(row, own) for row, own in zip(scores, relevant, strict=True)]
-        figures[name] = round(float(np.mean(found)), 3)
+        figures[name] = round(float(average_precision(scores, relevant).mean()), 3)
         print(name, figures[name], flush=True)
 
     beside(note, args.output_dir, texts, questions)

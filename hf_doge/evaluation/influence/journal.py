@@ -5,7 +5,7 @@ import json
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from tqdm.auto import tqdm
 
@@ -30,6 +30,7 @@ class SubsetKey(NamedTuple):
 
 
 Key = RetrainingKey | SubsetKey
+AnyKey = TypeVar("AnyKey", RetrainingKey, SubsetKey)
 
 
 def removal_digest(removed: Iterable[int]) -> str:
@@ -92,8 +93,8 @@ class RetrainingJournal:
         self._append({**key._asdict(), "removed": digest, self.values: list(values)})
 
     def measure(
-        self, plan: Mapping[Key, tuple[int, ...]], retrain: Callable[[tuple[int, ...], int], Sequence[float]]
-    ) -> dict[Key, list[float]]:
+        self, plan: Mapping[AnyKey, tuple[int, ...]], retrain: Callable[[tuple[int, ...], int], list[float]]
+    ) -> dict[AnyKey, list[float]]:
         """
         What every planned retraining gave; only those that are not known are done, each removed set once per seed.
 
