@@ -2,13 +2,11 @@
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from math import prod
 from types import TracebackType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from hf_doge.functional.layers import layer_gradients
 from hf_doge.gradients.layers import ChosenLayers
@@ -94,14 +92,14 @@ class LayerUses(AbstractContextManager):
         The rows of a batch, up to the scale of each example's loss.
 
         Args:
-            uses (`Sequence`): From [`take`].
+            uses (`Sequence`): From [`~LayerUses.take`].
             output_grads (`Sequence[torch.Tensor]`): Gradient of each output.
             input_ids (`torch.Tensor` of shape `(batch_size, ...)`): Of the batch.
 
         Returns:
             `torch.Tensor` of shape `(batch_size, num_rows, width)`, float32 or float64.
         """
-        layers, width = self._chosen.layers, self._chosen.width
+        layers = self._chosen.layers
         sums: list[Tensor | None] = [None] * len(layers)
         for (number, inputs, _), grads in zip(uses, output_grads, strict=True):
             p_out, p_in = self._projections_of(number, grads)
@@ -113,9 +111,7 @@ class LayerUses(AbstractContextManager):
         parts = []
         for layer, total in zip(layers, sums, strict=True):
             assert total is not None  # `take` refuses layers without a use
-            num_rows = self._chosen.num_rows_of(layer)
-            flat = F.pad(total.flatten(start_dim=1), (0, num_rows * width - prod(layer.kept)))
-            parts.append(flat.view(len(flat), num_rows, width))
+            parts.append(self._chosen.cut(layer, total))
         return torch.cat(parts, dim=1)
 
     def _projections_of(self, number: int, like: Tensor) -> list[Tensor | None]:

@@ -9,8 +9,9 @@ weight has the gradient
 
 the second of which has the inner products of the first in the mean over random `P` ([`projection_matrix`]), and is never wider.
 
-Flattened, it is cut into rows as wide as an embedding, the last filled up with zeros. They have the numbers from the size of the
-vocabulary on, where words have their tokens. So inner products over shared numbers, norms, files and search know of rows alone.
+Flattened, it is cut into rows, the last filled up with zeros. They have the numbers from the size of the vocabulary on, where
+words have their tokens. So inner products over shared numbers, norms, files and search know of rows alone. Next to words rows are
+as wide as an embedding; without words as wide as leaves least room unused.
 """
 
 import difflib
@@ -22,7 +23,9 @@ from fnmatch import fnmatchcase
 from math import isqrt
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from hf_doge.functional.layers import projection_matrix
 from hf_doge.gradients.embedding_uses import input_embedding_matrix
@@ -31,6 +34,8 @@ EMBEDDING, ADAPTERS = "embedding", "adapters"
 
 _WRAPPERS = re.compile(r"\.base_layer\b|\.modules_to_save\.[^.]+|^base_model\.model\.")  # of peft
 _LORA = ("lora_A", "lora_B")
+_LARGEST_WIDTH = 1024
+_ROW_COSTS = 16  # as many numbers as a row takes besides its own: its token and example, and a step of the search
 _OTHER_LORA = ("lora_embedding_A", "lora_magnitude_vector")
 
 
@@ -57,21 +62,34 @@ class ChosenLayers:
 
     Attributes:
         layers (`tuple[Layer, ...]`): In the order of their rows.
-        num_words (`int`): Tokens of the vocabulary: the number of the first row.
+        embedding_shape (`tuple[int, int]`): Of the matrix of words; as many as it has, is the number of the first row.
         width (`int`): Of a row.
         seed (`int`): Of all projections.
         embedding (`bool`): Whether words have rows too.
     """
 
     layers: tuple[Layer, ...]
-    num_words: int
+    embedding_shape: tuple[int, int]
     width: int
     seed: int
     embedding: bool
 
+    @property
+    def num_words(self) -> int:
+        """Tokens of the vocabulary: the number of the first row."""
+        return self.embedding_shape[0]
+
     def num_rows_of(self, layer: Layer) -> int:
         """How many rows the gradient of a layer fills."""
         return -(-layer.kept[0] * layer.kept[1] // self.width)
+
+    def cut(self, layer: Layer, values: Tensor, *, fill: float = 0.0) -> Tensor:
+        """`(..., p_out, p_in)` of a layer as its rows `(..., num_rows, width)`, what is left of the last one filled up."""
+        num_rows = self.num_rows_of(layer)
+        flat = values.flatten(start_dim=-2)
+        return F.pad(flat, (0, num_rows * self.width - flat.shape[-1]), value=fill).unflatten(
+            -1, (num_rows, self.width)
+        )
 
     @property
     def num_rows(self) -> int:
@@ -106,16 +124,17 @@ class ChosenLayers:
                 digest.update(b"" if matrix is None else (matrix > 0).numpy().tobytes())
         return {
             "embedding": self.embedding,
+            "embedding_shape": [*self.embedding_shape],
             "seed": self.seed,
             "sha256": digest.hexdigest(),
             "modules": [{"name": one.name, "shape": [*one.shape], "kept": [*one.kept]} for one in self.layers],
         }
 
     @staticmethod
-    def from_dict(facts: Mapping[str, Any], *, num_words: int, width: int) -> "ChosenLayers":
+    def from_dict(facts: Mapping[str, Any], *, width: int) -> "ChosenLayers":
         """What [`~ChosenLayers.to_dict`] was of."""
         layers = tuple(Layer(one["name"], (*one["shape"],), (*one["kept"],)) for one in facts["modules"])
-        return ChosenLayers(layers, num_words, width, facts["seed"], facts["embedding"])
+        return ChosenLayers(layers, (*facts["embedding_shape"],), width, facts["seed"], facts["embedding"])
 
 
 def choose_layers(
@@ -132,7 +151,7 @@ def choose_layers(
             blocks), or by a pattern (`"*.1?.mlp.*"`). What peft adds to names may be left out.
         projection_dim (`int`, *optional*):
             Most numbers on each side of a gradient; a side that is no longer stays whole. If left out, adapters are whole,
-            and others have as many as make one row: the root of its width.
+            and others have as many as make one row of an embedding's width: its root.
         seed (`int`): Of the projections.
 
     Raises:
@@ -150,16 +169,53 @@ def choose_layers(
             shape = _shape_of(name, modules[name], matrix)
             found[name] = Layer(name, shape, shape if dim is None else (min(shape[0], dim), min(shape[1], dim)))
     layers = tuple(found[name] for name in modules if name in found)
-    return ChosenLayers(layers, len(matrix), matrix.shape[1], seed, EMBEDDING in wanted)
+    width = matrix.shape[1] if EMBEDDING in wanted else _best_width([one.kept[0] * one.kept[1] for one in layers])
+    return ChosenLayers(layers, (matrix.shape[0], matrix.shape[1]), width, seed, EMBEDDING in wanted)
+
+
+def recorded_layers(config: Mapping[str, Any]) -> ChosenLayers | None:
+    """
+    The layers of which an index has rows, as its config.json tells; `None` where words alone have some.
+
+    Raises:
+        ValueError: Their projections cannot be drawn again.
+    """
+    facts = config.get("layers")
+    if facts is None:
+        return None
+    chosen = ChosenLayers.from_dict(facts, width=config["width"])
+    if chosen.to_dict()["sha256"] != facts["sha256"]:
+        raise ValueError(
+            f"The projections of layers must be drawn again for queries, but torch {torch.__version__} draws others than those"
+            " that the index was recorded with. Use the torch it was made with."
+        )
+    return chosen
 
 
 def is_virtual(model: nn.Module, chosen: ChosenLayers) -> bool:
     """Whether nothing that has rows is trained."""
-    modules: dict[str, Any] = dict(model.named_modules())
-    weights = [modules[layer.name].weight for layer in chosen.layers if layer.name in modules]
-    if chosen.embedding:
-        weights.append(input_embedding_matrix(model))
-    return not any(weight.requires_grad for weight in weights)
+    return not any(weight.requires_grad for weight in recorded_weights(model, chosen).values())
+
+
+def recorded_weights(model: nn.Module, chosen: ChosenLayers | None) -> dict[str, Tensor]:
+    """Name -> weight of all that has rows, in their order; `"input embeddings"` first, if words have some."""
+    modules: dict[str, Any] = {} if chosen is None else dict(model.named_modules())
+    words = {"input embeddings": input_embedding_matrix(model)} if chosen is None or chosen.embedding else {}
+    return words | {layer.name: modules[layer.name].weight for layer in (chosen.layers if chosen else ())}
+
+
+def as_out_in(module: nn.Module, values: Tensor) -> Tensor:
+    """What belongs to the weight of a linear layer, as `(d_out, d_in)`."""
+    return values.T if hasattr(module, "nf") else values
+
+
+def _best_width(sizes: Sequence[int]) -> int:
+    """The width of rows, at most 1024, by which gradients of these sizes take least room; of equal ones the largest."""
+
+    def room(width: int) -> int:
+        return sum(-(-size // width) for size in sizes) * (width + _ROW_COSTS)
+
+    return min(range(min(_LARGEST_WIDTH, max(sizes)), 0, -1), key=room)
 
 
 def _seed_of(name: str, side: str, seed: int) -> int:

@@ -102,7 +102,9 @@ class TokenRows:
         tokens = self.tokens.new_empty(len(is_more))
         rows = more.new_empty(len(is_more), more.shape[2])
         tokens[~is_more], tokens[is_more] = self.tokens, (first + steps).repeat(num_examples)
-        rows[~is_more], rows[is_more] = self.rows.to(rows.dtype), more.flatten(end_dim=1)
+        rows[is_more] = more.flatten(end_dim=1)
+        if len(self.rows):  # else they may be of another width
+            rows[~is_more] = self.rows.to(rows.dtype)
         return TokenRows(offsets, tokens, rows, self.virtual)
 
     def squared_norms(self) -> Tensor:
@@ -242,7 +244,7 @@ class PositionGradients:
             return tokens, rows
         more = self.layer_rows[example] * self.scales[example]
         numbers = self.first_layer_row + torch.arange(len(more), device=tokens.device)
-        return torch.cat([tokens, numbers]), torch.cat([rows.to(more.dtype), more])
+        return torch.cat([tokens, numbers]), torch.cat([rows.to(more.dtype), more]) if len(rows) else more
 
     def _word_rows(self, example: int) -> tuple[Tensor, Tensor]:
         """

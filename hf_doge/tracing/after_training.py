@@ -24,12 +24,8 @@ from hf_doge.tracing.pretrained import load_model
 from hf_doge.tracing.processes import default_device, join_processes, run_on_main_process
 from hf_doge.tracing.recording import encoding_of, make_recorder, record_checkpoint
 from hf_doge.tracing.saved_checkpoints import describe_checkpoint, in_order_of_steps, stored_path
-from hf_doge.tracing.second_moments import (
-    SecondMoments,
-    require_saved_optimizer,
-    saved_group_rate,
-    saved_second_moments,
-)
+from hf_doge.tracing.saved_moments import require_saved_optimizer, saved_group_rate, saved_second_moments
+from hf_doge.tracing.second_moments import SecondMoments
 from hf_doge.tracing.settings import RecordingSettings
 
 
@@ -119,7 +115,8 @@ def record_dataset(
     recording.awaited = [
         path for path, told in zip(paths, facts, strict=True) if told is None or told["name"] not in recording.whole
     ]
-    recording.trainable = metric != "gradient" or _has_trained_embeddings(folder)
+    has_more = metric != "gradient" or settings.layers is not None
+    recording.trainable = has_more or _has_trained_embeddings(folder)
     if metric == "optimizer":
         for path in recording.awaited:
             require_saved_optimizer(path)  # now, not hours later
@@ -198,7 +195,7 @@ class _SavedRecording:
         if self.settings.metric == "auto":  # one metric for all, and so plain gradients where one has no optimizer
             for other in self.awaited:
                 require_saved_optimizer(other)
-        return saved_second_moments(path, model)
+        return saved_second_moments(path, model, self.settings.chosen_layers(model))
 
     def _open(self, model: nn.Module) -> tuple[SharedIndex, SequentialBatches]:
         """The index, and batches of all examples that the model takes."""

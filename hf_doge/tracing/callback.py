@@ -95,6 +95,14 @@ class TracInWECallback(TrainerCallback):
             that Adam steps in, `<g, g'> / (sqrt(v) + eps)`, not in the paper; or `"auto"`: that one if the optimizer has second
             moments of the embeddings at the first checkpoint, else the plain one, with a warning unless it is SGD. What was
             done is in the index's card. (`second_moment=True` is the older name of `"optimizer"`.)
+        layers (`str` or `Sequence[str]`, *optional*):
+            Of which parameters gradients are recorded, and counted; nothing else is. `"embedding"`: of words, as in the paper
+            and if left out. `"adapters"`: of the matrices A and B of LoRA adapters. Else of linear layers, by name, its end
+            (`"o_proj"`) or a pattern, see [`choose_layers`]. They are rows of the same index, with the same search, and with the
+            learning rate of the embeddings' parameter group (the first one, where they are frozen). Ours.
+        projection_dim (`int`, *optional*):
+            Project each of these gradients at random to at most so many numbers on each side. If left out, as many as make one
+            row, the room of one more word; adapters are kept whole. Only whole ones have the metric of the optimizer.
         record (`str`):
             `"checkpoint"`: all examples at the same weights, by an extra pass over the dataset. `"online"`: each at the
             step that used it, in the training backward itself, at no extra pass; see [`OnlineRecording`].

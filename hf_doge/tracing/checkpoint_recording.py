@@ -83,7 +83,7 @@ class CheckpointRecording(Recording):
         require_whole_weights(model, args)
         self.options = self.options.resolved(unwrap_model(model), self.folder)
         if self.options.metric == "optimizer":
-            require_adam(self.optimizer, model, started=state.global_step > 0)
+            self._require_adam(model, started=state.global_step > 0)
         self._progress = not args.disable_tqdm
         collator = self.collator or train_dataloader.collate_fn
         self._batches = SequentialBatches(self.dataset.recorded, collator, batch_size=self.batch_size, seed=self.seed)
@@ -123,7 +123,7 @@ class CheckpointRecording(Recording):
     def after_first_step(self, *, model: nn.Module) -> None:
         """See that the optimizer keeps what its metric needs; it does so from its first step on."""
         if self.options.metric == "optimizer":
-            require_adam(self.optimizer, model, started=True)
+            self._require_adam(model, started=True)
 
     def plan(self, facts: Mapping[str, Any]) -> None:
         """Note on disk what [`save`] is about to be called with, in case it does not come to its end."""
@@ -160,6 +160,10 @@ class CheckpointRecording(Recording):
             self._index.close()
         self._index = None
 
+    def _require_adam(self, model: nn.Module, *, started: bool) -> None:
+        chosen = self.options.chosen_layers(unwrap_model(model))
+        require_adam(self.optimizer, model, started=started, chosen=chosen)
+
     def _try(self, state: TrainerState) -> None:
         """A few examples on each process, so that all know of the model what recording teaches."""
         names = self._index.writer.checkpoint_names
@@ -195,7 +199,8 @@ class CheckpointRecording(Recording):
             return
         moments = None
         if self.options.metric != "gradient":
-            find = partial(current_second_moments, self.optimizer, model)
+            chosen = self.options.chosen_layers(unwrap_model(model))
+            find = partial(current_second_moments, self.optimizer, model, chosen)
             moments = moments_for(self._index, self.options.metric, find, name=facts["name"])
         record_checkpoint(
             self._index, self._recorder, self._batches, facts, second_moments=moments, progress=self._progress

@@ -77,7 +77,7 @@ def query_hits(
             by_token = parts.parts[:, row].sum(axis=0)
             shared = np.flatnonzero(parts.parts[:, row].any(axis=0))
             token_scores = dict(zip(parts.tokens[shared].tolist(), by_token[shared].tolist(), strict=True))
-            words, word_scores = word_parts(query.reading, token_scores, tokenizer=tokenizer)
+            words, word_scores = word_parts(query.reading, token_scores, tokenizer=tokenizer, names=parts.layer_names)
             magnitudes = np.abs(by_token)
             yield {
                 "query": position,

@@ -282,7 +282,7 @@ class InfluenceIndex(SavedIndex):
         if tokenizer is None:
             named = [checkpoint for checkpoint in self.reader.checkpoints if checkpoint["path"]]
             missing = [str(folder / one["path"]) for one in named if not any(checkpoint_folders(one, folder))]
-        return check_queries(queries, tokenizer, vocabulary_size=self.reader.vocabulary_size, missing=missing)
+        return check_queries(queries, tokenizer, vocabulary_size=self.reader.embedding_shape[0], missing=missing)
 
     @cached_property
     def _recorder(self) -> QueryRecorder:

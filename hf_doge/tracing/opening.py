@@ -12,10 +12,11 @@ import pyarrow.parquet as pq
 from torch import nn
 
 from hf_doge.artifacts.influence import IndexWriter
-from hf_doge.artifacts.influence.manifest import EXAMPLES_FILE
+from hf_doge.artifacts.influence.manifest import EXAMPLES_FILE, embedding_shape
 from hf_doge.artifacts.influence.metric import continued_metric, continued_settings, is_decided
 from hf_doge.artifacts.provenance import describe_dataset, describe_model, describe_process
 from hf_doge.gradients.embedding_uses import input_embedding_matrix
+from hf_doge.gradients.layers import is_virtual
 from hf_doge.text import public_name
 from hf_doge.tracing.batches import preserved_random_state
 from hf_doge.tracing.examples import Examples, count_tokens, describe_examples
@@ -64,7 +65,7 @@ def open_writer(
             another dataset, model or settings; the message says which.
     """
     model, metric = unwrap_model(model), continued_metric(Path(folder), settings.metric)
-    matrix = input_embedding_matrix(model)
+    matrix, layers = input_embedding_matrix(model), settings.chosen_layers(model)
     if not isinstance(dataset, Examples):
         dataset = Examples(dataset, dataset)
     if len(dataset) == 0:
@@ -80,8 +81,8 @@ def open_writer(
     )
     writer = IndexWriter(
         folder,
-        width=matrix.shape[1],
-        vocabulary_size=len(matrix),
+        width=matrix.shape[1] if layers is None else layers.width,
+        vocabulary_size=len(matrix) + (0 if layers is None else layers.num_rows),
         num_examples=len(dataset),
         dtype=settings.dtype,
         projection_width=settings.projection_width,
@@ -91,7 +92,8 @@ def open_writer(
         settings={
             **settings.to_manifest(tokenizer),
             **continued_settings(Path(folder), metric),
-            "virtual": not matrix.requires_grad,
+            "virtual": not matrix.requires_grad if layers is None else is_virtual(model, layers),
+            "layers": None if layers is None else layers.to_dict(),
             "tokenizer": _describe_tokenizer(tokenizer),
             "dataset": {
                 "fingerprint": dataset_fingerprint(table.column("content_hash").to_pylist()),
@@ -195,7 +197,7 @@ def open_shared_index(
         )
         with preserved_random_state(seed):
             num_tokens = count_tokens(dataset.recorded, heartbeat=heartbeat)
-        num_rows = expected_rows(num_tokens, settings, vocabulary_size=writer.config["vocabulary_size"])
+        num_rows = expected_rows(num_tokens, settings, writer.config)
         capacity = settings.max_segment_bytes // (4 * writer.config["stored_width"])
         first = writer.first_example
         borders = [first + border for border in plan_borders(num_rows[first:], max(1, capacity))]
@@ -239,7 +241,7 @@ def _some_examples(dataset: Any, seed: int) -> list[Any]:
     return [len(dataset), digest.hexdigest()]
 
 
-def expected_rows(num_tokens: np.ndarray, settings: RecordingSettings, *, vocabulary_size: int) -> np.ndarray:
+def expected_rows(num_tokens: np.ndarray, settings: RecordingSettings, config: Mapping[str, Any]) -> np.ndarray:
     """
     How many gradient rows each example will have, as far as its tokens tell.
 
@@ -247,11 +249,14 @@ def expected_rows(num_tokens: np.ndarray, settings: RecordingSettings, *, vocabu
         num_tokens (`numpy.ndarray` of shape `(num_examples,)`): Distinct tokens of each example.
         settings ([`RecordingSettings`]):
             The output part of a tied matrix has a row for each word of the vocabulary, unless only own rows are kept.
-        vocabulary_size (`int`): Number of rows of the embedding matrix.
+        config (`Mapping`): The content of config.json. Layers that have rows have as many for each example.
     """
-    sparse = settings.tied not in ("output", "full")
-    rows = num_tokens if sparse else np.full_like(num_tokens, vocabulary_size)
-    return rows if settings.top_k_tokens is None else np.minimum(rows, settings.top_k_tokens)
+    sparse, words, layers = settings.tied not in ("output", "full"), embedding_shape(config)[0], config.get("layers")
+    rows = num_tokens if sparse else np.full_like(num_tokens, words)
+    if layers is not None and not layers["embedding"]:
+        rows = np.zeros_like(num_tokens)
+    rows = rows if settings.top_k_tokens is None else np.minimum(rows, settings.top_k_tokens)
+    return rows + (config["vocabulary_size"] - words)
 
 
 def plan_borders(num_rows: np.ndarray, capacity: int) -> list[int]:

@@ -24,6 +24,7 @@ from hf_doge.functional.synonyms import synonym_neighbours
 from hf_doge.gradients.embedding import EmbeddingGradientRecorder
 from hf_doge.gradients.embedding_uses import input_embedding_matrix
 from hf_doge.gradients.example_losses import ANSWERS, IGNORE_INDEX, LossFunction, logits_of
+from hf_doge.gradients.layers import recorded_layers
 from hf_doge.gradients.token_rows import TokenRows
 from hf_doge.tracing.encoding import Encoding
 from hf_doge.tracing.limits import ModelInputs, label_law, wants_fractions
@@ -110,9 +111,7 @@ class QueryRecorder:
             if first:  # what the last checkpoint predicts is the label of a query without one
                 found.queries = self._make_queries(records, model, inputs, batch_size, first_position)
             with warnings.catch_warnings():
-                warnings.filterwarnings(
-                    "ignore", message="The input embeddings of the model are frozen"
-                )  # said before
+                warnings.filterwarnings("ignore", message="The .* of the model are frozen")  # said before
                 with EmbeddingGradientRecorder(model, **self._options, verify=first) as recorder:
                     parts = [
                         recorder.record(batch).on_cpu().without(drop_token_ids)
@@ -125,8 +124,7 @@ class QueryRecorder:
 
     def _load(self, position: int) -> tuple[nn.Module, ModelInputs]:
         """The model of a checkpoint, with what it takes: the given one where it is that, else the recorded one, loaded."""
-        checkpoint, config = self.reader.checkpoints[position], self.reader.config
-        model = self.model
+        checkpoint, model = self.reader.checkpoints[position], self.model
         if model is None or not has_fingerprint(model, checkpoint["fingerprint"]):
             self.reader.fetch_model(position)
             model = load_checkpoint(
@@ -134,10 +132,10 @@ class QueryRecorder:
                 folder=self.reader.folder,
                 model=self.model,
                 load_model=self.load_model,
-                vocabulary_size=config["vocabulary_size"],
+                vocabulary_size=self.reader.embedding_shape[0],
                 token=self.token,
             )
-        shape, expected = tuple(input_embedding_matrix(model).shape), (config["vocabulary_size"], config["width"])
+        shape, expected = tuple(input_embedding_matrix(model).shape), self.reader.embedding_shape
         if shape != expected:
             raise ValueError(
                 f"The embeddings of checkpoint {checkpoint['name']!r} must have the shape that the index has, {expected},"
@@ -191,6 +189,7 @@ class QueryRecorder:
             "top_k_unit": config.get("top_k_unit") or "position",
             "pad_token_id": padding_token_id(self.tokenizer),
             "drop_token_ids": dropped,
+            "layers": recorded_layers(config),
         }
 
 
@@ -199,7 +198,8 @@ def _num_bytes(model: nn.Module) -> int:
 
 
 def _find_synonyms(model: nn.Module, tokens: Tensor, threshold: float) -> Neighbours:
-    tokens, matrix = tokens.unique(), input_embedding_matrix(model).detach()
+    matrix = input_embedding_matrix(model).detach()
+    tokens = tokens[tokens < len(matrix)].unique()
     found = synonym_neighbours(tokens.to(matrix.device), matrix, threshold=threshold)
     return {
         token: (ids.cpu().numpy(), cosines.cpu().numpy())

@@ -65,7 +65,9 @@ class Recording(Protocol):
 
 def make_recorder(model: nn.Module, settings: RecordingSettings, tokenizer: Any | None) -> EmbeddingGradientRecorder:
     """The recorder that [`record_checkpoint`] uses. One for all checkpoints of a training checks and warns once."""
-    return EmbeddingGradientRecorder(unwrap_model(model), **settings.recorder_options(tokenizer))
+    model = unwrap_model(model)
+    layers = settings.chosen_layers(model)
+    return EmbeddingGradientRecorder(model, **settings.recorder_options(tokenizer), layers=layers)
 
 
 def record_checkpoint(

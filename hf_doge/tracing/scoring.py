@@ -5,12 +5,14 @@ Scores of recorded queries against an index: TracIn-WE, https://huggingface.co/p
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from hf_doge.artifacts.influence import IndexReader
+from hf_doge.gradients.layers import ChosenLayers
 from hf_doge.gradients.token_rows import TokenRows
 from hf_doge.tracing.query_rows import RecordedQueries
 
@@ -25,17 +27,19 @@ class TokenParts:
 
     Attributes:
         example_ids (`numpy.ndarray` of shape `(n,)`): The examples.
-        tokens (`numpy.ndarray` of shape `(W,)`): Tokens of the query that have a row at any checkpoint.
+        tokens (`numpy.ndarray` of shape `(W,)`): Tokens of the query that have a row at any checkpoint, then layers.
         parts (`numpy.ndarray` of shape `(num_checkpoints, n, W)`): Adds up to the scores.
         by_example (`list[dict[int, float]]`):
             The same scores by the token of each example, all checkpoints together: another one than the query's where
             synonyms are matched.
+        layer_names (`dict[int, str]`): Names of the tokens that are layers.
     """
 
     example_ids: np.ndarray
     tokens: np.ndarray
     parts: np.ndarray
     by_example: list[dict[int, float]]
+    layer_names: dict[int, str] = field(default_factory=dict)
 
 
 class QueryScorer:
@@ -65,6 +69,9 @@ class QueryScorer:
             self.rows = [reader.metric(place).measured(rows) for place, rows in enumerate(recorded.rows)]
         self._synonyms = recorded.synonyms
         self._excluded = excluded_tokens
+        layers = reader.config.get("layers")
+        self._layer_names = {} if layers is None else ChosenLayers.from_dict(layers, width=reader.width).names()
+        self._layer_rows = np.array([*self._layer_names, reader.vocabulary_size])  # where the rows of each layer begin
         self._query_scales: list[np.ndarray] = []  # the learning rate, and with `cosine` 1 / |g(x)|
         self._example_scales: list[np.ndarray | None] = []  # with `cosine` 1 / |g(x')|
         for position, (checkpoint, rows) in enumerate(zip(reader.checkpoints, self.rows, strict=True)):
@@ -86,7 +93,7 @@ class QueryScorer:
             return squares
         metric = self.reader.metric(checkpoint)
         for query in range(len(squares)):
-            for token, row in zip(*self._plain[checkpoint][query], strict=True):
+            for token, row in zip(*self._words(checkpoint, query), strict=True):
                 near, cosines = self._synonyms[checkpoint][int(token)]
                 held = np.isin(near, metric.tokens)
                 if held.any() and int(token) not in metric.tokens:
@@ -118,14 +125,14 @@ class QueryScorer:
             yield start, self.scores(start, min(start + size, count))
 
     def token_parts(self, query: int, example_ids: np.ndarray) -> TokenParts:
-        """What each token carries of one query's scores with some examples."""
+        """What each token carries of one query's scores with some examples; a layer is the token of its first row."""
         own = [rows.between(query, query + 1) for rows in self.rows]
-        tokens = np.unique(np.concatenate([rows.tokens.numpy() for rows in own]))
+        tokens = np.unique(self._shown(np.concatenate([rows.tokens.numpy() for rows in own])))
         parts = np.zeros((len(own), len(example_ids), len(tokens)))
         by_example: list[dict[int, float]] = [{} for _ in example_ids]
         order = np.argsort(example_ids)
         for checkpoint, rows in enumerate(own):
-            token_ids = rows.tokens.numpy()
+            token_ids, shown = rows.tokens.numpy(), self._shown(rows.tokens.numpy())
             found = self.reader.word_scores(checkpoint, token_ids, self.reader.project(rows.rows), example_ids)
             found = found.astype(np.float64)
             scales = np.full(len(example_ids), self._query_scales[checkpoint][query])
@@ -133,14 +140,25 @@ class QueryScorer:
             if example_scales is not None:
                 scales *= example_scales[example_ids]
             for row, column in zip(*found.nonzero(), strict=True):
-                _add(by_example[row], int(token_ids[column]), found[row, column] * scales[row])
+                _add(by_example[row], int(shown[column]), found[row, column] * scales[row])
             for column, token, examples, values in self._synonym_parts(checkpoint, query, only=example_ids):
                 places = order[np.searchsorted(example_ids, examples, sorter=order)]
                 found[places, column] += values
                 for place, value in zip(places, values.tolist(), strict=True):
                     _add(by_example[place], token, value * scales[place])
-            parts[checkpoint][:, np.searchsorted(tokens, token_ids)] = found * scales[:, None]
-        return TokenParts(example_ids, tokens, parts, by_example)
+            np.add.at(parts[checkpoint].T, np.searchsorted(tokens, shown), (found * scales[:, None]).T)
+        return TokenParts(example_ids, tokens, parts, by_example, self._layer_names)
+
+    def _shown(self, tokens: np.ndarray) -> np.ndarray:
+        """Words as they are, and rows of a layer as its first one."""
+        places = np.searchsorted(self._layer_rows, tokens, side="right")
+        return np.where(places > 0, self._layer_rows[places - 1], tokens)
+
+    def _words(self, checkpoint: int, query: int) -> tuple[Tensor, Tensor]:
+        """The rows of a query's words as they were before any metric: layers have no synonyms."""
+        tokens, rows = self._plain[checkpoint][query]
+        is_word = tokens < self.reader.embedding_shape[0]
+        return tokens[is_word], rows[is_word]
 
     def _synonym_parts(
         self, checkpoint: int, query: int, *, only: np.ndarray | None = None
@@ -148,7 +166,7 @@ class QueryScorer:
         """What matches of different tokens add to a query's scores at a checkpoint, before any scale."""
         if not self._synonyms:
             return
-        tokens, rows = self._plain[checkpoint][query]
+        tokens, rows = self._words(checkpoint, query)
         yield from self.reader.synonym_scores(
             checkpoint,
             tokens,

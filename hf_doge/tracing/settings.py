@@ -2,7 +2,7 @@
 
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
@@ -12,11 +12,12 @@ from torch import nn
 
 from hf_doge.artifacts.influence.manifest import MANIFEST, read_config
 from hf_doge.artifacts.influence.metric import metric_settings
-from hf_doge.checks import check_choice, check_count, check_flag, check_function, check_seed
+from hf_doge.checks import check_choice, check_count, check_flag, check_function, check_seed, show
 from hf_doge.functional.tracin_we import TOP_K_UNITS
 from hf_doge.gradients.embedding import TIED_PARTS
 from hf_doge.gradients.embedding_uses import has_tied_output
 from hf_doge.gradients.example_losses import LOSS_REDUCTIONS, LossFunction
+from hf_doge.gradients.layers import ADAPTERS, EMBEDDING, ChosenLayers, choose_layers
 
 DTYPES = ("float16", "float32", "int8")
 SPECIAL_TOKENS = ("count", "drop")
@@ -25,7 +26,7 @@ AUTO = "auto"
 METRICS = (AUTO, "optimizer", "gradient")
 TIED = (AUTO, *TIED_PARTS)
 RECIPES: dict[str, dict[str, Any]] = {
-    "paper": {"tied": "input", "special_tokens": "count", "metric": "gradient"},
+    "paper": {"tied": "input", "special_tokens": "count", "metric": "gradient", "layers": None},
 }
 
 DEFAULT_MAX_SEGMENT_BYTES = 64 * 2**20
@@ -45,9 +46,25 @@ class RecordingOptions(TypedDict, total=False):
     loss_reduction: str
     loss_fn: LossFunction | None
     metric: str
+    layers: str | Sequence[str] | None
+    projection_dim: int | None
     second_moment: bool | None
     max_segment_bytes: int
     record: str
+
+
+def _check_layers(name: str, value: Any) -> list[str] | None:
+    """Names of layers, each once; `None` where words alone have rows."""
+    given = [value] if isinstance(value, str) else value
+    if given is None:
+        return None
+    is_list = isinstance(given, Sequence) and all(isinstance(one, str) and one.strip() for one in given)
+    if not is_list or len(given) == 0 or len(set(given)) < len(given):
+        raise ValueError(
+            f"`{name}` must be 'embedding', 'adapters', the name of a linear layer, or a list of these, each once, but got"
+            f" {show(value)}."
+        )
+    return None if list(given) == [EMBEDDING] else list(given)
 
 
 def _option(default: Any, check: Callable, *, help: str, flag: bool = True, **more: Any) -> Any:
@@ -123,6 +140,19 @@ class RecordingSettings:
         "Trainer saved in each checkpoint (without save_only_model). auto: of these the one of the optimizer that trained the "
         "model; plain where it has no v, or none was saved. Default: gradient.",
     )
+    layers: list[str] | None = _option(  # noqa: RUF009
+        None,
+        _check_layers,
+        help="Of which parameters gradients are recorded. `embedding`: of words, the paper's. `adapters`: of the matrices of LoRA "
+        "adapters. Else of linear layers, by name, its end (o_proj) or a pattern (*.mlp.*). Only what is listed counts. "
+        "Default: embedding.",
+    )
+    projection_dim: int | None = _option(
+        None,
+        partial(check_count, optional=True),
+        help="Project the gradient of each of the layers at random to at most so many numbers on each of its two sides. "
+        "Default: as many as take no more room than a word; adapters whole.",
+    )
     second_moment: bool | None = _option(
         None,
         partial(check_flag, optional=True),
@@ -146,6 +176,7 @@ class RecordingSettings:
             setattr(self, one.name, one.metadata["check"](one.name, getattr(self, one.name)))
         self._read_second_moment()
         self._follow_recipe()
+        self._check_chosen()
         if self.tied == AUTO and (self.record == "online" or self._counts_positions()):
             self.tied = "input"  # all that these can have
         if self.tied not in ("input", AUTO) and self._counts_positions():
@@ -170,6 +201,32 @@ class RecordingSettings:
                 "`record='online'` records the loss that is trained, but got another as `loss_fn`. Leave it out, or use "
                 "`record='checkpoint'`."
             )
+
+    def _check_chosen(self) -> None:
+        """What goes with layers that have rows."""
+        if self.layers is None:
+            if self.projection_dim is not None:
+                raise ValueError(
+                    "`projection_dim` is about the gradients of layers, but `layers` is None. Name some, or project the rows of"
+                    " words by `projection_width`."
+                )
+            return
+        if self.record == "online":
+            raise ValueError(
+                "`record='online'` catches the gradients of words only, but `layers` names others. Leave it out, or use"
+                " `record='checkpoint'`."
+            )
+        if self.metric == "optimizer" and self.projection_dim is None and set(self.layers) - {EMBEDDING, ADAPTERS}:
+            raise self._refuse_metric()
+        if EMBEDDING in self.layers:
+            return
+        for name, plain in (("top_k_tokens", (None,)), ("tied", (AUTO, "input")), ("special_tokens", ("count",))):
+            if getattr(self, name) not in plain:
+                raise ValueError(
+                    f"`{name}={getattr(self, name)!r}` is about the rows of words, but `layers` is {self.layers}, without"
+                    " 'embedding'. Add that, or leave the other out."
+                )
+        self.tied = "input"
 
     def _read_second_moment(self) -> None:
         """The older name of `metric`."""
@@ -208,11 +265,39 @@ class RecordingSettings:
             model (`nn.Module`): Which is recorded.
             folder (`str` or `os.PathLike`, *optional*): Of the index. One that is there keeps what it was begun with.
         """
+        if self.metric == AUTO and self.layers is not None and not self.chosen_layers(model).is_exact:  # type: ignore[union-attr]
+            warnings.warn(
+                f"`metric='auto'` records plain gradients, as the layers {self.layers} are projected, and the metric of Adam divides"
+                " whole ones. `metric='gradient'` says that the plain ones are meant.",
+                stacklevel=3,
+            )
+            return replace(self, metric="gradient").resolved(model, folder)
         if self.tied != AUTO:
             return self
         if folder is not None and (Path(folder) / MANIFEST).is_file():
             return replace(self, tied=read_config(Path(folder)).get("tied") or "input")
         return replace(self, tied="own" if has_tied_output(model) else "input")
+
+    def chosen_layers(self, model: nn.Module) -> ChosenLayers | None:
+        """
+        The layers of a model that have rows besides its words, or instead of them.
+
+        Raises:
+            ValueError: See [`choose_layers`]; or they are projected, and the metric is that of the optimizer.
+        """
+        if self.layers is None:
+            return None
+        chosen = choose_layers(model, self.layers, projection_dim=self.projection_dim, seed=self.projection_seed)
+        if self.metric == "optimizer" and not chosen.is_exact:
+            raise self._refuse_metric()
+        return chosen
+
+    def _refuse_metric(self) -> ValueError:
+        return ValueError(
+            f"`metric='optimizer'` divides each number of a gradient, so it needs layers that are whole, but {self.layers} are"
+            f" projected (`projection_dim={self.projection_dim}`). Use `metric='gradient'`; or keep them whole by a `projection_dim`"
+            " as large as they are, as adapters are without one."
+        )
 
     def recorder_options(self, tokenizer: Any | None) -> dict[str, Any]:
         """Arguments of [`EmbeddingGradientRecorder`], for training examples and queries alike."""

@@ -139,7 +139,11 @@ def read_ids(tokenizer: PreTrainedTokenizerBase | None, token_ids: Sequence[int]
 
 
 def word_parts(
-    reading: Reading, parts: Mapping[int, float], *, tokenizer: PreTrainedTokenizerBase | None = None
+    reading: Reading,
+    parts: Mapping[int, float],
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    names: Mapping[int, str] | None = None,
 ) -> tuple[list[str], list[float]]:
     """
     The part of a score that each distinct word of a text carries, the largest first.
@@ -155,6 +159,7 @@ def word_parts(
         reading (`Reading`): The query's text.
         parts (`Mapping[int, float]`): Token id -> part of the score.
         tokenizer (`PreTrainedTokenizerBase`, *optional*): Names the tokens that the text does not hold.
+        names (`Mapping[int, str]`, *optional*): Names of what is no token: of layers.
 
     Returns:
         `tuple[list[str], list[float]]`: words and their parts, by falling magnitude; only words with a token of `parts`.
@@ -163,7 +168,10 @@ def word_parts(
     for group, part in position_parts(reading, parts):
         word = reading.word(group)
         totals[word] = totals.get(word, 0.0) + part
-    unseen = sorted(set(parts) - set(reading.token_ids))
+    for token, name in (names or {}).items():
+        if token in parts:
+            totals[name] = totals.get(name, 0.0) + parts[token]
+    unseen = sorted(set(parts) - set(reading.token_ids) - set(names or ()))
     for token, word in zip(unseen, _names(tokenizer, unseen), strict=True):
         totals[word] = totals.get(word, 0.0) + parts[token]
     words = sorted(totals, key=lambda word: -abs(totals[word]))

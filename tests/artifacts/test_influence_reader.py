@@ -405,7 +405,7 @@ def test_a_folder_that_is_no_index_is_refused(tmp_path, rows):
 
 
 CHANGES = {
-    "has format 3.0, but hf_doge": lambda config: config.update(format_version="3.0"),
+    "has format 4.0, but hf_doge": lambda config: config.update(format_version="4.0"),
     "must have int under 'width', but got '8'": lambda config: config.update(width="8"),
     "must have int under 'num_examples', but got None": lambda config: config.pop("num_examples"),
     "must have list under 'checkpoints'": lambda config: config.update(checkpoints={}),

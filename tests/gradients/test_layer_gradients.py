@@ -214,11 +214,24 @@ def test_a_row_of_what_is_trained_is_not_virtual():
 
 def test_chosen_layers_come_back_from_their_description():
     chosen = choose_layers(build(llama_lora), ["embedding", "adapters", "lm_head"], projection_dim=5, seed=3)
-    again = ChosenLayers.from_dict(chosen.to_dict(), num_words=chosen.num_words, width=chosen.width)
+    again = ChosenLayers.from_dict(chosen.to_dict(), width=chosen.width)
     assert again == chosen
     assert again.to_dict() == chosen.to_dict()
     other = choose_layers(build(llama_lora), ["embedding", "adapters", "lm_head"], projection_dim=5, seed=4)
     assert other.to_dict()["sha256"] != chosen.to_dict()["sha256"]
+
+
+def test_rows_without_words_are_as_wide_as_leaves_least_room_unused():
+    model = build(llama, tied=False)
+    assert choose_layers(model, ["embedding", "lm_head"], projection_dim=3).width == 16
+    assert choose_layers(model, ["o_proj"], projection_dim=3).width == 9
+    for chosen in (
+        choose_layers(build(llama_lora), ["adapters"]),  # 2 x 16, 2 x 24 and their mirrors
+        choose_layers(model, ["up_proj", "o_proj"], projection_dim=100),  # 24 x 16, 16 x 16
+    ):
+        sizes = [one.kept[0] * one.kept[1] for one in chosen.layers]
+        assert sum(sizes) <= chosen.num_rows * chosen.width <= 1.15 * sum(sizes)
+        assert chosen.num_rows <= 3 * len(sizes)
 
 
 @pytest.mark.parametrize(

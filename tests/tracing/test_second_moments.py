@@ -10,7 +10,7 @@ from transformers import AutoModelForSequenceClassification, GPT2Config, GPT2For
 from hf_doge.artifacts.influence import IndexReader
 from hf_doge.tracing.after_training import record_dataset
 from hf_doge.tracing.pretrained import load_model
-from hf_doge.tracing.second_moments import saved_second_moments
+from hf_doge.tracing.saved_moments import saved_second_moments
 from hf_doge.tracing.settings import RecordingSettings
 from tests.tiny import VOCAB, tiny_classifier, tiny_gpt2, tiny_llama, tiny_tokenizer
 from tests.tracing.recorded_training import (

@@ -22,6 +22,7 @@ from hf_doge.artifacts.cards.text import (
     table,
 )
 from hf_doge.files import sha256
+from hf_doge.gradients.layers import ChosenLayers
 
 _CONFIGS = ("gradients", "examples", "checkpoints", "offsets", "metric")
 _SETTINGS = (
@@ -41,6 +42,8 @@ _SETTINGS = (
     "projection",
     "vocabulary_size",
 )
+
+_FEW_LAYERS = 12  # that a card lists
 
 # Which uses of a matrix that is tied to the output layer its gradient is of.
 _SIDES = {
@@ -176,6 +179,9 @@ def _render(
         divided=_DIVIDED.get(str(config.get("metric")), ""),
         has_metric="metric" in tables,
         sides=_SIDES.get(str(config.get("tied")), ""),
+        traced=_traced(config),
+        layers=_layers(config),
+        num_words=config["layers"]["embedding_shape"][0] if config.get("layers") else 0,
         columns=", ".join(map(code, tables["examples"].schema.names)) if columns else "",
         numbered=any("number" in one for one in checkpoints),
         has_offsets="offsets" in tables,
@@ -184,6 +190,33 @@ def _render(
         facts=_facts(config),
         settings=json_block({key: config[key] for key in _SETTINGS if key in config}),
     )
+
+
+def _traced(config: Mapping[str, Any]) -> str:
+    """What the gradients are of."""
+    layers = config.get("layers")
+    if layers is None:
+        return "the word embeddings of the model"
+    linear = f"{counted(len(layers['modules']), 'linear layers')} of the model"
+    return f"the word embeddings and {linear}" if layers["embedding"] else linear
+
+
+def _layers(config: Mapping[str, Any]) -> str:
+    """Which numbers the rows of each layer have."""
+    if config.get("layers") is None:
+        return ""
+    chosen = ChosenLayers.from_dict(config["layers"], width=config["width"])
+    firsts, few = list(chosen.names()), chosen.layers[:_FEW_LAYERS]
+    more = len(chosen.layers) - len(few)
+    return table(
+        {
+            "layer": [one.name for one in few],
+            "weight": [" x ".join(map(str, one.shape)) for one in few],
+            "kept": [" x ".join(map(str, one.kept)) for one in few],
+            "first `token_id`": [str(first) for first in firsts[: len(few)]],
+            "rows": [str(chosen.num_rows_of(one)) for one in few],
+        }
+    ) + (f"\n\n{more:,} more are in `config.json`." if more else "")
 
 
 def _facts(config: Mapping[str, Any]) -> str:

@@ -1,24 +1,27 @@
 """
 `config.json` of an influence index: what is in the folder, how it was made, and the sha256 of every file.
 
-Whoever makes an index for others can write anything into it. Its claims are compared with what can be before memory is
-taken or a file is touched; [`segments`], [`segment_reader`] and the reader compare them with the files.
+Whoever makes an index for others can write anything into it. Its claims are compared with what can be ([`check_claims`]) before
+memory is taken or a file is touched; [`segments`], [`segment_reader`] and the reader compare them with the files.
 """
 
 import json
-import math
 import warnings
 from collections.abc import Mapping, Sequence
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path
 from typing import Any
 
 from hf_doge._version import __version__
+from hf_doge.artifacts.influence.claims import check_claims
 from hf_doge.checks import show
 from hf_doge.files import sha256
-from hf_doge.text import parse_json, printable, require_printable
+from hf_doge.text import parse_json, printable
 
 FORMAT_VERSION = "1.0"  # a newer major number tells older readers that they would misread the files
-MEASURED_VERSION = "2.0"  # of an index in the optimizer's metric, the newest that can be read
+MEASURED_VERSION = "2.0"  # of an index in the optimizer's metric
+LAYERS_VERSION = (
+    "3.0"  # of one with rows of layers, whose numbers older readers take for words; the newest that can be read
+)
 MANIFEST = "config.json"
 EXAMPLES_FILE = "examples/train-00000-of-00001.parquet"
 CHECKPOINTS_FILE = "checkpoints/train-00000-of-00001.parquet"
@@ -42,6 +45,7 @@ SETTINGS: dict[str, Any] = {
     "metric": None,
     "second_moment": False,
     "virtual": False,
+    "layers": None,
     "special_token_ids": [],
     "special_tokens": "count",
     "tokenizer": None,
@@ -72,16 +76,6 @@ _FILE_KINDS = {
     "scale": (int, float),
 }
 _OFFSETS_KINDS = {"offsets_path": str, "offsets_sha256": str}
-_METRICS = (None, "auto", "gradient", "optimizer")
-
-_LARGEST = {
-    "width": 2**20,
-    "stored_width": 2**20,
-    "vocabulary_size": 2**26,  # 512 MiB of offsets; vocabularies have some 2 ** 18 tokens
-    "num_examples": 2**40,
-}
-_SAVED_DTYPES = ("float64", "float32", "bfloat16", "float16", "int8", "uint8")
-_LARGEST_PROJECTION = 2**28  # entries, of 8 bytes each
 
 
 def to_json(content: Mapping[str, Any]) -> bytes:
@@ -118,9 +112,9 @@ def parse_config(content: bytes, *, source: str) -> dict[str, Any]:
             f"{source!r} must have a `format_version` such as {FORMAT_VERSION!r}, but got {show(version)}: it does not"
             " belong to an influence index. Choose another folder."
         )
-    if int(major) > int(MEASURED_VERSION.partition(".")[0]):
+    if int(major) > int(LAYERS_VERSION.partition(".")[0]):
         raise ValueError(
-            f"{source!r} has format {printable(version)[:40]}, but hf_doge {__version__} reads up to {MEASURED_VERSION}. Update with"
+            f"{source!r} has format {printable(version)[:40]}, but hf_doge {__version__} reads up to {LAYERS_VERSION}. Update with"
             " `pip install -U hf-doge`."
         )
     _check_kinds(config, _KINDS, source)
@@ -136,7 +130,7 @@ def parse_config(content: bytes, *, source: str) -> dict[str, Any]:
             for file in checkpoint["metric"]:
                 _check_kinds(file, {"path": str, "sha256": str}, place)
         _check_coverage(checkpoint, config["num_examples"], source)
-    _check_claims(config, source=source)
+    check_claims(config, source=source)
     return {**config, "checkpoints": ordered_checkpoints(config["checkpoints"])}
 
 
@@ -199,6 +193,15 @@ def _check_coverage(checkpoint: Mapping[str, Any], num_examples: int, source: st
             f"The files of checkpoint {checkpoint['name']!r} in {source!r} must hold examples 0 to {num_examples - 1}, each"
             " once, but they do not. Fetch it again."
         )
+
+
+def embedding_shape(config: Mapping[str, Any]) -> tuple[int, int]:
+    """
+    Of the matrix of words: `(num_words, width)`. Tokens from `num_words` on, up to `vocabulary_size`, are rows of layers, which may
+    be of another width where words have none.
+    """
+    layers = config.get("layers")
+    return (config["vocabulary_size"], config["width"]) if layers is None else tuple(layers["embedding_shape"])
 
 
 def example_dtype(config: Mapping[str, Any]) -> str:
@@ -314,83 +317,3 @@ def _check_kinds(mapping: Any, kinds: Mapping[str, Any], source: str) -> None:
         if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
             names = " or ".join(one.__name__ for one in (kind if isinstance(kind, tuple) else (kind,)))
             raise ValueError(f"{source!r} must have {names} under {key!r}, but got {value!r:.80}. Fetch it again.")
-
-
-def _check_claims(config: Mapping[str, Any], *, source: str) -> None:
-    """
-    Args:
-        config (`Mapping`): Whose values are of the right types.
-        source (`str`): Its name, for errors.
-
-    Raises:
-        ValueError: A size is impossible or out of all proportion, or a path leads out of the folder.
-    """
-
-    def require(holds: bool, law: str, got: Any) -> None:
-        if not holds:
-            raise ValueError(
-                f"{source!r} {law}, but got {got!r:.80}. It is damaged or was manipulated: fetch it again."
-            )
-
-    for name, largest in _LARGEST.items():
-        require(1 <= config[name] <= largest, f"must have `{name}` in [1, {largest}]", config[name])
-    require(config.get("metric") in _METRICS, f"must have one of {_METRICS} under `metric`", config.get("metric"))
-    projection = config.get("projection")
-    if projection is None:
-        require(config["stored_width"] == config["width"], "must store rows of `width`", config["stored_width"])
-    else:
-        good = isinstance(projection, dict) and projection.get("width") == config["stored_width"]
-        require(good and _is_count(projection.get("seed")), "must have the projection of `stored_width`", projection)
-        entries = config["width"] * config["stored_width"]
-        require(
-            entries <= _LARGEST_PROJECTION, f"must have a projection of at most {_LARGEST_PROJECTION} numbers", entries
-        )
-    for path in config["files"]:
-        require_inside(path, source=source)
-    numbers = [entry.get("number", place) for place, entry in enumerate(config["checkpoints"])]
-    good = all(_is_count(number) and 0 <= number < 2**31 for number in numbers) and len(set(numbers)) == len(numbers)
-    require(good, "must have a `number` of its own for each checkpoint", numbers)
-    for checkpoint in config["checkpoints"]:
-        shown = [checkpoint.get(key) for key in ("name", "revision", "model_class", "fingerprint")]
-        require_printable(f"What {source!r} says of a checkpoint", shown)
-        path = checkpoint.get("path")
-        require(path is None or isinstance(path, str), "must have text or nothing under `path`", path)
-        require(".." not in PurePosixPath(path or "").parts, "must not lead out of the folder by `path`", path)
-        dtypes = checkpoint.get("dtypes")
-        require(dtypes is None or _are_dtypes(dtypes), "must have names of dtypes under `dtypes`", dtypes)
-        rate = checkpoint["learning_rate"]
-        require(math.isfinite(rate) and rate >= 0, "must have finite learning rates of at least 0", rate)
-        for file in (*checkpoint["files"], *checkpoint.get("metric", ())):
-            for key in ("path", "offsets_path"):
-                if file.get(key) is not None:
-                    require_inside(file[key], source=source)
-        for file in checkpoint["files"]:
-            require(file["num_examples"] >= 1, "must have examples in each file", file["num_examples"])
-            most = file["num_examples"] * config["vocabulary_size"]
-            require(
-                0 <= file["num_rows"] <= most, f"must have at most {most} rows in {file['path']!r}", file["num_rows"]
-            )
-            scale = file["scale"]
-            require(math.isfinite(scale) and scale > 0, "must have finite scales above 0", scale)
-
-
-def require_inside(path: str, *, source: str) -> None:
-    """
-    Raises:
-        ValueError: The path of a file of an index is not plainly within the folder, on any system.
-    """
-    parts, windows = PurePosixPath(path).parts, PureWindowsPath(path)
-    anchored = windows.drive or windows.root  # which `/` is as well
-    if anchored or "\\" in path or "\0" in path or ".." in parts or not parts:
-        raise ValueError(f"Files in {source!r} must lie in the folder, but got {path!r}.")
-
-
-def _are_dtypes(dtypes: Any) -> bool:
-    others = dtypes.get("parameters") if isinstance(dtypes, dict) else None
-    if not isinstance(others, dict):
-        return False
-    return all(kind in _SAVED_DTYPES for kind in (dtypes.get("loaded"), dtypes.get("default"), *others.values()))
-
-
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from hf_doge.artifacts.influence.manifest import (
     FORMAT_VERSION,
+    LAYERS_VERSION,
     MEASURED_VERSION,
     SETTINGS,
     checkpoint_number,
@@ -59,13 +60,15 @@ def with_metric(config: Mapping[str, Any], metric: str, why: str | None) -> dict
     return {
         **config,
         **metric_settings(metric),
-        "format_version": version_of({"metric": metric}),
+        "format_version": version_of({**config, "metric": metric}),
         "metadata": {name: value for name, value in told.items() if name != "metric" or why is not None},
     }
 
 
 def version_of(config: Mapping[str, Any]) -> str:
-    """The format of an index: older readers would take rows in the optimizer's metric for others."""
+    """The format of an index: older readers would take rows in the optimizer's metric, or of layers, for others."""
+    if config.get("layers") is not None:
+        return LAYERS_VERSION
     return MEASURED_VERSION if config.get("metric") == "optimizer" else FORMAT_VERSION
 
 

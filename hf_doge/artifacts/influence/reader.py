@@ -16,6 +16,7 @@ from hf_doge.artifacts.influence.examples import check_number_of_examples, read_
 from hf_doge.artifacts.influence.manifest import (
     MANIFEST,
     check_files,
+    embedding_shape,
     read_config,
     recorded_checksums,
     require_checkpoints,
@@ -45,7 +46,7 @@ class IndexReader:
 
     Attributes:
         folder (`Path`), config (`dict`): The index, and the content of its config.json.
-        num_examples, width, stored_width, vocabulary_size (`int`).
+        num_examples, width, stored_width, vocabulary_size (`int`), embedding_shape (`tuple[int, int]`).
         checkpoints (`list[dict]`): Name, step, epoch, learning rate, path, revision, model class, fingerprint of each.
     """
 
@@ -57,6 +58,7 @@ class IndexReader:
         self.width: int = config["width"]
         self.stored_width: int = config["stored_width"]
         self.vocabulary_size: int = config["vocabulary_size"]
+        self.embedding_shape = embedding_shape(config)
         self.checkpoints = [
             {key: value for key, value in entry.items() if key != "files"} for entry in config["checkpoints"]
         ]
@@ -75,10 +77,8 @@ class IndexReader:
 
         Args:
             folder (`str` or `os.PathLike`): As written by [`IndexWriter`].
-            cache_dir (`str` or `os.PathLike`, *optional*):
-                Where the memory maps go, about as large as the rows. `$HF_HOME/hf_doge` when left out.
-            verify (`bool`):
-                Check the sha256 of every file. That they are there is always checked, and rows when maps are made.
+            cache_dir (`str` or `os.PathLike`, *optional*): Of the memory maps, as large as the rows; `$HF_HOME/hf_doge` if left out.
+            verify (`bool`): Check the sha256 of every file. That they are there is always checked, and rows when maps are made.
 
         Raises:
             FileNotFoundError: A file is missing. Names it.

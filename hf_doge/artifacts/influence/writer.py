@@ -45,6 +45,7 @@ from hf_doge.artifacts.influence.manifest import (
     SETTINGS,
     TABLE_FOLDERS,
     check_checkpoint_name,
+    embedding_shape,
     example_dtype,
     next_checkpoint_number,
     ordered_checkpoints,
@@ -67,16 +68,15 @@ class IndexWriter:
 
     Args:
         folder (`str` or `os.PathLike`): New, empty, or an influence index.
-        width (`int`): Width of the embedding matrix.
-        vocabulary_size (`int`): Its number of rows.
+        width (`int`): Of a row: of the embedding matrix, unless layers have rows and words have none.
+        vocabulary_size (`int`): Its number of rows, and behind them those of layers (`layers` of the settings).
         num_examples (`int`): Training examples, numbered from 0.
         dtype (`str`):
             `"float16"` (times a power of two for each segment, so that tiny gradients stay), `"float32"` or `"int8"`
             (with a float32 scale for each row).
         projection_width (`int`, *optional*): Store rows projected to this width at random; not when left out.
         projection_seed (`int`): Seed of the projection, the same for all rows and later queries.
-        max_segment_bytes (`int`):
-            Rows, in float32, that are gathered before they are written. Memory is bounded by about five times this.
+        max_segment_bytes (`int`): Rows, in float32, gathered before they are written. Memory is bounded by about five times this.
         settings (`Mapping`, *optional*): What config.json says of how the rows were made, see `SETTINGS` in
             `hf_doge.artifacts.influence.manifest`.
         add_examples (`bool`):
@@ -148,7 +148,7 @@ class IndexWriter:
                 versions = {"format_version": version_of(asked), "hf_doge_version": __version__}
                 self.config = {**versions, **asked, "checkpoints": [], "files": {}}
                 self._replace(self.config, {})
-            self.projection = recorded_projection(self.config)
+            self.projection, self._embedding_shape = recorded_projection(self.config), embedding_shape(self.config)
             if self.config["checkpoints"] and any(self.folder.glob(f"{STAGED_PREFIX}*")):
                 self._replace_all(self.config)  # README.md was interrupted behind config.json
         except BaseException:
@@ -178,7 +178,7 @@ class IndexWriter:
         present = writer.config["num_examples"]
         writer.num_examples = num_examples or present
         writer.first_example = present if writer.num_examples > present else 0
-        writer.projection = recorded_projection(writer.config)
+        writer.projection, writer._embedding_shape = recorded_projection(writer.config), embedding_shape(writer.config)
         return writer
 
     def _to_grow(self, asked: dict[str, Any]) -> dict[str, Any]:
@@ -241,7 +241,7 @@ class IndexWriter:
         Raises:
             ValueError: The embedding matrix of a model has another shape than that of the index.
         """
-        expected, shape = (self.config["vocabulary_size"], self.config["width"]), tuple(matrix.shape)
+        expected, shape = self._embedding_shape, tuple(matrix.shape)
         if shape != expected:
             raise ValueError(
                 f"All checkpoints of an index must have one shape of embeddings, {expected} here, but `{model_class}` has"

@@ -1,0 +1,133 @@
+"""What config.json of an index may claim: whoever makes one for others can write anything into it."""
+
+import math
+from collections.abc import Mapping
+from pathlib import PurePosixPath, PureWindowsPath
+from typing import Any
+
+from hf_doge.text import require_printable
+
+_METRICS = (None, "auto", "gradient", "optimizer")
+_LARGEST = {
+    "width": 2**20,
+    "stored_width": 2**20,
+    "vocabulary_size": 2**26,  # 512 MiB of offsets; vocabularies have some 2 ** 18 tokens
+    "num_examples": 2**40,
+}
+_SAVED_DTYPES = ("float64", "float32", "bfloat16", "float16", "int8", "uint8")
+_LARGEST_PROJECTION = 2**28  # entries, of 8 bytes each
+
+
+def check_claims(config: Mapping[str, Any], *, source: str) -> None:
+    """
+    Refuse what no index can have.
+
+    Args:
+        config (`Mapping`): Whose values are of the right types.
+        source (`str`): Its name, for errors.
+
+    Raises:
+        ValueError: A size is impossible or out of all proportion, or a path leads out of the folder.
+    """
+
+    def require(holds: bool, law: str, got: Any) -> None:
+        if not holds:
+            raise ValueError(
+                f"{source!r} {law}, but got {got!r:.80}. It is damaged or was manipulated: fetch it again."
+            )
+
+    for name, largest in _LARGEST.items():
+        require(1 <= config[name] <= largest, f"must have `{name}` in [1, {largest}]", config[name])
+    require(config.get("metric") in _METRICS, f"must have one of {_METRICS} under `metric`", config.get("metric"))
+    projection = config.get("projection")
+    if projection is None:
+        require(config["stored_width"] == config["width"], "must store rows of `width`", config["stored_width"])
+    else:
+        good = isinstance(projection, dict) and projection.get("width") == config["stored_width"]
+        require(good and _is_count(projection.get("seed")), "must have the projection of `stored_width`", projection)
+        entries = config["width"] * config["stored_width"]
+        require(
+            entries <= _LARGEST_PROJECTION, f"must have a projection of at most {_LARGEST_PROJECTION} numbers", entries
+        )
+    if config.get("layers") is not None:
+        require(_are_layers(config), "must have layers whose rows are numbered behind the words", config["layers"])
+    for path in config["files"]:
+        require_inside(path, source=source)
+    numbers = [entry.get("number", place) for place, entry in enumerate(config["checkpoints"])]
+    good = all(_is_count(number) and 0 <= number < 2**31 for number in numbers) and len(set(numbers)) == len(numbers)
+    require(good, "must have a `number` of its own for each checkpoint", numbers)
+    for checkpoint in config["checkpoints"]:
+        shown = [checkpoint.get(key) for key in ("name", "revision", "model_class", "fingerprint")]
+        require_printable(f"What {source!r} says of a checkpoint", shown)
+        path = checkpoint.get("path")
+        require(path is None or isinstance(path, str), "must have text or nothing under `path`", path)
+        require(".." not in PurePosixPath(path or "").parts, "must not lead out of the folder by `path`", path)
+        dtypes = checkpoint.get("dtypes")
+        require(dtypes is None or _are_dtypes(dtypes), "must have names of dtypes under `dtypes`", dtypes)
+        rate = checkpoint["learning_rate"]
+        require(math.isfinite(rate) and rate >= 0, "must have finite learning rates of at least 0", rate)
+        for file in (*checkpoint["files"], *checkpoint.get("metric", ())):
+            for key in ("path", "offsets_path"):
+                if file.get(key) is not None:
+                    require_inside(file[key], source=source)
+        for file in checkpoint["files"]:
+            require(file["num_examples"] >= 1, "must have examples in each file", file["num_examples"])
+            most = file["num_examples"] * config["vocabulary_size"]
+            require(
+                0 <= file["num_rows"] <= most, f"must have at most {most} rows in {file['path']!r}", file["num_rows"]
+            )
+            scale = file["scale"]
+            require(math.isfinite(scale) and scale > 0, "must have finite scales above 0", scale)
+
+
+def require_inside(path: str, *, source: str) -> None:
+    """
+    Raises:
+        ValueError: The path of a file of an index is not plainly within the folder, on any system.
+    """
+    parts, windows = PurePosixPath(path).parts, PureWindowsPath(path)
+    anchored = windows.drive or windows.root  # which `/` is as well
+    if anchored or "\\" in path or "\0" in path or ".." in parts or not parts:
+        raise ValueError(f"Files in {source!r} must lie in the folder, but got {path!r}.")
+
+
+def _are_layers(config: Mapping[str, Any]) -> bool:
+    """Whether `layers` are as [`ChosenLayers.to_dict`] has them, with as many rows as there are numbers for."""
+    layers, width = config["layers"], config["width"]
+    modules = layers.get("modules") if isinstance(layers, dict) else None
+    if not isinstance(modules, list) or not modules or not all(_is_layer(one) for one in modules):
+        return False
+    if len({one["name"] for one in modules}) < len(modules) or not isinstance(layers.get("embedding"), bool):
+        return False
+    matrix, seed = layers.get("embedding_shape"), layers.get("seed")
+    if not (
+        isinstance(matrix, list) and len(matrix) == 2 and all(map(_is_count, [*matrix, seed])) and min(matrix) >= 1
+    ):
+        return False
+    num_rows = sum(-(-one["kept"][0] * one["kept"][1] // width) for one in modules)
+    fits = width == matrix[1] or not layers["embedding"]
+    return fits and matrix[0] + num_rows == config["vocabulary_size"] and isinstance(layers.get("sha256"), str)
+
+
+def _is_layer(one: Any) -> bool:
+    if not isinstance(one, dict) or not isinstance(one.get("name"), str):
+        return False
+    require_printable("The name of a layer", [one["name"]])
+    shape, kept = one.get("shape"), one.get("kept")
+    sizes = [*shape, *kept] if isinstance(shape, list) and isinstance(kept, list) else []
+    if len(sizes) != 4 or not all(map(_is_count, sizes)):
+        return False
+    return all(
+        1 <= small <= whole <= _LARGEST["vocabulary_size"] for small, whole in zip(kept, shape, strict=True)
+    ) and all(small == whole or small * whole <= _LARGEST_PROJECTION for small, whole in zip(kept, shape, strict=True))
+
+
+def _are_dtypes(dtypes: Any) -> bool:
+    others = dtypes.get("parameters") if isinstance(dtypes, dict) else None
+    if not isinstance(others, dict):
+        return False
+    return all(kind in _SAVED_DTYPES for kind in (dtypes.get("loaded"), dtypes.get("default"), *others.values()))
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
