@@ -14,6 +14,8 @@ plateau of the first losses much longer than others, and the spread between seed
 - `catalan`, `dutch`: the other languages of `multilingual/` for a language that is not among them.
 - `one_kin`: Catalan from three languages, of which one is near, and five kinds of English text.
 - `universal`: the eight kinds of English text in `lm/`, for themselves.
+- `continued`: as `one_kin`, but all training, that of the proxies too, goes on from one model that was trained on three other kinds of
+  English text for 2,000 steps, as users come with a pretrained model. Such runs have no first plateau to leave at a time of their own.
 
 The last line is JSON: for each setting the paired change of perplexity in percent against uniform with its 95 % interval, by
 arm and measure, and the CPU seconds of each route (those of parts that this call found finished are read from their folder).
@@ -31,10 +33,11 @@ from hf_doge.evaluation.comparison import Comparison
 
 LANGUAGES = ("ca", "de", "en", "es", "fr", "it", "nl")
 ENGLISH = ("arxiv_latex", "books", "code", "legal", "news", "qa", "web", "wikipedia")
-TRAINING = (
-    *("--train_tokenizer_vocab=2048", "--block_size=128", "--per_device_train_batch_size=16", "--learning_rate=5e-3"),
-    *("--lr_scheduler_type=cosine", "--max_validation_tokens=60000", "--use_cpu", "--report_to=none", "--disable_tqdm=true"),
+BATCHES = (
+    *("--block_size=128", "--per_device_train_batch_size=16", "--lr_scheduler_type=cosine"),
+    *("--max_validation_tokens=30000", "--use_cpu", "--report_to=none", "--disable_tqdm=true"),
 )
+TRAINING = ("--train_tokenizer_vocab=2048", "--learning_rate=5e-3", *BATCHES)
 SEEDS = tuple(range(11, 19))
 # Sources, target, and the source that the control gives half the weight.
 SETTINGS = {
@@ -43,6 +46,8 @@ SETTINGS = {
     "one_kin": (("ca", "es", "de", "nl", "code", "arxiv_latex", "legal", "news", "qa"), "ca", "code"),
     "universal": (ENGLISH, None, "code"),
 }
+SETTINGS["continued"] = SETTINGS["one_kin"]
+PRETRAINING = ("books", "web", "wikipedia")  # and a tokenizer for all but the target
 
 
 def main() -> None:
@@ -69,9 +74,11 @@ def run_setting(name: str, args: argparse.Namespace) -> dict:
     names, target, far = SETTINGS[name]
     folder = args.output_dir / name
     sources = [one for one in names if one != target]
+    start = [*TRAINING, f"--model_size={args.model_size}"]
+    if name == "continued":
+        start = pretrain(args, folder / "pretrained", without=target)
     common = [
-        *(f"--data_dir={link_data(args.data_dir, folder / 'data', names)}", *TRAINING),
-        *(f"--max_steps={args.max_steps}", f"--model_size={args.model_size}"),
+        *(f"--data_dir={link_data(args.data_dir, folder / 'data', names)}", *start, f"--max_steps={args.max_steps}"),
         *(["--target", target] if target else []),
     ]
     seconds = {}
@@ -86,7 +93,7 @@ def run_setting(name: str, args: argparse.Namespace) -> dict:
         kept = [
             flag
             for flag in common
-            if flag.partition("=")[0] in ("--data_dir", "--train_tokenizer_vocab", "--block_size")
+            if flag.partition("=")[0] in ("--data_dir", "--train_tokenizer_vocab", "--tokenizer", "--block_size")
         ]
         seconds["estimated"] = run("estimate", [*kept, "--target", target, f"--output_dir={estimate}"], estimate)
     adapt = ["--adapt_steps", "24", "98"] if target else []
@@ -115,6 +122,19 @@ def run_setting(name: str, args: argparse.Namespace) -> dict:
     }
     weights = {arm.partition("=")[0]: weights_in(Path(arm.partition("=")[2])) for arm in arms}
     return {"seeds": len(comparison.seeds), "change_percent": changes, "cpu_seconds": seconds, "weights": weights}
+
+
+def pretrain(args: argparse.Namespace, folder: Path, *, without: str) -> list[str]:
+    """The flags of a training that goes on from a model, which is trained here."""
+    names = tuple(name for name in dict.fromkeys((*LANGUAGES, *ENGLISH)) if name not in (without, "en"))
+    rest = ["--weights=uniform", f"--model_size={args.model_size}", "--save_strategy=no"]
+    data = link_data(args.data_dir, folder / "all", names)
+    few = ["--max_train_tokens=400000", "--max_steps=1", f"--data_dir={data}"]
+    run("train", [*TRAINING[:1], *BATCHES, *few, *rest, f"--output_dir={folder / 'first'}"], folder / "first")
+    tokenizer = f"--tokenizer={folder / 'first' / 'tokenizer'}"
+    flags = [tokenizer, *BATCHES, f"--data_dir={link_data(args.data_dir, folder / 'english', PRETRAINING)}", *rest]
+    run("train", [*flags, "--learning_rate=5e-3", "--max_steps=2000", f"--output_dir={folder}"], folder)
+    return [tokenizer, f"--model_name_or_path={folder}", *BATCHES, "--learning_rate=2e-3"]
 
 
 def link_data(data_dir: Path, folder: Path, names: tuple[str, ...]) -> Path:

@@ -36,7 +36,7 @@ SELF_TERMS: dict[bool | str, bool | str] = {
 SCORE_METRICS = ("gradient", "optimizer")
 MEAN_WEIGHTINGS = ("steps", "inverse_variance")
 _MU = 0.01  # of the paper's universal runs
-_MU_IN_NATS = 10.0  # of "doge_plus"
+_MU_IN_NATS = 3.0  # of "doge_plus"
 ALIGNMENTS = ("auto", "single_pass", "per_domain", "streamed")
 
 
@@ -101,7 +101,7 @@ class DoGEConfig(TrainingArguments):
     | a domain compared with itself | yes | no: the target is held out | across halves of its examples only |
     | each domain's gradient | as it is | clipped alone to `max_grad_norm` | as it is |
     | target | the step's train domains, or a target set | a target set (held-out mix or out-of-domain) | either |
-    | `mu` | 0.01 | 0.01 | 10 nats |
+    | `mu` | 0.01 | 0.01 | 3 nats |
     | weights | as the scores make them | as the scores make them | shrunk by the noise of the scores |
 
     In all of them the new weights step the model, and the result is the mean of the weights after every update.
@@ -142,7 +142,7 @@ class DoGEConfig(TrainingArguments):
         metadata={
             "help": "Bregman coefficient of the weight update, exp(learning_rate * score / mu), or exp(score / mu) with "
             "`score_metric='optimizer'`. Smaller means faster weights. Must be > 0. The paper's runs use 0.01 (universal), "
-            "0.05 and 0.001 (out-of-domain). Default: what the recipe says, 0.01 or, 'doge_plus', 10 nats."
+            "0.05 and 0.001 (out-of-domain). Default: what the recipe says, 0.01 or, 'doge_plus', 3 nats."
         },
     )
     score_metric: str | None = field(
