@@ -54,16 +54,24 @@ REMOVED = ("late_paper", "late_default", "sentence_embedding")
 
 
 class Trimmed(nn.Module):
-    """A model that reads no column which is padding in the whole batch."""
+    """
+    The same model, quicker to train: it reads no column that is padding in the whole batch, and has no words but `used` ones.
 
-    def __init__(self, model: nn.Module) -> None:
+    Adam without weight decay never moves the others, so what is trained is the same.
+    """
+
+    def __init__(self, model: nn.Module, used: Tensor) -> None:
         super().__init__()
         self.model = model
+        words = model.get_input_embeddings()
+        self.register_buffer("places", torch.zeros(len(words.weight), dtype=torch.long))
+        self.places[used] = torch.arange(len(used))
+        model.set_input_embeddings(nn.Embedding.from_pretrained(words.weight.detach()[used], freeze=False))
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Any:
         """As that of the model."""
         width = int(attention_mask.sum(dim=1).max())
-        return self.model(input_ids=input_ids[:, :width], attention_mask=attention_mask[:, :width])
+        return self.model(input_ids=self.places[input_ids[:, :width]], attention_mask=attention_mask[:, :width])
 
 
 class Trial:
@@ -107,7 +115,8 @@ class Trial:
     def make_model(self, seed: int) -> nn.Module:
         """A pretrained model whose head depends on the seed."""
         torch.manual_seed(seed)
-        return Trimmed(without_dropout(minilm(self.args.output_dir / "minilm", num_labels=self.num_labels)[0]))
+        model = without_dropout(minilm(self.args.output_dir / "minilm", num_labels=self.num_labels)[0])
+        return Trimmed(model, torch.cat([self.train["input_ids"], self.points["input_ids"]]).unique())
 
     def train_fn(self, removed: tuple[int, ...], seed: int) -> Callable[[int], float]:
         """Margins of the predicted classes after a retraining."""
