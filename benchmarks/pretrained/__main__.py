@@ -44,6 +44,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--epochs", type=int, default=None)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--num_subsets", type=int, default=48, help="lds: random halves of the training set.")
+    parser.add_argument("--balanced_subsets", type=int, default=48, help="lds: the same with half of each class.")
     parser.add_argument("--retraining_seeds", type=int, default=1, help="lds: so many retrainings of each half.")
     parser.add_argument("--deletion_points", type=int, default=8, help="lds: test points whose strongest are removed.")
     args = parser.parse_args(argv)

@@ -4,7 +4,8 @@ Which scorer tells what a fine-tuned encoder would have become without some of i
 MiniLM with a new head, 240 questions of six sources (see `minilm`), three epochs of AdamW at 1e-4, batches of 16, no dropout.
 30 held-out questions are traced for what the model predicts. By scorer:
 
-- `lds`: the linear datamodelling score over random halves of the training set, mean over the 30 points, and its 95 % interval.
+- `lds`: the linear datamodelling score over random halves of the training set, mean over the 30 points, and its 95 % interval;
+  `lds_balanced`: over halves that have half of each class, so that the number of examples of a class explains nothing.
   The output is the margin of the predicted class. A retraining's initial weights and batches depend on its seed alone; a removed
   example leaves its place empty;
 - `removed`: of the first points (`--deletion_points`), the change of the predicted class's probability, in points, when the 10
@@ -140,31 +141,33 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     accuracy = round(float((trial.predicted == trial.labels[trial.num_train :]).mean()), 3)
     print(f"{accuracy=}, points of each class: {np.bincount(trial.predicted, minlength=trial.num_labels)}", flush=True)
     scores, costs = all_scores(trial)
-    result = linear_datamodelling_score(
-        scores,
-        trial.train_fn,
-        num_subsets=args.num_subsets,
-        seeds=range(1, args.retraining_seeds + 1),
-        output_dir=trial.folder / "lds",
-        identity=trial.identity(),
-    )
-    result.save(trial.folder / "lds")
-    print(result.to_markdown(), flush=True)
-    agreement = result.agreement()
-    beyond = result.differences("same_label")
-    figures: dict[str, Any] = {
-        name: {"lds": rounded(values), "lds_less_same_label": rounded(beyond.get(name)), "epochs": costs[name]}
-        for name, values in result.summary().items()
-    }
-    for name, change in removals(trial, scores).items():
-        figures.setdefault(name, {})["removed"] = change
+    figures: dict[str, Any] = {name: {"epochs": costs[name]} for name in scores}
+    agreements = {}
+    for kind, number, strata, control in (
+        ("lds", args.num_subsets, None, "same_label"),
+        ("lds_balanced", args.balanced_subsets, trial.own, "class_random"),
+    ):
+        result = linear_datamodelling_score(
+            scores,
+            trial.train_fn,
+            num_subsets=number,
+            seeds=range(1, args.retraining_seeds + 1),
+            strata=strata,
+            output_dir=trial.folder / "lds",
+            identity=trial.identity(),
+        )
+        result.save(trial.folder / kind)
+        print(result.to_markdown(), flush=True)
+        agreements[kind] = None if len(result.seeds) == 1 else round(float(result.agreement().mean()), 3)
+        beyond = result.differences(control)
+        for name, values in result.summary().items():
+            figures[name] |= {kind: rounded(values), f"{kind}_less_{control}": rounded(beyond.get(name))}
+    if args.deletion_points:
+        for name, change in removals(trial, scores).items():
+            figures.setdefault(name, {})["removed"] = change
     for name, values in figures.items():
         print(name, values, flush=True)
-    return {
-        "accuracy": accuracy,
-        "agreement": None if agreement is None else round(float(agreement.mean()), 3),
-        **figures,
-    }
+    return {"accuracy": accuracy, "agreement": agreements, **figures}
 
 
 def all_scores(trial: Trial) -> tuple[dict[str, np.ndarray], dict[str, float]]:

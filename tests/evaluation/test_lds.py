@@ -87,6 +87,20 @@ def test_subsets_are_drawn_by_their_number_without_replacement():
     assert kept.any(axis=0).all()
 
 
+def test_every_subset_has_the_same_part_of_each_stratum_and_a_score_of_the_class_then_says_nothing():
+    labels = ["a", "b", "b"] * 4
+    kept = draw_subsets(12, 20, strata=labels)
+    assert (kept[:, np.array(labels) == "a"].sum(axis=1) == 2).all()
+    assert (kept.sum(axis=1) == 6).all()
+    assert len({row.tobytes() for row in kept}) > 15
+    same = np.tile(np.array(labels) == "b", (NUM_POINTS, 1))
+    result = run(scores={"same label": same, "effects": EFFECTS}, strata=labels)
+    assert (result.lds("same label") == 0).all()
+    np.testing.assert_allclose(result.lds("effects"), 1)
+    with pytest.raises(ValueError, match="one group for each of the 12 examples"):
+        run(strata=labels[:5])
+
+
 @pytest.mark.parametrize("cut", [0, 7])
 def test_an_interrupted_evaluation_continues_where_it_stopped(tmp_path, cut):
     first, second, whole = Training(fail_after=5), Training(), Training()

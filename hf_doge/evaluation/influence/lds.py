@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from hf_doge.checks import check_count, check_number, check_seed
+from hf_doge.checks import check_count, check_number, check_seed, show
 from hf_doge.evaluation.influence.case_deletion import check_scores
 from hf_doge.evaluation.influence.journal import RetrainingJournal, SubsetKey
 from hf_doge.evaluation.influence.lds_result import LDSResult
@@ -36,6 +36,7 @@ def linear_datamodelling_score(
     alpha: float = 0.5,
     seeds: Sequence[int] = (1,),
     subset_seed: int = 0,
+    strata: Sequence[Any] | None = None,
     output_dir: str | Path | None = None,
     identity: Mapping[str, Any] | None = None,
 ) -> LDSResult:
@@ -59,6 +60,9 @@ def linear_datamodelling_score(
             Distinct seeds of the retrainings; f is the mean over them. With two or more the result says how far they
             agree, which bounds what any scorer can reach.
         subset_seed (`int`): Seeds the subsets. The first ones are the same however many there are.
+        strata (`Sequence`, *optional*):
+            The group of each training example, such as its label: every subset then has the part `alpha` of each group. So what
+            a scorer finds beyond the class is measured: the number of examples of a class explains nothing any more.
         output_dir (`str` or `Path`, *optional*): Folder of finished retrainings, made when it does not exist.
         identity (`Mapping`, *optional*):
             Plain values that must be equal for two evaluations to share a folder: data, model, recipe, points, f.
@@ -72,7 +76,7 @@ def linear_datamodelling_score(
     """
     num_points, num_examples = check_scores(scores)
     seeds = _check_seeds(seeds)
-    kept = draw_subsets(num_examples, num_subsets, alpha=alpha, seed=subset_seed)
+    kept = draw_subsets(num_examples, num_subsets, alpha=alpha, seed=subset_seed, strata=strata)
     journal = RetrainingJournal(
         None if output_dir is None else Path(output_dir) / JOURNAL,
         identity={
@@ -99,7 +103,9 @@ def linear_datamodelling_score(
     )
 
 
-def draw_subsets(num_examples: int, num_subsets: int, *, alpha: float = 0.5, seed: int = 0) -> np.ndarray:
+def draw_subsets(
+    num_examples: int, num_subsets: int, *, alpha: float = 0.5, seed: int = 0, strata: Sequence[Any] | None = None
+) -> np.ndarray:
     """
     Random subsets of equal size, drawn without replacement.
 
@@ -108,6 +114,7 @@ def draw_subsets(num_examples: int, num_subsets: int, *, alpha: float = 0.5, see
         num_subsets (`int`): M, at least 2.
         alpha (`float`): Part of the examples in each, between 0 and 1.
         seed (`int`): Seeds the draw. Subset m is the same for every M > m.
+        strata (`Sequence`, *optional*): The group of each example, of which `alpha` is drawn each, rounded to whole examples.
 
     Returns:
         `numpy.ndarray` of shape `(M, N)` and dtype bool: which examples each subset has.
@@ -119,14 +126,21 @@ def draw_subsets(num_examples: int, num_subsets: int, *, alpha: float = 0.5, see
     num_subsets = check_count("num_subsets", num_subsets, least=2)
     alpha = check_number("alpha", alpha, above=0, below=1)
     seed = check_seed("subset_seed", seed, least=0)
-    size = round(alpha * num_examples)
-    if not 0 < size < num_examples:
+    if strata is not None and np.shape(strata) != (num_examples,):
         raise ValueError(
-            f"`alpha` must leave at least one of the {num_examples} examples in and one out, but {alpha:g} keeps {size}."
+            f"`strata` must have one group for each of the {num_examples} examples, but got {show(strata)}."
+        )
+    groups = np.unique(np.zeros(num_examples) if strata is None else strata, return_inverse=True)[1]
+    sizes = [round(alpha * count) for count in np.bincount(groups).tolist()]
+    if not 0 < sum(sizes) < num_examples:
+        raise ValueError(
+            f"`alpha` must leave at least one of the {num_examples} examples in and one out, but {alpha:g} keeps {sum(sizes)}."
         )
     kept = np.zeros((num_subsets, num_examples), dtype=bool)
     for subset, row in enumerate(kept):
-        row[np.random.default_rng([seed, subset]).permutation(num_examples)[:size]] = True
+        order = np.random.default_rng([seed, subset]).permutation(num_examples)
+        for group, size in enumerate(sizes):
+            row[order[groups[order] == group][:size]] = True
     return kept
 
 
