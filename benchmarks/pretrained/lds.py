@@ -14,8 +14,10 @@ MiniLM with a new head, 240 questions of six sources (see `minilm`), three epoch
 - `epochs`: CPU time of recording and scoring, in epochs of the fine-tuning, measured in the same run.
 
 Scorers named `late_...` look at the ends of the three epochs, `early_...` at the thirds of the first; `default` is what an
-index does today, `paper` is `recipe="paper"`. Those that know the classes stand below: `same_label` is 1 for examples of the
-predicted class, `class_random` draws among them. Finished retrainings are kept in the output folder.
+index does today, `paper` is `recipe="paper"`; `last_layer` is TracIn at the ends of the epochs. Those that know the classes
+stand below: `same_label` is 1 for examples of the predicted class, `class_...` a score among them and 0 elsewhere (of
+`class_random` drawn evenly), `signed_...` a score among them and minus it elsewhere. Finished retrainings, indices and scores
+are kept in the output folder, so that the command continues.
 """
 
 import argparse
@@ -36,7 +38,7 @@ from benchmarks.pretrained.packaged_models import minilm
 from hf_doge.evaluation.influence.case_deletion import FULL, strongest
 from hf_doge.evaluation.influence.journal import RetrainingJournal, RetrainingKey
 from hf_doge.evaluation.influence.lds import class_margins, linear_datamodelling_score, retrain
-from hf_doge.evaluation.influence.scorers import BM25Scorer, RandomScorer, TracInLastScorer
+from hf_doge.evaluation.influence.scorers import BM25Scorer, TracInLastScorer
 from hf_doge.evaluation.influence.small_models import TrainingRecipe, to_batches, train_classifier
 from hf_doge.evaluation.intervals import bootstrap_interval
 
@@ -141,6 +143,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     accuracy = round(float((trial.predicted == trial.labels[trial.num_train :]).mean()), 3)
     print(f"{accuracy=}, points of each class: {np.bincount(trial.predicted, minlength=trial.num_labels)}", flush=True)
     scores, costs = all_scores(trial)
+    scores |= (known := controls(trial, scores))
+    costs |= dict.fromkeys(known.keys() - costs.keys(), 0.0)
     figures: dict[str, Any] = {name: {"epochs": costs[name]} for name in scores}
     agreements = {}
     for kind, number, strata, control in (
@@ -216,15 +220,25 @@ def all_scores(trial: Trial) -> tuple[dict[str, np.ndarray], dict[str, float]]:
         return (rows[trial.num_train :] @ rows[: trial.num_train].T).numpy()
 
     note("sentence_embedding", nearest)
-    note("random", lambda: RandomScorer(seed=0).scores(train, points))
-    same = (trial.own[None] == trial.predicted[:, None]).astype(float)
-    note("same_label", lambda: same)
-    note("class_random", lambda: same * np.random.default_rng(0).uniform(size=same.shape))
-    note("class_bm25", lambda: same * scores["bm25"])
-    note("class_sentence_embedding", lambda: same * (1 + scores["sentence_embedding"]))
     np.savez(files[0], **scores)
     files[1].write_text(json.dumps(costs))
     return scores, costs
+
+
+def controls(trial: Trial, scores: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Chance, and what knows the classes: 1 or a score within the predicted one and 0 elsewhere, or minus the score there."""
+    same = (trial.own[None] == trial.predicted[:, None]).astype(float)
+    distance = 1 + scores["sentence_embedding"]
+    return {
+        "random": np.random.default_rng(0).standard_normal(same.shape),
+        "same_label": same,
+        "class_random": same * np.random.default_rng(0).uniform(size=same.shape),
+        "class_bm25": same * scores["bm25"],
+        "class_sentence_embedding": same * distance,
+        "class_late_default": same * scores["late_default"],
+        "signed_bm25": (2 * same - 1) * scores["bm25"],
+        "signed_sentence_embedding": (2 * same - 1) * distance,
+    }
 
 
 def removals(trial: Trial, scores: dict[str, np.ndarray]) -> dict[str, dict[str, Any]]:
