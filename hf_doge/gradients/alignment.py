@@ -35,12 +35,14 @@ class MixedBatch:
         num_items (`int`): Labels (or examples) that its loss averages over.
         lengths (`frozenset[int]`): How many rows an example may have in a layer.
         compute_loss (`Callable[[], torch.Tensor]`): One forward; the mean loss over all its labels.
+        in_line (`bool`): Whether its examples lie end to end in one line, of which each token counts as an example here.
     """
 
     segments: Segments
     num_items: int
     lengths: frozenset[int]
     compute_loss: Callable[[], Tensor]
+    in_line: bool = False
 
 
 class GradientSource(Protocol):

@@ -42,8 +42,14 @@ class ModuleCall:
         segments: Segments,
         stores: Mapping[str, DomainGradients],
         quietly: Callable[[], AbstractContextManager],
+        *,
+        dim: int,
     ) -> None:
-        """`quietly` makes a context in which the module can run without being caught again."""
+        """
+        `quietly` makes a context in which the module can run without being caught again; examples lie along the dimension `dim`,
+        which is 1 in a line, where each token is one.
+        """
+        self.dim = dim
         self.module, self.segments, self.stores, self._quietly = module, segments, stores, quietly
         self._names = list(kwargs)
         values = [*args, *kwargs.values()]
@@ -59,7 +65,7 @@ class ModuleCall:
 
     def differentiate(self, tensors: tuple[Tensor, ...], grad: Tensor) -> None:
         """Give the gradient of each domain to the stores; `grad` has the shape of the module's output."""
-        segments, num_rows = self.segments, len(grad)
+        segments, num_rows = self.segments, grad.shape[self.dim]
         parameters = {name: p.detach().requires_grad_() for name, p in self.module.named_parameters(recurse=False)}
         # what a module counts in its buffers is not to be counted again
         buffers = {name: buffer.clone() for name, buffer in self.module.named_buffers()}
@@ -70,7 +76,8 @@ class ModuleCall:
                 output = torch.func.functional_call(
                     self.module, {**parameters, **buffers}, *self._arguments(tensors, num_rows, start, stop)
                 )
-            found = torch.autograd.grad(output, wanted, grad[start:stop].to(output.dtype), materialize_grads=True)
+            given = grad.narrow(self.dim, start, stop - start).to(output.dtype)
+            found = torch.autograd.grad(output, wanted, given, materialize_grads=True)
             for name, gradient in zip(self.stores, found, strict=True):
                 sums[name].append(gradient)
         for name, store in self.stores.items():
@@ -82,8 +89,8 @@ class ModuleCall:
         values = []
         for is_tensor, other in zip(self._is_tensor, self._others, strict=True):
             value: Any = next(left).detach() if is_tensor else other
-            if is_tensor and value.dim() > 0 and len(value) == num_rows:
-                value = value[start:stop]
+            if is_tensor and value.dim() > self.dim and value.shape[self.dim] == num_rows:
+                value = value.narrow(self.dim, start, stop - start)
             values.append(value)
         num_positional = len(values) - len(self._names)
         return tuple(values[:num_positional]), dict(zip(self._names, values[num_positional:], strict=True))

@@ -29,15 +29,16 @@ class HiddenBatchError(Exception):
 class _Recipient:
     """Where the parameter gradients of one call go: the store of each parameter, and who is who in the batch."""
 
-    def __init__(self, segments: Segments, rows_per_example: AbstractSet[int]) -> None:
+    def __init__(self, segments: Segments, rows_per_example: AbstractSet[int], *, in_line: bool) -> None:
         self.segments = segments
+        self.in_line = in_line
         self._rows_per_example = rows_per_example
 
     def shows_batch(self, rows: Tensor) -> bool:
-        """Whether a tensor `(B, ..., D)`, or `(B * length, D)`, holds the examples of the batch in their order."""
+        """Whether a tensor `(B, ..., D)`, or `(B * length, D)`, of a line `(1, B, ..., D)`, holds the examples in their order."""
         num_examples = self.segments.num_examples
         if rows.dim() > 2:
-            return len(rows) == num_examples
+            return rows.shape[:2] == (1, num_examples) if self.in_line else len(rows) == num_examples
         per_example, rest = divmod(len(rows), num_examples)
         return rest == 0 and per_example in self._rows_per_example
 
@@ -81,7 +82,7 @@ class _Embedding(torch.autograd.Function):
     @staticmethod
     def forward(ctx, ids, weight, padding_idx, recipient, store):
         output = F.embedding(ids, weight)
-        if ids.shape[0] == 1 < recipient.segments.num_examples:
+        if ids.shape[0] == 1 < recipient.segments.num_examples and not recipient.in_line:
             ids = ids.expand(recipient.segments.num_examples, *ids.shape[1:])
             output = output.expand(recipient.segments.num_examples, *output.shape[1:])
         ctx.save_for_backward(ids)
@@ -171,15 +172,16 @@ class SegmentedBackward(AbstractContextManager):
         self._recipient: _Recipient | None = None
         self._is_running_again = False
 
-    def start(self, segments: Segments, rows_per_example: AbstractSet[int]) -> None:
+    def start(self, segments: Segments, rows_per_example: AbstractSet[int], *, in_line: bool = False) -> None:
         """
         Announce the micro-batch that comes next.
 
         Args:
             segments ([`Segments`]): Its examples by domain.
             rows_per_example (`set[int]`): How many rows an example may have in a layer: 1, and the lengths of its sequences.
+            in_line (`bool`): See [`~hf_doge.gradients.alignment.MixedBatch`].
         """
-        self._recipient = _Recipient(segments, rows_per_example)
+        self._recipient = _Recipient(segments, rows_per_example, in_line=in_line)
 
     def __enter__(self) -> "SegmentedBackward":
         for module in self._names:
@@ -223,7 +225,8 @@ class SegmentedBackward(AbstractContextManager):
             raise HiddenBatchError(f"{call.name} does not return one tensor")
         call.require_batch(output)
         stores = {name: self.stores[parameter] for name, parameter in own.items() if parameter in call.left_over}
-        again = ModuleCall(module, args, kwargs, self._recipient.segments, stores, self._quietly)
+        dim = 1 if self._recipient.in_line else 0
+        again = ModuleCall(module, args, kwargs, self._recipient.segments, stores, self._quietly, dim=dim)
         if not output.requires_grad:
             output = output.detach().requires_grad_()
         return LocalProduct.apply(output, again, *filter(torch.is_tensor, (*args, *kwargs.values())))
@@ -312,7 +315,7 @@ class _OpenCall(TorchFunctionMode):
             return NotImplemented
         if padding_idx is not None and padding_idx < 0:
             padding_idx += len(weight)
-        if input.shape[0] != 1:  # one set of positions serves all examples
+        if input.shape[0] != 1 or self.recipient.in_line:  # one set of positions serves all examples
             self.require_batch(input.unsqueeze(-1))
         return _Embedding.apply(input, weight, padding_idx, self.recipient, self.store(weight))
 

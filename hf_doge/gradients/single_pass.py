@@ -228,7 +228,7 @@ class SinglePassAlignment:
         try:
             with SegmentedBackward(self.model, stores) as segmented:
                 for batch in batches:
-                    segmented.start(batch.segments, batch.lengths)
+                    segmented.start(batch.segments, batch.lengths, in_line=batch.in_line)
                     loss, found = weighted_token_loss(self.model, batch, source.num_items)
                     losses += found
                     if not found.isfinite().all():

@@ -115,20 +115,6 @@ class TokenLosses(TorchFunctionMode):
             )
         return self._caught[0], self._counted[0]
 
-    def by_domain(self, segments: Segments) -> Tensor:
-        """
-        Sums over the rows of each domain, in float64.
-
-        Returns:
-            `torch.Tensor` of shape `(K,)`, detached; 0 for absent domains.
-        """
-        rows = self.by_row.detach().double()
-        if len(rows) % segments.num_examples:
-            raise UnsplittableLossError(f"{len(rows)} losses do not divide among {segments.num_examples} examples")
-        sums = torch.zeros(len(segments.sizes), dtype=torch.float64, device=rows.device)
-        sums[segments.present] = segments.sums(rows)
-        return sums
-
 
 def require_same_total(by_row: Tensor, loss: Tensor, num_items: int) -> None:
     """
@@ -176,12 +162,24 @@ def weighted_token_loss(
         finally:
             handle.remove()
     by_row, segments = caught.by_row, batch.segments
+    if batch.in_line and len(by_row) == segments.num_examples - 1:
+        by_row = F.pad(by_row, (0, 1))  # the last token predicts nothing
     if loss.isfinite() and by_row.isfinite().all():
         require_same_total(by_row, loss, batch.num_items)
     items = num_items.clamp(min=1).double()
-    found = caught.by_domain(segments).cpu() / items
+    found = _sum_by_domain(by_row, segments).cpu() / items
     if not loss.isfinite():  # perhaps in a term that was not caught
         found = found.masked_fill(found != 0, torch.nan)
     factors = (1.0 if coefficients is None else coefficients) / items
     factors = factors.to(by_row.device, by_row.dtype)[segments.row_domains(len(by_row), by_row.device)]
     return (by_row * factors).sum(), found
+
+
+def _sum_by_domain(by_row: Tensor, segments: Segments) -> Tensor:
+    """Sums over the rows of each domain, float64 of shape `(K,)`, detached; 0 for absent domains."""
+    rows = by_row.detach().double()
+    if len(rows) % segments.num_examples:
+        raise UnsplittableLossError(f"{len(rows)} losses do not divide among {segments.num_examples} examples")
+    sums = torch.zeros(len(segments.sizes), dtype=torch.float64, device=rows.device)
+    sums[segments.present] = segments.sums(rows)
+    return sums

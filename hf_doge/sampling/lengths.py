@@ -12,12 +12,14 @@ if TYPE_CHECKING:
 
 IGNORED_LABEL = -100  # a label that no loss counts
 COLUMNS = ("labels", "input_ids")  # the first of them that a row has tells
+TEXTS = "seq_lengths"  # how long each text of a row is, where trl has packed several
 MASKS = ("completion_mask", "assistant_masks")  # of the tokens that a collator leaves labels of
 
 
 def count_row_tokens(dataset: "datasets.Dataset", *, shift: int = 0) -> np.ndarray:
     """
-    Tokens that each row is trained on: its `labels` that count, or else its `input_ids`, read from the table as it is stored.
+    Tokens that each row is trained on: its `labels` that count, or else its `input_ids`, read from the table as it is stored. Of
+    rows that trl has packed, `seq_lengths` tell where texts begin.
 
     Args:
         dataset (`datasets.Dataset`): Tokenised, before it is padded by a collator.
@@ -32,9 +34,14 @@ def count_row_tokens(dataset: "datasets.Dataset", *, shift: int = 0) -> np.ndarr
     for name in COLUMNS:
         if name in dataset.column_names:
             _refuse_masks(name, dataset.column_names)
-            column = dataset.with_format("arrow").data.column(name)
+            table = dataset.with_format("arrow").data
+            column = table.column(name)
             if _holds_tokens(column.type):
-                parts = [_count(part, name == "labels", shift) for part in column.chunks]
+                if TEXTS in dataset.column_names:
+                    packed = pa.table({"tokens": column, "texts": table.column(TEXTS)}).to_batches()
+                    parts = [_count_texts(rows["tokens"], rows["texts"], name == "labels", shift) for rows in packed]
+                else:
+                    parts = [_count(part, name == "labels", shift) for part in column.chunks]
                 found = np.concatenate([*parts, np.zeros(0, np.int64)])
                 order = dataset._indices
                 return found if order is None else found[order.column(0).to_numpy()]
@@ -85,3 +92,12 @@ def _count(rows: pa.Array, are_labels: bool, shift: int) -> np.ndarray:
     sums = np.append(0, np.cumsum(counted))
     first = np.minimum(starts + shift, ends)
     return sums[ends] - sums[first]
+
+
+def _count_texts(rows: pa.Array, texts: pa.Array, are_labels: bool, shift: int) -> np.ndarray:
+    """Tokens of each row of texts, shape `(num_rows,)`, each text counted by itself."""
+    lengths = pc.list_flatten(texts).to_numpy(zero_copy_only=False)
+    tokens = pa.LargeListArray.from_arrays(np.append(0, np.cumsum(lengths)), pc.list_flatten(rows))
+    sums = np.append(0, np.cumsum(_count(tokens, are_labels, shift)))
+    ends = np.cumsum(pc.list_value_length(texts).to_numpy(zero_copy_only=False))
+    return np.diff(sums[np.append(0, ends)])

@@ -7,6 +7,7 @@ import torch
 from datasets import ClassLabel
 
 from hf_doge.sampling.collation import SeededCollator
+from hf_doge.training.packing import lengths_in_line
 
 DOMAIN_IDS = "domain_ids"
 
@@ -99,4 +100,6 @@ class SwitchedDomainCollator(DomainCollator):
         if not self.keeps_column:
             features = [_without(feature, self.domain_column) for feature in features]
         batch = self.collator(features)
-        return {**batch, DOMAIN_IDS: torch.tensor(domains)} if self.is_on else batch
+        if not self.is_on:
+            return batch
+        return {**batch, **lengths_in_line(features, batch), DOMAIN_IDS: torch.tensor(domains)}

@@ -10,6 +10,7 @@ from transformers import Trainer
 from hf_doge.gradients.sharding import is_sharded, reshard, without_gradient
 from hf_doge.gradients.vectors import Reduction
 from hf_doge.training.loss_law import LossLaw
+from hf_doge.training.packing import EXAMPLE_LENGTHS
 from hf_doge.training.step_gradients import DomainSlice, MicroBatch
 
 
@@ -123,8 +124,9 @@ class DomainLoss:
     def _compute(self, piece: DomainSlice, num_items: int) -> Tensor:
         trainer = self.trainer
         count = torch.tensor(num_items, device=self.device)
+        inputs = {name: value for name, value in piece.inputs.items() if name != EXAMPLE_LENGTHS}
         with trainer.compute_loss_context_manager():
-            loss = trainer.compute_loss(trainer.model, dict(piece.inputs), num_items_in_batch=count)
+            loss = trainer.compute_loss(trainer.model, inputs, num_items_in_batch=count)
         return loss / self._process_scale
 
     def _compute_alone(self, piece: DomainSlice, num_items: int) -> Tensor:

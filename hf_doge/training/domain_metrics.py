@@ -13,6 +13,7 @@ from transformers import TrainerState
 from hf_doge.gradients.vectors import Reduction
 from hf_doge.training.checkpoints import TRAINER_STATE_FILE
 from hf_doge.training.loss_watch import SeenLosses
+from hf_doge.training.packing import EXAMPLE_LENGTHS, owners_in_line
 
 STATE_KEY = "domain_metrics"  # in the Trainer's state, and so in `trainer_state.json` of a checkpoint
 
@@ -96,6 +97,11 @@ class DomainMeter:
     def _owners(self, domain_ids: Tensor, rows: Tensor, inputs: Mapping[str, Any]) -> tuple[Tensor | None, str]:
         """Domains of the examples, or of all rows where the examples lie end to end in one line; or what is wrong."""
         lines, num_rows = _num_lines(inputs), len(rows)
+        if EXAMPLE_LENGTHS in inputs:
+            num_tokens, nobody = inputs["position_ids"].numel(), len(self.names)
+            if num_rows not in (num_tokens, num_tokens - 1):
+                return None, f"it has {num_rows} terms in a line of {num_tokens} tokens"
+            return owners_in_line(domain_ids, inputs[EXAMPLE_LENGTHS], num_tokens, nobody=nobody)[:num_rows], ""
         if lines == len(domain_ids):
             if num_rows % lines == 0:
                 return domain_ids, ""

@@ -21,6 +21,7 @@ from hf_doge.training.loss_trials import (
     random_states,
     undisturbed,
 )
+from hf_doge.training.packing import EXAMPLE_LENGTHS
 from hf_doge.training.step_gradients import DomainSlice, MicroBatch, RandomReplay, count_items
 
 _TOLERANCE = 2e-5  # relative: room for float32's rounding, and for no other term
@@ -183,6 +184,9 @@ class LossLaw:
             if is_integer(value, 2) and len(value) == batch.num_examples and value.max() <= 1
         ]
         is_alike = batch.items[rows] == batch.items[rows[0]]
+        if batch.in_line:
+            lengths = batch.inputs[EXAMPLE_LENGTHS].cpu()
+            is_alike &= lengths[rows] == lengths[rows[0]]
         for mask in masks:
             is_alike &= (mask[rows] == mask[rows[0]]).flatten(1).all(dim=1).cpu()
         alike = rows[is_alike].unique()
@@ -214,7 +218,8 @@ class LossLaw:
         return DomainSlice(inputs, int(items.sum()))
 
     def _with_labels(self, piece: DomainSlice, labels: Tensor) -> DomainSlice:
-        return self._count({**piece.inputs, self._label_name: labels}, len(labels))
+        num_examples = len(piece.inputs.get(EXAMPLE_LENGTHS, labels))
+        return self._count({**piece.inputs, self._label_name: labels}, num_examples)
 
     @cached_property
     def _label_name(self) -> str | None:
@@ -354,7 +359,7 @@ def _group(batches: Sequence[MicroBatch]) -> tuple[list[tuple[MicroBatch, Tensor
         rows = (batch.items > 0).nonzero().squeeze(1)
         pairs += [(batch, rows[start : start + 2]) for start in range(0, len(rows) - 1, 2)]
         tensors = [value for value in batch.inputs.values() if torch.is_tensor(value) and value.dim() > 0]
-        can_be_repeated = all(len(value) == batch.num_examples for value in tensors)
+        can_be_repeated = not batch.in_line and all(len(value) == batch.num_examples for value in tensors)
         singles.append((batch, rows[[0, 0]] if can_be_repeated else rows[:1]))
     groups = pairs or singles
     largest = max(batches, key=lambda batch: int((batch.items > 0).sum()))

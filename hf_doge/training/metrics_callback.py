@@ -15,6 +15,7 @@ from hf_doge.training.domain_loss import are_labels_shifted
 from hf_doge.training.domain_metrics import DomainMeter, saved_in
 from hf_doge.training.loss_watch import LossWatch
 from hf_doge.training.metrics_mixin import DomainMetricsMixin
+from hf_doge.training.packing import without_lengths
 
 
 class DomainMetricsCallback(TrainerCallback):
@@ -155,7 +156,7 @@ class DomainMetricsCallback(TrainerCallback):
             assert self._watch is not None
             self._domain_ids, self._inputs = kwargs[DOMAIN_IDS], inputs
             self._watch.begin(model)
-        return args, inputs
+        return args, without_lengths(inputs)
 
     def _after_forward(self, model: nn.Module, args: Any, outputs: Any) -> None:
         if self._domain_ids is None:
@@ -197,7 +198,8 @@ def _find_domains(
     if dataset.column_names is not None and domain_column not in dataset.column_names:
         raise ValueError(
             f"The train set must have a column {domain_column!r} that tells the domain of each row, but its columns are "
-            f"{dataset.column_names}. Set `domain_column`; if {type(trainer).__name__} packed the rows, switch that off."
+            f"{dataset.column_names}. Set `domain_column`. If {type(trainer).__name__} packed the rows, which drops it, pack the data of each domain "
+            "before (`trl.pack_dataset`), or train with `DomainWeightedMixin`, which has each domain packed by itself."
         )
     if isinstance(dataset, Dataset):
         index = DomainIndex.from_labels(dataset[domain_column], names=domains)

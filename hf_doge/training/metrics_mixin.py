@@ -2,11 +2,10 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Trainer
 
 from hf_doge.sampling.sampler import DomainWeightedSampler
 from hf_doge.training.collator import DOMAIN_IDS
@@ -14,16 +13,12 @@ from hf_doge.training.domain_loss import are_labels_shifted
 from hf_doge.training.domain_metrics import DomainMeter, read_saved
 from hf_doge.training.global_batch import draws_of_batch, examples_per_step
 from hf_doge.training.loss_watch import LossWatch
+from hf_doge.training.packing import PackingMixin, without_lengths
 
 STREAM_COLUMN = "__domain__"  # of the examples of streams; a name that no data set has
 
-if TYPE_CHECKING:
-    _Trainer = Trainer  # whose methods a mixin overrides, as type checkers must know
-else:
-    _Trainer = object
 
-
-class DomainMetricsMixin(_Trainer):
+class DomainMetricsMixin(PackingMixin):
     """
     Adds to each training log, of every domain:
 
@@ -59,10 +54,10 @@ class DomainMetricsMixin(_Trainer):
         """As the Trainer's; what it shows of the domains is noted."""
         meter = self._domain_meter
         if meter is None:
-            return super().training_step(model, inputs, *args, **kwargs)
+            return super().training_step(model, without_lengths(inputs), *args, **kwargs)
         domain_ids = self._domains_of_batch(inputs)
         inputs = self._without_domains(inputs)
-        noted = dict(inputs)  # trainers take what they do not need out of it
+        noted, inputs = dict(inputs), without_lengths(inputs)  # trainers take what they do not need out of it
         inner: Any = self.model
         watch = LossWatch(inner)
         with watch.during(model):
@@ -81,7 +76,7 @@ class DomainMetricsMixin(_Trainer):
 
     def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> tuple:
         """As the Trainer's; the model does not take the domains."""
-        return super().prediction_step(model, self._without_domains(inputs), *args, **kwargs)
+        return super().prediction_step(model, without_lengths(self._without_domains(inputs)), *args, **kwargs)
 
     def _without_domains(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """What the model takes, of batches that our collator made; in others the name is somebody else's."""

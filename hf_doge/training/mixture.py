@@ -42,6 +42,7 @@ from hf_doge.training.mixture_state import (
     refuse_other_reading,
     save_sampler,
 )
+from hf_doge.training.packing import with_lengths
 from hf_doge.training.provenance import describe_domains
 from hf_doge.training.run_identity import RUN_FILE, describe_identity, refuse_other_run
 from hf_doge.training.sampler_guard import SamplerGuardCallback, StreamGuardCallback
@@ -55,7 +56,8 @@ class DomainWeightedMixin(DomainMetricsMixin):
     """
     Makes a `Trainer` draw its train examples by domain weights; everything else stays as it is.
 
-    Put it before the trainer it changes: `class MySFTTrainer(DomainWeightedMixin, SFTTrainer): ...`.
+    Put it before the trainer it changes: `class MySFTTrainer(DomainWeightedMixin, SFTTrainer): ...`. Where that trainer packs
+    (`packing=True`), each domain is packed by itself: an example is then a packed row.
 
     On several processes (`accelerate launch`, `torchrun`), all together train on exactly the rows that one process
     would train on with the same global batch, in the same order, whatever `even_batches`, `split_batches`,
@@ -93,7 +95,7 @@ class DomainWeightedMixin(DomainMetricsMixin):
         domain_sampler ([`DomainWeightedSampler`] or `None`): What the rows are drawn by; `None` for streams.
 
     Raises:
-        `ValueError`: if weights and data do not name the same domains, the trainer's preprocessing (packing, say)
+        `ValueError`: if weights and data do not name the same domains, the trainer's preprocessing
             dropped the domain column, the trainer draws in an order of its own (trl's GRPO and RLOO: groups of one
             prompt), or a run is resumed with another stream or batch than it was saved with.
     """
@@ -168,7 +170,7 @@ class DomainWeightedMixin(DomainMetricsMixin):
             self._measure_domains(domains.names, domains.sizes, unit=unit)
             fixed = ()
         if not isinstance(self.data_collator, DomainCollator):
-            self.data_collator = SeededCollator(self.data_collator, seed=seed)
+            self.data_collator = SeededCollator(with_lengths(self.data_collator), seed=seed)
         self._seeded_collator = self.data_collator
         self.add_callback(guard)
         self._remember_what_is_fixed(*fixed)
@@ -212,7 +214,8 @@ class DomainWeightedMixin(DomainMetricsMixin):
             refuse_lost_column(self, self._stream_column)
         elif keeps_column(self, self._stream_column):
             lookup = DomainLookup(None, tuple(settings["domains"]))
-            self.data_collator = DomainCollator(self.data_collator, self._stream_column, lookup, seed=settings["seed"])
+            collator = with_lengths(self.data_collator)
+            self.data_collator = DomainCollator(collator, self._stream_column, lookup, seed=settings["seed"])
             self._measure_domains(settings["domains"], None, unit=settings.get("unit", "examples"))
 
     def _read_draws(self) -> dict[str, Any]:

@@ -21,8 +21,7 @@ def refuse_lost_column(trainer: Trainer, domain_column: str) -> None:
     if column_names is not None and domain_column not in column_names:
         raise ValueError(
             f"The train set must keep its column {domain_column!r}, but {type(trainer).__name__} prepared it down to "
-            f"{column_names}. Packing mixes domains in one example: switch it off, or prepare the data of "
-            "each domain before."
+            f"{column_names}. Rows that it packs itself mix domains: switch that off, or pack the data of each domain before."
         )
 
 

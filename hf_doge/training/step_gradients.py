@@ -16,6 +16,7 @@ from hf_doge.gradients.alignment import MixedBatch
 from hf_doge.gradients.domain_gradients import Segments
 from hf_doge.gradients.vectors import Reduction
 from hf_doge.training.halves import Halves
+from hf_doge.training.packing import EXAMPLE_LENGTHS, check_line, owners_in_line, pick_from_line
 
 
 @dataclass
@@ -31,7 +32,8 @@ class MicroBatch:
     One micro-batch of B examples, on its device, and what each of them is.
 
     Args:
-        inputs (`Mapping[str, Any]`): What the model takes; tensors and lists of length B belong to the examples.
+        inputs (`Mapping[str, Any]`): What the model takes; tensors and lists of length B belong to the examples. Or, where the
+            examples lie end to end, a line of N tokens with the length of each example.
         domain_ids (`torch.Tensor` of shape `(B,)`): Domain of each example.
         labels_are_shifted (`bool`): See [`count_items`].
 
@@ -40,9 +42,13 @@ class MicroBatch:
     """
 
     def __init__(self, inputs: Mapping[str, Any], domain_ids: Tensor, *, labels_are_shifted: bool) -> None:
-        _refuse_merged_examples(inputs, len(domain_ids))
         self.inputs = inputs
         self.domain_ids = domain_ids.cpu()
+        self.in_line = EXAMPLE_LENGTHS in inputs
+        if self.in_line:
+            check_line(inputs)
+        else:
+            _refuse_merged_examples(inputs, len(domain_ids))
         self.items = count_items(inputs, len(domain_ids), labels_are_shifted=labels_are_shifted)
 
     @property
@@ -56,6 +62,8 @@ class MicroBatch:
 
     def pick(self, rows: Tensor) -> DomainSlice:
         """Some of the examples."""
+        if self.in_line:
+            return DomainSlice(pick_from_line(self.inputs, rows), int(self.items[rows].sum()))
         picked = {name: _pick_rows(value, rows, self.num_examples) for name, value in self.inputs.items()}
         return DomainSlice(picked, int(self.items[rows].sum()))
 
@@ -66,13 +74,18 @@ class MicroBatch:
             for domain in self.domain_ids[self.items > 0].unique().tolist()
         }
 
-    def sorted_by_domain(self) -> tuple[DomainSlice, Tensor]:
-        """All examples, those of a domain next to each other, and the domain of each."""
+    def sorted_by_domain(self, num_domains: int) -> tuple[DomainSlice, Segments]:
+        """All examples, those of a domain next to each other, and how many; of a line its tokens, each a row by itself."""
         order = torch.argsort(self.domain_ids, stable=True)
-        return self.pick(order), self.domain_ids[order]
+        owners = self.domain_ids[order]
+        if self.in_line:
+            owners = owners.repeat_interleave(self.inputs[EXAMPLE_LENGTHS].cpu()[order])
+        return self.pick(order), Segments(tuple(torch.bincount(owners, minlength=num_domains).tolist()))
 
     def lengths(self) -> frozenset[int]:
         """Rows that an example may have in a layer: one, or one for each of its positions."""
+        if self.in_line:
+            return frozenset({1})
         shapes = (v.shape for v in self.inputs.values() if torch.is_tensor(v) and len(v.shape) > 1)
         return frozenset({1, *(shape[1] for shape in shapes if shape[0] == self.num_examples)})
 
@@ -96,6 +109,12 @@ def count_items(inputs: Mapping[str, Any], num_examples: int, *, labels_are_shif
         labels = labels[..., 1:]
     if labels is None:
         return torch.ones(num_examples, dtype=torch.int64)
+    if EXAMPLE_LENGTHS in inputs:
+        counted, num_lost = labels.ne(-100).flatten().long().cpu(), inputs["labels"].numel() - labels.numel()
+        owners = owners_in_line(
+            torch.arange(num_examples), inputs[EXAMPLE_LENGTHS], len(counted) + num_lost, nobody=num_examples
+        )
+        return torch.zeros(num_examples + 1, dtype=torch.int64).index_add_(0, owners[num_lost:], counted)[:-1]
     return labels.ne(-100).reshape(num_examples, -1).sum(dim=1).cpu()
 
 
@@ -272,14 +291,9 @@ class StepGradients:
         for position, batch in enumerate(self._micro_batches):
             if batch.items.sum() == 0:
                 continue
-            piece, domain_ids = batch.sorted_by_domain()
-            sizes = torch.bincount(domain_ids, minlength=len(self.num_items))
-            yield MixedBatch(
-                Segments(tuple(sizes.tolist())),
-                piece.num_items,
-                batch.lengths(),
-                partial(self._mixed_loss, piece, ("mixed", position)),
-            )
+            piece, segments = batch.sorted_by_domain(len(self.num_items))
+            compute_loss = partial(self._mixed_loss, piece, ("mixed", position))
+            yield MixedBatch(segments, piece.num_items, batch.lengths(), compute_loss, in_line=batch.in_line)
 
     def differentiate(self, loss: Tensor) -> None:
         """Add the gradient of a loss to `.grad`."""

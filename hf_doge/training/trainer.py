@@ -322,7 +322,7 @@ class DoGEMixin(DomainWeightedMixin):
         if (inputs[DOMAIN_IDS] < 0).any():
             raise ValueError(
                 f"Every train example must come with its {self.args.domain_column!r}, but some come without. Keep "
-                "that column in the format or transform of the train dataset, and do not pack examples."
+                "that column in the format or transform of the train dataset, and do not pack streams."
             )
         return self._prepare_inputs(inputs), inputs[DOMAIN_IDS]
 

@@ -241,7 +241,7 @@ def test_sft_trainer_learns_from_streams_of_text(tmp_path, tokenizer):
     assert trainer.domain_weights.last["high"] != 0.5
     packing = DoGESFTConfig(**{**options, "packing": True})
     packed = DoGESFTTrainer(model=tiny_llama(), args=packing, train_dataset=streams, processing_class=tokenizer)
-    with pytest.raises(ValueError, match=r"some come without.*do not pack examples"):
+    with pytest.raises(ValueError, match=r"some come without.*do not pack streams"):
         packed.train()
 
 

@@ -300,10 +300,12 @@ def make_sft_trainer(tmp_path, tokenizer, train_dataset=None, **options):
     class SFTOnDomains(DomainWeightedMixin, SFTTrainer):
         """What a user would write."""
 
-    args = arguments(tmp_path, SFTConfig, max_length=8, bf16=False, gradient_checkpointing=False, **options)
+    own = {name: options.pop(name) for name in ("unit",) if name in options}
+    defaults = {"max_length": 8, "bf16": False, "gradient_checkpointing": False}
+    args = arguments(tmp_path, SFTConfig, **{**defaults, **options})
     train_dataset = text_domains() if train_dataset is None else train_dataset
     return SFTOnDomains(
-        tiny_llama(), args, train_dataset=train_dataset, domain_weights=WEIGHTS, processing_class=tokenizer
+        tiny_llama(), args, train_dataset=train_dataset, domain_weights=WEIGHTS, processing_class=tokenizer, **own
     )
 
 
@@ -323,9 +325,16 @@ def test_the_mixin_serves_sft_trainer_on_streams(tmp_path, tokenizer):
     assert counts == {"arxiv": 10, "code": 10}
 
 
-def test_packing_that_loses_the_domains_is_refused(tmp_path, tokenizer):
-    with pytest.raises(ValueError, match="Packing mixes domains in one example"):
-        make_sft_trainer(tmp_path, tokenizer, packing=True)
+def test_preparing_that_loses_the_domains_is_refused(tmp_path):
+    class Packing(Trainer):
+        def __init__(self, *args, train_dataset, **kwargs):
+            super().__init__(*args, train_dataset=train_dataset.select_columns(["input_ids", "labels"]), **kwargs)
+
+    class PackingOnDomains(DomainWeightedMixin, Packing):
+        pass
+
+    with pytest.raises(ValueError, match=r"must keep its column 'domain'.*pack the data of each domain before"):
+        PackingOnDomains(tiny_llama(), arguments(tmp_path), train_dataset=three_domains(), domain_weights=WEIGHTS)
 
 
 def test_the_domain_column_does_not_reach_the_model(tmp_path):

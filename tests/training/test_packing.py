@@ -1,0 +1,279 @@
+"""Packed texts: trained on and learned on as if each text had a row of its own."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from datasets import Dataset, concatenate_datasets
+
+from hf_doge.training.metrics_callback import DomainMetricsCallback
+from hf_doge.training.packing import EXAMPLE_LENGTHS, LengthsCollator, pick_from_line
+from hf_doge.training.step_gradients import MicroBatch
+from hf_doge.training.units import read_lengths
+from tests.gradients.test_fused_head import assert_close, is_plain, take_step
+from tests.gradients.test_fused_head import make_trainer as make_doge_trainer
+from tests.gradients.test_single_pass import tiny_gemma
+from tests.tiny import language_model_rows, tiny_gpt2, tiny_llama, tiny_tokenizer
+from tests.training.test_domain_metrics import ONE, Noting, logs_of
+from tests.training.test_mixture import arguments, make_sft_trainer
+
+LENGTHS = (8, 6, 5, 5, 3, 3, 2, 7, 9)  # of the texts of a domain, which fill three rows of 16 tokens
+LOW = {"arxiv": 1, "books": 9, "code": 19}
+
+
+def packable(*, masked=0.0, unlabelled_starts=False):
+    """Three domains of texts of these lengths, over parts of the vocabulary of their own; none without a label that counts."""
+    domains = {}
+    for position, (name, low) in enumerate(LOW.items()):
+        rows = language_model_rows(len(LENGTHS), low=low, high=low + 8, length=9, seed=position, masked=masked)
+        cut = {key: [row[:n] for row, n in zip(values, LENGTHS, strict=True)] for key, values in rows.items()}
+        for ids, labels in zip(cut["input_ids"], cut["labels"], strict=True):
+            labels[1] = ids[1]
+            if unlabelled_starts:
+                labels[0] = -100
+        domains[name] = Dataset.from_dict(cut)
+    return domains
+
+
+def owner_of(ids):
+    (name,) = {name for token in ids for name, low in LOW.items() if low <= token < low + 8}
+    return name
+
+
+def texts_of(call):
+    """Tokens and labels of each text of a batch, by itself."""
+    ids, labels = call["input_ids"], call["labels"]
+    if "position_ids" not in call:
+        mask = call["attention_mask"].bool()
+        return [(ids[row][mask[row]], labels[row][mask[row]]) for row in range(len(ids))]
+    starts = call["position_ids"][0].eq(0).nonzero().flatten().tolist()
+    ends = [*starts[1:], ids.shape[1]]
+    return [(ids[0, start:end], labels[0, start:end]) for start, end in zip(starts, ends, strict=True)]
+
+
+def separate_losses(model, calls):
+    """Mean loss of each domain, one text at a time, and its number of labels."""
+    sums, counts = dict.fromkeys(LOW, 0.0), dict.fromkeys(LOW, 0)
+    for ids, labels in (text for call in calls for text in texts_of(call)):
+        if not labels[1:].ne(-100).any():
+            continue
+        with torch.no_grad():
+            logits = model(input_ids=ids[None]).logits[0].double()
+        owner = owner_of(ids.tolist())
+        sums[owner] += float(F.cross_entropy(logits[:-1], labels[1:], reduction="sum"))
+        counts[owner] += int((labels[1:] != -100).sum())
+    return {name: sums[name] / counts[name] for name in LOW if counts[name]}, {n: c for n, c in counts.items() if c}
+
+
+PACKED = {
+    "bfd": {"packing": True},
+    "bfd of several lines": {"packing": True, "pad_to_multiple_of": 16},
+    "wrapped": {"packing": True, "packing_strategy": "wrapped"},
+    "padding-free": {"padding_free": True, "max_length": None},
+    "wrapped and padding-free": {"packing": True, "packing_strategy": "wrapped", "padding_free": True},
+}
+
+
+@pytest.mark.parametrize("kind", PACKED)
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_a_trainer_tells_the_losses_of_packed_domains(tmp_path, tokenizer, kind, implementation):
+    options = {
+        "max_length": 16,
+        "per_device_train_batch_size": 3,
+        "gradient_accumulation_steps": 2,
+        **ONE,
+        **PACKED[kind],
+    }
+    trainer = make_sft_trainer(tmp_path, tokenizer, packable(masked=0.3), **options)
+    trainer.model.set_attn_implementation(implementation)
+    noted = Noting(trainer.model)
+    trainer.train()
+    calls = [call for call in noted.calls if call is not None]
+    assert len(calls) == 2
+    assert not any(EXAMPLE_LENGTHS in call for call in calls)
+    losses, counts = separate_losses(trainer.model.eval(), calls)
+    (logs,) = logs_of(trainer).values()
+    assert {name: logs[f"domain_loss/{name}"] for name in losses} == pytest.approx(losses, rel=1e-5)
+    assert {name: logs[f"domain_tokens/{name}"] for name in counts} == counts
+    assert (logs["domain_share/arxiv"], logs["domain_share/books"]) == (0.5, 0.0)  # of the packed rows
+    rows = len(trainer.train_dataset) / 3
+    assert logs["domain_epochs/code"] == pytest.approx(3 / rows)
+
+
+@pytest.mark.parametrize("strategy", ["bfd", "bfd_split", "wrapped"])
+def test_a_packed_row_is_of_one_domain_and_no_token_is_lost(tmp_path, tokenizer, strategy):
+    trainer = make_sft_trainer(
+        tmp_path, tokenizer, packable(), **{"max_length": 16, "packing": True, "packing_strategy": strategy}
+    )
+    data = trainer.train_dataset
+    names = data.features["domain"].names
+    found = dict.fromkeys(LOW, ())
+    for ids, label in zip(data["input_ids"], data["domain"], strict=True):
+        assert owner_of(ids) == names[label]
+        found[names[label]] += tuple(ids)
+    expected = {name: sorted(token for ids in one["input_ids"] for token in ids) for name, one in packable().items()}
+    assert {name: sorted(tokens) for name, tokens in found.items()} == expected
+    assert len(data) < 3 * len(LENGTHS)
+
+
+def test_token_shares_count_what_a_packed_row_is_trained_on(tmp_path, tokenizer):
+    trainer = make_sft_trainer(tmp_path, tokenizer, packable(masked=0.3), unit="tokens", max_length=16, packing=True)
+    rows = [trainer.train_dataset[position] for position in range(len(trainer.train_dataset))]
+    trained = [int((trainer.data_collator.collator.collator([row])["labels"][:, 1:] != -100).sum()) for row in rows]
+    assert read_lengths(trainer, "tokens").tolist() == trained
+
+
+MODELS = {"llama": tiny_llama, "gpt2": tiny_gpt2, "gemma": tiny_gemma}
+
+
+@pytest.fixture(scope="module")
+def unpacked(tmp_path_factory):
+    """What a step on all texts, one in a row, learns."""
+    folder = tmp_path_factory.mktemp("unpacked")
+    options = {"alignment": "per_domain", "max_length": 16, "per_device_train_batch_size": 27}
+    return {
+        kind: take_step(
+            folder, tiny_tokenizer(), make_model(), data=packable(masked=0.3, unlabelled_starts=True), **options
+        )[1]
+        for kind, make_model in MODELS.items()
+    }
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+@pytest.mark.parametrize("alignment", ["per_domain", "streamed", "single_pass"])
+@pytest.mark.parametrize("kind", MODELS)
+def test_what_is_learned_of_packed_texts_is_what_is_learned_of_each_by_itself(
+    tmp_path, tokenizer, unpacked, kind, alignment, accumulate
+):
+    trainer, found = take_step(
+        tmp_path,
+        tokenizer,
+        MODELS[kind](),
+        data=packable(masked=0.3, unlabelled_starts=True),
+        alignment=alignment,
+        packing=True,
+        max_length=16,
+        per_device_train_batch_size=9 // accumulate,
+        gradient_accumulation_steps=accumulate,
+    )
+    assert len(trainer.train_dataset) == 9
+    assert is_plain(trainer) == (alignment != "single_pass")
+    assert not getattr(trainer._learner.alignment, "_step_is_plain", False)
+    assert_close(found, unpacked[kind], tolerance=1e-5)
+
+
+def targets():
+    return Dataset.from_dict({"input_ids": [[20, 21, 22, 23, 24], [25, 24, 23], [22, 20, 24, 21]]})
+
+
+@pytest.mark.parametrize("alignment", ["per_domain", "single_pass"])
+def test_so_it_is_towards_a_target(tmp_path, tokenizer, alignment):
+    options = {"data": packable(), "target": targets(), "max_length": 16, "per_device_target_batch_size": 3}
+    _, expected = take_step(tmp_path, tokenizer, alignment="per_domain", per_device_train_batch_size=27, **options)
+    _, found = take_step(
+        tmp_path, tokenizer, alignment=alignment, packing=True, per_device_train_batch_size=9, **options
+    )
+    assert_close(found, expected, tolerance=1e-5)
+
+
+@pytest.mark.parametrize("padding_free", [False, True])
+@pytest.mark.parametrize("alignment", ["per_domain", "single_pass"])
+def test_wrapped_rows_are_examples_like_others(tmp_path, tokenizer, alignment, padding_free):
+    options = {"max_length": 16, "per_device_train_batch_size": 9}
+    wrapped = {"packing": True, "packing_strategy": "wrapped", "padding_free": padding_free}
+    trainer, found = take_step(tmp_path, tokenizer, data=packable(), alignment=alignment, **wrapped, **options)
+    rows = trainer.train_dataset.to_pandas().groupby("domain")
+    names = trainer.train_dataset.features["domain"].names
+    blocks = {
+        names[label]: Dataset.from_dict({key: list(map(list, some[key])) for key in ("input_ids", "labels")})
+        for label, some in rows
+    }
+    assert [len(one) for one in blocks.values()] == [3, 3, 3]
+    _, expected = take_step(tmp_path, tokenizer, data=blocks, alignment="per_domain", **options)
+    assert_close(found, expected, tolerance=1e-5)
+
+
+@pytest.mark.parametrize("packing", [{"packing": True}, {"padding_free": True, "max_length": None}])
+def test_a_training_learns_its_weights_on_packed_texts(tmp_path, tokenizer, packing):
+    options = {"mode": "online", "reweight_steps": 2, "max_steps": 4, "mu": 0.001, "logging_steps": 1}
+    trainer = make_doge_trainer(
+        tmp_path,
+        tokenizer,
+        tiny_gpt2(dropout=0.1),
+        data=packable(),
+        target=targets(),
+        **{**options, "per_device_train_batch_size": 3, **packing},
+    )
+    trainer.train()
+    weights = trainer.domain_weights
+    assert weights.last["code"] > 0.5  # whose words the target has
+    assert weights.trajectory.weights.shape == (2, 3)
+    assert trainer._learner.state.num_examples.sum() == 12
+    log = next(log for log in trainer.state.log_history if "domain_epochs/code" in log)
+    assert sum(log[f"domain_epochs/{name}"] for name in LOW) > 0
+    assert trainer.evaluate(targets())["eval_loss"] > 0
+
+
+def test_learning_is_refused_where_attention_goes_across_texts(tmp_path, tokenizer):
+    def ignore_texts(model, args, kwargs):
+        return args, {**kwargs, "attention_mask": torch.ones_like(kwargs["input_ids"])}
+
+    options = {"data": packable(), "packing": True, "max_length": 16, "per_device_train_batch_size": 9}
+    trainer = make_doge_trainer(tmp_path, tokenizer, **options)
+    trainer.model.register_forward_pre_hook(ignore_texts, with_kwargs=True)
+    with pytest.raises(ValueError, match="The loss must be a sum over the labels"):
+        trainer.train()
+
+
+def test_the_callback_tells_packed_texts_apart(tmp_path, tokenizer):
+    from trl import SFTConfig, SFTTrainer, pack_dataset
+
+    packed = {name: pack_dataset(one, seq_length=16) for name, one in packable(masked=0.3).items()}
+    data = concatenate_datasets([one.add_column("domain", [name] * len(one)) for name, one in packed.items()])
+    options = {**ONE, "max_length": None, "padding_free": True, "bf16": False, "per_device_train_batch_size": 9}
+    trainer = SFTTrainer(
+        tiny_llama(), arguments(tmp_path, SFTConfig, **options), train_dataset=data, processing_class=tokenizer
+    )
+    trainer.add_callback(DomainMetricsCallback(trainer))
+    noted = Noting(trainer.model)
+    trainer.train()
+    (call,) = noted.calls
+    losses, counts = separate_losses(trainer.model.eval(), [call])
+    (logs,) = logs_of(trainer).values()
+    assert {name: logs[f"domain_loss/{name}"] for name in LOW} == pytest.approx(losses, rel=1e-5)
+    assert {name: logs[f"domain_tokens/{name}"] for name in LOW} == counts
+    assert [logs[f"domain_share/{name}"] for name in LOW] == pytest.approx([1 / 3] * 3)
+
+
+def collate(rows, **options):
+    from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+
+    return LengthsCollator(DataCollatorForLanguageModeling(pad_token_id=0, padding_free=True, **options))(rows)
+
+
+ROWS = [
+    {"input_ids": [1, 2, 3, 4, 5], "labels": [1, 2, 3, 4, 5], "seq_lengths": [2, 3]},
+    {"input_ids": [6, 7, 8], "labels": [6, -100, 8], "seq_lengths": [3]},
+    {"input_ids": [9, 1, 2, 3], "labels": [9, 1, 2, 3], "seq_lengths": [1, 1, 2]},
+]
+
+
+@pytest.mark.parametrize("order", [[0], [2, 0], [0, 1, 2], [1, 1]])
+def test_examples_of_a_line_are_picked_as_if_they_had_been_collated_alone(order):
+    expected = collate([ROWS[position] for position in order])
+    found = pick_from_line(collate(ROWS, pad_to_multiple_of=8), torch.tensor(order))
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert torch.equal(torch.as_tensor(found[name]), torch.as_tensor(value)), name
+        assert torch.as_tensor(found[name]).dtype == torch.as_tensor(value).dtype, name
+
+
+def test_a_text_that_would_be_predicted_from_another_is_refused():
+    batch = collate(ROWS)
+    batch["labels"] = batch["input_ids"]
+    with pytest.raises(ValueError, match="first token of each text of a line must have the label -100"):
+        MicroBatch(batch, torch.tensor([0, 1, 0]), labels_are_shifted=True)
+
+
+def test_labels_of_a_line_are_counted_by_example():
+    batch = MicroBatch(collate(ROWS, pad_to_multiple_of=8), torch.tensor([0, 1, 0]), labels_are_shifted=True)
+    assert batch.items.tolist() == [3, 1, 1]
