@@ -6,6 +6,7 @@ Shapes: B = examples of a batch (rows of the data, of one text or several), N = 
 """
 
 from collections.abc import Callable, Mapping
+from inspect import signature
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -121,16 +122,17 @@ class PackingMixin(_Trainer):
 
     _domain_column: str
 
-    def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, packing: bool, *others: Any) -> Any:
+    def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
         """As trl's SFTTrainer prepares data, domain by domain where it packs: packing drops all other columns."""
         prepare: Callable = super()._prepare_dataset  # type: ignore[misc]
+        packs = signature(prepare).bind(dataset, *args, **kwargs).arguments.get("packing", False)
         column = self._domain_column
-        if not packing or not isinstance(dataset, Dataset) or column not in dataset.column_names:
-            return prepare(dataset, processing_class, args, packing, *others)
-        feature, labels = dataset.features[column], dataset.with_format(None).select_columns(column)[:][column]
+        if not packs or not isinstance(dataset, Dataset) or column not in dataset.column_names:
+            return prepare(dataset, *args, **kwargs)
+        labels = np.array(dataset.with_format(None).select_columns(column)[:][column], dtype=object)
         packed = []
         for label in dict.fromkeys(labels):
-            rows = dataset.select(np.flatnonzero(np.array([one == label for one in labels])))
-            part = prepare(rows.remove_columns(column), processing_class, args, packing, *others)
-            packed.append(part.add_column(column, [label] * len(part), feature=feature))
+            rows = dataset.select(np.flatnonzero(labels == label)).remove_columns(column)
+            part = prepare(rows, *args, **kwargs)
+            packed.append(part.add_column(column, [label] * len(part), feature=dataset.features[column]))
         return concatenate_datasets(packed)

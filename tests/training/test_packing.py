@@ -4,10 +4,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from datasets import Dataset, concatenate_datasets
+from transformers import DataCollatorForSeq2Seq, DataCollatorWithFlattening
 
+from hf_doge.training.config import DoGEConfig
 from hf_doge.training.metrics_callback import DomainMetricsCallback
 from hf_doge.training.packing import EXAMPLE_LENGTHS, LengthsCollator, pick_from_line
 from hf_doge.training.step_gradients import MicroBatch
+from hf_doge.training.trainer import DoGETrainer
 from hf_doge.training.units import read_lengths
 from tests.gradients.test_fused_head import assert_close, is_plain, take_step
 from tests.gradients.test_fused_head import make_trainer as make_doge_trainer
@@ -173,6 +176,31 @@ def test_so_it_is_towards_a_target(tmp_path, tokenizer, alignment):
         tmp_path, tokenizer, alignment=alignment, packing=True, per_device_train_batch_size=9, **options
     )
     assert_close(found, expected, tolerance=1e-5)
+
+
+@pytest.mark.parametrize("alignment", ["per_domain", "single_pass"])
+def test_a_collator_that_lays_texts_end_to_end_changes_nothing(tmp_path, alignment):
+    """Without trl: its rows are texts of unequal length."""
+    data = packable(masked=0.3)
+    options = {
+        "per_device_train_batch_size": 27,
+        "max_steps": 1,
+        "report_to": "none",
+        "use_cpu": True,
+        "disable_tqdm": True,
+    }
+    found = {}
+    for name, collator in {
+        "padded": DataCollatorForSeq2Seq(tiny_tokenizer()),
+        "flat": DataCollatorWithFlattening(),
+    }.items():
+        way = alignment if name == "flat" else "per_domain"
+        args = DoGEConfig(str(tmp_path), mu=0.1, alignment=way, save_strategy="no", **options)
+        trainer = DoGETrainer(tiny_llama(), args, train_dataset=data, data_collator=collator)
+        trainer.train()
+        point = trainer.domain_weights.trajectory
+        found[name] = {what: torch.from_numpy(getattr(point, what)) for what in ("scores", "losses", "weights")}
+    assert_close(found["flat"], found["padded"], tolerance=1e-5)
 
 
 @pytest.mark.parametrize("padding_free", [False, True])
