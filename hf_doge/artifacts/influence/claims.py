@@ -114,12 +114,13 @@ def _is_layer(one: Any) -> bool:
         return False
     require_printable("The name of a layer", [one["name"]])
     shape, kept = one.get("shape"), one.get("kept")
-    sizes = [*shape, *kept] if isinstance(shape, list) and isinstance(kept, list) else []
-    if len(sizes) != 4 or not all(map(_is_count, sizes)):
+    if not all(isinstance(sizes, list) and len(sizes) == 2 and all(map(_is_count, sizes)) for sizes in (shape, kept)):
         return False
+    sides: list[tuple[int, int]] = list(zip(shape, kept, strict=True))  # type: ignore[arg-type]
     return all(
-        1 <= small <= whole <= _LARGEST["vocabulary_size"] for small, whole in zip(kept, shape, strict=True)
-    ) and all(small == whole or small * whole <= _LARGEST_PROJECTION for small, whole in zip(kept, shape, strict=True))
+        1 <= small <= whole <= _LARGEST["vocabulary_size"] and (small == whole or small * whole <= _LARGEST_PROJECTION)
+        for whole, small in sides
+    )
 
 
 def _are_dtypes(dtypes: Any) -> bool:
