@@ -129,6 +129,18 @@ def test_a_finished_retraining_is_never_done_again_and_more_of_anything_costs_on
     assert result.summary() == run(num_subsets=11, seeds=(1, 2, 3)).summary()
 
 
+def test_subsets_of_two_kinds_share_a_folder_and_a_line_is_written_once(tmp_path):
+    kinds = [{}, {"strata": [0, 1] * 6}, {"alpha": 0.3}]
+    for options in kinds:
+        run(output_dir=tmp_path, **options)
+    size = (tmp_path / JOURNAL).stat().st_size
+    again = Training()
+    for options in kinds:
+        assert run(again, output_dir=tmp_path, **options).summary() == run(**options).summary()
+    assert again.calls == []
+    assert (tmp_path / JOURNAL).stat().st_size == size
+
+
 def test_a_folder_of_another_evaluation_is_refused_by_what_differs(tmp_path):
     run(output_dir=tmp_path, identity={"model": "cnn"})
     with pytest.raises(ValueError, match=r"differs in \['model'\].*'cnn'.*'transformer'"):

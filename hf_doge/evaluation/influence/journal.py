@@ -67,7 +67,7 @@ class RetrainingJournal:
         self.key_type, self.values = key_type, values
         self.identity = json.loads(json.dumps(dict(identity)))  # as it will be read: tuples are lists
         self._results: dict[tuple[str, int], list[float]] = {}
-        self._keys: dict[Key, str] = {}
+        self._noted: set[tuple[Key, str]] = set()
         if path is None:
             return
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -87,9 +87,9 @@ class RetrainingJournal:
     def add(self, key: Key, digest: str, values: Sequence[float]) -> None:
         """Note a result under a key. One that stands there already costs no line."""
         self._results[digest, key.seed] = list(values)
-        if self._keys.get(key) == digest:
+        if (key, digest) in self._noted:
             return
-        self._keys[key] = digest
+        self._noted.add((key, digest))
         self._append({**key._asdict(), "removed": digest, self.values: list(values)})
 
     def measure(
@@ -122,7 +122,7 @@ class RetrainingJournal:
                 entries = []  # told below
             for entry in entries:
                 key = self.key_type(*(entry[name] for name in self.key_type._fields))
-                self._keys[key] = entry["removed"]
+                self._noted.add((key, entry["removed"]))
                 self._results[entry["removed"], key.seed] = entry[self.values]
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(
