@@ -3,7 +3,8 @@ A small language model, fine-tuned on documents of which some tell invented fact
 
 SmolLM2-135M on 113 short documents: three invented facts in eight wordings each (`planted_facts`), and 89 beginnings of real
 texts, at most 32 tokens each, all of whose tokens are trained on. Four epochs of AdamW, batches of 8: all weights at 5e-5, or
-(`--lora`) adapters of rank 8 on all attention projections at 1e-3. Indices are of the ends of the first and third epoch.
+(`--lora`) adapters of rank 8 on all attention projections at 1e-3. Indices are of the ends of the first and third epoch, of words by each use of the tied matrix and in each metric, of all attention
+outputs, of one layer in the middle (both projected), and of the adapters.
 Twelve questions, four a fact, each in words that no document has; by setting the mean average precision of finding the
 eight documents of the fact among the 113 (`own`, `input`: rows of the embeddings; `adapters`: those of the adapters' own matrices):
 
@@ -43,6 +44,11 @@ RECORDINGS: dict[str, dict[str, Any]] = {
     "own_plain": {"tied": "own", "metric": "gradient"},
     "input_metric": {"tied": "input", "metric": "optimizer"},
     "own_metric": {"tied": "own", "metric": "optimizer"},
+    "attention_outputs": {"layers": ["o_proj"]},
+    "middle": {"layers": ["layers.15.mlp.down_proj"]},
+    "adapters": {"layers": ["adapters"]},
+    "adapters_16": {"layers": ["adapters"], "projection_dim": 16},
+    "adapters_metric": {"layers": ["adapters"], "metric": "optimizer"},
 }
 ADAPTERS: dict[str, dict[str, Any]] = {
     "adapters_plain": {"layers": "adapters", "metric": "gradient"},

@@ -170,6 +170,8 @@ def test_an_index_with_layers_says_so(recorded):
     card = (folder / "index" / "README.md").read_text()
     assert "with respect to 3 linear layers of the model" in card
     assert "From `token_id` 32 on, rows are no words but rows of linear layers" in card
+    assert "the piece of a weight that `token_id` numbers" in card
+    assert "share no token" not in card
     assert "| bert.encoder.layer.1.attention.output.dense | 16 x 16 | 7 x 7 | 33 | 1 |" in card
 
 

@@ -181,6 +181,7 @@ def _render(
         sides=_SIDES.get(str(config.get("tied")), ""),
         traced=_traced(config),
         layers=_layers(config),
+        has_words=config.get("layers") is None or config["layers"]["embedding"],
         num_words=config["layers"]["embedding_shape"][0] if config.get("layers") else 0,
         columns=", ".join(map(code, tables["examples"].schema.names)) if columns else "",
         numbered=any("number" in one for one in checkpoints),
