@@ -54,6 +54,7 @@ SEARCHES: dict[str, dict[str, Any]] = {
     "_paper": {"recipe": "paper"},
     "_all_tokens": {"cosine": True, "special_tokens": "count", "sentence_ends": "count"},
     "_no_special": {"cosine": True, "special_tokens": "drop", "sentence_ends": "count"},
+    "_dropped": {"special_tokens": "drop", "sentence_ends": "drop"},
     "_no_norms": {"cosine": False},
 }
 

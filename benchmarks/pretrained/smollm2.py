@@ -3,10 +3,11 @@ A small language model, fine-tuned on documents of which some tell invented fact
 
 SmolLM2-135M on 113 short documents: three invented facts in eight wordings each (`planted_facts`), and 89 beginnings of real
 texts, at most 32 tokens each, all of whose tokens are trained on. Four epochs of AdamW, batches of 8: all weights at 5e-5, or
-(`--lora`) adapters of rank 8 on all attention projections at 1e-3. Indices are of the ends of the first and third epoch, of words by each use of the tied matrix and in each metric, of all attention
-outputs, of one layer in the middle (both projected), and of the adapters.
+(`--lora`) adapters of rank 8 on all attention projections at 1e-3. Indices are of the ends of the first and third epoch: of words
+by each use of the tied matrix and in each metric, of all attention outputs and of one layer in the middle (both projected), and
+of the adapters.
 Twelve questions, four a fact, each in words that no document has; by setting the mean average precision of finding the
-eight documents of the fact among the 113 (`own`, `input`: rows of the embeddings; `adapters`: those of the adapters' own matrices):
+eight documents of the fact among the 113:
 
 - `completion`: prompt and completion, the loss is that of the completion;
 - `whole`: the same with the loss of all tokens, as the documents were trained on;
@@ -50,10 +51,6 @@ RECORDINGS: dict[str, dict[str, Any]] = {
     "adapters_16": {"layers": ["adapters"], "projection_dim": 16},
     "adapters_metric": {"layers": ["adapters"], "metric": "optimizer"},
 }
-ADAPTERS: dict[str, dict[str, Any]] = {
-    "adapters_plain": {"layers": "adapters", "metric": "gradient"},
-    "adapters_metric": {"layers": "adapters", "metric": "optimizer"},
-}
 SEARCHES: dict[str, dict[str, Any]] = {"": {}, "_paper": {"recipe": "paper"}, "_cosine": {"cosine": True}}
 
 
@@ -78,7 +75,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
     beside(note, args.output_dir, texts, questions)
     chosen = [checkpoints[0], checkpoints[2]]
-    for name, options in {**RECORDINGS, **(ADAPTERS if args.lora else {})}.items():
+    for name, options in RECORDINGS.items():
         if args.settings is not None and name not in args.settings:
             continue
         try:

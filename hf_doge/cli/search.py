@@ -60,14 +60,14 @@ class SearchArguments:
         default=None,
         metadata={
             "choices": SPECIAL_TOKENS,
-            "help": "Whether tokens such as [CLS] count. Default: as the index says.",
+            "help": "Whether tokens such as [CLS] count, and if so whether words show them. Default: as the index says.",
         },
     )
     sentence_ends: str | None = field(
         default=None,
         metadata={
             "choices": SPECIAL_TOKENS,
-            "help": "Whether the ends of sentences (. ? !) count. Default: as the index says.",
+            "help": "The same of the ends of sentences (. ? !).",
         },
     )
     cosine: bool | None = field(

@@ -64,8 +64,10 @@ def query_hits(
     parts: TokenParts,
     special_tokens: Sequence[int],
     tokenizer: PreTrainedTokenizerBase | None,
+    *,
+    hidden: Sequence[int] = (),
 ) -> Iterator[dict[str, Any]]:
-    """The rows of one query: proponents from the strongest on, then opponents likewise."""
+    """The rows of one query: proponents from the strongest on, then opponents likewise; `hidden` tokens make no words."""
     labels = query.features.get("labels")
     label = labels.item() if labels is not None and labels.numel() == 1 else None
     scores = parts.parts.sum(axis=(0, 2))
@@ -77,7 +79,8 @@ def query_hits(
             by_token = parts.parts[:, row].sum(axis=0)
             shared = np.flatnonzero(parts.parts[:, row].any(axis=0))
             token_scores = dict(zip(parts.tokens[shared].tolist(), by_token[shared].tolist(), strict=True))
-            words, word_scores = word_parts(query.reading, token_scores, tokenizer=tokenizer, names=parts.layer_names)
+            told = {token: part for token, part in token_scores.items() if token not in hidden}
+            words, word_scores = word_parts(query.reading, told, tokenizer=tokenizer, names=parts.layer_names)
             magnitudes = np.abs(by_token)
             yield {
                 "query": position,

@@ -24,7 +24,6 @@ from hf_doge.tracing.hits import HIT_FEATURES, add_example_columns, make_hits, q
 from hf_doge.tracing.html import Shown, render_fragment, render_page
 from hf_doge.tracing.processes import build_on_each_machine, share_work
 from hf_doge.tracing.queries import (
-    SPECIAL_TOKENS,
     Queries,
     SearchOptions,
     check_options,
@@ -101,7 +100,7 @@ class InfluenceIndex(SavedIndex):
             - `special_token_share`: part of the sum of all tokens' absolute parts that special tokens hold (0 where they are
               left out);
             - `words`, `word_scores`: words of the query that the example shares, or has a synonym of, by the size of their
-              part. They add up to the score. A token's part is shared equally by the positions that hold it, pieces of a
+              part. They add up to the score, but for tokens that are hidden. A token's part is shared equally by the positions that hold it, pieces of a
               word are joined. In an index recorded with `tied="own"` (or `"full"`) a token's part has two sides, the word
               as it is read and as it is predicted, in the query and in the example: it may come from a text in which the
               word moves nothing as an input (the last one of a text), or from places where the model expected it in vain;
@@ -122,6 +121,7 @@ class InfluenceIndex(SavedIndex):
 
         def work(start: int, stop: int) -> list[dict[str, Any]]:
             scorer = self._scorer(records[start:stop], chosen, first_position=start)
+            hidden = self._tokens("hide", chosen)
             found: list[dict[str, Any]] = []
             for first, block in scorer.blocks():
                 block[:, excluded] = 0
@@ -133,6 +133,7 @@ class InfluenceIndex(SavedIndex):
                         parts,
                         self.config["special_token_ids"],
                         self.processing_class,
+                        hidden=hidden,
                     )
             return found
 
@@ -178,7 +179,7 @@ class InfluenceIndex(SavedIndex):
         `sum_c learning_rate_c * |g_c(x)|^2`, in the metric of the index, which needs no model.
 
         Args:
-            special_tokens (`str`): `"count"` or `"drop"`, see [`SearchOptions`].
+            special_tokens (`str`): `"count"` or `"drop"`.
 
         Returns:
             `datasets.Dataset`: `rank` (from 1), `example_id`, `score`, and what the index keeps of the example.
@@ -187,7 +188,7 @@ class InfluenceIndex(SavedIndex):
             ValueError: The rows of the index do not tell (it was recorded online, or by an earlier version with
                 `second_moment=True`).
         """
-        check_choice("special_tokens", special_tokens, SPECIAL_TOKENS)
+        check_choice("special_tokens", special_tokens, ("count", "drop"))
         refuse_metric("Self-influence", self.reader)
         self.reader.require_whole("Self-influence")
         if self.config.get("record") == "online":
@@ -292,7 +293,7 @@ class InfluenceIndex(SavedIndex):
         self, records: Sequence[Mapping[str, Any]], options: SearchOptions, *, first_position: int = 0
     ) -> QueryScorer:
         """Queries with their rows at all checkpoints, ready to be scored."""
-        excluded = self._left_out(options)
+        excluded = self._tokens("drop", options)
         recorded = self._recorder.record(
             records,
             batch_size=options["batch_size"],
@@ -302,12 +303,15 @@ class InfluenceIndex(SavedIndex):
         )
         return QueryScorer(self.reader, recorded, excluded_tokens=excluded, cosine=bool(options["cosine"]))
 
-    def _left_out(self, options: SearchOptions) -> list[int]:
-        """Ids of the tokens that do not count."""
-        found = list(self.config["special_token_ids"]) if options["special_tokens"] == "drop" else []
-        if options["sentence_ends"] != "drop":
+    def _tokens(self, fate: str, options: SearchOptions) -> list[int]:
+        """Ids of the special tokens, and of the ends of sentences, that are to `"hide"` or `"drop"` by the options."""
+        if fate not in (options["special_tokens"], options["sentence_ends"]):
+            return []
+        config = self.config
+        found = list(config["special_token_ids"]) if options["special_tokens"] == fate else []
+        if options["sentence_ends"] != fate:
             return found
-        search = self.config["metadata"].get("search")
+        search = config["metadata"].get("search")
         ends = search.get("sentence_end_ids") if isinstance(search, dict) else None
         if not isinstance(ends, list):  # recorded by an earlier version
             ends = sentence_end_ids(self.processing_class)

@@ -31,7 +31,7 @@ TEXT_FIELDS = (
 )
 LABEL_FIELDS = ("labels", "label", "label_ids")
 
-SPECIAL_TOKENS = ("count", "drop")
+SPECIAL_TOKENS = ("count", "hide", "drop")  # and ends of sentences
 KERNELS = ("token", "synonym")
 
 # What a query may be: `datasets.Dataset`, texts, dictionaries of one or of several, see [`check_queries`].
@@ -62,7 +62,9 @@ class SearchOptions(TypedDict, total=False):
             index was begun with, see [`search_defaults`]; indices of before they were have those of the paper.
         special_tokens (`str`):
             `"count"`: tokens such as [CLS] count like any other. They are in every text, and their gradients carry much of
-            a sentence. `"drop"`: they do not count, neither in queries nor in examples. Default: what the index says.
+            a sentence. `"hide"`: they count, but are not among the `words` of a hit, which explain nothing by them;
+            `special_token_share` tells their part. `"drop"`: they do not count, neither in queries nor in examples.
+            Default: what the index says.
         sentence_ends (`str`): The same of tokens that are nothing but the end of a sentence, `.`, `?` or `!`.
         batch_size (`int`): Queries per forward and backward. Default: 32.
         cosine (`bool`):
@@ -80,8 +82,8 @@ class SearchOptions(TypedDict, total=False):
     """
 
     recipe: Literal["paper"] | None
-    special_tokens: Literal["count", "drop"] | None
-    sentence_ends: Literal["count", "drop"] | None
+    special_tokens: Literal["count", "hide", "drop"] | None
+    sentence_ends: Literal["count", "hide", "drop"] | None
     batch_size: int
     cosine: bool | None
     kernel: Literal["token", "synonym"]

@@ -14,8 +14,9 @@ def search_defaults(settings: RecordingSettings, model: nn.Module, tokenizer: An
     """
     What [`SearchOptions`] are at their defaults for a new index.
 
-    Special tokens and ends of sentences are in every text, so they explain none; and a classifier's few examples of large
-    gradient are proponents of everything, unless scores are divided by the norms. The paper does neither.
+    Special tokens and ends of sentences are in every text, so that as words they explain nothing and are hidden; their gradients
+    hold much of a sentence, and count. A classifier's few examples of large gradient are proponents of everything, unless
+    scores are divided by the norms. The paper does neither.
 
     Args:
         settings ([`RecordingSettings`]): Of the recording.
@@ -26,10 +27,10 @@ def search_defaults(settings: RecordingSettings, model: nn.Module, tokenizer: An
         `dict`: `special_tokens`, `sentence_ends` and `cosine`, see [`SearchOptions`], and `sentence_end_ids`.
     """
     is_paper = settings.recipe == "paper"
-    leaves_out = "count" if is_paper else "drop"
+    shown = "count" if is_paper else "hide"
     return {
-        "special_tokens": leaves_out,
-        "sentence_ends": leaves_out,
+        "special_tokens": shown,
+        "sentence_ends": shown,
         "cosine": not is_paper and settings.record == "checkpoint" and (num_classes(model) or 0) > 1,
         "sentence_end_ids": sentence_end_ids(tokenizer),
     }

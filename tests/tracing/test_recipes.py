@@ -114,7 +114,7 @@ def open_index(folder, tmp_path, **told):
     return InfluenceIndex.from_pretrained(folder, cache_dir=tmp_path / "maps")
 
 
-def test_special_tokens_and_ends_of_sentences_are_left_out_by_default_and_classifiers_are_asked_by_cosine(
+def test_special_tokens_and_ends_of_sentences_count_but_are_no_words_by_default_and_classifiers_are_asked_by_cosine(
     searched, tmp_path
 ):
     folder, tokenizer = searched
@@ -122,16 +122,23 @@ def test_special_tokens_and_ends_of_sentences_are_left_out_by_default_and_classi
     assert index.config["metadata"]["search"]["sentence_end_ids"] == sorted(
         tokenizer.convert_tokens_to_ids([".", "?", "!"])
     )
-    explicit = {"special_tokens": "drop", "sentence_ends": "drop", "cosine": True}
-    plain = {"special_tokens": "count", "sentence_ends": "count", "cosine": False}
+    explicit = {"special_tokens": "count", "sentence_ends": "count", "cosine": True}
+    plain = {**explicit, "cosine": False}
     assert np.array_equal(index.scores(asked), index.scores(asked, **explicit))
     assert np.array_equal(index.scores(asked, recipe="paper"), index.scores(asked, **plain))
-    for name, value in plain.items():
+    for name, value in (("special_tokens", "drop"), ("sentence_ends", "drop"), ("cosine", False)):
         assert not np.allclose(index.scores(asked), index.scores(asked, **{name: value})), name
     silent = {*tokenizer.all_special_tokens, ".", "?", "!"}
     by_recipe = [{word for hit in index.search(asked, recipe=one) for word in hit["words"]} for one in (None, "paper")]
+    assert by_recipe[0]
     assert not by_recipe[0] & silent
     assert {"[CLS]", "[SEP]", ".", "?"} <= by_recipe[1]
+    for hit in index.search(asked):
+        told = dict(zip(hit["words"], hit["word_scores"], strict=True))
+        ends = tokenizer.convert_tokens_to_ids([*tokenizer.all_special_tokens, ".", "?", "!"])
+        rest = sum(part for token, part in zip(hit["token_ids"], hit["token_scores"], strict=True) if token in ends)
+        assert hit["special_token_share"] > 0
+        assert sum(told.values()) + rest == pytest.approx(hit["score"])
 
 
 def test_an_index_that_does_not_tell_how_it_is_searched_answers_as_before(searched, tmp_path):
