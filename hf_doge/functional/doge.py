@@ -194,11 +194,12 @@ def update_domain_weights(
 
 def shrink_deviations(deviations: Tensor, variances: Tensor) -> Tensor:
     """
-    What of the deviations of the weights' logarithms is more than noise, by empirical Bayes (Efron & Morris, 1973). Ours.
+    What of the deviations of the weights' logarithms is more than noise, shrunk as James and Stein (1961) do, with twice the
+    noise, and domain by domain as in empirical Bayes (Efron & Morris, 1973). Ours.
 
-    `s_j D_j` with `s_j = tau^2 / (tau^2 + V_j)`, the posterior mean of a deviation that is normal around 0 with the variance
-    `tau^2 = max(0, mean_j (D_j^2 - V_j))`, seen with a noise of the variance `V_j`. Where noise accounts for all, `tau` is 0 and
-    nothing is left; where it is small beside the deviations, they stay.
+    `s_j D_j` with `s_j = tau^2 / (tau^2 + 2 V_j)` and `tau^2 = max(0, mean_j (D_j^2 - 2 V_j))`, for a noise of the variance `V_j`;
+    of equal noise `s = max(0, 1 - 2 / F)` with `F = mean_j D_j^2 / V`. Nothing is left where F is below 2, as chance alone makes
+    it for 8 domains in 19 of 20 runs; where noise is small beside the deviations, they stay.
 
     Args:
         deviations (`torch.Tensor` of shape `(num_train_domains,)`): D, around a mean of 0.
@@ -209,8 +210,9 @@ def shrink_deviations(deviations: Tensor, variances: Tensor) -> Tensor:
     """
     check_shape("deviations", deviations, (None,))
     check_shape("variances", variances, tuple(deviations.shape))
-    between = (deviations.square() - variances).mean().clamp(min=0)
-    return torch.where(variances > 0, deviations * between / (between + variances), 0.0)
+    noise = 2 * variances
+    between = (deviations.square() - noise).mean().clamp(min=0)
+    return torch.where(noise > 0, deviations * between / (between + noise), 0.0)
 
 
 def update_running_mean(mean: Tensor, weights: Tensor, num_updates: int) -> Tensor:

@@ -24,8 +24,8 @@ def weights_by_definition(scores, mu, initial):
     for number in range(1, len(scores) + 1):
         deviations = np.nansum(centred[:number], axis=0) / mu
         variances = np.nansum(np.diff(centred[:number], axis=0) ** 2 / 2, axis=0) / mu**2
-        between = max(0.0, float(np.mean(deviations**2 - variances)))
-        shares = np.divide(between, between + variances, out=np.zeros_like(variances), where=variances > 0)
+        between = max(0.0, float(np.mean(deviations**2 - 2 * variances)))
+        shares = np.divide(between, between + 2 * variances, out=np.zeros_like(variances), where=variances > 0)
         powers = initial * np.exp(shares * deviations)
         found.append(powers / powers.sum())
     return np.array(found)
@@ -91,13 +91,13 @@ def test_noise_alone_leaves_the_initial_weights_and_a_signal_stays():
         loud = feed(ScoreNoise(initial, window=100, shrinks=True), draw.normal(size=(400, 4)) + signal, rate=0.1)
         kept.append(float((loud.shrink(uniform(4)) / initial).log()[0] - (loud.shrink(uniform(4)) / initial).log()[1]))
     assert np.median(farthest) < 0.5  # without shrinkage about 2
-    assert np.mean(kept) == pytest.approx(0.1 * 400 * 0.4, rel=0.1)
+    assert np.mean(kept) == pytest.approx(0.1 * 400 * 0.4 * (1 - 2 / 16), rel=0.1)
 
 
 def test_of_equal_noise_the_share_that_stays_is_that_of_james_and_stein():
     deviations = torch.tensor([3.0, -1.0, -2.0], dtype=torch.float64)
     found = shrink_deviations(deviations, torch.full((3,), 2.0, dtype=torch.float64))
-    torch.testing.assert_close(found, deviations * (1 - 3 * 2.0 / 14.0))
+    torch.testing.assert_close(found, deviations * (1 - 2 * 3 * 2.0 / 14.0))
     assert not shrink_deviations(deviations, torch.full((3,), 20.0, dtype=torch.float64)).any()
     assert not shrink_deviations(deviations, torch.zeros(3, dtype=torch.float64)).any()
 
