@@ -14,7 +14,7 @@ MiniLM with a new head, 240 questions of six sources (see `minilm`), three epoch
 - `epochs`: CPU time of recording and scoring, in epochs of the fine-tuning, measured in the same run.
 
 Scorers named `late_...` look at the ends of the three epochs, `early_...` at the thirds of the first; `default` is what an
-index does today, `paper` is `recipe="paper"`; `last_layer` is TracIn at the ends of the epochs. Those that know the classes
+index does today (all tokens count, by cosine), `dropped` leaves special tokens and ends of sentences out of the sum, `paper` is `recipe="paper"`; `last_layer` is TracIn at the ends of the epochs. Those that know the classes
 stand below: `same_label` is 1 for examples of the predicted class, `class_...` a score among them and 0 elsewhere (of
 `class_random` drawn evenly), `signed_...` a score among them and minus it elsewhere. Finished retrainings, indices and scores
 are kept in the output folder, so that the command continues.
@@ -48,10 +48,10 @@ NUM_DRAWS = 1
 SEARCHES: dict[str, tuple[str, dict[str, Any]]] = {
     "paper": ("gradient", {"recipe": "paper"}),
     "default": ("gradient", {}),
-    "default_no_cosine": ("gradient", {"cosine": False}),
-    "cosine_all_tokens": ("gradient", {"cosine": True, "special_tokens": "count", "sentence_ends": "count"}),
-    "metric": ("optimizer", {"cosine": False}),
-    "metric_cosine": ("optimizer", {"cosine": True}),
+    "dropped": ("gradient", {"special_tokens": "drop", "sentence_ends": "drop"}),
+    "dropped_no_cosine": ("gradient", {"cosine": False, "special_tokens": "drop", "sentence_ends": "drop"}),
+    "metric": ("optimizer", {"cosine": False, "special_tokens": "drop", "sentence_ends": "drop"}),
+    "metric_cosine": ("optimizer", {"cosine": True, "special_tokens": "drop", "sentence_ends": "drop"}),
 }
 REMOVED = ("late_paper", "late_default", "sentence_embedding")
 
