@@ -160,14 +160,15 @@ def choose_layers(
     """
     matrix, found = input_embedding_matrix(model), {}
     modules = {name: module for name, module in model.named_modules() if ".original_module" not in name}
-    for item in wanted:
+    for item in sorted(wanted, key=lambda item: item != ADAPTERS):  # first: a pattern may match their matrices too
         if item == EMBEDDING:
             continue
         names = _adapters(model, modules) if item == ADAPTERS else _matching(model, modules, item)
         dim = projection_dim or (None if item == ADAPTERS else isqrt(matrix.shape[1]))
         for name in names:
             shape = _shape_of(name, modules[name], matrix)
-            found[name] = Layer(name, shape, shape if dim is None else (min(shape[0], dim), min(shape[1], dim)))
+            kept = shape if dim is None else (min(shape[0], dim), min(shape[1], dim))
+            found.setdefault(name, Layer(name, shape, kept))
     layers = tuple(found[name] for name in modules if name in found)
     width = matrix.shape[1] if EMBEDDING in wanted else _best_width([one.kept[0] * one.kept[1] for one in layers])
     return ChosenLayers(layers, (matrix.shape[0], matrix.shape[1]), width, seed, EMBEDDING in wanted)

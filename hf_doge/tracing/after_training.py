@@ -183,6 +183,7 @@ class _SavedRecording:
             self.index, self.batches = self._open(model)
             self.index.writer.require_embeddings(recorder.matrix, type(model).__name__)
         assert self.batches is not None
+        self._require_same_layers(model, facts["name"])
         if self.index.has_whole(facts["name"]):
             return
         moments = None
@@ -190,6 +191,22 @@ class _SavedRecording:
             moments = moments_for(self.index, self.settings.metric, find, name=facts["name"])
         facts["path"] = stored_path(path, self.index.writer.folder)
         record_checkpoint(self.index, recorder, self.batches, facts, second_moments=moments, progress=self.progress)
+
+    def _require_same_layers(self, model: nn.Module, name: str) -> None:
+        """Refuse a checkpoint whose layers have other shapes: its rows would be numbered otherwise."""
+        assert self.index is not None
+        layers, recorded = self.settings.chosen_layers(model), self.index.writer.config.get("layers")
+        if layers is not None and layers.to_dict() != recorded:
+            shapes = [
+                [f"{one['name']} {one['shape']}" for one in told["modules"]] for told in (recorded, layers.to_dict())
+            ]
+            other = [pair for pair in zip(*shapes, strict=False) if pair[0] != pair[1]][:3] or [
+                len(one) for one in shapes
+            ]
+            raise ValueError(
+                f"All checkpoints of an index must have the same layers, but {name!r} has others than those before: {other}. Record "
+                "checkpoints of one training only."
+            )
 
     def _second_moments(self, path: Path, model: nn.Module) -> SecondMoments:
         if self.settings.metric == "auto":  # one metric for all, and so plain gradients where one has no optimizer

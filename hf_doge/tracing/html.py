@@ -176,11 +176,16 @@ def _mark(text: str, part: float, largest: float) -> str:
 
 
 def _parts(hit: Hit) -> dict[int, float]:
-    return dict(zip(hit["token_ids"], hit["token_scores"], strict=True))
+    return _shown(hit, "token_ids", "token_scores")
 
 
 def _example_parts(hit: Hit) -> dict[int, float]:
-    return dict(zip(hit["example_token_ids"], hit["example_token_scores"], strict=True))
+    return _shown(hit, "example_token_ids", "example_token_scores")
+
+
+def _shown(hit: Hit, ids: str, scores: str) -> dict[int, float]:
+    hidden = hit.get("hidden_token_ids") or ()
+    return {token: part for token, part in zip(hit[ids], hit[scores], strict=True) if token not in hidden}
 
 
 def _number(value: float) -> str:

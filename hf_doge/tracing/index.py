@@ -106,6 +106,7 @@ class InfluenceIndex(SavedIndex):
               word moves nothing as an input (the last one of a text), or from places where the model expected it in vain;
             - `token_ids`, `token_scores`: the same by token;
             - `example_token_ids`, `example_token_scores`: the same by the token of the example;
+            - `hidden_token_ids`: those of them that count and are no words, see `special_tokens` and `sentence_ends`;
             - `query_label`, `query_text`, `query_token_ids`: what was asked;
             - every column that the index keeps of its examples, such as `text` and `label`.
 

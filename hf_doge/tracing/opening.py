@@ -90,7 +90,7 @@ def open_writer(
         max_segment_bytes=settings.max_segment_bytes,
         add_examples=add_examples,
         settings={
-            **settings.to_manifest(tokenizer),
+            **settings.to_manifest(tokenizer, vocabulary_size=len(matrix)),
             **continued_settings(Path(folder), metric),
             "virtual": not matrix.requires_grad if layers is None else is_virtual(model, layers),
             "layers": None if layers is None else layers.to_dict(),

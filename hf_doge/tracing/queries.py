@@ -63,7 +63,7 @@ class SearchOptions(TypedDict, total=False):
         special_tokens (`str`):
             `"count"`: tokens such as [CLS] count like any other. They are in every text, and their gradients carry much of
             a sentence. `"hide"`: they count, but are not among the `words` of a hit, which explain nothing by them;
-            `special_token_share` tells their part. `"drop"`: they do not count, neither in queries nor in examples.
+            `token_scores` tell their part, `hidden_token_ids` which they are. `"drop"`: they do not count, neither in queries nor in examples.
             Default: what the index says.
         sentence_ends (`str`): The same of tokens that are nothing but the end of a sentence, `.`, `?` or `!`.
         batch_size (`int`): Queries per forward and backward. Default: 32.

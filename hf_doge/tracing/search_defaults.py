@@ -4,6 +4,7 @@ from typing import Any
 
 from torch import nn
 
+from hf_doge.gradients.embedding_uses import input_embedding_matrix
 from hf_doge.tracing.limits import num_classes
 from hf_doge.tracing.settings import RecordingSettings, text_tokenizer
 
@@ -32,7 +33,9 @@ def search_defaults(settings: RecordingSettings, model: nn.Module, tokenizer: An
         "special_tokens": shown,
         "sentence_ends": shown,
         "cosine": not is_paper and settings.record == "checkpoint" and (num_classes(model) or 0) > 1,
-        "sentence_end_ids": sentence_end_ids(tokenizer),
+        "sentence_end_ids": [
+            token for token in sentence_end_ids(tokenizer) if token < len(input_embedding_matrix(model))
+        ],
     }
 
 

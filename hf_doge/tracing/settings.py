@@ -311,8 +311,11 @@ class RecordingSettings:
             "drop_token_ids": special_token_ids(tokenizer) if self.special_tokens == "drop" else (),
         }
 
-    def to_manifest(self, tokenizer: Any | None) -> dict[str, Any]:
-        """What `config.json` of the index says about it; `IndexWriter` takes the rest as arguments of its own."""
+    def to_manifest(self, tokenizer: Any | None, *, vocabulary_size: int) -> dict[str, Any]:
+        """
+        What `config.json` of the index says about it; `IndexWriter` takes the rest as arguments of its own. Tokens that the
+        embedding matrix has no row for are not in it: their numbers are those of other rows.
+        """
         return {
             "loss_reduction": self.loss_reduction,
             "loss_fn": _qualified_name(self.loss_fn),
@@ -322,7 +325,7 @@ class RecordingSettings:
             "record": self.record,
             **metric_settings(self.metric),
             "special_tokens": self.special_tokens,
-            "special_token_ids": special_token_ids(tokenizer),
+            "special_token_ids": [token for token in special_token_ids(tokenizer) if token < vocabulary_size],
         }
 
 

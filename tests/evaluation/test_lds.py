@@ -12,6 +12,7 @@ from transformers import Trainer, TrainingArguments
 from hf_doge.evaluation.influence.case_deletion import case_deletion
 from hf_doge.evaluation.influence.lds import (
     JOURNAL,
+    _group_scores,
     class_margins,
     draw_subsets,
     linear_datamodelling_score,
@@ -262,3 +263,14 @@ def test_a_factory_of_trainers_trains_on_what_is_kept(tmp_path):
     assert isinstance(first(0), float)
     assert first(0) != other(0)
     assert train_fn((1, 4), 3)(1) == first(1)
+
+
+def test_sums_that_cancel_leave_nothing_to_rank():
+    labels = np.repeat([1.0, -1.0], 10)
+    kept = np.array([np.r_[np.isin(np.arange(10), one), np.isin(np.arange(10), two)] for one, two in HALVES])
+    found = _group_scores(np.stack([0.3 * labels, 0.3 * labels + 1e-3 * np.arange(20)]), kept)
+    assert not found[0].any()
+    np.testing.assert_allclose(found[1], kept @ (1e-3 * np.arange(20)), rtol=1e-9)
+
+
+HALVES = [np.random.default_rng(seed).permuted(np.tile(np.arange(10), (2, 1)), axis=1)[:, :5] for seed in range(12)]

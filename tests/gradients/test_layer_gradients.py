@@ -221,6 +221,15 @@ def test_chosen_layers_come_back_from_their_description():
     assert other.to_dict()["sha256"] != chosen.to_dict()["sha256"]
 
 
+def test_adapters_stay_whole_whatever_pattern_stands_next_to_them():
+    model = llama_lora()
+    orders = [choose_layers(model, names) for names in (["adapters", "*"], ["*", "adapters"])]
+    assert orders[0] == orders[1]
+    adapters = [one for one in orders[0].layers if "lora_" in one.name]
+    assert adapters
+    assert all(one.kept == one.shape for one in adapters)
+
+
 def test_rows_without_words_are_as_wide_as_leaves_least_room_unused():
     model = build(llama, tied=False)
     assert choose_layers(model, ["embedding", "lm_head"], projection_dim=3).width == 16

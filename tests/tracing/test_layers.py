@@ -280,6 +280,38 @@ def test_hits_name_layers_among_the_words(tmp_path):
     assert "classifier" in index.to_html(hits)
 
 
+def test_a_special_token_without_a_row_in_the_matrix_is_no_layer(tmp_path):
+    index = train_classifier(tmp_path, layers=["embedding", "classifier"])
+    num_words = index.reader.embedding_shape[0]
+    settings, tokenizer = RecordingSettings(), tiny_tokenizer()
+    special = tokenizer.all_special_ids
+    assert settings.to_manifest(tokenizer, vocabulary_size=num_words)["special_token_ids"] == sorted(special)
+    told = settings.to_manifest(tokenizer, vocabulary_size=max(special))["special_token_ids"]
+    assert told == sorted(special)[:-1]
+    assert all(token < num_words for token in index.config["special_token_ids"])
+
+
+def test_checkpoints_whose_layers_have_other_shapes_are_refused(adapted, tmp_path):
+    folder, _ = adapted
+    other = LoraConfig(r=2, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM", init_lora_weights=False)
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(folder / "base"), other)
+    model.save_pretrained(tmp_path / "checkpoint-9999")
+    first = sorted((folder / "run").glob("checkpoint-*"))[0]
+    with pytest.raises(
+        ValueError, match="All checkpoints of an index must have the same layers, but 'checkpoint-9999'"
+    ):
+        record_dataset(
+            tmp_path / "index",
+            [first, tmp_path / "checkpoint-9999"],
+            language_data(),
+            tokenizer=tiny_tokenizer(),
+            collator=causal_collator(tiny_tokenizer()),
+            settings=RecordingSettings(layers=["embedding", "adapters"], dtype="float32"),
+            learning_rates=[1e-3, 1e-3],
+            progress=False,
+        )
+
+
 def test_synonyms_are_those_of_words_alone(tmp_path):
     index = train_classifier(tmp_path, **{**LAYERS, "layers": ["embedding", *LAYERS["layers"]]})
     options = {"kernel": "synonym", "synonym_threshold": 0.1}

@@ -99,7 +99,9 @@ def linear_datamodelling_score(
         kept=kept,
         seeds=seeds,
         outputs=outputs.transpose(2, 0, 1),
-        group_scores={name: np.asarray(matrix, dtype=np.float64) @ kept.T for name, matrix in scores.items()},
+        group_scores={
+            name: _group_scores(np.asarray(matrix, dtype=np.float64), kept) for name, matrix in scores.items()
+        },
     )
 
 
@@ -212,3 +214,9 @@ def _check_seeds(seeds: Sequence[int]) -> tuple[int, ...]:
     if not seeds or len(set(seeds)) < len(seeds):
         raise ValueError(f"`seeds` must be different ones, at least one, but got {list(seeds)}.")
     return seeds
+
+
+def _group_scores(scores: np.ndarray, kept: np.ndarray) -> np.ndarray:
+    """Sums over each subset, without what rounding leaves of parts that cancel: it would be ranked."""
+    unit = 1e-12 * (np.abs(scores) @ kept.T).max(axis=1, keepdims=True)
+    return np.round(scores @ kept.T / np.where(unit > 0, unit, 1)) * unit
