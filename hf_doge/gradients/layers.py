@@ -158,7 +158,8 @@ def choose_layers(
         ValueError: The model has no such layer, it is not linear, or quantised, or its weight is the embedding matrix; or it
             has no LoRA adapter, or one with more than A and B.
     """
-    matrix, found = input_embedding_matrix(model), {}
+    matrix = input_embedding_matrix(model)
+    found: dict[str, Layer] = {}
     modules = {name: module for name, module in model.named_modules() if ".original_module" not in name}
     for item in sorted(wanted, key=lambda item: item != ADAPTERS):  # first: a pattern may match their matrices too
         if item == EMBEDDING:

@@ -196,13 +196,11 @@ class _SavedRecording:
         """Refuse a checkpoint whose layers have other shapes: its rows would be numbered otherwise."""
         assert self.index is not None
         layers, recorded = self.settings.chosen_layers(model), self.index.writer.config.get("layers")
-        if layers is not None and layers.to_dict() != recorded:
+        if layers is not None and recorded is not None and layers.to_dict() != recorded:
             shapes = [
                 [f"{one['name']} {one['shape']}" for one in told["modules"]] for told in (recorded, layers.to_dict())
             ]
-            other = [pair for pair in zip(*shapes, strict=False) if pair[0] != pair[1]][:3] or [
-                len(one) for one in shapes
-            ]
+            other = [pair for pair in zip(*shapes, strict=False) if pair[0] != pair[1]][:3]
             raise ValueError(
                 f"All checkpoints of an index must have the same layers, but {name!r} has others than those before: {other}. Record "
                 "checkpoints of one training only."

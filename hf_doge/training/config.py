@@ -110,7 +110,7 @@ class DoGEConfig(TrainingArguments):
     `exp(score / mu)`, where the score is by how many nats a step on the domain alone would lower the targets' mean loss.
 
     `self_term="independent"` needs two examples of each domain in a step, and memory for twice as many gradients where they are
-    kept. A domain of which a step has but one example with a label keeps its share in that step. Given targets share no example
+    kept. A domain of which a step has but one example with a label has no score in that step. Given targets share no example
     with a domain: with them it is the same as `"same"`.
 
     The logs tell how sure a score is: `domain_score_noise/<name>` is the standard deviation of one step's score over the draw of
@@ -119,8 +119,7 @@ class DoGEConfig(TrainingArguments):
 
     `stop_when_undecided=True` ends the learning when scores no longer tell the domains apart, by the rule in
     [`~hf_doge.training.score_noise.ScoreNoise`]: the run of a proxy stops there, and online the weights stay as they are while the
-    training goes on. `shrinkage=True` moves the weights only as far from the initial ones as that noise cannot account for, with the
-    same result for domains that it does not tell apart, whatever the seed. `mean_weighting="inverse_variance"` lets the weights after an update count less in the mean the more noise
+    training goes on. `shrinkage=True` moves the weights only as far from the initial ones as that noise cannot account for, with nearly the same result for domains that it does not tell apart, whatever the seed. `mean_weighting="inverse_variance"` lets the weights after an update count less in the mean the more noise
     has reached them; it is nearer to the initial weights, as a larger `mu` is.
     """
 

@@ -13,6 +13,7 @@ from transformers import Trainer, TrainingArguments
 from hf_doge.sampling.collation import SeededCollator
 from hf_doge.text import public_name
 from hf_doge.training.collator import ColumnCollator
+from hf_doge.training.packing import LengthsCollator
 from hf_doge.training.config import DoGEConfig
 from hf_doge.training.domain_batches import TargetBatches
 from hf_doge.training.global_batch import examples_per_step
@@ -78,7 +79,7 @@ def describe_identity(trainer: Trainer, *, max_steps: int, has_planned_draws: bo
 
 def _describe_collator(collator: Any) -> dict[str, Any]:
     """The settings of a collator that is a dataclass, as those of transformers and trl are; of others none are known."""
-    while isinstance(collator, (SeededCollator, ColumnCollator)):
+    while isinstance(collator, (SeededCollator, ColumnCollator, LengthsCollator)):
         collator = collator.collator
     if not is_dataclass(collator):
         return {}

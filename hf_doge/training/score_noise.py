@@ -40,7 +40,8 @@ class ScoreNoise:
 
     *Shrinkage.* The weights after an update are `alpha_0,j exp(s_j D_j)` over their sum, where `D_j = sum_t rate_t d_tj / mu` is how
     far the scores have moved the logarithm of a weight, and `s_j` the part of it that is more than noise: see
-    [`~hf_doge.functional.doge.shrink_deviations`]. While all `s_j` are 1 that is the update of the paper.
+    [`~hf_doge.functional.doge.shrink_deviations`]. With all `s_j` 1 and all domains in every step that is the update of the
+    paper. A domain that a step lacks has no `d_tj` there; its share changes as the shares of the others do.
 
     Args:
         initial_weights (`torch.Tensor` of shape `(num_domains,)`): alpha_0.
@@ -71,7 +72,8 @@ class ScoreNoise:
         self.num_undecided = 0
         self.statistic = float("nan")
         self._last = torch.full_like(self.initial_weights, torch.nan)
-        self._deviations, self._variances = torch.zeros_like(self._last), torch.zeros_like(self._last)
+        zeros = torch.zeros_like(self._last)
+        self._deviations, self._variances, self._moved, self._told = (zeros.clone() for _ in range(4))
         self._knows_noise = False
         self._log_variance = 0.0
         self._total_precision = 0.0
@@ -103,6 +105,8 @@ class ScoreNoise:
             self._log_variance += rate**2 * float(variance[known].mean())
         self._deviations += rate * torch.where(there, centred, 0.0)
         self._variances += rate**2 * torch.where(known, variance, 0.0)
+        self._moved += rate**2 * there  # the noise of all updates is as that of those of which it is told
+        self._told += rate**2 * known
         self._squares += torch.where(known, variance, 0.0)
         self._changes += known
         self._sums += torch.where(there, centred, 0.0)
@@ -142,7 +146,8 @@ class ScoreNoise:
         """The weights after the update just taken, given those that it makes without shrinkage."""
         if not self.shrinks:
             return weights
-        logits = self.initial_weights.log() + shrink_deviations(self._deviations, self._variances)
+        variances = self._variances * torch.where(self._told > 0, self._moved / self._told, 0.0)
+        logits = self.initial_weights.log() + shrink_deviations(self._deviations, variances)
         return (1 - self.smoothing) * logits.softmax(dim=0) + self.smoothing / len(weights)
 
     def share(self) -> float:

@@ -23,8 +23,12 @@ def weights_by_definition(scores, mu, initial):
     found = []
     for number in range(1, len(scores) + 1):
         deviations = np.nansum(centred[:number], axis=0) / mu
-        variances = np.nansum(np.diff(centred[:number], axis=0) ** 2 / 2, axis=0) / mu**2
-        between = max(0.0, float(np.mean(deviations**2 - 2 * variances)))
+        changes = np.diff(centred[:number], axis=0) ** 2 / 2
+        variances = np.nansum(changes, axis=0) / mu**2
+        told = np.isfinite(changes).sum(axis=0)
+        variances *= np.isfinite(centred[:number]).sum(axis=0) / np.maximum(told, 1)
+        known = variances > 0
+        between = max(0.0, float(np.mean((deviations**2 - 2 * variances)[known]))) if known.any() else 0.0
         shares = np.divide(between, between + 2 * variances, out=np.zeros_like(variances), where=variances > 0)
         powers = initial * np.exp(shares * deviations)
         found.append(powers / powers.sum())
@@ -100,6 +104,18 @@ def test_of_equal_noise_the_share_that_stays_is_that_of_james_and_stein():
     torch.testing.assert_close(found, deviations * (1 - 2 * 3 * 2.0 / 14.0))
     assert not shrink_deviations(deviations, torch.full((3,), 20.0, dtype=torch.float64)).any()
     assert not shrink_deviations(deviations, torch.zeros(3, dtype=torch.float64)).any()
+    variances = torch.tensor([1.0, 1.0, 0.0], dtype=torch.float64)
+    expected = torch.tensor([3.0, -1.0, 0.0], dtype=torch.float64) * (1 - 2 * 2 * 1.0 / 10.0)
+    torch.testing.assert_close(shrink_deviations(deviations, variances), expected)
+
+
+def test_noise_alone_leaves_the_weights_of_domains_that_are_absent_half_the_time_too():
+    draw, farthest = np.random.default_rng(1), []
+    for _ in range(40):
+        scores = np.where(draw.random(size=(400, 8)) < 0.5, np.nan, draw.normal(size=(400, 8)))
+        quiet = feed(ScoreNoise(uniform(8), window=100, shrinks=True), scores, rate=0.1).shrink(uniform(8))
+        farthest.append(float((quiet * 8).log().abs().max()))
+    assert np.mean(np.array(farthest) > 1e-6) < 0.25  # with the noise of known updates alone 40 %
 
 
 def test_an_absent_domain_keeps_its_ratio_to_the_mean_and_smoothing_is_mixed_in_after():
