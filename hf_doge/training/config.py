@@ -119,8 +119,10 @@ class DoGEConfig(TrainingArguments):
 
     `stop_when_undecided=True` ends the learning when scores no longer tell the domains apart, by the rule in
     [`~hf_doge.training.score_noise.ScoreNoise`]: the run of a proxy stops there, and online the weights stay as they are while the
-    training goes on. `shrinkage=True` moves the weights only as far from the initial ones as that noise cannot account for, with nearly the same result for domains that it does not tell apart, whatever the seed. `mean_weighting="inverse_variance"` lets the weights after an update count less in the mean the more noise
-    has reached them; it is nearer to the initial weights, as a larger `mu` is.
+    training goes on. `shrinkage=True` moves the weights only as far from the initial ones as that noise cannot account for,
+    with nearly the same result for domains that it does not tell apart, whatever the seed.
+    `mean_weighting="inverse_variance"` lets the weights after an update count less in the mean the more noise has reached
+    them; it is nearer to the initial weights, as a larger `mu` is.
     """
 
     _argument_group_name = "domain weights (DoGE)"

@@ -13,11 +13,11 @@ from transformers import Trainer, TrainingArguments
 from hf_doge.sampling.collation import SeededCollator
 from hf_doge.text import public_name
 from hf_doge.training.collator import ColumnCollator
-from hf_doge.training.packing import LengthsCollator
 from hf_doge.training.config import DoGEConfig
 from hf_doge.training.domain_batches import TargetBatches
 from hf_doge.training.global_batch import examples_per_step
 from hf_doge.training.learning_state import STATE_FILE
+from hf_doge.training.packing import LengthsCollator
 from hf_doge.training.provenance import to_plain
 from hf_doge.training.recipe import Recipe
 
