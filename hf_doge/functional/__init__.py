@@ -11,6 +11,7 @@ from hf_doge.functional.doge import (
     generalization_scores,
     independent_scores,
     normalize_scores,
+    shrink_deviations,
     update_domain_weights,
     update_running_mean,
 )
@@ -59,6 +60,7 @@ __all__ = [
     "projection_matrix",
     "scale_by_second_moment",
     "self_influence",
+    "shrink_deviations",
     "sum_checkpoints",
     "synonym_neighbours",
     "synonym_score",

@@ -157,11 +157,11 @@ def test_planned_borders_are_where_full_segments_end(tmp_path):
 
 
 def test_expected_rows_follow_the_settings():
-    counts = np.array([3, 12, 7])
-    assert expected_rows(counts, RecordingSettings(), vocabulary_size=50).tolist() == [3, 12, 7]
-    assert expected_rows(counts, RecordingSettings(top_k_tokens=5), vocabulary_size=50).tolist() == [3, 5, 5]
-    assert expected_rows(counts, RecordingSettings(tied="full"), vocabulary_size=50).tolist() == [50, 50, 50]
-    assert expected_rows(counts, RecordingSettings(tied="own"), vocabulary_size=50).tolist() == [3, 12, 7]
+    counts, words = np.array([3, 12, 7]), {"vocabulary_size": 50, "width": 4}
+    assert expected_rows(counts, RecordingSettings(), words).tolist() == [3, 12, 7]
+    assert expected_rows(counts, RecordingSettings(top_k_tokens=5), words).tolist() == [3, 5, 5]
+    assert expected_rows(counts, RecordingSettings(tied="full"), words).tolist() == [50, 50, 50]
+    assert expected_rows(counts, RecordingSettings(tied="own"), words).tolist() == [3, 12, 7]
 
 
 @pytest.mark.parametrize(("num_ranges", "num_shares"), [(0, 2), (1, 3), (7, 3), (9, 1), (4, 8)])

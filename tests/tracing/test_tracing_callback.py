@@ -4,6 +4,7 @@ import copy
 import json
 import random
 import warnings
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
@@ -659,6 +660,9 @@ def test_a_training_that_never_saves_is_warned_of(tmp_path, tokenizer):
 def test_the_keywords_of_a_recording_are_the_fields_of_its_settings():
     from typing import get_type_hints
 
-    assert get_type_hints(RecordingOptions) == get_type_hints(RecordingSettings)
+    options, settings = get_type_hints(RecordingOptions), get_type_hints(RecordingSettings)
+    assert options.pop("layers") == str | Sequence[str] | None  # of which a list is made
+    assert settings.pop("layers") == list[str] | None
+    assert options == settings
     with pytest.raises(TypeError, match="unexpected keyword argument 'top_k'"):
         TracInWECallback("influence", top_k=3)
