@@ -18,6 +18,22 @@ from transformers import (
 VOCAB = 32
 
 
+# Options of one plain step, whose weights show what was scored.
+ONE_STEP = {
+    "per_device_train_batch_size": 12,
+    "max_steps": 1,
+    "learning_rate": 0.05,
+    "lr_scheduler_type": "constant",
+    "optim": "sgd",
+    "max_grad_norm": 0.0,
+    "mu": 0.1,
+    "report_to": "none",
+    "save_strategy": "no",
+    "use_cpu": True,
+    "disable_tqdm": True,
+}
+
+
 def tiny_llama(*, dtype=torch.float32, tied=True, seed=0):
     torch.manual_seed(seed)
     config = LlamaConfig(

@@ -20,6 +20,10 @@ from hf_doge.files import write_atomically
 from hf_doge.sampling.lengths import IGNORED_LABEL
 
 PREPARED = "prepared.json"  # in the folder of the blocks: what the main process of a run made for the others
+_DECIDING = (  # of a data source: which blocks there are
+    *("data_dir", "domains", "tokenizer", "train_tokenizer_vocab", "chat_template_path", "block_size"),
+    *("max_train_tokens", "max_validation_tokens"),
+)
 
 
 @dataclass(frozen=True)
@@ -232,17 +236,10 @@ def _describe(
     data_args: DataSource, mixture: MixtureConfig | None, targets: Sequence[str], max_target_tokens: int | None
 ) -> dict[str, Any]:
     """What decides which blocks there are, by the name of its flag, in plain values."""
-    limits = {"max_train_tokens": data_args.max_train_tokens, "max_validation_tokens": data_args.max_validation_tokens}
     return {
-        "data_dir": data_args.data_dir,
+        **{name: getattr(data_args, name) for name in _DECIDING},
         "mixture": None if mixture is None else repr(mixture),
-        "domains": data_args.domains,
         "target": list(targets),
-        "tokenizer": data_args.tokenizer,
-        "train_tokenizer_vocab": data_args.train_tokenizer_vocab,
-        "chat_template_path": data_args.chat_template_path,
-        "block_size": data_args.block_size,
-        **limits,
         "max_target_tokens": max_target_tokens,
     }
 

@@ -7,6 +7,7 @@ forward, and LoRA wraps it. What it catches is the bare lookup, before any scale
 by token, is the gradient of the matrix's rows; no weight has to require a gradient for that.
 """
 
+from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -106,7 +107,25 @@ def require_seen(model: nn.Module, lookups: Sequence[Lookup], projections: Seque
         )
 
 
-class EmbeddingUses(AbstractContextManager):
+class Uses(AbstractContextManager):
+    """What hooks collect while a model runs inside the context; behind it both are gone."""
+
+    def __init__(self) -> None:
+        self._handles: list[torch.utils.hooks.RemovableHandle] = []
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        while self._handles:
+            self._handles.pop().remove()
+        self.clear()
+
+    @abstractmethod
+    def clear(self) -> None:
+        """Forget what was collected, and with it the graph it belongs to."""
+
+
+class EmbeddingUses(Uses):
     """
     Collects every use of the input embedding matrix while the model runs inside the context.
 
@@ -123,6 +142,7 @@ class EmbeddingUses(AbstractContextManager):
     """
 
     def __init__(self, model: nn.Module, *, lookups: bool = True, projections: bool = False) -> None:
+        super().__init__()
         self.matrix = input_embedding_matrix(model)
         self.differentiable = True
         self.lookups: list[Lookup] = []
@@ -133,20 +153,12 @@ class EmbeddingUses(AbstractContextManager):
             for module in model.modules()
             if any(parameter is self.matrix for parameter in module.parameters(recurse=False))
         ]
-        self._handles: list[torch.utils.hooks.RemovableHandle] = []
 
     def __enter__(self) -> "EmbeddingUses":
         for module in self._modules:
             self._handles.append(module.register_forward_pre_hook(self._open))
             self._handles.append(module.register_forward_hook(self._close, always_call=True))
         return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        while self._handles:
-            self._handles.pop().remove()
-        self.clear()
 
     def clear(self) -> None:
         """Forget what was collected, and with it the graph it belongs to."""

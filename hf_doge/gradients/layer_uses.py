@@ -1,18 +1,17 @@
 """What chosen layers read and return while a model runs, and the rows that follow from it."""
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
-from types import TracebackType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from hf_doge.functional.layers import layer_gradients
+from hf_doge.gradients.embedding_uses import Uses
 from hf_doge.gradients.layers import ChosenLayers
 
 
-class LayerUses(AbstractContextManager):
+class LayerUses(Uses):
     """
     Collects every use of chosen layers while the model runs inside the context with gradients on.
 
@@ -28,6 +27,7 @@ class LayerUses(AbstractContextManager):
     """
 
     def __init__(self, model: nn.Module, chosen: ChosenLayers) -> None:
+        super().__init__()
         modules = dict(model.named_modules())
         missing = [layer.name for layer in chosen.layers if layer.name not in modules]
         if missing:
@@ -39,7 +39,6 @@ class LayerUses(AbstractContextManager):
         self._modules = [modules[layer.name] for layer in chosen.layers]
         self._uses: list[tuple[int, Tensor, Tensor]] = []  # number of the layer, inputs, output
         self._projections: dict[tuple[int, torch.device, torch.dtype], list[Tensor | None]] = {}
-        self._handles: list[torch.utils.hooks.RemovableHandle] = []
 
     def __enter__(self) -> "LayerUses":
         for number, module in enumerate(self._modules):
@@ -56,13 +55,6 @@ class LayerUses(AbstractContextManager):
 
             self._handles.append(module.register_forward_hook(collect, with_kwargs=True))
         return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        while self._handles:
-            self._handles.pop().remove()
-        self.clear()
 
     def clear(self) -> None:
         """Forget what was collected, and with it the graph it belongs to."""

@@ -14,6 +14,7 @@ from hf_doge.artifacts.influence.manifest import MANIFEST, read_config
 from hf_doge.artifacts.influence.metric import continued_metric
 from hf_doge.checks import LARGEST_RATE, check_number
 from hf_doge.gradients.embedding_uses import input_embedding_matrix
+from hf_doge.gradients.layers import ChosenLayers
 from hf_doge.tracing.batches import SequentialBatches
 from hf_doge.tracing.examples import Examples, padding_collator, prune_columns
 from hf_doge.tracing.limits import takes_padding
@@ -195,12 +196,13 @@ class _SavedRecording:
     def _require_same_layers(self, model: nn.Module, name: str) -> None:
         """Refuse a checkpoint whose layers have other shapes: its rows would be numbered otherwise."""
         assert self.index is not None
-        layers, recorded = self.settings.chosen_layers(model), self.index.writer.config.get("layers")
-        if layers is not None and recorded is not None and layers.to_dict() != recorded:
-            shapes = [
-                [f"{one['name']} {one['shape']}" for one in told["modules"]] for told in (recorded, layers.to_dict())
-            ]
-            other = [pair for pair in zip(*shapes, strict=False) if pair[0] != pair[1]][:3]
+        layers, config = self.settings.chosen_layers(model), self.index.writer.config
+        if layers is None or config.get("layers") is None:
+            return
+        recorded = ChosenLayers.from_dict(config["layers"], width=config["width"])
+        if layers != recorded:
+            pairs = zip(recorded.layers, layers.layers, strict=False)
+            other = [[f"{one.name} {one.shape}" for one in pair] for pair in pairs if pair[0] != pair[1]][:3]
             raise ValueError(
                 f"All checkpoints of an index must have the same layers, but {name!r} has others than those before: {other}. Record "
                 "checkpoints of one training only."

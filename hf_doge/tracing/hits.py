@@ -1,6 +1,7 @@
 """The answer of a search as a `datasets.Dataset`: one row for each query and example, with the words in between."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from typing import Any
 
 import numpy as np
@@ -66,7 +67,7 @@ def query_hits(
     special_tokens: Sequence[int],
     tokenizer: PreTrainedTokenizerBase | None,
     *,
-    hidden: Sequence[int] = (),
+    hidden: AbstractSet[int] = frozenset(),
 ) -> Iterator[dict[str, Any]]:
     """The rows of one query: proponents from the strongest on, then opponents likewise; `hidden` tokens make no words."""
     labels = query.features.get("labels")
@@ -97,7 +98,7 @@ def query_hits(
                 "token_scores": list(token_scores.values()),
                 "example_token_ids": list(parts.by_example[row]),
                 "example_token_scores": list(parts.by_example[row].values()),
-                "hidden_token_ids": sorted({*token_scores, *parts.by_example[row]} & {*hidden}),
+                "hidden_token_ids": sorted({*token_scores, *parts.by_example[row]} & hidden),
                 "query_label": label,
                 "query_text": query.reading.text,
                 "query_token_ids": query.reading.token_ids,

@@ -122,7 +122,7 @@ class InfluenceIndex(SavedIndex):
 
         def work(start: int, stop: int) -> list[dict[str, Any]]:
             scorer = self._scorer(records[start:stop], chosen, first_position=start)
-            hidden = self._tokens("hide", chosen)
+            hidden = frozenset(self._tokens("hide", chosen))
             found: list[dict[str, Any]] = []
             for first, block in scorer.blocks():
                 block[:, excluded] = 0
@@ -306,13 +306,10 @@ class InfluenceIndex(SavedIndex):
 
     def _tokens(self, fate: str, options: SearchOptions) -> list[int]:
         """Ids of the special tokens, and of the ends of sentences, that are to `"hide"` or `"drop"` by the options."""
-        if fate not in (options["special_tokens"], options["sentence_ends"]):
-            return []
-        config = self.config
-        found = list(config["special_token_ids"]) if options["special_tokens"] == fate else []
+        found = list(self.config["special_token_ids"]) if options["special_tokens"] == fate else []
         if options["sentence_ends"] != fate:
             return found
-        search = config["metadata"].get("search")
+        search = self.config["metadata"].get("search")
         ends = search.get("sentence_end_ids") if isinstance(search, dict) else None
         if not isinstance(ends, list):  # recorded by an earlier version
             ends = sentence_end_ids(self.processing_class)

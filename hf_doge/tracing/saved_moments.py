@@ -96,9 +96,15 @@ def saved_second_moments(folder: Path, model: nn.Module, chosen: ChosenLayers | 
                 why=FROZEN,
             )
     states, groups = _read(path)
+    numbers, why_not = _numbers_by_groups(states, groups, model)
 
     def find(name: str, weight: Tensor) -> SecondMoments:
-        return _moments_of(states, groups, model, weight, path=path, what=name)
+        if not all("betas" in group for group in groups):
+            raise _not_adam(path, weight, "no `betas`", groups[0], name)
+        number = numbers.get(weight)
+        if number is None:
+            number = _number_by_shape(states, model, weight, path=path, why_not=why_not, what=name)
+        return _moments_of(states, groups, number, weight, path=path, what=name)
 
     return joined_moments(model, chosen, find)
 
@@ -106,18 +112,13 @@ def saved_second_moments(folder: Path, model: nn.Module, chosen: ChosenLayers | 
 def _moments_of(
     states: Mapping[int, Mapping[str, Any]],
     groups: Sequence[Mapping[str, Any]],
-    model: nn.Module,
+    number: int,
     weight: Tensor,
     *,
     path: Path,
     what: str,
 ) -> SecondMoments:
-    """Those of one weight of the model."""
-    if not all("betas" in group for group in groups):
-        raise _not_adam(path, weight, "no `betas`", groups[0], what)
-    number, why_not = _number_by_groups(states, groups, model, weight)
-    if number is None:
-        number = _number_by_shape(states, model, weight, path=path, why_not=why_not, what=what)
+    """Those of one weight of the model, which has this number."""
     state, group = states.get(number, {}), next((group for group in groups if number in group["params"]), {})
     average = state.get(AVERAGE)
     # Quantised averages (8 bit) are of other types, or of other names.
@@ -154,7 +155,7 @@ def saved_group_rate(folder: Path, logged: float, load: Callable[[], nn.Module])
         return logged
     model = load()
     matrix = input_embedding_matrix(model)
-    number, _ = _number_by_groups(states, groups, model, matrix)
+    number = _numbers_by_groups(states, groups, model)[0].get(matrix)
     numbers = [number] if number is not None else _numbers_of_shape(states, matrix)
     if states and not numbers:
         return logged  # frozen, as training knows them; then those of the first group count
@@ -206,18 +207,18 @@ def _read(path: Path) -> tuple[dict[int, dict[str, Any]], list[dict[str, Any]]]:
     return states, groups
 
 
-def _number_by_groups(
-    states: Mapping[int, Mapping[str, Any]], groups: Sequence[Mapping[str, Any]], model: nn.Module, matrix: Tensor
-) -> tuple[int | None, str]:
-    """The number of the matrix if the groups are those of `Trainer.create_optimizer`; else why they are not."""
+def _numbers_by_groups(
+    states: Mapping[int, Mapping[str, Any]], groups: Sequence[Mapping[str, Any]], model: nn.Module
+) -> tuple[dict[Tensor, int], str]:
+    """The number of each trained parameter if the groups are those of `Trainer.create_optimizer`; else none, and why not."""
     # It asks nothing of the Trainer itself.
     decaying = set(Trainer.get_decay_parameter_names(None, model))  # type: ignore[arg-type]
     trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     expected = [[named for named in trained if (named[0] in decaying) is decays] for decays in (True, False)]
     counts = [[len(group) for group in expected], [len(group["params"]) for group in groups]]
     if counts[0] != counts[1]:
-        return None, f"its groups have {counts[1]} parameters, not {counts[0]} as the Trainer makes them of this model"
-    found = None
+        return {}, f"its groups have {counts[1]} parameters, not {counts[0]} as the Trainer makes them of this model"
+    found: dict[Tensor, int] = {}
     for numbers, group in zip(groups, expected, strict=True):
         for number, (name, parameter) in zip(numbers["params"], group, strict=True):
             misfit = [
@@ -226,9 +227,8 @@ def _number_by_groups(
                 if isinstance(value, Tensor) and value.ndim > 0 and value.shape != parameter.shape
             ]
             if misfit:
-                return None, f"entry {number} has a tensor of shape {misfit[0]}, but {name!r} has {_shape(parameter)}"
-            if parameter is matrix:
-                found = number
+                return {}, f"entry {number} has a tensor of shape {misfit[0]}, but {name!r} has {_shape(parameter)}"
+            found[parameter] = number
     return found, "the input embeddings are no parameter of the model"
 
 

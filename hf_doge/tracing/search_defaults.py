@@ -28,14 +28,12 @@ def search_defaults(settings: RecordingSettings, model: nn.Module, tokenizer: An
         `dict`: `special_tokens`, `sentence_ends` and `cosine`, see [`SearchOptions`], and `sentence_end_ids`.
     """
     is_paper = settings.recipe == "paper"
-    shown = "count" if is_paper else "hide"
+    shown, num_words = "count" if is_paper else "hide", len(input_embedding_matrix(model))
     return {
         "special_tokens": shown,
         "sentence_ends": shown,
         "cosine": not is_paper and settings.record == "checkpoint" and (num_classes(model) or 0) > 1,
-        "sentence_end_ids": [
-            token for token in sentence_end_ids(tokenizer) if token < len(input_embedding_matrix(model))
-        ],
+        "sentence_end_ids": [token for token in sentence_end_ids(tokenizer) if token < num_words],
     }
 
 

@@ -14,7 +14,7 @@ from hf_doge.gradients.fused_head import ask_for_logits
 from hf_doge.training.config import DoGEConfig
 from hf_doge.training.trainer import DoGEMixin
 from tests.gradients.test_single_pass import assert_close, flat, tiny_gemma, uneven_domains
-from tests.tiny import language_model_rows, tiny_gpt2, tiny_llama
+from tests.tiny import ONE_STEP, language_model_rows, tiny_gpt2, tiny_llama
 
 pytest.importorskip("trl", minversion="1.16")  # before, its loss comes from logits
 
@@ -31,22 +31,7 @@ class DoGESFTConfig(DoGEConfig, SFTConfig):
 
 
 def make_trainer(folder, tokenizer, model=None, *, data=None, target=None, peft_config=None, loss=None, **options):
-    defaults = {
-        "per_device_train_batch_size": 12,
-        "max_steps": 1,
-        "learning_rate": 0.05,
-        "lr_scheduler_type": "constant",
-        "optim": "sgd",
-        "max_grad_norm": 0.0,
-        "mu": 0.1,
-        "max_length": 16,
-        "report_to": "none",
-        "save_strategy": "no",
-        "use_cpu": True,
-        "bf16": False,
-        "gradient_checkpointing": False,
-        "disable_tqdm": True,
-    }
+    defaults = {**ONE_STEP, "max_length": 16, "bf16": False, "gradient_checkpointing": False}
     return DoGESFTTrainer(
         model=tiny_llama() if model is None else model,
         args=DoGESFTConfig(str(folder), **{**defaults, **options}),

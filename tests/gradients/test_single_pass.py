@@ -21,6 +21,7 @@ from transformers import (
 from hf_doge.training.config import DoGEConfig
 from hf_doge.training.trainer import DoGETrainer
 from tests.tiny import (
+    ONE_STEP,
     VOCAB,
     classifier_domains,
     float64_causal_loss,
@@ -66,20 +67,7 @@ def tiny_lora():
 
 
 def take_step(tmp_path, model, domains, targets=None, loss_func=None, callbacks=None, **options):
-    defaults = {
-        "per_device_train_batch_size": 12,
-        "max_steps": 1,
-        "learning_rate": 0.05,
-        "lr_scheduler_type": "constant",
-        "optim": "sgd",
-        "max_grad_norm": 0.0,
-        "mu": 0.1,
-        "report_to": "none",
-        "save_strategy": "no",
-        "use_cpu": True,
-        "disable_tqdm": True,
-    }
-    args = DoGEConfig(str(tmp_path), **{**defaults, **options})
+    args = DoGEConfig(str(tmp_path), **{**ONE_STEP, **options})
     trainer = DoGETrainer(
         model,
         args,

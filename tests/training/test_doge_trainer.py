@@ -17,6 +17,7 @@ from hf_doge.training.config import DoGEConfig
 from hf_doge.training.trainer import DoGETrainer
 from tests.reference import domain_loss, flat_gradient, reference_step
 from tests.tiny import (
+    ONE_STEP,
     classifier_domains,
     float64_causal_loss,
     language_model_rows,
@@ -30,22 +31,7 @@ from tests.tiny import (
 
 
 def config(output_dir, **kwargs):
-    defaults = {
-        "per_device_train_batch_size": 12,
-        "max_steps": 1,
-        "learning_rate": 0.05,
-        "lr_scheduler_type": "constant",
-        "optim": "sgd",
-        "max_grad_norm": 0.0,
-        "mu": 0.1,
-        "report_to": "none",
-        "save_strategy": "no",
-        "logging_steps": 1,
-        "use_cpu": True,
-        "disable_tqdm": True,
-        "seed": 0,
-    }
-    return DoGEConfig(str(output_dir), **{**defaults, **kwargs})
+    return DoGEConfig(str(output_dir), **{**ONE_STEP, "logging_steps": 1, "seed": 0, **kwargs})
 
 
 def train(model, args, domains, targets=None, **kwargs):

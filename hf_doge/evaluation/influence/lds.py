@@ -217,6 +217,6 @@ def _check_seeds(seeds: Sequence[int]) -> tuple[int, ...]:
 
 
 def _group_scores(scores: np.ndarray, kept: np.ndarray) -> np.ndarray:
-    """Sums over each subset, without what rounding leaves of parts that cancel: it would be ranked."""
+    """Sums over each subset, equal where they differ by rounding alone (of a constant, of parts that cancel): it would be ranked."""
     unit = 1e-12 * (np.abs(scores) @ kept.T).max(axis=1, keepdims=True)
     return np.round(scores @ kept.T / np.where(unit > 0, unit, 1)) * unit

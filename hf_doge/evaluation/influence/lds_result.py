@@ -51,7 +51,7 @@ class LDSResult:
 
     def lds(self, scorer: str) -> np.ndarray:
         """Spearman's correlation for each test point, shape `(Q,)`; 0 where the scorer says the same of all subsets."""
-        return np.nan_to_num(spearman(_rounded(self.group_scores[scorer]), self.outputs.mean(axis=2)))
+        return np.nan_to_num(spearman(self.group_scores[scorer], self.outputs.mean(axis=2)))
 
     def agreement(self) -> np.ndarray | None:
         """
@@ -138,12 +138,6 @@ class LDSResult:
             outputs=np.array(contents["outputs"]),
             group_scores={scorer: np.array(values) for scorer, values in contents["group_scores"].items()},
         )
-
-
-def _rounded(group_scores: np.ndarray) -> np.ndarray:
-    """Sums that differ by rounding alone, such as those of a constant, count as equal."""
-    unit = np.abs(group_scores).max(axis=1, keepdims=True) * 1e-12
-    return np.round(group_scores / np.where(unit > 0, unit, 1))
 
 
 def _mean_and_interval(values: np.ndarray) -> dict[str, Any]:
