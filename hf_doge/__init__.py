@@ -12,6 +12,7 @@ from hf_doge._version import __version__
 if TYPE_CHECKING:
     from hf_doge.artifacts.domain_weights import DomainWeights
     from hf_doge.artifacts.record import Trajectory
+    from hf_doge.data.domain_data import load_mixture
     from hf_doge.mixing.estimate import estimate_domain_weights
     from hf_doge.sampling.sampler import DomainWeightedSampler
     from hf_doge.sampling.streaming import interleave_domains
@@ -37,6 +38,7 @@ _MODULES = {
     "Trajectory": "hf_doge.artifacts.record",
     "estimate_domain_weights": "hf_doge.mixing.estimate",
     "interleave_domains": "hf_doge.sampling.streaming",
+    "load_mixture": "hf_doge.data.domain_data",
     "sweep_domain_weights": "hf_doge.training.sweep",
 }
 
@@ -55,6 +57,7 @@ __all__ = [
     "__version__",
     "estimate_domain_weights",
     "interleave_domains",
+    "load_mixture",
     "sweep_domain_weights",
 ]
 

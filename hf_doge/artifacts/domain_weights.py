@@ -48,8 +48,8 @@ MANIFEST = "domain_weights.json"
 WEIGHTS_FILE = "weights/train-00000-of-00001.parquet"
 TRAJECTORY_FILE = "trajectory/train-00000-of-00001.parquet"
 CARD_FILE = "README.md"
+DOMAIN_WEIGHTS_FOLDER = "domain_weights"  # in the output folder of what finds weights
 _FETCHED_FILES = (MANIFEST, WEIGHTS_FILE, TRAJECTORY_FILE)
-
 _SUBFOLDERS = ("weights", "trajectory")
 _KEYS = dict.fromkeys(("mean", "last", "recipe", "domains", "metadata", "files"), dict) | {"domain_names": list}
 _VERSION_KEYS = ("format_version", "hf_doge_version")
@@ -264,7 +264,7 @@ class DomainWeights(WeightsRecord):
 
         Args:
             name_or_path (`str` or `os.PathLike`):
-                A local folder, else the name of a dataset repository on the Hub. When offline, its last download is read.
+                A local folder, or the output folder of a run, else a dataset repository on the Hub; offline, its last download.
             revision (`str`, *optional*): Branch, tag or commit of the repository.
             token (`str` or `bool`, *optional*): Access token, as in `huggingface_hub`.
             cache_dir (`str` or `os.PathLike`, *optional*): Where downloads are kept; the Hub's own cache by default.
@@ -287,6 +287,8 @@ class DomainWeights(WeightsRecord):
             local_files_only=local_files_only,
             force_download=force_download,
         )
+        if (folder / DOMAIN_WEIGHTS_FOLDER).is_dir() and not (folder / MANIFEST).exists():
+            folder /= DOMAIN_WEIGHTS_FOLDER
         return read_settled(folder, MANIFEST, partial(_read_folder, cls, folder))
 
 

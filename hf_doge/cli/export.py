@@ -9,7 +9,6 @@ from hf_doge.artifacts import DomainWeights
 from hf_doge.artifacts.export import FORMS
 from hf_doge.cli.console import say
 from hf_doge.cli.parser import parse
-from hf_doge.training.trainer import DOMAIN_WEIGHTS_FOLDER
 
 
 @dataclass
@@ -52,7 +51,8 @@ def main(argv: Sequence[str]) -> int:
             "weight 0 are left out."
         ),
     )
-    weights = _load(args.weights)
+    load = DomainWeights.from_file if Path(args.weights).is_file() else DomainWeights.from_pretrained
+    weights = load(args.weights)
     text = weights.export(
         args.format,
         paths=_by_domain("--paths", args.paths),
@@ -61,14 +61,6 @@ def main(argv: Sequence[str]) -> int:
     )
     say(text.rstrip("\n") if args.output is None else f"Written: {args.output}")
     return 0
-
-
-def _load(spec: str) -> DomainWeights:
-    path = Path(spec)
-    if path.is_file():
-        return DomainWeights.from_file(path)
-    learned = path / DOMAIN_WEIGHTS_FOLDER
-    return DomainWeights.from_pretrained(learned if learned.is_dir() else spec)
 
 
 def _by_domain(flag: str, words: Sequence[str] | None, of: Callable[[str], Any] = str) -> dict[str, Any] | None:

@@ -6,10 +6,10 @@ from pathlib import Path
 from datasets import Dataset, concatenate_datasets
 
 from hf_doge.artifacts import DomainWeights
+from hf_doge.artifacts.domain_weights import DOMAIN_WEIGHTS_FOLDER
 from hf_doge.cli.console import save_plot, say
 from hf_doge.data.domain_data import DomainData
 from hf_doge.mixing.estimate import estimate_domain_weights
-from hf_doge.training.trainer import DOMAIN_WEIGHTS_FOLDER
 
 ESTIMATED = "estimated"
 GIVEN = "mixture"  # the weights that the mixture file gives
@@ -120,12 +120,8 @@ def load_weights(
                 "The weights of the mixture file are asked for, but it gives none. Add a `weight` to each data set."
             )
         return DomainWeights.from_mapping(given, domains=domains)
-    path = Path(spec)
-    if path.is_file():
-        weights = DomainWeights.from_file(path)
-    else:
-        learned = path / DOMAIN_WEIGHTS_FOLDER
-        weights = DomainWeights.from_pretrained(learned if learned.is_dir() else spec)
+    load = DomainWeights.from_file if Path(spec).is_file() else DomainWeights.from_pretrained
+    weights = load(spec)
     if set(weights.mean) != set(domains):
         raise ValueError(
             f"The weights must be of the domains to train on, {sorted(domains)}, but {spec!r} is of "

@@ -12,6 +12,7 @@ from hf_doge.cli.parser import parse
 from hf_doge.cli.records import check_text_fields, read_records
 from hf_doge.text import printable
 from hf_doge.tracing.encoding import DIALOGUE_FIELDS, MASKINGS
+from hf_doge.tracing.html import domain_of
 from hf_doge.tracing.index import InfluenceIndex
 from hf_doge.tracing.pretrained import load_tokenizer
 from hf_doge.tracing.processes import process_index
@@ -182,8 +183,10 @@ def _lines(hits: Sequence[Mapping[str, Any]]) -> Iterator[str]:
         for kind, found in groupby(rows, key=lambda hit: hit["kind"]):
             yield f"  {kind}s"
             for hit in found:
-                label = hit.get("label_name", hit.get("label"))
-                facts = f"example {hit['example_id']}" + ("" if label is None else f", {_one_line(str(label))}")
+                told = (hit.get("label_name", hit.get("label")), domain_of(hit))
+                facts = ", ".join(
+                    [f"example {hit['example_id']}", *(_one_line(str(one)) for one in told if one is not None)]
+                )
                 yield f"  {hit['rank']:>4}  {hit['score']:+.3g}  {facts}  {_one_line(str(hit.get('text') or ''))}"
                 words = zip(hit["words"][:NUM_WORDS], hit["word_scores"], strict=False)
                 yield "        " + ", ".join(f"{_one_line(word)} {part:+.2g}" for word, part in words)

@@ -10,12 +10,13 @@ from typing import Any, Protocol
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 
-from hf_doge.data.blocks import BlockMaker
+from hf_doge.checks import check_choice
+from hf_doge.data.blocks import BlockMaker, fingerprint_tokenizer
 from hf_doge.data.domain_files import SPLITS, find_domain_files, read_documents, select_domains
 from hf_doge.data.encoding import encode_records
 from hf_doge.data.mixture import MixtureConfig
 from hf_doge.data.records import Records, open_mixture
-from hf_doge.data.tokenizer import get_tokenizer, unseen_folder
+from hf_doge.data.tokenizer import get_tokenizer, require_end, unseen_folder
 from hf_doge.files import write_atomically
 from hf_doge.sampling.lengths import IGNORED_LABEL
 
@@ -278,6 +279,42 @@ def _read_prepared(data_args: DataSource, output_dir: Path, asked: dict[str, Any
         for name, split, fingerprint in made["blocks"]
     }
     return _assemble(tokenizer, made["domains"], made["targets"], loaded, made["weights"])
+
+
+def load_mixture(
+    mixture: str | Path,
+    processing_class: PreTrainedTokenizerBase,
+    *,
+    split: str = "train",
+    num_proc: int | None = None,
+) -> dict[str, Dataset]:
+    """
+    The data sets of a mixture file as tokens and labels, by domain, as a trainer takes them for its `train_dataset`.
+
+    They are what the commands train on, before it is put end to end and cut: one row for each row of the data. Trl's
+    SFTTrainer trains on them as they are, or with `packing=True` on rows that it fills.
+
+    Args:
+        mixture (`str` or `Path`): YAML or JSON file with a list `datasets`, as `--mixture` takes it.
+        processing_class (`PreTrainedTokenizerBase`): Tokenizer with an end-of-text token, and with a chat template if rows
+            hold messages.
+        split (`str`): `"train"`, or `"validation"` for what the file holds out.
+        num_proc (`int`, *optional*): Processes that tokenise.
+
+    Returns:
+        `dict[str, Dataset]`: rows of `input_ids` and as many `labels`, -100 where a token has no loss.
+
+    Raises:
+        FileNotFoundError: There is no such file, or none of a data set.
+        ValueError: The file is malformed, rows are not what their columns promise, or the tokenizer lacks what they need.
+    """
+    check_choice("split", split, SPLITS)
+    require_end(processing_class, "`processing_class`")
+    key = fingerprint_tokenizer(processing_class)
+    return {
+        name: _with_labels(encode_records(rows, split, processing_class, tokenizer_key=key, num_proc=num_proc))
+        for name, rows in open_mixture(MixtureConfig.from_file(mixture)).items()
+    }
 
 
 def match_repetition(data: DomainData, *, num_tokens: int | None, full_tokens: int) -> DomainData:

@@ -64,16 +64,21 @@ def get_tokenizer(
     else:
         assert train_vocab_size is not None
         tokenizer = train_tokenizer(documents, train_vocab_size, for_chat=for_chat)
-    if tokenizer.eos_token_id is None:
-        raise ValueError(
-            f"The tokenizer must have an end-of-text token to set documents apart, but {name_or_path!r} has none. "
-            "Set its `eos_token` and save it again."
-        )
+    require_end(tokenizer, repr(name_or_path))
     if chat_template_path is not None:
         tokenizer.chat_template = _read_chat_template(chat_template_path)
     if name_or_path is None and not is_trained:
         tokenizer.save_pretrained(save_directory)  # with the template that it is used with
     return tokenizer
+
+
+def require_end(tokenizer: PreTrainedTokenizerBase, what: str) -> None:
+    """Raise a `ValueError` for a tokenizer without an end-of-text token; `what` names it."""
+    if tokenizer.eos_token_id is None:
+        raise ValueError(
+            f"The tokenizer must have an end-of-text token to set documents apart, but {what} has none. "
+            "Set its `eos_token` and save it again."
+        )
 
 
 def unseen_folder(folder: Path) -> str:

@@ -13,6 +13,7 @@ from hf_doge.tracing.words import Reading, position_parts, read_ids, read_text
 Hit = Mapping[str, Any]
 
 MAX_WORDS = 12  # listed with a hit
+DOMAIN_COLUMNS = ("domain", "source")  # of the examples: what says where one is from, the first that there is
 _NO_LIMIT = 1_000_000  # a tokenizer that knows none has a much larger one
 _PROPONENT, _OPPONENT = "22, 163, 74", "220, 38, 38"  # green and red that black and white text both stand out from
 _OPAQUE = 0.6
@@ -148,6 +149,7 @@ def _article(hit: Hit, reading: Reading | None) -> str:
         f"score {escape_html(_number(hit['score']))}",
         f"example {escape_html(hit['example_id'])}",
         *([f"label {escape_html(_label(hit))}"] if hit.get("label") is not None else []),
+        *(escape_html(name) for name in (domain_of(hit),) if name is not None),
         f"special tokens {hit['special_token_share']:.0%}",
     ]
     text = "" if reading is None else f'<div class="text" dir="auto">{shade(reading, _example_parts(hit))}</div>\n'
@@ -195,6 +197,11 @@ def _number(value: float) -> str:
 def _label(hit: Hit) -> str:
     name = hit.get("label_name")
     return str(hit["label"]) if name is None else f"{hit['label']} ({name})"
+
+
+def domain_of(hit: Hit) -> str | None:
+    """Where the example of a hit is from, where the index tells it."""
+    return next((hit[name] for name in DOMAIN_COLUMNS if isinstance(hit.get(name), str)), None)
 
 
 def _plain(value: Any) -> Any:

@@ -11,7 +11,7 @@ from datasets import Dataset, IterableDataset
 from torch import Tensor, nn
 from transformers import Trainer
 
-from hf_doge.artifacts.domain_weights import DomainWeights
+from hf_doge.artifacts.domain_weights import DOMAIN_WEIGHTS_FOLDER, DomainWeights
 from hf_doge.sampling.domains import DomainIndex, StreamDomains, merge_domains
 from hf_doge.sampling.streaming import holds_streams
 from hf_doge.training.collator import DOMAIN_IDS, DomainCollator, DomainLookup
@@ -30,8 +30,6 @@ from hf_doge.training.setup import (
     refuse_unsupported_engine,
     weights_in_order,
 )
-
-DOMAIN_WEIGHTS_FOLDER = "domain_weights"
 
 
 class DoGEMixin(DomainWeightedMixin):

@@ -243,6 +243,17 @@ def test_what_is_saved_is_what_is_loaded(tmp_path):
     assert not (tmp_path / "1" / "trajectory").exists()
 
 
+def test_the_output_folder_of_a_run_is_read_as_the_weights_in_it(tmp_path):
+    run = tmp_path / "run"
+    make_weights().save_pretrained(run / "domain_weights")
+    assert DomainWeights.from_pretrained(run) == make_weights()
+    with pytest.raises(FileNotFoundError, match=r"must hold domain_weights\.json, but"):
+        DomainWeights.from_pretrained(tmp_path)
+    make_weights(1).save_pretrained(tmp_path / "own")
+    shutil.copytree(run / "domain_weights", tmp_path / "own" / "domain_weights")
+    assert DomainWeights.from_pretrained(tmp_path / "own") == make_weights(1)
+
+
 def test_the_saved_json_is_readable_sorted_and_carries_versions_and_checksums(tmp_path):
     make_weights().save_pretrained(tmp_path / "artifact")
     text = (tmp_path / "artifact" / "domain_weights.json").read_text(encoding="utf-8")

@@ -1,5 +1,6 @@
 import gzip
 import json
+import re
 import shutil
 
 import pytest
@@ -58,6 +59,7 @@ def test_index_then_search_prints_examples_and_words(indexed, capsys):
     assert "Query 0: The runner is winning" in out
     assert "proponents" in out
     assert "opponents" in out
+    assert re.search(r"example \d+, \w+, test  ", out)  # its label and source
     assert "[CLS]" not in out
     argv = ["search", "--index", str(indexed), "--query", "The runner is winning", "--top_k", "2", "--recipe=paper"]
     assert main(argv) == 0

@@ -1,4 +1,5 @@
 import dataclasses
+import itertools
 import json
 import re
 import shutil
@@ -11,7 +12,7 @@ from datasets import ClassLabel, Dataset, DatasetDict, load_dataset
 
 from hf_doge.cli.arguments import DataArguments
 from hf_doge.data.blocks import BlockMaker
-from hf_doge.data.domain_data import RecordDomain, load_domain_data
+from hf_doge.data.domain_data import RecordDomain, load_domain_data, load_mixture
 from hf_doge.data.encoding import RecordEncoder
 from hf_doge.data.mixture import DatasetConfig, MixtureConfig
 from hf_doge.data.records import open_mixture
@@ -253,6 +254,58 @@ def test_every_mixture_that_is_shown_can_be_read(page):
     text = (REPOSITORY / page).read_text(encoding="utf-8")
     (shown,) = [text] if page.endswith("yaml") else re.findall(r"^```yaml\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
     assert len(MixtureConfig.from_dict(yaml.safe_load(shown)).datasets) == 3
+
+
+# In Python
+
+
+def mixed(tmp_path, tokenizer, **options):
+    write_sets(tmp_path / "data")
+    mixture = write_mixture(
+        tmp_path / "m.yaml",
+        {"path": "data/chat.jsonl", "assistant_only_loss": True},
+        {"path": "data/tasks.jsonl"},
+        {"path": "data/prose.jsonl"},
+        test_split_size=10,
+    )
+    return load_mixture(mixture, tokenizer, **options)
+
+
+def test_a_mixture_in_python_is_what_the_commands_cut_into_blocks(tmp_path, chat_tokenizer):
+    found = mixed(tmp_path, chat_tokenizer)
+    assert {name: len(rows) for name, rows in found.items()} == {"chat": 50, "tasks": 70, "prose": 50}
+    chat_tokenizer.save_pretrained(tmp_path / "tokenizer")
+    args = DataArguments(mixture=str(tmp_path / "m.yaml"), tokenizer=str(tmp_path / "tokenizer"), block_size=16)
+    blocks = load_domain_data(args, tmp_path / "out").train
+    for name, rows in found.items():
+        texts = list(zip(rows["input_ids"], rows["labels"], strict=True))
+        tokens, labels = (list(itertools.chain.from_iterable(column)) for column in zip(*texts, strict=True))
+        starts = [one for one in range(0, len(tokens) - 15, 16) if set(labels[one + 1 : one + 16]) != {-100}]
+        assert blocks[name]["input_ids"][:] == [tokens[one : one + 16] for one in starts]
+        if "labels" in blocks[name].column_names:
+            assert blocks[name]["labels"][:] == [labels[one : one + 16] for one in starts]
+    held_out = mixed(tmp_path, chat_tokenizer, split="validation")
+    assert {name: len(rows) for name, rows in held_out.items()} == dict.fromkeys(found, 10)
+    assert found["prose"]["labels"][:] == found["prose"]["input_ids"][:]
+
+
+def test_all_domains_of_a_mixture_in_python_have_the_same_columns(tmp_path, chat_tokenizer):
+    found = mixed(tmp_path, chat_tokenizer)
+    assert len({str(rows.features) for rows in found.values()}) == 1
+    assert set(found["prose"].column_names) == {"input_ids", "labels"}
+
+
+def test_a_mixture_in_python_is_refused_as_the_commands_refuse_it(tmp_path, chat_tokenizer):
+    with pytest.raises(ValueError, match="`split` must be one of"):
+        mixed(tmp_path, chat_tokenizer, split="test")
+    with pytest.raises(FileNotFoundError, match="must be a YAML file"):
+        load_mixture(tmp_path / "none.yaml", chat_tokenizer)
+    other = get_tokenizer(None, 300, documents=[lambda: ["a b"]], save_directory=tmp_path / "other")
+    with pytest.raises(ValueError, match="must have a chat template"):
+        mixed(tmp_path, other)
+    other.eos_token = None
+    with pytest.raises(ValueError, match="end-of-text token to set documents apart, but `processing_class` has none"):
+        mixed(tmp_path, other)
 
 
 # Errors

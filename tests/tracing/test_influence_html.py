@@ -89,6 +89,12 @@ def test_the_page_needs_nothing_else(tokenizer):
     assert "color-scheme: light dark" in text
 
 
+def test_a_hit_tells_where_its_example_is_from(tokenizer):
+    told = {"domain": "<i>chat</i>", "source": "web"}, {"domain": 3, "source": "web"}, {"domain": None}
+    pages = ["".join(Page(render([make_hit(tokenizer, "market", **columns)], tokenizer)).text) for columns in told]
+    assert [("<i>chat</i>" in page, "web" in page) for page in pages] == [(True, False), (False, True), (False, False)]
+
+
 def test_queries_and_hits_stand_in_order_with_their_facts(tokenizer):
     hits = [
         make_hit(tokenizer, "The market."),
