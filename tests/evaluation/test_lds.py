@@ -102,6 +102,19 @@ def test_every_subset_has_the_same_part_of_each_stratum_and_a_score_of_the_class
         run(strata=labels[:5])
 
 
+@pytest.mark.parametrize("labels", [["a", *"bbb", *"ccccc", "d", "e", "f"], ["a", *"bb", *"cc"]], ids=["even", "odd"])
+def test_each_example_of_a_stratum_of_any_size_is_drawn_equally_often(labels):
+    kept = draw_subsets(len(labels), 2000, strata=labels)
+    np.testing.assert_allclose(kept.mean(axis=0), 0.5, atol=5 * np.sqrt(0.25 / 2000))
+    for label in set(labels):
+        sizes = kept[:, np.array(labels) == label].sum(axis=1)
+        assert set(sizes) == {labels.count(label) // 2, -(-labels.count(label) // 2)}
+    assert set(kept.sum(axis=1)) == {len(labels) // 2, -(-len(labels) // 2)}
+    np.testing.assert_array_equal(draw_subsets(len(labels), 7, strata=labels), kept[:7])
+    single = kept[:, [labels.index(label) for label in "af"]] if "f" in labels else kept[:, :1]
+    assert len({tuple(row) for row in single.tolist()}) == 2 ** single.shape[1]  # they are not drawn together
+
+
 @pytest.mark.parametrize("cut", [0, 7])
 def test_an_interrupted_evaluation_continues_where_it_stopped(tmp_path, cut):
     first, second, whole = Training(fail_after=5), Training(), Training()

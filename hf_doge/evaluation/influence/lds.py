@@ -109,17 +109,20 @@ def draw_subsets(
     num_examples: int, num_subsets: int, *, alpha: float = 0.5, seed: int = 0, strata: Sequence[Any] | None = None
 ) -> np.ndarray:
     """
-    Random subsets of equal size, drawn without replacement.
+    Random subsets, drawn without replacement, of which each example is in the part `alpha` in the mean.
 
     Args:
         num_examples (`int`): N, at least 2.
         num_subsets (`int`): M, at least 2.
         alpha (`float`): Part of the examples in each, between 0 and 1.
         seed (`int`): Seeds the draw. Subset m is the same for every M > m.
-        strata (`Sequence`, *optional*): The group of each example, of which `alpha` is drawn each, rounded to whole examples.
+        strata (`Sequence`, *optional*):
+            The group of each example, of which `alpha` is drawn each. Where that is no whole number, chance rounds it up or
+            down, so that a group of one example is in as many subsets as any.
 
     Returns:
-        `numpy.ndarray` of shape `(M, N)` and dtype bool: which examples each subset has.
+        `numpy.ndarray` of shape `(M, N)` and dtype bool: which examples each subset has. All have `alpha` of the N, rounded to
+        whole examples; with strata rounded up or down.
 
     Raises:
         ValueError: if a number is out of range, or `alpha` leaves no example in or none out.
@@ -133,17 +136,29 @@ def draw_subsets(
             f"`strata` must have one group for each of the {num_examples} examples, but got {show(strata)}."
         )
     groups = np.unique(np.zeros(num_examples) if strata is None else strata, return_inverse=True)[1]
-    sizes = [round(alpha * count) for count in np.bincount(groups).tolist()]
-    if not 0 < sum(sizes) < num_examples:
+    parts = alpha * np.bincount(groups) if strata is not None else np.array([float(round(alpha * num_examples))])
+    whole = round(float(parts.sum()), 9)
+    if not 1 <= whole <= num_examples - 1:
         raise ValueError(
-            f"`alpha` must leave at least one of the {num_examples} examples in and one out, but {alpha:g} keeps {sum(sizes)}."
+            f"`alpha` must leave at least one of the {num_examples} examples in and one out, but {alpha:g} keeps {whole:g}."
         )
     kept = np.zeros((num_subsets, num_examples), dtype=bool)
     for subset, row in enumerate(kept):
-        order = np.random.default_rng([seed, subset]).permutation(num_examples)
-        for group, size in enumerate(sizes):
+        generator = np.random.default_rng([seed, subset])
+        order = generator.permutation(num_examples)
+        for group, size in enumerate(_round_at_random(parts, generator)):
             row[order[groups[order] == group][:size]] = True
     return kept
+
+
+def _round_at_random(parts: np.ndarray, generator: np.random.Generator) -> np.ndarray:
+    """Each part rounded up or down, so that it is itself in the mean and the sum is rounded too (systematic sampling)."""
+    order = generator.permutation(len(parts))
+    sums = np.round(np.cumsum((parts % 1)[order]), 9) + generator.random()
+    more = np.diff(np.floor(sums), prepend=0)
+    sizes = np.floor(parts)
+    sizes[order] += more
+    return sizes.astype(int)
 
 
 def class_margins(logits: Tensor, labels: Tensor) -> Tensor:
