@@ -34,7 +34,7 @@ from hf_doge.gradients.embedding_uses import (
 )
 from hf_doge.gradients.example_losses import ExampleLosses, LossFunction, check_finite, logits_of
 from hf_doge.gradients.layer_uses import LayerUses
-from hf_doge.gradients.layers import ChosenLayers, is_virtual
+from hf_doge.gradients.layers import ChosenLayers, Virtual
 from hf_doge.gradients.token_rows import PositionGradients, TokenRows, join_groups
 from hf_doge.gradients.verification import Verification
 
@@ -154,16 +154,9 @@ class EmbeddingGradientRecorder(AbstractContextManager):
 
     def __enter__(self) -> "EmbeddingGradientRecorder":
         self._backward.__enter__()
-        if self._backward.virtual and not self._warned:
+        if not self._warned and self._backward.frozen.parts:
             self._warned = True
-            is_layers = self._backward.layers is not None
-            warnings.warn(
-                f"The {'chosen layers' if is_layers else 'input embeddings'} of the model are frozen, so no training example ever"
-                " moved them: the recorded gradients are virtual. "
-                + ("Choose" if is_layers else "Train the embeddings too, or choose")
-                + " layers that are trained (`layers`) if you want the influence of training itself.",
-                stacklevel=2,
-            )
+            warnings.warn(self._backward.frozen.warning(), stacklevel=2)
         return self
 
     def __exit__(
@@ -239,7 +232,9 @@ class EmbeddingGradientRecorder(AbstractContextManager):
             check_finite(loss)
             if compare and group is largest:
                 self._verification.compare(batch, group, gradients, loss)
-            parts.append(gradients.merge(top_k=self.top_k, top_k_unit=self.top_k_unit, virtual=self._backward.virtual))
+            parts.append(
+                gradients.merge(top_k=self.top_k, top_k_unit=self.top_k_unit, virtual=self._backward.frozen.is_all)
+            )
         return join_groups(parts, torch.cat([group.examples for group in groups]))
 
 
@@ -256,7 +251,7 @@ class EmbeddingBackward(AbstractContextManager):
 
     Attributes:
         matrix (`torch.Tensor`): The embedding matrix.
-        virtual (`bool`): Whether all that is recorded is frozen, see [`TokenRows`].
+        frozen ([`Virtual`]): Which parts of what is recorded are frozen.
         padding_ids (`tuple[int, ...]`): The tokens that are padding wherever they stand; known inside the context.
     """
 
@@ -278,15 +273,13 @@ class EmbeddingBackward(AbstractContextManager):
         self.tied = tied
         self.pad_token_id = pad_token_id
         self.drop_token_ids = tuple(drop_token_ids)
-        self.virtual = not self.matrix.requires_grad
+        self.frozen = Virtual.of(model, layers)
         self._uses: EmbeddingUses | None = None
         self._layer_uses: LayerUses | None = None
 
     def __enter__(self) -> "EmbeddingBackward":
         self.matrix = input_embedding_matrix(self.model)  # may have been resized since
-        self.virtual = not self.matrix.requires_grad
-        if self.layers is not None:
-            self.virtual = is_virtual(self.model, self.layers)
+        self.frozen = Virtual.of(self.model, self.layers)
         padding = (self.pad_token_id, getattr(self.model.get_input_embeddings(), "padding_idx", None))
         self.padding_ids = tuple(token for token in padding if token is not None)
         with ExitStack() as stack:
@@ -353,7 +346,8 @@ class EmbeddingBackward(AbstractContextManager):
         lookups, projections = list(uses.lookups), list(uses.projections)
         layer_uses = [] if self._layer_uses is None else self._layer_uses.take()
         self._clear()
-        require_seen(self.model, lookups, projections, tied=self.tied)
+        if uses.differentiable:
+            require_seen(self.model, lookups, projections, tied=self.tied)
         read = lookups if uses.differentiable else []
         wanted = [*(use.output for use in (*read, *projections)), *(output for _, _, output in layer_uses)]
         if not wanted or not differentiated.requires_grad:
@@ -361,20 +355,24 @@ class EmbeddingBackward(AbstractContextManager):
                 f"The loss must depend on what the model reads from its input embeddings, but "
                 f"`{type(self.model).__name__}` did not read them with gradients on. Feed it token ids."
             )
-        grads = torch.autograd.grad(differentiated, wanted, grad_outputs, allow_unused=True, materialize_grads=True)
+        found = torch.autograd.grad(differentiated, wanted, grad_outputs, allow_unused=True)
         ids, num_words = batch["input_ids"], len(read) + len(projections)
+        grads = [
+            torch.zeros_like(one) if grad is None else grad
+            for one, grad in zip(wanted, found[:num_words], strict=False)
+        ]
         nothing = self.matrix.new_zeros(len(ids), 0, self.matrix.shape[1])
         counted = [counted_positions(lookup, batch, pad_token_id=self.pad_token_id) for lookup in lookups]
         unread = [] if read else [torch.zeros_like(lookup.output) for lookup in lookups]
         layer_rows = None
         if self._layer_uses is not None:
-            layer_rows = self._layer_uses.rows(layer_uses, grads[num_words:], ids)
+            layer_rows = self._layer_uses.rows(layer_uses, found[num_words:], ids)
         gradients = PositionGradients(
             token_ids=join_by_example([lookup.token_ids for lookup in lookups], nothing[..., 0].long(), ids),
             counted=uses.differentiable & join_by_example(counted, nothing[..., 0].bool(), ids),
             input_grads=join_by_example(grads[: len(read)] or unread, nothing, ids),
             hidden=join_by_example([use.inputs for use in projections], nothing, ids),
-            logit_grads=join_by_example(grads[len(read) : num_words], nothing, ids),
+            logit_grads=join_by_example(grads[len(read) :], nothing, ids),
             scales=scales.to(self.matrix.device),
             dropped=torch.tensor(self.drop_token_ids, dtype=torch.long, device=self.matrix.device),
             own_only=self.tied == "own",

@@ -85,7 +85,7 @@ def has_tied_output(model: nn.Module) -> bool:
 def require_seen(model: nn.Module, lookups: Sequence[Lookup], projections: Sequence[Projection], *, tied: str) -> None:
     """
     Raises:
-        ValueError: Not all uses of the embedding matrix that count can be seen.
+        ValueError: Words have rows, and not all uses of the embedding matrix that count can be seen.
     """
     name, whole = type(model).__name__, cast(Any, model)
     if tied == "output" and not projections:
@@ -103,7 +103,7 @@ def require_seen(model: nn.Module, lookups: Sequence[Lookup], projections: Seque
         raise ValueError(
             f"The input embeddings must be trained as a whole or not at all, but of those of `{name}` only some tokens are"
             " (`trainable_token_indices` of PEFT), which are kept apart. Train all of them (`modules_to_save` with the name of"
-            " the embedding layer), or none."
+            " the embedding layer), or none, or record layers without words: `layers='adapters'`."
         )
 
 

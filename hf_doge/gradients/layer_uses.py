@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from hf_doge.functional.layers import layer_gradients
 from hf_doge.gradients.embedding_uses import Uses
-from hf_doge.gradients.layers import ChosenLayers
+from hf_doge.gradients.layers import ChosenLayers, layer_modules
 
 
 class LayerUses(Uses):
@@ -28,15 +28,8 @@ class LayerUses(Uses):
 
     def __init__(self, model: nn.Module, chosen: ChosenLayers) -> None:
         super().__init__()
-        modules = dict(model.named_modules())
-        missing = [layer.name for layer in chosen.layers if layer.name not in modules]
-        if missing:
-            raise ValueError(
-                f"The model must have all layers that are recorded, but `{type(model).__name__}` lacks {missing[:3]}. Load"
-                " it as it was recorded, in its adapter if it had one."
-            )
         self._chosen, self._model_name = chosen, type(model).__name__
-        self._modules = [modules[layer.name] for layer in chosen.layers]
+        self._modules = list(layer_modules(model, chosen).values())
         self._uses: list[tuple[int, Tensor, Tensor]] = []  # number of the layer, inputs, output
         self._projections: dict[tuple[int, torch.device, torch.dtype], list[Tensor | None]] = {}
 
@@ -78,14 +71,16 @@ class LayerUses(Uses):
         return uses
 
     def rows(
-        self, uses: Sequence[tuple[int, Tensor, Tensor]], output_grads: Sequence[Tensor], input_ids: Tensor
+        self, uses: Sequence[tuple[int, Tensor, Tensor]], output_grads: Sequence[Tensor | None], input_ids: Tensor
     ) -> Tensor:
         """
         The rows of a batch, up to the scale of each example's loss.
 
         Args:
             uses (`Sequence`): From [`~LayerUses.take`].
-            output_grads (`Sequence[torch.Tensor]`): Gradient of each output.
+            output_grads (`Sequence[torch.Tensor | None]`):
+                Gradient of each output; `None` where the loss does not depend on it (DoRA runs A and B once more for the
+                length of their product, which it detaches).
             input_ids (`torch.Tensor` of shape `(batch_size, ...)`): Of the batch.
 
         Returns:
@@ -94,16 +89,20 @@ class LayerUses(Uses):
         layers = self._chosen.layers
         sums: list[Tensor | None] = [None] * len(layers)
         for (number, inputs, _), grads in zip(uses, output_grads, strict=True):
+            if grads is None:
+                continue
             p_out, p_in = self._projections_of(number, grads)
             read, moved = (self._by_example(part, input_ids, number) for part in (inputs, grads))
-            read = read.to(moved.dtype)
+            read = read.to(moved)  # of a model on several devices a layer may read what another one made
             found = layer_gradients(read if p_in is None else read @ p_in, moved if p_out is None else moved @ p_out)
             before = sums[number]
             sums[number] = found if before is None else before + found
         parts = []
+        dtype = torch.promote_types(uses[0][2].dtype, torch.float32)
         for layer, total in zip(layers, sums, strict=True):
-            assert total is not None  # `take` refuses layers without a use
-            parts.append(self._chosen.cut(layer, total))
+            if total is None:
+                total = torch.zeros(len(input_ids), *layer.kept, dtype=dtype)
+            parts.append(self._chosen.cut(layer, total).to(input_ids.device))
         return torch.cat(parts, dim=1)
 
     def _projections_of(self, number: int, like: Tensor) -> list[Tensor | None]:

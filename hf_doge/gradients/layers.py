@@ -31,6 +31,7 @@ from hf_doge.functional.layers import projection_matrix
 from hf_doge.gradients.embedding_uses import input_embedding_matrix
 
 EMBEDDING, ADAPTERS = "embedding", "adapters"
+WORDS = "input embeddings"  # what messages call the matrix of words
 
 _WRAPPERS = re.compile(r"\.base_layer\b|\.modules_to_save\.[^.]+|^base_model\.model\.")  # of peft
 _LORA = ("lora_A", "lora_B")
@@ -155,9 +156,14 @@ def choose_layers(
         seed (`int`): Of the projections.
 
     Raises:
-        ValueError: The model has no such layer, it is not linear, or quantised, or its weight is the embedding matrix; or it
-            has no LoRA adapter, or one with more than A and B.
+        ValueError: None is named; the model has no such layer, it is not linear, or quantised, or on no device, or its weight is
+            the embedding matrix; or it has no LoRA adapter, or one with more than A and B.
     """
+    wanted = [wanted] if isinstance(wanted, str) else wanted
+    if len(wanted) == 0:
+        raise ValueError(
+            "`layers` must name at least one layer, but it is empty. 'embedding' stands for the words alone."
+        )
     matrix = input_embedding_matrix(model)
     found: dict[str, Layer] = {}
     modules = {name: module for name, module in model.named_modules() if ".original_module" not in name}
@@ -194,16 +200,67 @@ def recorded_layers(config: Mapping[str, Any]) -> ChosenLayers | None:
     return chosen
 
 
-def is_virtual(model: nn.Module, chosen: ChosenLayers) -> bool:
-    """Whether nothing that has rows is trained."""
-    return not any(weight.requires_grad for weight in recorded_weights(model, chosen).values())
+@dataclass(frozen=True)
+class Virtual:
+    """
+    What has rows, but is frozen: its gradients say what training it would have done.
+
+    Attributes:
+        parts (`tuple[str, ...]`): `"embedding"` for the words, and names of layers.
+        is_all (`bool`): Whether nothing that has rows is trained.
+    """
+
+    parts: tuple[str, ...]
+    is_all: bool
+
+    @staticmethod
+    def of(model: nn.Module, chosen: ChosenLayers | None) -> "Virtual":
+        """As the weights of a model say by `requires_grad`."""
+        weights = recorded_weights(model, chosen)
+        parts = [EMBEDDING if name == WORDS else name for name, weight in weights.items() if not weight.requires_grad]
+        return Virtual(tuple(parts), is_all=len(parts) == len(weights))
+
+    def warning(self) -> str:
+        """What to tell whoever records them."""
+        if self.is_all:
+            is_words = self.parts == (EMBEDDING,)
+            return (
+                f"The {WORDS if is_words else 'chosen layers'} of the model are frozen, so no training example ever"
+                " moved them: the recorded gradients are virtual. "
+                + ("Train the embeddings too, or choose" if is_words else "Choose")
+                + " layers that are trained (`layers`) if you want the influence of training itself."
+            )
+        few = ", ".join(map(repr, self.parts[:4])) + (
+            f" and {len(self.parts) - 4} more" if len(self.parts) > 4 else ""
+        )
+        return (
+            f"The parts {few} of the model are frozen, so no training example ever moved them: their gradients are virtual, and"
+            " a search counts what was trained alone, unless it is told otherwise (`virtual='count'`). Leave them out of `layers`"
+            " to save their room."
+        )
 
 
 def recorded_weights(model: nn.Module, chosen: ChosenLayers | None) -> dict[str, Tensor]:
     """Name -> weight of all that has rows, in their order; `"input embeddings"` first, if words have some."""
-    modules: dict[str, Any] = {} if chosen is None else dict(model.named_modules())
-    words = {"input embeddings": input_embedding_matrix(model)} if chosen is None or chosen.embedding else {}
-    return words | {layer.name: modules[layer.name].weight for layer in (chosen.layers if chosen else ())}
+    words = {WORDS: input_embedding_matrix(model)} if chosen is None or chosen.embedding else {}
+    return words | ({} if chosen is None else {name: one.weight for name, one in layer_modules(model, chosen).items()})
+
+
+def layer_modules(model: nn.Module, chosen: ChosenLayers) -> dict[str, Any]:
+    """
+    Name -> module of each layer.
+
+    Raises:
+        ValueError: The model lacks one.
+    """
+    modules = dict(model.named_modules())
+    missing = [layer.name for layer in chosen.layers if layer.name not in modules]
+    if missing:
+        raise ValueError(
+            f"The model must have all layers that are recorded, but `{type(model).__name__}` lacks {missing[:3]}. Load"
+            " it as it was recorded, in its adapter if it had one."
+        )
+    return {layer.name: modules[layer.name] for layer in chosen.layers}
 
 
 def as_out_in(module: nn.Module, values: Tensor) -> Tensor:
@@ -267,11 +324,7 @@ def _adapters(model: nn.Module, modules: Mapping[str, Any]) -> list[str]:
             own = [f"{name}.{part}.{adapter}" for part in _LORA if adapter in getattr(module, part)]
             if others or not all(_is_linear(modules[one]) for one in own):
                 what = others[0] if others else f"{type(modules[own[0]]).__name__} matrices"
-                raise ValueError(
-                    f"`layers='adapters'` records matrices A and B of linear layers, but adapter {adapter!r} has {what} at"
-                    f" {_WRAPPERS.sub('', name)!r}, which have no row. Name those that you mean:"
-                    f" `layers=['lora_A.{adapter}', 'lora_B.{adapter}']`."
-                )
+                raise _more_than_matrices(name, adapter, what, modules)
             found += own
     if not found:
         raise ValueError(
@@ -279,6 +332,22 @@ def _adapters(model: nn.Module, modules: Mapping[str, Any]) -> list[str]:
             " linear layers instead, or record the adapted model (of peft) that is trained."
         )
     return found
+
+
+def _more_than_matrices(name: str, adapter: str, what: str, modules: Mapping[str, nn.Module]) -> ValueError:
+    """What to do about an adapter of which not all has rows, as far as any of it can."""
+    linear = {
+        part for part in _LORA for one in modules if one.endswith(f"{part}.{adapter}") and _is_linear(modules[one])
+    }
+    advice = (
+        f"Name its matrices of linear layers to record them alone: `layers={[f'{part}.{adapter}' for part in sorted(linear)]}`."
+        if linear
+        else "It has no matrix of a linear layer: record layers of the model instead."
+    )
+    return ValueError(
+        f"`layers='adapters'` records matrices A and B of linear layers, but adapter {adapter!r} has {what} at"
+        f" {_WRAPPERS.sub('', name)!r}, which have no row. {advice}"
+    )
 
 
 def _shape_of(name: str, module: Any, matrix: Tensor) -> tuple[int, int]:
@@ -293,6 +362,11 @@ def _shape_of(name: str, module: Any, matrix: Tensor) -> tuple[int, int]:
         raise ValueError(
             f"`layers` must hold layers with weights that have a gradient, but {name!r} is quantised"
             f" (`{type(module).__name__}`), and nothing trains it. Record what is trained: `layers='adapters'`."
+        )
+    if weight.is_meta:
+        raise ValueError(
+            f"`layers` must hold layers whose weights are on a device, but that of {name!r} is offloaded (to main memory or a disk,"
+            " by `device_map`). Load the model onto devices that hold all of it."
         )
     if hasattr(module, "nf"):
         return module.nf, weight.shape[0]

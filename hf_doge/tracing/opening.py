@@ -16,7 +16,7 @@ from hf_doge.artifacts.influence.manifest import EXAMPLES_FILE, embedding_shape
 from hf_doge.artifacts.influence.metric import continued_metric, continued_settings, is_decided
 from hf_doge.artifacts.provenance import describe_dataset, describe_model, describe_process
 from hf_doge.gradients.embedding_uses import input_embedding_matrix
-from hf_doge.gradients.layers import is_virtual
+from hf_doge.gradients.layers import Virtual
 from hf_doge.text import public_name
 from hf_doge.tracing.batches import preserved_random_state
 from hf_doge.tracing.examples import Examples, count_tokens, describe_examples
@@ -66,6 +66,7 @@ def open_writer(
     """
     model, metric = unwrap_model(model), continued_metric(Path(folder), settings.metric)
     matrix, layers = input_embedding_matrix(model), settings.chosen_layers(model)
+    frozen = Virtual.of(model, layers)
     if not isinstance(dataset, Examples):
         dataset = Examples(dataset, dataset)
     if len(dataset) == 0:
@@ -92,7 +93,7 @@ def open_writer(
         settings={
             **settings.to_manifest(tokenizer, vocabulary_size=len(matrix)),
             **continued_settings(Path(folder), metric),
-            "virtual": not matrix.requires_grad if layers is None else is_virtual(model, layers),
+            "virtual": frozen.is_all,
             "layers": None if layers is None else layers.to_dict(),
             "tokenizer": _describe_tokenizer(tokenizer),
             "dataset": {
@@ -105,6 +106,7 @@ def open_writer(
                 "dataset": describe_dataset(dataset.described),
                 **metadata(),
                 "search": search_defaults(settings, model, tokenizer),
+                **({"virtual_parts": list(frozen.parts)} if frozen.parts and not frozen.is_all else {}),
             },
         },
     )

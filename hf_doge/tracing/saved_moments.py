@@ -21,10 +21,10 @@ from hf_doge.tracing.models import unwrap_model
 from hf_doge.tracing.saved_checkpoints import group_learning_rate
 from hf_doge.tracing.second_moments import (
     AVERAGE,
-    FROZEN,
-    UNCERTAIN,
     NoSecondMoments,
     SecondMoments,
+    called,
+    is_frozen,
     is_sgd,
     joined_moments,
     keeps_second_moments,
@@ -93,7 +93,7 @@ def saved_second_moments(folder: Path, model: nn.Module, chosen: ChosenLayers | 
             raise NoSecondMoments(
                 f"`metric='optimizer'` needs {name} that are trained, but the adapter in {str(folder)!r} leaves them frozen, so no"
                 " optimizer knows anything of them. Use `metric='gradient'`.",
-                why=FROZEN,
+                why=is_frozen(name),
             )
     states, groups = _read(path)
     numbers, why_not = _numbers_by_groups(states, groups, model)
@@ -229,7 +229,7 @@ def _numbers_by_groups(
             if misfit:
                 return {}, f"entry {number} has a tensor of shape {misfit[0]}, but {name!r} has {_shape(parameter)}"
             found[parameter] = number
-    return found, "the input embeddings are no parameter of the model"
+    return found, "it is no parameter of the model"
 
 
 def _number_by_shape(
@@ -245,17 +245,17 @@ def _number_by_shape(
             f" shape, {_shape(matrix)}. But {why_not}; and of that shape are {len(entries)} entries and"
             f" {len(names)} parameters, {names}. Was it another optimizer than Adam, were groups of your own made, or"
             " weights frozen or resized?" + _WHAT_TO_DO,
-            why=UNCERTAIN,
+            why=f"it is not certain which entry of the saved optimizer belongs to {called(what)}",
         )
     return entries[0]
 
 
-def _not_adam(path: Path, matrix: Tensor, found: str, group: Mapping[str, Any], what: str) -> NoSecondMoments:
+def _not_adam(path: Path, matrix: Tensor, found: str, group: Mapping[str, Any], name: str) -> NoSecondMoments:
     return NoSecondMoments(
-        f"`metric='optimizer'` needs an optimizer that keeps `{AVERAGE}` of the {what}, {_shape(matrix)} here, its `step`"
+        f"`metric='optimizer'` needs an optimizer that keeps `{AVERAGE}` of the {name}, {_shape(matrix)} here, its `step`"
         f" and `betas`, as Adam and AdamW do, but that in {str(path)!r} has {found}. Train with `optim='adamw_torch'`, or"
         " index with `metric='gradient'`.",
-        why=no_adam("the optimizer", group),
+        why=no_adam("the optimizer", group, name),
         is_exact=is_sgd(group),
     )
 

@@ -8,19 +8,17 @@ import torch
 from torch import Tensor, nn
 
 from hf_doge.functional.tracin_we import scale_by_second_moment
-from hf_doge.gradients.layers import ChosenLayers, as_out_in, recorded_weights
+from hf_doge.gradients.layers import WORDS, ChosenLayers, as_out_in, recorded_weights
 from hf_doge.gradients.token_rows import TokenRows
 from hf_doge.tracing.models import tensor_fingerprint, unwrap_model
 
 AVERAGE = "exp_avg_sq"
 EPS = 1e-8
-FROZEN = "the embeddings are frozen, so no optimizer knows anything of them"
-UNCERTAIN = "it is not certain which entry of the saved optimizer belongs to the embeddings"
 
 
 class NoSecondMoments(ValueError):
     """
-    There are none of the input embeddings, or it is not known which they are.
+    There are none of what has rows, or it is not known which they are.
 
     Attributes:
         why (`str`): The reason in a few words, without a path.
@@ -116,7 +114,7 @@ def joined_moments(
         raise NoSecondMoments(
             "`metric='optimizer'` needs one `eps` for all that has rows, but the parameter groups of the optimizer have several."
             " Use `metric='gradient'`.",
-            why=UNCERTAIN,
+            why="the parameter groups of the optimizer have several `eps`",
         )
     modules, parts = dict(model.named_modules()), []
     for name, one in found.items():
@@ -162,7 +160,7 @@ def _require_adam_of(optimizer: torch.optim.Optimizer, what: str, matrix: Tensor
         raise NoSecondMoments(
             f"`metric='optimizer'` needs {what} that are trained, but they are frozen, so the optimizer knows"
             " nothing of them. Use `metric='gradient'`.",
-            why=FROZEN,
+            why=is_frozen(what),
         )
     group, state = find_group(optimizer, matrix), optimizer.state.get(matrix, {})
     average = state.get(AVERAGE)
@@ -173,7 +171,7 @@ def _require_adam_of(optimizer: torch.optim.Optimizer, what: str, matrix: Tensor
         raise NoSecondMoments(
             f"`metric='optimizer'` needs an optimizer that keeps `exp_avg_sq` of the {what}, as Adam and AdamW do,"
             f" but `{name}` does not. Train with `optim='adamw_torch'`, or use `metric='gradient'`.",
-            why=no_adam(name, group),
+            why=no_adam(name, group, what),
             is_exact=is_sgd(group),
         )
 
@@ -190,7 +188,17 @@ def is_sgd(group: Mapping[str, Any]) -> bool:
     return {"momentum", "dampening", "nesterov"} <= set(group)
 
 
-def no_adam(name: str, group: Mapping[str, Any]) -> str:
+def no_adam(name: str, group: Mapping[str, Any], what: str) -> str:
     return (
-        "SGD steps along the plain gradient" if is_sgd(group) else f"{name} keeps no second moments of the embeddings"
+        "SGD steps along the plain gradient" if is_sgd(group) else f"{name} keeps no second moments of {called(what)}"
     )
+
+
+def is_frozen(what: str) -> str:
+    are, them = ("are", "them") if what == WORDS else ("is", "it")
+    return f"{called(what)} {are} frozen, so no optimizer knows anything of {them}"
+
+
+def called(what: str) -> str:
+    """The name of a weight within a sentence."""
+    return f"the {what}" if what == WORDS else f"layer {what!r}"

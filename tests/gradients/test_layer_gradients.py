@@ -263,12 +263,71 @@ def test_a_layer_that_cannot_be_recorded_is_refused(make, names, message):
 
 
 @pytest.mark.parametrize(
-    "options", [{"target_modules": ["q_proj"], "use_dora": True}, {"target_modules": ["embed_tokens"]}]
+    ("options", "message"),
+    [
+        (
+            {"target_modules": ["q_proj"], "use_dora": True},
+            r"magnitude_vector at .*\['lora_A.default', 'lora_B.default'\]",
+        ),
+        ({"target_modules": ["embed_tokens"]}, r"has lora_embedding_A at .* no matrix of a linear layer"),
+        (
+            {"target_modules": ["embed_tokens", "q_proj"]},
+            r"has lora_embedding_A at .*\['lora_A.default', 'lora_B.default'\]",
+        ),
+    ],
 )
-def test_adapters_with_more_than_two_matrices_are_refused(options):
+def test_adapters_with_more_than_two_matrices_are_refused_with_advice_that_works(options, message):
     model = adapted(lambda: llama(tied=False), **options)
-    with pytest.raises(ValueError, match=r"has (lora_magnitude_vector|lora_embedding_A) at .*'lora_A.default'"):
+    with pytest.raises(ValueError, match=message):
         choose_layers(model, ["adapters"])
+    if "q_proj" not in options["target_modules"]:
+        return
+    chosen = choose_layers(model.double(), ["lora_A.default", "lora_B.default"], projection_dim=100)
+    examples = examples_of(causal_example)
+    rows = record(model, collate(examples), layers=chosen, loss_fn=causal_loss)
+    for (_, found), example in zip(rows, examples, strict=True):
+        expected = expected_rows(weight_gradients(model, example, chosen, causal_loss), chosen)
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
+
+
+def test_no_layer_is_refused_and_one_name_is_a_list_of_it():
+    model = build(llama, tied=False)
+    with pytest.raises(ValueError, match="must name at least one layer, but it is empty"):
+        choose_layers(model, [])
+    assert choose_layers(model, "o_proj") == choose_layers(model, ["o_proj"])
+
+
+def test_an_offloaded_layer_is_refused():
+    model = build(llama, tied=False)
+    model.lm_head.to("meta")
+    with pytest.raises(ValueError, match=r"that of 'lm_head' is offloaded"):
+        choose_layers(model, ["lm_head"])
+
+
+def test_adapters_next_to_some_trained_tokens_of_an_embedding_have_their_gradients():
+    options = {"target_modules": ["q_proj", "down_proj"], "trainable_token_indices": [5, 6]}
+    model = adapted(lambda: llama(tied=False), **options).double()
+    chosen, examples = choose_layers(model, ["adapters"]), examples_of(causal_example)
+    rows = record(model, collate(examples), layers=chosen, loss_fn=causal_loss)
+    for (_, found), example in zip(rows, examples, strict=True):
+        expected = expected_rows(weight_gradients(model, example, chosen, causal_loss), chosen)
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
+    with pytest.raises(ValueError, match="whole or not at all.*without words: `layers='adapters'`"):
+        record(model, collate(examples), layers=choose_layers(model, ["embedding", "adapters"]))
+
+
+def test_what_is_frozen_next_to_what_is_trained_is_named_once():
+    model = build(llama_lora)
+    recorder = EmbeddingGradientRecorder(model, layers=choose_layers(model, ["embedding", "adapters", "o_proj"]))
+    names = r"'embedding', 'base_model.model.model.layers.0.self_attn.o_proj'"
+    with pytest.warns(UserWarning, match=f"The parts {names}, .* of the model are frozen.*`virtual='count'`"):
+        recorder.__enter__()
+    assert not recorder.record(collate(examples_of(causal_example))).virtual
+    recorder.__exit__(None, None, None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with recorder:
+            pass
 
 
 class QuantisedLinear(nn.Linear):

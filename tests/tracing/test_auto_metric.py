@@ -85,11 +85,11 @@ def test_the_metric_of_sgd_is_the_plain_one_and_nothing_is_said(tmp_path, recwar
 
 def test_another_optimizer_is_recorded_plainly_with_a_warning(tmp_path):
     with pytest.warns(
-        UserWarning, match="records plain gradients, as Adafactor keeps no second moments of the emb"
+        UserWarning, match="records plain gradients, as Adafactor keeps no second moments of the input emb"
     ) as told:
         reader = train(tmp_path, tokenizer=tiny_tokenizer(), recording=AUTO, optim="adafactor")
     assert len([one for one in told if "plain gradients" in str(one.message)]) == 1
-    assert decision(reader) == ("gradient", "Adafactor keeps no second moments of the embeddings")
+    assert decision(reader) == ("gradient", "Adafactor keeps no second moments of the input embeddings")
     with pytest.warns(UserWarning, match="as the optimizer keeps no second moments"):
         assert record(tmp_path / "again", saved(tmp_path)).config["metric"] == "gradient"
 
@@ -97,7 +97,7 @@ def test_another_optimizer_is_recorded_plainly_with_a_warning(tmp_path):
 def test_frozen_embeddings_are_recorded_plainly_with_a_warning(tmp_path):
     model = tiny_classifier()
     model.get_input_embeddings().weight.requires_grad_(False)
-    with pytest.warns(UserWarning, match="as the embeddings are frozen, so no optimizer"):
+    with pytest.warns(UserWarning, match="as the input embeddings are frozen, so no optimizer"):
         reader = train(tmp_path, tokenizer=tiny_tokenizer(), recording=AUTO, model=model)
     assert reader.config["metric"] == "gradient"
 

@@ -1,5 +1,7 @@
 """Rows of layers in the metric of Adam, against autograd and the saved optimizer."""
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -177,3 +179,17 @@ def test_layers_that_no_optimizer_trains_have_no_moments(tmp_path):
         ValueError, match=r"`metric='optimizer'` needs .*q_proj.base_layer that are trained, but they are frozen"
     ):
         train(tmp_path, "llama lora", layers=["q_proj"])
+
+
+@pytest.mark.filterwarnings("ignore:The (parts|chosen layers) .*are frozen")
+@pytest.mark.parametrize(
+    ("layers", "why"),
+    [
+        (["embedding", "adapters"], "the input embeddings are frozen, so no optimizer knows anything of them"),
+        (["layers.0.self_attn.q_proj"], "layer '.*q_proj.base_layer' is frozen, so no optimizer knows anything of it"),
+    ],
+)
+def test_the_reason_for_plain_gradients_names_what_is_frozen(tmp_path, layers, why):
+    with pytest.warns(UserWarning, match=f"plain gradients, as {why}"):
+        index = train(tmp_path, "llama lora", layers=layers, projection_dim=100, metric="auto")
+    assert re.fullmatch(why, index.config["metadata"]["metric"])
