@@ -16,7 +16,7 @@ from hf_doge.tracing.html import domain_of
 from hf_doge.tracing.index import InfluenceIndex
 from hf_doge.tracing.pretrained import load_tokenizer
 from hf_doge.tracing.processes import process_index
-from hf_doge.tracing.queries import KERNELS, SPECIAL_TOKENS, is_dialogue, text_fields
+from hf_doge.tracing.queries import KERNELS, SPECIAL_TOKENS, VIRTUAL, is_dialogue, text_fields
 
 NUM_WORDS = 6
 TEXT_WIDTH = 90
@@ -69,6 +69,13 @@ class SearchArguments:
         metadata={
             "choices": SPECIAL_TOKENS,
             "help": "The same of the ends of sentences (. ? !).",
+        },
+    )
+    virtual: str | None = field(
+        default=None,
+        metadata={
+            "choices": VIRTUAL,
+            "help": "Whether what was frozen in training counts. Default: drop, where the index has anything that was trained.",
         },
     )
     cosine: bool | None = field(
@@ -124,6 +131,7 @@ def main(argv: Sequence[str]) -> int:
         recipe=args.recipe,
         special_tokens=args.special_tokens,
         sentence_ends=args.sentence_ends,
+        virtual=args.virtual,
         batch_size=args.batch_size,
         cosine=args.cosine,
         kernel=args.kernel,

@@ -34,7 +34,7 @@ from hf_doge.gradients.embedding_uses import (
 )
 from hf_doge.gradients.example_losses import ExampleLosses, LossFunction, check_finite, logits_of
 from hf_doge.gradients.layer_uses import LayerUses
-from hf_doge.gradients.layers import ChosenLayers, Virtual
+from hf_doge.gradients.layers import EMBEDDING, ChosenLayers, Virtual
 from hf_doge.gradients.token_rows import PositionGradients, TokenRows, join_groups
 from hf_doge.gradients.verification import Verification
 
@@ -251,7 +251,7 @@ class EmbeddingBackward(AbstractContextManager):
 
     Attributes:
         matrix (`torch.Tensor`): The embedding matrix.
-        frozen ([`Virtual`]): Which parts of what is recorded are frozen.
+        frozen ([`Virtual`]): Which parts of what is recorded are frozen; known inside the context.
         padding_ids (`tuple[int, ...]`): The tokens that are padding wherever they stand; known inside the context.
     """
 
@@ -273,13 +273,13 @@ class EmbeddingBackward(AbstractContextManager):
         self.tied = tied
         self.pad_token_id = pad_token_id
         self.drop_token_ids = tuple(drop_token_ids)
-        self.frozen = Virtual.of(model, layers)
         self._uses: EmbeddingUses | None = None
         self._layer_uses: LayerUses | None = None
 
     def __enter__(self) -> "EmbeddingBackward":
         self.matrix = input_embedding_matrix(self.model)  # may have been resized since
-        self.frozen = Virtual.of(self.model, self.layers)
+        words = () if self.matrix.requires_grad else (EMBEDDING,)
+        self.frozen = Virtual(words, bool(words)) if self.layers is None else Virtual.of(self.model, self.layers)
         padding = (self.pad_token_id, getattr(self.model.get_input_embeddings(), "padding_idx", None))
         self.padding_ids = tuple(token for token in padding if token is not None)
         with ExitStack() as stack:

@@ -240,6 +240,23 @@ class Virtual:
         )
 
 
+def virtual_rows(config: Mapping[str, Any], parts: Sequence[Any]) -> list[int]:
+    """
+    The numbers of the rows of some parts of an index.
+
+    Args:
+        config (`Mapping`): The content of its config.json.
+        parts (`Sequence[str]`): As [`Virtual`] names them; others are ignored.
+    """
+    if config.get("layers") is None:
+        return []
+    chosen = ChosenLayers.from_dict(config["layers"], width=config["width"])
+    rows = [*range(chosen.num_words)] if EMBEDDING in parts else []
+    for first, layer in zip(chosen.names(), chosen.layers, strict=True):
+        rows += range(first, first + chosen.num_rows_of(layer)) if layer.name in parts else ()
+    return rows
+
+
 def recorded_weights(model: nn.Module, chosen: ChosenLayers | None) -> dict[str, Tensor]:
     """Name -> weight of all that has rows, in their order; `"input embeddings"` first, if words have some."""
     words = {WORDS: input_embedding_matrix(model)} if chosen is None or chosen.embedding else {}

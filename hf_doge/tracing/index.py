@@ -20,15 +20,18 @@ from datasets import ClassLabel, Dataset
 
 from hf_doge.checks import check_choice, check_count, check_path, show
 from hf_doge.files import write_atomically
+from hf_doge.gradients.layers import virtual_rows
 from hf_doge.tracing.hits import HIT_FEATURES, add_example_columns, make_hits, query_hits, text_columns
 from hf_doge.tracing.html import Shown, render_fragment, render_page
 from hf_doge.tracing.processes import build_on_each_machine, share_work
 from hf_doge.tracing.queries import (
+    VIRTUAL,
     Queries,
     SearchOptions,
     check_options,
     check_queries,
     refuse_metric,
+    refuse_nothing_left,
 )
 from hf_doge.tracing.query_rows import QueryRecorder
 from hf_doge.tracing.saved_checkpoints import checkpoint_folders
@@ -90,7 +93,7 @@ class InfluenceIndex(SavedIndex):
             queries: See above.
             top_k (`int`): At most so many of each kind, `>= 1`. An example that scores 0 is neither.
             exclude (`Sequence[int]`): Ids of examples to leave out, such as that of the query itself.
-            recipe, special_tokens, sentence_ends, batch_size, cosine, kernel, synonym_threshold: See [`SearchOptions`].
+            recipe, special_tokens, sentence_ends, virtual, batch_size, cosine, kernel, synonym_threshold: See [`SearchOptions`].
 
         Returns:
             [`Hits`], a `datasets.Dataset`: for each query its proponents from the strongest on, then its opponents, with columns
@@ -148,7 +151,7 @@ class InfluenceIndex(SavedIndex):
 
         Args:
             queries: See above.
-            recipe, special_tokens, sentence_ends, batch_size, cosine, kernel, synonym_threshold: See [`SearchOptions`].
+            recipe, special_tokens, sentence_ends, virtual, batch_size, cosine, kernel, synonym_threshold: See [`SearchOptions`].
 
         Returns:
             `numpy.ndarray` of shape `(num_queries, num_examples)`, float32. [`~InfluenceIndex.iter_scores`] gives it in
@@ -173,7 +176,7 @@ class InfluenceIndex(SavedIndex):
         for first, block in self._scorer(self._records(queries), check_options(options, self.reader)).blocks():
             yield range(first, first + len(block)), block
 
-    def self_influence(self, *, special_tokens: str = "count") -> Dataset:
+    def self_influence(self, *, special_tokens: str = "count", virtual: str | None = None) -> Dataset:
         """
         How much each training example pushes its own prediction, the largest first: wrong labels tend to stand on top.
 
@@ -181,6 +184,7 @@ class InfluenceIndex(SavedIndex):
 
         Args:
             special_tokens (`str`): `"count"` or `"drop"`.
+            virtual (`str`, *optional*): Of what was frozen, see [`SearchOptions`].
 
         Returns:
             `datasets.Dataset`: `rank` (from 1), `example_id`, `score`, and what the index keeps of the example.
@@ -190,6 +194,9 @@ class InfluenceIndex(SavedIndex):
                 `second_moment=True`).
         """
         check_choice("special_tokens", special_tokens, ("count", "drop"))
+        check_choice("virtual", virtual, VIRTUAL, optional=True)
+        if virtual == "drop":
+            refuse_nothing_left(self.reader)
         refuse_metric("Self-influence", self.reader)
         self.reader.require_whole("Self-influence")
         if self.config.get("record") == "online":
@@ -198,6 +205,7 @@ class InfluenceIndex(SavedIndex):
                 "rates. Search with the examples as queries instead."
             )
         excluded = list(self.config["special_token_ids"]) if special_tokens == "drop" else []
+        excluded += self._virtual_rows(virtual)
 
         def work(start: int, stop: int) -> list[np.ndarray]:
             return [
@@ -226,7 +234,7 @@ class InfluenceIndex(SavedIndex):
             queries: See above.
             column (`str`): Column of the examples that names their domain (or label, source, ...).
             reduction (`str`): `"mean"` score of a domain's examples, or their `"sum"`, which grows with the domain.
-            recipe, special_tokens, sentence_ends, batch_size, cosine, kernel, synonym_threshold: See [`SearchOptions`].
+            recipe, special_tokens, sentence_ends, virtual, batch_size, cosine, kernel, synonym_threshold: See [`SearchOptions`].
 
         Returns:
             `datasets.Dataset`: `query`, `domain`, `score`, `num_examples`; one row for each query and domain.
@@ -294,7 +302,7 @@ class InfluenceIndex(SavedIndex):
         self, records: Sequence[Mapping[str, Any]], options: SearchOptions, *, first_position: int = 0
     ) -> QueryScorer:
         """Queries with their rows at all checkpoints, ready to be scored."""
-        excluded = self._tokens("drop", options)
+        excluded = [*self._tokens("drop", options), *self._virtual_rows(options["virtual"])]
         recorded = self._recorder.record(
             records,
             batch_size=options["batch_size"],
@@ -314,6 +322,11 @@ class InfluenceIndex(SavedIndex):
         if not isinstance(ends, list):  # recorded by an earlier version
             ends = sentence_end_ids(self.processing_class)
         return sorted({*found, *(token for token in ends if isinstance(token, int))})
+
+    def _virtual_rows(self, fate: str | None) -> list[int]:
+        """The rows of what was frozen next to what was trained, unless they are to `"count"`."""
+        parts = self.config["metadata"].get("virtual_parts")
+        return virtual_rows(self.config, parts) if isinstance(parts, list) and parts and fate != "count" else []
 
     def _domains(self, column: str) -> tuple[list[Any], np.ndarray]:
         """Names of the domains in order of appearance, and the domain of each example."""

@@ -10,7 +10,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypedDict
 
-import numpy as np
 import torch
 from datasets import Dataset
 from torch import Tensor
@@ -20,6 +19,7 @@ from hf_doge.artifacts.influence import IndexReader
 from hf_doge.artifacts.influence.metric import metric_of
 from hf_doge.checks import check_choice, check_count, check_flag, check_number, show
 from hf_doge.gradients.example_losses import IGNORE_INDEX
+from hf_doge.tracing.token_queries import check_tokens, split_batch
 from hf_doge.tracing.words import Reading
 
 TEXT_FIELDS = (
@@ -32,6 +32,7 @@ TEXT_FIELDS = (
 LABEL_FIELDS = ("labels", "label", "label_ids")
 
 SPECIAL_TOKENS = ("count", "hide", "drop")  # and ends of sentences
+VIRTUAL = ("count", "drop")
 KERNELS = ("token", "synonym")
 
 # What a query may be: `datasets.Dataset`, texts, dictionaries of one or of several, see [`check_queries`].
@@ -66,6 +67,10 @@ class SearchOptions(TypedDict, total=False):
             `token_scores` tell their part, `hidden_token_ids` which they are. `"drop"`: they do not count, neither in queries nor in examples.
             Default: what the index says.
         sentence_ends (`str`): The same of tokens that are nothing but the end of a sentence, `.`, `?` or `!`.
+        virtual (`str`):
+            What was frozen in training has gradients, and no example ever moved it. `"drop"`: such parts of an index do not
+            count, as those of the words next to trained adapters. `"count"`: they do. Default: `"drop"` where the index
+            has anything that was trained.
         batch_size (`int`): Queries per forward and backward. Default: 32.
         cosine (`bool`):
             Divide the score at each checkpoint by the norms of both gradients, before the learning rate weighs it.
@@ -84,6 +89,7 @@ class SearchOptions(TypedDict, total=False):
     recipe: Literal["paper"] | None
     special_tokens: Literal["count", "hide", "drop"] | None
     sentence_ends: Literal["count", "hide", "drop"] | None
+    virtual: Literal["count", "drop"] | None
     batch_size: int
     cosine: bool | None
     kernel: Literal["token", "synonym"]
@@ -94,6 +100,7 @@ SEARCH_DEFAULTS = SearchOptions(
     recipe=None,
     special_tokens=None,
     sentence_ends=None,
+    virtual=None,
     batch_size=32,
     cosine=None,
     kernel="token",
@@ -118,6 +125,9 @@ def check_options(given: SearchOptions, reader: IndexReader) -> SearchOptions:
     check_choice("recipe", options["recipe"], ("paper",), optional=True)
     check_choice("special_tokens", options["special_tokens"], SPECIAL_TOKENS)
     check_choice("sentence_ends", options["sentence_ends"], SPECIAL_TOKENS)
+    check_choice("virtual", options["virtual"], VIRTUAL, optional=True)
+    if options["virtual"] == "drop":
+        refuse_nothing_left(reader)
     check_count("batch_size", options["batch_size"])
     check_flag("cosine", options["cosine"])
     check_choice("kernel", options["kernel"], KERNELS)
@@ -161,6 +171,15 @@ def _can_divide(reader: IndexReader) -> bool:
     return reader.is_whole
 
 
+def refuse_nothing_left(reader: IndexReader) -> None:
+    """Raise a `ValueError` where what was frozen cannot be dropped, as an index holds nothing else."""
+    if reader.config["virtual"]:
+        raise ValueError(
+            "`virtual='drop'` leaves out what was frozen in training, but nothing in this index was trained, so nothing would be"
+            " left. Leave it out, or record what is trained (`layers`)."
+        )
+
+
 def refuse_metric(what: str, reader: IndexReader) -> None:
     """Raise a `ValueError` if the rows of an index are divided by Adam's metric for queries that are not, as once."""
     if metric_of(reader.config) == "one-sided":
@@ -198,7 +217,7 @@ def check_queries(
         records = [{"text": queries}]
     elif isinstance(queries, Mapping):
         alone = queries and all(isinstance(value, str | int) for value in queries.values())
-        records = [dict(queries)] if alone else _split(queries)
+        records = [dict(queries)] if alone else split_batch(queries)
     elif isinstance(queries, Sequence) and all(isinstance(query, str | Mapping) for query in queries):
         records = [{"text": query} if isinstance(query, str) else dict(query) for query in queries]
     else:
@@ -215,7 +234,7 @@ def check_queries(
         )
     if any("input_ids" in record for record in records):
         records = [_tensors(record) for record in records]
-        _check_tokens(records, vocabulary_size)
+        check_tokens(records, vocabulary_size)
     elif tokenizer is not None:
         _check_texts(records)
     else:
@@ -277,28 +296,6 @@ def _dataset_records(dataset: Dataset) -> list[dict[str, Any]]:
     return dataset.with_format(None).to_list()
 
 
-def _split(batch: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The queries of a batch; what is not one value per query goes to each."""
-    ids = batch.get("input_ids")
-    alone = isinstance(ids, Tensor | np.ndarray | Sequence) and len(ids) > 0 and np.ndim(ids[0]) == 0
-    if batch.get("inputs_embeds") is not None or ids is None or alone:
-        return [dict(batch)] if batch else []
-    size = len(ids)
-    return [
-        {
-            name: value[position] if _has_lines(value, size) else value
-            for name, value in batch.items()
-            if value is not None
-        }
-        for position in range(size)
-    ]
-
-
-def _has_lines(value: Any, size: int) -> bool:
-    """Whether a value of a batch has one line per query."""
-    return isinstance(value, Tensor | np.ndarray | Sequence) and np.ndim(value) > 0 and len(value) == size
-
-
 def _tensors(record: Mapping[str, Any]) -> dict[str, Any]:
     if record.get("input_ids") is None:
         raise ValueError("Queries must all have `input_ids`, or none of them, but one of several has none.")
@@ -346,26 +343,6 @@ def _check_texts(records: Sequence[Mapping[str, Any]]) -> None:
             raise ValueError(
                 f"Queries must be Unicode, but query {position} has half of a character: {error}."
             ) from error
-
-
-def _check_tokens(records: Sequence[Mapping[str, Any]], vocabulary_size: int) -> None:
-    for position, record in enumerate(records):
-        ids, mask = record["input_ids"], record.get("attention_mask")
-        if isinstance(ids, Tensor) and isinstance(mask, Tensor) and mask.ndim == ids.ndim and mask.shape != ids.shape:
-            raise ValueError(
-                f"The `attention_mask` of query {position} must have the shape of its `input_ids`, {tuple(ids.shape)}, "
-                f"but its shape is {tuple(mask.shape)}."
-            )
-        masked = isinstance(mask, Tensor) and mask.numel() > 0 and not bool(mask.any())
-        if masked or (isinstance(ids, Tensor) and ids.numel() == 0):
-            raise ValueError(f"Every query must have tokens, but query {position} has none. Drop it.")
-        whole = isinstance(ids, Tensor) and ids.ndim > 0 and ids.dtype != torch.bool and not ids.is_floating_point()
-        if not whole or ids.min() < 0 or ids.max() >= vocabulary_size:
-            found = f"{ids.min().item()} to {ids.max().item()}" if isinstance(ids, Tensor) else f"{ids!r:.80}"
-            raise ValueError(
-                f"Tokens of queries must be whole numbers from 0 to {vocabulary_size - 1}, the vocabulary of the index, "
-                f"but query {position} has {found}. Tokenise them with the tokenizer of the recorded model."
-            )
 
 
 def _check_labels(records: Sequence[Mapping[str, Any]]) -> None:

@@ -312,7 +312,7 @@ def test_adapters_next_to_some_trained_tokens_of_an_embedding_have_their_gradien
     for (_, found), example in zip(rows, examples, strict=True):
         expected = expected_rows(weight_gradients(model, example, chosen, causal_loss), chosen)
         torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
-    with pytest.raises(ValueError, match="whole or not at all.*without words: `layers='adapters'`"):
+    with pytest.raises(ValueError, match=r"whole or not at all.*without words: `layers='adapters'`"):
         record(model, collate(examples), layers=choose_layers(model, ["embedding", "adapters"]))
 
 

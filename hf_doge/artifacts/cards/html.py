@@ -76,6 +76,12 @@ def index_html(config: Mapping[str, Any]) -> str:
         f"rows of {config['width']} numbers, {config['dtype']}",
         *([f"tied embeddings: {config['tied']}"] if config.get("tied") else []),
         *(["in the metric of the optimizer"] if config.get("second_moment") else []),
+        *(["virtual: all of it was frozen"] if config.get("virtual") is True else []),
+        *(
+            ["parts of it virtual (frozen), which do not count"]
+            if (config.get("metadata") or {}).get("virtual_parts")
+            else []
+        ),
         *(["without texts"] if config.get("redacted") else []),
     ]
     head = f"Influence of {config['num_examples']:,} training examples, {len(checkpoints):,} checkpoints; {'; '.join(facts)}."

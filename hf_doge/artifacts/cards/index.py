@@ -222,7 +222,7 @@ def _layers(config: Mapping[str, Any]) -> str:
 
 def _facts(config: Mapping[str, Any]) -> str:
     dataset, tokenizer = config.get("dataset") or {}, config.get("tokenizer") or {}
-    metadata = config["metadata"]
+    metadata, not_trained = config["metadata"], _not_trained(config)
     model, sources = part_of(metadata, "model"), part_of(metadata, "dataset").get("sources") or ()
     classes = sorted({str(one["model_class"]) for one in config["checkpoints"]})
     name = model.get("name_or_path") or ""
@@ -242,6 +242,7 @@ def _facts(config: Mapping[str, Any]) -> str:
             "Metric": _METRICS.get(str(config.get("metric")), "").format(
                 because=f", as {escape(metadata['metric'])}" if metadata.get("metric") else ""
             ),
+            "Not trained": not_trained,
             "Tokenizer": join(
                 hub_link(tokenizer.get("name")),
                 counted(tokenizer.get("vocabulary_size"), "tokens"),
@@ -249,6 +250,16 @@ def _facts(config: Mapping[str, Any]) -> str:
             ),
         }
     ) + run_facts(metadata, written_by=config.get("hf_doge_version"))
+
+
+def _not_trained(config: Mapping[str, Any]) -> str | None:
+    """What was frozen, so that no example ever moved it."""
+    named = config["metadata"].get("virtual_parts")
+    parts = [part for part in named if isinstance(part, str)] if isinstance(named, list) else []
+    if config.get("virtual") is True:
+        return "all of it was frozen: the gradients say what a training of it would have done"
+    few = ", ".join(map(code, parts[:_FEW_LAYERS])) + (", ..." if len(parts) > _FEW_LAYERS else "")
+    return f'{few} (frozen: a search leaves it out unless `virtual="count"`)' if parts else None
 
 
 def _computation(config: Mapping[str, Any]) -> str:

@@ -1,0 +1,54 @@
+"""Queries that are tokens already: batches taken apart, and ids that the model has."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def split_batch(batch: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The queries of a batch; what is not one value per query goes to each."""
+    ids = batch.get("input_ids")
+    alone = isinstance(ids, Tensor | np.ndarray | Sequence) and len(ids) > 0 and np.ndim(ids[0]) == 0
+    if batch.get("inputs_embeds") is not None or ids is None or alone:
+        return [dict(batch)] if batch else []
+    size = len(ids)
+    return [
+        {
+            name: value[position] if _has_lines(value, size) else value
+            for name, value in batch.items()
+            if value is not None
+        }
+        for position in range(size)
+    ]
+
+
+def _has_lines(value: Any, size: int) -> bool:
+    """Whether a value of a batch has one line per query."""
+    return isinstance(value, Tensor | np.ndarray | Sequence) and np.ndim(value) > 0 and len(value) == size
+
+
+def check_tokens(records: Sequence[Mapping[str, Any]], vocabulary_size: int) -> None:
+    """
+    Raises:
+        ValueError: A query has no token, one out of the vocabulary, or a mask of another shape.
+    """
+    for position, record in enumerate(records):
+        ids, mask = record["input_ids"], record.get("attention_mask")
+        if isinstance(ids, Tensor) and isinstance(mask, Tensor) and mask.ndim == ids.ndim and mask.shape != ids.shape:
+            raise ValueError(
+                f"The `attention_mask` of query {position} must have the shape of its `input_ids`, {tuple(ids.shape)}, "
+                f"but its shape is {tuple(mask.shape)}."
+            )
+        masked = isinstance(mask, Tensor) and mask.numel() > 0 and not bool(mask.any())
+        if masked or (isinstance(ids, Tensor) and ids.numel() == 0):
+            raise ValueError(f"Every query must have tokens, but query {position} has none. Drop it.")
+        whole = isinstance(ids, Tensor) and ids.ndim > 0 and ids.dtype != torch.bool and not ids.is_floating_point()
+        if not whole or ids.min() < 0 or ids.max() >= vocabulary_size:
+            found = f"{ids.min().item()} to {ids.max().item()}" if isinstance(ids, Tensor) else f"{ids!r:.80}"
+            raise ValueError(
+                f"Tokens of queries must be whole numbers from 0 to {vocabulary_size - 1}, the vocabulary of the index, "
+                f"but query {position} has {found}. Tokenise them with the tokenizer of the recorded model."
+            )
