@@ -26,6 +26,7 @@ COMMANDS = {
     "compare": "train the same model on several mixtures and tabulate its perplexities",
     "index": "record what each training example pushed, at saved checkpoints",
     "search": "trace predictions to training examples and words",
+    "view": "show an influence index in the browser: trace texts and examples, see domains and labels",
     "evaluate-influence": "delete what scorers blame, retrain, and see what becomes of predictions",
     "export": "write domain weights as another training framework reads them",
     "push": "bring domain weights or an influence index to the Hub",

@@ -12,7 +12,7 @@ from hf_doge.cli.parser import parse
 from hf_doge.cli.records import check_text_fields, read_records
 from hf_doge.text import printable
 from hf_doge.tracing.encoding import DIALOGUE_FIELDS, MASKINGS
-from hf_doge.tracing.html import domain_of
+from hf_doge.tracing.html import LEAST_SHARE, domain_of, hidden_share
 from hf_doge.tracing.index import InfluenceIndex
 from hf_doge.tracing.pretrained import load_tokenizer
 from hf_doge.tracing.processes import process_index
@@ -197,7 +197,10 @@ def _lines(hits: Sequence[Mapping[str, Any]]) -> Iterator[str]:
                 )
                 yield f"  {hit['rank']:>4}  {hit['score']:+.3g}  {facts}  {_one_line(str(hit.get('text') or ''))}"
                 words = zip(hit["words"][:NUM_WORDS], hit["word_scores"], strict=False)
-                yield "        " + ", ".join(f"{_one_line(word)} {part:+.2g}" for word, part in words)
+                shown = [f"{_one_line(word)} {part:+.2g}" for word, part in words]
+                share = hidden_share(hit)
+                hidden = [f"special tokens and ends of sentences {share:.0%}"] if share >= LEAST_SHARE else []
+                yield "        " + "; ".join(filter(None, [", ".join(shown), *hidden]))
     if len(hits) == 0:
         yield "No training example has a score other than 0."
 

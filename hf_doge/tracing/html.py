@@ -13,6 +13,7 @@ from hf_doge.tracing.words import Reading, position_parts, read_ids, read_text
 Hit = Mapping[str, Any]
 
 MAX_WORDS = 12  # listed with a hit
+LEAST_SHARE = 0.005  # of a score that hidden tokens hold, to be told
 DOMAIN_COLUMNS = ("domain", "source")  # of the examples: what says where one is from, the first that there is
 _NO_LIMIT = 1_000_000  # a tokenizer that knows none has a much larger one
 _PROPONENT, _OPPONENT = "22, 163, 74", "220, 38, 38"  # green and red that black and white text both stand out from
@@ -36,7 +37,8 @@ _STYLE = """\
 """
 _LEGEND = """\
 <p class="facts">A proponent (green) is a training example that lowered the query's loss, an opponent (red) one that raised
-it. A word is shaded by its part of that score, relative to the largest part shown with it.</p>
+it. A word is shaded by its part of that score, relative to the largest part shown with it. Not shown are the parts of special
+tokens and of the ends of sentences, where a search hides them.</p>
 """
 
 _PAGE = """\
@@ -151,6 +153,7 @@ def _article(hit: Hit, reading: Reading | None) -> str:
         *([f"label {escape_html(_label(hit))}"] if hit.get("label") is not None else []),
         *(escape_html(name) for name in (domain_of(hit),) if name is not None),
         f"special tokens {hit['special_token_share']:.0%}",
+        *([f"not shown {share:.0%}"] if (share := hidden_share(hit)) >= LEAST_SHARE else []),
     ]
     text = "" if reading is None else f'<div class="text" dir="auto">{shade(reading, _example_parts(hit))}</div>\n'
     return (
@@ -197,6 +200,14 @@ def _number(value: float) -> str:
 def _label(hit: Hit) -> str:
     name = hit.get("label_name")
     return str(hit["label"]) if name is None else f"{hit['label']} ({name})"
+
+
+def hidden_share(hit: Hit) -> float:
+    """Which part of a score, in absolute parts of its tokens, those have that count and are not shown, in [0, 1]."""
+    hidden = hit.get("hidden_token_ids") or ()
+    sizes = {token: abs(part) for token, part in zip(hit["token_ids"], hit["token_scores"], strict=True)}
+    total = sum(sizes.values())
+    return sum(size for token, size in sizes.items() if token in hidden) / total if total else 0.0
 
 
 def domain_of(hit: Hit) -> str | None:

@@ -61,9 +61,12 @@ def test_index_then_search_prints_examples_and_words(indexed, capsys):
     assert "opponents" in out
     assert re.search(r"example \d+, \w+, test  ", out)  # its label and source
     assert "[CLS]" not in out
+    assert re.search(r"special tokens and ends of sentences \d+%", out)
     argv = ["search", "--index", str(indexed), "--query", "The runner is winning", "--top_k", "2", "--recipe=paper"]
     assert main(argv) == 0
-    assert "[CLS]" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "[CLS]" in out
+    assert "special tokens and ends of sentences" not in out  # nothing is hidden
 
 
 def test_search_in_json_and_html(indexed, tmp_path, capsys):

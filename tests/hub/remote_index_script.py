@@ -327,6 +327,7 @@ def growth() -> dict:
 def whole_journey() -> dict:
     """A trained and pushed index with its models, opened twice: downloaded, and read in parts."""
     from hf_doge import InfluenceIndex
+    from hf_doge.cli.view import Viewer
     from tests.tracing.influence_tools import classifier, sentences, tokenised, train, wordpiece_tokenizer
 
     tokenizer = wordpiece_tokenizer()
@@ -351,6 +352,8 @@ def whole_journey() -> dict:
         == downloaded.search(asked, kernel="synonym", synonym_threshold=0.0, **options).to_list(),
         "domains": index.domain_influence(asked, "label", **options).to_list()
         == downloaded.domain_influence(asked, "label", **options).to_list(),
+        "viewer": Viewer(index).trace(asked[0])[0] == index.show(index.search(asked[:1], top_k=5)).html,
+        "viewer's labels": Viewer(index).suspicious(),
         "whole files": whole_files,
         "cosine": error_of(lambda: index.search(asked, cosine=True)),
         "self_influence": error_of(index.self_influence),

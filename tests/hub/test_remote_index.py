@@ -125,6 +125,8 @@ def test_an_index_and_its_models_are_used_from_the_hub(seen):
     assert journey["hits"]
     assert journey["synonyms"]
     assert journey["domains"]
+    assert journey["viewer"]
+    assert "needs all rows of the index" in journey["viewer's labels"]
     assert journey["a folder"] == "IndexReader"
     for what in ("cosine", "self_influence", "save_pretrained"):
         assert "needs all rows of the index" in journey[what]

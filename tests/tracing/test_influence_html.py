@@ -2,7 +2,7 @@ from html.parser import HTMLParser
 
 import pytest
 
-from hf_doge.tracing.html import render_page, shade
+from hf_doge.tracing.html import hidden_share, render_page, shade
 from hf_doge.tracing.words import read_text
 from tests.tracing.influence_tools import byte_level_tokenizer, wordpiece_tokenizer
 
@@ -87,6 +87,16 @@ def test_the_page_needs_nothing_else(tokenizer):
     assert "@import" not in text
     assert "://" not in text
     assert "color-scheme: light dark" in text
+
+
+def test_a_hit_tells_how_much_of_its_score_is_not_shown(tokenizer):
+    whole = make_hit(tokenizer, "market")
+    hidden = {**whole, "hidden_token_ids": [whole["token_ids"][1]]}
+    share = abs(whole["token_scores"][1]) / sum(map(abs, whole["token_scores"]))
+    assert f"not shown {share:.0%}" in "".join(Page(render([hidden], tokenizer)).text)
+    assert "not shown 1" not in "".join(Page(render([whole], tokenizer)).text)
+    assert hidden_share({**whole, "hidden_token_ids": whole["token_ids"]}) == 1.0
+    assert hidden_share({**whole, "token_ids": [], "token_scores": []}) == 0.0
 
 
 def test_a_hit_tells_where_its_example_is_from(tokenizer):
