@@ -17,6 +17,7 @@ from hf_doge.tracing.index import InfluenceIndex
 from hf_doge.tracing.pretrained import load_tokenizer
 from hf_doge.tracing.processes import process_index
 from hf_doge.tracing.queries import KERNELS, SPECIAL_TOKENS, VIRTUAL, is_dialogue, text_fields
+from hf_doge.tracing.targets import ALL
 
 NUM_WORDS = 6
 TEXT_WIDTH = 90
@@ -48,6 +49,18 @@ class SearchArguments:
     label_field: str = field(
         default="label",
         metadata={"help": "Field of the label in it, if it has one. 'none' traces what the model predicts."},
+    )
+    next_tokens: int | None = field(
+        default=None,
+        metadata={
+            "help": "Trace what the model says next, at most so many tokens; queries are texts, prompts or messages without an answer."
+        },
+    )
+    target: str | None = field(
+        default=None, metadata={"help": "The part of the answers that is traced. Default: all of them."}
+    )
+    target_field: str | None = field(
+        default=None, metadata={"help": "Field of it in the file, for each query its own."}
     )
     top_k: int = field(default=10, metadata={"help": "Examples of each kind, at least 1."})
     recipe: str | None = field(
@@ -117,7 +130,8 @@ def main(argv: Sequence[str]) -> int:
             "predicts."
         ),
     )
-    queries = _read_queries(args)
+    targets: list[Any] = []
+    queries = _read_queries(args, targets)
     index = InfluenceIndex.from_pretrained(
         args.index,
         revision=args.revision,
@@ -127,6 +141,8 @@ def main(argv: Sequence[str]) -> int:
     )
     hits = index.search(
         queries,
+        next_tokens=args.next_tokens,
+        target=targets or args.target or ALL,
         top_k=args.top_k,
         recipe=args.recipe,
         special_tokens=args.special_tokens,
@@ -152,15 +168,21 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def _read_queries(args: SearchArguments) -> list[Any]:
+def _read_queries(args: SearchArguments, targets: list[Any]) -> list[Any]:
+    """The queries; to `targets` what each is traced for, if the file says so."""
     if (args.query is None) == (args.queries is None):
         raise ValueError("Give either `--query`, texts, or `--queries`, a file of them.")
+    if args.target_field is not None and (args.target is not None or args.queries is None):
+        raise ValueError("`--target_field` is a field of `--queries`, in place of `--target`. Give one of the two.")
     if args.query is not None:
         return args.query
     assert args.queries is not None
     queries, text_names = [], check_text_fields(args.text_field)
     for number, record in enumerate(read_records(args.queries), start=1):
-        if args.text_field is None and is_dialogue(record):
+        if args.target_field is not None:
+            targets.append(record.get(args.target_field) or ALL)
+        is_prompt = args.next_tokens is not None and "prompt" in record
+        if args.text_field is None and (is_dialogue(record) or is_prompt):
             queries.append({name: record[name] for name in DIALOGUE_FIELDS if name in record})
             continue
         try:
@@ -188,6 +210,8 @@ def _lines(hits: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     for number, group in groupby(hits, key=lambda hit: hit["query"]):
         rows = list(group)
         yield f"Query {number}: {_one_line(rows[0]['query_text'])}"
+        if rows[0]["query_target"] is not None:
+            yield f"  traced: {_one_line(rows[0]['query_target'])}"
         for kind, found in groupby(rows, key=lambda hit: hit["kind"]):
             yield f"  {kind}s"
             for hit in found:

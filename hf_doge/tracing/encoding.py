@@ -125,6 +125,21 @@ class Encoding:
             kept = [keep and at >= start for at, keep in enumerate(kept)]
         return self._finish(ids, kept, tokenizer)
 
+    def encode_prompt(self, prompt: Sequence[Any], tokenizer: Any, *, ends: bool = False) -> list[int]:
+        """
+        Token ids of what is to be answered.
+
+        Args:
+            prompt (`Sequence`): A text or a pair, or messages with `role` and `content`, the assistant's turn being next.
+            tokenizer (`PreTrainedTokenizerBase`): See [`encode`].
+            ends (`bool`): Whether an end-of-text token that the tokenizer adds stays, as before a decoder of its own.
+        """
+        if not isinstance(prompt[0], str):
+            return _apply_template(tokenizer, prompt, {}, add_generation_prompt=True)[0]
+        ids = list(tokenizer(*prompt, verbose=False)["input_ids"])
+        added = not ends and len(ids) > 1 and ids[-1] == tokenizer.eos_token_id
+        return ids[:-1] if added and not prompt[-1].endswith(tokenizer.eos_token) else ids
+
     def _finish(self, ids: Sequence[int], kept: Sequence[bool], tokenizer: Any) -> tuple[list[int], list[int]]:
         """Labels, and what is left of both where an example may have so many tokens only."""
         padding = tokenizer.pad_token_id if self.ignores_padding else None

@@ -35,6 +35,7 @@ HIT_FEATURES = Features(
         "query_label": Value("float64"),
         "query_text": Value("string"),
         "query_token_ids": List(Value("int64")),
+        "query_target": Value("string"),
     }
 )
 
@@ -102,6 +103,7 @@ def query_hits(
                 "query_label": label,
                 "query_text": query.reading.text,
                 "query_token_ids": query.reading.token_ids,
+                "query_target": query.target,
             }
 
 

@@ -38,6 +38,7 @@ from hf_doge.tracing.saved_checkpoints import checkpoint_folders
 from hf_doge.tracing.saved_index import SavedIndex
 from hf_doge.tracing.scoring import QueryScorer, select_extremes
 from hf_doge.tracing.search_defaults import sentence_end_ids
+from hf_doge.tracing.targets import ALL, targets_of
 
 REDUCTIONS = ("mean", "sum")
 
@@ -93,7 +94,7 @@ class InfluenceIndex(SavedIndex):
             queries: See above.
             top_k (`int`): At most so many of each kind, `>= 1`. An example that scores 0 is neither.
             exclude (`Sequence[int]`): Ids of examples to leave out, such as that of the query itself.
-            recipe, special_tokens, sentence_ends, virtual, batch_size, cosine, kernel, synonym_threshold: See [`SearchOptions`].
+            recipe, special_tokens, sentence_ends, virtual, next_tokens, target, batch_size, cosine, kernel, synonym_threshold: See [`SearchOptions`].
 
         Returns:
             [`Hits`], a `datasets.Dataset`: for each query its proponents from the strongest on, then its opponents, with columns
@@ -110,7 +111,8 @@ class InfluenceIndex(SavedIndex):
             - `token_ids`, `token_scores`: the same by token;
             - `example_token_ids`, `example_token_scores`: the same by the token of the example;
             - `hidden_token_ids`: those of them that count and are no words, see `special_tokens` and `sentence_ends`;
-            - `query_label`, `query_text`, `query_token_ids`: what was asked;
+            - `query_label`, `query_text`, `query_token_ids`: what was asked; `query_target`: what was traced of it, where that is
+              what the model said, or a part of the answer;
             - every column that the index keeps of its examples, such as `text` and `label`.
 
         Raises:
@@ -119,7 +121,7 @@ class InfluenceIndex(SavedIndex):
             TypeError: An option is unknown.
         """
         excluded = self._checked_ids(exclude)
-        records = self._records(queries)
+        records = self._records(queries, options)
         chosen = check_options(options, self.reader)
         top_k = check_count("top_k", top_k)
 
@@ -151,13 +153,13 @@ class InfluenceIndex(SavedIndex):
 
         Args:
             queries: See above.
-            recipe, special_tokens, sentence_ends, virtual, batch_size, cosine, kernel, synonym_threshold: See [`SearchOptions`].
+            recipe, special_tokens, sentence_ends, virtual, next_tokens, target, batch_size, cosine, kernel, synonym_threshold: See [`SearchOptions`].
 
         Returns:
             `numpy.ndarray` of shape `(num_queries, num_examples)`, float32. [`~InfluenceIndex.iter_scores`] gives it in
             pieces.
         """
-        records, chosen = self._records(queries), check_options(options, self.reader)
+        records, chosen = self._records(queries, options), check_options(options, self.reader)
 
         def work(start: int, stop: int) -> list[np.ndarray]:
             scorer = self._scorer(records[start:stop], chosen, first_position=start)
@@ -173,7 +175,9 @@ class InfluenceIndex(SavedIndex):
         Yields:
             `tuple[range, numpy.ndarray]`: positions of some queries, and their scores `(len(range), num_examples)`.
         """
-        for first, block in self._scorer(self._records(queries), check_options(options, self.reader)).blocks():
+        for first, block in self._scorer(
+            self._records(queries, options), check_options(options, self.reader)
+        ).blocks():
             yield range(first, first + len(block)), block
 
     def self_influence(self, *, special_tokens: str = "count", virtual: str | None = None) -> Dataset:
@@ -234,7 +238,7 @@ class InfluenceIndex(SavedIndex):
             queries: See above.
             column (`str`): Column of the examples that names their domain (or label, source, ...).
             reduction (`str`): `"mean"` score of a domain's examples, or their `"sum"`, which grows with the domain.
-            recipe, special_tokens, sentence_ends, virtual, batch_size, cosine, kernel, synonym_threshold: See [`SearchOptions`].
+            recipe, special_tokens, sentence_ends, virtual, next_tokens, target, batch_size, cosine, kernel, synonym_threshold: See [`SearchOptions`].
 
         Returns:
             `datasets.Dataset`: `query`, `domain`, `score`, `num_examples`; one row for each query and domain.
@@ -282,17 +286,22 @@ class InfluenceIndex(SavedIndex):
         return Shown(render_fragment(hits, self.processing_class, self._text_columns(hits)))
 
     def _text_columns(self, hits: Dataset) -> list[str]:
-        missing = sorted(set(HIT_FEATURES) - set(getattr(hits, "column_names", None) or ()))
+        known = {*HIT_FEATURES} - {"query_target"}  # hits of earlier versions have none
+        missing = sorted(known - set(getattr(hits, "column_names", None) or ()))
         if missing:
             raise ValueError(f"`hits` must come from `InfluenceIndex.search`, but has no columns {missing}.")
         return text_columns(self.reader.examples_of([]).features)
 
-    def _records(self, queries: Queries) -> list[dict[str, Any]]:
+    def _records(self, queries: Queries, options: SearchOptions) -> list[dict[str, Any]]:
         tokenizer, folder, missing = self.processing_class, self.reader.folder, []
         if tokenizer is None:
             named = [checkpoint for checkpoint in self.reader.checkpoints if checkpoint["path"]]
             missing = [str(folder / one["path"]) for one in named if not any(checkpoint_folders(one, folder))]
-        return check_queries(queries, tokenizer, vocabulary_size=self.reader.embedding_shape[0], missing=missing)
+        continued, num_words = options.get("next_tokens") is not None, self.reader.embedding_shape[0]
+        records = check_queries(queries, tokenizer, vocabulary_size=num_words, missing=missing, continued=continued)
+        if options.get("target", ALL) != ALL:
+            options["target"] = targets_of(options["target"], len(records))
+        return records
 
     @cached_property
     def _recorder(self) -> QueryRecorder:
@@ -309,6 +318,8 @@ class InfluenceIndex(SavedIndex):
             drop_token_ids=excluded,
             synonym_threshold=options["synonym_threshold"] if options["kernel"] == "synonym" else None,
             first_position=first_position,
+            next_tokens=options["next_tokens"],
+            targets=None if options["target"] in (ALL, None) else options["target"][first_position:][: len(records)],
         )
         return QueryScorer(self.reader, recorded, excluded_tokens=excluded, cosine=bool(options["cosine"]))
 

@@ -19,6 +19,7 @@ from hf_doge.artifacts.influence import IndexReader
 from hf_doge.artifacts.influence.metric import metric_of
 from hf_doge.checks import check_choice, check_count, check_flag, check_number, show
 from hf_doge.gradients.example_losses import IGNORE_INDEX
+from hf_doge.tracing.targets import ALL, Target
 from hf_doge.tracing.token_queries import check_tokens, split_batch
 from hf_doge.tracing.words import Reading
 
@@ -47,10 +48,12 @@ class Query:
     Attributes:
         features (`dict[str, torch.Tensor]`): What the model takes, without a batch axis. Labels may be missing at first.
         reading (`Reading`): Its text and tokens, for people.
+        target (`str`, *optional*): What is traced, where that is what the model said, or a part of an answer.
     """
 
     features: dict[str, Tensor]
     reading: Reading
+    target: str | None = None
 
 
 class SearchOptions(TypedDict, total=False):
@@ -71,6 +74,14 @@ class SearchOptions(TypedDict, total=False):
             What was frozen in training has gradients, and no example ever moved it. `"drop"`: such parts of an index do not
             count, as those of the words next to trained adapters. `"count"`: they do. Default: `"drop"` where the index
             has anything that was trained.
+        next_tokens (`int`):
+            Trace what the model of the last checkpoint says next, the likeliest token at each step until it ends its text, and
+            at most so many. Queries are then texts, `{"prompt": ...}`, `{"messages": ...}` or tokens without an answer. What
+            it said is `query_target` of the hits. For language models, and from text to text.
+        target (`str`, `tuple[int, int]` or `list`):
+            Which tokens of the answer are traced: `"all"` that are scored in training (default), or those that hold some
+            characters of a part of it, given as the part or as `(start, stop)`, counted in the completion, the last message,
+            the text, or what the model says next. A list has one for each query.
         batch_size (`int`): Queries per forward and backward. Default: 32.
         cosine (`bool`):
             Divide the score at each checkpoint by the norms of both gradients, before the learning rate weighs it.
@@ -90,6 +101,8 @@ class SearchOptions(TypedDict, total=False):
     special_tokens: Literal["count", "hide", "drop"] | None
     sentence_ends: Literal["count", "hide", "drop"] | None
     virtual: Literal["count", "drop"] | None
+    next_tokens: int | None
+    target: Target | Sequence[Target]
     batch_size: int
     cosine: bool | None
     kernel: Literal["token", "synonym"]
@@ -101,6 +114,8 @@ SEARCH_DEFAULTS = SearchOptions(
     special_tokens=None,
     sentence_ends=None,
     virtual=None,
+    next_tokens=None,
+    target=ALL,
     batch_size=32,
     cosine=None,
     kernel="token",
@@ -128,6 +143,7 @@ def check_options(given: SearchOptions, reader: IndexReader) -> SearchOptions:
     check_choice("virtual", options["virtual"], VIRTUAL, optional=True)
     if options["virtual"] == "drop":
         refuse_nothing_left(reader)
+    check_count("next_tokens", options["next_tokens"], optional=True)
     check_count("batch_size", options["batch_size"])
     check_flag("cosine", options["cosine"])
     check_choice("kernel", options["kernel"], KERNELS)
@@ -191,8 +207,13 @@ def refuse_metric(what: str, reader: IndexReader) -> None:
 
 
 def check_queries(
-    queries: Any, tokenizer: PreTrainedTokenizerBase | None, *, vocabulary_size: int, missing: Sequence[str] = ()
-) -> list[dict] | Dataset:
+    queries: Any,
+    tokenizer: PreTrainedTokenizerBase | None,
+    *,
+    vocabulary_size: int,
+    missing: Sequence[str] = (),
+    continued: bool = False,
+) -> list[dict]:
     """
     Bring queries into one of two forms, before any model is loaded: raw records, or features with `input_ids`.
 
@@ -202,6 +223,7 @@ def check_queries(
         tokenizer (`PreTrainedTokenizerBase`, *optional*): Needed by texts.
         vocabulary_size (`int`): Number of rows of the embedding matrix.
         missing (`Sequence[str]`): Folders of checkpoints that are not there, where there is no tokenizer.
+        continued (`bool`): Whether they are prompts, traced for what the model says next.
 
     Returns:
         `list[dict]`: one per query. With `input_ids`, the other values are tensors.
@@ -236,7 +258,7 @@ def check_queries(
         records = [_tensors(record) for record in records]
         check_tokens(records, vocabulary_size)
     elif tokenizer is not None:
-        _check_texts(records)
+        _check_texts(records, continued)
     else:
         cause = f", of which {missing[0]!r} was moved or deleted since it was recorded" if missing else ""
         raise ValueError(
@@ -328,9 +350,17 @@ def label_field(record: Mapping[str, Any]) -> str | None:
     return next((name for name in LABEL_FIELDS if record.get(name) is not None), None)
 
 
-def _check_texts(records: Sequence[Mapping[str, Any]]) -> None:
+def _check_texts(records: Sequence[Mapping[str, Any]], continued: bool) -> None:
     for position, record in enumerate(records):
         wrong = check_dialogue(record) if is_dialogue(record) else None
+        if isinstance(record.get("prompt"), list) and not is_dialogue(record):
+            wrong = (
+                check_dialogue({"messages": record["prompt"]})
+                if continued
+                else "have a `completion`, or be asked with `next_tokens`"
+            )
+            if wrong is None:
+                continue
         if wrong is not None:
             raise ValueError(f"Query {position} must {wrong}, but got {show(record)}.")
         names = ("prompt", "completion") if is_dialogue(record) else text_fields(record)

@@ -26,11 +26,13 @@ from hf_doge.gradients.embedding_uses import input_embedding_matrix
 from hf_doge.gradients.example_losses import ANSWERS, IGNORE_INDEX, LossFunction, logits_of
 from hf_doge.gradients.layers import recorded_layers
 from hf_doge.gradients.token_rows import TokenRows
+from hf_doge.tracing.answers import keep_targets, make_prompt, read_label, say_next
 from hf_doge.tracing.encoding import Encoding
 from hf_doge.tracing.limits import ModelInputs, label_law, wants_fractions
 from hf_doge.tracing.models import LoadModel, has_fingerprint, load_checkpoint
-from hf_doge.tracing.queries import Query, is_dialogue, label_field, label_tensor, text_fields
+from hf_doge.tracing.queries import Query, is_dialogue, label_field, text_fields
 from hf_doge.tracing.settings import padding_token_id
+from hf_doge.tracing.targets import Target
 from hf_doge.tracing.words import Reading, read_ids, read_text
 
 _KEPT_BYTES = 4 * 2**30  # of models that stay in memory
@@ -93,6 +95,8 @@ class QueryRecorder:
         drop_token_ids: Sequence[int] = (),
         synonym_threshold: float | None = None,
         first_position: int = 0,
+        next_tokens: int | None = None,
+        targets: Sequence[Target | None] | None = None,
     ) -> RecordedQueries:
         """
         Make queries of records, and their rows at each checkpoint.
@@ -103,13 +107,17 @@ class QueryRecorder:
             drop_token_ids (`Sequence[int]`): Tokens whose rows are left out after all is done (top-k too).
             synonym_threshold (`float`, *optional*): Look for synonyms of the queries' tokens, of at least this cosine.
             first_position (`int`): What errors call the first query.
+            next_tokens (`int`, *optional*), targets (`Sequence`, *optional*): See [`SearchOptions`]; a target for each query.
         """
         found = RecordedQueries()
         for position in reversed(range(len(self.reader.checkpoints))):
             model, inputs = self._kept.get(position) or self._load(position)
             first = not found.queries
             if first:  # what the last checkpoint predicts is the label of a query without one
-                found.queries = self._make_queries(records, model, inputs, batch_size, first_position)
+                found.queries = self._make_queries(records, model, inputs, batch_size, first_position, next_tokens)
+                if targets is not None:
+                    facts = {"tokenizer": self.tokenizer, "first_position": first_position}
+                    keep_targets(found.queries, targets, records, model=model, inputs=inputs, **facts)
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message="The .* of the model are frozen")  # said before
                 with EmbeddingGradientRecorder(model, **self._options, verify=first) as recorder:
@@ -155,17 +163,25 @@ class QueryRecorder:
         inputs: ModelInputs,
         batch_size: int,
         first_position: int,
+        next_tokens: int | None,
     ) -> list[Query]:
         """
         Tokenise texts, keep what the model takes, and give labels to queries that have none.
 
         Such a label is what the model predicts: of a classifier its class (for several labels at once, those above 0.5), of
-        one that classifies tokens a class per token. A language model's labels are the tokens of the text themselves.
+        one that classifies tokens a class per token. A language model's are the tokens of the text, or what it says next.
         """
-        queries = [_make_query(record, model, inputs, self.tokenizer, self.encoding) for record in records]
+        queries = [
+            _make_query(record, model, inputs, self.tokenizer, self.encoding)
+            if next_tokens is None
+            else make_prompt(record, self.tokenizer, self.encoding, model, position)
+            for position, record in enumerate(records, start=first_position)
+        ]
         for position, query in enumerate(queries, start=first_position):
             _check_fits(query, model, inputs, position)
             _check_label(query, model, inputs, position, check_kind=self.loss_fn is None)
+            if next_tokens is not None:
+                say_next(query, next_tokens, model, inputs, self.tokenizer, position)
         unlabelled = [query for query in queries if not {"labels", *ANSWERS} & set(query.features)]
         for start in range(0, len(unlabelled), batch_size):
             _predict_labels(unlabelled[start : start + batch_size], model, inputs)
@@ -227,7 +243,7 @@ def _make_query(
     if "input_ids" in record:
         features = {name: value for name, value in record.items() if name in inputs.names or name == "labels"}
         if isinstance(features.get("labels"), str):
-            features["labels"] = _read_label(features["labels"], model, tokenizer)
+            features["labels"] = read_label(features["labels"], model, tokenizer)
         ids, mask = features["input_ids"], features.get("attention_mask")
         counted = ids.flatten() if mask is None or mask.shape != ids.shape else ids[mask.bool()]
         return Query(features, read_ids(tokenizer, counted.tolist()))
@@ -246,7 +262,7 @@ def _make_query(
         raise ValueError(f"Every query must have tokens, but {texts} have none. Drop it.")
     label = label_field(record)
     if label is not None:
-        features["labels"] = _read_label(record[label], model, tokenizer)
+        features["labels"] = read_label(record[label], model, tokenizer)
     return _finished(
         Query(features, read_text(tokenizer, texts, max_length=max_length)), tokenizer, encoding, max_length
     )
@@ -264,21 +280,6 @@ def _finished(query: Query, tokenizer: Any, encoding: Encoding, max_length: int 
     query.features = {name: value[part] if value.ndim else value for name, value in query.features.items()}
     query.reading = Reading(reading.text, reading.token_ids[part], reading.spans[part], reading.tokens[part])
     return query
-
-
-def _read_label(label: Any, model: nn.Module, tokenizer: Any) -> Tensor:
-    writes = tokenizer is not None and type(model).__name__.endswith("ForConditionalGeneration")
-    if isinstance(label, str) and writes and getattr(model.config, "is_encoder_decoder", False):
-        return torch.tensor(tokenizer(text_target=label, verbose=False)["input_ids"])
-    if isinstance(label, str):
-        names = getattr(getattr(model, "config", None), "label2id", None) or {}
-        if label not in names:
-            raise ValueError(
-                f"A label must be a number or one of the model's labels {sorted(names)}, but got {label!r}. Give its "
-                "number."
-            )
-        label = names[label]
-    return label_tensor(label)
 
 
 def _check_fits(query: Query, model: nn.Module, inputs: ModelInputs, position: int) -> None:

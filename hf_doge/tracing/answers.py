@@ -1,0 +1,196 @@
+"""What a query asks about: a label by its name, what the model says next, and which tokens of an answer are traced."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_doge.gradients.embedding_uses import evaluation_mode
+from hf_doge.gradients.example_losses import IGNORE_INDEX
+from hf_doge.tracing.encoding import Encoding
+from hf_doge.tracing.limits import ModelInputs
+from hf_doge.tracing.queries import Query, label_field, label_tensor, text_fields
+from hf_doge.tracing.targets import Target, find_span
+from hf_doge.tracing.words import read_ids
+
+
+def read_label(label: Any, model: nn.Module, tokenizer: Any) -> Tensor:
+    """The label of a query as a tensor: a number, the name of a class, or the text that a model from text to text writes."""
+    if isinstance(label, str) and tokenizer is not None and _writes_from_texts(model):
+        return torch.tensor(tokenizer(text_target=label, verbose=False)["input_ids"])
+    if isinstance(label, str):
+        names = getattr(getattr(model, "config", None), "label2id", None) or {}
+        if label not in names:
+            raise ValueError(
+                f"A label must be a number or one of the model's labels {sorted(names)}, but got {label!r}. Give its "
+                "number."
+            )
+        label = names[label]
+    return label_tensor(label)
+
+
+def make_prompt(
+    record: Mapping[str, Any], tokenizer: Any, encoding: Encoding, model: nn.Module, position: int
+) -> Query:
+    """
+    A query without an answer: a text, a prompt, messages up to the assistant's turn, or tokens.
+
+    Raises:
+        ValueError: It has an answer.
+    """
+    messages = record.get("messages")
+    answered = "completion" if record.get("completion") is not None else label_field(record)
+    if messages and messages[-1]["role"] == "assistant":
+        answered = "messages"
+    if answered is not None:
+        raise ValueError(
+            f"`next_tokens` traces what the model says next, but query {position} has its answer in `{answered}`. Leave one of the"
+            " two out."
+        )
+    if "input_ids" in record:
+        ids, mask = record["input_ids"], record.get("attention_mask")
+        ids = ids if mask is None or mask.shape != ids.shape else ids[mask.bool()]
+    else:
+        prompt = messages or record.get("prompt")
+        texts = (
+            [prompt]
+            if isinstance(prompt, str)
+            else [record[name] for name in text_fields(record)]
+            if not prompt
+            else None
+        )
+        ids = torch.tensor(encoding.encode_prompt(texts or prompt, tokenizer, ends=_writes_from_texts(model)))
+    return Query({"input_ids": ids}, read_ids(tokenizer, ids.flatten().tolist()))
+
+
+def say_next(
+    query: Query, num_tokens: int, model: nn.Module, inputs: ModelInputs, tokenizer: Any, position: int
+) -> None:
+    """
+    Give a query the answer that the model says, the likeliest token at each step until it ends its text: it alone has labels.
+
+    Raises:
+        ValueError: The model writes no text, or the prompt leaves no room for it.
+    """
+    ids, from_texts, whole = query.features["input_ids"], _writes_from_texts(model), model
+    _require_writing(model, inputs, "`next_tokens`")
+    limit, needed = inputs.max_length, len(ids) + (0 if from_texts else num_tokens)
+    if limit is not None and needed > limit:
+        raise ValueError(
+            f"`next_tokens={num_tokens}` needs room behind the prompt, but query {position} has {len(ids)} tokens and the model reads"
+            f" {limit} at most. Shorten it, or ask for fewer."
+        )
+    device = next(model.parameters()).device
+    options: dict[str, Any] = {"max_new_tokens": num_tokens, "do_sample": False, "num_beams": 1}
+    ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    if ends is None and tokenizer is not None:
+        options["eos_token_id"] = tokenizer.eos_token_id
+    with evaluation_mode(model), torch.no_grad():
+        found = whole.generate(  # type: ignore[operator]
+            input_ids=ids[None].to(device),
+            attention_mask=torch.ones_like(ids)[None].to(device),
+            pad_token_id=inputs.pad_token_id,
+            **options,
+        )[0].cpu()
+    said = found[1:] if from_texts else found[len(ids) :]
+    query.target = read_ids(tokenizer, said.tolist()).text
+    if from_texts:
+        query.features["labels"] = said
+        return
+    query.features["input_ids"] = found
+    query.features["labels"] = torch.cat([torch.full_like(ids, IGNORE_INDEX), said])
+    query.reading = read_ids(tokenizer, found.tolist())
+
+
+def keep_targets(
+    queries: Sequence[Query],
+    targets: Sequence[Target | None],
+    records: Sequence[Mapping[str, Any]],
+    *,
+    model: nn.Module,
+    inputs: ModelInputs,
+    tokenizer: Any,
+    first_position: int,
+) -> None:
+    """
+    Leave labels to those tokens of answers alone that hold some characters of their target.
+
+    Args:
+        queries (`Sequence[Query]`): With labels that are tokens.
+        targets (`Sequence`): A part of each answer, or where one begins and ends in characters; `None` for all of it.
+        records (`Sequence[Mapping]`): What the queries were made of; a completion, last message or text is the answer.
+        model, inputs, tokenizer: What is asked.
+        first_position (`int`): What errors call the first query.
+
+    Raises:
+        ValueError: The model writes no text; or an answer does not hold the target, or not once, or no token that is predicted.
+    """
+    for position, (query, target, record) in enumerate(
+        zip(queries, targets, records, strict=True), start=first_position
+    ):
+        if target is not None:
+            _keep_target(query, target, record, model=model, inputs=inputs, tokenizer=tokenizer, position=position)
+
+
+def _keep_target(
+    query: Query,
+    target: Target,
+    record: Mapping[str, Any],
+    *,
+    model: nn.Module,
+    inputs: ModelInputs,
+    tokenizer: Any,
+    position: int,
+) -> None:
+    _require_writing(model, inputs, "`target`")
+    if tokenizer is None:
+        raise ValueError(
+            "`target` needs the tokenizer of the model. Pass `processing_class` to `InfluenceIndex.from_pretrained`."
+        )
+    labels = query.features["labels"]
+    places = (labels != IGNORE_INDEX).nonzero().squeeze(1).tolist()
+    reading = read_ids(tokenizer, labels[places].tolist())
+    start, stop = find_span(target, reading.text, None if query.target is not None else _answer(record), position)
+    first = 0 if _writes_from_texts(model) else 1  # the first token of a text is not predicted
+    kept = [
+        (place, span)
+        for place, span in zip(places, reading.spans, strict=True)
+        if span is not None and place >= first and span[0] < stop and (span[1] > start or span[0] == span[1] == start)
+    ]
+    if not kept:
+        raise ValueError(
+            f"`target` must hold a token that the model predicts, but characters {start} to {stop} of {reading.text!r:.200} of query"
+            f" {position} hold none (the first token of a text is not predicted)."
+        )
+    query.features["labels"] = torch.full_like(labels, IGNORE_INDEX)
+    for place, _ in kept:
+        query.features["labels"][place] = labels[place]
+    query.target = reading.text[kept[0][1][0] : kept[-1][1][1]].strip()
+
+
+def _answer(record: Mapping[str, Any]) -> str | None:
+    """The text of which a target is a part; `None` where that is what the tokens decode to."""
+    if "input_ids" in record:
+        return None
+    found = record["messages"] if "messages" in record else record.get("completion")
+    if found is None:
+        name = label_field(record)
+        texts = [record[one] for one in text_fields(record)]
+        found = record[name] if name is not None else texts[0] if len(texts) == 1 else None
+    elif not isinstance(found, str):
+        found = found[-1]["content"]
+    return found if isinstance(found, str) else None
+
+
+def _writes_from_texts(model: nn.Module) -> bool:
+    name, config = type(model).__name__, getattr(model, "config", None)
+    return name.endswith("ForConditionalGeneration") and bool(getattr(config, "is_encoder_decoder", False))
+
+
+def _require_writing(model: nn.Module, inputs: ModelInputs, what: str) -> None:
+    can = callable(getattr(model, "generate", None)) and bool(getattr(model, "can_generate", bool)())
+    if not (_writes_from_texts(model) or inputs.continues_texts) or not can:
+        raise ValueError(
+            f"{what} is about models that write texts, but `{type(model).__name__}` does not. Leave it out."
+        )
