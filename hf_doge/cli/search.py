@@ -16,7 +16,7 @@ from hf_doge.tracing.html import LEAST_SHARE, domain_of, hidden_share
 from hf_doge.tracing.index import InfluenceIndex
 from hf_doge.tracing.pretrained import load_tokenizer
 from hf_doge.tracing.processes import process_index
-from hf_doge.tracing.queries import KERNELS, SPECIAL_TOKENS, VIRTUAL, is_dialogue, text_fields
+from hf_doge.tracing.queries import KERNELS, SCORERS, SPECIAL_TOKENS, VIRTUAL, is_dialogue, text_fields
 from hf_doge.tracing.targets import ALL
 
 NUM_WORDS = 6
@@ -91,6 +91,10 @@ class SearchArguments:
             "help": "Whether what was frozen in training counts. Default: drop, where the index has anything that was trained.",
         },
     )
+    scorer: str = field(
+        default="tracin_we",
+        metadata={"choices": SCORERS, "help": "bm25: what a search engine finds by shared words, for comparison."},
+    )
     cosine: bool | None = field(
         default=None,
         metadata={
@@ -149,6 +153,7 @@ def main(argv: Sequence[str]) -> int:
         sentence_ends=args.sentence_ends,
         virtual=args.virtual,
         batch_size=args.batch_size,
+        scorer=args.scorer,
         cosine=args.cosine,
         kernel=args.kernel,
         synonym_threshold=args.synonym_threshold,

@@ -30,6 +30,14 @@ def read_label(label: Any, model: nn.Module, tokenizer: Any) -> Tensor:
     return label_tensor(label)
 
 
+def no_prediction(model: nn.Module) -> ValueError:
+    """Of a query without a label."""
+    return ValueError(
+        f"Queries without labels can be traced for classifiers and language models, but `{type(model).__name__}` is "
+        "neither, so what it predicts is no label. Give the queries `labels`."
+    )
+
+
 def make_prompt(
     record: Mapping[str, Any], tokenizer: Any, encoding: Encoding, model: nn.Module, position: int
 ) -> Query:

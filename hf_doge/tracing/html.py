@@ -138,10 +138,12 @@ def _section(
     for hit in hits:
         for token, part in _parts(hit).items():
             total[token] = total.get(token, 0.0) + part
+    target = first.get("query_target")
+    traced = "" if target is None else f'<p class="facts">traced: <bdi>{escape_html(target)}</bdi></p>\n'
     articles = "\n".join(_article(hit, example_reading(hit, tokenizer, columns)) for hit in hits)
     return (
         f'<section>\n<h2>Query {escape_html(query)}{label}</h2>\n<div class="text" dir="auto">{shade(query_reading(first, tokenizer), total)}</div>\n'
-        f"{articles}\n</section>"
+        f"{traced}{articles}\n</section>"
     )
 
 

@@ -18,11 +18,13 @@ import numpy as np
 import pyarrow.compute as pc
 from datasets import ClassLabel, Dataset
 
+from hf_doge.artifacts.influence.lexical_search import LexicalIndex
 from hf_doge.checks import check_choice, check_count, check_path, show
 from hf_doge.files import write_atomically
 from hf_doge.gradients.layers import virtual_rows
 from hf_doge.tracing.hits import HIT_FEATURES, add_example_columns, make_hits, query_hits, text_columns
 from hf_doge.tracing.html import Shown, render_fragment, render_page
+from hf_doge.tracing.lexical import LexicalScorer, lexical_index, text_query
 from hf_doge.tracing.processes import build_on_each_machine, share_work
 from hf_doge.tracing.queries import (
     VIRTUAL,
@@ -30,10 +32,9 @@ from hf_doge.tracing.queries import (
     SearchOptions,
     check_options,
     check_queries,
-    refuse_metric,
-    refuse_nothing_left,
 )
 from hf_doge.tracing.query_rows import QueryRecorder
+from hf_doge.tracing.refusals import refuse_metric, refuse_nothing_left
 from hf_doge.tracing.saved_checkpoints import checkpoint_folders
 from hf_doge.tracing.saved_index import SavedIndex
 from hf_doge.tracing.scoring import QueryScorer, select_extremes
@@ -94,7 +95,7 @@ class InfluenceIndex(SavedIndex):
             queries: See above.
             top_k (`int`): At most so many of each kind, `>= 1`. An example that scores 0 is neither.
             exclude (`Sequence[int]`): Ids of examples to leave out, such as that of the query itself.
-            recipe, special_tokens, sentence_ends, virtual, next_tokens, target, batch_size, cosine, kernel, synonym_threshold: See [`SearchOptions`].
+            recipe, special_tokens, sentence_ends, virtual, next_tokens, target, batch_size, scorer, cosine, kernel, synonym_threshold: See [`SearchOptions`].
 
         Returns:
             [`Hits`], a `datasets.Dataset`: for each query its proponents from the strongest on, then its opponents, with columns
@@ -143,7 +144,8 @@ class InfluenceIndex(SavedIndex):
                     )
             return found
 
-        build_on_each_machine(len(self.reader.checkpoints), self.reader.build_map)
+        if chosen["scorer"] != "bm25":
+            build_on_each_machine(len(self.reader.checkpoints), self.reader.build_map)
         hits = share_work(len(records), work)
         return make_hits(hits, self.reader.examples_of([hit["example_id"] for hit in hits]), self.processing_class)
 
@@ -153,7 +155,7 @@ class InfluenceIndex(SavedIndex):
 
         Args:
             queries: See above.
-            recipe, special_tokens, sentence_ends, virtual, next_tokens, target, batch_size, cosine, kernel, synonym_threshold: See [`SearchOptions`].
+            recipe, special_tokens, sentence_ends, virtual, next_tokens, target, batch_size, scorer, cosine, kernel, synonym_threshold: See [`SearchOptions`].
 
         Returns:
             `numpy.ndarray` of shape `(num_queries, num_examples)`, float32. [`~InfluenceIndex.iter_scores`] gives it in
@@ -165,7 +167,8 @@ class InfluenceIndex(SavedIndex):
             scorer = self._scorer(records[start:stop], chosen, first_position=start)
             return [block for _, block in scorer.blocks()]
 
-        build_on_each_machine(len(self.reader.checkpoints), self.reader.build_map)
+        if chosen["scorer"] != "bm25":
+            build_on_each_machine(len(self.reader.checkpoints), self.reader.build_map)
         return np.concatenate(share_work(len(records), work))
 
     def iter_scores(self, queries: Queries, **options: Unpack[SearchOptions]) -> Iterator[tuple[range, np.ndarray]]:
@@ -238,7 +241,7 @@ class InfluenceIndex(SavedIndex):
             queries: See above.
             column (`str`): Column of the examples that names their domain (or label, source, ...).
             reduction (`str`): `"mean"` score of a domain's examples, or their `"sum"`, which grows with the domain.
-            recipe, special_tokens, sentence_ends, virtual, next_tokens, target, batch_size, cosine, kernel, synonym_threshold: See [`SearchOptions`].
+            recipe, special_tokens, sentence_ends, virtual, next_tokens, target, batch_size, scorer, cosine, kernel, synonym_threshold: See [`SearchOptions`].
 
         Returns:
             `datasets.Dataset`: `query`, `domain`, `score`, `num_examples`; one row for each query and domain.
@@ -309,8 +312,10 @@ class InfluenceIndex(SavedIndex):
 
     def _scorer(
         self, records: Sequence[Mapping[str, Any]], options: SearchOptions, *, first_position: int = 0
-    ) -> QueryScorer:
-        """Queries with their rows at all checkpoints, ready to be scored."""
+    ) -> QueryScorer | LexicalScorer:
+        """Queries with their rows at all checkpoints, ready to be scored; with BM25 with their tokens."""
+        if options["scorer"] == "bm25":
+            return self._lexical_scorer(records, options["next_tokens"], first_position)
         excluded = [*self._tokens("drop", options), *self._virtual_rows(options["virtual"])]
         recorded = self._recorder.record(
             records,
@@ -322,6 +327,20 @@ class InfluenceIndex(SavedIndex):
             targets=None if options["target"] in (ALL, None) else options["target"][first_position:][: len(records)],
         )
         return QueryScorer(self.reader, recorded, excluded_tokens=excluded, cosine=bool(options["cosine"]))
+
+    @cached_property
+    def _lexical_index(self) -> LexicalIndex:
+        return lexical_index(self.reader, self.processing_class)
+
+    def _lexical_scorer(
+        self, records: Sequence[Mapping[str, Any]], next_tokens: int | None, first_position: int
+    ) -> LexicalScorer:
+        index = self._lexical_index
+        if next_tokens is None:
+            queries = [text_query(record, self.processing_class) for record in records]
+        else:
+            queries = self._recorder.say_next(records, next_tokens, first_position)
+        return LexicalScorer(index, queries, self.config["special_token_ids"])
 
     def _tokens(self, fate: str, options: SearchOptions) -> list[int]:
         """Ids of the special tokens, and of the ends of sentences, that are to `"hide"` or `"drop"` by the options."""

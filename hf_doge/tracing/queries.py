@@ -19,6 +19,7 @@ from hf_doge.artifacts.influence import IndexReader
 from hf_doge.artifacts.influence.metric import metric_of
 from hf_doge.checks import check_choice, check_count, check_flag, check_number, show
 from hf_doge.gradients.example_losses import IGNORE_INDEX
+from hf_doge.tracing.refusals import refuse_metric, refuse_nothing_left, refuse_with_bm25
 from hf_doge.tracing.targets import ALL, Target
 from hf_doge.tracing.token_queries import check_tokens, split_batch
 from hf_doge.tracing.words import Reading
@@ -35,6 +36,7 @@ LABEL_FIELDS = ("labels", "label", "label_ids")
 SPECIAL_TOKENS = ("count", "hide", "drop")  # and ends of sentences
 VIRTUAL = ("count", "drop")
 KERNELS = ("token", "synonym")
+SCORERS = ("tracin_we", "bm25")
 
 # What a query may be: `datasets.Dataset`, texts, dictionaries of one or of several, see [`check_queries`].
 Queries = Dataset | str | Mapping[str, Any] | Sequence[str | Mapping[str, Any]]
@@ -83,6 +85,10 @@ class SearchOptions(TypedDict, total=False):
             characters of a part of it, given as the part or as `(start, stop)`, counted in the completion, the last message,
             the text, or what the model says next. A list has one for each query.
         batch_size (`int`): Queries per forward and backward. Default: 32.
+        scorer (`str`):
+            `"tracin_we"` (default): the influence of gradients. `"bm25"`: what a search engine finds by the tokens that texts
+            share, for comparison; it asks no model and knows no opponents, and no other option but `next_tokens` goes
+            with it. Needs `pip install 'hf-doge[evaluate-influence]'`.
         cosine (`bool`):
             Divide the score at each checkpoint by the norms of both gradients, before the learning rate weighs it.
             Not in the paper. Default: what the index says, on for classifiers. Needs the whole index: where it is read
@@ -104,6 +110,7 @@ class SearchOptions(TypedDict, total=False):
     next_tokens: int | None
     target: Target | Sequence[Target]
     batch_size: int
+    scorer: Literal["tracin_we", "bm25"]
     cosine: bool | None
     kernel: Literal["token", "synonym"]
     synonym_threshold: float
@@ -117,6 +124,7 @@ SEARCH_DEFAULTS = SearchOptions(
     next_tokens=None,
     target=ALL,
     batch_size=32,
+    scorer="tracin_we",
     cosine=None,
     kernel="token",
     synonym_threshold=0.5,
@@ -136,22 +144,30 @@ def check_options(given: SearchOptions, reader: IndexReader) -> SearchOptions:
     if unknown:
         raise TypeError(f"Options of a search are {sorted(SEARCH_DEFAULTS)}, but got an unexpected {unknown[0]!r}.")
     options: SearchOptions = {**SEARCH_DEFAULTS, **given}
-    _fill(options, reader)
+    if options["scorer"] == "bm25":
+        refuse_with_bm25(given, SEARCH_DEFAULTS)
+    else:
+        _fill(options, reader)
+        _check_scored(options, reader)
+    check_count("next_tokens", options["next_tokens"], optional=True)
+    check_count("batch_size", options["batch_size"])
+    return options
+
+
+def _check_scored(options: SearchOptions, reader: IndexReader) -> None:
+    check_choice("scorer", options["scorer"], SCORERS)
     check_choice("recipe", options["recipe"], ("paper",), optional=True)
     check_choice("special_tokens", options["special_tokens"], SPECIAL_TOKENS)
     check_choice("sentence_ends", options["sentence_ends"], SPECIAL_TOKENS)
     check_choice("virtual", options["virtual"], VIRTUAL, optional=True)
     if options["virtual"] == "drop":
         refuse_nothing_left(reader)
-    check_count("next_tokens", options["next_tokens"], optional=True)
-    check_count("batch_size", options["batch_size"])
     check_flag("cosine", options["cosine"])
     check_choice("kernel", options["kernel"], KERNELS)
     check_number("synonym_threshold", options["synonym_threshold"], least=-1, most=1)
     if options["cosine"]:
         refuse_metric("`cosine`", reader)
         reader.require_whole("`cosine`")
-    return options
 
 
 def _fill(options: SearchOptions, reader: IndexReader) -> None:
@@ -185,25 +201,6 @@ def _can_divide(reader: IndexReader) -> bool:
             stacklevel=5,
         )
     return reader.is_whole
-
-
-def refuse_nothing_left(reader: IndexReader) -> None:
-    """Raise a `ValueError` where what was frozen cannot be dropped, as an index holds nothing else."""
-    if reader.config["virtual"]:
-        raise ValueError(
-            "`virtual='drop'` leaves out what was frozen in training, but nothing in this index was trained, so nothing would be"
-            " left. Leave it out, or record what is trained (`layers`)."
-        )
-
-
-def refuse_metric(what: str, reader: IndexReader) -> None:
-    """Raise a `ValueError` if the rows of an index are divided by Adam's metric for queries that are not, as once."""
-    if metric_of(reader.config) == "one-sided":
-        raise ValueError(
-            f"{what} needs the length of the training examples' gradients, but this index was recorded with "
-            "`second_moment=True` of an earlier version: its rows are divided by all of Adam's metric, and it keeps none of "
-            "it. Record the checkpoints again with `metric='optimizer'`, in another folder."
-        )
 
 
 def check_queries(

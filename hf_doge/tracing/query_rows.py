@@ -26,7 +26,7 @@ from hf_doge.gradients.embedding_uses import input_embedding_matrix
 from hf_doge.gradients.example_losses import ANSWERS, IGNORE_INDEX, LossFunction, logits_of
 from hf_doge.gradients.layers import recorded_layers
 from hf_doge.gradients.token_rows import TokenRows
-from hf_doge.tracing.answers import keep_targets, make_prompt, read_label, say_next
+from hf_doge.tracing.answers import keep_targets, make_prompt, no_prediction, read_label, say_next
 from hf_doge.tracing.encoding import Encoding
 from hf_doge.tracing.limits import ModelInputs, label_law, wants_fractions
 from hf_doge.tracing.models import LoadModel, has_fingerprint, load_checkpoint
@@ -129,6 +129,13 @@ class QueryRecorder:
             if synonym_threshold is not None:
                 found.synonyms.insert(0, _find_synonyms(model, found.rows[0].tokens, synonym_threshold))
         return found
+
+    def say_next(self, records: Sequence[Mapping[str, Any]], num_tokens: int, first_position: int) -> list[Query]:
+        """Queries with what the last checkpoint says next, without any row."""
+        model, inputs = self._kept.get(len(self.reader.checkpoints) - 1) or self._load(
+            len(self.reader.checkpoints) - 1
+        )
+        return self._make_queries(records, model, inputs, 1, first_position, num_tokens)
 
     def _load(self, position: int) -> tuple[nn.Module, ModelInputs]:
         """The model of a checkpoint, with what it takes: the given one where it is that, else the recorded one, loaded."""
@@ -343,7 +350,7 @@ def _predict_labels(queries: Sequence[Query], model: nn.Module, inputs: ModelInp
     """Give each query the label that the model predicts for it."""
     config = getattr(model, "config", None)
     if queries and getattr(config, "is_encoder_decoder", False) and getattr(model, "can_generate", bool)():
-        raise _no_prediction(model)  # it does not even run without a target
+        raise no_prediction(model)  # it does not even run without a target
     training = model.training
     model.eval()
     try:
@@ -375,14 +382,7 @@ def _predicted(logits: Tensor | None, features: Mapping[str, Tensor], model: nn.
         generative = logits.shape[1] >= getattr(config, "vocab_size", torch.inf)
         mask = features.get("attention_mask", torch.ones_like(ids)).bool()
         return (ids if generative else logits[: len(ids)].argmax(dim=1)).masked_fill(~mask, IGNORE_INDEX)
-    raise _no_prediction(model)
-
-
-def _no_prediction(model: nn.Module) -> ValueError:
-    return ValueError(
-        f"Queries without labels can be traced for classifiers and language models, but `{type(model).__name__}` is "
-        "neither, so what it predicts is no label. Give the queries `labels`."
-    )
+    raise no_prediction(model)
 
 
 def _collate(features: Sequence[Mapping[str, Tensor]], inputs: ModelInputs) -> dict[str, Tensor]:

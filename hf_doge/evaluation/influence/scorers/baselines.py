@@ -5,6 +5,7 @@ from collections.abc import Mapping
 import numpy as np
 from torch import Tensor
 
+from hf_doge.artifacts.influence.lexical_search import LexicalIndex, require_bm25s
 from hf_doge.evaluation.influence.scorers.base import Batches
 
 
@@ -42,34 +43,23 @@ class BM25Scorer:
     """
 
     def __init__(self, *, signed: bool = False, ignore_tokens: tuple[int, ...] = ()) -> None:
-        try:
-            import bm25s
-        except ImportError as error:
-            raise ImportError(
-                "BM25 needs bm25s. Install it by `pip install 'hf-doge[evaluate-influence]'`, or leave this scorer out."
-            ) from error
-        self._library = bm25s
+        require_bm25s()
         self.signed = signed
         self.ignore_tokens = frozenset(ignore_tokens)
 
     def scores(self, train: Batches, queries: Batches) -> np.ndarray:
         """Scores of shape `(Q, N)`, see [`Scorer`]."""
         texts, query_texts = self._words(train), self._words(queries)
-        known = {word for text in texts for word in text}
-        index = self._library.BM25()
-        index.index(texts, show_progress=False)
-        scores = np.zeros((len(query_texts), len(texts)))
-        for row, words in zip(scores, query_texts, strict=True):
-            if words := [word for word in words if word in known]:
-                row[:] = index.get_scores(words)
+        index = LexicalIndex(texts)
+        scores = np.stack([index.scores(words) for words in query_texts]).astype(np.float64)
         if self.signed:
             scores *= np.where(_labels(queries)[:, None] == _labels(train)[None], 1.0, -1.0)
         return scores
 
-    def _words(self, batches: Batches) -> list[list[str]]:
-        """Token ids of each example as words, padding left out."""
+    def _words(self, batches: Batches) -> list[list[int]]:
+        """Token ids of each example, padding left out."""
         return [
-            [str(token) for token in ids[mask.bool()].tolist() if token not in self.ignore_tokens]
+            [token for token in ids[mask.bool()].tolist() if token not in self.ignore_tokens]
             for batch in batches
             for ids, mask in zip(batch["input_ids"], _mask(batch["input_ids"], batch), strict=True)
         ]

@@ -1,0 +1,38 @@
+"""What a search refuses: options that an index cannot answer, or that say nothing to its scorer."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from hf_doge.artifacts.influence import IndexReader
+from hf_doge.artifacts.influence.metric import metric_of
+from hf_doge.checks import show
+
+
+def refuse_nothing_left(reader: IndexReader) -> None:
+    """Raise a `ValueError` where what was frozen cannot be dropped, as an index holds nothing else."""
+    if reader.config["virtual"]:
+        raise ValueError(
+            "`virtual='drop'` leaves out what was frozen in training, but nothing in this index was trained, so nothing would be"
+            " left. Leave it out, or record what is trained (`layers`)."
+        )
+
+
+def refuse_metric(what: str, reader: IndexReader) -> None:
+    """Raise a `ValueError` if the rows of an index are divided by Adam's metric for queries that are not, as once."""
+    if metric_of(reader.config) == "one-sided":
+        raise ValueError(
+            f"{what} needs the length of the training examples' gradients, but this index was recorded with "
+            "`second_moment=True` of an earlier version: its rows are divided by all of Adam's metric, and it keeps none of "
+            "it. Record the checkpoints again with `metric='optimizer'`, in another folder."
+        )
+
+
+def refuse_with_bm25(given: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
+    """Raise a `ValueError` if an option is given that is about gradients."""
+    known = ("scorer", "next_tokens", "batch_size")
+    others = [name for name, value in given.items() if name not in known and value not in (None, defaults[name])]
+    if others:
+        raise ValueError(
+            f"`scorer='bm25'` compares the words of texts and knows no gradients, so it does not go with `{others[0]}="
+            f"{show(given[others[0]])}`. Leave one of the two out."
+        )
