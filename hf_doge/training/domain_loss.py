@@ -6,12 +6,17 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import Trainer
+from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from hf_doge.gradients.sharding import is_sharded, reshard, without_gradient
 from hf_doge.gradients.vectors import Reduction
 from hf_doge.training.loss_law import LossLaw
 from hf_doge.training.packing import EXAMPLE_LENGTHS
 from hf_doge.training.step_gradients import DomainSlice, MicroBatch
+
+_PREDICT_IN_PLACE = {"XLMWithLMHeadModel", "XLNetLMHeadModel"}  # of the causal models whose name tells no loss
+_CAUSAL_MODELS = {*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()} - _PREDICT_IN_PLACE
 
 
 class DomainLoss:
@@ -30,12 +35,16 @@ class DomainLoss:
         self.trainer = trainer
         self.device = trainer.args.device
         self._is_divided: bool | None = None
+        self.is_settled = False  # whether all processes know what [`learn`] finds out
         self._process_scale = _process_scale(trainer)
         self._reduction = Reduction()
 
     @cached_property
     def labels_are_shifted(self) -> bool:
-        """See [`count_items`]; asked for in a step, since a search makes the model of a trial after its trainer begins."""
+        """
+        See [`count_items`]; by the class of the model until [`learn`] has tried. Asked for in a step, since a search makes the
+        model of a trial after its trainer begins.
+        """
         return are_labels_shifted(self.trainer.model)
 
     @cached_property
@@ -85,11 +94,11 @@ class DomainLoss:
 
     def learn(self, batches: list[MicroBatch]) -> None:
         """
-        Find out what the loss is divided by, and that it is a sum or a mean over labels; see [`LossLaw`]. With a loss that
-        uses collectives, on all processes or on none.
+        Find out whether the loss leaves out the first label of a row, what it is divided by, and that it is a sum or a mean
+        over labels; see [`LossLaw`]. With a loss that uses collectives, on all processes or on none.
 
         Args:
-            batches (`list[MicroBatch]`): Train examples of this process.
+            batches (`list[MicroBatch]`): Train examples of this process; their labels are counted again if need be.
 
         Raises:
             `ValueError`: if it is neither.
@@ -99,13 +108,29 @@ class DomainLoss:
         if self.uses_collectives:
             lacks = torch.tensor([not is_ready, not is_learned], dtype=torch.int64, device=self.device)
             is_ready, is_learned = (not lack for lack in self._reduction.max(lacks).tolist())
-        if is_ready and not is_learned:
-            self._learn(labelled)
+        tries = is_ready and not is_learned
+        self._agree_on_shift(self._law(labelled).finds_shift() if tries else None)
+        for batch in batches:
+            batch.count_labels(labels_are_shifted=self.labels_are_shifted)
+        if tries:
+            self._learn(self._law(labelled))
+        self.is_settled = not self._max([self._is_divided is None])[0]
 
-    def _learn(self, batches: list[MicroBatch]) -> None:
-        model, args = self.trainer.model, self.trainer.args
-        law = LossLaw(
-            model,
+    def _agree_on_shift(self, found: bool | None) -> None:
+        """Take over what some process has found, where no other has found the contrary."""
+        is_shifted, is_not = self._max([found is True, found is False])
+        if is_shifted != is_not:
+            self.labels_are_shifted = bool(is_shifted)
+
+    def _max(self, values: list[bool]) -> list[int]:
+        """Over the processes."""
+        tensor = torch.tensor(values, dtype=torch.int64, device=self.device)
+        return (self._reduction.max(tensor) if self._reduction.is_needed else tensor).tolist()
+
+    def _law(self, batches: list[MicroBatch]) -> LossLaw:
+        args = self.trainer.args
+        return LossLaw(
+            self.trainer.model,
             self._compute,
             batches,
             labels_are_shifted=self.labels_are_shifted,
@@ -113,13 +138,15 @@ class DomainLoss:
             is_half=(self.device.type == "cuda" and torch.get_float32_matmul_precision() != "highest")
             or (args.bf16 and self.is_sharded),
         )
+
+    def _learn(self, law: LossLaw) -> None:
         if self._process_scale > 1:  # by the Trainer's own loss, but perhaps not by one that overrides it
             self._process_scale = 1
             ratio = law.compare(self._compute_alone)
             self._process_scale = _process_scale(self.trainer) if ratio is None or abs(ratio - 1) > 0.1 else 1
         law.check(makes_same_calls=self.uses_collectives)
         self._is_divided = law.is_divided
-        reshard(model)  # which ran forward only
+        reshard(self.trainer.model)  # which ran forward only
 
     def _compute(self, piece: DomainSlice, num_items: int) -> Tensor:
         trainer = self.trainer
@@ -140,11 +167,15 @@ class DomainLoss:
 
 
 def are_labels_shifted(model: Any) -> bool:
-    """Whether the model's loss predicts each label from the position before."""
+    """Whether the model's loss predicts each label from the position before, by its class."""
     if hasattr(model, "get_base_model"):  # PEFT
         model = model.get_base_model()
-    is_encoder_decoder = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
-    return getattr(model, "loss_type", None) == "ForCausalLM" and not is_encoder_decoder
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        return False
+    loss_type = getattr(model, "loss_type", None)
+    if loss_type is not None:
+        return LOSS_MAPPING.get(loss_type) is ForCausalLMLoss
+    return any(cls.__name__ in _CAUSAL_MODELS for cls in type(model).__mro__)
 
 
 def _process_scale(trainer: Trainer) -> int:

@@ -11,12 +11,7 @@ from torch import Tensor
 from transformers import Trainer
 
 from hf_doge.artifacts.domain_weights import DomainWeights
-from hf_doge.functional.doge import (
-    clamp_scores,
-    independent_scores,
-    normalize_scores,
-    update_domain_weights,
-)
+from hf_doge.functional.doge import clamp_scores, independent_scores, normalize_scores, update_domain_weights
 from hf_doge.gradients.alignment import Alignment, DomainAlignment, TargetMetric
 from hf_doge.gradients.optimizer_metric import OptimizerMetric
 from hf_doge.gradients.sharding import reshard, sum_every_backward
@@ -229,6 +224,8 @@ class DomainLearner:
             spare (`tuple[dict[str, Any], torch.Tensor]`, *optional*): A batch that this process has in any case.
         """
         train = [self._micro_batch(*batch) for batch in batches]
+        if not self._loss.is_settled:
+            self._loss.learn(train)
         target = [] if targets is None else [self._micro_batch(*batch) for batch in self._pieces(targets)]
         num_domains, weights = len(self.domains.names), None if self.targets is None else self.targets.weights
         num_targets = len(weights or ())
@@ -247,7 +244,6 @@ class DomainLearner:
         if trains:
             self.state.num_tokens += counts[0]
             self.state.num_examples += counts[1]
-        self._loss.learn(train)
         num_calls = None
         if self._loss.uses_collectives:
             num_calls = agree_on_calls(train, target, num_domains, num_targets, self._reduction)

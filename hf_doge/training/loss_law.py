@@ -20,6 +20,7 @@ from hf_doge.training.loss_trials import (
     louder,
     random_states,
     undisturbed,
+    without_label,
 )
 from hf_doge.training.packing import EXAMPLE_LENGTHS
 from hf_doge.training.step_gradients import DomainSlice, MicroBatch, RandomReplay, count_items
@@ -112,6 +113,30 @@ class LossLaw:
             if is_random[0] or makes_same_calls:
                 self._try_in_training()
         self._judge()
+
+    def finds_shift(self) -> bool | None:
+        """
+        Whether the first label of a row is left out, as by a loss that predicts each label from the position before: the loss
+        is the same without it, but not without the last one. `None` if these batches cannot tell.
+        """
+        batch, rows = self._largest
+        piece, labels = batch.pick(rows), None
+        with undisturbed(self.model, self._device, casts=self._casts), torch.no_grad():
+            self.model.eval()
+            with self._targets:
+                self._compute_loss(piece, piece.num_items)
+            if self._label_name == "labels" and self._can_be_ignored and not batch.in_line:
+                labels = piece.inputs["labels"]
+            with louder(self.model, _LOUDER[0]):
+                whole, again, first, last = (
+                    self._value(DomainSlice({**piece.inputs, **one}, piece.num_items), piece.num_items)
+                    for one in ({}, {}, without_label(labels, 0), without_label(labels, -1))
+                )
+        room = abs(whole - again) + _DOUBLED_TOLERANCE * abs(whole)
+        changes = [abs(loss - whole) / room if room else 0.0 for loss in (first, last)]
+        if not without_label(labels, 0) or not isfinite(sum(changes)) or changes[1] < 100:
+            return None
+        return True if changes[0] <= 1 else False if changes[0] > 100 else None
 
     def compare(self, other: ComputeLoss) -> float | None:
         """How many times as large the loss is as by another way to compute it, `None` if that cannot be told."""

@@ -80,6 +80,23 @@ def is_integer(value: Any, least_dims: int) -> bool:
     )
 
 
+def without_label(labels: Tensor | None, at: int) -> dict[str, Tensor]:
+    """
+    An input for labels of shape `(B, T, ...)` without those at the first position of each row (`at=0`), or without the last that
+    a row has (`at=-1`); none where there is nothing to leave out.
+    """
+    if labels is None or labels.dim() < 2 or not labels[:, 0].ne(IGNORED).any():
+        return {}
+    rest = labels.clone()
+    if at == 0:
+        rest[:, 0] = IGNORED
+    else:
+        rows = rest.flatten(1)  # of the same memory
+        from_end = rows.ne(IGNORED).flip(1).int().argmax(dim=1)
+        rows[torch.arange(len(rows)), rows.shape[1] - 1 - from_end] = IGNORED
+    return {"labels": rest}
+
+
 def can_be_cast(model: nn.Module) -> bool:
     """Whether the model can run in float32, or does: not if that were much larger than what training takes anyway."""
     kernel = str(getattr(getattr(model, "config", None), "_attn_implementation", None) or "")

@@ -49,7 +49,11 @@ class MicroBatch:
             check_line(inputs)
         else:
             _refuse_merged_examples(inputs, len(domain_ids))
-        self.items = count_items(inputs, len(domain_ids), labels_are_shifted=labels_are_shifted)
+        self.count_labels(labels_are_shifted=labels_are_shifted)
+
+    def count_labels(self, *, labels_are_shifted: bool) -> None:
+        """Count again what a loss that shifts its labels, or does not, makes of each example."""
+        self.items = count_items(self.inputs, self.num_examples, labels_are_shifted=labels_are_shifted)
 
     @property
     def num_examples(self) -> int:

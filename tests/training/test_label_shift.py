@@ -1,0 +1,165 @@
+"""Whether the first label of a row counts is what the loss does, not what the class of the model is called."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from datasets import Dataset
+from torch import nn
+from transformers import (
+    BertConfig,
+    BertLMHeadModel,
+    CTRLConfig,
+    CTRLLMHeadModel,
+    OpenAIGPTConfig,
+    OpenAIGPTLMHeadModel,
+    XLNetConfig,
+    XLNetLMHeadModel,
+)
+from transformers.modeling_outputs import CausalLMOutput
+
+from hf_doge.training.config import DoGEConfig
+from hf_doge.training.domain_loss import DomainLoss, are_labels_shifted
+from hf_doge.training.step_gradients import MicroBatch
+from hf_doge.training.trainer import DoGETrainer
+from tests.tiny import VOCAB, tiny_bert, tiny_gpt2, tiny_llama, tiny_t5
+
+LENGTHS = {"short": 3, "long": 12}  # so that a label too much weighs more in one of the domains
+
+
+def rows(name, seed):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(2, VOCAB, (24, LENGTHS[name]), generator=generator).tolist()
+
+
+def domains(label):
+    """Domains of rows of tokens, with labels made of them."""
+    tokens = {name: rows(name, seed) for seed, name in enumerate(LENGTHS)}
+    return {
+        name: Dataset.from_dict({"input_ids": some, "labels": [label(row) for row in some]})
+        for name, some in tokens.items()
+    }
+
+
+def collate(features):
+    """Pad to the longest."""
+    longest = max(len(feature["input_ids"]) for feature in features)
+    padded = {
+        "input_ids": [f["input_ids"] + [0] * (longest - len(f["input_ids"])) for f in features],
+        "attention_mask": [[1] * len(f["input_ids"]) + [0] * (longest - len(f["input_ids"])) for f in features],
+        "labels": [f["labels"] + [-100] * (longest - len(f["labels"])) for f in features],
+    }
+    return {name: torch.tensor(value) for name, value in padded.items()}
+
+
+def learn(folder, model, label, loss_func=None):
+    args = DoGEConfig(
+        str(folder),
+        per_device_train_batch_size=12,
+        max_steps=4,
+        mu=0.1,
+        optim="sgd",
+        alignment="per_domain",
+        use_cpu=True,
+        report_to="none",
+        save_strategy="no",
+        disable_tqdm=True,
+    )
+    trainer = DoGETrainer(
+        model, args, train_dataset=domains(label), data_collator=collate, compute_loss_func=loss_func
+    )
+    trainer.train()
+    return torch.tensor([*trainer.domain_weights.last.values()]), trainer
+
+
+class OwnShift(nn.Module):
+    """A causal model that transformers does not know, with a loss of its own."""
+
+    def __init__(self, *, is_mean):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.head = nn.Embedding(VOCAB, 8), nn.Linear(8, VOCAB)
+        self.is_mean = is_mean
+
+    def forward(self, input_ids, attention_mask=None, labels=None, **kwargs):
+        logits = self.head(self.embed(input_ids).cumsum(dim=1))
+        predicted, expected = logits[:, :-1].flatten(end_dim=1), labels[:, 1:].flatten()
+        if self.is_mean:
+            loss = F.cross_entropy(predicted, expected)
+        else:
+            loss = F.cross_entropy(predicted, expected, reduction="sum") / kwargs["num_items_in_batch"]
+        return CausalLMOutput(loss=loss, logits=logits)
+
+
+MODELS = {
+    "llama": tiny_llama,
+    "gpt2": tiny_gpt2,
+    "own, a mean": lambda: OwnShift(is_mean=True),
+    "own, divided": lambda: OwnShift(is_mean=False),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_weights_are_those_of_rows_whose_first_label_is_left_out(tmp_path, name):
+    found, trainer = learn(tmp_path / "all", MODELS[name](), lambda row: row)
+    expected, _ = learn(tmp_path / "masked", MODELS[name](), lambda row: [-100, *row[1:]])
+    assert trainer._learner._loss.labels_are_shifted
+    assert (expected - 0.5).abs().max() > 1e-4
+    torch.testing.assert_close(found, expected, atol=1e-7, rtol=0)
+
+
+def in_place(outputs, labels, num_items_in_batch=None):
+    """A loss of labels that the data have shifted already."""
+    losses = F.cross_entropy(outputs.logits.flatten(end_dim=1), labels.flatten(), reduction="sum")
+    return losses / num_items_in_batch
+
+
+def test_labels_shifted_by_the_data_are_all_counted(tmp_path):
+    found, trainer = learn(tmp_path / "data", tiny_llama(), lambda row: [*row[1:], -100], in_place)
+    expected, _ = learn(tmp_path / "model", tiny_llama(), lambda row: row)
+    assert not trainer._learner._loss.labels_are_shifted
+    torch.testing.assert_close(found, expected, atol=1e-7, rtol=0)
+
+
+def tiny(cls, config, **options):
+    torch.manual_seed(0)
+    return cls(config(vocab_size=VOCAB, **options)).eval()
+
+
+FAMILIES = {
+    "Llama": tiny_llama,
+    "GPT-2": tiny_gpt2,
+    "OpenAI GPT": lambda: tiny(OpenAIGPTLMHeadModel, OpenAIGPTConfig, n_embd=8, n_layer=1, n_head=2),
+    "CTRL": lambda: tiny(CTRLLMHeadModel, CTRLConfig, n_embd=8, dff=8, n_layer=1, n_head=2),
+    "BERT as a decoder": lambda: tiny(
+        BertLMHeadModel,
+        BertConfig,
+        hidden_size=8,
+        intermediate_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        is_decoder=True,
+    ),
+    "BERT": tiny_bert,
+    "XLNet": lambda: tiny(XLNetLMHeadModel, XLNetConfig, d_model=8, d_inner=8, n_layer=1, n_head=2),
+    "T5": tiny_t5,
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_the_class_of_a_model_tells_is_what_its_loss_does(tmp_path, family):
+    model = FAMILIES[family]()
+    args = DoGEConfig(str(tmp_path), use_cpu=True, report_to="none")
+    trainer = DoGETrainer(model, args, train_dataset=domains(lambda row: row), data_collator=collate)
+    inputs = collate([{"input_ids": row, "labels": row} for row in rows("long", 3)[:4]])
+    batch = MicroBatch(inputs, torch.zeros(4).long(), labels_are_shifted=are_labels_shifted(model))
+    assert DomainLoss(trainer)._law([batch]).finds_shift() is are_labels_shifted(model)
+
+
+def test_labels_that_cannot_tell_are_counted_as_the_class_says(tmp_path):
+    """All first labels are left out by the data: either way of counting gives the same."""
+    model = tiny_gpt2()
+    args = DoGEConfig(str(tmp_path), use_cpu=True, report_to="none")
+    trainer = DoGETrainer(model, args, train_dataset=domains(lambda row: row), data_collator=collate)
+    inputs = collate([{"input_ids": row, "labels": [-100, *row[1:]]} for row in rows("long", 3)[:4]])
+    batch = MicroBatch(inputs, torch.zeros(4).long(), labels_are_shifted=True)
+    assert DomainLoss(trainer)._law([batch]).finds_shift() is None
