@@ -3,16 +3,19 @@ Is the noise of a score that a run tells of itself the spread of the score over 
 
     OMP_NUM_THREADS=1 python -m benchmarks.score_noise --data_dir ../shared/data
 
-Real text, by the byte, in blocks of 64. In every setting one run, of constant learning rate, warms up and then takes each step
-twice: from the same weights with two independent batches, of which only the first moves the model. The noise is *predicted* from
-the differences of successive scores of the first batches, as a run without the second ones tells it
-(`hf_doge.artifacts.record.estimate_score_noise`), and *observed* as the spread between the two scores at the same weights, over the
-same steps. What is between the two is the drift of the score from step to step, and chance: the interval is that of a bootstrap over
-blocks of ten steps.
+Real text, by the byte, in blocks of 64. In every setting a run of constant learning rate warms up and then goes every stretch of
+`span` steps twice: from the same weights with two independent lots of batches, of which only the first moves the model on. The noise is
+*predicted* from the differences of successive scores of the first lots, as a run without the second ones tells it
+(`hf_doge.artifacts.record.estimate_score_noise`), and *observed* as the spread between the sums of scores over the two lots, over the root
+of `span`. Two spans:
+
+- 1: the scores of two batches at the same weights, the draw of the examples and nothing else.
+- 10: sums of ten scores, which is what moves the weights, the model going its own way in either. What a model's score does from one step to the
+  next without remembering it, as training at a high rate makes it do, adds to what a run cannot tell, and is in the prediction.
 
 The settings differ in the width of the model, the number of domains, the batch, the metric and what of a domain's product with
-itself counts. The last line is JSON: for each setting predicted over observed, pooled over the domains with its 95 % interval, and for
-the domain that is farthest from 1; and the worst pooled one.
+itself counts. The last line is JSON: for each setting and span predicted over observed, pooled over the domains with its 95 % interval (a
+bootstrap over blocks of ten steps, or over stretches), and for the domain that is farthest from 1; and the worst pooled one of each span.
 """
 
 import argparse
@@ -59,26 +62,28 @@ SETTINGS = {
 }
 
 
-class SecondBatch(TrainerCallback):
-    """From step `start` on, lets every second step begin at the weights of the one before, and puts back what came of that one."""
+class SecondLot(TrainerCallback):
+    """From step `start` on, lets every second stretch of `span` steps begin at the weights of the one before, and puts back what came of that one."""
 
-    def __init__(self, *, start: int) -> None:
-        self.start = start
+    def __init__(self, *, start: int, span: int) -> None:
+        self.start, self.span = start, span
         self._before: Any = None
         self._after: Any = None
 
-    def _is_first(self, step: int) -> bool:
-        return step >= self.start and (step - self.start) % 2 == 0
+    def _place(self, step: int) -> int | None:
+        """Where in two stretches a step is."""
+        return (step - self.start) % (2 * self.span) if step >= self.start else None
 
     def on_step_begin(self, args, state, control, *, model, optimizer, **kwargs):
-        if self._is_first(state.global_step):
+        place = self._place(state.global_step)
+        if place == 0:
             self._before = _copy(model, optimizer)
-
-    def on_step_end(self, args, state, control, *, model, optimizer, **kwargs):
-        if self._is_first(state.global_step - 1):
+        elif place == self.span:
             self._after = _copy(model, optimizer)
             _put_back(model, optimizer, self._before)
-        elif state.global_step > self.start:
+
+    def on_step_end(self, args, state, control, *, model, optimizer, **kwargs):
+        if self._place(state.global_step) == 0 and state.global_step > self.start:
             _put_back(model, optimizer, self._after)
 
 
@@ -97,6 +102,7 @@ def main() -> None:
     parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS))
     parser.add_argument("--warm", type=int, default=60, help="Steps before the noise is predicted.")
     parser.add_argument("--moving", type=int, default=300, help="Steps that are taken twice.")
+    parser.add_argument("--spans", type=int, nargs="+", default=[1, 10])
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     if not (args.data_dir / "lm").is_dir():
@@ -104,20 +110,16 @@ def main() -> None:
         return
     found = {}
     for name in args.settings:
-        found[name] = measure(SETTINGS[name], args)
+        found[name] = {span: measure(SETTINGS[name], span, args) for span in args.spans}
         print(name, SETTINGS[name], found[name], flush=True)
-    worst = max(found.values(), key=lambda one: abs(math.log(one["pooled"])))["pooled"]
+    pooled = {span: [one[span]["pooled"] for one in found.values()] for span in args.spans}
+    worst = {span: max(some, key=lambda ratio: abs(math.log(ratio))) for span, some in pooled.items()}
     print(json.dumps({"predicted_over_observed": found, "worst_pooled": worst}))
 
 
-def measure(setting: Setting, args: argparse.Namespace) -> dict[str, float]:
+def measure(setting: Setting, span: int, args: argparse.Namespace) -> dict[str, Any]:
     """Predicted over observed noise in one setting."""
     domains = {name: read_blocks(args.data_dir, name) for name in (*ENGLISH, *LANGUAGES)[: setting.num_domains]}
-    return ratios(make_model(setting.width), domains, setting, args)
-
-
-def ratios(model: Any, domains: dict[str, Dataset], setting: Setting, args: argparse.Namespace) -> dict[str, float]:
-    """Predicted over observed noise of a run on these domains."""
     with tempfile.TemporaryDirectory() as folder:
         config = DoGEConfig(
             folder, per_device_train_batch_size=setting.batch_size, max_steps=args.warm + 2 * args.moving, mu=1e6,
@@ -125,30 +127,37 @@ def ratios(model: Any, domains: dict[str, Dataset], setting: Setting, args: argp
             score_metric=setting.score_metric, seed=args.seed, report_to="none", save_strategy="no", use_cpu=True,
             disable_tqdm=True, logging_strategy="no",
         )  # fmt: skip
-        trainer = DoGETrainer(model, config, train_dataset=domains, callbacks=[SecondBatch(start=args.warm)])
+        twice = SecondLot(start=args.warm, span=span)
+        trainer = DoGETrainer(make_model(setting.width), config, train_dataset=domains, callbacks=[twice])
         trainer.train()
-    scores = trainer.domain_weights.trajectory.scores[args.warm :]
-    first, second = scores[0::2], scores[1::2]
+    return ratios(trainer.domain_weights.trajectory.scores[args.warm :], span)
+
+
+def ratios(scores: np.ndarray, span: int) -> dict[str, Any]:
+    """Predicted over observed noise of scores of shape `(T, K)`, whose stretches are by turns first and second lots."""
+    lots = scores.reshape(-1, 2, span, scores.shape[1])
+    first = lots[:, 0].reshape(-1, scores.shape[1])
     predicted = np.square(np.diff(first, axis=0)) / 2
-    observed = np.square(first - second)[1:] / 2
+    observed = np.square(lots[:, 0].sum(axis=1) - lots[:, 1].sum(axis=1)) / (2 * span)
     assert np.allclose(np.sqrt(predicted.mean(axis=0)), estimate_score_noise(first))
     each = np.sqrt(predicted.mean(axis=0) / observed.mean(axis=0))
     low, high = interval(predicted.sum(axis=1), observed.sum(axis=1))
     return {
-        "pooled": round(float(np.sqrt(predicted.sum() / observed.sum())), 3),
+        "pooled": round(float(np.sqrt(predicted.mean(axis=0).sum() / observed.mean(axis=0).sum())), 3),
         "low": low,
         "high": high,
         "farthest": round(float(each[np.abs(np.log(each)).argmax()]), 3),
     }
 
 
-def interval(predicted: np.ndarray, observed: np.ndarray, *, block: int = 10) -> list[float]:
+def interval(predicted: np.ndarray, observed: np.ndarray, *, num_blocks: int = 30) -> list[float]:
     """95 % of the pooled ratio over resampled blocks of steps."""
-    starts = np.arange(0, len(predicted) - block + 1, block)
-    sums = np.array([[predicted[i : i + block].sum(), observed[i : i + block].sum()] for i in starts])
-    drawn = np.random.default_rng(0).integers(len(sums), size=(5_000, len(sums)))
-    totals = sums[drawn].sum(axis=1)
-    return np.quantile(np.sqrt(totals[:, 0] / totals[:, 1]), [0.025, 0.975]).round(3).tolist()
+    means = np.array([
+        [np.mean(some) for some in np.array_split(values, num_blocks)] for values in (predicted, observed)
+    ])  # fmt: skip
+    drawn = np.random.default_rng(0).integers(num_blocks, size=(5_000, num_blocks))
+    totals = means[:, drawn].sum(axis=2)
+    return np.quantile(np.sqrt(totals[0] / totals[1]), [0.025, 0.975]).round(3).tolist()
 
 
 def make_model(width: int) -> LlamaForCausalLM:
