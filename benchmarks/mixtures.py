@@ -17,6 +17,8 @@ plateau of the first losses much longer than others, and the spread between seed
 - `continued`: as `one_kin`, but all training, that of the proxies too, goes on from one model that was trained on three other kinds of
   English text for 2,000 steps, as users come with a pretrained model. Such runs have no first plateau to leave at a time of their own.
 
+`--plot FILE` draws what each route of a setting with a target gains, by each measure, over its CPU seconds.
+
 The last line is JSON: for each setting the paired change of perplexity in percent against uniform with its 95 % interval, by
 arm and measure, and the CPU seconds of each route (those of parts that this call found finished are read from their folder).
 """
@@ -62,11 +64,15 @@ def main() -> None:
     parser.add_argument("--recipes", nargs="*", default=["paper"], help="Recipes of `hf-doge learn` to compare.")
     parser.add_argument("--sweep", type=int, default=0, help="Mixtures of a sweep; 0 for none.")
     parser.add_argument("--sweep_seeds", type=int, nargs="+", default=[201])
+    parser.add_argument("--plot", type=Path, help="Picture of the last setting's routes.")
     args = parser.parse_args()
     if not (args.data_dir / "lm").is_dir():
         print(f"Skipped: {args.data_dir} has no folder `lm`.\n{json.dumps({'skipped': str(args.data_dir)})}")
         return
-    print(json.dumps({name: run_setting(name, args) for name in args.settings}))
+    found = {name: run_setting(name, args) for name in args.settings}
+    if args.plot:
+        plot(found[args.settings[-1]], SETTINGS[args.settings[-1]][1], args.plot)
+    print(json.dumps(found))
 
 
 def run_setting(name: str, args: argparse.Namespace) -> dict:
@@ -161,6 +167,26 @@ def run(command: str, flags: list[str], folder: Path) -> float:
     seconds = round(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, 1)
     kept.write_text(json.dumps({"flags": asked, "seconds": seconds}))
     return seconds
+
+
+def plot(found: dict, target: str, path: Path) -> None:
+    """What each route costs and gains, with its interval."""
+    from matplotlib.figure import Figure
+
+    rows = next(iter(found["change_percent"].values()))
+    measures = [row for row in rows if row == target or row.startswith(f"{target},")]
+    figure = Figure(figsize=(11, 3.6), layout="constrained")
+    for axes, row in zip(figure.subplots(1, len(measures), sharey=True), measures, strict=True):
+        for name, rows in found["change_percent"].items():
+            mean, low, high = rows[row]
+            seconds = found["cpu_seconds"].get(name, 1)  # mixtures by a rule cost nothing
+            axes.errorbar(seconds, mean, [[mean - low], [high - mean]], fmt="o", capsize=3)
+            axes.annotate(name, (seconds, mean), xytext=(5, 5), textcoords="offset points", fontsize="small")
+        axes.axhline(0, color="black", linewidth=0.8, linestyle=(0, (1, 3)))
+        axes.set(xscale="log", xlim=(0.5, 5000), xlabel="CPU seconds of the route", title=row)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.axes[0].set_ylabel("perplexity against equal parts, %")
+    figure.savefig(path, dpi=120)
 
 
 def weights_in(folder: Path) -> dict[str, float]:

@@ -83,7 +83,14 @@ def domains() -> dict[str, Dataset]:
 
 
 def learn(folder: Path, *, target: bool = False, **options) -> str:
-    defaults = {"max_steps": 6, "per_device_train_batch_size": 6, "learning_rate": 0.01, "seed": 5, "logging_steps": 1}
+    defaults = {
+        "recipe": "paper",
+        "max_steps": 6,
+        "per_device_train_batch_size": 6,
+        "learning_rate": 0.01,
+        "seed": 5,
+        "logging_steps": 1,
+    }
     args = DoGEConfig(
         folder, use_cpu=True, report_to=[], disable_tqdm=True, save_strategy="no", **{**defaults, **options}
     )

@@ -45,6 +45,7 @@ class _Weights(Protocol):
     """What is drawn of domain weights: pictures know numbers, not artifacts."""
 
     mean: dict[str, float]
+    recipe: dict[str, Any]
 
     @property
     def names(self) -> Sequence[str]: ...
@@ -65,8 +66,8 @@ def plot_domain_weights(
     Two panels: the weights over the steps, and the mean weights against uniform and natural proportions.
 
     The trajectory names the heaviest domains, at most eight, and draws the others in grey. Where the noise is known, each named
-    line has a band: where the noise of the scores alone could have led it, two standard deviations either way. Without a trajectory there is
-    only the second panel; without token counts it has no natural proportions.
+    line has a band: where the noise of the scores alone could have led it, two standard deviations either way (of shrunk weights: before
+    they were shrunk). Without a trajectory there is only the second panel; without token counts it has no natural proportions.
 
     Args:
         weights (`DomainWeights`): What to draw.
@@ -95,6 +96,9 @@ def plot_domain_weights(
             figure = _new_figure(12.0, max(4.2, rows_height))
             lines, bars = figure.subplots(1, 2, width_ratios=[1.1, 1])
         _draw_trajectory(lines, weights.trajectory, names, noise)
+        if noise is not None:
+            before = " before shrinkage" if weights.recipe.get("shrinkage") else ""
+            lines.set_xlabel(f"step (bands: noise of the scores{before}, two standard deviations)")
     _draw_weights(bars, weights, shown)
     _write(figure, path)
     return figure
@@ -194,7 +198,7 @@ def _draw_trajectory(axes: "Axes", trajectory: _Trajectory, names: list[str], no
     axes.axhline(1 / len(names), color="black", linewidth=0.8, linestyle=(0, (1, 3)), zorder=2)
     axes.set_xlim(steps[0], max(steps[-1], steps[0] + 1))
     axes.set_ylim(0, 1.05 * max(weights.max(), 1 / len(names)))
-    axes.set_xlabel("step" if noise is None else "step (bands: noise of the scores, two standard deviations)")
+    axes.set_xlabel("step")
     axes.set_title("Weights while learning", loc="left", fontsize="medium")
     axes.spines[["top", "right"]].set_visible(False)
     _label_ends(axes, ends)

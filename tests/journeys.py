@@ -71,7 +71,7 @@ def second_call(walk: Walk, call: Callable) -> Callable:
 def training_step(folder: Path) -> Walk:
     walk = Walk()
     args = DoGEConfig(
-        folder, max_steps=3, per_device_train_batch_size=6, alignment="single_pass", report_to=[], use_cpu=True,
+        folder, recipe="paper", max_steps=3, per_device_train_batch_size=6, alignment="single_pass", report_to=[], use_cpu=True,
         disable_tqdm=True, save_strategy="no", logging_strategy="no",
     )  # fmt: skip
     trainer = DoGETrainer(tiny_gpt2(), args, train_dataset=three_domains(8))

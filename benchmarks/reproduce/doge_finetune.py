@@ -206,7 +206,7 @@ class FineTuning:
     ) -> tuple[PreTrainedModel, dict[str, float]]:
         """The model that learned the weights, and the weights, which are saved as an artifact too."""
         set_seed(seed)
-        arguments = {**self.settings.tuning.to_arguments(), **options}
+        arguments = {"recipe": "paper", **self.settings.tuning.to_arguments(), **options}
         trainer = DoGETrainer(
             AutoModelForCausalLM.from_pretrained(self.base_folder),
             DoGEConfig(output_dir=str(folder), seed=seed, **arguments),

@@ -199,7 +199,8 @@ def learn_weights(
     Returns:
         `mean` and `last` weights, and what describes the trajectory: see [`describe_trajectory`].
     """
-    args = DoGEConfig(output_dir=str(folder), seed=seed, **{**settings.to_arguments(), **options})
+    arguments = {"recipe": "paper", **settings.to_arguments(), **options}
+    args = DoGEConfig(output_dir=str(folder), seed=seed, **arguments)
     trainer = DoGETrainer(model, args, train_dataset=dict(train), target_dataset=target, data_collator=collate_blocks)
     train_silently(trainer)
     weights = trainer.domain_weights

@@ -383,9 +383,10 @@ def _known_tokens(domains: Mapping[str, Mapping[str, Any]], which: str) -> dict[
 
 def estimate_score_noise(scores: np.ndarray) -> np.ndarray:
     """
-    Standard deviation of a step's score over the draw of its examples: that of the difference of two successive scores, over
-    the root of 2 (von Neumann's estimator). It takes for granted that what a score is expected to be changes little from one
-    update to the next, while the examples are new, and nothing of the distribution of the gradients.
+    Standard deviation of a step's score around what it is over many: that of the difference of two successive scores, over the root
+    of 2 (von Neumann's estimator). That is the draw of the examples, and what the model's score does from one update to the next
+    without remembering it, which is noise to a sum of scores as well; measured, up to twice the draw alone (`benchmarks/RESULTS.md`,
+    "What a run tells of the noise of its scores"). Nothing is taken for granted of the distribution of the gradients.
 
     Args:
         scores (`numpy.ndarray` of shape `(T, K)`): Of successive updates; NaN where a domain was absent.

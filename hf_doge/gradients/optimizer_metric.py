@@ -69,7 +69,7 @@ class OptimizerMetric:
     def _refusal(self) -> ValueError:
         optimizer = getattr(self._optimizer, "optimizer", self._optimizer)
         return ValueError(
-            "`score_metric='optimizer'` divides by the second moments that Adam and AdamW keep, but the optimizer "
+            "`score_metric='optimizer'`, as the recipe 'doge_plus' has it, divides by the second moments that Adam and AdamW keep, but the optimizer "
             f"{type(optimizer).__name__} keeps none of that kind. Use `optim='adamw_torch'`, say, or "
-            "`score_metric='gradient'`."
+            "`recipe='paper'`."
         )

@@ -35,6 +35,8 @@ SELF_TERMS: dict[bool | str, bool | str] = {
 }
 SCORE_METRICS = ("gradient", "optimizer")
 MEAN_WEIGHTINGS = ("steps", "inverse_variance")
+# One of these without a recipe is meant as the paper has it: a `mu` above all, whose unit is another in "doge_plus".
+_INGREDIENTS = "mu", "normalization", "score_min", "score_max", "domain_max_grad_norm", "score_metric", "shrinkage"
 _MU = 0.01  # of the paper's universal runs
 _MU_IN_NATS = 3.0  # of "doge_plus"
 ALIGNMENTS = ("auto", "single_pass", "per_domain", "streamed")
@@ -52,7 +54,7 @@ def _check_self_term(name: str, value: Any) -> bool | str:
 
 _CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "mode": partial(check_choice, choices=MODES),
-    "recipe": partial(check_choice, choices=RECIPES),
+    "recipe": partial(check_choice, choices=RECIPES, optional=True),
     "alignment": partial(check_choice, choices=ALIGNMENTS),
     "normalization": partial(check_choice, choices=NORMALIZATIONS, optional=True),
     "score_metric": partial(check_choice, choices=SCORE_METRICS, optional=True),
@@ -93,7 +95,8 @@ class DoGEConfig(TrainingArguments):
     """
     `TrainingArguments` for learning domain weights with DoGE, https://huggingface.co/papers/2310.15393.
 
-    Three recipes set the ingredients of the weight update; any ingredient given besides the recipe overrides it:
+    Three recipes set the ingredients of the weight update; any ingredient given besides the recipe overrides it. Without a recipe it
+    is `"doge_plus"`, or, where an ingredient is given, `"paper"`:
 
     | | `recipe="paper"` | `recipe="official"` (the authors' code) | `recipe="doge_plus"` (ours) |
     |---|---|---|---|
@@ -113,8 +116,8 @@ class DoGEConfig(TrainingArguments):
     kept. A domain of which a step has but one example with a label has no score in that step. Given targets share no example
     with a domain: with them it is the same as `"same"`.
 
-    The logs tell how sure a score is: `domain_score_noise/<name>` is the standard deviation of one step's score over the draw of
-    its examples, from the differences of the last hundred (see [`~hf_doge.artifacts.record.estimate_score_noise`]), and
+    The logs tell how sure a score is: `domain_score_noise/<name>` is the standard deviation of one step's score, from
+    the differences of the last hundred (see [`~hf_doge.artifacts.record.estimate_score_noise`]), and
     `domain_score_snr/<name>` the mean score since the last log over it.
 
     `stop_when_undecided=True` ends the learning when scores no longer tell the domains apart, by the rule in
@@ -131,11 +134,11 @@ class DoGEConfig(TrainingArguments):
         default="domain",
         metadata={"help": "Column of the train set that names each example's domain (string, ClassLabel or integer)."},
     )
-    recipe: str = field(
-        default="paper",
+    recipe: str | None = field(
+        default=None,
         metadata={
-            "help": "Where the ingredients of the weight update come from: 'paper', 'official' or, ours, 'doge_plus' (scores "
-            "without the noise of a domain's own examples, in nats)."
+            "help": "Where the ingredients of the weight update come from: 'paper', 'official' or, ours, 'doge_plus' (in nats, "
+            "less noise). Default: 'doge_plus', or 'paper' where an ingredient (`mu`, `normalization`, `self_term`, ...) is given."
         },
     )
     mu: float | None = field(
@@ -364,7 +367,9 @@ class DoGEConfig(TrainingArguments):
 
     def get_recipe(self) -> Recipe:
         """The ingredients in force: the recipe's, where none was given beside it."""
-        official, plus = self.recipe == "official", self.recipe == "doge_plus"
+        is_told = self.self_term is not True or any(getattr(self, one) is not None for one in _INGREDIENTS)
+        name = self.recipe or ("paper" if is_told else "doge_plus")
+        official, plus = name == "official", name == "doge_plus"
         domain_max_grad_norm = self.domain_max_grad_norm
         if domain_max_grad_norm is None and official:
             domain_max_grad_norm = self.max_grad_norm
@@ -373,7 +378,7 @@ class DoGEConfig(TrainingArguments):
         score_min = 0.0 if self.score_min is None and official else self.score_min
         score_max = 5.0 if self.score_max is None and official else self.score_max
         return Recipe(
-            name=self.recipe,
+            name=name,
             mu=self.mu if self.mu is not None else (_MU_IN_NATS if plus else _MU),
             normalization=self.normalization or ("mean_norm" if official else "none"),
             score_min=None if score_min == -math.inf else score_min,

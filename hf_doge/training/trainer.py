@@ -279,7 +279,7 @@ class DoGEMixin(DomainWeightedMixin):
         batch_size = examples_per_step(args)
         num_parts = 2 if args.get_recipe().is_independent and not has_target else 1
         if batch_size < num_parts * len(names) and not args.is_online:
-            each = "every domain" if num_parts == 1 else "two examples of every domain with `self_term='independent'`"
+            each = "every domain" if num_parts == 1 else "two examples of every domain (one with `recipe='paper'`)"
             raise ValueError(
                 f"Every step must hold {each}, but {batch_size} examples a step cannot hold {len(names)} domains. "
                 "Raise `per_device_train_batch_size`, `gradient_accumulation_steps` or the number of processes."

@@ -249,6 +249,8 @@ def test_the_band_of_a_weight_is_where_the_noise_of_the_scores_alone_could_have_
     weights = DomainWeights.from_pretrained(tmp_path / "saved")
     figure, trajectory = weights.plot(), weights.trajectory
     assert figure.axes[0].get_xlabel() == "step (bands: noise of the scores, two standard deviations)"
+    shrunk = noisy_weights(shrinkage=True).plot().axes[0].get_xlabel()
+    assert shrunk == "step (bands: noise of the scores before shrinkage, two standard deviations)"
     apart = trajectory.scores - (trajectory.weights * trajectory.scores).sum(axis=1, keepdims=True)
     squares = np.diff(apart, axis=0) ** 2 / 2
     noise = np.sqrt(np.vstack([squares[:1], squares]).cumsum(axis=0)) / 10

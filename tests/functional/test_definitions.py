@@ -175,7 +175,7 @@ def test_scores_of_a_training_step_are_the_generalization_estimation(tmp_path, a
     grads = torch.stack([flat_gradient(model, domain_loss(model, rows[:], "causal")) for rows in domains.values()])
     args = DoGEConfig(
         tmp_path, max_steps=1, per_device_train_batch_size=6, alignment=alignment, report_to=[], use_cpu=True,
-        disable_tqdm=True, save_strategy="no", logging_steps=1, max_grad_norm=0.0,
+        disable_tqdm=True, save_strategy="no", logging_steps=1, max_grad_norm=0.0, recipe="paper",
     )  # fmt: skip
     trainer = DoGETrainer(model, args, train_dataset=domains)
     trainer.train()

@@ -29,7 +29,7 @@ def make_trainer(tmp_path, model=None, domains=None, options=None, **kwargs):
 
 
 def test_the_paper_recipe_has_no_normalisation_no_bounds_and_no_clipping(tmp_path):
-    recipe = config(tmp_path).get_recipe()
+    recipe = config(tmp_path, recipe="paper").get_recipe()
     assert recipe.normalization == "none"
     assert recipe.score_min is recipe.score_max is recipe.domain_max_grad_norm is None
     assert recipe.self_term
@@ -41,6 +41,31 @@ def test_the_official_recipe_is_the_authors_code(tmp_path):
     recipe = config(tmp_path, recipe="official", max_grad_norm=5.0).get_recipe()
     assert recipe.normalization == "mean_norm"
     assert (recipe.score_min, recipe.score_max, recipe.domain_max_grad_norm) == (0.0, 5.0, 5.0)
+
+
+def test_without_a_recipe_scores_are_in_nats_across_halves_and_weights_are_shrunk(tmp_path):
+    recipe = config(tmp_path).get_recipe()
+    assert recipe == config(tmp_path, recipe="doge_plus").get_recipe()
+    assert (recipe.name, recipe.mu, recipe.score_metric) == ("doge_plus", 3.0, "optimizer")
+    assert recipe.is_independent and recipe.shrinkage
+
+
+@pytest.mark.parametrize(
+    "ingredient",
+    [
+        {"mu": 0.05},
+        {"normalization": "cosine"},
+        {"score_max": 5.0},
+        {"domain_max_grad_norm": 1.0},
+        {"self_term": False},
+    ]
+    + [{"self_term": "independent"}, {"score_metric": "gradient"}, {"shrinkage": True}],
+)
+def test_without_a_recipe_an_ingredient_is_meant_as_the_paper_has_it(tmp_path, ingredient):
+    recipe = config(tmp_path, **ingredient).get_recipe()
+    assert recipe == config(tmp_path, recipe="paper", **ingredient).get_recipe()
+    assert recipe.name == "paper"
+    assert config(tmp_path, recipe="doge_plus", mu=5.0).get_recipe().score_metric == "optimizer"
 
 
 def test_an_ingredient_given_beside_the_recipe_overrides_it(tmp_path):
