@@ -51,6 +51,11 @@ def refuse_unsupported_arguments(args: DoGEConfig, *, has_target: bool) -> None:
             "`recipe='official'` compares with a held-out set, but `target_dataset` is None. Pass a held-out mix of "
             "your domains as `target_dataset`, or use `recipe='paper'`."
         )
+    if args.get_recipe().score_metric == "optimizer" and "adam" not in str(args.optim).lower():
+        raise ValueError(
+            "`score_metric='optimizer'`, as the recipe 'doge_plus' has it (the default), divides by the second moments that Adam and "
+            f"AdamW keep, but `optim` is {str(args.optim.value)!r}. Use `optim='adamw_torch'`, say, or `recipe='paper'`."
+        )
     refused = {
         "DataParallel over several GPUs": (args.n_gpu > 1, "Set CUDA_VISIBLE_DEVICES to one GPU."),
         "DeepSpeed": (args.deepspeed is not None, "Leave `deepspeed` unset, and use DDP or FSDP2."),

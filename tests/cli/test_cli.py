@@ -534,7 +534,7 @@ def test_a_config_file_that_means_something_else_than_it_says_is_refused(text, m
 
 def test_what_a_score_compares_is_a_flag(data_dir, learned, tmp_path):
     for flags, self_term, metric in (
-        (["--self_term", "independent", "--score_metric", "optimizer", "--mu=1"], "independent", "optimizer"),
+        (["--self_term", "same", "--score_metric", "optimizer", "--mu=1"], True, "optimizer"),
         (["--self-term=none"], False, None),
     ):
         out = tmp_path / str(self_term)
@@ -564,7 +564,9 @@ def test_a_self_term_is_a_word_or_a_truth_value_as_before(flags, meant, tmp_path
         config = tmp_path / "config.yaml"
         config.write_text(flags[0])
         flags = [str(config)]
-    (args,) = parse([*flags, f"--output_dir={tmp_path}"], DoGEConfig, prog="learn", description="", defaults={})
+    (args,) = parse(
+        [*flags, "--recipe=paper", f"--output_dir={tmp_path}"], DoGEConfig, prog="learn", description="", defaults={}
+    )
     assert args.get_recipe().self_term == meant
 
 

@@ -47,7 +47,8 @@ def test_without_a_recipe_scores_are_in_nats_across_halves_and_weights_are_shrun
     recipe = config(tmp_path).get_recipe()
     assert recipe == config(tmp_path, recipe="doge_plus").get_recipe()
     assert (recipe.name, recipe.mu, recipe.score_metric) == ("doge_plus", 3.0, "optimizer")
-    assert recipe.is_independent and recipe.shrinkage
+    assert recipe.is_independent
+    assert recipe.shrinkage
 
 
 @pytest.mark.parametrize(
@@ -58,8 +59,10 @@ def test_without_a_recipe_scores_are_in_nats_across_halves_and_weights_are_shrun
         {"score_max": 5.0},
         {"domain_max_grad_norm": 1.0},
         {"self_term": False},
-    ]
-    + [{"self_term": "independent"}, {"score_metric": "gradient"}, {"shrinkage": True}],
+        {"self_term": "independent"},
+        {"score_metric": "gradient"},
+        {"shrinkage": True},
+    ],
 )
 def test_without_a_recipe_an_ingredient_is_meant_as_the_paper_has_it(tmp_path, ingredient):
     recipe = config(tmp_path, **ingredient).get_recipe()

@@ -297,8 +297,18 @@ def test_ingredients_that_do_not_go_together_are_refused(tmp_path, options, mess
 
 @pytest.mark.parametrize("optim", ["sgd", "adafactor"])
 def test_an_optimizer_without_second_moments_is_refused(tmp_path, optim):
-    with pytest.raises(ValueError, match=r"the optimizer (SGD|Adafactor) keeps none of that kind"):
-        learn(tmp_path, three_domains(4), score_metric="optimizer", optim=optim)
+    for recipe in ({"score_metric": "optimizer"}, {"recipe": "doge_plus"}):
+        with pytest.raises(ValueError, match=f"keep, but `optim` is '{optim}'.*or `recipe='paper'`"):
+            learn(tmp_path, three_domains(4), optim=optim, **recipe)
+
+
+def test_an_optimizer_of_ones_own_without_second_moments_is_refused(tmp_path):
+    model = tiny_llama()
+    args = DoGEConfig(str(tmp_path), **{**OPTIONS, "optim": "adamw_torch"}, score_metric="optimizer")
+    own = torch.optim.SGD(model.parameters(), lr=0.1)
+    trainer = DoGETrainer(model, args, train_dataset=three_domains(4), optimizers=(own, None))
+    with pytest.raises(ValueError, match="the optimizer SGD keeps none of that kind"):
+        trainer.train()
 
 
 def test_too_few_examples_for_two_halves_are_refused(tmp_path):

@@ -234,19 +234,23 @@ def test_what_cannot_be_exact_is_refused(tmp_path, options, message):
 
 
 def test_the_defaults_start(tmp_path):
-    options = {name: value for name, value in OPTIONS.items() if name != "reweight_steps"}
+    options = {name: value for name, value in OPTIONS.items() if name not in ("reweight_steps", "optim")}
     trainer = DoGETrainer(
         tiny_llama(), DoGEConfig(str(tmp_path), mode="online", **options), train_dataset=three_domains()
     )
     trainer.train()
     assert trainer.args.lag_steps == 2
+    assert trainer.domain_weights.recipe["name"] == "doge_plus"
     assert len(trainer.domain_weights.trajectory.steps) == trainer.state.global_step
 
 
 def test_a_proxy_has_no_limit_on_epochs(tmp_path):
     with pytest.raises(ValueError, match="A proxy sees the same number of examples of every domain"):
         DoGETrainer(
-            tiny_llama(), DoGEConfig(str(tmp_path), **OPTIONS), train_dataset=three_domains(), max_epochs_per_domain=2
+            tiny_llama(),
+            DoGEConfig(str(tmp_path), recipe="paper", **OPTIONS),
+            train_dataset=three_domains(),
+            max_epochs_per_domain=2,
         )
 
 

@@ -130,7 +130,7 @@ def test_only_doge_plus_shrinks_unless_it_is_asked_for(tmp_path):
     assert DoGEConfig(str(tmp_path), recipe="doge_plus").get_recipe().shrinkage
     assert not DoGEConfig(str(tmp_path), recipe="doge_plus", shrinkage=False).get_recipe().shrinkage
     assert DoGEConfig(str(tmp_path), shrinkage=True).get_recipe().shrinkage
-    assert "shrinkage" not in DoGEConfig(str(tmp_path)).get_recipe().to_dict()
+    assert "shrinkage" not in DoGEConfig(str(tmp_path), recipe="paper").get_recipe().to_dict()
     with pytest.raises(ValueError, match="`shrinkage` must be True or False, but got 'some'"):
         DoGEConfig(str(tmp_path), shrinkage="some")
 
