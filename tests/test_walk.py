@@ -16,6 +16,8 @@ from hf_doge.cli import main, view
 from tests.test_pages import ROOT
 from tests.tracing.test_influence_html import Page
 
+pytest.importorskip("trl", minversion="1.16")  # older ones lose labels where they pack, or log no loss of a domain
+
 WALK = (ROOT / "docs" / "walk.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", WALK, flags=re.DOTALL | re.MULTILINE)
 CELLS = [(language, block) for language, block in BLOCKS if language != "text"]  # that is what they print
@@ -83,7 +85,7 @@ def test_the_model_was_trained_on_packed_tokens_by_the_learned_weights(walked):
     from transformers.trainer_callback import TrainerState
 
     folder, *_ = walked
-    log = TrainerState.load_from_json(folder / "model" / "checkpoint-20" / "trainer_state.json").log_history
+    log = TrainerState.load_from_json(folder / "model" / "checkpoint-60" / "trainer_state.json").log_history
     tokens = {name: log[-1][f"domain_tokens/{name}"] for name in ("chat", "tasks", "prose")}
     weights = DomainWeights.from_pretrained(folder / "proxy").mean
     assert {name: one / sum(tokens.values()) for name, one in tokens.items()} == pytest.approx(weights, abs=0.02)
@@ -91,7 +93,7 @@ def test_the_model_was_trained_on_packed_tokens_by_the_learned_weights(walked):
 
 def test_the_page_answers(walked):
     folder, _, viewer = walked
-    hits, domains = viewer.trace("What does shutil.copy do?", top_k=3)
+    hits, domains = viewer.trace("the median of numeric data", top_k=3, cosine=True)
     assert Page(hits).marks == Page((folder / "hits.html").read_text(encoding="utf-8")).marks
     assert Page(hits).marks
     assert all(name in domains for name in ("chat", "tasks", "prose"))

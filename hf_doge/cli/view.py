@@ -21,6 +21,7 @@ from hf_doge.tracing.hits import text_columns
 from hf_doge.tracing.html import DOMAIN_COLUMNS
 from hf_doge.tracing.index import InfluenceIndex
 from hf_doge.tracing.pretrained import load_tokenizer
+from hf_doge.tracing.queries import check_options
 
 LISTED = 1000  # examples to pick from; others by their number
 SUSPICIOUS = 50  # examples in the table of labels
@@ -70,6 +71,7 @@ class Viewer:
         self.first = self._rows(range(min(len(index), LISTED)))
         columns = self.first.column_names
         self.fields = text_columns(self.first.features)
+        self.cosine = bool(check_options({}, index.reader)["cosine"])  # what the index says
         self.has_labels = "label" in columns
         names = self.first["label_name"] if "label_name" in columns else ()
         self.label_names = sorted({name for name in names if name is not None})
@@ -79,7 +81,9 @@ class Viewer:
         """The first examples to pick from: what a person reads of each, and its number."""
         return [(self._snippet(row, number), number) for number, row in enumerate(self.first)]
 
-    def trace(self, text: str, second: str = "", label: str | None = None, top_k: int = 5) -> tuple[str, str]:
+    def trace(
+        self, text: str, second: str = "", label: str | None = None, top_k: int = 5, cosine: bool | None = None
+    ) -> tuple[str, str]:
         """
         Proponents and opponents of what the model makes of a text, and the same by domain.
 
@@ -88,6 +92,7 @@ class Viewer:
             second (`str`): The second of a pair, or the completion of a prompt.
             label (`str`, *optional*): Name of the label that is traced; by default what the model predicts.
             top_k (`int`): Hits of each kind.
+            cosine (`bool`, *optional*): Divide scores by the norms of both gradients; by default as the index says.
         """
         if not (text or "").strip():
             return _told("Write a text first."), ""
@@ -99,9 +104,9 @@ class Viewer:
                 ("sentence1", "sentence2") if len(self.fields) == 2 or self.has_labels else ("prompt", "completion")
             )
             query = dict(zip(names, (text, second), strict=True))
-        return self._answer(query | ({"label": label} if label else {}), top_k)
+        return self._answer(query | ({"label": label} if label else {}), top_k, cosine)
 
-    def trace_example(self, number: int | str, top_k: int = 5) -> tuple[str, str]:
+    def trace_example(self, number: int | str, top_k: int = 5, cosine: bool | None = None) -> tuple[str, str]:
         """The same of a training example, which is none of its own hits."""
         word = str(number).strip()
         if not word.isdecimal() or int(word) >= len(self.index):
@@ -110,7 +115,7 @@ class Viewer:
         query = self._query_of(row)
         if not set(query) - {"label"}:
             return _told("The index keeps neither text nor tokens of this example, so it cannot be asked about."), ""
-        return self._answer(query, top_k, exclude=[int(word)])
+        return self._answer(query, top_k, cosine, exclude=[int(word)])
 
     def suspicious(self) -> str:
         """The examples that pushed their own prediction most, as a table."""
@@ -127,18 +132,22 @@ class Viewer:
         }
         return _LABELS + html_table(columns)
 
-    def _answer(self, query: Mapping[str, Any], top_k: int, exclude: Sequence[int] = ()) -> tuple[str, str]:
+    def _answer(
+        self, query: Mapping[str, Any], top_k: int, cosine: bool | None, exclude: Sequence[int] = ()
+    ) -> tuple[str, str]:
         queries: Any = [dict(query)]
         if "input_ids" in query:
             queries = Dataset.from_list(queries)
         try:
-            hits = self.index.search(queries, top_k=min(int(top_k), MOST_HITS), exclude=exclude)
-            return self.index.show(hits).html, "".join(self._by(name, queries) for name in self.domain_columns)
+            hits = self.index.search(queries, top_k=min(int(top_k), MOST_HITS), exclude=exclude, cosine=cosine)
+            domains = "".join(self._by(name, queries, cosine) for name in self.domain_columns)
+            return self.index.show(hits).html, domains
         except (ValueError, OSError) as error:
             return _told(error), ""
 
-    def _by(self, column: str, queries: Any) -> str:
-        rows = sorted(self.index.domain_influence(queries, column), key=lambda row: -row["score"])
+    def _by(self, column: str, queries: Any, cosine: bool | None) -> str:
+        found = self.index.domain_influence(queries, column, cosine=cosine)
+        rows = sorted(found, key=lambda row: -row["score"])
         largest = max(abs(row["score"]) for row in rows) or 1.0
         columns = {
             column: [row["domain"] for row in rows],
@@ -186,6 +195,7 @@ def make_page(viewer: Viewer) -> Any:
     with gr.Blocks(title="hf_doge: what made the model do this?", analytics_enabled=False) as page:
         gr.HTML(index_html(viewer.index.config))
         top_k = gr.Slider(1, MOST_HITS, value=5, step=1, label="Hits of each kind", render=False)
+        cosine = gr.Checkbox(viewer.cosine, label="Divide by the gradients' lengths (cosine)", render=False)
         hits, domains, labels = gr.HTML(render=False), gr.HTML(render=False), gr.HTML(render=False)
         ask = partial(_connect, outputs=[hits, domains])
         with gr.Tab("Trace a text"):
@@ -193,17 +203,22 @@ def make_page(viewer: Viewer) -> Any:
             other = gr.Textbox(label=second, lines=2, visible=bool(second))
             choices = [("what the model predicts", ""), *((name, name) for name in viewer.label_names)]
             label = gr.Dropdown(choices, value="", label="Label", visible=bool(viewer.label_names))
-            ask(gr.Button("Trace", variant="primary"), viewer.trace, inputs=[text, other, label, top_k], name="trace")
+            ask(
+                gr.Button("Trace", variant="primary"),
+                viewer.trace,
+                inputs=[text, other, label, top_k, cosine],
+                name="trace",
+            )
         with gr.Tab("Trace a training example"):
             number = gr.Dropdown(viewer.listed(), value=0, label="Example", allow_custom_value=True)
             button = gr.Button("Trace", variant="primary")
-            ask(button, viewer.trace_example, inputs=[number, top_k], name="trace_example")
+            ask(button, viewer.trace_example, inputs=[number, top_k, cosine], name="trace_example")
         if viewer.has_labels:
             with gr.Tab("Suspicious labels"):
                 button = gr.Button("List them")
                 _connect(button, viewer.suspicious, inputs=[], outputs=[labels], name="suspicious")
                 labels.render()
-        for part in (top_k, domains, hits):
+        for part in (top_k, cosine, domains, hits):
             part.render()
     return page
 

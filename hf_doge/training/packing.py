@@ -10,10 +10,13 @@ from inspect import signature
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pyarrow.compute as pc
 import torch
 from datasets import Dataset, concatenate_datasets
 from torch import Tensor
 from transformers import DataCollatorWithFlattening, Trainer
+
+from hf_doge.sampling.lengths import IGNORED_LABEL
 
 EXAMPLE_LENGTHS = "example_lengths"  # tokens of each example of a line, `(B,)`; the model does not take them
 
@@ -117,6 +120,14 @@ def _bounds(inputs: Mapping[str, Any]) -> dict[str, Any]:
     return found | {f"max_length_{side}": longest for side in "qk" if f"max_length_{side}" in inputs}
 
 
+def _has_masked_labels(rows: Dataset) -> bool:
+    """Whether rows are tokenised and some of their tokens have no loss."""
+    if "labels" not in rows.column_names:
+        return False
+    batches = rows.with_format("arrow").select_columns("labels").iter(batch_size=1000)
+    return any(pc.any(pc.equal(pc.list_flatten(batch["labels"]), IGNORED_LABEL)).as_py() for batch in batches)
+
+
 class PackingMixin(_Trainer):
     """Lets trl's SFTTrainer pack each domain by itself, so that a packed row is of one domain."""
 
@@ -130,9 +141,14 @@ class PackingMixin(_Trainer):
         if not packs or not isinstance(dataset, Dataset) or column not in dataset.column_names:
             return prepare(dataset, *args, **kwargs)
         labels = np.array(dataset.with_format(None).select_columns(column)[:][column], dtype=object)
-        packed = []
+        packed: list[Dataset] = []
         for label in dict.fromkeys(labels):
             rows = dataset.select(np.flatnonzero(labels == label)).remove_columns(column)
             part = prepare(rows, *args, **kwargs)
+            if "labels" not in part.column_names and _has_masked_labels(rows):
+                raise ValueError(
+                    "Tokens without a loss must stay without one, but the trainer drops the `labels` of what it packs, as trl "
+                    "0.26 does. Update trl, or leave `packing` out."
+                )
             packed.append(part.add_column(column, [label] * len(part), feature=dataset.features[column]))
         return concatenate_datasets(packed)

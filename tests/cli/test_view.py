@@ -76,6 +76,16 @@ def test_a_text_has_the_hits_of_a_search_with_shaded_words_and_every_domain(view
     assert hits_of(viewer.trace("The market is new")[0])  # of what the model predicts
 
 
+def test_scores_are_divided_as_asked(viewer):
+    for cosine in (False, True):
+        found = viewer.index.search(["The market is new"], top_k=1, cosine=cosine)
+        hits, domains = viewer.trace("The market is new", top_k=1, cosine=cosine)
+        assert f"score {found[0]['score']:+.3g}" in hits
+        for row in viewer.index.domain_influence(["The market is new"], "source", cosine=cosine):
+            assert f"{row['score']:+.3g}" in domains
+    assert viewer.cosine is bool(viewer.index.config["metadata"]["search"]["cosine"])
+
+
 def test_a_training_example_is_traced_to_the_others(viewer):
     hits, domains = viewer.trace_example("4", top_k=MOST_HITS)
     assert {example for *_, example in hits_of(hits)} <= {str(n) for n in range(18)} - {"4"}

@@ -8,7 +8,7 @@ from transformers import DataCollatorForSeq2Seq, DataCollatorWithFlattening
 
 from hf_doge.training.config import DoGEConfig
 from hf_doge.training.metrics_callback import DomainMetricsCallback
-from hf_doge.training.packing import EXAMPLE_LENGTHS, LengthsCollator, pick_from_line
+from hf_doge.training.packing import EXAMPLE_LENGTHS, LengthsCollator, PackingMixin, pick_from_line
 from hf_doge.training.step_gradients import MicroBatch
 from hf_doge.training.trainer import DoGETrainer
 from hf_doge.training.units import read_lengths
@@ -116,6 +116,36 @@ def test_a_packed_row_is_of_one_domain_and_no_token_is_lost(tmp_path, tokenizer,
     expected = {name: sorted(token for ids in one["input_ids"] for token in ids) for name, one in packable().items()}
     assert {name: sorted(tokens) for name, tokens in found.items()} == expected
     assert len(data) < 3 * len(LENGTHS)
+
+
+def test_tokens_without_a_loss_stay_so_where_texts_are_packed(tmp_path, tokenizer):
+    trainer = make_sft_trainer(tmp_path, tokenizer, packable(masked=0.3), max_length=16, packing=True)
+    found = set()
+    for position in range(len(trainer.train_dataset)):
+        batch = trainer.data_collator.collator.collator([trainer.train_dataset[position]])
+        found |= {(tuple(ids.tolist()), tuple(labels[1:].tolist())) for ids, labels in texts_of(batch)}
+    rows = [row for data in packable(masked=0.3).values() for row in data]
+    assert found == {(tuple(row["input_ids"]), tuple(row["labels"][1:])) for row in rows}
+    assert any(-100 in labels for _, labels in found)
+
+
+class Forgetful:
+    """Packs as trl 0.26 does: labels are lost."""
+
+    def _prepare_dataset(self, dataset, packing):
+        return dataset.remove_columns("labels")
+
+
+class Packing(PackingMixin, Forgetful):
+    _domain_column = "domain"
+
+
+def test_a_trainer_that_loses_labels_where_it_packs_is_refused():
+    rows = Dataset.from_dict({"input_ids": [[1, 2], [3, 4]], "labels": [[-100, 2], [3, 4]], "domain": ["a", "b"]})
+    with pytest.raises(ValueError, match=r"drops the `labels` of what it packs.*Update trl"):
+        Packing()._prepare_dataset(rows, packing=True)
+    assert len(Packing()._prepare_dataset(rows.select([1]), packing=True)) == 1  # every token has a loss anyway
+    assert "labels" not in Packing()._prepare_dataset(rows, packing=False).column_names
 
 
 def test_token_shares_count_what_a_packed_row_is_trained_on(tmp_path, tokenizer):
