@@ -19,6 +19,7 @@ LONGEST = (
     "cli/test_cli.py",
     "data/test_front_door.py",
     "training/test_resume.py",
+    "test_walk.py",
     "training/test_learning_streams.py",
     "training/test_mixture_processes.py",
     "training/test_doge_trainer.py",

@@ -175,7 +175,7 @@ class Viewer:
         text = " / ".join(str(row[name]) for name in self.fields if row.get(name) is not None)
         tokenizer = self.index.processing_class
         if not text and row.get("input_ids") and tokenizer is not None:
-            text = tokenizer.decode(row["input_ids"][:_SNIPPET], skip_special_tokens=True)
+            text = str(tokenizer.decode(row["input_ids"][:_SNIPPET], skip_special_tokens=True))
         text = printable(" ".join(text.split()))
         return text if len(text) <= _SNIPPET else text[: _SNIPPET - 3] + "..."
 
