@@ -30,6 +30,7 @@ COMMANDS = {
     "evaluate-influence": "delete what scorers blame, retrain, and see what becomes of predictions",
     "export": "write domain weights as another training framework reads them",
     "push": "bring domain weights or an influence index to the Hub",
+    "completion": "print a script that completes commands and flags in a shell",
     "report": "show again what a folder of results holds",
 }
 USAGE = "\n".join(

@@ -37,6 +37,7 @@ COMMON = (
     *("output_dir", "max_steps", "num_train_epochs", "per_device_train_batch_size", "learning_rate", "warmup_steps"),
     *("save_steps", "seed", "resume_from_checkpoint"),
 )
+PARSER_ALONE = "-\0"  # in place of flags, which no shell can say: [`parse`] raises [`ParserMade`]
 _ONE_LINE = 84  # characters of help beside a flag
 _LAST_CLAUSE = re.compile(r"[,;:] [^,;:]*$")
 _ASIDE = re.compile(r" \([^()]*[a-z]{3}[^()]*\)")
@@ -156,6 +157,14 @@ def _turns_off(action: Action) -> bool:
     return bool(action.option_strings) and action.option_strings[0] == f"--no_{action.dest}"
 
 
+class ParserMade(Exception):
+    """Carries the parser of a command to whoever asked for it instead of running the command."""
+
+    def __init__(self, parser: CommandParser) -> None:
+        super().__init__(parser)
+        self.parser = parser
+
+
 def parse(
     argv: Sequence[str], *dataclasses: Any, prog: str, description: str, defaults: Mapping[str, Any] | None = None
 ) -> tuple:
@@ -184,6 +193,8 @@ def parse(
     if any(issubclass(kind, TrainingArguments) for kind in dataclasses):
         parser.set_defaults(dataloader_pin_memory=torch.cuda.is_available())  # else torch warns on a CPU
     argv = list(argv)
+    if argv == [PARSER_ALONE]:
+        raise ParserMade(parser)
     configured = []
     if argv and not parser.positional and not argv[0].startswith("-") and Path(argv[0]).suffix in CONFIG_SUFFIXES:
         configured = read_flags(Path(argv.pop(0)), parser)

@@ -2,11 +2,14 @@
 
 import dataclasses
 import re
+import subprocess
+import sys
 
 import pytest
 from transformers import TrainingArguments
 
 from hf_doge.cli import COMMANDS, main
+from hf_doge.cli.completion import whole_parser
 from hf_doge.cli.parser import COMMON
 from hf_doge.training.config import DoGEConfig
 
@@ -89,3 +92,37 @@ def test_flags_of_a_command_that_is_not_a_training_come_from_a_file_too(tmp_path
     (tmp_path / "c.yaml").write_text("index: nowhere\ntop_k: 3\n")
     assert main(["search", str(tmp_path / "c.yaml")]) == 2
     assert "Give either `--query`" in capsys.readouterr().err
+
+
+def test_one_parser_has_every_command_with_all_of_its_flags():
+    whole = whole_parser("files")
+    (commands,) = (action for action in whole._actions if action.choices)
+    assert list(commands.choices) == list(COMMANDS)
+    flags = commands.choices["learn"]._option_string_actions
+    assert {"--mu", "--adam_beta2", "--help", "--help-all"} <= set(flags)
+    assert flags["--mixture"].complete == flags["--data_dir"].complete == "files"
+    assert not hasattr(flags["--mu"], "complete")
+    assert [one.dest for one in commands.choices["export"]._actions if not one.option_strings] == ["weights"]
+
+
+def test_a_shell_completes_commands_flags_and_choices(capsys):
+    pytest.importorskip("shtab")
+    assert main(["completion", "bash"]) == 0
+    script = capsys.readouterr().out
+
+    def completed(*words):
+        asked = f"COMP_WORDS=({' '.join(words)}); COMP_CWORD={len(words) - 1}"
+        run = f"{script}\n{asked}; _shtab_hf_doge; echo ${{COMPREPLY[@]}}"
+        return subprocess.run(["bash", "-c", run], capture_output=True, text=True, check=True).stdout.split()
+
+    assert completed("hf-doge", "se") == ["search"]
+    assert "--streaming" in completed("hf-doge", "view", "--st")
+    assert completed("hf-doge", "search", "--kernel", "syn") == ["synonym"]
+
+
+def test_completion_is_refused_in_words(monkeypatch, capsys):
+    assert main(["completion", "fish"]) == 2
+    assert "`shell` must be one of" in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "shtab", None)
+    assert main(["completion", "bash"]) == 2
+    assert "pip install 'hf-doge[completion]'" in capsys.readouterr().err
