@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
+from tqdm.auto import tqdm
 
 from hf_doge.artifacts.influence import IndexWriter
 from hf_doge.artifacts.influence.manifest import MANIFEST, read_config
@@ -21,8 +22,8 @@ from hf_doge.tracing.limits import takes_padding
 from hf_doge.tracing.metric import moments_for
 from hf_doge.tracing.models import model_fingerprint
 from hf_doge.tracing.opening import SharedIndex, open_shared_index
-from hf_doge.tracing.pretrained import load_model
-from hf_doge.tracing.processes import default_device, join_processes, run_on_main_process
+from hf_doge.tracing.pretrained import load_model, without_bars
+from hf_doge.tracing.processes import default_device, join_processes, process_index, run_on_main_process
 from hf_doge.tracing.recording import encoding_of, make_recorder, record_checkpoint
 from hf_doge.tracing.saved_checkpoints import describe_checkpoint, in_order_of_steps, stored_path
 from hf_doge.tracing.saved_moments import require_saved_optimizer, saved_group_rate, saved_second_moments
@@ -68,7 +69,7 @@ def record_dataset(
             Trainer logged at that very step.
         batch_size (`int`): How many examples at once; changes no row.
         seed (`int`): Of whatever the collator draws.
-        progress (`bool`): Whether to show progress bars.
+        progress (`bool`): Whether to show a progress bar, of all examples at all checkpoints.
         add_examples (`bool`):
             Add to a whole index the examples of `dataset` that come behind its own, with the settings that it was made with
             and at all of its checkpoints, in any order. They are written to further files, which show all at once when
@@ -96,7 +97,7 @@ def record_dataset(
     settings = replace(settings, metric=metric)
     paths = [Path(os.path.abspath(checkpoint)) for checkpoint in checkpoints]  # '.' has a name too
     _require_after_training(settings, paths, learning_rates)
-    recording = _SavedRecording(folder, dataset, collator, tokenizer, settings, batch_size, seed, progress, encoding)
+    recording = _SavedRecording(folder, dataset, collator, tokenizer, settings, batch_size, seed, encoding)
     if add_examples:
         recording.grown = _checkpoints_to_grow(folder, paths, learning_rates)
         facts: list[dict[str, Any] | None] = [None] * len(
@@ -121,9 +122,12 @@ def record_dataset(
     if metric == "optimizer":
         for path in recording.awaited:
             require_saved_optimizer(path)  # now, not hours later
+    hidden = not progress or process_index() > 0
+    total, unit = len(dataset) * len(recording.awaited), " examples"
     try:
-        for path, told in zip(paths, facts, strict=True):
-            recording.record(path, told)
+        with tqdm(total=total, desc="Recording", unit=unit, leave=False, disable=hidden) as recording.bar:
+            for path, told in zip(paths, facts, strict=True):
+                recording.record(path, told)
         index = recording.index
         assert index is not None
         run_on_main_process(lambda heartbeat: index.writer.require_grown())
@@ -144,6 +148,7 @@ class _SavedRecording:
         awaited (`list[Path]`): The folders that are still to be recorded.
         trainable (`bool`): Whether models are loaded as in training.
         taken (`list[str]`): Those of an index that grows that a folder was found to be.
+        bar (`tqdm`, *optional*): Of all examples at all checkpoints.
         index ([`SharedIndex`], *optional*), batches ([`SequentialBatches`], *optional*): Once it is opened.
     """
 
@@ -154,13 +159,13 @@ class _SavedRecording:
     settings: RecordingSettings
     batch_size: int
     seed: int
-    progress: bool
     encoding: Mapping[str, Any] | None
     grown: list[dict[str, Any]] | None = None
     whole: set[str] = field(default_factory=set)
     awaited: list[Path] = field(default_factory=list)
     trainable: bool = False
     taken: list[str] = field(default_factory=list)
+    bar: tqdm | None = None
     index: SharedIndex | None = None
     batches: SequentialBatches | None = None
 
@@ -169,7 +174,8 @@ class _SavedRecording:
         if self.index is not None and facts is not None and self.index.has_whole(facts["name"]):
             return
         dtypes = next((entry.get("dtypes") for entry in self.grown or () if entry["name"] == path.name), None)
-        model = load_model(path, dtypes=dtypes, device=default_device(), trainable=self.trainable)
+        with without_bars():
+            model = load_model(path, dtypes=dtypes, device=default_device(), trainable=self.trainable)
         if facts is None:
             facts = _recorded_facts(self.grown or (), model, path, taken=self.taken)
             self.taken.append(facts["name"])
@@ -191,7 +197,8 @@ class _SavedRecording:
         if self.settings.metric != "gradient":
             moments = moments_for(self.index, self.settings.metric, find, name=facts["name"])
         facts["path"] = stored_path(path, self.index.writer.folder)
-        record_checkpoint(self.index, recorder, self.batches, facts, second_moments=moments, progress=self.progress)
+        bar = False if self.bar is None else self.bar
+        record_checkpoint(self.index, recorder, self.batches, facts, second_moments=moments, progress=bar)
 
     def _require_same_layers(self, model: nn.Module, name: str) -> None:
         """Refuse a checkpoint whose layers have other shapes: its rows would be numbered otherwise."""

@@ -61,14 +61,9 @@ def make_prompt(
         ids = ids if mask is None or mask.shape != ids.shape else ids[mask.bool()]
     else:
         prompt = messages or record.get("prompt")
-        texts = (
-            [prompt]
-            if isinstance(prompt, str)
-            else [record[name] for name in text_fields(record)]
-            if not prompt
-            else None
-        )
-        ids = torch.tensor(encoding.encode_prompt(texts or prompt, tokenizer, ends=_writes_from_texts(model)))
+        if not prompt or isinstance(prompt, str):
+            prompt = [prompt] if prompt else [record[name] for name in text_fields(record)]
+        ids = torch.tensor(encoding.encode_prompt(prompt, tokenizer, ends=_writes_from_texts(model)))
     return Query({"input_ids": ids}, read_ids(tokenizer, ids.flatten().tolist()))
 
 
@@ -116,9 +111,7 @@ def keep_targets(
     targets: Sequence[Target | None],
     records: Sequence[Mapping[str, Any]],
     *,
-    model: nn.Module,
-    inputs: ModelInputs,
-    tokenizer: Any,
+    asked: tuple[nn.Module, ModelInputs, Any],
     first_position: int,
 ) -> None:
     """
@@ -128,7 +121,7 @@ def keep_targets(
         queries (`Sequence[Query]`): With labels that are tokens.
         targets (`Sequence`): A part of each answer, or where one begins and ends in characters; `None` for all of it.
         records (`Sequence[Mapping]`): What the queries were made of; a completion, last message or text is the answer.
-        model, inputs, tokenizer: What is asked.
+        asked (`tuple`): The model, what it takes, and its tokenizer.
         first_position (`int`): What errors call the first query.
 
     Raises:
@@ -138,17 +131,17 @@ def keep_targets(
         zip(queries, targets, records, strict=True), start=first_position
     ):
         if target is not None:
-            _keep_target(query, target, record, model=model, inputs=inputs, tokenizer=tokenizer, position=position)
+            _keep_target(query, target, record, *asked, position=position)
 
 
 def _keep_target(
     query: Query,
     target: Target,
     record: Mapping[str, Any],
-    *,
     model: nn.Module,
     inputs: ModelInputs,
     tokenizer: Any,
+    *,
     position: int,
 ) -> None:
     _require_writing(model, inputs, "`target`")

@@ -303,7 +303,7 @@ class InfluenceIndex(SavedIndex):
         continued, num_words = options.get("next_tokens") is not None, self.reader.embedding_shape[0]
         records = check_queries(queries, tokenizer, vocabulary_size=num_words, missing=missing, continued=continued)
         if options.get("target", ALL) != ALL:
-            options["target"] = targets_of(options["target"], len(records))
+            options["target"] = targets_of(options["target"], len(records)) or ALL
         return records
 
     @cached_property
@@ -317,6 +317,7 @@ class InfluenceIndex(SavedIndex):
         if options["scorer"] == "bm25":
             return self._lexical_scorer(records, options["next_tokens"], first_position)
         excluded = [*self._tokens("drop", options), *self._virtual_rows(options["virtual"])]
+        target = options["target"]
         recorded = self._recorder.record(
             records,
             batch_size=options["batch_size"],
@@ -324,7 +325,7 @@ class InfluenceIndex(SavedIndex):
             synonym_threshold=options["synonym_threshold"] if options["kernel"] == "synonym" else None,
             first_position=first_position,
             next_tokens=options["next_tokens"],
-            targets=None if options["target"] in (ALL, None) else options["target"][first_position:][: len(records)],
+            targets=target[first_position:][: len(records)] if isinstance(target, list) else None,
         )
         return QueryScorer(self.reader, recorded, excluded_tokens=excluded, cosine=bool(options["cosine"]))
 

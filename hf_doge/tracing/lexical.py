@@ -43,7 +43,7 @@ def lexical_index(reader: IndexReader, tokenizer: Any | None) -> LexicalIndex:
     return LexicalIndex([[token for token in ids if token not in special] for ids in texts])
 
 
-def text_query(record: Mapping[str, Any], tokenizer: Any | None) -> Query:
+def text_query(record: Mapping[str, Any], tokenizer: Any) -> Query:
     """A record of [`check_queries`] as a text, answer and all."""
     if "input_ids" in record:
         ids, mask = record["input_ids"], record.get("attention_mask")

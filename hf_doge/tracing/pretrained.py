@@ -16,6 +16,7 @@ import transformers
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from transformers.utils import logging
 
 from hf_doge.text import printable
 
@@ -247,6 +248,18 @@ def _num_labels(weights: Path) -> int | None:
     with safe_open(weights, framework="pt") as file:
         heads = [name for name in file.keys() if _HEAD.search(name)]  # noqa: SIM118
         return file.get_slice(heads[0]).get_shape()[0] if heads else None
+
+
+@contextmanager
+def without_bars() -> Iterator[None]:
+    """Without the bar that transformers shows for each model that it loads, where one bar is for many."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 @contextmanager

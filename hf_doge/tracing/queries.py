@@ -108,7 +108,7 @@ class SearchOptions(TypedDict, total=False):
     sentence_ends: Literal["count", "hide", "drop"] | None
     virtual: Literal["count", "drop"] | None
     next_tokens: int | None
-    target: Target | Sequence[Target]
+    target: Target | list[Target] | list[Target | None]
     batch_size: int
     scorer: Literal["tracin_we", "bm25"]
     cosine: bool | None

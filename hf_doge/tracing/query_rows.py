@@ -116,8 +116,8 @@ class QueryRecorder:
             if first:  # what the last checkpoint predicts is the label of a query without one
                 found.queries = self._make_queries(records, model, inputs, batch_size, first_position, next_tokens)
                 if targets is not None:
-                    facts = {"tokenizer": self.tokenizer, "first_position": first_position}
-                    keep_targets(found.queries, targets, records, model=model, inputs=inputs, **facts)
+                    asked = (model, inputs, self.tokenizer)
+                    keep_targets(found.queries, targets, records, asked=asked, first_position=first_position)
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message="The .* of the model are frozen")  # said before
                 with EmbeddingGradientRecorder(model, **self._options, verify=first) as recorder:

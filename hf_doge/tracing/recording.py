@@ -6,6 +6,7 @@ Rows are those of each example alone, in evaluation mode and the precision of th
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from itertools import pairwise
 from typing import Any, Protocol
 
@@ -77,7 +78,7 @@ def record_checkpoint(
     facts: Mapping[str, Any],
     *,
     second_moments: SecondMoments | None = None,
-    progress: bool = True,
+    progress: bool | tqdm = True,
 ) -> None:
     """
     Record all examples at the current weights; where an earlier recording of the same weights ended, if there is one.
@@ -99,7 +100,7 @@ def record_checkpoint(
         second_moments ([`SecondMoments`], *optional*):
             Adam's `v` of the embedding matrix, where the index is in its metric: rows are divided by `sqrt(sqrt(v) + eps)`.
             An interrupted recording continues, and a whole one grows, with the same only.
-        progress (`bool`): Whether to show a progress bar, of the main process's share.
+        progress (`bool` or `tqdm`): Whether to show a progress bar, of the main process's share; or a bar of many checkpoints.
 
     Raises:
         ValueError: if the embeddings were resized since the index was opened, an example cannot be recorded, or
@@ -133,7 +134,7 @@ class CheckpointShare:
         shares = share_ranges([(first, last) for first, last in told[0]["missing"]], len(able))
         return shares[able.index(process_index())] if process_index() in able else []
 
-    def record(self, batches: SequentialBatches, ranges: Sequence[Range], *, progress: bool = True) -> None:
+    def record(self, batches: SequentialBatches, ranges: Sequence[Range], *, progress: bool | tqdm = True) -> None:
         """Record the examples of some ranges."""
         run_on_all_processes(lambda heartbeat: self._record(batches, ranges, progress, heartbeat))
 
@@ -163,16 +164,19 @@ class CheckpointShare:
         return {**weights, "facts": self._writer.facts, "missing": self._writer.missing(), "one_sided": one_sided}
 
     def _record(
-        self, batches: SequentialBatches, ranges: Sequence[Range], progress: bool, heartbeat: Callable[[], None]
+        self, batches: SequentialBatches, ranges: Sequence[Range], progress: bool | tqdm, heartbeat: Callable[[], None]
     ) -> None:
         index, rank = self._index, process_index()
         if self._writer is None:
             self._writer = index.writer.checkpoint_part(self._facts, part=rank, borders=index.borders)
         count = sum(last - first for first, last in ranges)
-        total = count if num_processes() > 1 else len(batches)
-        name, hidden = f"Recording {self._facts['name']}", not progress or rank > 0
-        bar = tqdm(total=total, initial=total - count, desc=name, unit=" examples", leave=False, disable=hidden)
-        with bar, preserved_random_state(), self._recorder:
+        with self._bar(progress, count, len(batches)) as bar, preserved_random_state(), self._recorder:
+            end, rows_each = bar.n + count, 1.0
+            if bar is progress:  # of all examples, whosever they are, and those that are there
+                end = bar.n + len(batches)
+                rows_each = len(batches) / count if num_processes() > 1 and count else 1.0
+                bar.update(len(batches) - count if num_processes() == 1 else 0)
+            begin, done = bar.n, 0
             for first, last in ranges:
                 self._writer.begin(first, last)
                 for start, batch in batches.between(first, last):
@@ -182,8 +186,20 @@ class CheckpointShare:
                     if self._second_moments is not None:
                         rows = self._second_moments.measure(rows, one_sided=self._one_sided)
                     self._writer.add(rows)
-                    bar.update(len(rows))
+                    done += len(rows)
+                    bar.update(begin + round(done * rows_each) - bar.n)
                     heartbeat()
+            bar.update(end - bar.n)
+
+    def _bar(self, progress: bool | tqdm, count: int, num_examples: int) -> AbstractContextManager[tqdm]:
+        """The bar of this checkpoint, or that of many, which stays open."""
+        name = f"Recording {self._facts['name']}"
+        if not isinstance(progress, bool):
+            progress.set_description(name)
+            return nullcontext(progress)
+        total = count if num_processes() > 1 else num_examples
+        options = {"desc": name, "unit": " examples", "leave": False, "disable": not progress or process_index() > 0}
+        return tqdm(total=total, initial=total - count, **options)
 
 
 def share_ranges(ranges: Sequence[Range], num_shares: int) -> list[list[Range]]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_doge.text import parse_json
+from hf_doge.tracing.saved_rates import scheduled_rate
 
 logger = logging.getLogger(__name__)
 
@@ -31,11 +32,11 @@ def describe_checkpoint(path: Path, *, learning_rate: float | None = None) -> di
 
     Args:
         path (`Path`): Its folder.
-        learning_rate (`float`, *optional*): In force there; read from the log if left out.
+        learning_rate (`float`, *optional*): In force there; read from the log if left out, or see [`scheduled_rate`].
 
     Raises:
         FileNotFoundError: There is no such folder.
-        ValueError: The learning rate is not given, and the Trainer logged none at that step.
+        ValueError: The learning rate is not given, and no file tells it.
     """
     if not path.is_dir():
         raise FileNotFoundError(f"A checkpoint must be a folder, but {str(path)!r} is none. Look at its name.")
@@ -43,10 +44,13 @@ def describe_checkpoint(path: Path, *, learning_rate: float | None = None) -> di
     step = checkpoint_step(path)
     if learning_rate is None:
         learning_rate = logged_learning_rate(state.get("log_history", ()), step)
+    if learning_rate is None and step:
+        learning_rate = scheduled_rate(path, state, step)
     if learning_rate is None:
         raise ValueError(
             f"The learning rate in force at {str(path)!r} must be known, but its trainer_state.json has none logged at step"
-            f" {step}. Pass `learning_rates`, one for each checkpoint (all 1 weighs them alike)."
+            f" {step}, and neither training_args.bin nor scheduler.pt tells it. Pass `learning_rates`, one for each checkpoint (all 1 weighs"
+            " them alike)."
         )
     return {"name": path.name, "step": step or 0, "epoch": state.get("epoch"), "learning_rate": float(learning_rate)}
 

@@ -1,0 +1,146 @@
+"""Learning rates of checkpoints whose log has none at their step: from the schedule of the training."""
+
+import json
+import os
+import pickle
+import re
+
+import pytest
+import torch
+from transformers import Trainer, TrainingArguments
+from transformers.utils import logging
+
+from hf_doge import TracInWECallback
+from hf_doge.artifacts.influence import IndexReader
+from hf_doge.cli import main
+from hf_doge.tracing.inert_pickle import read_state
+from hf_doge.tracing.saved_checkpoints import describe_checkpoint
+from tests.tiny import tiny_classifier, tiny_tokenizer
+from tests.tracing.recorded_training import classification_data
+
+ROWS = [{"text": f"w{number + 3} w{number + 4}", "label": number % 2} for number in range(9)]
+SCHEDULES = {
+    "linear": {},
+    "linear, warmed up": {"warmup_steps": 2},
+    "warmed up for a part": {"warmup_steps": 0.3},
+    "cosine": {"lr_scheduler_type": "cosine", "warmup_steps": 1},
+    "constant": {"lr_scheduler_type": "constant_with_warmup", "warmup_steps": 4},
+    "polynomial": {"lr_scheduler_type": "polynomial", "lr_scheduler_kwargs": {"power": 2.0}},
+    "no optimizer": {"save_only_model": True, "lr_scheduler_type": "cosine"},
+    "some are logged": {"logging_strategy": "steps", "logging_steps": 3},
+}
+
+
+def train(folder, *, optimizers=(None, None), **options):
+    """Returns the checkpoints, and the rates that the callback has seen."""
+    quiet = {"report_to": [], "use_cpu": True, "disable_tqdm": True, "logging_strategy": "no"}
+    args = TrainingArguments(
+        folder / "run",
+        **{
+            "learning_rate": 3e-3,
+            "max_steps": 6,
+            "save_steps": 2,
+            "per_device_train_batch_size": 4,
+            **quiet,
+            **options,
+        },
+    )
+    callback = TracInWECallback(folder / "index", dataset=classification_data())
+    trainer = Trainer(
+        tiny_classifier() if optimizers[0] is None else optimizers[2],
+        args,
+        train_dataset=classification_data().remove_columns(["text", "domain"]),
+        processing_class=tiny_tokenizer(),
+        callbacks=[callback],
+        optimizers=optimizers[:2],
+    )
+    trainer.train()
+    reader = IndexReader.open(folder / "index")
+    paths = [folder / "run" / f"checkpoint-{step}" for step in (2, 4, 6)]
+    return paths, [one["learning_rate"] for one in reader.checkpoints]
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_the_schedule_of_the_training_tells_the_rate_of_each_step(tmp_path, name, caplog):
+    paths, expected = train(tmp_path, **SCHEDULES[name])
+    assert [describe_checkpoint(path)["learning_rate"] for path in paths] == pytest.approx(expected, rel=1e-9)
+    assert len(set(expected)) > 1
+    assert not [one for one in caplog.records if one.name.startswith("hf_doge")]
+
+
+def own_schedule(factor):
+    model = tiny_classifier()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.02)
+    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, factor), model
+
+
+def test_a_schedule_of_ones_own_is_told_by_what_comes_next(tmp_path, caplog):
+    paths, expected = train(tmp_path, optimizers=own_schedule(lambda step: 1 / (step + 1)))
+    found = [describe_checkpoint(path)["learning_rate"] for path in paths]
+    assert found == pytest.approx([0.02 / 3, 0.02 / 5, 0.02 / 7])
+    assert expected == pytest.approx([0.02 / 2, 0.02 / 4, 0.02 / 6])
+    assert len([one for one in caplog.records if "that of the next step" in one.getMessage()]) == 3
+    for path in paths:
+        (path / "scheduler.pt").unlink()
+        (path / "training_args.bin").unlink()
+    assert [describe_checkpoint(path)["learning_rate"] for path in paths] == pytest.approx(found)  # of optimizer.pt
+
+
+def test_what_the_optimizer_began_with_counts_and_not_the_arguments(tmp_path):
+    paths, expected = train(tmp_path, optimizers=own_schedule(lambda step: (6 - step) / 6))
+    found = [describe_checkpoint(path)["learning_rate"] for path in paths[:2]]  # behind the last one the rate is 0
+    assert found == pytest.approx(expected[:2], rel=1e-9)
+
+
+def test_a_rate_that_no_file_tells_is_asked_for(tmp_path):
+    paths, _ = train(tmp_path, optimizers=own_schedule(lambda step: max(0.0, 1 - step / 3)))
+    message = "has none logged at step 6, and neither training_args.bin nor scheduler.pt tells it"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        describe_checkpoint(paths[-1])
+    for name in ("scheduler.pt", "training_args.bin", "optimizer.pt"):
+        (paths[0] / name).write_bytes(b"no file of torch")
+    with pytest.raises(ValueError, match="none logged at step 2"):
+        describe_checkpoint(paths[0])
+
+
+class Harmful:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+def test_nothing_of_the_arguments_file_runs(tmp_path):
+    torch.save(Harmful(tmp_path / "made"), tmp_path / "training_args.bin")
+    assert read_state(tmp_path / "training_args.bin") == {}
+    args = TrainingArguments(
+        tmp_path / "run", learning_rate=0.25, lr_scheduler_type="cosine", report_to=[], use_cpu=True
+    )
+    args.harm = Harmful(tmp_path / "made")
+    torch.save(args, tmp_path / "training_args.bin")
+    state = read_state(tmp_path / "training_args.bin")
+    assert (state["learning_rate"], state["lr_scheduler_type"]) == (0.25, "cosine")
+    assert not (tmp_path / "made").exists()
+    (tmp_path / "training_args.bin").write_bytes(pickle.dumps(args.to_dict()))
+    assert read_state(tmp_path / "training_args.bin") == {}
+    assert read_state(tmp_path / "nothing.bin") == {}
+
+
+def test_an_ordinary_run_is_indexed_with_one_bar_for_all(tmp_path, capsys):
+    """By epoch, with nothing logged and no learning rate given; what was recorded in training is what is recorded again."""
+    _, expected = train(tmp_path)
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    argv = ["index", "--data", str(tmp_path / "data.jsonl"), "--output_dir", str(tmp_path / "again"), "--checkpoints"]
+    capsys.readouterr()
+    for steps in ([2], [2, 4, 6]):
+        assert main([*argv, *(str(tmp_path / "run" / f"checkpoint-{step}") for step in steps)]) == 0
+        shown = capsys.readouterr().err
+        total = len(ROWS) * (1 if steps == [2] else 2)
+        assert f"/{total} [" in shown
+        assert "Loading weights" not in shown
+        assert set(re.findall(r"Recording[^:]*:.*?/(\d+) \[", shown)) == {str(total)}
+    assert [one["learning_rate"] for one in IndexReader.open(tmp_path / "again").checkpoints] == pytest.approx(
+        expected
+    )
+    assert logging.is_progress_bar_enabled()
