@@ -16,7 +16,7 @@ from hf_doge.tracing.html import LEAST_SHARE, domain_of, hidden_share
 from hf_doge.tracing.index import InfluenceIndex
 from hf_doge.tracing.pretrained import load_tokenizer
 from hf_doge.tracing.processes import process_index
-from hf_doge.tracing.queries import KERNELS, SCORERS, SPECIAL_TOKENS, VIRTUAL, is_dialogue, text_fields
+from hf_doge.tracing.queries import KERNELS, SCORERS, SPECIAL_TOKENS, TEXT_FIELDS, VIRTUAL, is_dialogue, text_fields
 from hf_doge.tracing.targets import ALL
 
 NUM_WORDS = 6
@@ -224,7 +224,7 @@ def _lines(hits: Sequence[Mapping[str, Any]]) -> Iterator[str]:
                 facts = ", ".join(
                     [f"example {hit['example_id']}", *(_one_line(str(one)) for one in told if one is not None)]
                 )
-                yield f"  {hit['rank']:>4}  {hit['score']:+.3g}  {facts}  {_one_line(str(hit.get('text') or ''))}"
+                yield f"  {hit['rank']:>4}  {hit['score']:+.3g}  {facts}  {_one_line(_text_of(hit))}"
                 words = zip(hit["words"][:NUM_WORDS], hit["word_scores"], strict=False)
                 shown = [f"{_one_line(word)} {part:+.2g}" for word, part in words]
                 share = hidden_share(hit)
@@ -232,6 +232,16 @@ def _lines(hits: Sequence[Mapping[str, Any]]) -> Iterator[str]:
                 yield "        " + "; ".join(filter(None, [", ".join(shown), *hidden]))
     if len(hits) == 0:
         yield "No training example has a score other than 0."
+
+
+def _text_of(hit: Mapping[str, Any]) -> str:
+    """What there is to read of an example."""
+    names = [
+        names
+        for names in (*TEXT_FIELDS, ("prompt", "completion"))
+        if all(isinstance(hit.get(name), str) for name in names)
+    ]
+    return " ".join(hit[name] for name in names[0]) if names else ""
 
 
 def _one_line(text: str) -> str:
