@@ -74,7 +74,10 @@ class IndexArguments(PlaceArguments):
         default=None, metadata={"help": "Cut texts at so many tokens. Give what training had."}
     )
     learning_rates: list[float] | None = field(
-        default=None, metadata={"help": "In force at each checkpoint. Default: what the Trainer logged there."}
+        default=None,
+        metadata={
+            "help": "In force at each checkpoint. Default: what the Trainer logged there, or what its schedule says."
+        },
     )
     batch_size: int = field(default=8, metadata={"help": "Examples at once; changes no result."})
 

@@ -33,11 +33,8 @@ def lexical_index(reader: IndexReader, tokenizer: Any | None) -> LexicalIndex:
     else:
         raise ValueError(
             "`scorer='bm25'` compares texts, but this index holds none of its examples: neither their tokens (`input_ids`) nor"
-            + (
-                " their texts (it was published with `redact_text`)."
-                if reader.config.get("redacted")
-                else " their texts."
-            )
+            " one or two columns of their texts"
+            + (" (it was published with `redact_text`)." if reader.config.get("redacted") else ".")
             + f" Its columns are {examples.column_names}. Search where it was recorded, or by gradients."
         )
     return LexicalIndex([[token for token in ids if token not in special] for ids in texts])

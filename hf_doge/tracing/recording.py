@@ -170,13 +170,19 @@ class CheckpointShare:
         if self._writer is None:
             self._writer = index.writer.checkpoint_part(self._facts, part=rank, borders=index.borders)
         count = sum(last - first for first, last in ranges)
-        with self._bar(progress, count, len(batches)) as bar, preserved_random_state(), self._recorder:
-            end, rows_each = bar.n + count, 1.0
-            if bar is progress:  # of all examples, whosever they are, and those that are there
-                end = bar.n + len(batches)
-                rows_each = len(batches) / count if num_processes() > 1 and count else 1.0
-                bar.update(len(batches) - count if num_processes() == 1 else 0)
-            begin, done = bar.n, 0
+        total = count if num_processes() > 1 else len(batches)
+        name, hidden, rows_each = f"Recording {self._facts['name']}", not progress or rank > 0, 1.0
+        shown: AbstractContextManager[tqdm]
+        if isinstance(progress, bool):
+            end, begin = total, total - count
+            shown = tqdm(total=total, initial=begin, desc=name, unit=" examples", leave=False, disable=hidden)
+        else:  # the bar of many checkpoints, of all examples whosever they are, stays open
+            end, begin = progress.n + len(batches), progress.n + total - count
+            rows_each = len(batches) / max(count, 1) if total == count else 1.0
+            progress.set_description(name)
+            shown = nullcontext(progress)
+        done = 0
+        with shown as bar, preserved_random_state(), self._recorder:
             for first, last in ranges:
                 self._writer.begin(first, last)
                 for start, batch in batches.between(first, last):
@@ -190,16 +196,6 @@ class CheckpointShare:
                     bar.update(begin + round(done * rows_each) - bar.n)
                     heartbeat()
             bar.update(end - bar.n)
-
-    def _bar(self, progress: bool | tqdm, count: int, num_examples: int) -> AbstractContextManager[tqdm]:
-        """The bar of this checkpoint, or that of many, which stays open."""
-        name = f"Recording {self._facts['name']}"
-        if not isinstance(progress, bool):
-            progress.set_description(name)
-            return nullcontext(progress)
-        total = count if num_processes() > 1 else num_examples
-        options = {"desc": name, "unit": " examples", "leave": False, "disable": not progress or process_index() > 0}
-        return tqdm(total=total, initial=total - count, **options)
 
 
 def share_ranges(ranges: Sequence[Range], num_shares: int) -> list[list[Range]]:

@@ -291,6 +291,7 @@ def test_a_special_token_without_a_row_in_the_matrix_is_no_layer(tmp_path):
     assert all(token < num_words for token in index.config["special_token_ids"])
 
 
+@pytest.mark.filterwarnings("ignore:The parts 'embedding' of the model are frozen")
 def test_checkpoints_whose_layers_have_other_shapes_are_refused(adapted, tmp_path):
     folder, _ = adapted
     other = LoraConfig(r=2, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM", init_lora_weights=False)

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, T5Config, T5ForConditionalGenerat
 
 from hf_doge import InfluenceIndex
 from hf_doge.cli import main
+from hf_doge.cli.search import _text_of
 from hf_doge.gradients.example_losses import IGNORE_INDEX
 from hf_doge.tracing.after_training import record_dataset
 from hf_doge.tracing.queries import check_options
@@ -296,6 +297,8 @@ def test_the_command_traces_what_the_model_says_next(recorded, index, capsys, tm
     (tmp_path / "queries.jsonl").write_text(json.dumps({"prompt": PROMPTS[0], "id": "a"}) + "\n")
     assert main([*argv, "--queries", str(tmp_path / "queries.jsonl"), "--next_tokens", str(NUM), "--json"]) == 0
     assert json.loads(capsys.readouterr().out.splitlines()[0])["example_id"] == hit["example_id"]
+    shown = {"prompt": "Say", "completion": " it."}
+    assert (_text_of(shown), _text_of({**shown, "text": "All"}), _text_of({"label": 1})) == ("Say  it.", "All", "")
     (tmp_path / "queries.jsonl").write_text(json.dumps({**PAIR, "part": "winning"}) + "\n")
     more = ["--masking", "completion", "--json"]
     scores = []
