@@ -125,10 +125,10 @@ class Viewer:
             return _told(error)
         told = [*([] if self.label_names else ["label"]), *self.domain_columns]
         columns: dict[str, list[Any]] = {
+            "text": [self._text(row) for row in rows],  # the first column is the one to the left
             "example": rows["example_id"][:],
             "score": [f"{score:.3g}" for score in rows["score"]],
-            **{name: rows[name][:] for name in told},
-            "text": [self._text(row) for row in rows],
+            **{_title(name): rows[name][:] for name in told},
         }
         return _LABELS + html_table(columns)
 
@@ -150,12 +150,12 @@ class Viewer:
         rows = sorted(found, key=lambda row: -row["score"])
         largest = max(abs(row["score"]) for row in rows) or 1.0
         columns = {
-            column: [row["domain"] for row in rows],
+            _title(column): [row["domain"] for row in rows],
             "score": [f"{row['score']:+.3g}" for row in rows],
             "examples": [f"{row['num_examples']:,}" for row in rows],
         }
-        return _DOMAINS.format(escape_html(column)) + html_table(
-            columns, bars=[abs(r["score"]) / largest for r in rows]
+        return _DOMAINS.format(escape_html(_title(column))) + html_table(
+            columns, bars=[row["score"] / largest for row in rows]
         )
 
     def _rows(self, ids: Sequence[int]) -> Dataset:
@@ -182,6 +182,10 @@ class Viewer:
     def _snippet(self, row: Mapping[str, Any], number: int) -> str:
         facts = [str(row[name]) for name in self.domain_columns if row.get(name) is not None]
         return " · ".join([str(number), *map(printable, facts), self._text(row)])
+
+
+def _title(column: str) -> str:
+    return "label" if column == "label_name" else column
 
 
 def _told(reason: object) -> str:

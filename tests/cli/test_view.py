@@ -69,6 +69,7 @@ def test_a_text_has_the_hits_of_a_search_with_shaded_words_and_every_domain(view
     assert hits_of(hits) == [(hit["kind"], str(hit["rank"]), str(hit["example_id"])) for hit in found]
     _, told = read(domains)
     assert "By source" in told
+    assert "By label" in told
     assert SHOWN in told
     for column in ("source", "label_name"):
         for row in viewer.index.domain_influence(asked, column):
@@ -84,6 +85,13 @@ def test_scores_are_divided_as_asked(viewer):
         for row in viewer.index.domain_influence(["The market is new"], "source", cosine=cosine):
             assert f"{row['score']:+.3g}" in domains
     assert viewer.cosine is bool(viewer.index.config["metadata"]["search"]["cosine"])
+
+
+def test_domains_have_bars_by_their_score_and_none_below_0(viewer):
+    _, domains = viewer.trace("The market is new")
+    rows = re.findall(r"transparent ([\d.]+)%\)\">([-+][^<]+)</td>", domains)
+    assert len(rows) == 5  # two sources, three labels
+    assert all((float(bar) == 0) == (score.startswith("-")) for bar, score in rows)
 
 
 def test_a_training_example_is_traced_to_the_others(viewer):
@@ -244,5 +252,5 @@ def test_in_a_browser_texts_are_traced_and_rows_picked_and_labels_listed(browser
     page.wait_for_selector("h2:has-text('label 1')")
     page.get_by_role("tab", name="Suspicious labels").click()
     page.get_by_role("button", name="List them").click()
-    page.wait_for_selector("th:has-text('label_name')")
+    page.wait_for_selector("th:has-text('example')")
     assert page.locator("img[src=x]").count() == 0
