@@ -177,15 +177,16 @@ def plot(found: dict, target: str, path: Path) -> None:
     measures = [row for row in rows if row == target or row.startswith(f"{target},")]
     figure = Figure(figsize=(11, 3.6), layout="constrained")
     for axes, row in zip(figure.subplots(1, len(measures), sharey=True), measures, strict=True):
-        for name, rows in found["change_percent"].items():
-            mean, low, high = rows[row]
+        for mark, (name, changes) in zip("os^Dvp*X", found["change_percent"].items(), strict=False):
+            mean, low, high = changes[row]
             seconds = found["cpu_seconds"].get(name, 1)  # mixtures by a rule cost nothing
-            axes.errorbar(seconds, mean, [[mean - low], [high - mean]], fmt="o", capsize=3)
-            axes.annotate(name, (seconds, mean), xytext=(5, 5), textcoords="offset points", fontsize="small")
+            axes.errorbar(seconds, mean, [[mean - low], [high - mean]], fmt=mark, capsize=3, label=name)
         axes.axhline(0, color="black", linewidth=0.8, linestyle=(0, (1, 3)))
-        axes.set(xscale="log", xlim=(0.5, 5000), xlabel="CPU seconds of the route", title=row)
+        title = row.replace("calibrated", "at its own temperature").replace("adapted_", "steps on it: ")
+        axes.set(xscale="log", xlim=(0.5, 5000), xlabel="CPU seconds of the route", title=title)
         axes.spines[["top", "right"]].set_visible(False)
     figure.axes[0].set_ylabel("perplexity against equal parts, %")
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside right center", frameon=False)
     figure.savefig(path, dpi=120)
 
 
