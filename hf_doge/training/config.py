@@ -35,10 +35,10 @@ SELF_TERMS: dict[bool | str, bool | str] = {
 }
 SCORE_METRICS = ("gradient", "optimizer")
 MEAN_WEIGHTINGS = ("steps", "inverse_variance")
-# One of these without a recipe is meant as the paper has it: a `mu` above all, whose unit is another in "doge_plus".
-_INGREDIENTS = "mu", "normalization", "score_min", "score_max", "domain_max_grad_norm", "score_metric", "shrinkage"
+# Given without a recipe these are meant as the paper has them: a `mu` above all, whose unit is another in "doge_plus".
+_OF_THE_PAPER = "mu", "normalization", "score_min", "score_max", "domain_max_grad_norm"
 _MU = 0.01  # of the paper's universal runs
-_MU_IN_NATS = 3.0  # of "doge_plus"
+_MU_IN_NATS = 3.0  # of scores in nats
 ALIGNMENTS = ("auto", "single_pass", "per_domain", "streamed")
 
 
@@ -96,7 +96,8 @@ class DoGEConfig(TrainingArguments):
     `TrainingArguments` for learning domain weights with DoGE, https://huggingface.co/papers/2310.15393.
 
     Three recipes set the ingredients of the weight update; any ingredient given besides the recipe overrides it. Without a recipe it
-    is `"doge_plus"`, or, where an ingredient is given, `"paper"`:
+    is `"doge_plus"`, or `"paper"` where an ingredient of its is given: `mu`, `normalization`, `score_min`, `score_max`,
+    `domain_max_grad_norm`, `self_term="same"` or `"none"`, `score_metric="gradient"`:
 
     | | `recipe="paper"` | `recipe="official"` (the authors' code) | `recipe="doge_plus"` (ours) |
     |---|---|---|---|
@@ -137,8 +138,8 @@ class DoGEConfig(TrainingArguments):
     recipe: str | None = field(
         default=None,
         metadata={
-            "help": "Where the ingredients of the weight update come from: 'paper', 'official' or, ours, 'doge_plus' (in nats, "
-            "less noise). Default: 'doge_plus', or 'paper' where an ingredient (`mu`, `normalization`, `self_term`, ...) is given."
+            "help": "Where the ingredients of the weight update come from: 'doge_plus' (ours, in nats, the default), 'paper' (the "
+            "default where an ingredient of its is given: `mu`, `normalization`, ...) or 'official'."
         },
     )
     mu: float | None = field(
@@ -146,7 +147,7 @@ class DoGEConfig(TrainingArguments):
         metadata={
             "help": "Bregman coefficient of the weight update, exp(learning_rate * score / mu), or exp(score / mu) with "
             "`score_metric='optimizer'`. Smaller means faster weights. Must be > 0. The paper's runs use 0.01 (universal), "
-            "0.05 and 0.001 (out-of-domain). Default: what the recipe says, 0.01 or, 'doge_plus', 3 nats."
+            "0.05 and 0.001 (out-of-domain). Default: 3 with scores in nats ('doge_plus'), 0.01 otherwise. Without `recipe` it is the paper's."
         },
     )
     score_metric: str | None = field(
@@ -367,28 +368,26 @@ class DoGEConfig(TrainingArguments):
 
     def get_recipe(self) -> Recipe:
         """The ingredients in force: the recipe's, where none was given beside it."""
-        is_told = self.self_term is not True or any(getattr(self, one) is not None for one in _INGREDIENTS)
-        name = self.recipe or ("paper" if is_told else "doge_plus")
+        is_papers = self.self_term not in (True, "independent") or self.score_metric == "gradient"
+        is_papers |= any(getattr(self, one) is not None for one in _OF_THE_PAPER)
+        name = self.recipe or ("paper" if is_papers else "doge_plus")
         official, plus = name == "official", name == "doge_plus"
-        domain_max_grad_norm = self.domain_max_grad_norm
-        if domain_max_grad_norm is None and official:
-            domain_max_grad_norm = self.max_grad_norm
-        if domain_max_grad_norm == math.inf:
-            domain_max_grad_norm = None
+        metric = self.score_metric or ("optimizer" if plus else "gradient")
+        max_norm = self.max_grad_norm if self.domain_max_grad_norm is None and official else self.domain_max_grad_norm
         score_min = 0.0 if self.score_min is None and official else self.score_min
         score_max = 5.0 if self.score_max is None and official else self.score_max
         return Recipe(
             name=name,
-            mu=self.mu if self.mu is not None else (_MU_IN_NATS if plus else _MU),
+            mu=self.mu if self.mu is not None else (_MU_IN_NATS if metric == "optimizer" else _MU),
             normalization=self.normalization or ("mean_norm" if official else "none"),
             score_min=None if score_min == -math.inf else score_min,
             score_max=None if score_max == math.inf else score_max,
-            domain_max_grad_norm=domain_max_grad_norm or None,
+            domain_max_grad_norm=None if max_norm == math.inf else max_norm or None,
             smoothing=self.smoothing,
             self_term="independent" if plus and self.self_term is True else SELF_TERMS[self.self_term],
             burn_in_steps=self.burn_in_steps,
             reweight_steps=self.reweight_steps,
-            score_metric=self.score_metric or ("optimizer" if plus else "gradient"),
+            score_metric=metric,
             mean_weighting=self.mean_weighting,
             shrinkage=plus if self.shrinkage is None else self.shrinkage,
         )

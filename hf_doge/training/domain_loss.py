@@ -12,9 +12,11 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from hf_doge.gradients.sharding import is_sharded, reshard, without_gradient
 from hf_doge.gradients.vectors import Reduction
 from hf_doge.training.loss_law import LossLaw
+from hf_doge.training.loss_trials import has_first_label, unnoticed
 from hf_doge.training.packing import EXAMPLE_LENGTHS
 from hf_doge.training.step_gradients import DomainSlice, MicroBatch
 
+_SHIFT_TRIALS = 8  # steps whose first labels may fail to tell
 _PREDICT_IN_PLACE = {"XLMWithLMHeadModel", "XLNetLMHeadModel"}  # of the causal models whose name tells no loss
 _CAUSAL_MODELS = {*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()} - _PREDICT_IN_PLACE
 
@@ -35,6 +37,7 @@ class DomainLoss:
         self.trainer = trainer
         self.device = trainer.args.device
         self._is_divided: bool | None = None
+        self._num_shift_trials = _SHIFT_TRIALS
         self.is_settled = False  # whether all processes know what [`learn`] finds out
         self._process_scale = _process_scale(trainer)
         self._reduction = Reduction()
@@ -103,24 +106,42 @@ class DomainLoss:
         Raises:
             `ValueError`: if it is neither.
         """
+        with unnoticed(self.trainer):
+            self._try(batches)
+
+    def _try(self, batches: list[MicroBatch]) -> None:
+        if self._num_shift_trials:
+            self._learn_shift(batches)
         labelled = [batch for batch in batches if batch.items.any()]
         is_ready, is_learned = bool(labelled), self._is_divided is not None
         if self.uses_collectives:
             lacks = torch.tensor([not is_ready, not is_learned], dtype=torch.int64, device=self.device)
             is_ready, is_learned = (not lack for lack in self._reduction.max(lacks).tolist())
-        tries = is_ready and not is_learned
-        self._agree_on_shift(self._law(labelled).finds_shift() if tries else None)
-        for batch in batches:
-            batch.count_labels(labels_are_shifted=self.labels_are_shifted)
-        if tries:
+        if is_ready and not is_learned:
             self._learn(self._law(labelled))
-        self.is_settled = not self._max([self._is_divided is None])[0]
+        self.is_settled = not self._max([self._is_divided is None])[0] and not self._num_shift_trials
 
-    def _agree_on_shift(self, found: bool | None) -> None:
-        """Take over what some process has found, where no other has found the contrary."""
+    def _learn_shift(self, batches: list[MicroBatch]) -> None:
+        """
+        Try whether first labels count, where some process has any, and take over what is found where no process has found the
+        contrary; then count again. What cannot tell is tried a few times.
+        """
+        firsts = [has_first_label(batch.inputs) for batch in batches]
+        has_first, has_rows, lacks = self._max(
+            [any(first.any() for first in firsts), any(map(len, firsts)), not batches]
+        )
+        if not has_rows and not lacks:  # but one label for each example
+            self._num_shift_trials = 0
+        if not has_first or (lacks and self.uses_collectives):
+            return
+        found = self._law(batches).finds_shift() if batches else None
+        reshard(self.trainer.model)
         is_shifted, is_not = self._max([found is True, found is False])
+        self._num_shift_trials = 0 if is_shifted or is_not else self._num_shift_trials - 1
         if is_shifted != is_not:
             self.labels_are_shifted = bool(is_shifted)
+        for batch in batches:
+            batch.count_labels(labels_are_shifted=self.labels_are_shifted)
 
     def _max(self, values: list[bool]) -> list[int]:
         """Over the processes."""

@@ -16,11 +16,12 @@ from hf_doge.training.loss_trials import (
     IGNORED,
     Targets,
     can_be_cast,
+    has_first_label,
     is_integer,
     louder,
+    other_label,
     random_states,
     undisturbed,
-    without_label,
 )
 from hf_doge.training.packing import EXAMPLE_LENGTHS
 from hf_doge.training.step_gradients import DomainSlice, MicroBatch, RandomReplay, count_items
@@ -116,25 +117,27 @@ class LossLaw:
 
     def finds_shift(self) -> bool | None:
         """
-        Whether the first label of a row is left out, as by a loss that predicts each label from the position before: the loss
-        is the same without it, but not without the last one. `None` if these batches cannot tell.
+        Whether the first label of a row is left out, as by a loss that predicts each label from the position before: the loss is
+        the same with another first label, but not with another last one. `None` if these batches cannot tell.
         """
-        batch, rows = self._largest
-        piece, labels = batch.pick(rows), None
+        batch = max(self._batches, key=lambda batch: has_first_label(batch.inputs).sum())
+        has_first = has_first_label(batch.inputs)
+        can_tell = bool(has_first.any()) and not batch.in_line
+        rows = has_first.nonzero().squeeze(1) if can_tell else torch.arange(batch.num_examples)
+        piece = batch.pick(rows[:_MAX_EXAMPLES])
         with undisturbed(self.model, self._device, casts=self._casts), torch.no_grad():
             self.model.eval()
             with self._targets:
-                self._compute_loss(piece, piece.num_items)
-            if self._label_name == "labels" and self._can_be_ignored and not batch.in_line:
-                labels = piece.inputs["labels"]
+                self._compute_loss(piece, max(piece.num_items, 1))
+            altered = [other_label(piece.inputs["labels"], at) if can_tell else {} for at in (0, -1)]
             with louder(self.model, _LOUDER[0]):
                 whole, again, first, last = (
                     self._value(DomainSlice({**piece.inputs, **one}, piece.num_items), piece.num_items)
-                    for one in ({}, {}, without_label(labels, 0), without_label(labels, -1))
+                    for one in ({}, {}, *altered)
                 )
         room = abs(whole - again) + _DOUBLED_TOLERANCE * abs(whole)
         changes = [abs(loss - whole) / room if room else 0.0 for loss in (first, last)]
-        if not without_label(labels, 0) or not isfinite(sum(changes)) or changes[1] < 100:
+        if not can_tell or not isfinite(sum(changes)) or changes[1] < 100:
             return None
         return True if changes[0] <= 1 else False if changes[0] > 100 else None
 
@@ -385,7 +388,7 @@ def _group(batches: Sequence[MicroBatch]) -> tuple[list[tuple[MicroBatch, Tensor
         pairs += [(batch, rows[start : start + 2]) for start in range(0, len(rows) - 1, 2)]
         tensors = [value for value in batch.inputs.values() if torch.is_tensor(value) and value.dim() > 0]
         can_be_repeated = not batch.in_line and all(len(value) == batch.num_examples for value in tensors)
-        singles.append((batch, rows[[0, 0]] if can_be_repeated else rows[:1]))
+        singles.append((batch, rows[[0, 0]] if can_be_repeated and len(rows) else rows[:1]))
     groups = pairs or singles
     largest = max(batches, key=lambda batch: int((batch.items > 0).sum()))
     rows = (largest.items > 0).nonzero().squeeze(1)[:_MAX_EXAMPLES]

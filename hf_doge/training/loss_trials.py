@@ -1,8 +1,9 @@
 """A model that is tried out: left as it was to the bit, its outputs made louder, the targets of its loss noted."""
 
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from copy import deepcopy
 from itertools import chain
 from typing import Any
 
@@ -18,6 +19,7 @@ from hf_doge.gradients.sharding import is_sharded
 from hf_doge.gradients.vectors import is_spread
 
 IGNORED = -100
+_NOTED = ("_metrics", "_total_train_tokens")
 
 
 class Targets(TorchFunctionMode):
@@ -80,21 +82,42 @@ def is_integer(value: Any, least_dims: int) -> bool:
     )
 
 
-def without_label(labels: Tensor | None, at: int) -> dict[str, Tensor]:
+def has_first_label(inputs: Mapping[str, Any]) -> Tensor:
+    """Of which examples the first label along the last axis counts, unless the loss leaves it out: bool of shape `(B,)` or empty."""
+    labels = inputs.get("labels")
+    if "shift_labels" in inputs or not is_integer(labels, 2):
+        return torch.zeros(0, dtype=torch.bool)
+    return labels[..., 0].ne(IGNORED).reshape(len(labels), -1).any(dim=1).cpu()
+
+
+def other_label(labels: Tensor, at: int) -> dict[str, Tensor]:
     """
-    An input for labels of shape `(B, T, ...)` without those at the first position of each row (`at=0`), or without the last that
-    a row has (`at=-1`); none where there is nothing to leave out.
+    An input for labels of shape `(B, ..., T)` with another of their classes at the first position of each row (`at=0`), or at the
+    last that has a label (`at=-1`); ignored ones stay.
     """
-    if labels is None or labels.dim() < 2 or not labels[:, 0].ne(IGNORED).any():
-        return {}
-    rest = labels.clone()
-    if at == 0:
-        rest[:, 0] = IGNORED
-    else:
-        rows = rest.flatten(1)  # of the same memory
-        from_end = rows.ne(IGNORED).flip(1).int().argmax(dim=1)
-        rows[torch.arange(len(rows)), rows.shape[1] - 1 - from_end] = IGNORED
-    return {"labels": rest}
+    rows = labels.reshape(-1, labels.shape[-1]).clone()
+    numbers, places = torch.arange(len(rows)), torch.zeros(len(rows), dtype=torch.long)
+    if at == -1:
+        places = rows.shape[1] - 1 - rows.ne(IGNORED).flip(1).int().argmax(dim=1)
+    classes = rows[rows != IGNORED].unique()
+    old = rows[numbers, places]
+    if len(classes) > 1:
+        others = classes[(torch.searchsorted(classes, old) + 1) % len(classes)]
+    else:  # of which the loss knows one more than this, in all likelihood
+        others = (old - 1).abs()
+    rows[numbers, places] = torch.where(old == IGNORED, old, others)
+    return {"labels": rows.reshape(labels.shape)}
+
+
+@contextmanager
+def unnoticed(trainer: Any) -> Iterator[None]:
+    """What trl's trainers note of every loss stays as it was."""
+    kept = {name: deepcopy(getattr(trainer, name)) for name in _NOTED if hasattr(trainer, name)}
+    try:
+        yield
+    finally:
+        for name, value in kept.items():
+            setattr(trainer, name, value)
 
 
 def can_be_cast(model: nn.Module) -> bool:

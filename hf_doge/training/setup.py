@@ -24,7 +24,7 @@ from hf_doge.training.recipe import Recipe
 logger = logging.getLogger(__name__)
 
 
-def refuse_unsupported(args: Any, train_dataset: Any, *, has_target: bool) -> None:
+def refuse_unsupported(args: Any, train_dataset: Any, *, has_target: bool, has_optimizer: bool) -> None:
     """Raise a `ValueError` for what would give a wrong number, saying what to do instead."""
     if not isinstance(args, DoGEConfig):
         raise ValueError(f"`args` must be a `DoGEConfig`, but got {type(args).__name__}.")
@@ -41,20 +41,15 @@ def refuse_unsupported(args: Any, train_dataset: Any, *, has_target: bool) -> No
             "`mode='online'` must be able to read any row by its number, so every domain must be a `datasets.Dataset`, "
             "but got streams. Load them without `streaming=True`, or set `mode='proxy'`."
         )
-    refuse_unsupported_arguments(args, has_target=has_target)
+    refuse_unsupported_arguments(args, has_target=has_target, has_optimizer=has_optimizer)
 
 
-def refuse_unsupported_arguments(args: DoGEConfig, *, has_target: bool) -> None:
+def refuse_unsupported_arguments(args: DoGEConfig, *, has_target: bool, has_optimizer: bool) -> None:
     """The part of [`refuse_unsupported`] that does not depend on the data."""
     if args.recipe == "official" and not has_target:
         raise ValueError(
             "`recipe='official'` compares with a held-out set, but `target_dataset` is None. Pass a held-out mix of "
             "your domains as `target_dataset`, or use `recipe='paper'`."
-        )
-    if args.get_recipe().score_metric == "optimizer" and "adam" not in str(args.optim).lower():
-        raise ValueError(
-            "`score_metric='optimizer'`, as the recipe 'doge_plus' has it (the default), divides by the second moments that Adam and "
-            f"AdamW keep, but `optim` is {str(args.optim.value)!r}. Use `optim='adamw_torch'`, say, or `recipe='paper'`."
         )
     refused = {
         "DataParallel over several GPUs": (args.n_gpu > 1, "Set CUDA_VISIBLE_DEVICES to one GPU."),
@@ -77,6 +72,12 @@ def refuse_unsupported_arguments(args: DoGEConfig, *, has_target: bool) -> None:
     for what, (is_used, advice) in refused.items():
         if is_used:
             raise ValueError(f"DoGETrainer does not learn the right weights with {what} yet. {advice}")
+    optim = str(getattr(args.optim, "value", args.optim))
+    if args.get_recipe().score_metric == "optimizer" and "adam" not in optim.lower() and not has_optimizer:
+        raise ValueError(
+            "`score_metric='optimizer'`, as the recipe 'doge_plus' has it (the default), divides by the second moments that Adam and "
+            f"AdamW keep, but `optim` is {optim!r}. Use `optim='adamw_torch'`, say, or `recipe='paper'`."
+        )
 
 
 def refuse_unsupported_engine(trainer: Trainer) -> None:
@@ -184,6 +185,7 @@ def choose_alignment(
     needed = num_domains * sum(num_own_elements(p) * p.element_size() for _, p in parameters) / 2**30
     fits = needed <= args.gradient_memory_budget
     choice, reason = _choose_way(args, fits=fits, uses_collectives=uses_collectives, shards=uses_fsdp(trainer))
+    logger.info("Recipe: %s, mu %g.", recipe.name, recipe.mu)
     logger.info(
         "Alignment: %s (%s); keeping the gradients of %d domains takes %.3g GiB of the budget of %g GiB.",
         choice,

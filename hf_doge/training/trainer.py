@@ -44,10 +44,9 @@ class DoGEMixin(DomainWeightedMixin):
     ```
 
     `args.mode="proxy"`, the paper's: every optimizer step draws the same number of examples from every domain, compares
-    each domain's gradient `g_j` with the target's, updates the weights by `alpha_j *= exp(lr * <g_j, G> / mu)`, and steps
-    the model with `sum_j alpha_j g_j`, the new weights. `g_j` is the gradient of the domain's mean loss over its own tokens
-    of the whole step, over all micro-batches and processes. Departures from the paper, where one is not asked for in the
-    arguments: none in the formulas; a domain without a token in a step keeps its share and the others step the model in
+    each domain's gradient `g_j` with the target's, updates the weights by `alpha_j *= exp(lr * <g_j, G> / mu)` (or by the recipe of
+    [`DoGEConfig`]), and steps the model with `sum_j alpha_j g_j`, the new weights. `g_j` is the gradient of the domain's mean loss over its own tokens
+    of the whole step, over all micro-batches and processes. Departures from the paper by `recipe="paper"`: none in the formulas; a domain without a token in a step keeps its share and the others step the model in
     proportion.
 
     `args.mode="online"`, ours, after the authors' later work (DGA, https://huggingface.co/papers/2410.02498; GRAPE): no
@@ -114,7 +113,8 @@ class DoGEMixin(DomainWeightedMixin):
         max_epochs_per_domain: float | None = None,
         **kwargs: Any,
     ) -> None:
-        refuse_unsupported(args, train_dataset, has_target=target_dataset is not None)
+        brings = any(kwargs.get("optimizers") or ()) or kwargs.get("optimizer_cls_and_kwargs") is not None
+        refuse_unsupported(args, train_dataset, has_target=target_dataset is not None, has_optimizer=brings)
         assert args is not None
         domains: DomainIndex | StreamDomains
         if is_streamed := holds_streams(train_dataset):
@@ -190,7 +190,8 @@ class DoGEMixin(DomainWeightedMixin):
             raise ValueError(f"`args` must be a `DoGEConfig`, but is a {type(args).__name__} now.")
         super()._read_arguments()
         args.check_arguments()
-        refuse_unsupported_arguments(args, has_target=self._targets is not None)
+        has_target, has_optimizer = self._targets is not None, self.optimizer is not None
+        refuse_unsupported_arguments(args, has_target=has_target, has_optimizer=has_optimizer)
         self._refuse_lost_domains(args, names, has_target=self._targets is not None)
         plan = self._plan(names)
         if args.is_online:

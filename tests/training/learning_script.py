@@ -215,6 +215,7 @@ REFUSED = {
         "fsdp": True,
         "fsdp_config": {"fsdp_version": 2, "state_dict_type": "FULL_STATE_DICT"},
         "optim": "sgd",
+        "recipe": "paper",
     },
     "tensor parallelism": {"save_strategy": "no"},
     "own loss": {"alignment": "single_pass"},

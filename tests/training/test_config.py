@@ -59,9 +59,8 @@ def test_without_a_recipe_scores_are_in_nats_across_halves_and_weights_are_shrun
         {"score_max": 5.0},
         {"domain_max_grad_norm": 1.0},
         {"self_term": False},
-        {"self_term": "independent"},
+        {"self_term": "same"},
         {"score_metric": "gradient"},
-        {"shrinkage": True},
     ],
 )
 def test_without_a_recipe_an_ingredient_is_meant_as_the_paper_has_it(tmp_path, ingredient):
@@ -69,6 +68,20 @@ def test_without_a_recipe_an_ingredient_is_meant_as_the_paper_has_it(tmp_path, i
     assert recipe == config(tmp_path, recipe="paper", **ingredient).get_recipe()
     assert recipe.name == "paper"
     assert config(tmp_path, recipe="doge_plus", mu=5.0).get_recipe().score_metric == "optimizer"
+
+
+@pytest.mark.parametrize(
+    "ingredient",
+    [{"shrinkage": False}, {"self_term": "independent"}, {"score_metric": "optimizer"}, {"smoothing": 0.1}],
+)
+def test_what_is_not_the_papers_leaves_the_default(tmp_path, ingredient):
+    recipe = config(tmp_path, **ingredient).get_recipe()
+    assert recipe == config(tmp_path, recipe="doge_plus", **ingredient).get_recipe()
+
+
+def test_mu_is_in_the_unit_of_the_scores(tmp_path):
+    assert config(tmp_path, recipe="paper", score_metric="optimizer").get_recipe().mu == 3.0
+    assert config(tmp_path, recipe="doge_plus", score_metric="gradient").get_recipe().mu == 0.01
 
 
 def test_an_ingredient_given_beside_the_recipe_overrides_it(tmp_path):

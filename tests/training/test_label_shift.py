@@ -51,19 +51,21 @@ def collate(features):
     return {name: torch.tensor(value) for name, value in padded.items()}
 
 
+OPTIONS = {
+    "per_device_train_batch_size": 12,
+    "max_steps": 4,
+    "mu": 0.1,
+    "optim": "sgd",
+    "alignment": "per_domain",
+    "use_cpu": True,
+    "report_to": "none",
+    "save_strategy": "no",
+    "disable_tqdm": True,
+}
+
+
 def learn(folder, model, label, loss_func=None):
-    args = DoGEConfig(
-        str(folder),
-        per_device_train_batch_size=12,
-        max_steps=4,
-        mu=0.1,
-        optim="sgd",
-        alignment="per_domain",
-        use_cpu=True,
-        report_to="none",
-        save_strategy="no",
-        disable_tqdm=True,
-    )
+    args = DoGEConfig(str(folder), **OPTIONS)
     trainer = DoGETrainer(
         model, args, train_dataset=domains(label), data_collator=collate, compute_loss_func=loss_func
     )
@@ -118,6 +120,65 @@ def test_labels_shifted_by_the_data_are_all_counted(tmp_path):
     expected, _ = learn(tmp_path / "model", tiny_llama(), lambda row: row)
     assert not trainer._learner._loss.labels_are_shifted
     torch.testing.assert_close(found, expected, atol=1e-7, rtol=0)
+
+
+class Confident(nn.Module):
+    """Labels in place, divided; sure of the first of each row, so that leaving it out changes no loss that is made louder."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.head = nn.Embedding(VOCAB, 8), nn.Linear(8, VOCAB)
+
+    def forward(self, input_ids, attention_mask=None, labels=None, **kwargs):
+        logits = self.head(self.embed(input_ids))
+        logits[:, 0, 1] += 20
+        loss = F.cross_entropy(logits.flatten(end_dim=1), labels.flatten(), reduction="sum")
+        return CausalLMOutput(loss=loss / kwargs["num_items_in_batch"], logits=logits)
+
+
+def test_a_first_label_that_is_foreseen_is_counted_all_the_same(tmp_path):
+    _, trainer = learn(tmp_path, Confident(), lambda row: [1, *row[1:]])
+    assert not trainer._learner._loss.labels_are_shifted
+    assert trainer._learner.state.num_tokens.tolist() == [24 * 3, 24 * 12]
+
+
+@pytest.mark.parametrize(
+    ("label", "loss"),
+    [
+        (lambda row: row[0], lambda logits, labels: F.cross_entropy(logits[:, -1], labels, reduction="sum")),
+        (lambda row: [row[0]], lambda logits, labels: F.cross_entropy(logits[:, -1], labels[:, 0], reduction="sum")),
+    ],
+    ids=["(B,)", "(B, 1)"],
+)
+def test_one_label_for_each_row_of_a_causal_model_is_counted(tmp_path, label, loss):
+    def of_outputs(outputs, labels, num_items_in_batch=None):
+        return loss(outputs.logits, labels) / num_items_in_batch
+
+    def together(features):
+        labels = torch.tensor([feature["labels"] for feature in features])
+        rest = collate([{**feature, "labels": []} for feature in features])
+        return {**rest, "labels": labels}
+
+    args = DoGEConfig(str(tmp_path), **OPTIONS)
+    trainer = DoGETrainer(
+        tiny_gpt2(), args, train_dataset=domains(label), data_collator=together, compute_loss_func=of_outputs
+    )
+    trainer.train()
+    assert trainer._learner.state.num_tokens.tolist() == [24, 24]
+
+
+def test_rows_with_a_first_label_that_come_later_are_tried_when_they_come(tmp_path):
+    """Micro-batches of one: the first domain has no first label to tell by."""
+    args = DoGEConfig(
+        str(tmp_path),
+        **{**OPTIONS, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 8, "max_steps": 1},
+    )
+    some = domains(lambda row: row)
+    some["long"] = some["long"].map(lambda row: {"labels": [-100] * 9 + row["labels"][9:]})
+    trainer = DoGETrainer(OwnShift(is_mean=False), args, train_dataset=some, data_collator=collate)
+    trainer.train()
+    assert trainer._learner.state.num_tokens.tolist() == [4 * 2, 4 * 3]
 
 
 def tiny(cls, config, **options):
