@@ -134,14 +134,14 @@ def test_the_code_of_the_readme_runs(tmp_path, monkeypatch, capsys):
 
     scope["model"] = scope["proxy"]
     scope["args"] = TrainingArguments("model", max_steps=2, report_to=[], use_cpu=True)
-    scope["domain_of_each_row"] = [name for name in scope["names"] for _ in range(3)]
-    scope["streams"] = {name: rows.to_iterable_dataset() for name, rows in scope["train"].items()}
-    scope["paths"] = {name: f"/data/{name}" for name in scope["names"]}
+    scope["domain_of_each_row"] = [name for name in scope["sources"] for _ in range(3)]
+    scope["streams"] = {name: rows.to_iterable_dataset() for name, rows in scope["sources"].items()}
+    scope["paths"] = {name: f"/data/{name}" for name in scope["sources"]}
     exec(use, scope)
     assert "/data/licences" in capsys.readouterr().out
     scope["trainer"].train()
     assert next(iter(scope["stream"]))["input_ids"]
-    assert len(list(scope["sampler"])) == 15
+    assert len(list(scope["sampler"])) == 12
 
     tokenizer = wordpiece_tokenizer()
     scope |= {
