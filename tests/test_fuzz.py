@@ -236,7 +236,7 @@ def test_doge_config(tmp_path):
         call,
         {
             "mu": number(lambda value: 1 / RATE <= value <= RATE, none=True),
-            "recipe": choice("paper", "official", "doge_plus"),
+            "recipe": choice(None, "paper", "official", "doge_plus"),
             "mode": choice("proxy", "online"),
             "alignment": choice("auto", "single_pass", "per_domain", "streamed"),
             "normalization": choice(None, "none", "mean_norm", "cosine"),

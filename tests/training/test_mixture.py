@@ -477,7 +477,7 @@ def test_learning_refuses_a_sampler_of_ones_own_and_the_pairs_of_preference_trai
     class Learning(DoGEMixin, Ordered):
         pass
 
-    args = arguments(tmp_path, DoGEConfig)
+    args = arguments(tmp_path, DoGEConfig, recipe="paper")
     with pytest.raises(ValueError, match="`_get_train_sampler` of Ordered returns a SequentialSampler"):
         Learning(tiny_llama(), args, train_dataset=three_domains())
 
@@ -520,7 +520,7 @@ def test_the_domain_column_reaches_neither_collator_nor_model_where_all_columns_
     if is_merged:
         train = concatenate_datasets([data.add_column("domain", [0] * 4) for data in train.values()])
     weights = {} if cls is DoGETrainer else {"domain_weights": {"0": 1.0} if is_merged else WEIGHTS}
-    args = arguments(tmp_path, DoGEConfig, remove_unused_columns=False, max_steps=1)
+    args = arguments(tmp_path, DoGEConfig, recipe="paper", remove_unused_columns=False, max_steps=1)
     trainer = cls(tiny_bert(), args, train_dataset=train, **weights)
     assert "domain" not in next(iter(trainer.get_train_dataloader()))
     trainer.train()
