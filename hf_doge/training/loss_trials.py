@@ -84,7 +84,7 @@ def is_integer(value: Any, least_dims: int) -> bool:
 
 def has_first_label(inputs: Mapping[str, Any]) -> Tensor:
     """Of which examples the first label along the last axis counts, unless the loss leaves it out: bool of shape `(B,)` or empty."""
-    labels = inputs.get("labels")
+    labels: Any = inputs.get("labels")
     if "shift_labels" in inputs or not is_integer(labels, 2):
         return torch.zeros(0, dtype=torch.bool)
     return labels[..., 0].ne(IGNORED).reshape(len(labels), -1).any(dim=1).cpu()
