@@ -138,16 +138,16 @@ class DoGEConfig(TrainingArguments):
     recipe: str | None = field(
         default=None,
         metadata={
-            "help": "Where the ingredients of the weight update come from: 'doge_plus' (ours, in nats, the default), 'paper' (the "
-            "default where an ingredient of its is given: `mu`, `normalization`, ...) or 'official'."
+            "help": "Where the ingredients of the weight update come from: 'doge_plus', ours and the default, 'official', or 'paper', "
+            "the default where `mu` or another ingredient of its is given."
         },
     )
     mu: float | None = field(
         default=None,
         metadata={
-            "help": "Bregman coefficient of the weight update, exp(learning_rate * score / mu), or exp(score / mu) with "
-            "`score_metric='optimizer'`. Smaller means faster weights. Must be > 0. The paper's runs use 0.01 (universal), "
-            "0.05 and 0.001 (out-of-domain). Default: 3 with scores in nats ('doge_plus'), 0.01 otherwise. Without `recipe` it is the paper's."
+            "help": "Bregman coefficient of the weight update, exp(learning_rate * score / mu), the paper's unless a recipe is given, or "
+            "exp(score / mu) with `score_metric='optimizer'`. Smaller means faster weights. Must be > 0. The paper's runs use 0.01 (universal), "
+            "0.05 and 0.001 (out-of-domain). Default: 3 with scores in nats ('doge_plus'), 0.01 otherwise."
         },
     )
     score_metric: str | None = field(
