@@ -138,8 +138,8 @@ class DoGEConfig(TrainingArguments):
     recipe: str | None = field(
         default=None,
         metadata={
-            "help": "Where the ingredients of the weight update come from: 'doge_plus', ours and the default, 'official', or 'paper', "
-            "the default where `mu` or another ingredient of its is given."
+            "help": "Ingredients of the weight update: 'doge_plus' (ours, the default), 'paper' (the default where `mu` or another "
+            "ingredient of its is given) or 'official', the authors' code."
         },
     )
     mu: float | None = field(

@@ -60,7 +60,7 @@ def test_all_arguments_of_the_trainer_are_shown_when_asked_for(command, help_of)
 
 def test_the_first_sentence_of_a_flag_is_shown_and_the_rest_when_asked_for(help_of):
     brief, whole = (" ".join(help_of("learn", flag).split()) for flag in ("--help", "--help_all"))
-    assert "Bregman coefficient of the weight update, exp(learning_rate * score / mu), or" in brief
+    assert "Bregman coefficient of the weight update, exp(learning_rate * score / mu), the" in brief
     assert "The paper's runs use 0.01 (universal)" not in brief
     assert "The paper's runs use 0.01 (universal)" in whole
 
