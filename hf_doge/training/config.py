@@ -138,8 +138,8 @@ class DoGEConfig(TrainingArguments):
     recipe: str | None = field(
         default=None,
         metadata={
-            "help": "Ingredients of the weight update: 'doge_plus' (ours, the default), 'paper' (the default where `mu` or another "
-            "ingredient of its is given) or 'official', the authors' code."
+            "help": "Ingredients of the weight update: 'paper', 'official' or, by default, 'doge_plus', ours; 'paper' where `mu` is "
+            "given. So it is where another ingredient of the paper's is given."
         },
     )
     mu: float | None = field(
