@@ -2,15 +2,20 @@
 The plain values in a file of `torch.save`, such as `training_args.bin`, without running any of it.
 
 A pickle names classes and functions, which are called as it is loaded. Here every name stands for an empty shell, which does
-nothing and keeps what it is given, so that numbers, texts and dictionaries of them come back, and nothing else.
+nothing and keeps what it is given, so that numbers, texts and dictionaries of them come back, and nothing else. What the
+pickle asks for is counted before it is loaded, since a few bytes can ask for all of the memory.
 """
 
+import io
 import pickle
+import pickletools
 import zipfile
 from pathlib import Path
 from typing import Any
 
-_LARGEST = 2**20  # bytes; arguments take some thousands
+_LARGEST = 2**18  # bytes; arguments take some thousands
+_MOST_OPERATIONS = 20_000  # arguments take some hundreds; more could nest or collide without end
+_MEMO = frozenset({"PUT", "BINPUT", "LONG_BINPUT"})  # each makes room for as many objects as its number says
 
 
 class _Shell:
@@ -63,7 +68,9 @@ def read_state(path: Path) -> dict[str, Any]:
             if len(names) != 1 or names[0].file_size > _LARGEST:
                 return {}
             with archive.open(names[0]) as file:
-                found = _InertUnpickler(file).load()
+                content = file.read(_LARGEST)
+        _require_small(content)
+        found = _InertUnpickler(io.BytesIO(content)).load()
     except Exception:  # whoever wrote it can make any error of it
         return {}
     state = found.state if isinstance(found, _Shell) else None
@@ -71,6 +78,13 @@ def read_state(path: Path) -> dict[str, Any]:
         return {}
     values = {name: _plain(value) for name, value in state.items() if isinstance(name, str)}
     return {name: value for name, value in values.items() if value is not None}
+
+
+def _require_small(content: bytes) -> None:
+    """Raises `ValueError` where loading takes more time or memory than the length of the pickle says."""
+    for number, (operation, given, _) in enumerate(pickletools.genops(content)):  # refuses lengths that are not there
+        if number >= _MOST_OPERATIONS or (operation.name in _MEMO and given >= _MOST_OPERATIONS):
+            raise ValueError(f"A pickle of arguments must be small, but its operation {number} is {operation.name}.")
 
 
 def _plain(value: Any) -> Any:

@@ -4,6 +4,8 @@ import json
 import os
 import pickle
 import re
+import resource
+import zipfile
 
 import pytest
 import torch
@@ -125,6 +127,23 @@ def test_nothing_of_the_arguments_file_runs(tmp_path):
     (tmp_path / "training_args.bin").write_bytes(pickle.dumps(args.to_dict()))
     assert read_state(tmp_path / "training_args.bin") == {}
     assert read_state(tmp_path / "nothing.bin") == {}
+
+
+FLOODS = {
+    "a large memo": b"\x80\x02}r\x00\x00\x00\x08.",
+    "a large memo, as text": b"}p134217728\n.",
+    "a length that is not there": b"\x80\x04\x8e\x00\x00\x00\x00\x01\x00\x00\x00.",
+    "tuples without end, to be hashed": b"\x80\x02})" + b"\x85" * 200_000 + b"K\x01s.",
+}
+
+
+@pytest.mark.parametrize("name", FLOODS)
+def test_a_small_arguments_file_cannot_ask_for_much_memory(tmp_path, name):
+    with zipfile.ZipFile(tmp_path / "training_args.bin", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("a/data.pkl", FLOODS[name])
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert read_state(tmp_path / "training_args.bin") == {}
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**17  # KiB; they ask for 2 GiB and more
 
 
 def test_an_ordinary_run_is_indexed_with_one_bar_for_all(tmp_path, capsys):
