@@ -146,7 +146,7 @@ def main(argv: Sequence[str]) -> int:
     hits = index.search(
         queries,
         next_tokens=args.next_tokens,
-        target=targets or args.target or ALL,
+        target=targets or (ALL if args.target is None else args.target),
         top_k=args.top_k,
         recipe=args.recipe,
         special_tokens=args.special_tokens,
@@ -183,9 +183,14 @@ def _read_queries(args: SearchArguments, targets: list[Any]) -> list[Any]:
         return args.query
     assert args.queries is not None
     queries, text_names = [], check_text_fields(args.text_field)
-    for number, record in enumerate(read_records(args.queries), start=1):
+    records = list(read_records(args.queries))
+    if args.target_field is not None and not any(args.target_field in record for record in records):
+        raise ValueError(
+            f"`--target_field` must be a field of {str(args.queries)!r}, but no line has {args.target_field!r}."
+        )
+    for number, record in enumerate(records, start=1):
         if args.target_field is not None:
-            targets.append(record.get(args.target_field) or ALL)
+            targets.append(ALL if (target := record.get(args.target_field)) is None else target)
         is_prompt = args.next_tokens is not None and "prompt" in record
         if args.text_field is None and (is_dialogue(record) or is_prompt):
             queries.append({name: record[name] for name in DIALOGUE_FIELDS if name in record})

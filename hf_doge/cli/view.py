@@ -17,6 +17,7 @@ from hf_doge.checks import check_count
 from hf_doge.cli.console import say
 from hf_doge.cli.parser import parse
 from hf_doge.text import hide_secrets, printable
+from hf_doge.tracing.encoding import Encoding
 from hf_doge.tracing.hits import text_columns
 from hf_doge.tracing.html import DOMAIN_COLUMNS
 from hf_doge.tracing.index import InfluenceIndex
@@ -114,7 +115,9 @@ class Viewer:
         (row,) = self._rows([int(word)])
         query = self._query_of(row)
         if not set(query) - {"label"}:
-            return _told("The index keeps neither text nor tokens of this example, so it cannot be asked about."), ""
+            return _told(
+                "The index keeps neither the text of this example nor its tokens and labels, so it cannot be asked about."
+            ), ""
         return self._answer(query, top_k, cosine, exclude=[int(word)])
 
     def suspicious(self) -> str:
@@ -163,9 +166,11 @@ class Viewer:
 
     def _query_of(self, row: Mapping[str, Any]) -> dict[str, Any]:
         """A training example as it is asked about: by its tokens where the index keeps them, else by its texts."""
-        if row.get("input_ids"):
-            kept = ("input_ids", "attention_mask", "labels", "label")
-            return {name: row[name] for name in kept if row.get(name) is not None}
+        kept = ("input_ids", "attention_mask", "labels", "label")
+        tokens = {name: row[name] for name in kept if row.get(name) is not None}
+        # Without the labels that it was trained on, all its tokens would be asked about.
+        if row.get("input_ids") and ({"labels", "label"} & {*tokens} or not Encoding.of(self.index.config).masks):
+            return tokens
         names = [("prompt", "completion"), tuple(self.fields)]
         found = next((n for n in names if n and all(isinstance(row.get(one), str) for one in n)), ())
         query = {name: row[name] for name in found}

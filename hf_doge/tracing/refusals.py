@@ -15,6 +15,13 @@ def refuse_nothing_left(reader: IndexReader) -> None:
             "`virtual='drop'` leaves out what was frozen in training, but nothing in this index was trained, so nothing would be"
             " left. Leave it out, or record what is trained (`layers`)."
         )
+    if reader.config.get("layers") is not None and not isinstance(
+        reader.config["metadata"].get("virtual_parts"), list
+    ):
+        raise ValueError(
+            "`virtual='drop'` leaves out what was frozen in training, but this index, of an earlier version, does not tell which "
+            "of its parts were. Record it again, or leave `virtual` out, which counts all of it."
+        )
 
 
 def refuse_metric(what: str, reader: IndexReader) -> None:

@@ -149,7 +149,15 @@ def test_a_question_that_cannot_be_answered_is_answered_with_the_reason(asked, r
 def test_an_example_without_text_is_no_query(viewer, monkeypatch):
     kept = viewer._rows([3]).select_columns(["label"])
     monkeypatch.setattr(viewer, "_rows", lambda ids: kept)
-    assert "keeps neither text nor tokens" in read(viewer.trace_example(3)[0])[1]
+    assert "keeps neither the text of this example nor its tokens" in read(viewer.trace_example(3)[0])[1]
+
+
+def test_tokens_without_the_labels_of_an_index_of_completions_are_no_query(viewer, monkeypatch):
+    kept = viewer._rows([3]).select_columns(["source"]).add_column("input_ids", [[5, 6, 7]])
+    monkeypatch.setattr(viewer, "_rows", lambda ids: kept)
+    assert set(viewer._query_of(kept[0])) == {"input_ids"}
+    monkeypatch.setitem(viewer.index.config["metadata"], "encoding", {"masks": ["completion"]})
+    assert "input_ids" not in viewer._query_of(kept[0])
 
 
 def test_an_index_that_cannot_answer_says_why(viewer, monkeypatch):

@@ -307,3 +307,6 @@ def test_the_command_traces_what_the_model_says_next(recorded, index, capsys, tm
         scores.append(json.loads(capsys.readouterr().out.splitlines()[0])["score"])
     expected = index.search([PAIR], target="winning", top_k=1)[0]["score"]
     assert scores == pytest.approx([expected, expected], rel=1e-5)
+    for options, reason in ((["--target_field", "prat"], "no line has 'prat'"), (["--target", ""], "`target` must")):
+        assert main([*argv, "--queries", str(tmp_path / "queries.jsonl"), *options, *more]) == 2
+        assert reason in capsys.readouterr().err

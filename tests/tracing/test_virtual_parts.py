@@ -111,6 +111,8 @@ def test_an_index_of_before_answers_as_it_did(indices):
     index = InfluenceIndex.from_pretrained(folders["both"] / "index", cache_dir=folders["both"] / "maps")
     del index.config["metadata"]["virtual_parts"]
     assert np.array_equal(index.scores(QUERIES), found["both"].scores(QUERIES, virtual="count"))
+    with pytest.raises(ValueError, match="of an earlier version, does not tell which of its parts were"):
+        index.scores(QUERIES, virtual="drop")
 
 
 def test_an_index_of_nothing_but_what_was_frozen_counts_it_all(indices):
