@@ -10,7 +10,7 @@ from typing import Any, Protocol
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 
-from hf_doge.checks import check_choice
+from hf_doge.checks import check_choice, check_count, check_path, show
 from hf_doge.data.blocks import BlockMaker, fingerprint_tokenizer
 from hf_doge.data.domain_files import SPLITS, find_domain_files, read_documents, select_domains
 from hf_doge.data.encoding import encode_records
@@ -292,7 +292,8 @@ def load_mixture(
     The data sets of a mixture file as tokens and labels, by domain, as a trainer takes them for its `train_dataset`.
 
     They are what the commands train on, before it is put end to end and cut: one row for each row of the data. Trl's
-    SFTTrainer trains on them as they are, or with `packing=True` on rows that it fills.
+    SFTTrainer trains on them as they are, or with `packing=True` on rows that it fills. The weights that the file may give are the
+    trainer's to take (`domain_weights`).
 
     Args:
         mixture (`str` or `Path`): YAML or JSON file with a list `datasets`, as `--mixture` takes it.
@@ -309,6 +310,12 @@ def load_mixture(
         ValueError: The file is malformed, rows are not what their columns promise, or the tokenizer lacks what they need.
     """
     check_choice("split", split, SPLITS)
+    check_path("mixture", mixture)
+    check_count("num_proc", num_proc, optional=True)
+    if not isinstance(processing_class, PreTrainedTokenizerBase):
+        raise ValueError(
+            f"`processing_class` must be a tokenizer, as `AutoTokenizer.from_pretrained` loads it, but got {show(processing_class)}."
+        )
     require_end(processing_class, "`processing_class`")
     key = fingerprint_tokenizer(processing_class)
     return {

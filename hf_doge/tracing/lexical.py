@@ -26,10 +26,14 @@ def lexical_index(reader: IndexReader, tokenizer: Any | None) -> LexicalIndex:
     examples, special = reader.examples, set(reader.config["special_token_ids"])
     columns = text_columns(examples.features)
     if "input_ids" in examples.column_names:
-        texts = examples["input_ids"]
+        texts = (ids or () for ids in examples["input_ids"])
     elif columns and tokenizer is not None:
         pairs = zip(*(examples[name] for name in columns), strict=True)
-        texts = (tokenizer(*map(str, pair), verbose=False)["input_ids"] for pair in pairs)
+        texts = (tokenizer(*(text or "" for text in pair), verbose=False)["input_ids"] for pair in pairs)
+    elif columns:
+        raise ValueError(
+            "`scorer='bm25'` needs the tokenizer of the index to compare texts. Pass it as `processing_class`."
+        )
     else:
         raise ValueError(
             "`scorer='bm25'` compares texts, but this index holds none of its examples: neither their tokens (`input_ids`) nor"

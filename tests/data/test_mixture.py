@@ -300,6 +300,11 @@ def test_a_mixture_in_python_is_refused_as_the_commands_refuse_it(tmp_path, chat
         mixed(tmp_path, chat_tokenizer, split="test")
     with pytest.raises(FileNotFoundError, match="must be a YAML file"):
         load_mixture(tmp_path / "none.yaml", chat_tokenizer)
+    for tokenizer in ("gpt2", None):
+        with pytest.raises(ValueError, match="`processing_class` must be a tokenizer"):
+            load_mixture(tmp_path / "none.yaml", tokenizer)
+    with pytest.raises(ValueError, match="`num_proc` must be"):
+        load_mixture(tmp_path / "none.yaml", chat_tokenizer, num_proc=0)
     other = get_tokenizer(None, 300, documents=[lambda: ["a b"]], save_directory=tmp_path / "other")
     with pytest.raises(ValueError, match="must have a chat template"):
         mixed(tmp_path, other)
