@@ -6,11 +6,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hf_doge.checks import show
 from hf_doge.gradients.embedding_uses import evaluation_mode
 from hf_doge.gradients.example_losses import IGNORE_INDEX
 from hf_doge.tracing.encoding import Encoding
 from hf_doge.tracing.limits import ModelInputs
-from hf_doge.tracing.queries import Query, label_field, label_tensor, text_fields
+from hf_doge.tracing.queries import Query, is_dialogue, label_field, label_tensor, text_fields
 from hf_doge.tracing.targets import Target, find_span
 from hf_doge.tracing.words import read_ids
 
@@ -111,7 +112,7 @@ def keep_targets(
     targets: Sequence[Target | None],
     records: Sequence[Mapping[str, Any]],
     *,
-    asked: tuple[nn.Module, ModelInputs, Any],
+    asked: tuple[nn.Module, ModelInputs, Any, Encoding],
     first_position: int,
 ) -> None:
     """
@@ -121,11 +122,12 @@ def keep_targets(
         queries (`Sequence[Query]`): With labels that are tokens.
         targets (`Sequence`): A part of each answer, or where one begins and ends in characters; `None` for all of it.
         records (`Sequence[Mapping]`): What the queries were made of; a completion, last message or text is the answer.
-        asked (`tuple`): The model, what it takes, and its tokenizer.
+        asked (`tuple`): The model, what it takes, its tokenizer, and how queries were encoded.
         first_position (`int`): What errors call the first query.
 
     Raises:
-        ValueError: The model writes no text; or an answer does not hold the target, or not once, or no token that is predicted.
+        ValueError: The model writes no text; or an answer does not hold the target, or not once, or no token that is predicted;
+            or the tokens do not hold the answer.
     """
     for position, (query, target, record) in enumerate(
         zip(queries, targets, records, strict=True), start=first_position
@@ -141,6 +143,7 @@ def _keep_target(
     model: nn.Module,
     inputs: ModelInputs,
     tokenizer: Any,
+    encoding: Encoding,
     *,
     position: int,
 ) -> None:
@@ -150,9 +153,10 @@ def _keep_target(
             "`target` needs the tokenizer of the model. Pass `processing_class` to `InfluenceIndex.from_pretrained`."
         )
     labels = query.features["labels"]
-    places = (labels != IGNORE_INDEX).nonzero().squeeze(1).tolist()
+    answer, own = _answer(query, record, tokenizer, encoding, position)
+    places = [place for place in (labels != IGNORE_INDEX).nonzero().squeeze(1).tolist() if place in own]
     reading = read_ids(tokenizer, labels[places].tolist())
-    start, stop = find_span(target, reading.text, None if query.target is not None else _answer(record), position)
+    start, stop = find_span(target, reading.text, answer, position)
     first = 0 if _writes_from_texts(model) else 1  # the first token of a text is not predicted
     kept = [
         (place, span)
@@ -170,18 +174,31 @@ def _keep_target(
     query.target = reading.text[kept[0][1][0] : kept[-1][1][1]].strip()
 
 
-def _answer(record: Mapping[str, Any]) -> str | None:
-    """The text of which a target is a part; `None` where that is what the tokens decode to."""
-    if "input_ids" in record:
-        return None
-    found = record["messages"] if "messages" in record else record.get("completion")
-    if found is None:
-        name = label_field(record)
-        texts = [record[one] for one in text_fields(record)]
-        found = record[name] if name is not None else texts[0] if len(texts) == 1 else None
-    elif not isinstance(found, str):
-        found = found[-1]["content"]
-    return found if isinstance(found, str) else None
+def _answer(
+    query: Query, record: Mapping[str, Any], tokenizer: Any, encoding: Encoding, position: int
+) -> tuple[str | None, range]:
+    """The text of which a target is a part, `None` where that is what its tokens decode to, and the places of its tokens."""
+    labels = query.features["labels"]
+    own, answer = range(len(labels)), None
+    if "input_ids" in record and query.target is None:
+        return None, own
+    if query.target is None and is_dialogue(record):
+        found = record["messages"] if "messages" in record else record["completion"]
+        answer = found if isinstance(found, str) else found[-1]["content"]
+        if not isinstance(answer, str):
+            raise ValueError(
+                f"`target` must be part of an answer in words, but the answer of query {position} is {show(answer)}. Give its"
+                " `content` as one text, or ask with `input_ids` and `labels`."
+            )
+        own = encoding.answer_places(record, tokenizer)
+    elif query.target is None:
+        name, texts = label_field(record), [record[one] for one in text_fields(record)]
+        answer = record[name] if name is not None else texts[0] if len(texts) == 1 else None
+    while own and int(labels[own[-1]]) in {IGNORE_INDEX, *tokenizer.all_special_ids}:
+        own = own[:-1]  # the end of the text is no part of the answer
+    while own and int(labels[own[0]]) in tokenizer.all_special_ids:
+        own = own[1:]
+    return answer.removesuffix(tokenizer.eos_token or "") if isinstance(answer, str) else None, own
 
 
 def _writes_from_texts(model: nn.Module) -> bool:

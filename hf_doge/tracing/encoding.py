@@ -120,10 +120,27 @@ class Encoding:
             ids, kept = _apply_template(tokenizer, [*prompt, *completion], record, wants_mask=wants_mask)
             before, _ = _apply_template(tokenizer, prompt, record, add_generation_prompt=True)
         if "completion" in self.masks:
-            start = next((at for at, pair in enumerate(zip(before, ids, strict=False)) if pair[0] != pair[1]), None)
-            start = min(len(before), len(ids)) if start is None else start
+            start = _num_common(before, ids)
             kept = [keep and at >= start for at, keep in enumerate(kept)]
         return self._finish(ids, kept, tokenizer)
+
+    def answer_places(self, record: Mapping[str, Any], tokenizer: Any) -> range:
+        """
+        Which of the tokens of [`encode`] are those of the completion or last message: those that differ where another text stands
+        in its place. A token that also holds a character next to it is one of them.
+        """
+        whole = replace(self, masks=(), ignores_padding=False, max_length=None)
+        name = "messages" if "messages" in record else "completion"
+        ids, given = whole.encode(record, tokenizer)[0], record[name]
+        before = after = len(ids)
+        for text in ("0", "a"):  # an answer can begin or end like one of them, but not like both
+            other = text if isinstance(given, str) else [*given[:-1], {**given[-1], "content": text}]
+            found = whole.encode({**record, name: other}, tokenizer)[0]
+            before = min(before, _num_common(ids, found))
+            after = min(after, _num_common(ids[::-1], found[::-1]))
+        left = range(len(ids))[self.part(len(ids))]
+        start, stop = max(before, left.start), min(len(ids) - after, left.stop)
+        return range(start - left.start, stop - left.start)
 
     def encode_prompt(self, prompt: Sequence[Any], tokenizer: Any, *, ends: bool = False) -> list[int]:
         """
@@ -157,6 +174,12 @@ class Encoding:
         if self.max_length is None or length <= self.max_length:
             return slice(None)
         return slice(-self.max_length, None) if self.truncation == "keep_end" else slice(self.max_length)
+
+
+def _num_common(one: Sequence[int], other: Sequence[int]) -> int:
+    """How many tokens two texts begin with alike."""
+    pairs = zip(one, other, strict=False)
+    return next((at for at, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))
 
 
 def describe_encoding(batches: Iterable[Mapping[str, Any]], tokenizer: Any | None, args: Any = None) -> dict[str, Any]:

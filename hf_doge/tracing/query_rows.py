@@ -116,7 +116,7 @@ class QueryRecorder:
             if first:  # what the last checkpoint predicts is the label of a query without one
                 found.queries = self._make_queries(records, model, inputs, batch_size, first_position, next_tokens)
                 if targets is not None:
-                    asked = (model, inputs, self.tokenizer)
+                    asked = (model, inputs, self.tokenizer, self.encoding)
                     keep_targets(found.queries, targets, records, asked=asked, first_position=first_position)
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message="The .* of the model are frozen")  # said before

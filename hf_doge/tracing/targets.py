@@ -33,30 +33,47 @@ def targets_of(target: Any, count: int) -> list[Target | None] | None:
 
 
 def find_span(target: Target, text: str, answer: str | None, position: int) -> tuple[int, int]:
-    """Where the target stands in the text of all tokens with labels, of which the answer is a part, if it is known."""
-    low, high = 0, len(text)
-    at = -1 if answer is None else text.rfind(answer.strip())  # tokenizers drop spaces at the ends
-    if answer is not None and at >= 0:
-        low = at - (len(answer) - len(answer.lstrip()))
-        high = low + len(answer)
+    """
+    Where the target stands in what the answer's tokens decode to.
+
+    Args:
+        target (`str | tuple[int, int]`): A part of the answer, or where one begins and ends in its characters.
+        text (`str`): The text of the answer's tokens; next to it there may be some characters of the tokens at its ends.
+        answer (`str`, *optional*): As it was asked. `None`: it is the text.
+        position (`int`): What errors call the query.
+
+    Raises:
+        ValueError: The answer does not hold the target, or not once, or the text not the answer.
+    """
+    answer = text if answer is None else answer
+    start, stop = _find_part(target, answer, position)
+    shown = answer.strip()  # tokenizers drop spaces at the ends
+    at = text.find(shown)
+    first = at - (len(answer) - len(answer.lstrip()))
+    found = text[max(first + start, 0) : max(first + stop, 0)]
+    is_there = at >= 0 and text.find(shown, at + 1) < 0 and found.strip() == answer[start:stop].strip()
+    if not is_there or not shown:
+        raise ValueError(
+            f"`target` must be part of an answer that the model reads, but the answer of query {position}, {answer!r:.200}, is not"
+            f" what its tokens say, {text!r:.200}: it was cut at the model's or the examples' length, or changed by the chat template"
+            " or the tokenizer. Shorten the prompt, write the answer as the tokens say it, or ask with `input_ids` and `labels`."
+        )
+    return first + start, first + stop
+
+
+def _find_part(target: Target, answer: str, position: int) -> tuple[int, int]:
+    """Where the target stands in the answer."""
     if isinstance(target, str):
-        within = range(max(low, 0), high)
-        found = [place for place in within if text.startswith(target, place) and place + len(target) <= max(high, 0)]
+        found = [place for place in range(len(answer)) if answer.startswith(target, place)]
         if len(found) != 1:
-            told = [place - low for place in found]
-            where = f"stands there at the characters {told}: pass `(start, stop)`" if found else "is no part of it"
+            where = f"stands there at the characters {found}: pass `(start, stop)`" if found else "is no part of it"
             raise ValueError(
-                f"`target` must be one part of the answer, but {target!r:.80} of query {position}, whose answer is"
-                f" {text[max(low, 0) : high]!r:.200}, {where}."
+                f"`target` must be one part of the answer, but {target!r:.80} of query {position}, whose answer is {answer!r:.200},"
+                f" {where}."
             )
         return found[0], found[0] + len(target)
-    if answer is not None and at < 0:
+    if target[1] > len(answer):
         raise ValueError(
-            f"Characters of a `target` must be those of the answer, but the tokenizer makes another text of that of query {position},"
-            f" {text!r:.200}. Pass the part itself."
+            f"`target` must lie within the answer, but that of query {position} has {len(answer)} characters and the target is {target}."
         )
-    if target[1] > high - low:
-        raise ValueError(
-            f"`target` must lie within the answer, but that of query {position} has {high - low} characters and the target is {target}."
-        )
-    return low + target[0], low + target[1]
+    return target

@@ -1,0 +1,102 @@
+"""Which tokens of a query a `target` keeps: the answer's own, or none."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from tokenizers import normalizers
+
+from hf_doge.gradients.example_losses import IGNORE_INDEX
+from hf_doge.tracing.answers import keep_targets
+from hf_doge.tracing.encoding import Encoding
+from hf_doge.tracing.limits import ModelInputs
+from hf_doge.tracing.queries import check_queries
+from hf_doge.tracing.query_rows import _make_query
+from tests.tracing.influence_tools import byte_level_tokenizer, language_model
+
+TEMPLATE = (
+    "{% if tools %}TOOLS{% endif %}{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% if quiet %}<quiet>{% endif %}{% endif %}"
+)
+PLAIN = Encoding(masks=())
+USER = {"role": "user", "content": "Which goal?"}
+
+
+def chat(content):
+    return {"messages": [USER, {"role": "assistant", "content": content}]}
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return templated(TEMPLATE)
+
+
+@pytest.fixture(scope="module")
+def model(tokenizer):
+    return language_model(tokenizer).eval()
+
+
+def templated(template, normalizer=None):
+    tokenizer = byte_level_tokenizer()
+    tokenizer.chat_template = template
+    if normalizer is not None:
+        tokenizer.backend_tokenizer.normalizer = normalizer
+    return tokenizer
+
+
+def kept(record, target, tokenizer, model, encoding=PLAIN):
+    """The query, and the places of the tokens that it keeps."""
+    inputs = ModelInputs.of(model, tokenizer)
+    (record,) = check_queries([record], tokenizer, vocabulary_size=len(tokenizer))
+    query = _make_query(record, model, inputs, tokenizer, encoding)
+    query.features.setdefault("labels", query.features["input_ids"].clone())
+    asked = (model, inputs, tokenizer, encoding)
+    keep_targets([query], [target], [record], asked=asked, first_position=3)
+    return query, (query.features["labels"] != IGNORE_INDEX).nonzero().flatten().tolist()
+
+
+@pytest.mark.parametrize("target", ["end", (0, 3)])
+def test_a_target_is_never_the_marker_of_the_template(tokenizer, model, target):
+    _, found = kept(chat("end"), target, tokenizer, model)
+    begin = len(tokenizer(f"<user>{USER['content']}<|end|><assistant>")["input_ids"])
+    assert found == list(range(begin, begin + len(tokenizer("end")["input_ids"])))
+
+
+@pytest.mark.parametrize("record", [{"prompt": "Tell me ", "completion": "text"}, {"text": "Tell text"}])
+def test_a_target_is_never_the_end_of_text(tokenizer, model, record):
+    query, found = kept(record, "text", tokenizer, model, replace(PLAIN, ends=True))
+    ids = query.features["input_ids"]
+    assert int(ids[-1]) == tokenizer.eos_token_id
+    assert len(ids) - 1 not in found
+    assert tokenizer.decode(ids[found]).strip() == "text"
+
+
+STRIPPING = TEMPLATE.replace("m['content'] }}", "m['content'].strip() }}")
+THOUGHTLESS = TEMPLATE.replace("m['content'] }}", "m['content'].split('</think>')[-1] }}")
+LONG = {"prompt": "yes or no, they said to the old new man. ", "completion": "yes"}
+
+
+@pytest.mark.parametrize(
+    ("record", "target", "template", "normalizer", "max_length"),
+    [
+        (LONG, "yes", TEMPLATE, None, 12),
+        (LONG, (0, 3), TEMPLATE, None, 12),
+        ({"text": "cup moon the long star cup"}, "cup", TEMPLATE, None, 8),
+        (chat(None), "goal", TEMPLATE, None, None),
+        (chat([{"type": "text", "text": "The cup"}]), "goal", TEMPLATE, None, None),
+        (chat("The cup"), "goal", TEMPLATE, None, None),
+        (chat("<think>goal</think>yes"), "goal", THOUGHTLESS, None, None),
+        (chat("  The cup"), (0, 2), STRIPPING, None, None),
+        ({"prompt": "The Cup? ", "completion": "A Cup"}, "Cup", TEMPLATE, normalizers.Lowercase(), None),
+    ],
+)
+def test_an_answer_that_is_not_in_the_tokens_is_refused(model, record, target, template, normalizer, max_length):
+    encoding = replace(PLAIN, max_length=max_length, truncation="keep_start")
+    with pytest.raises(ValueError, match="`target` must .* of query 3"):
+        kept(record, target, templated(template, normalizer), model, encoding)
+
+
+def test_what_a_template_leaves_of_an_answer_is_found(model):
+    query, found = kept(chat("  The cup"), (2, 5), templated(STRIPPING), model)
+    assert query.target == "The"
+    assert torch.equal(query.features["labels"][found], query.features["input_ids"][found])
