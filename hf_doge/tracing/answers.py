@@ -1,10 +1,12 @@
 """What a query asks about: a label by its name, what the model says next, and which tokens of an answer are traced."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import GenerationConfig
 
 from hf_doge.checks import show
 from hf_doge.gradients.embedding_uses import evaluation_mode
@@ -75,7 +77,7 @@ def say_next(
     Give a query the answer that the model says, the likeliest token at each step until it ends its text: it alone has labels.
 
     Raises:
-        ValueError: The model writes no text, or the prompt leaves no room for it.
+        ValueError: The model writes no text, or the prompt leaves no room for it; or its text would end at what is no token.
     """
     ids, from_texts, whole = query.features["input_ids"], _writes_from_texts(model), model
     _require_writing(model, inputs, "`next_tokens`")
@@ -86,16 +88,12 @@ def say_next(
             f" {limit} at most. Shorten it, or ask for fewer."
         )
     device = next(model.parameters()).device
-    options: dict[str, Any] = {"max_new_tokens": num_tokens, "do_sample": False, "num_beams": 1}
-    ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    if ends is None and tokenizer is not None:
-        options["eos_token_id"] = tokenizer.eos_token_id
-    with evaluation_mode(model), torch.no_grad():
+    config = _greedy(model, inputs, tokenizer, num_tokens)
+    with evaluation_mode(model), _generating_by(config, model), torch.no_grad():
         found = whole.generate(  # type: ignore[operator]
             input_ids=ids[None].to(device),
             attention_mask=torch.ones_like(ids)[None].to(device),
-            pad_token_id=inputs.pad_token_id,
-            **options,
+            generation_config=config,
         )[0].cpu()
     said = found[1:] if from_texts else found[len(ids) :]
     query.target = read_ids(tokenizer, said.tolist()).text
@@ -105,6 +103,45 @@ def say_next(
     query.features["input_ids"] = found
     query.features["labels"] = torch.cat([torch.full_like(ids, IGNORE_INDEX), said])
     query.reading = read_ids(tokenizer, found.tolist())
+
+
+def _greedy(model: nn.Module, inputs: ModelInputs, tokenizer: Any, num_tokens: int) -> GenerationConfig:
+    """The likeliest token at each step: of the model's own settings only where a text begins and ends."""
+    own, config = getattr(model, "generation_config", None), getattr(model, "config", None)
+    end = getattr(own, "eos_token_id", None)
+    if end is None:
+        end = getattr(tokenizer, "eos_token_id", None)
+    start = None
+    if _writes_from_texts(model):
+        names = [(one, name) for name in ("decoder_start_token_id", "bos_token_id") for one in (own, config)]
+        start = next((value for one, name in names if (value := getattr(one, name, None)) is not None), None)
+    ends = end if isinstance(end, list | tuple) else [end]
+    starts = start is None or (type(start) is int and 0 <= start < inputs.vocabulary_size)
+    if not starts or not all(token is None or type(token) is int for token in ends):
+        name, value = ("eos_token_id", end) if starts else ("decoder_start_token_id", start)
+        raise ValueError(
+            f"`{name}` of the model's generation_config must be a token, as a whole number, but is {show(value)}. Correct it in"
+            " generation_config.json of the checkpoint."
+        )
+    tokens = {"eos_token_id": end, "decoder_start_token_id": start, "pad_token_id": inputs.pad_token_id}
+    return GenerationConfig(max_new_tokens=num_tokens, do_sample=False, num_beams=1, **tokens)
+
+
+@contextmanager
+def _generating_by(config: GenerationConfig, model: nn.Module) -> Iterator[None]:
+    """`generate` fills what a given configuration leaves open from the one that the model holds; that is put back."""
+    held = [
+        (module, vars(module)["generation_config"])
+        for module in model.modules()
+        if "generation_config" in vars(module)
+    ]
+    try:
+        for module, _ in held:
+            module.generation_config = config
+        yield
+    finally:
+        for module, own in held:
+            module.generation_config = own
 
 
 def keep_targets(

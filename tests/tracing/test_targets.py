@@ -5,13 +5,15 @@ from dataclasses import replace
 import pytest
 import torch
 from tokenizers import normalizers
+from transformers import GenerationConfig
 
 from hf_doge.gradients.example_losses import IGNORE_INDEX
-from hf_doge.tracing.answers import keep_targets
+from hf_doge.tracing.answers import keep_targets, make_prompt, say_next
 from hf_doge.tracing.encoding import Encoding
 from hf_doge.tracing.limits import ModelInputs
-from hf_doge.tracing.queries import check_queries
+from hf_doge.tracing.queries import Query, check_queries
 from hf_doge.tracing.query_rows import _make_query
+from hf_doge.tracing.words import read_ids
 from tests.tracing.influence_tools import byte_level_tokenizer, language_model
 
 TEMPLATE = (
@@ -92,7 +94,7 @@ LONG = {"prompt": "yes or no, they said to the old new man. ", "completion": "ye
 )
 def test_an_answer_that_is_not_in_the_tokens_is_refused(model, record, target, template, normalizer, max_length):
     encoding = replace(PLAIN, max_length=max_length, truncation="keep_start")
-    with pytest.raises(ValueError, match="`target` must .* of query 3"):
+    with pytest.raises(ValueError, match=r"`target` must .* of query 3"):
         kept(record, target, templated(template, normalizer), model, encoding)
 
 
@@ -100,3 +102,70 @@ def test_what_a_template_leaves_of_an_answer_is_found(model):
     query, found = kept(chat("  The cup"), (2, 5), templated(STRIPPING), model)
     assert query.target == "The"
     assert torch.equal(query.features["labels"][found], query.features["input_ids"][found])
+
+
+def test_a_target_is_never_the_end_of_what_the_model_says(tokenizer, model):
+    begin, said = (tokenizer(text)["input_ids"] for text in ("Tell", " text<|endoftext|>"))
+    ids = torch.tensor([*begin, *said])
+    labels = torch.tensor([IGNORE_INDEX] * len(begin) + said)
+    query = Query({"input_ids": ids, "labels": labels}, read_ids(tokenizer, ids.tolist()), target=" text<|endoftext|>")
+    asked = (model, ModelInputs.of(model, tokenizer), tokenizer, PLAIN)
+    keep_targets([query], ["text"], [{"text": "Tell"}], asked=asked, first_position=0)
+    assert query.features["labels"].tolist() == [IGNORE_INDEX] * len(begin) + said[:-1] + [IGNORE_INDEX]
+
+
+# What the model says next
+
+
+def next_of(record, tokenizer, model, num_tokens=4):
+    """The query with what the model says."""
+    inputs = ModelInputs.of(model, tokenizer)
+    (record,) = check_queries([record], tokenizer, vocabulary_size=len(tokenizer), continued=True)
+    query = make_prompt(record, tokenizer, PLAIN, model, 3)
+    say_next(query, num_tokens, model, inputs, tokenizer, 3)
+    return query
+
+
+def said_by(tokenizer, model, **settings):
+    model.generation_config = GenerationConfig(eos_token_id=tokenizer.eos_token_id)
+    for name, value in settings.items():
+        setattr(model.generation_config, name, value)
+    own = model.generation_config
+    found = next_of("The stocks", tokenizer, model).features["input_ids"].tolist()
+    assert model.generation_config is own
+    return found
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"repetition_penalty": 9.0},
+        {"no_repeat_ngram_size": 1},
+        {"min_new_tokens": 9},
+        {"return_dict_in_generate": True},
+        {"stop_strings": ["a"]},
+        {"token_healing": True},
+        {"penalty_alpha": 0.6, "top_k": 4},
+        {"prompt_lookup_num_tokens": 3},
+        {"num_return_sequences": 2},
+        {"max_length": 3},
+        {"max_time": 1e-9},
+    ],
+)
+def test_the_likeliest_token_is_said_whatever_the_model_is_set_to(tokenizer, model, settings):
+    expected = tokenizer("The stocks")["input_ids"]
+    for _ in range(4):
+        with torch.no_grad():
+            expected.append(int(model(input_ids=torch.tensor([expected])).logits[0, -1].argmax()))
+    first = expected[-4]
+    assert tokenizer.eos_token_id not in expected
+    for more in ({}, {"suppress_tokens": [first]}):
+        assert said_by(tokenizer, model, **settings, **more) == expected
+    assert said_by(tokenizer, model, **settings, eos_token_id=[first]) == expected[:-3]
+    assert said_by(tokenizer, model, **settings, eos_token_id=50256) == expected  # of a vocabulary that was cut
+
+
+@pytest.mark.parametrize("end", ["x", [1.5], True, {"a": 1}])
+def test_an_end_of_text_that_is_no_token_is_refused(tokenizer, model, end):
+    with pytest.raises(ValueError, match="`eos_token_id` of the model's generation_config must be"):
+        said_by(tokenizer, model, eos_token_id=end)
