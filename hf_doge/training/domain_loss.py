@@ -37,6 +37,7 @@ class DomainLoss:
         self.trainer = trainer
         self.device = trainer.args.device
         self._is_divided: bool | None = None
+        self.found_shift: bool | None = None  # what [`learn`] found of `labels_are_shifted`
         self._num_shift_trials = _SHIFT_TRIALS
         self.is_settled = False  # whether all processes know what [`learn`] finds out
         self._process_scale = _process_scale(trainer)
@@ -139,9 +140,14 @@ class DomainLoss:
         is_shifted, is_not = self._max([found is True, found is False])
         self._num_shift_trials = 0 if is_shifted or is_not else self._num_shift_trials - 1
         if is_shifted != is_not:
-            self.labels_are_shifted = bool(is_shifted)
+            self.take_shift(bool(is_shifted))
         for batch in batches:
             batch.count_labels(labels_are_shifted=self.labels_are_shifted)
+
+    def take_shift(self, is_shifted: bool) -> None:
+        """What was found, now or in the run that is resumed."""
+        self.labels_are_shifted = self.found_shift = is_shifted
+        self._num_shift_trials = 0
 
     def _max(self, values: list[bool]) -> list[int]:
         """Over the processes."""

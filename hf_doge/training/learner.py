@@ -271,6 +271,8 @@ class DomainLearner:
             self.state = LearningState.fresh(names, self.initial_weights, noise)
         else:
             self.state = LearningState.load(checkpoint, names, noise)
+        if self.state.labels_are_shifted is not None:
+            self._loss.take_shift(self.state.labels_are_shifted)
         self._clock = time.monotonic()
         self._described_step = None if self.state.described is None else read_step(checkpoint)
 
@@ -284,6 +286,7 @@ class DomainLearner:
     def save(self, checkpoint: Path) -> None:
         """Write what a resumed run needs."""
         self._describe_run()
+        self.state.labels_are_shifted = self._loss.found_shift
         self.state.save(checkpoint, step=self.trainer.state.global_step, run=self.identity)
 
     @property

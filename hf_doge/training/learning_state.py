@@ -50,6 +50,7 @@ class LearningState:
         seconds (`float`): Wall clock seconds of training, of this run and those it resumed, up to its last step.
         points (`list[TrajectoryPoint]`): The recorded updates.
         described (`dict` or `None`): What the artifact says of the run that learned all this.
+        labels_are_shifted (`bool` or `None`): What was found of the loss; see [`~hf_doge.training.domain_loss.DomainLoss.learn`].
         noise (`ScoreNoise` or `None`): What is kept of the noise of the scores, where an argument asks for it.
     """
 
@@ -65,6 +66,7 @@ class LearningState:
     seconds: float = 0.0
     points: list[TrajectoryPoint] = field(default_factory=list)
     described: dict[str, Any] | None = None
+    labels_are_shifted: bool | None = None
     noise: ScoreNoise | None = None
 
     @classmethod
@@ -164,6 +166,8 @@ class LearningState:
             "seconds": self.seconds,
             "described": self.described,
         }
+        if self.labels_are_shifted is not None:
+            state["labels_are_shifted"] = self.labels_are_shifted
         if self.noise is not None:
             state["score_noise"] = self.noise.state_dict()
         (folder / STATE_FILE).write_text(json.dumps(state, indent=2))  # unsorted: the order of `described` is shown
@@ -214,6 +218,7 @@ class LearningState:
             seconds=state.get("seconds", 0.0),
             points=points,
             described=state.get("described"),
+            labels_are_shifted=state.get("labels_are_shifted"),
             noise=noise,
         )
 

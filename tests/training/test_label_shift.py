@@ -181,6 +181,22 @@ def test_rows_with_a_first_label_that_come_later_are_tried_when_they_come(tmp_pa
     assert trainer._learner.state.num_tokens.tolist() == [4 * 2, 4 * 3]
 
 
+def test_a_resumed_run_counts_on_as_it_was_found(tmp_path):
+    """Online, where nothing is tried before the next look."""
+    options = {"mode": "online", "reweight_steps": 4, "save_strategy": "steps", "save_steps": 2, "max_steps": 6}
+    args = DoGEConfig(str(tmp_path), **{**OPTIONS, **options})
+    counts = []
+    for checkpoint in (None, str(tmp_path / "checkpoint-2")):
+        trainer = DoGETrainer(
+            OwnShift(is_mean=True), args, train_dataset=domains(lambda row: row), data_collator=collate
+        )
+        trainer.train(resume_from_checkpoint=checkpoint)
+        counts.append((trainer._learner.state.num_tokens.tolist(), trainer._learner.state.num_examples.tolist()))
+    assert counts[0] == counts[1]
+    tokens, examples = counts[0]
+    assert tokens == [examples[0] * 2, examples[1] * 11]
+
+
 def tiny(cls, config, **options):
     torch.manual_seed(0)
     return cls(config(vocab_size=VOCAB, **options)).eval()
