@@ -23,7 +23,8 @@ from hf_doge.tracing.models import has_fingerprint, unwrap_model
 from hf_doge.tracing.opening import SharedIndex, open_shared_index
 from hf_doge.tracing.processes import process_index, run_on_all_processes, run_on_main_process
 from hf_doge.tracing.recording import Recording, check_first_batch, encoding_of, make_recorder, record_checkpoint
-from hf_doge.tracing.saved_checkpoints import group_learning_rate, logged_learning_rate
+from hf_doge.tracing.saved_checkpoints import group_learning_rate
+from hf_doge.tracing.saved_rates import logged_learning_rate
 from hf_doge.tracing.second_moments import current_second_moments, find_group, require_adam
 from hf_doge.tracing.settings import RecordingSettings
 from hf_doge.tracing.trained_loss import ADVICE, TrainedLoss

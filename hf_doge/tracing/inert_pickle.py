@@ -83,7 +83,8 @@ def read_state(path: Path) -> dict[str, Any]:
 def _require_small(content: bytes) -> None:
     """Raises `ValueError` where loading takes more time or memory than the length of the pickle says."""
     for number, (operation, given, _) in enumerate(pickletools.genops(content)):  # refuses lengths that are not there
-        if number >= _MOST_OPERATIONS or (operation.name in _MEMO and given >= _MOST_OPERATIONS):
+        place = int(given or 0) if operation.name in _MEMO else 0
+        if max(number, place) >= _MOST_OPERATIONS:
             raise ValueError(f"A pickle of arguments must be small, but its operation {number} is {operation.name}.")
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_doge.text import parse_json
-from hf_doge.tracing.saved_rates import scheduled_rate
+from hf_doge.tracing.saved_rates import saved_learning_rate
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +32,7 @@ def describe_checkpoint(path: Path, *, learning_rate: float | None = None) -> di
 
     Args:
         path (`Path`): Its folder.
-        learning_rate (`float`, *optional*): In force there; read from the log if left out, or see [`scheduled_rate`].
+        learning_rate (`float`, *optional*): In force there; see [`saved_learning_rate`] if left out.
 
     Raises:
         FileNotFoundError: There is no such folder.
@@ -42,10 +42,8 @@ def describe_checkpoint(path: Path, *, learning_rate: float | None = None) -> di
         raise FileNotFoundError(f"A checkpoint must be a folder, but {str(path)!r} is none. Look at its name.")
     state = _trainer_state(path)
     step = checkpoint_step(path)
-    if learning_rate is None:
-        learning_rate = logged_learning_rate(state.get("log_history", ()), step)
     if learning_rate is None and step:
-        learning_rate = scheduled_rate(path, state, step)
+        learning_rate = saved_learning_rate(path, state, step)
     if learning_rate is None:
         raise ValueError(
             f"The learning rate in force at {str(path)!r} must be known, but its trainer_state.json has none logged at step"
@@ -128,18 +126,15 @@ def _trainer_state(path: Path) -> dict[str, Any]:
         state = parse_json(file.read_bytes(), source=str(file)) if file.is_file() else {}
     except ValueError as error:  # no JSON, or no UTF-8
         raise ValueError(f"{str(file)!r} must be JSON as the Trainer writes it, but it is not: {error}") from error
-    if not isinstance(state, dict) or not all(isinstance(entry, dict) for entry in state.get("log_history") or ()):
+    if not isinstance(state, dict):
         raise ValueError(f"{str(file)!r} must hold the state of a Trainer, but it holds something else.")
+    history = state.get("log_history") or []
+    if not isinstance(history, list) or not all(isinstance(entry, dict) for entry in history):
+        raise ValueError(f"`log_history` in {str(file)!r} must be a list of what was logged, but got {history!r:.80}.")
     step = state.get("global_step")
     if step is not None and not (type(step) is int and 0 <= step < 2**63):
         raise ValueError(f"`global_step` in {str(file)!r} must be a step, but got {step!r:.80}.")
     return state
-
-
-def logged_learning_rate(log_history: Any, step: int | None) -> float | None:
-    """The learning rate that made step `step`, if the Trainer logged at that step. (It logs the one before the scheduler.)"""
-    rates = [entry["learning_rate"] for entry in log_history if entry.get("step") == step and "learning_rate" in entry]
-    return rates[-1] if rates else None
 
 
 def group_learning_rate(logged: float | None, first: Mapping[str, Any], group: Mapping[str, Any]) -> float | None:

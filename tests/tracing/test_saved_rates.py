@@ -1,6 +1,7 @@
 """Learning rates of checkpoints whose log has none at their step: from the schedule of the training."""
 
 import json
+import math
 import os
 import pickle
 import re
@@ -23,12 +24,12 @@ from tests.tracing.recorded_training import classification_data
 ROWS = [{"text": f"w{number + 3} w{number + 4}", "label": number % 2} for number in range(9)]
 SCHEDULES = {
     "linear": {},
-    "linear, warmed up": {"warmup_steps": 2},
-    "warmed up for a part": {"warmup_steps": 0.3},
+    "linear, warmed up": {"warmup_steps": 1},
+    "warmed up for a part": {"warmup_steps": 0.1},
     "cosine": {"lr_scheduler_type": "cosine", "warmup_steps": 1},
     "constant": {"lr_scheduler_type": "constant_with_warmup", "warmup_steps": 4},
     "polynomial": {"lr_scheduler_type": "polynomial", "lr_scheduler_kwargs": {"power": 2.0}},
-    "no optimizer": {"save_only_model": True, "lr_scheduler_type": "cosine"},
+    "no optimizer, but a log": {"save_only_model": True, "logging_strategy": "steps", "logging_steps": 2},
     "some are logged": {"logging_strategy": "steps", "logging_steps": 3},
 }
 
@@ -86,6 +87,117 @@ def test_a_schedule_of_ones_own_is_told_by_what_comes_next(tmp_path, caplog):
         (path / "scheduler.pt").unlink()
         (path / "training_args.bin").unlink()
     assert [describe_checkpoint(path)["learning_rate"] for path in paths] == pytest.approx(found)  # of optimizer.pt
+
+
+def of_hf_doge(caplog):
+    return [one.getMessage() for one in caplog.records if one.name.startswith("hf_doge")]
+
+
+def saved(folder, step, *, rate=None, logged=(), max_steps=6, lambdas=({},), **options):
+    """A checkpoint of 3e-3 in which the scheduler has `rate` next."""
+    folder.mkdir(parents=True, exist_ok=True)
+    state = {"global_step": step, "max_steps": max_steps, "log_history": logged}
+    (folder / "trainer_state.json").write_text(json.dumps(state))
+    args = {"learning_rate": 3e-3, "report_to": [], "use_cpu": True, **options}
+    torch.save(TrainingArguments(folder / "run", **args), folder / "training_args.bin")
+    if rate is not None:
+        scheduler = {"base_lrs": [3e-3], "last_epoch": step, "_last_lr": [rate], "lr_lambdas": [*lambdas]}
+        torch.save(scheduler, folder / "scheduler.pt")
+    return folder
+
+
+UNCERTAIN = {
+    "nothing confirms it": ({"step": 3}, 2e-3, "no scheduler.pt is there to confirm it"),
+    "half is that of a cosine too": ({"step": 3, "rate": 1.5e-3}, 2e-3, "'cosine' would agree .* and give 0.00225"),
+    "0 is the end of many": ({"step": 6, "rate": 0.0}, 5e-4, "'cosine' would agree .* and give 0.000200962"),
+    "made by oneself": ({"step": 2, "rate": 2e-3, "lambdas": (None,)}, 2.5e-3, "was not made of it"),
+}
+
+
+@pytest.mark.parametrize("name", UNCERTAIN)
+def test_a_rate_that_is_not_certain_is_named_in_a_warning(tmp_path, name, caplog):
+    options, expected, why = UNCERTAIN[name]
+    path = saved(tmp_path / f"checkpoint-{options['step']}", **options)
+    assert describe_checkpoint(path)["learning_rate"] == pytest.approx(expected)
+    (message,) = of_hf_doge(caplog)
+    assert str(path) in message
+    assert f"{expected:g} is taken" in message
+    assert "`hf-doge index --learning_rates`" in message
+    assert re.search(why, message)
+
+
+def test_the_checkpoint_before_tells_the_rate_of_the_next_step(tmp_path, caplog):
+    """Where a training was resumed for longer, that is not the rate of its schedule."""
+    saved(tmp_path / "checkpoint-3", 3, rate=0.0, max_steps=3)
+    found = [
+        describe_checkpoint(saved(tmp_path / f"checkpoint-{step}", step, rate=3e-3 * (1 - step / 6)))
+        for step in (4, 5)
+    ]
+    assert [one["learning_rate"] for one in found] == pytest.approx([0.0, 1e-3])
+    assert len(of_hf_doge(caplog)) == 1
+
+
+def test_a_log_of_the_next_step_is_read_as_such(tmp_path, caplog):
+    """Older Trainers logged after the scheduler."""
+    logged = [{"step": step, "learning_rate": 3e-3 * (1 - step / 6)} for step in (1, 2)]
+    for rate in (2e-3, None):
+        path = saved(tmp_path / f"{rate}" / "checkpoint-2", 2, rate=rate, logged=logged)
+        assert describe_checkpoint(path)["learning_rate"] == pytest.approx(2.5e-3)
+    assert not of_hf_doge(caplog)
+    own = [{"step": 1, "learning_rate": 1e-3}, {"step": 2, "learning_rate": 5e-4}]
+    path = saved(tmp_path / "own" / "checkpoint-2", 2, rate=5e-4, logged=own, lambdas=(None,))
+    assert describe_checkpoint(path)["learning_rate"] == 5e-4
+    assert "may be that of the next step" in of_hf_doge(caplog)[0]
+
+
+BAD_ARGUMENTS = {
+    "a warmup of text": {"warmup_steps": "abc"},
+    "a warmup without end": {"warmup_steps": math.inf},
+    "a ratio of text": {"warmup_ratio": "x"},
+    "a kind that is none": {"lr_scheduler_type": {"a": 1}},
+    "a rate too large": {"learning_rate": 10**400},
+    "a rate below 0": {"learning_rate": -1.0},
+    "a rate that is no number": {"learning_rate": math.nan},
+    "a power of text": {"lr_scheduler_type": "polynomial", "lr_scheduler_kwargs": {"power": "x"}},
+}
+
+
+@pytest.mark.parametrize("name", BAD_ARGUMENTS)
+def test_bad_arguments_are_as_good_as_none(tmp_path, name):
+    path = saved(tmp_path / "checkpoint-2", 2)
+    args = TrainingArguments(path, report_to=[], use_cpu=True)
+    args.__dict__.update(BAD_ARGUMENTS[name])
+    torch.save(args, path / "training_args.bin")
+    with pytest.raises(ValueError, match="none logged at step 2, and neither training_args"):
+        describe_checkpoint(path)
+
+
+@pytest.mark.parametrize("bad", ["x", None, math.nan, math.inf, -1.0, True, 10**400])
+def test_a_bad_rate_in_a_file_is_as_good_as_none(tmp_path, bad):
+    logged = [{"step": 2, "learning_rate": bad}, {"step": 10**400, "learning_rate": 1.0}, {"step": 1}]
+    path = saved(tmp_path / "checkpoint-2", 2, rate=bad, logged=logged)
+    assert describe_checkpoint(path)["learning_rate"] == pytest.approx(2.5e-3)
+    (path / "training_args.bin").unlink()
+    torch.save({"param_groups": [{"lr": bad}]}, path / "optimizer.pt")
+    with pytest.raises(ValueError, match="none logged at step 2"):
+        describe_checkpoint(path)
+
+
+@pytest.mark.parametrize("history", [5, "abc", {"a": 1}, [5]])
+def test_a_log_of_another_kind_is_refused_by_name(tmp_path, history):
+    with pytest.raises(ValueError, match=r"`log_history` in .* must be a list of what was logged"):
+        describe_checkpoint(saved(tmp_path, 2, logged=history))
+
+
+def test_no_log_at_all_is_an_empty_one(tmp_path):
+    assert describe_checkpoint(saved(tmp_path, 2, rate=2e-3, logged=None))["learning_rate"] == pytest.approx(2.5e-3)
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04aaaa", b"hello"])
+def test_a_damaged_scheduler_is_as_good_as_none(tmp_path, content):
+    path = saved(tmp_path, 2)
+    (path / "scheduler.pt").write_bytes(content)
+    assert describe_checkpoint(path)["learning_rate"] == pytest.approx(2.5e-3)
 
 
 def test_what_the_optimizer_began_with_counts_and_not_the_arguments(tmp_path):
