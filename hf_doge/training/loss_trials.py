@@ -96,7 +96,8 @@ def other_label(labels: Tensor, at: int) -> dict[str, Tensor]:
     last that has a label (`at=-1`); ignored ones stay.
     """
     rows = labels.reshape(-1, labels.shape[-1]).clone()
-    numbers, places = torch.arange(len(rows)), torch.zeros(len(rows), dtype=torch.long)
+    numbers = torch.arange(len(rows), device=rows.device)
+    places = torch.zeros_like(numbers)
     if at == -1:
         places = rows.shape[1] - 1 - rows.ne(IGNORED).flip(1).int().argmax(dim=1)
     classes = rows[rows != IGNORED].unique()
