@@ -193,7 +193,11 @@ def _read_queries(args: SearchArguments, targets: list[Any]) -> list[Any]:
             targets.append(ALL if (target := record.get(args.target_field)) is None else target)
         is_prompt = args.next_tokens is not None and "prompt" in record
         if args.text_field is None and (is_dialogue(record) or is_prompt):
-            queries.append({name: record[name] for name in DIALOGUE_FIELDS if name in record})
+            asked = {name: record[name] for name in DIALOGUE_FIELDS if name in record}
+            label = (
+                record.get(args.label_field) if is_prompt else None
+            )  # refused: a prompt is traced for what is said next
+            queries.append(asked if label is None else {**asked, "label": label})
             continue
         try:
             names = text_names or text_fields(record)

@@ -50,23 +50,28 @@ def make_prompt(
     Raises:
         ValueError: It has an answer.
     """
-    messages = record.get("messages")
+    messages, prompt = record.get("messages"), record.get("prompt")
     answered = "completion" if record.get("completion") is not None else label_field(record)
-    if messages and messages[-1]["role"] == "assistant":
-        answered = "messages"
+    for name, turns in (("prompt", prompt), ("messages", messages)):
+        if turns and not isinstance(turns, str) and turns[-1]["role"] == "assistant":
+            answered = name
     if answered is not None:
         raise ValueError(
             f"`next_tokens` traces what the model says next, but query {position} has its answer in `{answered}`. Leave one of the"
             " two out."
         )
+    if prompt and isinstance(record.get("text"), str) and "input_ids" not in record:
+        raise ValueError(
+            f"`next_tokens` must know what is continued, but query {position} has both `prompt` and `text`. Keep one of the two."
+        )
     if "input_ids" in record:
         ids, mask = record["input_ids"], record.get("attention_mask")
         ids = ids if mask is None or mask.shape != ids.shape else ids[mask.bool()]
     else:
-        prompt = messages or record.get("prompt")
+        prompt = messages or prompt
         if not prompt or isinstance(prompt, str):
             prompt = [prompt] if prompt else [record[name] for name in text_fields(record)]
-        ids = torch.tensor(encoding.encode_prompt(prompt, tokenizer, ends=_writes_from_texts(model)))
+        ids = torch.tensor(encoding.encode_prompt(prompt, tokenizer, record=record, ends=_writes_from_texts(model)))
     return Query({"input_ids": ids}, read_ids(tokenizer, ids.flatten().tolist()))
 
 
@@ -220,7 +225,7 @@ def _answer(
     if "input_ids" in record and query.target is None:
         return None, own
     if query.target is None and is_dialogue(record):
-        found = record["messages"] if "messages" in record else record["completion"]
+        found = record["messages"] if record.get("messages") is not None else record["completion"]
         answer = found if isinstance(found, str) else found[-1]["content"]
         if not isinstance(answer, str):
             raise ValueError(

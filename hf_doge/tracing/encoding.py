@@ -102,7 +102,7 @@ class Encoding:
                 f" {', '.join(map(repr, MASKINGS))}; or ask with `input_ids` and `labels`."
             )
         wants_mask = "assistant" in self.masks
-        if "messages" in record:
+        if record.get("messages") is not None:
             if "completion" in self.masks and not wants_mask:
                 raise ValueError(
                     "The index was recorded with the loss of completions alone, but `messages` do not tell what the"
@@ -130,7 +130,7 @@ class Encoding:
         in its place. A token that also holds a character next to it is one of them.
         """
         whole = replace(self, masks=(), ignores_padding=False, max_length=None)
-        name = "messages" if "messages" in record else "completion"
+        name = "messages" if record.get("messages") is not None else "completion"
         ids, given = whole.encode(record, tokenizer)[0], record[name]
         before = after = len(ids)
         for text in ("0", "a"):  # an answer can begin or end like one of them, but not like both
@@ -142,17 +142,20 @@ class Encoding:
         start, stop = max(before, left.start), min(len(ids) - after, left.stop)
         return range(start - left.start, stop - left.start)
 
-    def encode_prompt(self, prompt: Sequence[Any], tokenizer: Any, *, ends: bool = False) -> list[int]:
+    def encode_prompt(
+        self, prompt: Sequence[Any], tokenizer: Any, *, record: Mapping[str, Any], ends: bool = False
+    ) -> list[int]:
         """
         Token ids of what is to be answered.
 
         Args:
             prompt (`Sequence`): A text or a pair, or messages with `role` and `content`, the assistant's turn being next.
             tokenizer (`PreTrainedTokenizerBase`): See [`encode`].
+            record (`Mapping`): With `tools` and `chat_template_kwargs`, if messages have them.
             ends (`bool`): Whether an end-of-text token that the tokenizer adds stays, as before a decoder of its own.
         """
         if not isinstance(prompt[0], str):
-            return _apply_template(tokenizer, prompt, {}, add_generation_prompt=True)[0]
+            return _apply_template(tokenizer, prompt, record, add_generation_prompt=True)[0]
         ids = list(tokenizer(*prompt, verbose=False)["input_ids"])
         added = not ends and len(ids) > 1 and ids[-1] == tokenizer.eos_token_id
         return ids[:-1] if added and not prompt[-1].endswith(tokenizer.eos_token) else ids

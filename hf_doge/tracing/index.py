@@ -302,7 +302,7 @@ class InfluenceIndex(SavedIndex):
             missing = [str(folder / one["path"]) for one in named if not any(checkpoint_folders(one, folder))]
         continued, num_words = options.get("next_tokens") is not None, self.reader.embedding_shape[0]
         records = check_queries(queries, tokenizer, vocabulary_size=num_words, missing=missing, continued=continued)
-        if options.get("target", ALL) != ALL:
+        if "target" in options:
             options["target"] = targets_of(options["target"], len(records)) or ALL
         return records
 

@@ -50,7 +50,7 @@ def text_query(record: Mapping[str, Any], tokenizer: Any) -> Query:
         ids, mask = record["input_ids"], record.get("attention_mask")
         ids = ids.flatten() if mask is None or mask.shape != ids.shape else ids[mask.bool()]
         return Query({}, read_ids(tokenizer, ids.tolist()))
-    if "messages" in record:
+    if record.get("messages") is not None:
         parts = [record["messages"]]
     elif is_dialogue(record):
         parts = [record["prompt"], record["completion"]]

@@ -244,6 +244,8 @@ def check_queries(
             "`queries` must be a tokenised `datasets.Dataset`, a text, a list of texts or of dictionaries, or a batch, "
             f"but got a {type(queries).__name__}."
         )
+    unsaid = ("completion",) if continued else ()
+    records = [{name: one[name] for name in one if name not in unsaid or one[name] is not None} for one in records]
     if not records:
         raise ValueError("`queries` must hold at least one prediction to trace, but it is empty.")
     if any(record.get("inputs_embeds") is not None for record in records):
@@ -288,12 +290,12 @@ def text_fields(record: Mapping[str, Any]) -> list[str]:
 
 def is_dialogue(record: Mapping[str, Any]) -> bool:
     """Whether a record has a prompt and its completion, or messages, rather than a text or a pair."""
-    return "messages" in record or {"prompt", "completion"} <= set(record)
+    return record.get("messages") is not None or {"prompt", "completion"} <= set(record)
 
 
 def check_dialogue(record: Mapping[str, Any]) -> str | None:
     """What a prompt with its completion, or messages, must be, if they are not."""
-    names = ("messages",) if "messages" in record else ("prompt", "completion")
+    names = ("messages",) if record.get("messages") is not None else ("prompt", "completion")
     values = [record[name] for name in names]
     if all(isinstance(value, str) for value in values):
         return "be a list of messages under `messages`" if names == ("messages",) else None

@@ -15,10 +15,8 @@ def targets_of(target: Any, count: int) -> list[Target | None] | None:
     Raises:
         ValueError: It is nothing that a target can be, or a list of another length.
     """
-    if isinstance(target, list):
-        found = [None if one == ALL else one for one in target]
-    else:
-        found = [None if target == ALL else target] * count
+    asked = [_plain(one) for one in target] if isinstance(target, list) else [_plain(target)] * count
+    found = [None if one == ALL else one for one in asked]
     if len(found) != count:
         raise ValueError(
             f"`target` must be one for all queries, or one for each of the {count}, but got {len(found)}."
@@ -30,6 +28,16 @@ def targets_of(target: Any, count: int) -> list[Target | None] | None:
                 f"`target` must be 'all', a part of the answer, or `(start, stop)` in characters, `0 <= start < stop`, but got {show(one)}."
             )
     return None if all(one is None for one in found) else found
+
+
+def _plain(target: Any) -> Any:
+    """A span in numbers or arrays of numpy or torch as a tuple of Python's."""
+    if isinstance(target, tuple):
+        return tuple(one.tolist() if hasattr(one, "tolist") else one for one in target)
+    if isinstance(target, str) or not hasattr(target, "tolist"):
+        return target
+    values = target.tolist()
+    return tuple(values) if isinstance(values, list) else values
 
 
 def find_span(target: Target, text: str, answer: str | None, position: int) -> tuple[int, int]:

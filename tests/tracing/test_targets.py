@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from tokenizers import normalizers
@@ -13,6 +14,7 @@ from hf_doge.tracing.encoding import Encoding
 from hf_doge.tracing.limits import ModelInputs
 from hf_doge.tracing.queries import Query, check_queries
 from hf_doge.tracing.query_rows import _make_query
+from hf_doge.tracing.targets import targets_of
 from hf_doge.tracing.words import read_ids
 from tests.tracing.influence_tools import byte_level_tokenizer, language_model
 
@@ -33,7 +35,7 @@ def tokenizer():
     return templated(TEMPLATE)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def model(tokenizer):
     return language_model(tokenizer).eval()
 
@@ -169,3 +171,51 @@ def test_the_likeliest_token_is_said_whatever_the_model_is_set_to(tokenizer, mod
 def test_an_end_of_text_that_is_no_token_is_refused(tokenizer, model, end):
     with pytest.raises(ValueError, match="`eos_token_id` of the model's generation_config must be"):
         said_by(tokenizer, model, eos_token_id=end)
+
+
+def test_a_prompt_has_the_tools_and_arguments_of_its_template(tokenizer, model):
+    more = {"tools": [{"type": "function"}], "chat_template_kwargs": {"quiet": True}}
+    for name in ("messages", "prompt"):
+        query = next_of({name: [USER], **more}, tokenizer, model, 1)
+        expected = tokenizer(f"TOOLS<user>{USER['content']}<|end|><assistant><quiet>")["input_ids"]
+        assert query.features["input_ids"].tolist()[:-1] == expected
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        ({"prompt": "hi", "text": "the cup"}, "query 3 has both `prompt` and `text`"),
+        ({"prompt": chat("The team")["messages"]}, "query 3 has its answer in `prompt`"),
+    ],
+)
+def test_what_is_no_prompt_alone_is_refused(tokenizer, model, record, message):
+    with pytest.raises(ValueError, match=message):
+        next_of(record, tokenizer, model)
+
+
+@pytest.mark.parametrize("rest", [{"prompt": "The", "completion": None}, {"text": "The", "messages": None}])
+def test_an_answer_that_is_none_is_none(tokenizer, model, rest):
+    said = [next_of(record, tokenizer, model).features["input_ids"].tolist() for record in (rest, {"text": "The"})]
+    assert said[0] == said[1]
+    with pytest.raises(ValueError, match="Query 0 must"):
+        kept({"prompt": "The", "completion": None}, "The", tokenizer, model)
+
+
+def test_a_text_next_to_messages_that_are_none_is_a_text(tokenizer, model):
+    query, _ = kept({"text": "The cup", "messages": None}, "cup", tokenizer, model)
+    assert query.features["input_ids"].tolist() == tokenizer("The cup")["input_ids"]
+
+
+@pytest.mark.parametrize(
+    "target", [(np.int64(0), np.int64(3)), np.array([0, 3]), torch.tensor([0, 3]), [(np.int32(0), 3)]]
+)
+def test_a_span_may_be_numbers_of_numpy(target):
+    assert targets_of(target, 1) == [(0, 3)]
+
+
+@pytest.mark.parametrize(
+    "target", [np.array([0.5, 3]), np.array([True, True]), np.arange(3), np.array(["all"]), [0, 3]]
+)
+def test_what_is_no_target_is_refused(target):
+    with pytest.raises(ValueError, match="`target` must be"):
+        targets_of(target, 1)
