@@ -146,8 +146,13 @@ def group_learning_rate(logged: float | None, first: Mapping[str, Any], group: M
     """
     if logged is None or group is first:
         return logged
-    begun = [float(one.get("initial_lr", one["lr"])) for one in (first, group)]
-    now = [float(one["lr"]) for one in (first, group)]
+    try:
+        now = [float(one["lr"]) for one in (first, group)]
+        begun = [float(one.get("initial_lr", rate)) for one, rate in zip((first, group), now, strict=True)]
+    except (KeyError, OverflowError, TypeError, ValueError):  # a file can hold anything
+        return None
+    if not all(0 <= rate < math.inf for rate in (*now, *begun)):
+        return None
     if begun[0] == begun[1] and now[0] == now[1]:
         return logged
     if begun[0] <= 0 or not math.isclose(now[0] * begun[1], now[1] * begun[0], rel_tol=1e-6, abs_tol=1e-300):

@@ -166,7 +166,7 @@ def saved_group_rate(folder: Path, logged: float, load: Callable[[], nn.Module])
     if len(found) != 1 or not known:
         raise ValueError(
             f"The learning rate of the input embeddings at {str(folder)!r} must be known, but the optimizer's parameter"
-            f" groups have several ({[group['lr'] for group in groups]}) and {str(path)!r} does not tell theirs. Pass"
+            f" groups have several ({[group.get('lr') for group in groups]!r:.200}) and {str(path)!r} does not tell theirs. Pass"
             " `learning_rates` (`hf-doge index --learning_rates`), one for each checkpoint."
         )
     return known[0]
@@ -194,6 +194,7 @@ def _read(path: Path) -> tuple[dict[int, dict[str, Any]], list[dict[str, Any]]]:
     states: Any = content.get("state") if isinstance(content, dict) else None
     groups: Any = content.get("param_groups") if isinstance(content, dict) else None
     known = isinstance(states, dict) and isinstance(groups, list)
+    known = known and all(isinstance(group, dict) and isinstance(group.get("params"), list) for group in groups)
     if known:
         numbers = [*states, *(number for group in groups for number in group["params"])]
         known = all(isinstance(number, int) for number in numbers)

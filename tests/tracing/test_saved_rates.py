@@ -18,6 +18,7 @@ from hf_doge.artifacts.influence import IndexReader
 from hf_doge.cli import main
 from hf_doge.tracing.inert_pickle import read_state
 from hf_doge.tracing.saved_checkpoints import describe_checkpoint
+from hf_doge.tracing.saved_moments import saved_group_rate
 from tests.tiny import tiny_classifier, tiny_tokenizer
 from tests.tracing.recorded_training import classification_data
 
@@ -198,6 +199,21 @@ def test_a_damaged_scheduler_is_as_good_as_none(tmp_path, content):
     path = saved(tmp_path, 2)
     (path / "scheduler.pt").write_bytes(content)
     assert describe_checkpoint(path)["learning_rate"] == pytest.approx(2.5e-3)
+
+
+@pytest.mark.parametrize(
+    "first", [{}, {"lr": "x"}, {"lr": math.nan}, {"lr": 0.1, "initial_lr": 10**400}, {"lr": -1.0}]
+)
+def test_bad_rates_of_groups_are_refused_by_name(tmp_path, first):
+    model = tiny_classifier()
+    matrix = model.get_input_embeddings().weight
+    state = {1: {"exp_avg": torch.zeros_like(matrix)}}
+    groups = [{"params": [0], **first}, {"params": [1], "lr": 0.2}]
+    torch.save({"state": state, "param_groups": groups}, tmp_path / "optimizer.pt")
+    with pytest.raises(ValueError, match=r"The learning rate of the input embeddings at .* must be known"):
+        saved_group_rate(tmp_path, 0.1, lambda: model)
+    torch.save({"state": state, "param_groups": [5, {"lr": 1}]}, tmp_path / "optimizer.pt")
+    assert saved_group_rate(tmp_path, 0.1, lambda: model) == 0.1  # of another kind
 
 
 def test_what_the_optimizer_began_with_counts_and_not_the_arguments(tmp_path):
