@@ -135,7 +135,7 @@ def _greedy(model: nn.Module, inputs: ModelInputs, tokenizer: Any, num_tokens: i
 @contextmanager
 def _generating_by(config: GenerationConfig, model: nn.Module) -> Iterator[None]:
     """`generate` fills what a given configuration leaves open from the one that the model holds; that is put back."""
-    held = [
+    held: list[tuple[Any, Any]] = [
         (module, vars(module)["generation_config"])
         for module in model.modules()
         if "generation_config" in vars(module)

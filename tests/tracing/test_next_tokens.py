@@ -241,7 +241,7 @@ def test_a_part_of_an_answer_has_the_gradient_of_the_loss_on_its_tokens(index, d
     assert 0 < len(kept) < len(answer)
     expected = brute_force(index, dataset, [asked(prompt, answer, kept)])
     start = PAIR["completion"].index(part)
-    for target in (part, (start, start + len(part)), [part]):
+    for target in (part, (start, start + len(part)), [part], np.array([start, start + len(part)])):
         assert close(index.scores([PAIR], target=target), expected)
     assert index.search([PAIR], target=part)[0]["query_target"] == part
     tokens = {"input_ids": prompt + answer, "labels": [IGNORE_INDEX] * len(prompt) + answer}
@@ -297,6 +297,9 @@ def test_the_command_traces_what_the_model_says_next(recorded, index, capsys, tm
     (tmp_path / "queries.jsonl").write_text(json.dumps({"prompt": PROMPTS[0], "id": "a"}) + "\n")
     assert main([*argv, "--queries", str(tmp_path / "queries.jsonl"), "--next_tokens", str(NUM), "--json"]) == 0
     assert json.loads(capsys.readouterr().out.splitlines()[0])["example_id"] == hit["example_id"]
+    (tmp_path / "queries.jsonl").write_text(json.dumps({"prompt": PROMPTS[0], "label": "x"}) + "\n")
+    assert main([*argv, "--queries", str(tmp_path / "queries.jsonl"), "--next_tokens", str(NUM)]) != 0
+    assert "has its answer in `label`" in capsys.readouterr().err
     shown = {"prompt": "Say", "completion": " it."}
     assert (_text_of(shown), _text_of({**shown, "text": "All"}), _text_of({"label": 1})) == ("Say  it.", "All", "")
     (tmp_path / "queries.jsonl").write_text(json.dumps({**PAIR, "part": "winning"}) + "\n")
