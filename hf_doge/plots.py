@@ -96,9 +96,9 @@ def plot_domain_weights(
             figure = _new_figure(12.0, max(4.2, rows_height))
             lines, bars = figure.subplots(1, 2, width_ratios=[1.1, 1])
         _draw_trajectory(lines, weights.trajectory, names, noise)
-        if noise is not None:
-            before = " before shrinkage" if weights.recipe.get("shrinkage") else ""
-            lines.set_xlabel(f"step (bands: noise of the scores{before}, two standard deviations)")
+        before = " before shrinkage" if weights.recipe.get("shrinkage") else ""
+        bands = "" if noise is None else f" (bands: noise of the scores{before}, two standard deviations)"
+        lines.set_xlabel(f"step{bands}")
     _draw_weights(bars, weights, shown)
     _write(figure, path)
     return figure
@@ -198,7 +198,6 @@ def _draw_trajectory(axes: "Axes", trajectory: _Trajectory, names: list[str], no
     axes.axhline(1 / len(names), color="black", linewidth=0.8, linestyle=(0, (1, 3)), zorder=2)
     axes.set_xlim(steps[0], max(steps[-1], steps[0] + 1))
     axes.set_ylim(0, 1.05 * max(weights.max(), 1 / len(names)))
-    axes.set_xlabel("step")
     axes.set_title("Weights while learning", loc="left", fontsize="medium")
     axes.spines[["top", "right"]].set_visible(False)
     _label_ends(axes, ends)

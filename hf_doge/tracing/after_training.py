@@ -66,7 +66,7 @@ def record_dataset(
             those that `TracInWECallback(metric="optimizer")` would have recorded in training.
         learning_rates (`Sequence[float]`, *optional*):
             The rate at each checkpoint, in the order of `checkpoints`; else read from its `trainer_state.json`, if the
-            Trainer logged at that very step, or see [`scheduled_rate`].
+            Trainer logged at that very step, or see [`saved_learning_rate`].
         batch_size (`int`): How many examples at once; changes no row.
         seed (`int`): Of whatever the collator draws.
         progress (`bool`): Whether to show a progress bar, of all examples at all checkpoints.

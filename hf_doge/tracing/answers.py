@@ -15,6 +15,7 @@ from hf_doge.tracing.encoding import Encoding
 from hf_doge.tracing.limits import ModelInputs
 from hf_doge.tracing.queries import Query, is_dialogue, label_field, label_tensor, text_fields
 from hf_doge.tracing.targets import Target, find_span
+from hf_doge.tracing.token_queries import attended
 from hf_doge.tracing.words import read_ids
 
 
@@ -65,8 +66,7 @@ def make_prompt(
             f"`next_tokens` must know what is continued, but query {position} has both `prompt` and `text`. Keep one of the two."
         )
     if "input_ids" in record:
-        ids, mask = record["input_ids"], record.get("attention_mask")
-        ids = ids if mask is None or mask.shape != ids.shape else ids[mask.bool()]
+        ids = attended(record["input_ids"], record.get("attention_mask"))
     else:
         prompt = messages or prompt
         if not prompt or isinstance(prompt, str):

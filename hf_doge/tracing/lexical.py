@@ -10,6 +10,7 @@ from hf_doge.artifacts.influence.lexical_search import LexicalIndex
 from hf_doge.tracing.hits import text_columns
 from hf_doge.tracing.queries import Query, is_dialogue, text_fields
 from hf_doge.tracing.scoring import TokenParts
+from hf_doge.tracing.token_queries import attended
 from hf_doge.tracing.words import read_ids, read_text
 
 _BLOCK = 64  # queries at a time
@@ -47,8 +48,7 @@ def lexical_index(reader: IndexReader, tokenizer: Any | None) -> LexicalIndex:
 def text_query(record: Mapping[str, Any], tokenizer: Any) -> Query:
     """A record of [`check_queries`] as a text, answer and all."""
     if "input_ids" in record:
-        ids, mask = record["input_ids"], record.get("attention_mask")
-        ids = ids.flatten() if mask is None or mask.shape != ids.shape else ids[mask.bool()]
+        ids = attended(record["input_ids"], record.get("attention_mask")).flatten()
         return Query({}, read_ids(tokenizer, ids.tolist()))
     if record.get("messages") is not None:
         parts = [record["messages"]]

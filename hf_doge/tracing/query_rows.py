@@ -33,6 +33,7 @@ from hf_doge.tracing.models import LoadModel, has_fingerprint, load_checkpoint
 from hf_doge.tracing.queries import Query, is_dialogue, label_field, text_fields
 from hf_doge.tracing.settings import padding_token_id
 from hf_doge.tracing.targets import Target
+from hf_doge.tracing.token_queries import attended
 from hf_doge.tracing.words import Reading, read_ids, read_text
 
 _KEPT_BYTES = 4 * 2**30  # of models that stay in memory
@@ -111,7 +112,7 @@ class QueryRecorder:
         """
         found = RecordedQueries()
         for position in reversed(range(len(self.reader.checkpoints))):
-            model, inputs = self._kept.get(position) or self._load(position)
+            model, inputs = self._load(position)
             first = not found.queries
             if first:  # what the last checkpoint predicts is the label of a query without one
                 found.queries = self._make_queries(records, model, inputs, batch_size, first_position, next_tokens)
@@ -132,13 +133,13 @@ class QueryRecorder:
 
     def say_next(self, records: Sequence[Mapping[str, Any]], num_tokens: int, first_position: int) -> list[Query]:
         """Queries with what the last checkpoint says next, without any row."""
-        model, inputs = self._kept.get(len(self.reader.checkpoints) - 1) or self._load(
-            len(self.reader.checkpoints) - 1
-        )
+        model, inputs = self._load(len(self.reader.checkpoints) - 1)
         return self._make_queries(records, model, inputs, 1, first_position, num_tokens)
 
     def _load(self, position: int) -> tuple[nn.Module, ModelInputs]:
         """The model of a checkpoint, with what it takes: the given one where it is that, else the recorded one, loaded."""
+        if position in self._kept:
+            return self._kept[position]
         checkpoint, model = self.reader.checkpoints[position], self.model
         if model is None or not has_fingerprint(model, checkpoint["fingerprint"]):
             self.reader.fetch_model(position)
@@ -251,8 +252,7 @@ def _make_query(
         features = {name: value for name, value in record.items() if name in inputs.names or name == "labels"}
         if isinstance(features.get("labels"), str):
             features["labels"] = read_label(features["labels"], model, tokenizer)
-        ids, mask = features["input_ids"], features.get("attention_mask")
-        counted = ids.flatten() if mask is None or mask.shape != ids.shape else ids[mask.bool()]
+        counted = attended(features["input_ids"], features.get("attention_mask")).flatten()
         return Query(features, read_ids(tokenizer, counted.tolist()))
     if is_dialogue(record) and inputs.continues_texts:
         ids, labels = encoding.encode(record, tokenizer)

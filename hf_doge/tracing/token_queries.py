@@ -1,4 +1,4 @@
-"""Queries that are tokens already: batches taken apart, and ids that the model has."""
+"""Queries that are tokens already: batches taken apart, tokens that count, and ids that the model has."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -28,6 +28,11 @@ def split_batch(batch: Mapping[str, Any]) -> list[dict[str, Any]]:
 def _has_lines(value: Any, size: int) -> bool:
     """Whether a value of a batch has one line per query."""
     return isinstance(value, Tensor | np.ndarray | Sequence) and np.ndim(value) > 0 and len(value) == size
+
+
+def attended(ids: Tensor, mask: Tensor | None) -> Tensor:
+    """The tokens that a mask of their shape keeps, `(num_kept,)`; without such a mask all of them, as they are."""
+    return ids if mask is None or mask.shape != ids.shape else ids[mask.bool()]
 
 
 def check_tokens(records: Sequence[Mapping[str, Any]], vocabulary_size: int) -> None:

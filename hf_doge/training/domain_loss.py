@@ -116,8 +116,7 @@ class DomainLoss:
         labelled = [batch for batch in batches if batch.items.any()]
         is_ready, is_learned = bool(labelled), self._is_divided is not None
         if self.uses_collectives:
-            lacks = torch.tensor([not is_ready, not is_learned], dtype=torch.int64, device=self.device)
-            is_ready, is_learned = (not lack for lack in self._reduction.max(lacks).tolist())
+            is_ready, is_learned = (not lack for lack in self._max([not is_ready, not is_learned]))
         if is_ready and not is_learned:
             self._learn(self._law(labelled))
         self.is_settled = not self._max([self._is_divided is None])[0] and not self._num_shift_trials
@@ -151,8 +150,7 @@ class DomainLoss:
 
     def _max(self, values: list[bool]) -> list[int]:
         """Over the processes."""
-        tensor = torch.tensor(values, dtype=torch.int64, device=self.device)
-        return (self._reduction.max(tensor) if self._reduction.is_needed else tensor).tolist()
+        return self._reduction.max(torch.tensor(values, dtype=torch.int64, device=self.device)).tolist()
 
     def _law(self, batches: list[MicroBatch]) -> LossLaw:
         args = self.trainer.args
