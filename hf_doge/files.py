@@ -54,13 +54,9 @@ def require_own_folder(folder: Path, *, manifest: str, subfolders: tuple[str, ..
     """
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(f"`save_directory` must be a folder, but {str(folder)!r} is a file.")
-    if not folder.exists() or (folder / manifest).exists():
-        foreign = []
-    else:
-        entries = sorted(entry.name for entry in folder.iterdir())
-        interrupted = any(entry.startswith(STAGED_PREFIX) for entry in entries)
-        foreign = [] if interrupted else [entry for entry in entries if not entry.startswith(".")]
-    if foreign:
+    foreign = _foreign_entries(folder) if folder.exists() else []
+    # Listed first: a process that saves the same may be putting its manifest into its place meanwhile.
+    if foreign and not (folder / manifest).exists():
         raise FileExistsError(
             f"`save_directory` must be new, empty or hold an artifact to replace, but {str(folder)!r} has no {manifest} and"
             f" holds {foreign[:5]}. Choose another folder."
@@ -71,6 +67,12 @@ def require_own_folder(folder: Path, *, manifest: str, subfolders: tuple[str, ..
                 f"{str(folder / name)!r} is a symbolic link, and files behind it are not ours to replace. Remove the link"
                 " or choose another folder."
             )
+
+
+def _foreign_entries(folder: Path) -> list[str]:
+    entries = sorted(entry.name for entry in folder.iterdir())
+    interrupted = any(entry.startswith(STAGED_PREFIX) for entry in entries)
+    return [] if interrupted else [entry for entry in entries if not entry.startswith(".")]
 
 
 def replace_files(folder: Path, files: Mapping[str, bytes], *, manifest: str) -> None:
@@ -218,23 +220,28 @@ def read_settled(folder: Path, manifest: str, read: Callable[[], Result]) -> Res
         read (`Callable`): Raises `ValueError` or `FileNotFoundError` if something is missing or altered.
     """
 
-    def look() -> bytes | None:
+    def stamp() -> tuple[int, ...] | None:
         with suppress(OSError):
-            return (folder / manifest).read_bytes()
+            status = (folder / manifest).stat()
+            return status.st_dev, status.st_ino, status.st_mtime_ns, status.st_ctime_ns
         return None
 
-    for _ in range(_LOOKS):
-        before = look()
-        try:
-            return read()
-        except (ValueError, FileNotFoundError):
-            if not folder.is_dir():
-                raise
-        with sole_writer(folder):  # a save that was under way is done now
-            if look() == before:
-                break
-    with sole_writer(folder):
+    try:
         return read()
+    except (ValueError, FileNotFoundError):
+        if not folder.is_dir():
+            raise
+    for _ in range(_LOOKS):
+        with sole_writer(
+            folder
+        ):  # what was being saved into the folder is done now; as a whole it may still be replaced
+            before = stamp()
+            try:
+                return read()
+            except (ValueError, FileNotFoundError):
+                if stamp() == before:
+                    raise
+    return read()
 
 
 @contextmanager

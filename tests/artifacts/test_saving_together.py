@@ -12,6 +12,7 @@ import pytest
 
 from hf_doge import DomainWeights, InfluenceIndex, files
 from hf_doge.artifacts.domain_weights import MANIFEST
+from hf_doge.artifacts.influence import reader
 from hf_doge.tracing.saved_index import copy_index
 from tests.artifacts.influence_rows import random_rows, write_index
 from tests.artifacts.test_domain_weights import make_weights
@@ -122,6 +123,20 @@ def test_where_the_file_system_has_no_locks_the_same_weights_are_saved_by_many(t
     weights = make_weights()
     assert together(lambda number: weights.save_pretrained(tmp_path / "weights"), tmp_path) == []
     assert DomainWeights.from_pretrained(tmp_path / "weights") == weights
+
+
+def test_without_locks_a_first_save_that_ends_while_another_looks_at_the_folder_is_no_stranger(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "fcntl", None)
+    weights, list_folder = make_weights(with_trajectory=False), files.Path.iterdir
+
+    def list_as_the_other_save_ends(folder):
+        monkeypatch.setattr(files.Path, "iterdir", list_folder)
+        weights.save_pretrained(tmp_path)
+        return folder.iterdir()
+
+    monkeypatch.setattr(files.Path, "iterdir", list_as_the_other_save_ends)
+    weights.save_pretrained(tmp_path)
+    assert DomainWeights.from_pretrained(tmp_path) == weights
 
 
 def test_without_locks_one_that_begins_to_save_the_same_leaves_what_another_has_saved_whole(tmp_path, monkeypatch):
@@ -333,3 +348,20 @@ def test_modes_follow_the_umask_of_who_saves(tmp_path, indices, umask, mask, fil
         found = modes(folder)
         assert {found[path] for path in found if (folder / path).is_dir()} == {folder_mode}, name
         assert {found[path] for path in found if not (folder / path).is_dir()} == {file_mode}, name
+
+
+def test_an_index_that_is_replaced_by_another_and_back_while_it_is_read_is_read_again(tmp_path, indices, monkeypatch):
+    place, check = tmp_path / "index", reader.check_files
+    replacements = iter([1, 0, 1, 0])
+    copy_index(indices[0], place)
+
+    def replace_meanwhile(folder, checksums, *, verify):
+        for number in (next(replacements, None), next(replacements, None)):
+            if number is not None:
+                copy_index(indices[number], place)
+        if number is not None:
+            raise FileNotFoundError("a file of the index that was there for a moment")
+        check(folder, checksums, verify=verify)
+
+    monkeypatch.setattr(reader, "check_files", replace_meanwhile)
+    assert len(open_index(place, tmp_path / "maps")) == 40
