@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from hf_doge.artifacts import DomainWeights
+from hf_doge.artifacts.domain_weights import DOMAIN_WEIGHTS_FOLDER
 from hf_doge.cli.console import say
 from hf_doge.cli.parser import parse
 
@@ -17,7 +18,12 @@ class PushArguments:
 
     _argument_group_name = "push"
 
-    folder: Path = field(metadata={"positional": True, "help": "Folder of domain weights or of an influence index."})
+    folder: Path = field(
+        metadata={
+            "positional": True,
+            "help": "Folder of domain weights, of a run that found some, or of an influence index.",
+        }
+    )
     repo_id: str = field(metadata={"positional": True, "help": "Where to: user/name. Made if it does not exist."})
     message: str | None = field(default=None, metadata={"help": "Message of the commit."})
     private: bool = field(default=False, metadata={"help": "Make a new repository private."})
@@ -52,7 +58,7 @@ def main(argv: Sequence[str]) -> int:
         "create_pr": args.create_pr,
         "tag": args.tag,
     }
-    if (args.folder / WEIGHTS_MANIFEST).is_file():
+    if any((folder / WEIGHTS_MANIFEST).is_file() for folder in (args.folder, args.folder / DOMAIN_WEIGHTS_FOLDER)):
         if args.redact_text or args.keep_columns or args.no_models or args.publish_text:
             raise ValueError(
                 "`--redact_text`, `--keep_columns`, `--publish_text` and `--no_models` are for influence indices."

@@ -166,9 +166,10 @@ class Encoding:
         labels = [token if keep and token != padding else IGNORE_INDEX for token, keep in zip(ids, kept, strict=True)]
         part = self.part(len(ids))
         if all(label == IGNORE_INDEX for label in labels[part]):
+            cut = f", or lies beyond the {self.max_length} tokens that examples were cut to. Shorten the prompt"
             raise ValueError(
-                "No token is left that has a label: the completion or assistant's turn is empty, or lies beyond the"
-                f" {self.max_length} tokens that examples were cut to. Shorten the prompt."
+                "No token is left that has a label: the completion or assistant's turn is empty"
+                f"{'' if self.max_length is None else cut}."
             )
         return list(ids)[part], labels[part]
 

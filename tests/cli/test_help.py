@@ -8,10 +8,12 @@ import sys
 import pytest
 from transformers import TrainingArguments
 
+from hf_doge.artifacts.domain_weights import DOMAIN_WEIGHTS_FOLDER, DomainWeights
 from hf_doge.cli import COMMANDS, main
 from hf_doge.cli.completion import whole_parser
 from hf_doge.cli.parser import COMMON
 from hf_doge.training.config import DoGEConfig
+from tests.artifacts.test_domain_weights import make_weights
 
 TRAINED = ("learn", "train", "compare", "sweep")
 OF_TRAINER = {one.name for one in dataclasses.fields(TrainingArguments)}
@@ -86,6 +88,15 @@ def test_a_flag_of_the_trainer_that_the_help_leaves_out_is_still_a_flag(command,
 def test_a_flag_before_a_word_does_not_take_it(tmp_path, capsys):
     assert main(["push", "--private", str(tmp_path / "none"), "me/x"]) == 2
     assert "A folder to push must hold" in capsys.readouterr().err
+
+
+def test_the_folder_of_a_run_is_pushed_as_the_weights_that_it_found(tmp_path, monkeypatch):
+    weights, pushed = make_weights(with_trajectory=False), []
+    weights.save_pretrained(tmp_path / DOMAIN_WEIGHTS_FOLDER)
+    (tmp_path / "config.json").write_text("{}")  # of the model of the run
+    monkeypatch.setattr(DomainWeights, "push_to_hub", lambda self, repo_id, **options: pushed.append((self, repo_id)))
+    assert main(["push", str(tmp_path), "me/x"]) == 0
+    assert pushed == [(weights, "me/x")]
 
 
 def test_flags_of_a_command_that_is_not_a_training_come_from_a_file_too(tmp_path, capsys):

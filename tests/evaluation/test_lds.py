@@ -100,6 +100,8 @@ def test_every_subset_has_the_same_part_of_each_stratum_and_a_score_of_the_class
     np.testing.assert_allclose(result.lds("effects"), 1)
     with pytest.raises(ValueError, match="one group for each of the 12 examples"):
         run(strata=labels[:5])
+    with pytest.raises(ValueError, match=r"`strata` must have groups of one kind.*\['NoneType', 'str'\]"):
+        run(strata=[None, *labels[1:]])
 
 
 @pytest.mark.parametrize("labels", [["a", *"bbb", *"ccccc", "d", "e", "f"], ["a", *"bb", *"cc"]], ids=["even", "odd"])

@@ -116,6 +116,7 @@ def test_texts_and_dialogues_may_be_asked_together(recorded, tmp_path):
         ({"messages": []}, "lists of messages with `role` and `content`"),
         ({"messages": [{"text": "Who?"}]}, "lists of messages with `role` and `content`"),
         ({"prompt": "Who?", "completion": CHATS[0]}, "two texts, or lists of messages"),
+        ({"prompt": "Who saw it?", "completion": [{"role": "assistant", "content": ""}]}, "two texts, or lists"),
         ({"prompt": "Who saw the " + "cup " * 60, "completion": "He."}, "lies beyond the 60 tokens"),
     ],
 )

@@ -135,7 +135,13 @@ def draw_subsets(
         raise ValueError(
             f"`strata` must have one group for each of the {num_examples} examples, but got {show(strata)}."
         )
-    groups = np.unique(np.zeros(num_examples) if strata is None else strata, return_inverse=True)[1]
+    try:
+        groups = np.unique(np.zeros(num_examples) if strata is None else strata, return_inverse=True)[1]
+    except TypeError as error:
+        kinds = sorted({type(group).__name__ for group in strata or ()})
+        raise ValueError(
+            f"`strata` must have groups of one kind, all texts or all numbers, but got {kinds}."
+        ) from error
     parts = alpha * np.bincount(groups) if strata is not None else np.array([float(round(alpha * num_examples))])
     whole = round(float(parts.sum()), 9)
     if not 1 <= whole <= num_examples - 1:
