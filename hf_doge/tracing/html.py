@@ -1,6 +1,7 @@
 """One page that shows queries and what pushed them: words shaded by their part of the score. No script, no other file."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
@@ -13,7 +14,8 @@ from hf_doge.tracing.words import Reading, position_parts, read_ids, read_text
 Hit = Mapping[str, Any]
 
 MAX_WORDS = 12  # listed with a hit
-LEAST_SHARE = 0.005  # of a score that hidden tokens hold, to be told
+LEAST_SHARE = 0.005  # of a score that special or hidden tokens hold, to be told
+NUM_OPEN = 3  # hits of a kind that are unfolded
 DOMAIN_COLUMNS = ("domain", "source")  # of the examples: what says where one is from, the first that there is
 _NO_LIMIT = 1_000_000  # a tokenizer that knows none has a much larger one
 _PROPONENT, _OPPONENT = "22, 163, 74", "220, 38, 38"  # green and red that black and white text both stand out from
@@ -32,14 +34,16 @@ _STYLE = """\
 .hf-doge .text { unicode-bidi: plaintext; text-align: start; white-space: pre-wrap; overflow-wrap: anywhere; margin: .3rem 0; }
 .hf-doge .facts { font-size: .85em; opacity: .8; margin: .3rem 0; }
 .hf-doge mark { color: inherit; border-radius: .2em; }
-.hf-doge li { display: inline; margin-inline-end: .6em; }
+.hf-doge li { display: inline-block; margin-inline-end: .6em; }
+.hf-doge summary { cursor: pointer; font-size: .85em; opacity: .8; }
 .hf-doge ul { padding: 0; font-size: .85em; }
 """
 _LEGEND = """\
 <p class="facts">A proponent (green) is a training example that lowered the query's loss, an opponent (red) one that raised
-it. A word is shaded by its part of that score, relative to the largest part shown with it. Not shown are the parts of special
-tokens and of the ends of sentences, where a search hides them.</p>
+it. A word is shaded by its part of that score, relative to the largest part shown with it; a query's words by their parts of its
+proponents' scores. Where a training example shares but a piece of a query's word, its own word follows in brackets.{hidden}</p>
 """
+_HIDDEN = " The parts of special tokens and of the ends of sentences count and are not shown."
 
 _PAGE = """\
 <!DOCTYPE html>
@@ -78,13 +82,14 @@ def render_page(
     Returns:
         `str`: HTML that needs no other file and runs nothing. Whatever the texts hold is escaped.
     """
-    sections = _sections(hits, tokenizer, columns)
-    return _PAGE.format(title=escape_html(title), style=_PAGE_STYLE + _STYLE, legend=_LEGEND, sections=sections)
+    legend, sections = _legend_and_sections(hits, tokenizer, columns)
+    return _PAGE.format(title=escape_html(title), style=_PAGE_STYLE + _STYLE, legend=legend, sections=sections)
 
 
 def render_fragment(hits: Iterable[Hit], tokenizer: PreTrainedTokenizerBase | None, columns: Sequence[str]) -> str:
     """The same as a part of another page, such as a notebook's; arguments as in [`render_page`]."""
-    return f'<div class="hf-doge">\n<style>\n{_STYLE}</style>\n{_LEGEND}{_sections(hits, tokenizer, columns)}\n</div>'
+    legend, sections = _legend_and_sections(hits, tokenizer, columns)
+    return f'<div class="hf-doge">\n<style>\n{_STYLE}</style>\n{legend}{sections}\n</div>'
 
 
 @dataclass(frozen=True)
@@ -100,10 +105,14 @@ class Shown:
         return self.html
 
 
-def _sections(hits: Iterable[Hit], tokenizer: PreTrainedTokenizerBase | None, columns: Sequence[str]) -> str:
-    by_query = groupby(hits, key=lambda hit: hit["query"])
-    sections = [_section(query, list(rows), tokenizer, columns) for query, rows in by_query]
-    return "\n".join(sections) or '<p class="text">No training example has a score other than 0.</p>'
+def _legend_and_sections(
+    hits: Iterable[Hit], tokenizer: PreTrainedTokenizerBase | None, columns: Sequence[str]
+) -> tuple[str, str]:
+    queries = [(query, list(rows)) for query, rows in groupby(hits, key=lambda hit: hit["query"])]
+    hides = any(hit.get("hidden_token_ids") for _, rows in queries for hit in rows)
+    sections = [_section(query, rows, tokenizer, columns) for query, rows in queries]
+    nothing = '<p class="text">No training example has a score other than 0.</p>'
+    return _LEGEND.format(hidden=_HIDDEN if hides else ""), "\n".join(sections) or nothing
 
 
 def shade(reading: Reading, parts: Mapping[int, float]) -> str:
@@ -133,46 +142,70 @@ def _section(
     columns: Sequence[str],
 ) -> str:
     first = hits[0]
-    label = "" if first.get("query_label") is None else f", label {escape_html(_plain(first['query_label']))}"
+    label = "" if first.get("query_label") is None else f", label {escape_html(_query_label(first, hits))}"
+    by_kind = {
+        kind: [hit for hit in hits if hit["kind"] == kind] for kind in dict.fromkeys(hit["kind"] for hit in hits)
+    }
     total: dict[int, float] = {}
-    for hit in hits:
+    for hit in by_kind.get("proponent", hits):
         for token, part in _parts(hit).items():
             total[token] = total.get(token, 0.0) + part
-    target = first.get("query_target")
+    target, reading = first.get("query_target"), query_reading(first, tokenizer)
     traced = "" if target is None else f'<p class="facts">traced: <bdi>{escape_html(target)}</bdi></p>\n'
-    articles = "\n".join(_article(hit, example_reading(hit, tokenizer, columns)) for hit in hits)
+    strongest = max(abs(hit["score"]) for hit in hits) or 1.0
+
+    def articles(kind: str) -> str:
+        shown = [
+            _article(hit, reading, example_reading(hit, tokenizer, columns), strongest=strongest)
+            for hit in by_kind[kind]
+        ]
+        first, more = "\n".join(shown[:NUM_OPEN]), "\n".join(shown[NUM_OPEN:])
+        folded = f"{len(shown) - NUM_OPEN} more {kind}{'s' if len(shown) - NUM_OPEN > 1 else ''}"
+        return first + (f"\n<details>\n<summary>{escape_html(folded)}</summary>\n{more}\n</details>" if more else "")
+
     return (
-        f'<section>\n<h2>Query {escape_html(query)}{label}</h2>\n<div class="text" dir="auto">{shade(query_reading(first, tokenizer), total)}</div>\n'
-        f"{traced}{articles}\n</section>"
+        f'<section>\n<h2>Query {escape_html(query)}{label}</h2>\n<div class="text" dir="auto">{shade(reading, total)}</div>\n'
+        f"{traced}{chr(10).join(articles(kind) for kind in by_kind)}\n</section>"
     )
 
 
-def _article(hit: Hit, reading: Reading | None) -> str:
+def _article(hit: Hit, query: Reading, example: Reading | None, *, strongest: float) -> str:
+    special = hit["special_token_share"]
     facts = [
         f"{escape_html(hit['kind'])} {escape_html(hit['rank'])}",
-        f"score {escape_html(_number(hit['score']))}",
+        f"score {escape_html(_number(hit['score']))}, {100 * abs(hit['score']) / strongest:.3g}% of the strongest",
         f"example {escape_html(hit['example_id'])}",
         *([f"label {escape_html(_label(hit))}"] if hit.get("label") is not None else []),
         *(escape_html(name) for name in (domain_of(hit),) if name is not None),
-        f"special tokens {hit['special_token_share']:.0%}",
+        *([f"special tokens {special:.0%}"] if special >= LEAST_SHARE else []),
         *([f"not shown {share:.0%}"] if (share := hidden_share(hit)) >= LEAST_SHARE else []),
     ]
-    text = "" if reading is None else f'<div class="text" dir="auto">{shade(reading, _example_parts(hit))}</div>\n'
+    text = "" if example is None else f'<div class="text" dir="auto">{shade(example, _example_parts(hit))}</div>\n'
     return (
         f'<article class="{escape_html(hit["kind"])}">\n<p class="facts">{" · ".join(facts)}</p>\n'
-        f"{text}{_word_list(hit)}\n</article>"
+        f"{text}{_word_list(hit, query, example)}\n</article>"
     )
 
 
-def _word_list(hit: Hit) -> str:
-    """The words of the query with the largest parts."""
+def _word_list(hit: Hit, query: Reading, example: Reading | None) -> str:
+    """The words of the query with the largest parts; those that the example has only a piece of with its own word."""
     parts = hit["word_scores"]
     largest = abs(parts[0]) if parts else 0.0
-    items = [
-        f"<li><bdi>{_mark(word, part, largest)}</bdi> {escape_html(_number(part))}</li>"
-        for word, part in zip(hit["words"][:MAX_WORDS], parts, strict=False)
-    ]
+    items = []
+    for word, part in zip(hit["words"][:MAX_WORDS], parts, strict=False):
+        other = None if example is None else _word_that_shares(word, query, example, _parts(hit).keys())
+        told = "" if other is None else f" (<bdi>{escape_html(other)}</bdi>)"
+        items.append(f"<li><bdi>{_mark(word, part, largest)}</bdi>{told} {escape_html(_number(part))}</li>")
     return f"<ul>{''.join(items)}</ul>"
+
+
+def _word_that_shares(word: str, query: Reading, example: Reading, shared: AbstractSet[int]) -> str | None:
+    """The example's word with a piece of the query's, where the example does not have the query's word itself."""
+    pieces = {query.token_ids[at] for group in query.groups if query.word(group) == word for at in group} & shared
+    words = {example.word(group): group for group in example.groups}
+    if word.casefold() in map(str.casefold, words):
+        return None
+    return next((own for own, group in words.items() if pieces & {example.token_ids[at] for at in group}), None)
 
 
 def _mark(text: str, part: float, largest: float) -> str:
@@ -202,6 +235,12 @@ def _number(value: float) -> str:
 def _label(hit: Hit) -> str:
     name = hit.get("label_name")
     return str(hit["label"]) if name is None else f"{hit['label']} ({name})"
+
+
+def _query_label(first: Hit, hits: Iterable[Hit]) -> str:
+    """A query's label, by its name too where an example of that label tells it."""
+    label = _plain(first["query_label"])
+    return next((_label(hit) for hit in hits if hit.get("label") == label), str(label))
 
 
 def hidden_share(hit: Hit) -> float:

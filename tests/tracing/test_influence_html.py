@@ -122,6 +122,52 @@ def test_queries_and_hits_stand_in_order_with_their_facts(tokenizer):
     assert "score -1" in text
 
 
+def test_a_page_unfolds_the_first_hits_of_each_kind_and_tells_how_strong_each_is(tokenizer):
+    scores = [4.0, -8.0, 2.0, -1.0, 1.0, 0.5, 0.25]  # in an order of the user's own
+    kinds = ["opponent" if score < 0 else "proponent" for score in scores]
+    hits = [
+        make_hit(tokenizer, f"Text {at}.", kind=kind, sign=score, special_token_share=0.0)
+        for at, (kind, score) in enumerate(zip(kinds, scores, strict=True))
+    ]
+    page = render(hits, tokenizer)
+    text = "".join(Page(page).text)
+    assert [f"Text {at}." in text for at in range(7)] == [True] * 7
+    assert page.count("<details>") == 1
+    assert "2 more proponents" in page.partition("<details>")[2]
+    assert page.index("Text 4.") < page.index("<details>") < page.index("Text 5.") < page.index("Text 1.")
+    assert "score +4, 50% of the strongest" in text
+    assert "special tokens" not in text
+
+
+def test_what_is_hidden_is_said_only_where_something_is(tokenizer):
+    hit = make_hit(tokenizer, "market")
+    assert "are not shown" not in render([hit], tokenizer)
+    assert "are not shown" in render([{**hit, "hidden_token_ids": [hit["token_ids"][0]]}], tokenizer)
+
+
+def test_the_words_of_a_query_are_shaded_by_its_proponents_alone(tokenizer):
+    hits = [make_hit(tokenizer, "A market."), make_hit(tokenizer, "A market.", kind="opponent", sign=-9.0)]
+    heading = render(hits, tokenizer).partition("<article")[0]
+    assert "22, 163, 74" in heading.partition("<h2>")[2]
+    assert "220, 38, 38" not in heading.partition("<h2>")[2]
+    assert "220, 38, 38" in render(hits[1:], tokenizer).partition("<h2>")[2].partition("<article")[0]
+
+
+def test_a_word_of_which_the_example_has_but_a_piece_comes_with_the_word_that_has_it(tokenizer):
+    whole = tokenizer("marketing", add_special_tokens=False)["input_ids"]
+    assert len(whole) > 1  # pieces, the first of which is a word of its own
+    listed = {"query_text": "marketing", "words": ["marketing"], "word_scores": [1.0]}
+    page = render([make_hit(tokenizer, "The market.", **listed)], tokenizer)
+    assert "marketing (market)" in "".join(Page(page).text)
+    assert "marketing (" not in "".join(Page(render([make_hit(tokenizer, "Marketing!", **listed)], tokenizer)).text)
+
+
+def test_the_label_of_a_query_has_its_name_where_an_example_tells_it(tokenizer):
+    hits = [make_hit(tokenizer, "a", label=1, label_name="no"), make_hit(tokenizer, "b", label=2, label_name="<yes>")]
+    assert "Query 0, label 2 (<yes>)" in "".join(Page(render(hits, tokenizer)).text)
+    assert "Query 0, label 2" in "".join(Page(render(hits[:1], tokenizer)).text)
+
+
 def test_words_are_shaded_by_their_part_relative_to_the_largest(tokenizer):
     reading = read_text(tokenizer, ["market team goal"])
     market, team, goal = (
