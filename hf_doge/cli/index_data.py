@@ -175,6 +175,10 @@ def _dialogues(
     }
     told |= {} if args.max_length is None else {"max_length": args.max_length, "truncation": "keep_start"}
     encoding, rows = Encoding(**{**told, "masks": masks}), []
+    written = _written(args)  # one that was begun without texts goes on so
+    with_text = not isinstance(records[0].get("completion"), str) and (
+        written is None or "text" in written.column_names
+    )
     for record, place in zip(records, places, strict=True):
         wrong = check_dialogue(record) if is_dialogue(record) else "have the fields of the first record"
         if wrong is not None:
@@ -184,6 +188,8 @@ def _dialogues(
         except ValueError as error:
             raise ValueError(f"{place[0].upper()}{place[1:]} cannot be an example: {error}") from error
         shown = {name: record[name] for name in DIALOGUE_FIELDS[:3] if name in record}
+        if with_text and not isinstance(record.get("text"), str):
+            shown["text"] = readable(record, ("messages",) if "messages" in record else ("prompt", "completion"))
         rows.append({**shown, "input_ids": ids, "attention_mask": [1] * len(ids), "labels": labels})
     return rows, told
 
@@ -247,13 +253,19 @@ def _label(label: Any, config: PretrainedConfig, place: str) -> int | float | li
     return number
 
 
+def _written(args: IndexSource) -> pa.Table | None:
+    """The examples of an index that is there already."""
+    if not (args.output_dir / EXAMPLES_FILE).is_file():
+        return None
+    return read_examples(args.output_dir, read_config(args.output_dir))
+
+
 def _other_columns(args: IndexSource, records: Rows) -> Rows:
     """
     What else a person can read of the records, such as their source, where it is of one kind in all of them. An index that is
     there keeps the columns that it was begun with, and the values in them that records do not have.
     """
-    examples = args.output_dir / EXAMPLES_FILE
-    written = read_examples(args.output_dir, read_config(args.output_dir)) if examples.is_file() else None
+    written = _written(args)
     kept = []
     for name in {name: None for record in records for name in record}:
         kinds = {type(record.get(name)) for record in records} - {type(None)}

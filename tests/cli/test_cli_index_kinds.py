@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from datasets import Dataset
 from transformers import (
     BertForQuestionAnswering,
     BertForSequenceClassification,
@@ -11,7 +12,7 @@ from transformers import (
 )
 
 from hf_doge import InfluenceIndex
-from hf_doge.cli import main
+from hf_doge.cli import index_data, main
 from hf_doge.cli.models import make_model
 from tests.tiny import _bert_config, tiny_bert, tiny_llama, tiny_t5, tiny_tokenizer
 
@@ -47,6 +48,10 @@ def checkpoints(tmp_path_factory):
     for name, make in MODELS.items():
         make().save_pretrained(folder / name.replace(" ", "-"))
         tiny_tokenizer().save_pretrained(folder / name.replace(" ", "-"))
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
+    tiny_llama().save_pretrained(folder / "chats")
+    tokenizer.save_pretrained(folder / "chats")
     return folder
 
 
@@ -59,7 +64,8 @@ def index(checkpoints, tmp_path, monkeypatch):
         (tmp_path / "data.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
         argv = ["--checkpoints", str(checkpoints / kind.replace(" ", "-")), "--data", str(tmp_path / "data.jsonl")]
         options = options or ("--output_dir", str(tmp_path / "index"))
-        return main(["index", *argv, "--learning_rates", "1", *options])
+        rates = () if "--add_examples" in options else ("--learning_rates", "1")
+        return main(["index", *argv, *rates, *options])
 
     return run
 
@@ -98,6 +104,39 @@ def test_what_is_indexed_is_its_own_strongest_proponent(case, index, tmp_path):
         assert found.config["metadata"]["encoding"]["masks"] == ["completion"]
     if "source" in records[0]:
         assert set(found.domain_influence(records, "source")["domain"]) == {"w1", "w4", "w5"}
+
+
+CHATS = [
+    [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
+    for prompt, answer in (("w1 w2", "w3"), ("w4 w5", "w6 w7"), ("w1 w8", "w9"))
+]
+
+
+@pytest.mark.parametrize("form", ["messages", "prompt and completion"])
+def test_the_hits_of_an_index_of_chats_have_texts_to_read_and_to_find_words_in(form, index, tmp_path):
+    whole = form == "messages"
+    records = [{"messages": chat} if whole else {"prompt": chat[:1], "completion": chat[1:]} for chat in CHATS]
+    assert index("chats", records) == 0
+    found = InfluenceIndex.from_pretrained(tmp_path / "index", cache_dir=tmp_path / "maps")
+    texts = ["\n".join(turn["content"] for turn in chat) for chat in CHATS]
+    assert list(found.examples["text"]) == texts
+    first = found.search(records[1:2])[0]
+    assert (first["example_id"], first["text"]) == (1, texts[1])
+    assert found.scores(records[1:2], scorer="bm25").argmax() == 1
+
+
+def test_an_index_of_chats_that_was_begun_without_texts_grows_without_them(index, tmp_path, monkeypatch):
+    records = [{"messages": chat} for chat in CHATS]
+    place = ("--output_dir", str(tmp_path / "index"))
+    with monkeypatch.context() as older:
+        older.setattr(index_data, "readable", lambda row, kind: None)
+        older.setattr(index_data, "_dataset", lambda rows, args: Dataset.from_list(rows).remove_columns("text"))
+        assert index("chats", records[:2], *place) == 0
+    assert index("chats", records[:2], *place) == 0
+    assert index("chats", records, *place, "--add_examples") == 0
+    found = InfluenceIndex.from_pretrained(tmp_path / "index", cache_dir=tmp_path / "maps")
+    assert len(found) == 3
+    assert "text" not in found.examples.column_names
 
 
 def test_an_older_index_of_prompts_and_completions_is_continued_as_it_was_begun(index, tmp_path, capsys):
