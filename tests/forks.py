@@ -138,6 +138,36 @@ class Fork:
             os.killpg(self.pid, signal.SIGKILL)
 
 
+@contextlib.contextmanager
+def forks_at(address, imported=FULL):
+    """Fork for everyone who asks at this address, as `fork_client.py` does."""
+    server = _server(imported)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
+        listener.bind(str(address))
+        listener.listen()
+        thread = threading.Thread(target=_pass_on, args=(listener, server), daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            listener.shutdown(socket.SHUT_RDWR)
+            thread.join()
+
+
+def _pass_on(listener, server):
+    while True:
+        try:
+            client, _ = listener.accept()
+        except OSError:  # it was shut down
+            return
+        with client:
+            request, descriptors, _, _ = socket.recv_fds(client, 1 << 20, 3)
+        if request:
+            socket.send_fds(server, [request], descriptors)
+        for descriptor in descriptors:
+            os.close(descriptor)
+
+
 def _server(imported):
     """The way to a process that has these modules, started if there is none; that of `FULL` is a fork of that of `BARE`."""
     if imported not in _SERVERS:

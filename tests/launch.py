@@ -13,7 +13,7 @@ from pathlib import Path
 import torch.distributed as dist
 from filelock import FileLock, Timeout
 
-from tests.forks import BARE, FULL, Fork
+from tests.forks import BARE, FULL, Fork, forks_at
 
 REPOSITORY = Path(__file__).parent.parent
 
@@ -57,13 +57,14 @@ def launch_command(script: Path, *arguments: object, num_processes: int) -> list
     The command line of `accelerate launch` for processes on the CPU.
 
     `--cpu` would ask for MPI, and starts one process without it; `--multi_gpu` is the way to torch's own launcher, and
-    picks gloo where there is no GPU.
+    picks gloo where there is no GPU. What it starts asks for forks; `test_multi_node.py` launches interpreters.
     """
     launcher = ["-m", "accelerate.commands.launch", "--num_processes", str(num_processes)]
     launcher += ["--mixed_precision", "no", "--dynamo_backend", "no"]
     if num_processes > 1:
         launcher += ["--multi_gpu", "--main_process_port", str(free_port())]
-    return [*launcher, "--num_machines", "1", str(script), *map(str, arguments)]
+    launcher += ["--num_machines", "1", "--no_python", str(REPOSITORY / "tests" / "fork_client.py")]
+    return [*launcher, str(script), *map(str, arguments)]
 
 
 def launch_environment(**changes: str) -> dict[str, str]:
@@ -87,18 +88,24 @@ def launch(
         env: Environment variables beside the usual.
     """
     command = launch_command(script, *arguments, num_processes=num_processes)
-    process = Fork(command, env=launch_environment(**env))
-    try:
-        output, _ = process.communicate(timeout=timeout)
-    finally:
-        process.terminate()  # the launcher then ends those that it started
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(timeout=60)
-        process.kill()
+    with tempfile.TemporaryDirectory() as folder, forks_at(f"{folder}/forks", imported=_imported(env)):
+        process = Fork(command, env=launch_environment(FORKS=f"{folder}/forks", **env))
+        try:
+            output, _ = process.communicate(timeout=timeout)
+        finally:
+            process.terminate()  # the launcher then ends those that it started
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(timeout=60)
+            process.kill()
     result = subprocess.CompletedProcess(command, process.returncode, output)
     if check:
         assert result.returncode == 0, result.stdout[-6000:]
     return result
+
+
+def _imported(env):
+    """What processes of this environment can share: no library of Hugging Face where its variables differ."""
+    return BARE if any(name in env for name in ("HF_ENDPOINT", "HF_HOME")) else FULL
 
 
 def start_without_launcher(script: Path, *arguments: object, num_processes: int = 2, **env: str) -> list[Fork]:
@@ -113,13 +120,14 @@ def start_without_launcher(script: Path, *arguments: object, num_processes: int 
     by_rank = [
         {"RANK": str(rank), "LOCAL_RANK": str(rank)} if num_processes > 1 else {} for rank in range(num_processes)
     ]
-    imported = BARE if "HF_ENDPOINT" in env else FULL
-    return [Fork([script, *arguments], env=launch_environment(**env, **rank), imported=imported) for rank in by_rank]
+    return [
+        Fork([script, *arguments], env=launch_environment(**env, **rank), imported=_imported(env)) for rank in by_rank
+    ]
 
 
 def run_processes(script: Path, *arguments: object, num_processes: int = 2, timeout: float = 240, **env: str) -> str:
     """
-    What [`launch`] does where nothing depends on the launcher: 10 seconds of CPU less for two processes. Their output.
+    What [`launch`] does where nothing depends on the launcher. Their output.
 
     Each kind of work has one test that goes by `accelerate launch`.
     """

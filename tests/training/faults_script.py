@@ -57,7 +57,7 @@ class FaultyTrainer(DoGETrainer):
             self.die(signal.SIGSTOP)
         if self.is_at("term", "term_all", step=step):
             everyone = self.fault["kind"] == "term_all"
-            os.kill(os.getppid() if everyone else os.getpid(), signal.SIGTERM)
+            os.kill(int(os.environ["LAUNCHER_PID"]) if everyone else os.getpid(), signal.SIGTERM)
             time.sleep(0.5 if everyone else 0.0)  # until it has come back
             self.fault = {}
         return super().compute_loss(*args, **kwargs)
