@@ -19,15 +19,15 @@ from tests.launch import end_process_group
 from tests.tiny import language_model_rows, tiny_gpt2, tiny_llama, tiny_tokenizer
 from tests.training.sharding import is_in_shards, load_in_shards, shard_on_cpus, whole
 
-GLOBAL_BATCH = 16
+STEPS = 4  # what needs more says so
 
 WAYS = {
     "single_pass": {},
-    "factors": {"gradient_memory_budget": 0.0, "alignment": "single_pass"},
-    "per_domain": {"alignment": "per_domain"},
-    "streamed": {"alignment": "streamed", "with_target": True},
+    "factors": {"gradient_memory_budget": 0.0, "alignment": "single_pass", "global_batch": 8},
+    "per_domain": {"alignment": "per_domain", "global_batch": 8},
+    "streamed": {"alignment": "streamed", "with_target": True, "global_batch": 8},
     "official": {"recipe": "official", "with_target": True},
-    "official_plain": {"recipe": "official", "with_target": True, "alignment": "streamed"},
+    "official_plain": {"recipe": "official", "with_target": True, "alignment": "streamed", "global_batch": 8},
     "cosine": {"normalization": "cosine", "self_term": False, "alignment_parameters": "mlp"},
     "independent": {"self_term": "independent"},
     "doge_plus": {
@@ -43,22 +43,24 @@ WAYS = {
         "adam_epsilon": 0.01,
         "mu": 5 / 3,
         "learning_rate": 0.01,
+        "max_steps": 6,
         "seed": 2,
         "stop_when_undecided": True,
         "undecided_window": 2,
         "shrinkage": False,
         "mean_weighting": "inverse_variance",
     },
-    "online": {"mode": "online", "reweight_steps": 2, "sampler_lag_steps": 2, "with_target": True},
-    "silent": {"normalization": "cosine", "is_silent": True},
-    "sft": {"mode": "online", "reweight_steps": 3, "sft": True, "mu": 1e-4},
+    "online": {"mode": "online", "reweight_steps": 2, "sampler_lag_steps": 2, "with_target": True, "max_steps": 6},
+    "silent": {"normalization": "cosine", "is_silent": True, "max_steps": 6},
+    "sft": {"mode": "online", "reweight_steps": 3, "sft": True, "mu": 1e-4, "max_steps": 6},
     "seldom": {"reweight_steps": 2, "lr_scheduler_type": "linear", "eval_strategy": "steps", "eval_steps": 1},
-    "broken": {"is_broken": True, "reweight_steps": 2},
-    "overflown": {"is_overflown": True},
+    "broken": {"is_broken": True, "reweight_steps": 2, "max_steps": 6},
+    "overflown": {"is_overflown": True, "max_steps": 6},
 }
 
 
 RESUMED = ("single_pass", "official", "online")
+SAVING = (*RESUMED, "doge_plus", "undecided", "sft")
 # On four processes, and with other micro-batches on two: each kind of alignment and of message once, for the suite's time.
 FEW = ("single_pass", "official", "cosine", "online", "sft")
 
@@ -121,12 +123,13 @@ def make_trainer(
     is_broken=False,
     is_overflown=False,
     sft=False,
+    global_batch=16,
     **options,
 ):
     defaults = {
         "per_device_train_batch_size": micro_batch,
-        "gradient_accumulation_steps": GLOBAL_BATCH // (micro_batch * num_processes),
-        "max_steps": 6,
+        "gradient_accumulation_steps": global_batch // (micro_batch * num_processes),
+        "max_steps": STEPS,
         "learning_rate": 0.05,
         "lr_scheduler_type": "constant",
         "optim": "sgd",
@@ -252,7 +255,7 @@ def main(folder, num_processes, micro_batch, ways=tuple(WAYS), resume=None, shar
     """Train `ways` into `folder`, or go on with those that other runs left checkpoints of, in the folder `resume`."""
     folder = Path(folder)
     for name in ways:
-        options = WAYS[name]
+        options = WAYS[name] if name in SAVING else {**WAYS[name], "save_strategy": "no"}
         if (resume is not None and name not in RESUMED) or name not in SHARDED.get(sharding, WAYS):
             continue
         run = folder / "runs" / name
