@@ -127,18 +127,22 @@ def test_new_weights_begin_at_the_draw_that_the_rule_says(tmp_path):
     assert drawn_by[5] == pytest.approx(trajectory.weights[0][2], rel=1e-12)
 
 
-@pytest.mark.parametrize("step", [1, 3, 5, 6, 11])
-def test_a_run_stopped_at_any_step_and_resumed_equals_one_that_was_not(tmp_path, step):
-    options = {"save_strategy": "steps", "save_steps": 1, "optim": "adamw_torch", "gradient_accumulation_steps": 2}
+SAVING = {"save_strategy": "steps", "save_steps": 1, "optim": "adamw_torch", "gradient_accumulation_steps": 2}
+
+
+def towards_a_target(folder, *, seed=0, **options):
     target = Dataset.from_dict(language_model_rows(16, low=9, high=21, seed=5))
-    whole = online(tmp_path / "a", model=tiny_gpt2(dropout=0.2), target=target, **options)
-    resumed = online(
-        tmp_path / "b",
-        model=tiny_gpt2(dropout=0.2, seed=1),
-        target=target,
-        resume=str(tmp_path / "a" / f"checkpoint-{step}"),
-        **options,
-    )
+    return online(folder, model=tiny_gpt2(dropout=0.2, seed=seed), target=target, **SAVING, **options)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    return towards_a_target(tmp_path_factory.mktemp("whole"))
+
+
+@pytest.mark.parametrize("step", [1, 3, 5, 6, 11])
+def test_a_run_stopped_at_any_step_and_resumed_equals_one_that_was_not(tmp_path, whole, step):
+    resumed = towards_a_target(tmp_path, seed=1, resume=f"{whole.args.output_dir}/checkpoint-{step}")
     assert torch.equal(flat(whole.model), flat(resumed.model))
     assert whole.domain_weights.last == resumed.domain_weights.last
     assert whole.domain_weights.mean == resumed.domain_weights.mean

@@ -101,12 +101,25 @@ def uninterrupted(tmp_path_factory):
     return trainer, outcome(trainer), trainer.data_collator.collator.seen
 
 
+@pytest.fixture(scope="module")
+def saving(tmp_path_factory):
+    """A run that saves after every step."""
+    trainer = make_trainer(tmp_path_factory.mktemp("saving"), save_strategy="steps", save_steps=1)
+    trainer.train()
+    return trainer
+
+
+def test_saving_changes_nothing(uninterrupted, saving):
+    assert_same(outcome(saving), uninterrupted[1])
+
+
 @pytest.mark.parametrize("step", range(1, STEPS))
-def test_interrupted_at_any_step_and_resumed_equals_uninterrupted(tmp_path, uninterrupted, step):
+def test_interrupted_after_any_step_and_resumed_equals_uninterrupted(tmp_path, uninterrupted, saving, step):
+    """What had been done after the step was not, for the one who resumes: `test_workers_and_streaming_resume_alike` stops."""
     _, expected, seen = uninterrupted
-    make_trainer(tmp_path, stop_after=step).train()
+    checkpoint = shutil.copytree(f"{saving.args.output_dir}/checkpoint-{step}", tmp_path / f"checkpoint-{step}")
     resumed = make_trainer(tmp_path)
-    resumed.train(resume_from_checkpoint=True)
+    resumed.train(resume_from_checkpoint=str(checkpoint))
     assert_same(outcome(resumed), expected)
     last_batches = resumed.data_collator.collator.seen[-3:]
     assert last_batches == seen[-3:]
