@@ -763,12 +763,13 @@ def piped(command, *, stdin_lines, env):
     return process.wait(), b"".join(lines), errors
 
 
-@pytest.mark.parametrize("env", [{}, {"PYTHONIOENCODING": "ascii", "LANG": "C"}])
-def test_a_reader_that_stops_or_knows_no_letters_is_no_error(env, tmp_path):
+def test_a_reader_that_knows_no_letters_and_stops_is_no_error(tmp_path):
     # few domains, which are soon drawn, with names so long that no pipe holds the table
     weights = DomainWeights({f"Wörter{number}" + 3500 * "s": 1 / 20 for number in range(20)})
     weights.save_pretrained(tmp_path / "é" / "domain_weights")
-    code, line, errors = piped(["report", str(tmp_path / "é")], stdin_lines=1, env=env)
+    code, line, errors = piped(
+        ["report", str(tmp_path / "é")], stdin_lines=1, env={"PYTHONIOENCODING": "ascii", "LANG": "C"}
+    )
     assert (code, line[:18]) == (0, b"## Learned weights")
     assert "error" not in errors
     assert "Traceback" not in errors

@@ -176,9 +176,9 @@ def test_inner_products_of_projected_gradients_are_right_in_the_mean():
         return rows @ rows.T
 
     exact = products(1000, 0)
-    estimates = torch.stack([products(6, seed) for seed in range(120)])
+    estimates = torch.stack([products(6, seed) for seed in range(40)])
     error = (estimates.mean(dim=0) - exact).abs()
-    assert (error <= 4 * estimates.std(dim=0) / 120**0.5).all()
+    assert (error <= 4 * estimates.std(dim=0) / 40**0.5).all()
     assert estimates.std(dim=0).min() > 0
 
 

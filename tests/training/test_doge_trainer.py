@@ -182,7 +182,7 @@ def test_a_parameter_filter_scores_some_parameters_and_trains_all(tmp_path):
 def test_micro_batches_give_the_weights_and_parameters_of_one_batch(tmp_path, kind, alignment):
     make_model, make_domains = MODELS[kind]
     results = []
-    for batch_size, accumulation in ((12, 1), (4, 3), (3, 4), (1, 12)):
+    for batch_size, accumulation in ((12, 1), (4, 3), (1, 12)):
         model = make_model()
         args = config(
             tmp_path,
@@ -190,7 +190,7 @@ def test_micro_batches_give_the_weights_and_parameters_of_one_batch(tmp_path, ki
             gradient_accumulation_steps=accumulation,
             per_device_target_batch_size=4,
             alignment=alignment,
-            max_steps=6,
+            max_steps=3,
         )
         trainer = train(model, args, make_domains(), make_domains()["code"])
         results.append((weights_of(trainer), flat_parameters(model)))

@@ -108,7 +108,7 @@ def test_the_noise_of_a_model_is_the_spread_over_independent_batches(tmp_path):
     """Within 20 %: told by a run whose model learns, observed on the model that it leaves, standing still."""
     domains = {name: text(256, seed) for seed, name in enumerate(("a", "b", "c"))}
     options = {
-        "max_steps": 250,
+        "max_steps": 120,
         "self_term": "independent",
         "alignment": "single_pass",
         "learning_rate": 3e-4,

@@ -20,6 +20,8 @@ from tests.training.mixture_processes import arguments as line_arguments
 from tests.training.test_mixture import arguments
 from tests.training.units_processes import THEN, WEIGHTS, Smallest, pad, train
 
+SHORT = {"max_steps": 400, "logging_steps": 200}  # on two processes, where a step takes long
+
 
 def shares(logs, step):
     tokens = {name: logs[step][f"domain_tokens/{name}"] for name in WEIGHTS}
@@ -30,12 +32,13 @@ def shares(logs, step):
 def on_two_processes(tmp_path_factory):
     folder = tmp_path_factory.mktemp("units")
     plan = [
-        {"name": "datasets", "folder": str(folder / "datasets"), "save_at": [750]},
-        {"name": "streams", "folder": str(folder / "streams"), "streamed": True},
+        {"name": "datasets", "folder": str(folder / "datasets"), "save_at": [300], **SHORT},
+        {"name": "streams", "folder": str(folder / "streams"), "streamed": True, **SHORT},
         {
             "name": "resumed",
             "folder": str(folder / "datasets"),
-            "resume": str(folder / "datasets" / "checkpoint-750"),
+            "resume": str(folder / "datasets" / "checkpoint-300"),
+            **SHORT,
         },
     ]
     (folder / "plan.json").write_text(json.dumps(plan))
@@ -48,21 +51,21 @@ def on_two_processes(tmp_path_factory):
 
 
 @pytest.mark.parametrize("kind", ["datasets", "streams"])
-def test_after_a_thousand_steps_shares_of_tokens_are_the_weights_on_one_process_and_on_two(
+def test_after_a_thousand_steps_shares_of_tokens_are_the_weights_and_two_processes_draw_what_one_draws(
     on_two_processes, tmp_path, kind
 ):
-    one, two = train(tmp_path, streamed=kind == "streams"), on_two_processes[0][kind]
+    one, two = train(tmp_path, streamed=kind == "streams", logging_steps=200), on_two_processes[0][kind]
     assert shares(one, 1000) == pytest.approx(WEIGHTS, abs=0.005)
-    assert two == one
+    assert two == {step: one[step] for step in (200, 400)}
     told = {name: one[1000][f"domain_share/{name}"] for name in WEIGHTS}
-    assert told == pytest.approx(WEIGHTS, abs=0.005)
+    assert told == pytest.approx(WEIGHTS, abs=0.01)  # of the last 200 steps alone
 
 
 def test_a_resumed_run_draws_the_tokens_of_an_uninterrupted_one(on_two_processes, tmp_path):
     told, folder = on_two_processes
     assert told["resumed"] == told["datasets"]
-    checkpoint = folder / "datasets" / "checkpoint-750"
-    assert train(tmp_path, resume=str(checkpoint)) == told["datasets"]
+    checkpoint = folder / "datasets" / "checkpoint-300"
+    assert train(tmp_path, resume=str(checkpoint), **SHORT) == told["datasets"]
 
 
 def test_phases_by_tokens_begin_with_their_step(tmp_path):
