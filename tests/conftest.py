@@ -23,6 +23,7 @@ LONGEST = (
     "training/test_learning_streams.py",
     "training/test_mixture_processes.py",
     "training/test_doge_trainer.py",
+    "training/test_packing_processes.py",
     "training/test_multi_node.py",
     "tracing/test_tracing_callback_processes.py",
     "tracing/test_influence_processes.py",

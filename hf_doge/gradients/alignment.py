@@ -15,6 +15,7 @@ Shapes: K = training domains, P = trainable parameters.
 """
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -78,6 +79,15 @@ class GradientSource(Protocol):
 
     def differentiate(self, loss: Tensor) -> None:
         """Add the gradient of a loss to `.grad`."""
+
+    def equally_often(self, num_calls: int | None = None) -> AbstractContextManager[None]:
+        """
+        Inside, all processes come to the same number of calls of a loss that uses collectives; what is missing at the end is
+        called with an example that does not count. Of other losses nothing is done.
+
+        Args:
+            num_calls (`int`, *optional*): At least as many as a process can make in the block; by default, its mixed batches.
+        """
 
     def sample(self) -> "GradientSource | None":
         """A few train examples of this process as a step of their own, in two domains if there are two; `None` without any."""

@@ -29,6 +29,7 @@ from hf_doge.gradients.vectors import Gradient
 logger = logging.getLogger(__name__)
 
 _INEXACT = (HiddenBatchError, UnsplittableLossError, WholeLogitsError)  # what leaves the plain way only
+_CALLS_OF_CHECK = 4  # of the loss, at most: all domains together twice, each of two alone
 MIN_ROWS_PER_DOMAIN = 24  # of a micro-batch, below which a product more is cheaper than a matrix per domain
 
 
@@ -207,7 +208,8 @@ class SinglePassAlignment:
         """One backward of every micro-batch into new stores; the mean losses, `None` if that failed on some process."""
         losses, trouble, is_finite = torch.zeros(self.num_domains, dtype=torch.float64), None, True
         try:
-            losses = self._backward_all(source)
+            with source.equally_often():
+                losses = self._backward_all(source)
             is_finite = bool(losses.isfinite().all())
         except _INEXACT as error:
             trouble = str(error)
@@ -247,10 +249,11 @@ class SinglePassAlignment:
         """One ordinary backward of the weighted loss into `.grad`; as [`_run`] otherwise."""
         losses, trouble = torch.zeros(self.num_domains, dtype=torch.float64), None
         try:
-            for batch in source.mixed_batches():
-                loss, found = weighted_token_loss(self.model, batch, source.num_items, coefficients)
-                losses += found
-                source.differentiate(loss)
+            with source.equally_often():
+                for batch in source.mixed_batches():
+                    loss, found = weighted_token_loss(self.model, batch, source.num_items, coefficients)
+                    losses += found
+                    source.differentiate(loss)
         except UnsplittableLossError as error:
             trouble = str(error)
         agreed = self._agree(source, losses, trouble, bool(losses.isfinite().all()))
@@ -290,21 +293,27 @@ class SinglePassAlignment:
         """
         if self._is_verified or self._is_plain:
             return
-        sample, trouble = source.sample(), None
-        if sample is not None and len(sample.present_domains) > self._num_compared:
-            was_training = self.model.training
-            try:
-                self._num_compared, trouble = self._compare_with_plain(sample)
-            finally:
-                self.model.train(was_training)
-                self._clear_stores()
-                self.vectors.take()
+        with source.equally_often(_CALLS_OF_CHECK):
+            trouble = self._check(source.sample())
         is_conclusive = self._num_compared >= min(2, self.num_domains)
         found = torch.tensor([float(is_conclusive), float(trouble is not None)], dtype=torch.float64)
         num_conclusive, num_troubled = self.vectors.sum_numbers(found).tolist()
         if num_troubled:
             self._give_up(trouble or "another process met what it cannot take apart")
         self._is_verified = num_conclusive > 0
+
+    def _check(self, sample: GradientSource | None) -> str | None:
+        """In what the two ways differ, in words, as far as a sample shows it."""
+        if sample is None or len(sample.present_domains) <= self._num_compared:
+            return None
+        was_training = self.model.training
+        try:
+            self._num_compared, trouble = self._compare_with_plain(sample)
+        finally:
+            self.model.train(was_training)
+            self._clear_stores()
+            self.vectors.take()
+        return trouble
 
     def _compare_with_plain(self, sample: GradientSource) -> tuple[int, str | None]:
         """How many domains were compared, and in what the two ways differ, in words; leaves the random state alone."""

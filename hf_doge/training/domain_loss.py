@@ -36,6 +36,7 @@ class DomainLoss:
     def __init__(self, trainer: Trainer) -> None:
         self.trainer = trainer
         self.device = trainer.args.device
+        self.num_calls = 0
         self._is_divided: bool | None = None
         self.found_shift: bool | None = None  # what [`learn`] found of `labels_are_shifted`
         self._num_shift_trials = _SHIFT_TRIALS
@@ -80,6 +81,7 @@ class DomainLoss:
         if is_divided is None:  # what the Trainer takes for granted, until a slice can tell
             is_divided = self.trainer.model_accepts_loss_kwargs or self.trainer.compute_loss_func is not None
         loss = self._compute(piece, num_items)
+        self.num_calls += 1
         return loss if is_divided else loss * (piece.num_items / num_items)
 
     def backward(self, loss: Tensor) -> None:

@@ -106,7 +106,6 @@ class DomainLearner:
                     num_domains=len(self.domains.names),
                     num_parts=self._num_parts,
                     is_universal=self.targets is None,
-                    uses_collectives=self._loss.uses_collectives,
                 )
         return self._alignment
 
@@ -264,13 +263,13 @@ class DomainLearner:
     def begin(self, checkpoint: Path | None) -> None:
         """Start from the beginning, or from where a checkpoint stands."""
         names = self.domains.names
-        self.metrics = DomainMetrics(names)
         self._loss = DomainLoss(self.trainer)
         noise = ScoreNoise.if_asked_for(self.args, self.initial_weights)
         if checkpoint is None:
             self.state = LearningState.fresh(names, self.initial_weights, noise)
         else:
             self.state = LearningState.load(checkpoint, names, noise)
+        self.metrics = DomainMetrics(names, self.state.unlogged)
         if self.state.labels_are_shifted is not None:
             self._loss.take_shift(self.state.labels_are_shifted)
         self._clock = time.monotonic()
@@ -286,7 +285,7 @@ class DomainLearner:
     def save(self, checkpoint: Path) -> None:
         """Write what a resumed run needs."""
         self._describe_run()
-        self.state.labels_are_shifted = self._loss.found_shift
+        self.state.labels_are_shifted, self.state.unlogged = self._loss.found_shift, self.metrics.state_dict()
         self.state.save(checkpoint, step=self.trainer.state.global_step, run=self.identity)
 
     @property

@@ -2,8 +2,10 @@
 
 import json
 from collections import deque
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -52,6 +54,7 @@ class LearningState:
         described (`dict` or `None`): What the artifact says of the run that learned all this.
         labels_are_shifted (`bool` or `None`): What was found of the loss; see [`~hf_doge.training.domain_loss.DomainLoss.learn`].
         noise (`ScoreNoise` or `None`): What is kept of the noise of the scores, where an argument asks for it.
+        unlogged (`dict`): What [`DomainMetrics`] keeps for the next logs, in plain values.
     """
 
     names: tuple[str, ...]
@@ -68,6 +71,7 @@ class LearningState:
     described: dict[str, Any] | None = None
     labels_are_shifted: bool | None = None
     noise: ScoreNoise | None = None
+    unlogged: dict[str, list[list[float]]] = field(default_factory=dict)
 
     @classmethod
     def fresh(cls, names: tuple[str, ...], weights: Tensor, noise: ScoreNoise | None = None) -> "LearningState":
@@ -165,6 +169,7 @@ class LearningState:
             "nonfinite_in_a_row": self.nonfinite_in_a_row,
             "seconds": self.seconds,
             "described": self.described,
+            "unlogged": self.unlogged,
         }
         if self.labels_are_shifted is not None:
             state["labels_are_shifted"] = self.labels_are_shifted
@@ -220,16 +225,34 @@ class LearningState:
             described=state.get("described"),
             labels_are_shifted=state.get("labels_are_shifted"),
             noise=noise,
+            unlogged=state.get("unlogged", {}),
         )
 
 
 class DomainMetrics:
-    """Gathers losses, scores and times of each domain between two logs. Vectors have shape `(num_domains,)`."""
+    """
+    Gathers losses, scores and times of each domain between two logs. Vectors have shape `(num_domains,)`.
 
-    def __init__(self, names: tuple[str, ...]) -> None:
+    Args:
+        names (`tuple[str, ...]`): The training domains.
+        unlogged (`Mapping[str, list]`): What [`state_dict`] of the run that is resumed gave; nothing for a new one.
+    """
+
+    def __init__(
+        self, names: tuple[str, ...], unlogged: Mapping[str, list[list[float]]] = MappingProxyType({})
+    ) -> None:
         self.names = names
-        self._last_scores: deque[Tensor] = deque(maxlen=_NOISE_UPDATES + 1)
+        kept = {
+            name: [torch.tensor(values, dtype=torch.float64) for values in rows] for name, rows in unlogged.items()
+        }
+        self._last_scores = deque(kept.get("last_scores", ()), maxlen=_NOISE_UPDATES + 1)
         self._clear()
+        self._losses, self._scores = kept.get("losses", []), kept.get("scores", [])
+
+    def state_dict(self) -> dict[str, list[list[float]]]:
+        """What is kept for the next logs, but for times."""
+        kept = {"last_scores": self._last_scores, "losses": self._losses, "scores": self._scores}
+        return {name: [row.tolist() for row in rows] for name, rows in kept.items()}
 
     def _clear(self) -> None:
         self._losses: list[Tensor] = []

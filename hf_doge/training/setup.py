@@ -166,13 +166,11 @@ def choose_alignment(
     num_domains: int,
     num_parts: int,
     is_universal: bool,
-    uses_collectives: bool,
 ) -> DomainAlignment:
     """
     The way to the scores: as asked, or the fastest that is exact; the choice and its reason are logged.
 
-    A loss that `uses_collectives` is left to the plain ways, which call it equally often on all processes. So is a model
-    that FSDP shards, or will when training starts.
+    A model that FSDP shards, or will when training starts, is left to the plain ways.
     """
     model = trainer.model
     assert model is not None
@@ -184,7 +182,7 @@ def choose_alignment(
     num_domains *= num_parts
     needed = num_domains * sum(num_own_elements(p) * p.element_size() for _, p in parameters) / 2**30
     fits = needed <= args.gradient_memory_budget
-    choice, reason = _choose_way(args, fits=fits, uses_collectives=uses_collectives, shards=uses_fsdp(trainer))
+    choice, reason = _choose_way(args, fits=fits, shards=uses_fsdp(trainer))
     logger.info("Recipe: %s, mu %g.", recipe.name, recipe.mu)
     logger.info(
         "Alignment: %s (%s); keeping the gradients of %d domains takes %.3g GiB of the budget of %g GiB.",
@@ -237,24 +235,13 @@ def _find_scored_names(args: DoGEConfig, parameters: list[tuple[str, nn.Paramete
     return names
 
 
-def _choose_way(args: DoGEConfig, *, fits: bool, uses_collectives: bool, shards: bool) -> tuple[str, str]:
+def _choose_way(args: DoGEConfig, *, fits: bool, shards: bool) -> tuple[str, str]:
     """Which alignment, and why."""
-    if args.alignment == "single_pass" and uses_collectives:
-        raise ValueError(
-            "`alignment='single_pass'` calls the loss where a process has labels, but the trainer's own `compute_loss` may "
-            "use collectives, which all processes must call equally often. Use `alignment='auto'`, or pass a loss that "
-            "uses none as `compute_loss_func`."
-        )
     if args.alignment != "auto":
         return args.alignment, "as asked for"
-    plain = "per_domain" if fits else "streamed"
     if shards:
+        plain = "per_domain" if fits else "streamed"
         return plain, "FSDP shards the model, whose gradients 'single_pass' needs whole"
-    if uses_collectives:
-        return (
-            plain,
-            "the trainer's own `compute_loss` may use collectives, which all processes must call equally often",
-        )
     return "single_pass", "the default; 'per_domain' or 'streamed' take over where it cannot be exact"
 
 

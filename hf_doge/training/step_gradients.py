@@ -3,7 +3,7 @@
 import time
 import zlib
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from copy import copy
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -146,16 +146,26 @@ def sum_counts(counts: list[Tensor], weights: Tensor, reduction: Reduction, *, s
     return list(numbers[:-1].split([len(count) for count in counts]))
 
 
+@dataclass(frozen=True)
+class NumCalls:
+    """The most calls of the loss that some process makes in a step: one that uses collectives all must call equally often."""
+
+    train: list[int]  # with a slice of each domain
+    target: list[int]  # with a slice of each target
+    mixed: int = 0  # with a micro-batch of all domains
+
+
 def agree_on_calls(
     train: list[MicroBatch], targets: list[MicroBatch], num_domains: int, num_targets: int, reduction: Reduction
-) -> tuple[list[int], list[int]]:
-    """The most slices of each domain, and of each target, that some process has."""
-    calls = torch.zeros(num_domains + num_targets, dtype=torch.int64)
+) -> NumCalls:
+    """Over all processes."""
+    calls = torch.zeros(num_domains + num_targets + 1, dtype=torch.int64)
     for offset, batches in ((0, train), (num_domains, targets)):
         for batch in batches:
             calls[offset + batch.domain_ids[batch.items > 0].unique()] += 1
+    calls[-1] = sum(bool(batch.items.any()) for batch in train)
     most = reduction.max(calls.to(reduction.device)).tolist()
-    return most[:num_domains], most[num_domains:]
+    return NumCalls(most[:num_domains], most[num_domains:-1], most[-1])
 
 
 def _refuse_merged_examples(inputs: Mapping[str, Any], num_examples: int) -> None:
@@ -201,17 +211,22 @@ class RandomReplay:
             yield
             return
         cpu_state, device_states = self._states[key]
-        with torch.random.fork_rng(devices=self.devices, device_type=self.device_type if self.devices else "cuda"):
+        with self.leave_alone():
             torch.set_rng_state(cpu_state)
             for device, state in zip(self.devices, device_states, strict=True):
                 torch.get_device_module(self.device_type).set_rng_state(state, device)
             yield
+
+    def leave_alone(self) -> AbstractContextManager[None]:
+        """Put the random state back where it was before the block."""
+        return torch.random.fork_rng(devices=self.devices, device_type=self.device_type if self.devices else "cuda")
 
 
 class StepLoss(Protocol):
     """The loss of one slice of a step, and its gradient; see [`~hf_doge.training.domain_loss.DomainLoss`]."""
 
     device: torch.device
+    num_calls: int  # that came to an end so far
 
     def __call__(self, piece: DomainSlice, num_items: int) -> Tensor:
         """What the slice adds to its domain's mean over that many items of the step."""
@@ -235,9 +250,7 @@ class StepGradients:
         target_items (`torch.Tensor` of shape `(num_targets,)`): Same for the targets.
         target_weights (`dict[int, float]`, *optional*): Weight of each target; `None` in the universal setting.
         num_parts (`int`): 2 where the "domains" are halves, see [`Halves`].
-        num_calls (`tuple[list[int], list[int]]`, *optional*):
-            How often the loss is called at least for each domain and each target, where it uses collectives: all processes
-            must call it equally often.
+        num_calls (`NumCalls`, *optional*): How often the loss is called at least, where it uses collectives.
         spare (`MicroBatch`, *optional*): Where an example that does not count comes from on a process that has none.
     """
 
@@ -251,7 +264,7 @@ class StepGradients:
         target_items: Tensor,
         target_weights: dict[int, float] | None,
         num_parts: int = 1,
-        num_calls: tuple[list[int], list[int]] | None = None,
+        num_calls: NumCalls | None = None,
         spare: MicroBatch | None = None,
     ) -> None:
         self._loss = loss
@@ -350,13 +363,27 @@ class StepGradients:
 
     def _keep_up(self, kind: str, domain: int, num_made: int) -> None:
         """Call the loss as often as the other processes do."""
-        if self._num_calls is None:
-            return
-        needed = self._num_calls[kind == "target"][domain]
-        for _ in range(num_made, needed):
+        if self._num_calls is not None:
+            needed = self._num_calls.train if kind == "train" else self._num_calls.target
+            self._call_for_nothing(needed[domain] - num_made)
+
+    @contextmanager
+    def equally_often(self, num_calls: int | None = None) -> Iterator[None]:
+        """See [`~hf_doge.gradients.alignment.GradientSource`]; where an error ends the block, too."""
+        before = self._loss.num_calls
+        try:
+            yield
+        finally:
+            if self._num_calls is not None:
+                needed = self._num_calls.mixed if num_calls is None else num_calls
+                self._call_for_nothing(needed - (self._loss.num_calls - before))
+
+    def _call_for_nothing(self, num_calls: int) -> None:
+        """With an example that does not count; leaves the random state alone."""
+        for _ in range(num_calls):
             batch = next(iter(self._micro_batches + self._target_batches), self._spare)
             assert batch is not None
-            with self._replay("nothing"):
+            with self._replay.leave_alone():
                 self._loss.call_for_nothing(batch.pick(torch.tensor([0])))
 
 

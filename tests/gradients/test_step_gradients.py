@@ -2,7 +2,7 @@
 
 import torch
 
-from hf_doge.training.step_gradients import MicroBatch, StepGradients
+from hf_doge.training.step_gradients import MicroBatch, NumCalls, StepGradients
 
 
 class Calls:
@@ -27,7 +27,7 @@ def test_a_process_without_an_example_keeps_up_with_the_others():
         num_items=torch.tensor([4, 3]),
         target_items=torch.tensor([2]),
         target_weights={0: 1.0},
-        num_calls=([2, 1], [3]),
+        num_calls=NumCalls([2, 1], [3]),
         spare=spare,
     )
     assert [float(step.backward(0)), len(loss.made_up)] == [0.0, 2]

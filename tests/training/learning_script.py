@@ -53,6 +53,14 @@ WAYS = {
     "online": {"mode": "online", "reweight_steps": 2, "sampler_lag_steps": 2, "with_target": True, "max_steps": 6},
     "silent": {"normalization": "cosine", "is_silent": True, "max_steps": 6},
     "sft": {"mode": "online", "reweight_steps": 3, "sft": True, "mu": 1e-4, "max_steps": 6},
+    "sft_silent": {"sft": True, "lora": False, "is_silent": True, "alignment": "single_pass", "max_steps": 6},
+    "talking": {
+        "is_talking": True,
+        "is_silent": True,
+        "alignment": "single_pass",
+        "normalization": "cosine",
+        "max_steps": 6,
+    },
     "seldom": {"reweight_steps": 2, "lr_scheduler_type": "linear", "eval_strategy": "steps", "eval_steps": 1},
     "broken": {"is_broken": True, "reweight_steps": 2, "max_steps": 6},
     "overflown": {"is_overflown": True, "max_steps": 6},
@@ -66,7 +74,11 @@ FEW = ("single_pass", "official", "cosine", "online", "sft")
 
 # How FSDP2 may have sharded the model, and what is learned that way: not by a single pass that is insisted on.
 SHARDED = {
-    "shards": [name for name in WAYS if name not in ("factors", "per_domain", "official_plain")],
+    "shards": [
+        name
+        for name in WAYS
+        if name not in ("per_domain", "official_plain") and WAYS[name].get("alignment") != "single_pass"
+    ],
     "gathered": ("online",),
     "loaded": ("official", "online"),
     "replicated": ("official",),
@@ -122,8 +134,10 @@ def make_trainer(
     is_silent=False,
     is_broken=False,
     is_overflown=False,
+    is_talking=False,
     sft=False,
     global_batch=16,
+    lora=True,
     **options,
 ):
     defaults = {
@@ -146,7 +160,7 @@ def make_trainer(
     defaults |= SHARDED_OPTIONS.get(sharding, {})
     target = Dataset.from_dict(language_model_rows(20, low=5, high=30, seed=9)) if with_target else None
     if sft:
-        return make_sft_trainer(str(folder), {**defaults, **options})
+        return make_sft_trainer(str(folder), make_domains(is_silent=is_silent), lora, {**defaults, **options})
     args = DoGEConfig(str(folder), **{**defaults, **options})
     model = tiny_gpt2() if options.get("reweight_steps") else tiny_llama(tied=not is_overflown)
     if is_overflown:  # of some examples of "code", with and without labels, everything in the model is not a number
@@ -157,7 +171,7 @@ def make_trainer(
     elif sharding is not None:
         model = load_in_shards(model, folder, **SIZES[sharding])
     domains = make_domains(is_silent=is_silent)
-    return DoGETrainer(
+    return (TalkingTrainer if is_talking else DoGETrainer)(
         model,
         args,
         train_dataset=domains,
@@ -176,7 +190,16 @@ class DoGESFTTrainer(DoGEMixin, SFTTrainer):
     pass
 
 
-def make_sft_trainer(folder, options):
+class TalkingTrainer(DoGETrainer):
+    """Whose loss uses a collective each time it is called."""
+
+    def compute_loss(self, *args, **kwargs):
+        loss = super().compute_loss(*args, **kwargs)
+        self.accelerator.gather(loss.detach())
+        return loss
+
+
+def make_sft_trainer(folder, domains, lora, options):
     """trl's trainer, whose loss gathers metrics over the processes each time it is called."""
     args = DoGESFTConfig(folder, **options, max_length=None)
     if args.fsdp:
@@ -184,9 +207,9 @@ def make_sft_trainer(folder, options):
     return DoGESFTTrainer(
         tiny_llama(),
         args,
-        train_dataset=make_domains(),
+        train_dataset=domains,
         processing_class=tiny_tokenizer(),
-        peft_config=LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False),
+        peft_config=LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False) if lora else None,
     )
 
 
@@ -221,15 +244,7 @@ REFUSED = {
         "recipe": "paper",
     },
     "tensor parallelism": {"save_strategy": "no"},
-    "own loss": {"alignment": "single_pass"},
 }
-
-
-class TalkingTrainer(DoGETrainer):
-    def compute_loss(self, *args, **kwargs):
-        loss = super().compute_loss(*args, **kwargs)
-        self.accelerator.gather(loss.detach())
-        return loss
 
 
 def collect_refusals(folder):
@@ -243,9 +258,8 @@ def collect_refusals(folder):
             model = load_in_shards(model, folder, tp_size=2, tp_plan="auto")
         if name != "CPUs":
             shard_on_cpus(args)
-        trainer_class = TalkingTrainer if name == "own loss" else DoGETrainer
         try:
-            trainer_class(model, args, train_dataset=make_domains())
+            DoGETrainer(model, args, train_dataset=make_domains())
         except ValueError as error:
             messages[name] = str(error)
     return messages
@@ -265,8 +279,9 @@ def main(folder, num_processes, micro_batch, ways=tuple(WAYS), resume=None, shar
         note(trainer, folder / f"{name}-{trainer.args.process_index}.pt")
         assert is_in_shards(trainer.model) == (sharding is not None)
         assert all(own_part(p).numel() <= num_own_elements(p) for p in trainer.model.parameters())
-        if name == "single_pass" and sharding is None:
-            assert not trainer._learner.alignment._step_is_plain, "the single pass was not used"
+        if name in ("single_pass", "sft", "sft_silent", "talking") and sharding is None:
+            alignment = trainer._learner.alignment
+            assert not any([alignment._is_plain, alignment._step_is_plain]), "the single pass was not used"
     if sharding == "shards" and resume is None:
         torch.save(collect_refusals(folder / "refused"), folder / f"refusals-{trainer.args.process_index}.pt")
 

@@ -128,10 +128,6 @@ def test_a_sharded_run_resumes_to_the_bit(sharded, sharding, way):
         ("single pass", "`alignment='single_pass'` needs whole gradients of all domains on each process"),
         ("no state", "SGD without momentum, from a checkpoint of `FULL_STATE_DICT`. Set `fsdp_config="),
         ("tensor parallelism", "tensor, pipeline, expert or context parallelism yet. Use DDP or FSDP2"),
-        (
-            "own loss",
-            "the trainer's own `compute_loss` may use collectives, which all processes must call equally often. Use",
-        ),
     ],
 )
 def test_ways_over_processes_that_are_not_right_yet_are_refused(sharded, what, message):

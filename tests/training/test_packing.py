@@ -15,26 +15,10 @@ from hf_doge.training.units import read_lengths
 from tests.gradients.test_fused_head import assert_close, is_plain, take_step
 from tests.gradients.test_fused_head import make_trainer as make_doge_trainer
 from tests.gradients.test_single_pass import tiny_gemma
-from tests.tiny import language_model_rows, tiny_gpt2, tiny_llama, tiny_tokenizer
+from tests.tiny import tiny_gpt2, tiny_llama, tiny_tokenizer
+from tests.training.packing_processes import LENGTHS, LOW, packable, targets
 from tests.training.test_domain_metrics import ONE, Noting, logs_of
 from tests.training.test_mixture import arguments, make_sft_trainer
-
-LENGTHS = (8, 6, 5, 5, 3, 3, 2, 7, 9)  # of the texts of a domain, which fill three rows of 16 tokens
-LOW = {"arxiv": 1, "books": 9, "code": 19}
-
-
-def packable(*, masked=0.0, unlabelled_starts=False):
-    """Three domains of texts of these lengths, over parts of the vocabulary of their own; none without a label that counts."""
-    domains = {}
-    for position, (name, low) in enumerate(LOW.items()):
-        rows = language_model_rows(len(LENGTHS), low=low, high=low + 8, length=9, seed=position, masked=masked)
-        cut = {key: [row[:n] for row, n in zip(values, LENGTHS, strict=True)] for key, values in rows.items()}
-        for ids, labels in zip(cut["input_ids"], cut["labels"], strict=True):
-            labels[1] = ids[1]
-            if unlabelled_starts:
-                labels[0] = -100
-        domains[name] = Dataset.from_dict(cut)
-    return domains
 
 
 def owner_of(ids):
@@ -192,10 +176,6 @@ def test_what_is_learned_of_packed_texts_is_what_is_learned_of_each_by_itself(
     assert is_plain(trainer) == (alignment != "single_pass")
     assert not getattr(trainer._learner.alignment, "_step_is_plain", False)
     assert_close(found, unpacked[kind], tolerance=1e-5)
-
-
-def targets():
-    return Dataset.from_dict({"input_ids": [[20, 21, 22, 23, 24], [25, 24, 23], [22, 20, 24, 21]]})
 
 
 @pytest.mark.parametrize("alignment", ["per_domain", "single_pass"])

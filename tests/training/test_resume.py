@@ -125,6 +125,26 @@ def test_interrupted_after_any_step_and_resumed_equals_uninterrupted(tmp_path, u
     assert last_batches == seen[-3:]
 
 
+@pytest.mark.parametrize("options", [{}, {"recipe": "doge_plus", "optim": "adamw_torch"}])
+def test_a_resumed_run_logs_of_the_domains_what_an_uninterrupted_one_logs(tmp_path, options):
+    """Means over steps of both runs, and the noise of scores of both."""
+    whole = make_trainer(tmp_path / "whole", logging_steps=3, **options)
+    whole.train()
+    make_trainer(tmp_path / "cut", stop_after=5, logging_steps=3, **options).train()
+    resumed = make_trainer(tmp_path / "cut", logging_steps=3, **options)
+    resumed.train(resume_from_checkpoint=True)
+    logged, expected = (
+        [
+            {k: v for k, v in log.items() if k.startswith("domain_")}
+            for log in trainer.state.log_history
+            if "loss" in log
+        ]
+        for trainer in (resumed, whole)
+    )
+    assert "domain_score_noise/code" in expected[-1]
+    assert logged == expected
+
+
 @pytest.mark.parametrize("options", [{"dataloader_num_workers": 2}, {"alignment": "streamed"}])
 def test_workers_and_streaming_resume_alike(tmp_path, options):
     whole = make_trainer(tmp_path / "whole", **options)
