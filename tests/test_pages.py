@@ -62,6 +62,22 @@ def test_every_command_of_a_shell_block_is_there(page):
             assert command in COMMANDS, f"{named(page)}: hf-doge {command}"
 
 
+def test_every_trainer_of_the_table_names_a_test_and_every_trainer_of_trl_is_in_it():
+    text = (
+        (ROOT / "docs" / "train.md")
+        .read_text(encoding="utf-8")
+        .partition("## trl's trainers")[2]
+        .partition("\n## ")[0]
+    )
+    rows = [line for line in text.splitlines() if line.startswith("| `")]
+    for row in rows:
+        file, name = re.fullmatch(r"`(\w+\.py)::(test_\w+)`", row.split("|")[-2].strip()).groups()
+        assert f"def {name}(" in (ROOT / "tests" / "training" / file).read_text(encoding="utf-8"), row
+    trl = pytest.importorskip("trl", minversion="1.16")
+    trainers = {name for name in dir(trl) if re.fullmatch(r"[A-Z]\w+Trainer", name)}
+    assert {name for row in rows for name in re.findall(r"`(\w+Trainer)`", row)} == trainers
+
+
 def test_the_readme_is_short():
     assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 150
 

@@ -87,9 +87,9 @@ def tiny_bert(*, dtype=torch.float32, seed=0):
     return BertForMaskedLM(_bert_config()).to(dtype)
 
 
-def tiny_classifier(*, dtype=torch.float32, seed=0):
+def tiny_classifier(*, dtype=torch.float32, seed=0, num_labels=3):
     torch.manual_seed(seed)
-    return BertForSequenceClassification(_bert_config(num_labels=3)).to(dtype)
+    return BertForSequenceClassification(_bert_config(num_labels=num_labels)).to(dtype)
 
 
 def tiny_t5(*, dtype=torch.float32, seed=0):

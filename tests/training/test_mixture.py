@@ -350,66 +350,6 @@ def test_training_moves_the_model(tmp_path):
     assert not torch.equal(before, model.model.embed_tokens.weight)
 
 
-def preference_domains():
-    return {
-        name: data.add_column("prompt", data["text"])
-        .add_column("completion", ["w3"] * 8)
-        .add_column("label", [True] * 8)
-        for name, data in text_domains().items()
-    }
-
-
-def mix_trl(tmp_path, tokenizer, kind, **options):
-    """A trainer of trl behind the mixin."""
-    import trl
-
-    base, own = (
-        getattr(trl, f"{kind}Trainer"),
-        {"GRPO": {"num_generations": 4}, "RLOO": {"num_generations": 2, "beta": 0.0}},
-    )
-
-    class OnDomains(DomainWeightedMixin, base):
-        """What a user would write."""
-
-    args = arguments(
-        tmp_path,
-        getattr(trl, f"{kind}Config"),
-        bf16=False,
-        gradient_checkpointing=False,
-        **{**own.get(kind, {}), **options},
-    )
-    more = (
-        {"reward_funcs": lambda completions, **_: [0.0] * len(completions)}
-        if kind in own
-        else {"ref_model": tiny_llama()}
-    )
-    columns = {"GRPO": ["prompt"], "RLOO": ["prompt"], "KTO": ["prompt", "completion", "label"]}
-    domains = {name: data.select_columns(columns[kind]) for name, data in preference_domains().items()}
-    return OnDomains(
-        model=tiny_llama(),
-        args=args,
-        train_dataset=domains,
-        domain_weights=WEIGHTS,
-        processing_class=tokenizer,
-        **more,
-    )
-
-
-@pytest.mark.parametrize("kind", ["GRPO", "RLOO"])
-def test_a_trainer_whose_sampler_groups_examples_is_refused(tmp_path, tokenizer, kind):
-    message = f"of {kind}Trainer returns a RepeatSampler.* `interleave_domains.* as `train_dataset` to {kind}Trainer"
-    with pytest.raises(ValueError, match=message):
-        mix_trl(tmp_path, tokenizer, kind)
-
-
-def test_kto_is_refused_where_it_needs_an_order_and_served_where_not(tmp_path, tokenizer):
-    pytest.importorskip("trl", minversion="1.0")
-    with pytest.raises(ValueError, match=r"must be 'random', but got 'sequential'.*all but `loss_type='apo_zero_un"):
-        mix_trl(tmp_path, tokenizer, "KTO")
-    options = {"loss_type": "apo_zero_unpaired", "train_sampling_strategy": "random"}
-    assert mix_trl(tmp_path, tokenizer, "KTO", **options).domain_sampler is not None
-
-
 class Ordered(Trainer):
     """A trainer with a sampler of its own."""
 
