@@ -10,6 +10,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 from hf_doge.checks import check_names, check_text
 from hf_doge.sampling.domains import DomainIndex
+from hf_doge.training.charts import MEASURED, GroupedChartsCallback
 from hf_doge.training.collator import DOMAIN_IDS, DomainLookup, SwitchedDomainCollator
 from hf_doge.training.domain_loss import are_labels_shifted
 from hf_doge.training.domain_metrics import DomainMeter, saved_in
@@ -65,6 +66,7 @@ class DomainMetricsCallback(TrainerCallback):
             keeps_column=not trainer.args.remove_unused_columns,
         )
         trainer.data_collator = self._collator
+        trainer.add_callback(GroupedChartsCallback(trainer, MEASURED))
         trainer._set_signature_columns_if_needed()
         columns: Any = trainer._signature_columns  # which transformers declares as None
         columns.append(domain_column)  # otherwise the Trainer drops it

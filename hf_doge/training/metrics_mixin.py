@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_doge.sampling.sampler import DomainWeightedSampler
+from hf_doge.training.charts import MEASURED, GroupedChartsCallback
 from hf_doge.training.collator import DOMAIN_IDS
 from hf_doge.training.domain_loss import are_labels_shifted
 from hf_doge.training.domain_metrics import DomainMeter, read_saved
@@ -35,9 +36,14 @@ class DomainMetricsMixin(PackingMixin):
 
     domain_sampler: DomainWeightedSampler | None
     _measures_domains = True  # whether this logs losses, tokens and shares, and not a subclass
+    _charts = MEASURED
     _domain_meter: DomainMeter | None = None
     _stream_column: str | None = None
     _last_batch = (-1, 0)  # optimizer step, and its micro-batches so far
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.add_callback(GroupedChartsCallback(self, self._charts))
 
     def _measure_domains(self, names: Sequence[str], sizes: Sequence[int] | None, *, unit: str) -> None:
         if self._measures_domains:

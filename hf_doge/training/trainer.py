@@ -100,6 +100,7 @@ class DoGEMixin(DomainWeightedMixin):
     _labels_streams = True
     _learns_weights = True
     _measures_domains = False  # the learner tells of them
+    _charts = ("domain_weight", "domain_loss", "domain_score", "domain_epochs")
 
     def __init__(
         self,
