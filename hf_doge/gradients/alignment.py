@@ -80,10 +80,14 @@ class GradientSource(Protocol):
     def differentiate(self, loss: Tensor) -> None:
         """Add the gradient of a loss to `.grad`."""
 
+    @property
+    def uses_collectives(self) -> bool:
+        """Whether all processes must call the loss equally often."""
+
     def equally_often(self, num_calls: int | None = None) -> AbstractContextManager[None]:
         """
         Inside, all processes come to the same number of calls of a loss that uses collectives; what is missing at the end is
-        called with an example that does not count. Of other losses nothing is done.
+        called with an example that does not count.
 
         Args:
             num_calls (`int`, *optional*): At least as many as a process can make in the block; by default, its mixed batches.

@@ -13,6 +13,7 @@ domains have few rows is cheaper by factors.
 
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -208,7 +209,7 @@ class SinglePassAlignment:
         """One backward of every micro-batch into new stores; the mean losses, `None` if that failed on some process."""
         losses, trouble, is_finite = torch.zeros(self.num_domains, dtype=torch.float64), None, True
         try:
-            with source.equally_often():
+            with _equally_often(source):
                 losses = self._backward_all(source)
             is_finite = bool(losses.isfinite().all())
         except _INEXACT as error:
@@ -249,7 +250,7 @@ class SinglePassAlignment:
         """One ordinary backward of the weighted loss into `.grad`; as [`_run`] otherwise."""
         losses, trouble = torch.zeros(self.num_domains, dtype=torch.float64), None
         try:
-            with source.equally_often():
+            with _equally_often(source):
                 for batch in source.mixed_batches():
                     loss, found = weighted_token_loss(self.model, batch, source.num_items, coefficients)
                     losses += found
@@ -293,7 +294,7 @@ class SinglePassAlignment:
         """
         if self._is_verified or self._is_plain:
             return
-        with source.equally_often(_CALLS_OF_CHECK):
+        with _equally_often(source, _CALLS_OF_CHECK):
             trouble = self._check(source.sample())
         is_conclusive = self._num_compared >= min(2, self.num_domains)
         found = torch.tensor([float(is_conclusive), float(trouble is not None)], dtype=torch.float64)
@@ -388,6 +389,10 @@ def _stack(targets: list[Gradient]) -> Gradient:
         whole = [torch.zeros_like(some) if part is None else part for part in parts] if some is not None else None
         stacked.append(None if whole is None else torch.stack(whole))
     return stacked
+
+
+def _equally_often(source: GradientSource, num_calls: int | None = None) -> AbstractContextManager[None]:
+    return source.equally_often(num_calls) if source.uses_collectives else nullcontext()
 
 
 def _random_state(devices: Sequence[torch.device]) -> list[Tensor]:

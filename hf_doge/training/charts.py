@@ -30,15 +30,10 @@ class GroupedChartsCallback(TrainerCallback):
     def __init__(self, trainer: Trainer, kinds: Sequence[str]) -> None:
         self._trainer = trainer
         self._layout = {"Domains": {TITLES[kind]: ["Multiline", [f"{_PREFIX}{kind}/.*"]] for kind in kinds}}
-        self._is_laid_out = False
 
-    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
-        self._is_laid_out = False
-
-    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:  # when all callbacks have begun, whatever their order
-        if self._is_laid_out:
-            return
-        self._is_laid_out = True
+    def on_train_begin(
+        self, *args: Any, **kwargs: Any
+    ) -> None:  # after the callbacks that report, which the Trainer adds first
         for callback in self._trainer.callback_handler.callbacks:
             if isinstance(callback, TensorBoardCallback) and callback.tb_writer is not None:
                 callback.tb_writer.add_custom_scalars(self._layout)

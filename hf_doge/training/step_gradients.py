@@ -280,7 +280,7 @@ class StepGradients:
         self.is_present = self.halves.is_present if self.halves else num_items > 0  # by domain
         # Whether there is something to compare with: the training domains, or a target that has a label.
         self.can_align = self.target_weights is None or bool(self.target_weights)
-        self._num_calls = num_calls
+        self._num_calls, self.uses_collectives = num_calls, num_calls is not None
         self._spare = spare
         self._replay = RandomReplay(loss.device)
         self._seen: set[tuple[str, int]] = set()
@@ -374,9 +374,9 @@ class StepGradients:
         try:
             yield
         finally:
-            if self._num_calls is not None:
-                needed = self._num_calls.mixed if num_calls is None else num_calls
-                self._call_for_nothing(needed - (self._loss.num_calls - before))
+            if num_calls is None:
+                num_calls = self._num_calls.mixed if self._num_calls is not None else 0
+            self._call_for_nothing(num_calls - (self._loss.num_calls - before))
 
     def _call_for_nothing(self, num_calls: int) -> None:
         """With an example that does not count; leaves the random state alone."""
