@@ -1,4 +1,3 @@
-#!/usr/bin/env -S python3 -I -S
 """
 What `accelerate launch` starts in place of an interpreter: asks for a fork, passes signals on and ends as the fork ends.
 

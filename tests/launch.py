@@ -6,6 +6,7 @@ import os
 import random
 import socket
 import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -63,8 +64,8 @@ def launch_command(script: Path, *arguments: object, num_processes: int) -> list
     launcher += ["--mixed_precision", "no", "--dynamo_backend", "no"]
     if num_processes > 1:
         launcher += ["--multi_gpu", "--main_process_port", str(free_port())]
-    launcher += ["--num_machines", "1", "--no_python", str(REPOSITORY / "tests" / "fork_client.py")]
-    return [*launcher, str(script), *map(str, arguments)]
+    launcher += ["--num_machines", "1", "--no_python", sys.executable, "-IS"]
+    return [*launcher, str(REPOSITORY / "tests" / "fork_client.py"), str(script), *map(str, arguments)]
 
 
 def launch_environment(**changes: str) -> dict[str, str]:
@@ -74,7 +75,7 @@ def launch_environment(**changes: str) -> dict[str, str]:
 
 
 def launch(
-    script: Path, *arguments: object, num_processes: int = 2, timeout: float = 240, check: bool = True, **env: str
+    script: Path, *arguments: object, num_processes: int = 2, timeout: float = 500, check: bool = True, **env: str
 ) -> subprocess.CompletedProcess:
     """
     Run a script under `accelerate launch` and wait for it.
@@ -125,7 +126,7 @@ def start_without_launcher(script: Path, *arguments: object, num_processes: int 
     ]
 
 
-def run_processes(script: Path, *arguments: object, num_processes: int = 2, timeout: float = 240, **env: str) -> str:
+def run_processes(script: Path, *arguments: object, num_processes: int = 2, timeout: float = 500, **env: str) -> str:
     """
     What [`launch`] does where nothing depends on the launcher. Their output.
 

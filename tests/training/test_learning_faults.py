@@ -13,6 +13,7 @@ from hf_doge.training.checkpoints import _merge
 from tests.launch import launch, run_processes, start_without_launcher
 from tests.training.faults_script import STEPS, make_trainer, note
 
+pytestmark = pytest.mark.timeout(600)  # processes learn in the setup of the first test that reads what they left
 SCRIPT = Path(__file__).parent / "faults_script.py"
 SECONDS_TO_END = 40  # what README promises, the time of a loaded machine included; `ddp_timeout` is 1800
 SECONDS_OF_SILENCE = 6  # `ddp_timeout` where a process hangs

@@ -10,6 +10,7 @@ from transformers.distributed import DistributedConfig
 from tests.launch import launch, run_processes
 from tests.training.learning_script import FEW, RESUMED, SHARDED, WAYS
 
+pytestmark = pytest.mark.timeout(600)  # processes learn in the setup of the first test that reads what they left
 SCRIPT = Path(__file__).parent / "learning_script.py"
 SAVED = ("shards", "gathered")  # the state dicts that FSDP2 writes
 

@@ -21,6 +21,7 @@ from tests.training.mixture_processes import SPLITS_STREAMS
 from tests.training.test_learning_processes import assert_same_learning
 from tests.training.test_resume import assert_same, outcome
 
+pytestmark = pytest.mark.timeout(600)  # processes learn in the setup of the first test that reads what they left
 SCRIPT = Path(__file__).parent / "learning_streams_script.py"
 NOT_DISPATCHED = {"dispatch_batches": False}
 WAYS = {

@@ -19,6 +19,7 @@ from tests.training.mixture_processes import (
     weights_of_step,
 )
 
+pytestmark = pytest.mark.timeout(600)  # processes learn in the setup of the first test that reads what they left
 STEPS = 15  # of 4 examples, or 8 with accumulation: two epochs and a half of 24 draws, or five
 SETTINGS = {
     "default": {},

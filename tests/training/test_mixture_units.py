@@ -20,6 +20,7 @@ from tests.training.mixture_processes import arguments as line_arguments
 from tests.training.test_mixture import arguments
 from tests.training.units_processes import THEN, WEIGHTS, Smallest, pad, train
 
+pytestmark = pytest.mark.timeout(600)  # processes learn in the setup of the first test that reads what they left
 SHORT = {"max_steps": 400, "logging_steps": 200}  # on two processes, where a step takes long
 
 

@@ -17,6 +17,7 @@ from hf_doge.cli import main
 from tests.cli.test_cli import write_data
 from tests.launch import REPOSITORY, free_port, launch_environment
 
+pytestmark = pytest.mark.timeout(600)  # processes learn in the setup of the first test that reads what they left
 EXAMPLE = REPOSITORY / "examples" / "multi_node"
 FLAGS = (
     "--train_tokenizer_vocab 300 --block_size 16 --model_size nano --max_steps 4 --save_steps 2 --disable_tqdm true"
@@ -118,7 +119,7 @@ def learned(tmp_path_factory):
             text=True,
         )
         try:
-            printed, _ = job.communicate(timeout=240)
+            printed, _ = job.communicate(timeout=500)
         finally:
             if job.poll() is None:  # SIGTERM, which the launchers pass on to their processes
                 os.killpg(job.pid, signal.SIGTERM)
