@@ -328,17 +328,19 @@ def tiny_weight_norm():
 ONE_EXAMPLE_EACH = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 12}
 
 
-@pytest.mark.parametrize("options", [{}, ONE_EXAMPLE_EACH], ids=["batch", "one_example_each"])
-@pytest.mark.parametrize("make_domains", [one_domain, three_domains])
+# Two models of each kind, whose data are all four together.
 @pytest.mark.parametrize(
-    ("make_model", "reason"),
+    ("make_model", "reason", "make_domains", "options"),
     [
-        (tiny_mamba, "uses a parameter of another module"),
-        (lambda: with_last(ReadsWeightOfChild()), "uses a parameter of another module"),
-        (tiny_prompt_tuning, None),
-        (tiny_weight_norm, None),
+        (tiny_mamba, "uses a parameter of another module", one_domain, {}),
+        (tiny_mamba, "uses a parameter of another module", three_domains, ONE_EXAMPLE_EACH),
+        (lambda: with_last(ReadsWeightOfChild()), "uses a parameter of another module", three_domains, {}),
+        (lambda: with_last(ReadsWeightOfChild()), "uses a parameter of another module", one_domain, ONE_EXAMPLE_EACH),
+        (tiny_prompt_tuning, None, one_domain, {}),
+        (tiny_prompt_tuning, None, three_domains, ONE_EXAMPLE_EACH),
+        (tiny_weight_norm, None, three_domains, {}),
+        (tiny_weight_norm, None, one_domain, ONE_EXAMPLE_EACH),
     ],
-    ids=["mamba", "child", "prompt_tuning", "weight_norm"],
 )
 def test_what_cannot_be_taken_apart_is_exact_also_with_one_domain_or_one_example(
     tmp_path, caplog, make_model, reason, make_domains, options
