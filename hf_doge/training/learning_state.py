@@ -247,7 +247,8 @@ class DomainMetrics:
         }
         self._last_scores = deque(kept.get("last_scores", ()), maxlen=_NOISE_UPDATES + 1)
         self._clear()
-        self._losses, self._scores = kept.get("losses", []), kept.get("scores", [])
+        self._losses.extend(kept.get("losses", ()))
+        self._scores.extend(kept.get("scores", ()))
 
     def state_dict(self) -> dict[str, list[list[float]]]:
         """What is kept for the next logs, but for times."""
