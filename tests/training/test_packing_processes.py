@@ -10,6 +10,8 @@ from tests.launch import launch
 from tests.training import packing_processes
 from tests.training.packing_processes import KINDS, LOW, run
 
+pytestmark = pytest.mark.timeout(600)  # processes learn in the setup of the first test that reads what they left
+
 SAVED_AT = [2]
 LEARNED = [("bfd", "proxy"), ("wrapped", "proxy"), ("padding_free", "proxy"), ("bfd", "online")]
 RUNS = {
