@@ -38,7 +38,7 @@ MEAN_WEIGHTINGS = ("steps", "inverse_variance")
 # Given without a recipe these are meant as the paper has them: a `mu` above all, whose unit is another in "doge_plus".
 _OF_THE_PAPER = "mu", "normalization", "score_min", "score_max", "domain_max_grad_norm"
 _MU = 0.01  # of the paper's universal runs
-_MU_IN_NATS = 3.0  # of scores in nats
+_MU_IN_NATS, _MU_IN_NATS_TO_TARGET = 3.0, 1.0  # of scores in nats
 ALIGNMENTS = ("auto", "single_pass", "per_domain", "streamed")
 
 
@@ -105,7 +105,7 @@ class DoGEConfig(TrainingArguments):
     | a domain compared with itself | yes | no: the target is held out | across halves of its examples only |
     | each domain's gradient | as it is | clipped alone to `max_grad_norm` | as it is |
     | target | the step's train domains, or a target set | a target set (held-out mix or out-of-domain) | either |
-    | `mu` | 0.01 | 0.01 | 3 nats |
+    | `mu` | 0.01 | 0.01 | 1 nat towards a target, else 3 |
     | weights | as the scores make them | as the scores make them | shrunk by the noise of the scores |
 
     In all of them the new weights step the model, and the result is the mean of the weights after every update.
@@ -147,7 +147,7 @@ class DoGEConfig(TrainingArguments):
         metadata={
             "help": "Bregman coefficient of the weight update, exp(learning_rate * score / mu), the paper's unless a recipe is given, or "
             "exp(score / mu) with `score_metric='optimizer'`. Smaller means faster weights. Must be > 0. The paper's runs use 0.01 (universal), "
-            "0.05 and 0.001 (out-of-domain). Default: 3 with scores in nats ('doge_plus'), 0.01 otherwise."
+            "0.05 and 0.001 (out-of-domain). Default with scores in nats ('doge_plus'): 1 towards a target, else 3. Otherwise 0.01."
         },
     )
     score_metric: str | None = field(
@@ -308,7 +308,7 @@ class DoGEConfig(TrainingArguments):
                 raise ValueError(
                     f"`{name}` must be in [-{LARGEST_RATE:g}, {LARGEST_RATE:g}] or infinite, but got {getattr(self, name)}."
                 )
-        recipe = self.get_recipe()
+        recipe = self.get_recipe(has_target=True)  # of the two rates the larger
         rate = self.learning_rate / recipe.mu
         if not rate <= LARGEST_RATE:
             raise ValueError(
@@ -366,8 +366,8 @@ class DoGEConfig(TrainingArguments):
         """Steps from an update of the weights to the first examples drawn by them, in force in online mode."""
         return max(self.reweight_steps, _LEAST_LAG) if self.sampler_lag_steps is None else self.sampler_lag_steps
 
-    def get_recipe(self) -> Recipe:
-        """The ingredients in force: the recipe's, where none was given beside it."""
+    def get_recipe(self, *, has_target: bool = False) -> Recipe:
+        """The ingredients in force: the recipe's, where none was given beside it. Where there is a target, `mu` is its own."""
         is_papers = self.self_term not in (True, "independent") or self.score_metric == "gradient"
         is_papers |= any(getattr(self, one) is not None for one in _OF_THE_PAPER)
         name = self.recipe or ("paper" if is_papers else "doge_plus")
@@ -376,9 +376,10 @@ class DoGEConfig(TrainingArguments):
         max_norm = self.max_grad_norm if self.domain_max_grad_norm is None and official else self.domain_max_grad_norm
         score_min = 0.0 if self.score_min is None and official else self.score_min
         score_max = 5.0 if self.score_max is None and official else self.score_max
+        in_nats = _MU_IN_NATS_TO_TARGET if has_target else _MU_IN_NATS
         return Recipe(
             name=name,
-            mu=self.mu if self.mu is not None else (_MU_IN_NATS if metric == "optimizer" else _MU),
+            mu=self.mu if self.mu is not None else (in_nats if metric == "optimizer" else _MU),
             normalization=self.normalization or ("mean_norm" if official else "none"),
             score_min=None if score_min == -math.inf else score_min,
             score_max=None if score_max == math.inf else score_max,

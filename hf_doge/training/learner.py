@@ -84,7 +84,7 @@ class DomainLearner:
         args = copy(self.trainer.args)
         assert isinstance(args, DoGEConfig)
         self.args = args
-        self.recipe = self.args.get_recipe()
+        self.recipe = self.args.get_recipe(has_target=self.targets is not None)
         # Of each domain that are aligned: given targets share no example with it, so only a universal score needs halves.
         self._num_parts = 2 if self.recipe.is_independent and self.targets is None else 1
         self._trained_parameters = []  # for the alignment to be chosen again

@@ -51,6 +51,19 @@ def test_without_a_recipe_scores_are_in_nats_across_halves_and_weights_are_shrun
     assert recipe.shrinkage
 
 
+def test_without_mu_weights_go_faster_towards_a_target_than_where_all_domains_count_alike(tmp_path):
+    ways = {"universal": {}, "target": {"target_dataset": three_domains(5)["books"]}}
+    found = {}
+    for way, given in ways.items():
+        for options in ({}, {"mu": 2.0, "recipe": "doge_plus"}, {"recipe": "paper"}):
+            trainer = make_trainer(tmp_path / f"{way}-{len(found)}", options={"max_steps": 1, **options}, **given)
+            trainer.train()
+            found[way, *options.values()] = trainer.domain_weights.recipe["mu"]
+    assert (found["universal",], found["target",]) == (3.0, 1.0)
+    assert found["universal", 2.0, "doge_plus"] == found["target", 2.0, "doge_plus"] == 2.0
+    assert found["universal", "paper"] == found["target", "paper"] == 0.01
+
+
 @pytest.mark.parametrize(
     "ingredient",
     [
