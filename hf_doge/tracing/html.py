@@ -153,20 +153,27 @@ def _section(
     target, reading = first.get("query_target"), query_reading(first, tokenizer)
     traced = "" if target is None else f'<p class="facts">traced: <bdi>{escape_html(target)}</bdi></p>\n'
     strongest = max(abs(hit["score"]) for hit in hits) or 1.0
-
-    def articles(kind: str) -> str:
-        shown = [
-            _article(hit, reading, example_reading(hit, tokenizer, columns), strongest=strongest)
-            for hit in by_kind[kind]
-        ]
-        first, more = "\n".join(shown[:NUM_OPEN]), "\n".join(shown[NUM_OPEN:])
-        folded = f"{len(shown) - NUM_OPEN} more {kind}{'s' if len(shown) - NUM_OPEN > 1 else ''}"
-        return first + (f"\n<details>\n<summary>{escape_html(folded)}</summary>\n{more}\n</details>" if more else "")
-
+    sections = [
+        _fold(
+            [_article(hit, reading, example_reading(hit, tokenizer, columns), strongest=strongest) for hit in rows],
+            kind,
+        )
+        for kind, rows in by_kind.items()
+    ]
     return (
         f'<section>\n<h2>Query {escape_html(query)}{label}</h2>\n<div class="text" dir="auto">{shade(reading, total)}</div>\n'
-        f"{traced}{chr(10).join(articles(kind) for kind in by_kind)}\n</section>"
+        f"{traced}{chr(10).join(sections)}\n</section>"
     )
+
+
+def _fold(articles: Sequence[str], kind: str) -> str:
+    """The first of a kind, and the others behind a line that opens them."""
+    shown, more = "\n".join(articles[:NUM_OPEN]), "\n".join(articles[NUM_OPEN:])
+    if not more:
+        return shown
+    number = len(articles) - NUM_OPEN
+    told = escape_html(f"{number} more {kind}{'s' if number > 1 else ''}")
+    return f"{shown}\n<details>\n<summary>{told}</summary>\n{more}\n</details>"
 
 
 def _article(hit: Hit, query: Reading, example: Reading | None, *, strongest: float) -> str:
