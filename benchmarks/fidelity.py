@@ -5,7 +5,7 @@ What compressing an influence index costs: bytes per example against the exact s
 
 A transformer of width 128 is trained on AG News; its training examples are recorded at four checkpoints, once exactly (float32)
 and once in each compressed form; queries always have all their tokens and full precision. Bytes are those of the gradient
-files. Top-k keeps whole positions, as in the paper's code, of training examples alone.
+files, and of the bases that they are projected to. Top-k keeps whole positions, as in the paper's code, of training examples alone.
 
 Prints a table. Last line: one JSON object by form: bytes_per_example, spearman, spearman_worst, top10_overlap.
 """
@@ -23,6 +23,7 @@ import pyarrow as pa
 import torch
 
 from hf_doge.artifacts.influence import IndexReader, IndexWriter
+from hf_doge.artifacts.influence.fitted_writer import FittedCheckpointWriter
 from hf_doge.evaluation.influence.rank_metrics import spearman, top_overlap
 from hf_doge.evaluation.influence.scorers.base import Batches
 from hf_doge.evaluation.influence.small_models import (
@@ -35,6 +36,7 @@ from hf_doge.evaluation.influence.small_models import (
 from hf_doge.evaluation.influence.small_tasks import load_small_task
 from hf_doge.gradients.embedding import EmbeddingGradientRecorder
 from hf_doge.gradients.token_rows import TokenRows
+from hf_doge.tracing.basis import NUM_SAMPLED, fit_basis
 
 FORMS = {
     "exact (float32)": {"dtype": "float32"},
@@ -42,6 +44,10 @@ FORMS = {
     "int8": {"dtype": "int8"},
     **{f"top-{k}, float16": {"top_k": k} for k in (5, 10, 20)},
     **{f"projected to {width}, float16": {"projection_width": width} for width in (32, 64, 128)},
+    **{
+        f"principal components to {width}, int8": {"projection": "pca", "projection_width": width, "dtype": "int8"}
+        for width in (32, 64)
+    },
 }
 
 
@@ -183,14 +189,27 @@ def build_and_score(
         with writer.checkpoint(
             f"checkpoint-{position}", step=position, epoch=None, learning_rate=checkpoint.learning_rate, **facts
         ) as recording:
-            recording.add(record(checkpoint, train, top_k=top_k))
+            rows = record(checkpoint, train, top_k=top_k)
+            if isinstance(recording, FittedCheckpointWriter):
+                recording.write_basis(fit_basis([sample_of(rows)], width=writer.config["stored_width"]))
+            recording.add(rows)
             writer.publish(recording)
     reader = IndexReader.open(folder, cache_dir=folder.with_name(f"{folder.name}-cache"))
     scores = sum(
         checkpoint.learning_rate * reader.scores(position, query_rows[position]).astype(np.float64)
         for position, checkpoint in enumerate(checkpoints)
     )
-    return scores, sum(path.stat().st_size for path in (folder / "gradients").rglob("*.parquet"))
+    files = [path for table in ("gradients", "basis") for path in (folder / table).rglob("*.parquet")]
+    return scores, sum(path.stat().st_size for path in files)
+
+
+def sample_of(rows: TokenRows) -> TokenRows:
+    """The rows of as many examples as a recording fits its basis to, drawn at random."""
+    chosen = np.random.default_rng(0).choice(len(rows), min(len(rows), NUM_SAMPLED), replace=False)
+    lengths = rows.offsets.diff().numpy()
+    kept = torch.from_numpy(np.isin(np.arange(len(rows)).repeat(lengths), chosen))
+    offsets = torch.from_numpy(np.concatenate([[0], lengths[np.sort(chosen)].cumsum()]))
+    return TokenRows(offsets, rows.tokens[kept], rows.rows[kept], rows.virtual)
 
 
 def record(checkpoint: Checkpoint, batches: Batches, *, top_k: int | None = None) -> TokenRows:

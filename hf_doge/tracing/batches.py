@@ -66,6 +66,12 @@ class SequentialBatches:
         for start in range(0, len(positions), self.batch_size):
             yield self._batch(list(positions[start : start + self.batch_size]), self.seed % 2**32)
 
+    def of(self, positions: Sequence[int]) -> Iterator[Mapping[str, Any]]:
+        """Batches of the examples at some positions. Iterate inside [`preserved_random_state`]."""
+        for start in range(0, len(positions), self.batch_size):
+            few = list(positions[start : start + self.batch_size])
+            yield self._batch(few, (self.seed * 1_000_003 + few[0]) % 2**32)
+
     def _batch(self, positions: list[int], seed: int) -> Mapping[str, Any]:
         _seed_everything(seed)
         fetch = getattr(self.dataset, "__getitems__", None)

@@ -76,8 +76,10 @@ class TracInWECallback(TrainerCallback):
             Keep only so many rows of largest norm for each example and checkpoint (TracIn-WE-Topk; the paper has 10).
         top_k_unit (`str`): `"position"`, as the authors' code counts, or `"token"` (ours), see [`top_k_rows`].
         dtype (`str`): On disk: `"float16"`, `"float32"`, or `"int8"` with one scale per row.
-        projection_width (`int`, *optional*): Store rows projected to this width by one random matrix. Ours.
-        projection_seed (`int`): Seed of that matrix.
+        projection_width (`int`, *optional*): Store rows projected to this width. Ours.
+        projection_seed (`int`): Seed of the random matrix, or of the sample.
+        projection (`str`): `"random"`, by one random matrix, or `"pca"`: at each checkpoint by the principal components of the
+            rows of a sample of 256 examples. Those need `record="checkpoint"`, and words alone.
         special_tokens (`str`):
             `"count"` records the rows of special tokens ([CLS], [SEP], end of text) like any other, and a search
             reports their share of each score; `"drop"` leaves them out before top-k is taken.

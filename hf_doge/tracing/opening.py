@@ -88,6 +88,7 @@ def open_writer(
         dtype=settings.dtype,
         projection_width=settings.projection_width,
         projection_seed=settings.projection_seed,
+        projection=settings.projection,
         max_segment_bytes=settings.max_segment_bytes,
         add_examples=add_examples,
         settings={

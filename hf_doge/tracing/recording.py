@@ -16,9 +16,12 @@ from tqdm.auto import tqdm
 from transformers import TrainerState, TrainingArguments
 
 from hf_doge.artifacts.influence.checkpoint_writer import CheckpointWriter
+from hf_doge.artifacts.influence.fitted_writer import FittedCheckpointWriter
 from hf_doge.artifacts.influence.metric import metric_of
 from hf_doge.gradients.embedding import EmbeddingGradientRecorder
 from hf_doge.gradients.embedding_uses import input_embedding_matrix
+from hf_doge.gradients.token_rows import TokenRows
+from hf_doge.tracing.basis import fit_basis, sampled
 from hf_doge.tracing.batches import SequentialBatches, preserved_random_state
 from hf_doge.tracing.encoding import describe_encoding
 from hf_doge.tracing.models import buffer_fingerprint, describe_dtypes, model_fingerprint, unwrap_model
@@ -109,6 +112,8 @@ def record_checkpoint(
     """
     share = CheckpointShare(index, recorder, second_moments)
     ranges = share.begin(facts)
+    if index.writer.fits_basis:
+        share.fit(batches)
     share.record(batches, ranges, progress=progress)
     share.publish()
 
@@ -133,6 +138,10 @@ class CheckpointShare:
         able = _able(told)
         shares = share_ranges([(first, last) for first, last in told[0]["missing"]], len(able))
         return shares[able.index(process_index())] if process_index() in able else []
+
+    def fit(self, batches: SequentialBatches) -> None:
+        """Of an index with `projection="pca"`: see on the main process that the checkpoint has its basis, for all of them."""
+        run_on_main_process(lambda heartbeat: self._fit(batches, heartbeat))
 
     def record(self, batches: SequentialBatches, ranges: Sequence[Range], *, progress: bool | tqdm = True) -> None:
         """Record the examples of some ranges."""
@@ -163,6 +172,22 @@ class CheckpointShare:
         one_sided = moments is not None and metric_of(writer.config) == "one-sided"
         return {**weights, "facts": self._writer.facts, "missing": self._writer.missing(), "one_sided": one_sided}
 
+    def _fit(self, batches: SequentialBatches, heartbeat: Callable[[], None]) -> None:
+        assert isinstance(self._writer, FittedCheckpointWriter)
+        if self._writer.basis is not None:  # of what was interrupted, or grows
+            return
+        asked = self._index.writer.config["projection"]
+        # A copy: what the recorder learns of its first batch decides how rows are rounded.
+        with preserved_random_state(), self._recorder.copy() as recorder:
+            rows = (self._measured(recorder.record(batch)) for batch in sampled(batches, seed=asked["seed"]))
+            basis = fit_basis(rows, width=asked["width"], heartbeat=heartbeat)
+        self._writer.write_basis(basis)
+
+    def _measured(self, rows: TokenRows) -> TokenRows:
+        """Rows in the metric of the index."""
+        moments = self._second_moments
+        return rows if moments is None else moments.measure(rows, one_sided=self._one_sided)
+
     def _record(
         self, batches: SequentialBatches, ranges: Sequence[Range], progress: bool | tqdm, heartbeat: Callable[[], None]
     ) -> None:
@@ -190,7 +215,7 @@ class CheckpointShare:
                     # Other examples of the batch are on disk already, or another process's.
                     rows = rows.between(max(0, first - start), min(last - start, len(rows)))
                     if self._second_moments is not None:
-                        rows = self._second_moments.measure(rows, one_sided=self._one_sided)
+                        rows = self._measured(rows)
                     self._writer.add(rows)
                     done += len(rows)
                     bar.update(begin + round(done * rows_each) - bar.n)

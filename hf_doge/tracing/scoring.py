@@ -77,7 +77,7 @@ class QueryScorer:
         for position, (checkpoint, rows) in enumerate(zip(reader.checkpoints, self.rows, strict=True)):
             scale = np.full(len(self.queries), checkpoint["learning_rate"], dtype=np.float64)
             if cosine:
-                projected = TokenRows(rows.offsets, rows.tokens, reader.project(rows.rows), rows.virtual)
+                projected = TokenRows(rows.offsets, rows.tokens, reader.project(position, rows.rows), rows.virtual)
                 scale = scale * _inverse_root(projected.squared_norms().numpy() + self._squares_of_unheld(position))
                 squares = reader.self_influence(position, exclude_tokens=excluded_tokens)
             self._query_scales.append(scale)
@@ -99,7 +99,7 @@ class QueryScorer:
                 if held.any() and int(token) not in metric.tokens:
                     nearest = int(near[held][cosines[held].argmax()])
                     measured = row.float().cpu()[None] / metric.divisor(nearest)
-                    squares[query] += float(self.reader.project(measured).square().sum())
+                    squares[query] += float(self.reader.project(checkpoint, measured).square().sum())
         return squares
 
     def scores(self, start: int, stop: int) -> np.ndarray:
@@ -133,7 +133,9 @@ class QueryScorer:
         order = np.argsort(example_ids)
         for checkpoint, rows in enumerate(own):
             token_ids, shown = rows.tokens.numpy(), self._shown(rows.tokens.numpy())
-            found = self.reader.word_scores(checkpoint, token_ids, self.reader.project(rows.rows), example_ids)
+            found = self.reader.word_scores(
+                checkpoint, token_ids, self.reader.project(checkpoint, rows.rows), example_ids
+            )
             found = found.astype(np.float64)
             scales = np.full(len(example_ids), self._query_scales[checkpoint][query])
             example_scales = self._example_scales[checkpoint]
@@ -170,7 +172,7 @@ class QueryScorer:
         yield from self.reader.synonym_scores(
             checkpoint,
             tokens,
-            rows if self._is_measured else self.reader.project(rows),
+            rows if self._is_measured else self.reader.project(checkpoint, rows),
             self._synonyms[checkpoint],
             exclude_tokens=self._excluded,
             only=only,

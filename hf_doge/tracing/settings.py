@@ -10,7 +10,7 @@ from typing import Any, TypedDict
 
 from torch import nn
 
-from hf_doge.artifacts.influence.manifest import MANIFEST, read_config
+from hf_doge.artifacts.influence.manifest import MANIFEST, PROJECTIONS, read_config
 from hf_doge.artifacts.influence.metric import metric_settings
 from hf_doge.checks import check_choice, check_count, check_flag, check_function, check_seed, show
 from hf_doge.functional.tracin_we import TOP_K_UNITS
@@ -41,6 +41,7 @@ class RecordingOptions(TypedDict, total=False):
     dtype: str
     projection_width: int | None
     projection_seed: int
+    projection: str
     special_tokens: str
     tied: str
     loss_reduction: str
@@ -102,9 +103,15 @@ class RecordingSettings:
     projection_width: int | None = _option(
         None,
         partial(check_count, optional=True),
-        help="Project gradients to so many numbers by one random matrix. Default: none.",
+        help="Project gradients to so many numbers, see --projection. Default: none.",
     )
-    projection_seed: int = _option(0, check_seed, help="Seed of that matrix.", flag=False)
+    projection_seed: int = _option(0, check_seed, help="Seed of the matrix, or of the sample.", flag=False)
+    projection: str = _option(
+        "random",
+        partial(check_choice, choices=PROJECTIONS),
+        help="With --projection_width: by one random matrix (random), or by the principal components of the gradients of "
+        "256 examples, anew at each checkpoint, which keep scores far better (pca). Default: random.",
+    )
     special_tokens: str = _option(
         "count",
         partial(check_choice, choices=SPECIAL_TOKENS),
@@ -177,6 +184,7 @@ class RecordingSettings:
         self._read_second_moment()
         self._follow_recipe()
         self._check_chosen()
+        self._check_projection()
         if self.tied == AUTO and (self.record == "online" or self._counts_positions()):
             self.tied = "input"  # all that these can have
         if self.tied not in ("input", AUTO) and self._counts_positions():
@@ -227,6 +235,26 @@ class RecordingSettings:
                     " 'embedding'. Add that, or leave the other out."
                 )
         self.tied = "input"
+
+    def _check_projection(self) -> None:
+        """What goes with principal components."""
+        if self.projection == "random":
+            return
+        if self.projection_width is None:
+            raise ValueError(
+                f"`projection={self.projection!r}` needs a `projection_width`, the number of principal components that are"
+                " kept, but it is None. Pass one, say 32."
+            )
+        if self.record == "online":
+            raise ValueError(
+                f"`record='online'` has no weights at which a sample of examples could be seen, as `projection={self.projection!r}`"
+                " needs. Use `projection='random'`, or `record='checkpoint'`."
+            )
+        if self.layers is not None:
+            raise ValueError(
+                f"`projection={self.projection!r}` is of the rows of words, which have other principal components than those of"
+                f" `layers={self.layers}`. Use `projection='random'`, or record words alone."
+            )
 
     def _read_second_moment(self) -> None:
         """The older name of `metric`."""

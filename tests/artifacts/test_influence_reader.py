@@ -167,19 +167,19 @@ def test_an_index_of_examples_without_tokens_can_be_searched(open_index):
 def test_projected_rows_score_as_projected_gradients(open_index, rows):
     reader = open_index(rows[0], dtype="float32", projection_width=5, projection_seed=3)
     queries = random_rows(6, seed=2)
-    matrix = reader.project(torch.eye(WIDTH, dtype=torch.float64))
+    matrix = reader.project(0, torch.eye(WIDTH, dtype=torch.float64))
     assert matrix.shape == (WIDTH, 5)
     assert (matrix.abs() - 5**-0.5).abs().max() < 1e-12
     projected = [TokenRows(r.offsets, r.tokens, r.rows @ matrix, False) for r in (queries, rows[0])]
     assert_near(reader.scores(0, queries), dense_scores(*projected), 1e-6)
     tokens, _ = projected[0][0]
-    parts = reader.word_scores(0, tokens, reader.project(queries[0][1]), range(NUM_EXAMPLES))
+    parts = reader.word_scores(0, tokens, reader.project(0, queries[0][1]), range(NUM_EXAMPLES))
     assert_near(parts.sum(1), dense_scores(*projected)[0], 1e-6)
 
 
 def test_the_projection_is_the_same_on_every_machine(open_index):
     reader = open_index(random_rows(2), projection_width=4, projection_seed=3)
-    signs = (reader.project(torch.eye(WIDTH)) > 0).int()
+    signs = (reader.project(0, torch.eye(WIDTH)) > 0).int()
     assert signs[:3].tolist() == EXPECTED_SIGNS
     assert json.loads((reader.folder / "config.json").read_bytes())["projection"]["seed"] == 3
 
@@ -405,7 +405,7 @@ def test_a_folder_that_is_no_index_is_refused(tmp_path, rows):
 
 
 CHANGES = {
-    "has format 4.0, but hf_doge": lambda config: config.update(format_version="4.0"),
+    "has format 5.0, but hf_doge": lambda config: config.update(format_version="5.0"),
     "must have int under 'width', but got '8'": lambda config: config.update(width="8"),
     "must have int under 'num_examples', but got None": lambda config: config.pop("num_examples"),
     "must have list under 'checkpoints'": lambda config: config.update(checkpoints={}),

@@ -81,7 +81,7 @@ def same_numbers(dtype: str, **options) -> dict:
             local.scores(checkpoint, queries), remote.scores(checkpoint, queries)
         )
         tokens, rows = queries[1]
-        rows = local.project(rows)
+        rows = local.project(checkpoint, rows)
         pairs = [one.word_scores(checkpoint, tokens, rows, range(NUM_EXAMPLES)) for one in (local, remote)]
         same[f"words {checkpoint}"] = np.array_equal(*pairs) and bool(pairs[0].any())
         found = synonym_neighbours(tokens, torch.randn(VOCABULARY_SIZE, 4), threshold=0.3)

@@ -63,6 +63,8 @@ def main(folder, case):
         told = {"whole": train(folder / "whole")}
         told["float16"] = train(folder / "float16", recording={"dtype": "float16", "top_k_tokens": 2}, max_steps=2)
         told["moments"] = train(folder / "moments", recording={"metric": "optimizer"}, max_steps=2)
+        components = {"projection": "pca", "projection_width": 4, "metric": "optimizer"}
+        told["components"] = train(folder / "components", recording=components, max_steps=2)
         told["random"] = train(folder / "random", collator=MaskingCollator(), max_steps=2)
         faults.update({FAULT: fail} if process_index() == 1 else {})
         told["fails"] = train(folder / "fails")

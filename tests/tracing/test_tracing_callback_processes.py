@@ -97,6 +97,18 @@ def test_the_moments_that_two_processes_saved_are_those_that_they_recorded_with(
     assert calls == [1 + 2, 1 + 2]  # a trial and half of 4 batches
 
 
+def test_two_processes_project_to_the_basis_that_the_main_one_has_fitted(together):
+    folder = together[0] / "components"
+    options = {"projection": "pca", "projection_width": 4, "metric": "optimizer"}
+    alone = recorded_by_one(folder, steps=(2,), rates=[0.005], **options)
+    assert gradient_files(open_index(folder).folder) == gradient_files(alone.folder)
+    bases = [[one["basis"] for one in index.config["checkpoints"]] for index in (open_index(folder), alone)]
+    assert bases[0] == bases[1]
+    main, other = (told["components"]["calls"] for told in together[1])
+    assert main >= 1 + 4 + 2  # a trial, all 4 batches for the basis, and its share of the rows
+    assert other <= 1 + 2
+
+
 def test_random_numbers_of_a_collator_do_not_depend_on_the_number_of_processes(together):
     folder = together[0] / "random"
     alone = recorded_by_one(folder, collator=MaskingCollator(), steps=(2,), rates=[0.005])

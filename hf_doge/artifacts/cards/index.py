@@ -21,10 +21,11 @@ from hf_doge.artifacts.cards.text import (
     run_facts,
     table,
 )
+from hf_doge.artifacts.influence.manifest import fits_basis
 from hf_doge.files import sha256
 from hf_doge.gradients.layers import ChosenLayers
 
-_CONFIGS = ("gradients", "examples", "checkpoints", "offsets", "metric")
+_CONFIGS = ("gradients", "examples", "checkpoints", "offsets", "metric", "basis")
 _SETTINGS = (
     "loss_reduction",
     "loss_fn",
@@ -121,7 +122,10 @@ def data_paths(config: Mapping[str, Any]) -> dict[str, list[str]]:
         "examples": [path for path in tops if path.startswith("examples/")],
         "checkpoints": [path for path in tops if path.startswith("checkpoints/")],
         "offsets": [file["offsets_path"] for file in segments if file.get("offsets_path")],
-        "metric": [file["path"] for checkpoint in config["checkpoints"] for file in checkpoint.get("metric", ())],
+        **{
+            name: [file["path"] for checkpoint in config["checkpoints"] for file in checkpoint.get(name, ())]
+            for name in ("metric", "basis")
+        },
     }
     return {name: paths for name, paths in found.items() if paths}
 
@@ -134,7 +138,8 @@ def _checksums(config: Mapping[str, Any]) -> dict[str, str]:
         **{
             file["path"]: file["sha256"]
             for checkpoint in config["checkpoints"]
-            for file in checkpoint.get("metric", ())
+            for name in ("metric", "basis")
+            for file in checkpoint.get(name, ())
         },
         **{file["offsets_path"]: file["offsets_sha256"] for file in segments if file.get("offsets_path")},
     }
@@ -142,7 +147,7 @@ def _checksums(config: Mapping[str, Any]) -> dict[str, str]:
 
 def _patterns(name: str, paths: list[str]) -> list[str]:
     """Gradients folder by folder, as a pattern over all would find checkpoints that are not whole."""
-    if name in ("gradients", "offsets", "metric"):
+    if name in ("gradients", "offsets", "metric", "basis"):
         return list(dict.fromkeys(f"{path.rpartition('/')[0]}/*.parquet" for path in paths))
     return paths
 
@@ -168,7 +173,8 @@ def _render(
         num_rows=f"{tables['gradients'].num_rows:,}" if "gradients" in tables else "0",
         file_bytes=_size(sum(facts.file_bytes for facts in tables.values())),
         width=config["stored_width"],
-        projected=config["projection"] is not None,
+        projected=config["projection"] is not None and not fits_basis(config),
+        has_basis="basis" in tables,
         dtype=config["dtype"],
         scaled=config["dtype"] != "float32",
         loss=f"{escape(config['loss_reduction'])} over its tokens"

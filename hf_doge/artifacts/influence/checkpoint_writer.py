@@ -69,9 +69,9 @@ class CheckpointWriter(AbstractContextManager):
         # Of an index that grows, only the examples that are new.
         self._start, self._stop = index.first_example, index.num_examples
         folder = facts["name"] if self._start == 0 else f"{facts['name']}/{self._start:08d}"
-        self._gradients = _Place(index.folder, f"{GRADIENTS}/{folder}")
-        self._offsets = _Place(index.folder, f"{OFFSETS}/{folder}")
-        self._metric = _Place(index.folder, f"{METRIC}/{folder}")
+        self._gradients = Place(index.folder, f"{GRADIENTS}/{folder}")
+        self._offsets = Place(index.folder, f"{OFFSETS}/{folder}")
+        self._metric = Place(index.folder, f"{METRIC}/{folder}")
         self._metric_files: list[dict[str, Any]] | None = None
         self._borders = sorted({border for border in borders or () if self._start < border < self._stop})
         self._in_order = borders is None
@@ -79,6 +79,7 @@ class CheckpointWriter(AbstractContextManager):
         self._segments: list[dict[str, Any]] = self._continue() if part is None else []
         self._capacity = max(1, index.max_segment_bytes // (4 * self._config["stored_width"]))
         self._closed = False
+        self._projection = index.projection
         self._clear()
         missing = self.missing()
         self._first, self._end = missing[0] if missing else (self._stop,) * 2
@@ -262,7 +263,7 @@ class CheckpointWriter(AbstractContextManager):
             raise ValueError(f"The index was opened {wanted}, but {num_done} were added to {self.facts['name']!r}.")
         token_rows.check(width=self._config["width"], vocabulary_size=self._config["vocabulary_size"])
         lengths = token_rows.offsets.diff().cpu().numpy()
-        rows, projection = token_rows.rows.detach().cpu(), self._index.projection
+        rows, projection = token_rows.rows.detach().cpu(), self._projection
         rows = (rows if projection is None else rows @ projection.to(rows.dtype)).float()
         finite = torch.isfinite(rows).all(dim=1)
         if not finite.all():
@@ -344,7 +345,7 @@ class CheckpointWriter(AbstractContextManager):
         return {**written, "num_rows": 0, "first_example": self._first, "num_examples": num_examples}
 
 
-class _Place:
+class Place:
     """A folder of the index that appears as a whole: until then it is called `*.partial`."""
 
     def __init__(self, index: Path, path: str) -> None:

@@ -45,6 +45,7 @@ def check_claims(config: Mapping[str, Any], *, source: str) -> None:
     else:
         good = isinstance(projection, dict) and projection.get("width") == config["stored_width"]
         require(good and _is_count(projection.get("seed")), "must have the projection of `stored_width`", projection)
+        require(projection.get("kind", "pca") == "pca", "must have a known `kind` of projection", projection)
         entries = config["width"] * config["stored_width"]
         require(
             entries <= _LARGEST_PROJECTION, f"must have a projection of at most {_LARGEST_PROJECTION} numbers", entries
@@ -66,7 +67,10 @@ def check_claims(config: Mapping[str, Any], *, source: str) -> None:
         require(dtypes is None or _are_dtypes(dtypes), "must have names of dtypes under `dtypes`", dtypes)
         rate = checkpoint["learning_rate"]
         require(math.isfinite(rate) and rate >= 0, "must have finite learning rates of at least 0", rate)
-        for file in (*checkpoint["files"], *checkpoint.get("metric", ())):
+        num_bases = int(isinstance(projection, dict) and "kind" in projection)
+        bases = checkpoint.get("basis", ())
+        require(len(bases) == num_bases, f"must have {num_bases} files under `basis` of a checkpoint", bases)
+        for file in (*checkpoint["files"], *checkpoint.get("metric", ()), *bases):
             for key in ("path", "offsets_path"):
                 if file.get(key) is not None:
                     require_inside(file[key], source=source)

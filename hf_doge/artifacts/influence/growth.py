@@ -9,7 +9,14 @@ import pyarrow as pa
 
 from hf_doge.artifacts.influence.checkpoint_writer import CheckpointWriter
 from hf_doge.artifacts.influence.examples import read_examples, same_examples
-from hf_doge.artifacts.influence.manifest import CHECKPOINT_FACTS, added_examples_file, checkpoint_number
+from hf_doge.artifacts.influence.manifest import (
+    CHECKPOINT_FACTS,
+    added_examples_file,
+    checkpoint_number,
+    example_dtype,
+    require_checkpoints,
+    require_same,
+)
 from hf_doge.artifacts.parquet import as_stored, to_parquet
 from hf_doge.files import sha256, write_atomically
 from hf_doge.text import printable
@@ -122,6 +129,36 @@ class Growth:
             "checkpoints": checkpoints,
             "files": files,
         }
+
+
+def begin_growth(folder: Path, present: Mapping[str, Any], asked: Mapping[str, Any]) -> Growth | None:
+    """
+    The examples that an index is to get.
+
+    Args:
+        folder (`Path`): Of the index.
+        present (`Mapping`): What its config.json says.
+        asked (`Mapping`): What it would say of a new one of all examples.
+
+    Returns:
+        [`Growth`], *optional*: nothing where the index has all of them.
+
+    Raises:
+        ValueError: It has no checkpoint yet, more examples, or another configuration.
+    """
+    require_checkpoints(present, str(folder))
+    first, count = present["num_examples"], asked["num_examples"]
+    if count < first:
+        raise ValueError(
+            f"To add examples all must be given, first those of the index, then the new ones, but the index in"
+            f" {str(folder)!r} has {first} already and {count} were given."
+        )
+    if example_dtype(present) != example_dtype(asked):
+        raise ValueError(f"An index of {first} examples keeps their ids in 32 bits: it cannot grow to {count}.")
+    # Of weights that were saved nobody can tell whether they were trained; the index knows.
+    more = ("num_examples", "dataset") if count > first else ()
+    require_same(present, asked, folder=folder, but=("virtual", *more))
+    return Growth(present, num_examples=count, dataset=asked["dataset"]) if count > first else None
 
 
 def _columns(schema: pa.Schema) -> str:

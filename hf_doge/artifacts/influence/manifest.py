@@ -19,9 +19,8 @@ from hf_doge.text import parse_json, printable
 
 FORMAT_VERSION = "1.0"  # a newer major number tells older readers that they would misread the files
 MEASURED_VERSION = "2.0"  # of an index in the optimizer's metric
-LAYERS_VERSION = (
-    "3.0"  # of one with rows of layers, whose numbers older readers take for words; the newest that can be read
-)
+LAYERS_VERSION = "3.0"  # of one with rows of layers, whose numbers older readers take for words
+FITTED_VERSION = "4.0"  # of one whose checkpoints have a basis each; the newest that can be read
 MANIFEST = "config.json"
 EXAMPLES_FILE = "examples/train-00000-of-00001.parquet"
 CHECKPOINTS_FILE = "checkpoints/train-00000-of-00001.parquet"
@@ -29,10 +28,13 @@ CARD_FILE = "README.md"
 GRADIENTS = "gradients"
 OFFSETS = "offsets"
 METRIC = "metric"
-CHECKPOINT_FOLDERS = (GRADIENTS, OFFSETS, METRIC)
+BASIS = "basis"
+CHECKPOINT_FOLDERS = (GRADIENTS, OFFSETS, METRIC, BASIS)
 TABLE_FOLDERS = ("examples", "checkpoints", *CHECKPOINT_FOLDERS)
 PARTIAL = ".partial"  # what a folder ends with that is not whole yet
 DTYPES = ("float16", "float32", "int8")
+PCA = "pca"
+PROJECTIONS = ("random", PCA)
 
 # What a recording says about itself, with the value where it says nothing.
 SETTINGS: dict[str, Any] = {
@@ -112,9 +114,9 @@ def parse_config(content: bytes, *, source: str) -> dict[str, Any]:
             f"{source!r} must have a `format_version` such as {FORMAT_VERSION!r}, but got {show(version)}: it does not"
             " belong to an influence index. Choose another folder."
         )
-    if int(major) > int(LAYERS_VERSION.partition(".")[0]):
+    if int(major) > int(FITTED_VERSION.partition(".")[0]):
         raise ValueError(
-            f"{source!r} has format {printable(version)[:40]}, but hf_doge {__version__} reads up to {LAYERS_VERSION}. Update with"
+            f"{source!r} has format {printable(version)[:40]}, but hf_doge {__version__} reads up to {FITTED_VERSION}. Update with"
             " `pip install -U hf-doge`."
         )
     _check_kinds(config, _KINDS, source)
@@ -127,8 +129,10 @@ def parse_config(content: bytes, *, source: str) -> dict[str, Any]:
             _check_kinds(file, _FILE_KINDS if config["dtype"] == "int8" else _FILE_KINDS | _OFFSETS_KINDS, place)
         if config.get("metric") == "optimizer" or "metric" in checkpoint:
             _check_kinds(checkpoint, {"metric": list}, place)
-            for file in checkpoint["metric"]:
-                _check_kinds(file, {"path": str, "sha256": str}, place)
+        if fits_basis(config) or "basis" in checkpoint:
+            _check_kinds(checkpoint, {"basis": list}, place)
+        for file in other_files(checkpoint):
+            _check_kinds(file, {"path": str, "sha256": str}, place)
         _check_coverage(checkpoint, config["num_examples"], source)
     check_claims(config, source=source)
     return {**config, "checkpoints": ordered_checkpoints(config["checkpoints"])}
@@ -219,6 +223,17 @@ def first_added_example(path: str) -> int:
     return int(path.rpartition("-")[2].removesuffix(".parquet"))
 
 
+def fits_basis(config: Mapping[str, Any]) -> bool:
+    """Whether each checkpoint has a basis of its own (`projection="pca"`), rather than all one drawn at random, or none."""
+    projection = config.get("projection")
+    return isinstance(projection, dict) and projection.get("kind") == PCA
+
+
+def other_files(checkpoint: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The files of a checkpoint besides those of its rows: its metric, its basis."""
+    return [*checkpoint.get("metric", ()), *checkpoint.get("basis", ())]
+
+
 def examples_files(config: Mapping[str, Any]) -> dict[str, str | None]:
     """Path -> sha256 of the files of the examples, in their order."""
     paths = sorted(path for path in config["files"] if path.startswith("examples/"))
@@ -230,7 +245,7 @@ def recorded_checksums(config: Mapping[str, Any]) -> dict[str, str | None]:
     # What people read of the checkpoints stands in config.json too, which may be newer for a moment.
     checksums = examples_files(config)
     for checkpoint in config["checkpoints"]:
-        for file in (*checkpoint["files"], *checkpoint.get("metric", ())):
+        for file in (*checkpoint["files"], *other_files(checkpoint)):
             checksums[file["path"]] = file["sha256"]
             if file.get("offsets_path") is not None:
                 checksums[file["offsets_path"]] = file["offsets_sha256"]

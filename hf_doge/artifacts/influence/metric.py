@@ -24,11 +24,13 @@ import torch
 from torch import Tensor
 
 from hf_doge.artifacts.influence.manifest import (
+    FITTED_VERSION,
     FORMAT_VERSION,
     LAYERS_VERSION,
     MEASURED_VERSION,
     SETTINGS,
     checkpoint_number,
+    fits_basis,
     read_config,
 )
 from hf_doge.artifacts.parquet import open_parquet, read_parquet, to_parquet
@@ -66,7 +68,9 @@ def with_metric(config: Mapping[str, Any], metric: str, why: str | None) -> dict
 
 
 def version_of(config: Mapping[str, Any]) -> str:
-    """The format of an index: older readers would take rows in the optimizer's metric, or of layers, for others."""
+    """The format of an index: older readers would take rows in the optimizer's metric, of layers or in a basis for others."""
+    if fits_basis(config):
+        return FITTED_VERSION
     if config.get("layers") is not None:
         return LAYERS_VERSION
     return MEASURED_VERSION if config.get("metric") == "optimizer" else FORMAT_VERSION

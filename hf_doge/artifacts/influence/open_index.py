@@ -18,6 +18,7 @@ class OpenIndex(Protocol):
     num_examples: int
     max_segment_bytes: int
     projection: Tensor | None
+    fits_basis: bool
 
     def require_open(self) -> None:
         """Raises a `ValueError` if the index can no longer be written."""

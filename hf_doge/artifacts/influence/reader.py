@@ -12,11 +12,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hf_doge.artifacts.influence.basis import read_basis
 from hf_doge.artifacts.influence.examples import check_number_of_examples, read_examples
 from hf_doge.artifacts.influence.manifest import (
     MANIFEST,
     check_files,
     embedding_shape,
+    fits_basis,
     read_config,
     recorded_checksums,
     require_checkpoints,
@@ -59,14 +61,14 @@ class IndexReader:
         self.stored_width: int = config["stored_width"]
         self.vocabulary_size: int = config["vocabulary_size"]
         self.embedding_shape = embedding_shape(config)
-        self.checkpoints = [
-            {key: value for key, value in entry.items() if key != "files"} for entry in config["checkpoints"]
-        ]
+        entries = config["checkpoints"]
+        self.checkpoints = [{key: one for key, one in entry.items() if key != "files"} for entry in entries]
         self._cache_dir = cache_dir
         self._maps: dict[int, RowMap] = {}
         self._metrics: dict[int, CheckpointMetric] = {}
         self._examples: Dataset | None = None
-        self._projection = recorded_projection(config)
+        self._projection, self._is_fitted = recorded_projection(config), fits_basis(config)
+        self._bases: dict[int, Tensor] = {}
 
     @classmethod
     def open(
@@ -134,10 +136,16 @@ class IndexReader:
             ValueError: `what` needs all of the index, and it is not all here.
         """
 
-    def project(self, rows: Tensor | np.ndarray) -> Tensor:
-        """The shared random projection, `(n, width) -> (n, stored_width)`; `rows` themselves without one."""
-        rows = torch.as_tensor(rows)
-        return rows if self._projection is None else rows @ self._projection.to(rows.dtype)
+    def basis(self, checkpoint: int) -> Tensor:
+        """The principal components that rows are projected to at a checkpoint, `(width, stored_width)`."""
+        if checkpoint not in self._bases:
+            self._bases[checkpoint] = read_basis(self.folder, self.config, checkpoint)
+        return self._bases[checkpoint]
+
+    def project(self, checkpoint: int, rows: Tensor | np.ndarray) -> Tensor:
+        """The projection of a checkpoint, `(n, width) -> (n, stored_width)`; `rows` themselves without one."""
+        rows, matrix = torch.as_tensor(rows), self.basis(checkpoint) if self._is_fitted else self._projection
+        return rows if matrix is None else rows @ matrix.to(rows.dtype)
 
     def scores(self, checkpoint: int, queries: TokenRows, *, exclude_tokens: Iterable[int] = ()) -> np.ndarray:
         """
@@ -159,9 +167,8 @@ class IndexReader:
         """
         queries.check(width=self.width, vocabulary_size=self.vocabulary_size)
         owners = np.arange(len(queries)).repeat(queries.offsets.diff().cpu().numpy())
-        rows, tokens = self.project(queries.rows.detach().cpu()).float(), queries.tokens.cpu().numpy()
-        excluded = list(exclude_tokens)
-        if excluded:
+        rows, tokens = self.project(checkpoint, queries.rows.detach().cpu()).float(), queries.tokens.cpu().numpy()
+        if excluded := list(exclude_tokens):
             counted = np.flatnonzero(~np.isin(tokens, excluded))
             tokens, rows, owners = tokens[counted], rows[torch.from_numpy(counted)], owners[counted]
         row_map = self._map(checkpoint, np.unique(tokens))
@@ -172,16 +179,13 @@ class IndexReader:
 
     def self_influence(self, checkpoint: int, *, exclude_tokens: Iterable[int] = ()) -> np.ndarray:
         """The squared norm of each training example's gradient at one checkpoint, `(num_examples,)` float64."""
-        row_map = self._map(checkpoint, None)
-        squares = np.zeros(self.num_examples)
+        row_map, squares = self._map(checkpoint, None), np.zeros(self.num_examples)
         excluded = np.isin(np.arange(self.vocabulary_size), list(exclude_tokens))
         for start in range(0, len(row_map.rows), _BLOCK_ROWS):
             piece = slice(start, start + _BLOCK_ROWS)
-            rows = self._decoded(checkpoint, row_map, piece)
-            values = rows.double().square().sum(dim=1).numpy()
+            values = self._decoded(checkpoint, row_map, piece).double().square().sum(dim=1).numpy()
             if excluded.any():
-                places = np.arange(start, start + len(rows))
-                tokens = np.searchsorted(row_map.offsets, places, side="right") - 1
+                tokens = np.searchsorted(row_map.offsets, np.arange(start, start + len(values)), side="right") - 1
                 values[excluded[tokens]] = 0
             squares += np.bincount(row_map.examples[piece], weights=values, minlength=self.num_examples)
         return squares
@@ -224,8 +228,7 @@ class IndexReader:
         ids = check_integers("Examples", example_ids, self.num_examples)
         tokens = check_integers("Tokens", query_tokens, self.vocabulary_size)
         rows = torch.as_tensor(query_rows).float()
-        expected = (len(tokens), self.stored_width)
-        if tuple(rows.shape) != expected:
+        if tuple(rows.shape) != (expected := (len(tokens), self.stored_width)):
             raise ValueError(f"`query_rows` must have shape {expected}, but got {tuple(rows.shape)}.")
         row_map = self._map(checkpoint, tokens)
         parts = np.zeros((len(ids), len(tokens)), dtype=np.float32)
@@ -271,7 +274,7 @@ class IndexReader:
         for position, token, places in synonym_matches(row_map, tokens, neighbours, excluded=excluded, only=ids):
             row = rows[position]
             if self.config.get("metric") == "optimizer":
-                row = self.project(row / self.metric(checkpoint).divisor(token))
+                row = self.project(checkpoint, row / self.metric(checkpoint).divisor(token))
             for start in range(0, len(places), _BLOCK_ROWS):
                 piece = places[start : start + _BLOCK_ROWS]
                 parts = (self._decoded(checkpoint, row_map, piece) @ row).numpy()
@@ -297,10 +300,8 @@ class IndexReader:
 
     def _decoded(self, checkpoint: int, row_map: RowMap, places: slice | np.ndarray) -> Tensor:
         """The rows at some places of the map, in float32."""
-        if row_map.scales is not None:
-            scales = row_map.scales[places]
-        else:
-            scales = self._example_scales(checkpoint)[row_map.examples[places]]
+        by_row, examples = row_map.scales, row_map.examples[places]
+        scales = self._example_scales(checkpoint)[examples] if by_row is None else by_row[places]
         return torch.from_numpy(row_map.rows[places]).float() / torch.from_numpy(scales)[:, None]
 
 
@@ -360,10 +361,9 @@ def _add_range(scores: Tensor, row_map: RowMap, plan: list[_Postings], first: in
     width = row_map.rows.shape[1]
     piece_rows = max(64, _PIECE_BYTES // (4 * width))
     widened = torch.empty(piece_rows, width)
-    whole = (first, last) == (0, row_map.num_examples)
     for postings in plan:
         start, end = postings.start, postings.end
-        if not whole:  # examples ascend within a token
+        if (first, last) != (0, row_map.num_examples):  # examples ascend within a token
             start, end = start + np.searchsorted(row_map.examples[start:end], [first, last])
         for begin in range(start, end, piece_rows):
             piece = slice(begin, min(begin + piece_rows, end))

@@ -6,6 +6,7 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from torch import Tensor
 
 from hf_doge.artifacts.hub.errors import Patience
 from hf_doge.artifacts.hub.fetch import fetch_folder
@@ -138,6 +139,12 @@ class RemoteIndexReader(IndexReader):
             files = self.config["checkpoints"][checkpoint]["metric"]
             self._fetch({file["path"]: file["sha256"] for file in files})
         return super().metric(checkpoint)
+
+    def basis(self, checkpoint: int) -> Tensor:
+        """The principal components that rows are projected to at a checkpoint; their file is fetched."""
+        if checkpoint not in self._bases:
+            self._fetch({file["path"]: file["sha256"] for file in self.config["checkpoints"][checkpoint]["basis"]})
+        return super().basis(checkpoint)
 
     def fetch_model(self, checkpoint: int) -> None:
         """Fetch the model of a checkpoint, if the repository holds it."""

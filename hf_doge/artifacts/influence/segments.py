@@ -202,23 +202,34 @@ def projection_sha256(matrix: Tensor) -> str:
     return hashlib.sha256((matrix > 0).numpy().tobytes()).hexdigest()
 
 
-def describe_projection(width: int, projected_width: int | None, seed: int) -> dict[str, Any] | None:
-    """What config.json says of a projection; None where there is none."""
+def describe_projection(
+    width: int, projected_width: int | None, seed: int, *, kind: str = "random"
+) -> dict[str, Any] | None:
+    """
+    What config.json says of a projection; None where there is none.
+
+    Raises:
+        ValueError: Its width is not given.
+    """
+    if projected_width is None and kind != "random":
+        raise ValueError(f"`projection={kind!r}` needs a `projection_width`: so many components are kept. Pass one.")
     if projected_width is None:
         return None
+    if kind != "random":  # each checkpoint has its own, which is written
+        return {"kind": kind, "width": projected_width, "seed": seed}
     checksum = projection_sha256(projection_matrix(width, projected_width, seed))
     return {"width": projected_width, "seed": seed, "sha256": checksum}
 
 
 def recorded_projection(config: Mapping[str, Any]) -> Tensor | None:
     """
-    The projection that config.json tells of; None where there is none.
+    The random projection that config.json tells of; None where there is none.
 
     Raises:
         ValueError: It cannot be drawn again.
     """
     asked = config.get("projection")
-    if asked is None:
+    if asked is None or "kind" in asked:
         return None
     matrix = projection_matrix(config["width"], asked["width"], asked["seed"])
     if projection_sha256(matrix) != asked["sha256"]:

@@ -9,6 +9,7 @@ checkpoints/train-*.parquet             one row for each checkpoint
 gradients/<checkpoint>/segment-*.parquet    the gradient rows of a range of examples, sorted by token
 offsets/<checkpoint>/segment-*.parquet      where in that file the rows of each token lie
 metric/<checkpoint>/tokens.parquet      in the optimizer's metric: what the rows of each token were divided by
+basis/<checkpoint>/basis.parquet        with `projection="pca"`: the principal components that rows are projected to
 gradients/<checkpoint>/<number>/        of the examples that were added later, from this number on; the others too
 gradients/<checkpoint>.partial/         a checkpoint that is not whole yet, with a journal of the segments of each process
 ```
@@ -32,7 +33,8 @@ from hf_doge.artifacts.influence.examples import (
     ordered_examples,
     store_examples,
 )
-from hf_doge.artifacts.influence.growth import Growth
+from hf_doge.artifacts.influence.fitted_writer import FittedCheckpointWriter
+from hf_doge.artifacts.influence.growth import Growth, begin_growth
 from hf_doge.artifacts.influence.lock import WriterLock
 from hf_doge.artifacts.influence.manifest import (
     CARD_FILE,
@@ -42,15 +44,15 @@ from hf_doge.artifacts.influence.manifest import (
     DTYPES,
     EXAMPLES_FILE,
     MANIFEST,
+    PROJECTIONS,
     SETTINGS,
     TABLE_FOLDERS,
     check_checkpoint_name,
     embedding_shape,
-    example_dtype,
+    fits_basis,
     next_checkpoint_number,
     ordered_checkpoints,
     read_config,
-    require_checkpoints,
     require_same,
     to_json,
 )
@@ -74,8 +76,9 @@ class IndexWriter:
         dtype (`str`):
             `"float16"` (times a power of two for each segment, so that tiny gradients stay), `"float32"` or `"int8"`
             (with a float32 scale for each row).
-        projection_width (`int`, *optional*): Store rows projected to this width at random; not when left out.
+        projection_width (`int`, *optional*): Store rows projected to this width; not when left out.
         projection_seed (`int`): Seed of the projection, the same for all rows and later queries.
+        projection (`str`): `"random"`, one for all; or `"pca"`: of each checkpoint its own, [`FittedCheckpointWriter.write_basis`].
         max_segment_bytes (`int`): Rows, in float32, gathered before they are written. Memory is bounded by about five times this.
         settings (`Mapping`, *optional*): What config.json says of how the rows were made, see `SETTINGS` in
             `hf_doge.artifacts.influence.manifest`.
@@ -88,7 +91,8 @@ class IndexWriter:
         folder (`Path`).
         config (`dict`): The content of config.json.
         first_example, num_examples (`int`): Which examples are written: all, or those that are added, up to all.
-        projection (`torch.Tensor` of shape `(width, stored_width)`, *optional*): Of all rows.
+        projection (`torch.Tensor` of shape `(width, stored_width)`, *optional*): Of all rows, where it is random.
+        fits_basis (`bool`): Whether each checkpoint has a projection of its own.
 
     Raises:
         ValueError: An argument is out of range, or the index in the folder has another configuration; the message names
@@ -107,6 +111,7 @@ class IndexWriter:
         dtype: str = "float16",
         projection_width: int | None = None,
         projection_seed: int = 0,
+        projection: str = "random",
         max_segment_bytes: int = 64 * 2**20,
         settings: Mapping[str, Any] | None = None,
         add_examples: bool = False,
@@ -115,6 +120,7 @@ class IndexWriter:
         num_examples = check_count("num_examples", num_examples)
         max_segment_bytes = check_count("max_segment_bytes", max_segment_bytes)
         check_choice("dtype", dtype, DTYPES)
+        check_choice("projection", projection, PROJECTIONS)
         projection_width = check_count("projection_width", projection_width, most=width, optional=True)
         projection_seed = check_seed("projection_seed", projection_seed)
         if unknown := sorted(set(settings or {}) - set(SETTINGS)):
@@ -127,7 +133,7 @@ class IndexWriter:
             "width": width,
             "stored_width": projection_width or width,
             "dtype": dtype,
-            "projection": describe_projection(width, projection_width, projection_seed),
+            "projection": describe_projection(width, projection_width, projection_seed, kind=projection),
             "vocabulary_size": vocabulary_size,
             "num_examples": num_examples,
             **check_json("settings", {**SETTINGS, **(settings or {})}),
@@ -140,7 +146,9 @@ class IndexWriter:
         self._lock: WriterLock | None = WriterLock.take(self.folder, self._ticket)  # `None` of one that joined
         try:
             if add_examples:
-                self.config = self._to_grow(asked)
+                self.config = read_config(self.folder)
+                self._growth = begin_growth(self.folder, self.config, asked)
+                self.first_example = 0 if self._growth is None else self.config["num_examples"]
             elif (self.folder / MANIFEST).exists():
                 self.config = read_config(self.folder)
                 require_same(self.config, asked, folder=self.folder)
@@ -148,7 +156,7 @@ class IndexWriter:
                 versions = {"format_version": version_of(asked), "hf_doge_version": __version__}
                 self.config = {**versions, **asked, "checkpoints": [], "files": {}}
                 self._replace(self.config, {})
-            self.projection, self._embedding_shape = recorded_projection(self.config), embedding_shape(self.config)
+            self._read_shapes()
             if self.config["checkpoints"] and any(self.folder.glob(f"{STAGED_PREFIX}*")):
                 self._replace_all(self.config)  # README.md was interrupted behind config.json
         except BaseException:
@@ -178,28 +186,13 @@ class IndexWriter:
         present = writer.config["num_examples"]
         writer.num_examples = num_examples or present
         writer.first_example = present if writer.num_examples > present else 0
-        writer.projection, writer._embedding_shape = recorded_projection(writer.config), embedding_shape(writer.config)
+        writer._read_shapes()
         return writer
 
-    def _to_grow(self, asked: dict[str, Any]) -> dict[str, Any]:
-        """The index as it is, which is to have the examples and the dataset that `asked` tells of."""
-        present = read_config(self.folder)
-        require_checkpoints(present, str(self.folder))
-        first, count = present["num_examples"], asked["num_examples"]
-        if count < first:
-            raise ValueError(
-                f"To add examples all must be given, first those of the index, then the new ones, but the index in"
-                f" {str(self.folder)!r} has {first} already and {count} were given."
-            )
-        if example_dtype(present) != example_dtype(asked):
-            raise ValueError(f"An index of {first} examples keeps their ids in 32 bits: it cannot grow to {count}.")
-        # Of weights that were saved nobody can tell whether they were trained; the index knows.
-        more = ("num_examples", "dataset") if count > first else ()
-        require_same(present, asked, folder=self.folder, but=("virtual", *more))
-        if count > first:
-            self.first_example = first
-            self._growth = Growth(present, num_examples=count, dataset=asked["dataset"])
-        return present
+    def _read_shapes(self) -> None:
+        self.projection, self.fits_basis = recorded_projection(self.config), fits_basis(self.config)
+        self._embedding_shape = embedding_shape(self.config)
+        self._make_writer: type[CheckpointWriter] = FittedCheckpointWriter if self.fits_basis else CheckpointWriter
 
     def close(self) -> None:
         """Let other processes write the index. What is not finished is continued by a new writer."""
@@ -303,7 +296,7 @@ class IndexWriter:
         check_checkpoint_name(name)
         if self._growth is not None:
             facts = self._growth.facts_of(name, fingerprint=fingerprint, second_moments=second_moments)
-            return CheckpointWriter(self, facts, borders=borders)
+            return self._make_writer(self, facts, borders=borders)
         if name in self.checkpoint_names:
             raise ValueError(
                 f"Checkpoint {name!r} is in {str(self.folder)!r} already, and whole. Record it under another name, or"
@@ -317,7 +310,7 @@ class IndexWriter:
         facts = dict(zip(CHECKPOINT_FACTS, values, strict=True))
         optional = {"second_moments": second_moments, "dtypes": dtypes}
         facts |= {key: value for key, value in optional.items() if value is not None}
-        return CheckpointWriter(self, {**check_json("checkpoint", facts), "position": number}, borders=borders)
+        return self._make_writer(self, {**check_json("checkpoint", facts), "position": number}, borders=borders)
 
     def checkpoint_part(self, facts: Mapping[str, Any], *, part: int, borders: Sequence[int] = ()) -> CheckpointWriter:
         """
@@ -328,7 +321,7 @@ class IndexWriter:
             part (`int`): At least 1, and no other process's.
             borders (`Sequence[int]`): The other's.
         """
-        return CheckpointWriter(self, dict(facts), borders=borders, part=part)
+        return self._make_writer(self, dict(facts), borders=borders, part=part)
 
     def decide_metric(self, metric: str, why: str | None = None) -> None:
         """Say in config.json in which metric the rows will be, and why. Before there is a checkpoint."""
