@@ -7,15 +7,18 @@ its own environment, folder of work and output, can be killed, and ends as an in
 
 Two things a fork cannot show, and such tests start an interpreter: what is imported when, and environment variables that a
 library reads when it is imported. `BARE` is without any library of Hugging Face for that reason: `HF_ENDPOINT`, `HF_HOME`
-and the like are the fork's own.
+and the like are the fork's own. `HUB` has imported them with the endpoint of this process's Hub, and with a home that each
+fork finds at a descriptor of its own.
 """
 
 import atexit
 import contextlib
+import functools
 import gc
 import importlib
 import json
 import os
+import random
 import runpy
 import select
 import signal
@@ -23,9 +26,12 @@ import socket
 import struct
 import subprocess
 import sys
+import tempfile
 import threading
 import warnings
 from pathlib import Path
+
+from filelock import FileLock, Timeout
 
 REPOSITORY = Path(__file__).parent.parent
 BARE = (
@@ -56,7 +62,59 @@ FULL = (
     *(f"transformers.models.{name}" for name in ("bert.modeling_bert", "gpt2.modeling_gpt2", "llama.modeling_llama")),
     *("tests.tiny", "hf_doge.training.trainer", "hf_doge.training.mixture", "hf_doge.tracing.callback"),
 )
+HUB = (*FULL, "huggingface_hub.hf_api")
+HOME = 250  # the descriptor of the folder `HF_HOME` in forks of `HUB`
 _SERVERS: dict[tuple[str, ...], socket.socket] = {}
+_PORT_LOCKS = []  # held until this process ends
+
+
+def free_port() -> int:
+    """
+    A port that nothing listens on, and that nobody takes before those who are started with it.
+
+    It lies below the ports that Linux and macOS give away by themselves, and its lock keeps the other test processes of
+    this machine from it for as long as this one lives.
+    """
+    folder = Path(tempfile.gettempdir()) / f"hf_doge-ports-{os.getuid()}"
+    folder.mkdir(exist_ok=True)
+    for port in random.SystemRandom().sample(range(20_000, 32_000), 100):
+        lock = FileLock(folder / str(port))
+        with contextlib.suppress(Timeout, OSError), socket.socket() as probe:
+            lock.acquire(timeout=0)
+            probe.bind(("", port))
+            _PORT_LOCKS.append(lock)
+            return port
+    raise RuntimeError("None of 100 ports between 20000 and 32000 is free.")
+
+
+@functools.cache
+def hub_port() -> int:
+    """Where this process has its Hubs, one after another."""
+    return free_port()
+
+
+def hub_settings() -> dict[str, str]:
+    """The variables with which `HUB` has imported the libraries of Hugging Face."""
+    return {
+        "HF_ENDPOINT": f"http://127.0.0.1:{hub_port()}",
+        "HF_HOME": f"/proc/self/fd/{HOME}",
+        "HF_HUB_OFFLINE": "0",
+        "HF_DATASETS_OFFLINE": "0",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "HF_HUB_DISABLE_XET": "1",
+    }
+
+
+def imported_for(env: dict[str, str]) -> tuple[str, ...]:
+    """What processes with these variables beside the usual can share: all that reads them while it is imported reads the same."""
+    if not {"HF_ENDPOINT", "HF_HOME"} & env.keys():
+        return FULL
+    if not ({"HF_ENDPOINT", "HF_HOME"} <= env.keys() and Path("/proc/self/fd").exists()):
+        return BARE
+    own = {"HF_HOME": "", "HF_TOKEN": ""}  # the token is read when it is used
+    read = {name: value for name, value in env.items() if name.startswith("HF_")}
+    return HUB if {**read, **own} == {**hub_settings(), **own} else BARE
 
 
 class Fork:
@@ -169,14 +227,15 @@ def _pass_on(listener, server):
 
 
 def _server(imported):
-    """The way to a process that has these modules, started if there is none; that of `FULL` is a fork of that of `BARE`."""
+    """The way to a process that has these modules, started if there is none; others are forks of that of `BARE`."""
     if imported not in _SERVERS:
         ours, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         _SERVERS[imported] = ours
         atexit.register(ours.close)
         if imported != BARE:
             with its:
-                request = json.dumps({"modules": imported}).encode()
+                settings = hub_settings() if imported == HUB else {}
+                request = json.dumps({"modules": imported, "settings": settings}).encode()
                 socket.send_fds(_server(BARE), [request], [its.fileno()])
             return ours
         fixed = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
@@ -207,6 +266,7 @@ def serve(control):
             if os.fork() == 0:
                 control.close()
                 control = socket.socket(fileno=descriptors[0])
+                os.environ.update(request["settings"])
                 import_all(request["modules"])
             else:
                 os.close(descriptors[0])
@@ -234,6 +294,9 @@ def serve(control):
 
 def run(arguments, env):
     """What an interpreter does with its arguments."""
+    if os.environ.get("HF_HOME") == f"/proc/self/fd/{HOME}":
+        Path(env["HF_HOME"]).mkdir(parents=True, exist_ok=True)
+        os.dup2(os.open(env["HF_HOME"], os.O_RDONLY), HOME)
     os.environ.clear()
     os.environ.update(env)
     sys.path[0] = ""

@@ -3,8 +3,6 @@
 import contextlib
 import gc
 import os
-import random
-import socket
 import subprocess
 import sys
 import tempfile
@@ -12,33 +10,10 @@ import time
 from pathlib import Path
 
 import torch.distributed as dist
-from filelock import FileLock, Timeout
 
-from tests.forks import BARE, FULL, Fork, forks_at
+from tests.forks import Fork, forks_at, free_port, imported_for
 
 REPOSITORY = Path(__file__).parent.parent
-
-
-_PORT_LOCKS = []  # held until this process ends
-
-
-def free_port() -> int:
-    """
-    A port that nothing listens on, and that nobody takes before those who are started with it.
-
-    It lies below the ports that Linux and macOS give away by themselves, and its lock keeps the other test processes of
-    this machine from it for as long as this one lives.
-    """
-    folder = Path(tempfile.gettempdir()) / f"hf_doge-ports-{os.getuid()}"
-    folder.mkdir(exist_ok=True)
-    for port in random.SystemRandom().sample(range(20_000, 32_000), 100):
-        lock = FileLock(folder / str(port))
-        with contextlib.suppress(Timeout, OSError), socket.socket() as probe:
-            lock.acquire(timeout=0)
-            probe.bind(("", port))
-            _PORT_LOCKS.append(lock)
-            return port
-    raise RuntimeError("None of 100 ports between 20000 and 32000 is free.")
 
 
 def end_process_group() -> None:
@@ -89,7 +64,7 @@ def launch(
         env: Environment variables beside the usual.
     """
     command = launch_command(script, *arguments, num_processes=num_processes)
-    with tempfile.TemporaryDirectory() as folder, forks_at(f"{folder}/forks", imported=_imported(env)):
+    with tempfile.TemporaryDirectory() as folder, forks_at(f"{folder}/forks", imported=imported_for(env)):
         process = Fork(command, env=launch_environment(FORKS=f"{folder}/forks", **env))
         try:
             output, _ = process.communicate(timeout=timeout)
@@ -102,11 +77,6 @@ def launch(
     if check:
         assert result.returncode == 0, result.stdout[-6000:]
     return result
-
-
-def _imported(env):
-    """What processes of this environment can share: no library of Hugging Face where its variables differ."""
-    return BARE if any(name in env for name in ("HF_ENDPOINT", "HF_HOME")) else FULL
 
 
 def start_without_launcher(script: Path, *arguments: object, num_processes: int = 2, **env: str) -> list[Fork]:
@@ -122,7 +92,8 @@ def start_without_launcher(script: Path, *arguments: object, num_processes: int 
         {"RANK": str(rank), "LOCAL_RANK": str(rank)} if num_processes > 1 else {} for rank in range(num_processes)
     ]
     return [
-        Fork([script, *arguments], env=launch_environment(**env, **rank), imported=_imported(env)) for rank in by_rank
+        Fork([script, *arguments], env=launch_environment(**env, **rank), imported=imported_for(env))
+        for rank in by_rank
     ]
 
 

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
 import time
@@ -15,7 +16,7 @@ from typing import Any
 from huggingface_hub import constants
 from huggingface_hub.utils import get_session, hf_raise_for_status
 
-from tests.forks import BARE, Fork
+from tests.forks import Fork, hub_port, imported_for
 from tests.hub.tokens import BAD_TOKEN, OTHER_TOKEN, READ_TOKEN, TOKEN
 from tests.hub.traffic import LogEntry
 
@@ -235,13 +236,13 @@ class HubServer(HubControl):
         self.root = Path(root)
         self.page_size = page_size
         self.storage_url = ""
-        self._ports = {"port": 0, "storage_port": 0}
+        self._ports: dict[str, int] = {}
         self._process: subprocess.Popen | None = None
 
     def start(self) -> "HubServer":
         """Start and wait until it answers."""
         options = [f"--root={self.root}", f"--page_size={self.page_size}", "--end_with_parent"]
-        options += [f"--{name}={port}" for name, port in self._ports.items()]
+        options += [f"--{name}={port}" for name, port in (self._ports or new_ports()).items()]
         self._process = subprocess.Popen(
             [sys.executable, "-m", "tests.hub.server", *options],
             cwd=REPOSITORY,
@@ -280,6 +281,17 @@ class HubServer(HubControl):
     def environment(self, **more: Any) -> dict[str, str]:
         """`client_environment` for this Hub."""
         return client_environment(self, **more)
+
+
+def new_ports() -> dict[str, int]:
+    """Of a Hub: where clients have imported that it is (`tests.forks.HUB`), or anywhere while another one is there."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # connections that have ended do not matter
+        try:
+            probe.bind(("127.0.0.1", hub_port()))
+        except OSError:
+            return {"port": 0, "storage_port": 0}
+    return {"port": hub_port(), "storage_port": 0}
 
 
 def client_environment(
@@ -330,7 +342,7 @@ def start_client(hub: HubServer, script: Path | str, *arguments: object, **envir
     """As `run_client`, but does not wait: for tests that kill it, or look on while it runs."""
     source = ["-c", script] if isinstance(script, str) else [str(script)]
     environment = client_environment(hub, **environment)
-    return Fork([*source, *arguments], env=environment, imported=BARE, separate_errors=True)
+    return Fork([*source, *arguments], env=environment, imported=imported_for(environment), separate_errors=True)
 
 
 def run_client(
