@@ -190,7 +190,7 @@ def test_micro_batches_give_the_weights_and_parameters_of_one_batch(tmp_path, ki
             gradient_accumulation_steps=accumulation,
             per_device_target_batch_size=4,
             alignment=alignment,
-            max_steps=3,
+            max_steps=2,
         )
         trainer = train(model, args, make_domains(), make_domains()["code"])
         results.append((weights_of(trainer), flat_parameters(model)))
