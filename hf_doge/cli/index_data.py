@@ -95,6 +95,10 @@ def load_examples(args: IndexSource, tokenizer: PreTrainedTokenizerBase) -> tupl
     dataset = _dataset(
         [{**other, **row} for other, row in zip(_other_columns(args, records), rows, strict=True)], args
     )
+    written = _written(args)
+    if written is not None:  # goes on in the order of columns that it was begun with
+        begun = [column for column in written.column_names if column in dataset.column_names]
+        dataset = dataset.select_columns([*begun, *(one for one in dataset.column_names if one not in begun)])
     if isinstance(rows[0].get("label"), int) and _has_label_names(config):
         names = [config.id2label[number] for number in range(config.num_labels)]
         dataset = dataset.cast_column("label", ClassLabel(names=names))
@@ -167,7 +171,8 @@ def _dialogues(
     args: IndexSource, records: Rows, places: Sequence[str], tokenizer: PreTrainedTokenizerBase
 ) -> tuple[Rows, dict[str, Any]]:
     """Prompts with completions, or messages, as trl's SFTTrainer makes tokens and labels of them."""
-    masking = args.masking or ("none" if "messages" in records[0] else "completion")
+    kind = ("messages",) if records[0].get("messages") is not None else ("prompt", "completion")
+    masking = args.masking or ("none" if kind == ("messages",) else "completion")
     masks = () if masking == "none" else (masking,)
     told = {
         "masks": list(masks),
@@ -176,9 +181,8 @@ def _dialogues(
     told |= {} if args.max_length is None else {"max_length": args.max_length, "truncation": "keep_start"}
     encoding, rows = Encoding(**{**told, "masks": masks}), []
     written = _written(args)  # one that was begun without texts goes on so
-    with_text = not isinstance(records[0].get("completion"), str) and (
-        written is None or "text" in written.column_names
-    )
+    with_text = not isinstance(records[0][kind[-1]], str) and (written is None or "text" in written.column_names)
+    with_text &= not all(isinstance(record.get("text"), str) for record in records)  # of their own
     for record, place in zip(records, places, strict=True):
         wrong = check_dialogue(record) if is_dialogue(record) else "have the fields of the first record"
         if wrong is not None:
@@ -188,8 +192,8 @@ def _dialogues(
         except ValueError as error:
             raise ValueError(f"{place[0].upper()}{place[1:]} cannot be an example: {error}") from error
         shown = {name: record[name] for name in DIALOGUE_FIELDS[:3] if name in record}
-        if with_text and not isinstance(record.get("text"), str):
-            shown["text"] = readable(record, ("messages",) if "messages" in record else ("prompt", "completion"))
+        if with_text:
+            shown["text"] = readable(record, ("messages",) if record.get("messages") is not None else kind)
         rows.append({**shown, "input_ids": ids, "attention_mask": [1] * len(ids), "labels": labels})
     return rows, told
 

@@ -85,10 +85,16 @@ def readable(row: Mapping[str, Any], kind: tuple[str, ...]) -> str:
     """What a person reads of a row."""
     parts = [row[name] for name in kind]
     texts = [
-        part if isinstance(part, str) else "\n".join(str(one.get("content") or "") for one in part or ())
+        part if isinstance(part, str) else "\n".join(_spoken(one.get("content")) for one in part or ())
         for part in parts
     ]
     return "".join(texts) if isinstance(parts[0], str) else "\n".join(texts)
+
+
+def _spoken(content: Any) -> str:
+    """The text of a message's content: of its parts, where it is a list of texts, pictures and others."""
+    parts = content if isinstance(content, list) else [content]
+    return "".join(str((part.get("text") if isinstance(part, Mapping) else part) or "") for part in parts)
 
 
 def find_kind(dataset: Dataset, what: str) -> tuple[str, ...]:

@@ -90,7 +90,9 @@ class GradientSource(Protocol):
         called with an example that does not count.
 
         Args:
-            num_calls (`int`, *optional*): At least as many as a process can make in the block; by default, its mixed batches.
+            num_calls (`int`, *optional*):
+                Of a trial, whose calls the trainer does not note: at least as many as a process can make in the block. By
+                default, its mixed batches.
         """
 
     def sample(self) -> "GradientSource | None":

@@ -13,7 +13,6 @@ domains have few rows is cheaper by factors.
 
 import logging
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -209,7 +208,7 @@ class SinglePassAlignment:
         """One backward of every micro-batch into new stores; the mean losses, `None` if that failed on some process."""
         losses, trouble, is_finite = torch.zeros(self.num_domains, dtype=torch.float64), None, True
         try:
-            with _equally_often(source):
+            with source.equally_often():
                 losses = self._backward_all(source)
             is_finite = bool(losses.isfinite().all())
         except _INEXACT as error:
@@ -250,7 +249,7 @@ class SinglePassAlignment:
         """One ordinary backward of the weighted loss into `.grad`; as [`_run`] otherwise."""
         losses, trouble = torch.zeros(self.num_domains, dtype=torch.float64), None
         try:
-            with _equally_often(source):
+            with source.equally_often():
                 for batch in source.mixed_batches():
                     loss, found = weighted_token_loss(self.model, batch, source.num_items, coefficients)
                     losses += found
@@ -289,29 +288,34 @@ class SinglePassAlignment:
         Before the first step: does one backward of a few examples give what each domain's own backward gives?
 
         In training mode, as it will be used; in evaluation mode if that draws random numbers (dropout), which are others
-        for a mixed batch than for its parts. One example shows what is lost, two show what is mixed up: where no
-        micro-batch has two, the first step that has is looked at again.
+        for a mixed batch than for its parts, or if the loss uses collectives. One example shows what is lost, two show what
+        is mixed up: where no micro-batch has two, the first step that has is looked at again.
         """
         if self._is_verified or self._is_plain:
             return
-        with _equally_often(source, _CALLS_OF_CHECK):
-            trouble = self._check(source.sample())
-        is_conclusive = self._num_compared >= min(2, self.num_domains)
-        found = torch.tensor([float(is_conclusive), float(trouble is not None)], dtype=torch.float64)
-        num_conclusive, num_troubled = self.vectors.sum_numbers(found).tolist()
+        sample = source.sample()
+        shows_more = sample is not None and len(sample.present_domains) > self._num_compared
+        if not self.vectors.sum_numbers(torch.tensor([float(shows_more)], dtype=torch.float64)).item():
+            return
+        was_training = self.model.training
+        try:
+            if source.uses_collectives:  # whose number may differ between the modes, so all processes are in one
+                self.model.eval()
+            with source.equally_often(_CALLS_OF_CHECK):
+                trouble = self._check(sample) if sample is not None and shows_more else None
+        finally:
+            self.model.train(was_training)
+        found = self._num_compared >= min(2, self.num_domains), trouble is not None
+        num_conclusive, num_troubled = self.vectors.sum_numbers(torch.tensor(found, dtype=torch.float64)).tolist()
         if num_troubled:
             self._give_up(trouble or "another process met what it cannot take apart")
         self._is_verified = num_conclusive > 0
 
-    def _check(self, sample: GradientSource | None) -> str | None:
+    def _check(self, sample: GradientSource) -> str | None:
         """In what the two ways differ, in words, as far as a sample shows it."""
-        if sample is None or len(sample.present_domains) <= self._num_compared:
-            return None
-        was_training = self.model.training
         try:
             self._num_compared, trouble = self._compare_with_plain(sample)
         finally:
-            self.model.train(was_training)
             self._clear_stores()
             self.vectors.take()
         return trouble
@@ -389,10 +393,6 @@ def _stack(targets: list[Gradient]) -> Gradient:
         whole = [torch.zeros_like(some) if part is None else part for part in parts] if some is not None else None
         stacked.append(None if whole is None else torch.stack(whole))
     return stacked
-
-
-def _equally_often(source: GradientSource, num_calls: int | None = None) -> AbstractContextManager[None]:
-    return source.equally_often(num_calls) if source.uses_collectives else nullcontext()
 
 
 def _random_state(devices: Sequence[torch.device]) -> list[Tensor]:

@@ -18,7 +18,7 @@ _SMALLEST = 1e-300  # a row without length stays so
 def sampled(batches: SequentialBatches, *, seed: int) -> Iterator[Mapping[str, Any]]:
     """`NUM_SAMPLED` examples at random from all over the dataset, all where there are no more: the same at each checkpoint."""
     count = len(batches)
-    positions = np.random.default_rng(seed).choice(count, min(count, NUM_SAMPLED), replace=False)
+    positions = np.random.default_rng(seed % 2**64).choice(count, min(count, NUM_SAMPLED), replace=False)
     yield from batches.of(np.sort(positions).tolist())
 
 

@@ -110,7 +110,7 @@ class RecordingSettings:
         "random",
         partial(check_choice, choices=PROJECTIONS),
         help="With --projection_width: by one random matrix (random), or by the principal components of the gradients of "
-        "256 examples, anew at each checkpoint, which keep scores far better (pca). Default: random.",
+        "256 examples, others at each checkpoint, which keep scores far better (pca). Default: random.",
     )
     special_tokens: str = _option(
         "count",

@@ -1,5 +1,6 @@
 """The mean loss of a domain over a whole step, whatever loss the model or `compute_loss_func` defines."""
 
+from contextlib import AbstractContextManager
 from functools import cached_property
 from typing import Any
 
@@ -95,8 +96,12 @@ class DomainLoss:
             with without_gradient(self.trainer.model):
                 self.backward(0.0 * self(piece, 1))
         else:
-            with torch.no_grad():
+            with torch.no_grad(), self.unnoticed():
                 self(piece, 1)
+
+    def unnoticed(self) -> AbstractContextManager[None]:
+        """Inside, what trl's trainers note of every loss is not noted."""
+        return unnoticed(self.trainer)
 
     def learn(self, batches: list[MicroBatch]) -> None:
         """

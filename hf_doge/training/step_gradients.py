@@ -3,7 +3,7 @@
 import time
 import zlib
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import copy
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -237,6 +237,9 @@ class StepLoss(Protocol):
     def call_for_nothing(self, piece: DomainSlice) -> None:
         """Take part in a call of the other processes with an example that does not count."""
 
+    def unnoticed(self) -> AbstractContextManager[None]:
+        """Inside, the trainer does not note what it notes of every loss."""
+
 
 class StepGradients:
     """
@@ -370,13 +373,14 @@ class StepGradients:
     @contextmanager
     def equally_often(self, num_calls: int | None = None) -> Iterator[None]:
         """See [`~hf_doge.gradients.alignment.GradientSource`]; where an error ends the block, too."""
-        before = self._loss.num_calls
-        try:
-            yield
-        finally:
-            if num_calls is None:
-                num_calls = self._num_calls.mixed if self._num_calls is not None else 0
-            self._call_for_nothing(num_calls - (self._loss.num_calls - before))
+        before, is_check = self._loss.num_calls, num_calls is not None
+        with self._loss.unnoticed() if is_check else nullcontext():
+            try:
+                yield
+            finally:
+                if self._num_calls is not None:
+                    needed = num_calls if num_calls is not None else self._num_calls.mixed
+                    self._call_for_nothing(needed - (self._loss.num_calls - before))
 
     def _call_for_nothing(self, num_calls: int) -> None:
         """With an example that does not count; leaves the random state alone."""

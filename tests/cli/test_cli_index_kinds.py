@@ -14,6 +14,7 @@ from transformers import (
 from hf_doge import InfluenceIndex
 from hf_doge.cli import index_data, main
 from hf_doge.cli.models import make_model
+from hf_doge.data.records import readable
 from tests.tiny import _bert_config, tiny_bert, tiny_llama, tiny_t5, tiny_tokenizer
 
 TEXTS = ["w1 w2 w3", "w4 w2", "w5 w2 w7 w8"]
@@ -123,6 +124,25 @@ def test_the_hits_of_an_index_of_chats_have_texts_to_read_and_to_find_words_in(f
     first = found.search(records[1:2])[0]
     assert (first["example_id"], first["text"]) == (1, texts[1])
     assert found.scores(records[1:2], scorer="bm25").argmax() == 1
+    place = ("--output_dir", str(tmp_path / "index"))
+    assert index("chats", records, *place) == 0  # the same again
+    more = [{name: chat[::-1] if len(chat) == 1 else chat for name, chat in records[0].items()}]
+    assert index("chats", [*records, *more], *place, "--add_examples") == 0
+    grown = InfluenceIndex.from_pretrained(tmp_path / "index", cache_dir=tmp_path / "maps")
+    assert list(grown.examples["text"]) == [*texts, texts[0]]
+
+
+def test_chats_in_parts_beside_empty_columns_and_texts_of_other_kinds_are_read(index, tmp_path):
+    parts = [{"type": "text", "text": "w1 "}, {"type": "image"}, {"type": "text", "text": "w2"}]
+    records = [
+        {"messages": None, "prompt": chat[:1], "completion": chat[1:], "text": text}
+        for chat, text in zip(CHATS, ["its own", 3, None], strict=True)
+    ]
+    assert index("chats", records) == 0
+    found = InfluenceIndex.from_pretrained(tmp_path / "index", cache_dir=tmp_path / "maps")
+    assert list(found.examples["text"]) == ["\n".join(turn["content"] for turn in chat) for chat in CHATS]
+    assert found.config["metadata"]["encoding"]["masks"] == ["completion"]
+    assert readable({"messages": [{"role": "user", "content": parts}, {"content": None}]}, ("messages",)) == "w1 w2\n"
 
 
 def test_an_index_of_chats_that_was_begun_without_texts_grows_without_them(index, tmp_path, monkeypatch):

@@ -366,6 +366,10 @@ def test_a_basis_that_was_altered_or_lost_is_named(tmp_path, run):
 CLAIMS = {
     "1 files under `basis`": lambda config: config["checkpoints"][0].update(basis=[]),
     "a known `kind`": lambda config: config["projection"].update(kind="other"),
+    "no more components than `width`": lambda config: (
+        config.update(stored_width=2**12),
+        config["projection"].update(width=2**12),
+    ),
     "must lie in the folder": lambda config: config["checkpoints"][0]["basis"][0].update(path="../basis.parquet"),
     "0 files under `basis`": lambda config: config["projection"].pop("kind"),
     "must have list under 'basis'": lambda config: config["checkpoints"][0].update(basis=3),
@@ -381,3 +385,17 @@ def test_what_config_json_claims_of_a_basis_is_checked(tmp_path, run, law):
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match=law):
         IndexReader.open(folder)
+
+
+@pytest.mark.parametrize("seed", [-(2**63), -1, 2**64 - 1])
+def test_any_seed_of_64_bits_draws_the_sample(seed):
+    class Batches:
+        def __len__(self):
+            return 300
+
+        def of(self, positions):
+            return [positions]
+
+    (first,), (second,) = ([*sampled(Batches(), seed=seed)] for _ in range(2))
+    assert first == second
+    assert len(set(first)) == NUM_SAMPLED

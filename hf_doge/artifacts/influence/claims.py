@@ -46,6 +46,8 @@ def check_claims(config: Mapping[str, Any], *, source: str) -> None:
         good = isinstance(projection, dict) and projection.get("width") == config["stored_width"]
         require(good and _is_count(projection.get("seed")), "must have the projection of `stored_width`", projection)
         require(projection.get("kind", "pca") == "pca", "must have a known `kind` of projection", projection)
+        fits = "kind" not in projection or config["stored_width"] <= config["width"]
+        require(fits, "must have no more components than `width`", config["stored_width"])
         entries = config["width"] * config["stored_width"]
         require(
             entries <= _LARGEST_PROJECTION, f"must have a projection of at most {_LARGEST_PROJECTION} numbers", entries
