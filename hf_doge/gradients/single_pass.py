@@ -6,13 +6,13 @@ The loss that is differentiated is `sum_j L_j`, the mean loss of each domain, in
 (`segmented.py`), so each `g_j`, its inner products and its norm come out of that same backward, and the step
 `sum_j alpha_j g_j` with the *new* weights is a combination of what is there already.
 
-Per domain, gradients are kept multiplied out (`K x P` memory, no multiplication more than a plain backward) or, with many
-domains, as the factors of each layer (memory by tokens, whatever K is; two products more per layer). A micro-batch whose
-domains have few rows is cheaper by factors.
+Per domain, gradients are kept multiplied out (`K x P` memory, no product more than a plain backward) or, with many domains or
+few rows a domain, as the factors of each layer (memory by tokens, whatever K is; two products more per layer).
 """
 
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -208,7 +208,7 @@ class SinglePassAlignment:
         """One backward of every micro-batch into new stores; the mean losses, `None` if that failed on some process."""
         losses, trouble, is_finite = torch.zeros(self.num_domains, dtype=torch.float64), None, True
         try:
-            with source.equally_often():
+            with source.equally_often() if source.uses_collectives else nullcontext():
                 losses = self._backward_all(source)
             is_finite = bool(losses.isfinite().all())
         except _INEXACT as error:
@@ -249,7 +249,7 @@ class SinglePassAlignment:
         """One ordinary backward of the weighted loss into `.grad`; as [`_run`] otherwise."""
         losses, trouble = torch.zeros(self.num_domains, dtype=torch.float64), None
         try:
-            with source.equally_often():
+            with source.equally_often() if source.uses_collectives else nullcontext():
                 for batch in source.mixed_batches():
                     loss, found = weighted_token_loss(self.model, batch, source.num_items, coefficients)
                     losses += found
