@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -57,12 +58,15 @@ def folders(tmp_path_factory):
 @pytest.fixture(scope="module")
 def broken(folders):
     """By fault: what was printed, the exit code, and the seconds from the fault to the end."""
-    ended = {name: run_alone(folders[name], fault) for name, fault in ALONE.items()}
-    for name, fault in SUPERVISED.items():
-        jobs = json.dumps([{"folder": str(folders[name]), "fault": fault}])
-        result = launch(SCRIPT, jobs, check=False)
-        seconds = seconds_since_death(folders[name]) if (folders[name] / "died").exists() else None
-        ended[name] = (result.stdout, result.returncode, seconds)
+    ended = {"random_state": run_alone(folders["random_state"], ALONE["random_state"])}
+    with ThreadPoolExecutor() as pool:
+        hanging = pool.submit(run_alone, folders["hang"], ALONE["hang"])  # which mostly waits
+        for name, fault in SUPERVISED.items():
+            jobs = json.dumps([{"folder": str(folders[name]), "fault": fault}])
+            result = launch(SCRIPT, jobs, check=False)
+            seconds = seconds_since_death(folders[name]) if (folders[name] / "died").exists() else None
+            ended[name] = (result.stdout, result.returncode, seconds)
+        ended["hang"] = hanging.result()
     return ended
 
 
