@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+import trl
 from numpy.testing import assert_allclose
 
 from tests.launch import launch
@@ -25,6 +26,8 @@ RESUMED_ON_ONE = ("bfd", "bfd_proxy", "bfd_online")
 @pytest.fixture(scope="module")
 def told(tmp_path_factory):
     """What each run tells on one process ("1"), on two ("2"), resumed there ("2r"), and begun on two and resumed on one ("1r")."""
+    if trl.__version__.startswith("0.26."):
+        pytest.skip("trl 0.26 drops the labels of what it packs, which is refused")
     folder, found = tmp_path_factory.mktemp("packing"), {}
     for name, options in RUNS.items():
         found[name, "1"] = run(folder / "one" / name, **options)

@@ -62,8 +62,10 @@ def make(tmp_path, tokenizer, kind, *, mixin=DomainWeightedMixin, config=None, t
             if isinstance(inputs, list):  # prompts as they are
                 self.seen.append([(row["prompt"], row.get("domain")) for row in inputs])
             else:
-                rows = zip(inputs["input_ids"], inputs["attention_mask"], strict=True)
-                self.seen.append([owners[int(ids[mask.bool()][0])] for ids, mask in rows])
+                begin = "" if "input_ids" in inputs else "prompt_"  # as trl 0.26 has them, once for both of a pair
+                rows = zip(inputs[f"{begin}input_ids"], inputs[f"{begin}attention_mask"], strict=True)
+                found = [owners[int(ids[mask.bool()][0])] for ids, mask in rows]
+                self.seen.append(found * 2 if begin else found)
             return super().training_step(model, inputs, *args, **kwargs)
 
     cls = Noting if mixin is None else type("OnDomains", (mixin, Noting), {})
@@ -158,6 +160,9 @@ def test_pairs_whose_reference_is_computed_before_are_drawn_by_weights_too(tmp_p
 
 @pytest.mark.parametrize("kind", ["DPO", "Reward"])
 def test_learning_on_pairs_is_refused(tmp_path, tokenizer, kind):
+    if kind == "DPO" and trl.__version__.startswith("0.26."):
+        pytest.skip("trl 0.26 keeps a row for each pair, so its loss is a mean over examples")
+
     class Config(DoGEConfig, getattr(trl, f"{kind}Config")):
         pass
 
