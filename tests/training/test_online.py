@@ -307,3 +307,31 @@ def test_a_lagged_update_steps_with_the_weights_before_it(tmp_path):
     torch.testing.assert_close(flat(models["lagged"]), flat(models["frozen"]), rtol=1e-5, atol=1e-7)
     assert (flat(models["lagged"]) - flat(models["new"])).abs().max() > 1e-4
     assert weights["lagged"] == weights["new"]
+
+
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_trl_counts_the_tokens_of_the_steps_and_not_those_of_our_trials(tmp_path, tokenizer, batch_size):
+    from trl import SFTConfig, SFTTrainer
+
+    class Counting(DoGEMixin, SFTTrainer):
+        num_seen = 0
+
+        def training_step(self, model, inputs, *args, **kwargs):
+            self.num_seen += int(inputs["attention_mask"].sum())
+            return super().training_step(model, inputs, *args, **kwargs)
+
+    @dataclass
+    class Config(DoGEConfig, SFTConfig):
+        pass
+
+    def texts(low):
+        ids = language_model_rows(12, low=low, high=low + 9)["input_ids"]
+        return Dataset.from_dict({"text": [" ".join(f"w{i}" for i in row) for row in ids]})
+
+    options = {**OPTIONS, "max_steps": 3, "reweight_steps": 1, "per_device_train_batch_size": batch_size}
+    options["gradient_accumulation_steps"] = 4 // batch_size
+    args = Config(str(tmp_path), recipe="paper", max_length=16, **options)
+    domains = {"low": texts(0), "high": texts(18)}
+    trainer = Counting(model=tiny_llama(), args=args, train_dataset=domains, processing_class=tokenizer)
+    trainer.train()
+    assert int(trainer._total_train_tokens) == trainer.num_seen
