@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from itertools import groupby
+from math import isfinite
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -152,7 +153,7 @@ def _section(
             total[token] = total.get(token, 0.0) + part
     target, reading = first.get("query_target"), query_reading(first, tokenizer)
     traced = "" if target is None else f'<p class="facts">traced: <bdi>{escape_html(target)}</bdi></p>\n'
-    strongest = max(abs(hit["score"]) for hit in hits) or 1.0
+    strongest = max((size for hit in hits if isfinite(size := abs(hit["score"]))), default=0.0) or 1.0
     sections = [
         _fold(
             [_article(hit, reading, example_reading(hit, tokenizer, columns), strongest=strongest) for hit in rows],

@@ -137,6 +137,8 @@ def test_a_page_unfolds_the_first_hits_of_each_kind_and_tells_how_strong_each_is
     assert page.index("Text 4.") < page.index("<details>") < page.index("Text 5.") < page.index("Text 1.")
     assert "score +4, 50% of the strongest" in text
     assert "special tokens" not in text
+    foreign = [make_hit(tokenizer, "a", sign=float("nan")), *hits]
+    assert "score +4, 50% of the strongest" in "".join(Page(render(foreign, tokenizer)).text)
 
 
 def test_what_is_hidden_is_said_only_where_something_is(tokenizer):
