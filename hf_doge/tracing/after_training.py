@@ -67,7 +67,7 @@ def record_dataset(
         learning_rates (`Sequence[float]`, *optional*):
             The rate at each checkpoint, in the order of `checkpoints`; else read from its `trainer_state.json`, if the
             Trainer logged at that very step, or see [`saved_learning_rate`].
-        batch_size (`int`): How many examples at once; changes no row.
+        batch_size (`int`): How many examples at once; changes rows by rounding at most.
         seed (`int`): Of whatever the collator draws.
         progress (`bool`): Whether to show a progress bar, of all examples at all checkpoints.
         add_examples (`bool`):

@@ -62,7 +62,7 @@ class TracInWECallback(TrainerCallback):
         save_weights (`bool`, *optional*):
             Whether to copy the weights of recorded checkpoints into `<output_dir>/models`, where a search finds them
             even if the Trainer deletes its own. If left out, they are copied when `save_total_limit` is set.
-        batch_size (`int`, *optional*): Examples at once; changes no row. That of training if left out.
+        batch_size (`int`, *optional*): Examples at once; changes rows by rounding at most. That of training if left out.
         seed (`int`): Seed of whatever dataset and collator draw while recording.
         hub_index_id (`str`, *optional*):
             Dataset repository to push each finished checkpoint to, in the background, while training goes on. Made at

@@ -45,7 +45,7 @@ class CheckpointRecording(Recording):
         tokenizer (`PreTrainedTokenizerBase`, *optional*): Of the dataset.
         collator (`Callable`, *optional*): Instead of the Trainer's.
         optimizer (`Optimizer`): Of the training; read for `metric="optimizer"`.
-        batch_size (`int`): Examples at once; changes no row.
+        batch_size (`int`): Examples at once; changes rows by rounding at most.
         seed (`int`): Of whatever the collator draws.
     """
 

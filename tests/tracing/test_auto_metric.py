@@ -17,7 +17,7 @@ from hf_doge.tracing.after_training import record_dataset
 from hf_doge.tracing.second_moments import NoSecondMoments
 from hf_doge.tracing.settings import RecordingSettings
 from tests.tiny import tiny_classifier, tiny_tokenizer
-from tests.tracing.recorded_training import classification_data, make_trainer, segments, train
+from tests.tracing.recorded_training import BATCH_SIZE, classification_data, make_trainer, segments, train
 
 AUTO = {"metric": "auto", "dtype": "float32"}
 
@@ -42,6 +42,7 @@ def record(folder, checkpoints, **options):
         tokenizer=tiny_tokenizer(),
         settings=RecordingSettings(**{**AUTO, **options}),
         learning_rates=[0.0075, 0.0025][: len(checkpoints)],
+        batch_size=BATCH_SIZE,
         progress=False,
     )
     return IndexReader.open(folder, cache_dir=folder.with_name(f"{folder.name}-cache"))

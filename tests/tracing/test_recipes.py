@@ -21,7 +21,7 @@ from tests.tracing.influence_tools import (
     train,
     wordpiece_tokenizer,
 )
-from tests.tracing.recorded_training import causal_collator, language_data, make_trainer, segments
+from tests.tracing.recorded_training import BATCH_SIZE, causal_collator, language_data, make_trainer, segments
 
 TEXTS = (
     "The market is up. The team lost.",
@@ -85,7 +85,7 @@ def test_an_index_that_is_continued_keeps_what_it_was_begun_with(recorded, tmp_p
         for some, options in ((checkpoints[:1], begun), (checkpoints, {**begun, "tied": "auto"})):
             record_dataset(
                 tmp_path / tied, some, language_data(), settings=RecordingSettings(**options), progress=False,
-                collator=lambda examples: causal_collator(tiny_tokenizer())(examples),
+                batch_size=BATCH_SIZE, collator=lambda examples: causal_collator(tiny_tokenizer())(examples),
             )  # fmt: skip
     found = {tied: IndexReader.open(tmp_path / tied) for tied in ("input", "own")}
     assert {tied: reader.config["tied"] for tied, reader in found.items()} == {"input": "input", "own": "own"}

@@ -14,6 +14,7 @@ from hf_doge.tracing.saved_moments import saved_second_moments
 from hf_doge.tracing.settings import RecordingSettings
 from tests.tiny import VOCAB, tiny_classifier, tiny_gpt2, tiny_llama, tiny_tokenizer
 from tests.tracing.recorded_training import (
+    BATCH_SIZE,
     causal_collator,
     classification_data,
     language_data,
@@ -43,7 +44,7 @@ def record(folder, checkpoints, *, tokenizer, dataset=None, collator=None, **opt
             metric="optimizer", dtype=options.pop("dtype", "float32"), max_segment_bytes=10 * 16 * 4
         ),
         progress=False,
-        **options,
+        **{"batch_size": BATCH_SIZE, **options},
     )
     return IndexReader.open(folder, cache_dir=folder.with_name(f"{folder.name}-cache"))
 
