@@ -15,6 +15,8 @@ after 15 seconds), and how far its memory rose in the first; of several rounds, 
   peer runs with the batch size that was fastest for it.
 - Second queries: new ones, against what is on disk, opened anew in another process. Ours has its memory map, made by the first; with
   the map made anew it is `second_seconds_mapping_anew`. captum keeps nothing and does all again.
+- Both are the paper's scores, which the peers give too. `default_over_paper` is what ours cost at the defaults for such a
+  classifier, by cosine, over that, for the first and the second queries; rows of one checkpoint in both.
 
 The last line is JSON. Ratios are the other's CPU seconds over ours, the better of dattri-llm's two routes. What cannot be
 measured, such as a peer that is not installed, is null. A runner that fails says why, and is among `failed`; the others go
@@ -33,7 +35,7 @@ from tqdm.auto import tqdm
 
 from benchmarks.peers.workload import make_workload
 
-OURS = ("first", "first_float32", "second", "second_mapping_anew")
+OURS = ("first", "first_float32", "first_default", "second", "second_default", "second_mapping_anew")
 PEERS = {
     "captum": ("first", "second"),
     "dattri": ("first",),
@@ -87,7 +89,8 @@ def measure(folder: Path, peers_python: str | None, *, rounds: int) -> tuple[Res
     for number in tqdm(range(rounds), desc="Rounds"):
         for python, library, route in tqdm(runs, leave=False):
             # The state is there for one route to continue from another.
-            state = folder / f"round-{number}" / (f"{library}_float32" if route == "first_float32" else library)
+            kind = next((kind for kind in ("_float32", "_default") if route.endswith(kind)), "")
+            state = folder / f"round-{number}" / f"{library}{kind}"
             state.mkdir(parents=True, exist_ok=True)
             output = folder / "results" / f"{library}-{route}"
             command = [python, "-m", f"benchmarks.peers.run_{library}", route, "--data_dir", folder / "data"]
@@ -106,7 +109,8 @@ def largest_differences(scores: dict[str, np.ndarray]) -> dict[str, float]:
     ours = scores.get("hf_doge-first_float32")
     if ours is None:
         return {}
-    names = [name for name in scores if "-first" in name and not name.startswith("kronfluence")]
+    other = ("kronfluence-first", "hf_doge-first_default")  # scores of another kind
+    names = [name for name in scores if "-first" in name and name not in other]
     return {name: float(f"{np.abs(scores[name] - ours).max() / np.abs(ours).max():.2g}") for name in names}
 
 
@@ -161,6 +165,9 @@ def main() -> None:
         "kronfluence_over_ours": ratio(results, ["kronfluence-first"], "hf_doge-first"),
         "second_queries_captum_over_ours": ratio(results, ["captum-second"], "hf_doge-second"),
         "second_queries_dattri_llm_over_ours": ratio(results, second_llm, "hf_doge-second"),
+        "default_over_paper": {
+            name: ratio(results, [f"hf_doge-{name}_default"], f"hf_doge-{name}") for name in ("first", "second")
+        },
         "bytes_500": sum(path.stat().st_size for path in index.rglob("*") if path.is_file()),
         "online_overhead": max(online.values(), default=None),
         "search_50k_ms": search.get("search_50k", {}).get("median_ms"),

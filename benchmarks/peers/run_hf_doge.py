@@ -38,39 +38,51 @@ def build(recorder: EmbeddingGradientRecorder, workload: Workload, folder: Path,
         writer.publish(checkpoint)
 
 
-def search(recorder: EmbeddingGradientRecorder, queries: Examples, folder: Path, cache_dir: Path) -> np.ndarray:
-    """Scores `(num_train, num_queries)` of the index in `folder`, opened anew."""
+def search(
+    recorder: EmbeddingGradientRecorder, queries: Examples, folder: Path, cache_dir: Path, *, cosine: bool
+) -> np.ndarray:
+    """Scores `(num_train, num_queries)` of the index in `folder`, opened anew: inner products, or cosines."""
     reader = IndexReader.open(folder, cache_dir=cache_dir)
     with recorder:
         parts = [recorder.record(batch) for batch in queries.batches(BATCH_SIZE)]
-    return np.concatenate([reader.scores(0, part) for part in parts]).T
+    scores = np.concatenate([reader.scores(0, part) for part in parts])
+    if cosine:
+        of_queries = np.concatenate([part.squared_norms().numpy() for part in parts])
+        scores /= np.sqrt(of_queries[:, None] * reader.self_influence(0))
+    return scores.T
 
 
-def first(model: nn.Module, workload: Workload, state_dir: Path, *, dtype: str) -> np.ndarray:
+def first(
+    model: nn.Module, workload: Workload, state_dir: Path, *, dtype: str = "float16", cosine: bool = False
+) -> np.ndarray:
     """Build and score: record, write, map, search."""
     recorder = EmbeddingGradientRecorder(model)
     build(recorder, workload, state_dir / "index", dtype=dtype)
-    return search(recorder, workload.queries, state_dir / "index", state_dir / "cache")
+    return search(recorder, workload.queries, state_dir / "index", state_dir / "cache", cosine=cosine)
 
 
-def second(model: nn.Module, workload: Workload, state_dir: Path) -> np.ndarray:
+def second(model: nn.Module, workload: Workload, state_dir: Path, *, cosine: bool = False) -> np.ndarray:
     """New queries against the index and the memory map that [`first`] left."""
-    return search(EmbeddingGradientRecorder(model), workload.second_queries, state_dir / "index", state_dir / "cache")
+    recorder, queries = EmbeddingGradientRecorder(model), workload.second_queries
+    return search(recorder, queries, state_dir / "index", state_dir / "cache", cosine=cosine)
 
 
 def second_mapping_anew(model: nn.Module, workload: Workload, state_dir: Path) -> np.ndarray:
     """The same where there is an index but no map yet, as after a download."""
+    recorder, queries = EmbeddingGradientRecorder(model), workload.second_queries
     with tempfile.TemporaryDirectory(dir=state_dir) as cache:
-        return search(EmbeddingGradientRecorder(model), workload.second_queries, state_dir / "index", Path(cache))
+        return search(recorder, queries, state_dir / "index", Path(cache), cosine=False)
 
 
 if __name__ == "__main__":
     main(
         {
-            "first": partial(first, dtype="float16"),
+            "first": first,
             "first_float32": partial(first, dtype="float32"),
+            "first_default": partial(first, cosine=True),
             "second": second,
+            "second_default": partial(second, cosine=True),
             "second_mapping_anew": second_mapping_anew,
         },
-        needs={"second": "first", "second_mapping_anew": "first"},
+        needs={"second": "first", "second_default": "first_default", "second_mapping_anew": "first"},
     )
