@@ -232,9 +232,8 @@ def read_settled(folder: Path, manifest: str, read: Callable[[], Result]) -> Res
         if not folder.is_dir():
             raise
     for _ in range(_LOOKS):
-        with sole_writer(
-            folder
-        ):  # what was being saved into the folder is done now; as a whole it may still be replaced
+        # In it, what was being saved into the folder is done; as a whole the folder may still be replaced.
+        with sole_writer(folder):
             before = stamp()
             try:
                 return read()
@@ -330,9 +329,8 @@ def _remove_if_abandoned(folder: Path) -> None:
         descriptor = os.open(folder, os.O_RDONLY)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(
-                folder, ignore_errors=True
-            )  # under the lock, for which the process that has just made it waits
+            # Under the lock, for which the process that has just made the folder waits.
+            shutil.rmtree(folder, ignore_errors=True)
         finally:
             os.close(descriptor)
 

@@ -36,9 +36,8 @@ _VALUE = r"""("[^"]*"|'[^']*'|[^\s&#"',;)]+)"""
 _GIVEN = (
     re.compile(rf"(?<!\S)(-{{1,2}}(?:{_SECRET_NAME}|token)(?:=|\s+)){_VALUE}", flags=re.IGNORECASE),  # --hub_token X
     re.compile(rf"((?<![\w-])(?:{_SECRET_NAME}|token)=){_VALUE}", flags=re.IGNORECASE),  # HF_TOKEN=X, ?token=X
-    re.compile(
-        rf"([?&][\w-]*(?:signature|credential|sig|security-token)=){_VALUE}", flags=re.IGNORECASE
-    ),  # signed addresses
+    # Signed addresses.
+    re.compile(rf"([?&][\w-]*(?:signature|credential|sig|security-token)=){_VALUE}", flags=re.IGNORECASE),
     re.compile(r"(\bbearer\s+)([\w.~+/=-]{8,})", flags=re.IGNORECASE),
 )
 _CREDENTIALS = re.compile(r"(?<=://)[^/\s@]+@")

@@ -184,9 +184,8 @@ class DomainWeights(WeightsRecord):
             require_own_folder(folder, manifest=MANIFEST, subfolders=_SUBFOLDERS)
             replaced = {}
             if (folder / MANIFEST).exists():
-                replaced = read_manifest(folder)[
-                    "files"
-                ]  # a file of this name that is not ours is not ours to replace
+                # A file of such a name that the manifest does not list is not ours to remove.
+                replaced = read_manifest(folder)["files"]
             files[CARD_FILE] = card_bytes(card.merged_with(read_card(folder / CARD_FILE)))
             replace_files(folder, files, manifest=MANIFEST)
             if self.trajectory is None:

@@ -49,9 +49,8 @@ def describe_process() -> dict[str, Any]:
     versions = {"hf_doge": __version__, **{library: version(library) for library in LIBRARIES}}
     return {
         "command": public_command(),
-        "versions": dict(
-            sorted(versions.items())
-        ),  # as JSON of ours has them, so that a card made of either is the same
+        # Sorted as in our JSON, so that a card made of either is the same.
+        "versions": dict(sorted(versions.items())),
         "hf_doge_commit": _get_commit(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }

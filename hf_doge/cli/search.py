@@ -194,9 +194,8 @@ def _read_queries(args: SearchArguments, targets: list[Any]) -> list[Any]:
         is_prompt = args.next_tokens is not None and "prompt" in record
         if args.text_field is None and (is_dialogue(record) or is_prompt):
             asked = {name: record[name] for name in DIALOGUE_FIELDS if name in record}
-            label = (
-                record.get(args.label_field) if is_prompt else None
-            )  # refused: a prompt is traced for what is said next
+            # A label of a prompt is passed on to be refused: a prompt is traced for what is said next.
+            label = record.get(args.label_field) if is_prompt else None
             queries.append(asked if label is None else {**asked, "label": label})
             continue
         try:

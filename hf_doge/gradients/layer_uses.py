@@ -42,9 +42,8 @@ class LayerUses(Uses):
                 inputs = args[0] if args else next(iter(kwargs.values()))
                 output = output if output.requires_grad else output.requires_grad_()
                 self._uses.append((number, inputs.detach(), output))
-                return (
-                    output.clone()
-                )  # the model may write into what it gets, which must not change what we differentiate
+                # The model may write into what it gets, which must not change what we differentiate.
+                return output.clone()
 
             self._handles.append(module.register_forward_hook(collect, with_kwargs=True))
         return self

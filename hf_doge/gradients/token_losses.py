@@ -38,9 +38,8 @@ class TokenLosses(TorchFunctionMode):
         super().__init__()
         self._caught: list[Tensor | None] = []
         self._counted: list[Tensor] = []
-        self._told: list[
-            tuple[Tensor, Tensor]
-        ] = []  # losses and which labels count, of each forward that returned them
+        # Losses and which labels count, of each forward that returned them.
+        self._told: list[tuple[Tensor, Tensor]] = []
 
     def read(self, outputs: Any) -> None:
         """Take the losses of labels whose log-probabilities a model returned, in shape `(B, T - 1)`; 0 for those that are ignored."""

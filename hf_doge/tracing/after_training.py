@@ -100,9 +100,8 @@ def record_dataset(
     recording = _SavedRecording(folder, dataset, collator, tokenizer, settings, batch_size, seed, encoding)
     if add_examples:
         recording.grown = _checkpoints_to_grow(folder, paths, learning_rates)
-        facts: list[dict[str, Any] | None] = [None] * len(
-            paths
-        )  # the index knows them, once it is seen which one it is
+        # The index knows them, once it is seen which one it is.
+        facts: list[dict[str, Any] | None] = [None] * len(paths)
     else:
         whole = _recorded_steps(folder)
         order = in_order_of_steps(paths, whole)

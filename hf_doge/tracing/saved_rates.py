@@ -29,13 +29,8 @@ Schedule = Callable[[int], float]  # steps that were made -> factor of the next 
 Rates = list[tuple[int, float]]  # steps, counted from 1, and the rate that made each
 _LARGEST_STEP = 2**63
 _MOST_NEIGHBOURS = 8  # checkpoints around that are looked at
-_OTHERS = (
-    "linear",
-    "cosine",
-    "constant_with_warmup",
-    "polynomial",
-    "inverse_sqrt",
-)  # what a schedule may be taken for
+# What a schedule may be taken for.
+_OTHERS = ("linear", "cosine", "constant_with_warmup", "polynomial", "inverse_sqrt")
 
 
 def logged_learning_rate(log_history: Any, step: int | None) -> float | None:
@@ -198,12 +193,8 @@ def _schedule(arguments: Mapping[str, Any], max_steps: Any) -> Schedule | None:
             num_training_steps=max_steps,
             scheduler_specific_kwargs=options,
         )
-    except (
-        ArithmeticError,
-        AttributeError,
-        TypeError,
-        ValueError,
-    ):  # options that it does not know or cannot count with
+    except (ArithmeticError, AttributeError, TypeError, ValueError):
+        # It does not know the options, or cannot count with them.
         return None
     lambdas: Any = getattr(found, "lr_lambdas", None)
     return None if lambdas is None else lambdas[0]

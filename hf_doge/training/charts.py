@@ -31,9 +31,8 @@ class GroupedChartsCallback(TrainerCallback):
         self._trainer = trainer
         self._layout = {"Domains": {TITLES[kind]: ["Multiline", [f"{_PREFIX}{kind}/.*"]] for kind in kinds}}
 
-    def on_train_begin(
-        self, *args: Any, **kwargs: Any
-    ) -> None:  # after the callbacks that report, which the Trainer adds first
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        # The callbacks that report have begun: the Trainer adds them first.
         for callback in self._trainer.callback_handler.callbacks:
             if isinstance(callback, TensorBoardCallback) and callback.tb_writer is not None:
                 callback.tb_writer.add_custom_scalars(self._layout)

@@ -136,9 +136,8 @@ class DomainMetricsCallback(TrainerCallback):
         found = self._meter.collect()
         if self._is_saving:
             self._meter.save(state)
-        Trainer.log(
-            self._trainer, found
-        )  # and not the trainer's own, which adds what it has added to this log already
+        # Not the trainer's own method, which adds what it has added to this log already.
+        Trainer.log(self._trainer, found)
 
     def _release(self) -> None:
         """Leave model and collator as they were."""

@@ -167,9 +167,8 @@ def describe_arguments(args: TrainingArguments) -> dict[str, Any]:
             default = type(value)().to_dict()
             value = {key: part for key, part in value.to_dict().items() if part != default[key]}
             default = {}
-        is_set = (
-            argument.init and value != default and (value or default)
-        )  # False, 0, "", [] in place of None is nothing
+        # False, 0, "" or [] in place of None sets nothing.
+        is_set = argument.init and value != default and (value or default)
         if is_set and not _UNTOLD.match(argument.name):
             described[argument.name] = public_content(to_plain(value.value if isinstance(value, Enum) else value))
     return described

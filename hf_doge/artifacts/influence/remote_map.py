@@ -186,9 +186,8 @@ class RemoteMap:
             name: int(np.prod(arrays[name][1][1:], dtype=np.int64)) * np.dtype(arrays[name][0]).itemsize
             for name in ("rows", "examples")
         }
-        free = dict(
-            zip(tokens.tolist(), self.row_map.offsets[tokens].tolist(), strict=True)
-        )  # where the next row goes
+        # Where the next row of each token goes.
+        free = dict(zip(tokens.tolist(), self.row_map.offsets[tokens].tolist(), strict=True))
         order = sorted(range(len(self._segments)), key=lambda one: self._entry["files"][one]["first_example"])
         for position in order:
             runs = self._runs(position)
