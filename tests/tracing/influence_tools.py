@@ -39,14 +39,22 @@ def sentences(count, seed=0):
 
 
 def wordpiece_tokenizer(texts=None, vocab_size=70):
-    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
-    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    tokenizer.decoder = decoders.WordPiece()
+    """A tokenizer whose pieces and their order are the same in every process."""
+    texts = texts or [row["text"] for row in sentences(60)]
+    normalizer, splitter = normalizers.BertNormalizer(lowercase=True), pre_tokenizers.BertPreTokenizer()
+    words = {word for text in texts for word, _ in splitter.pre_tokenize_str(normalizer.normalize_str(text))}
+    # The trainer would number the letters within words in an order of chance, which then decides between equally frequent pairs.
+    letters = [*sorted({*"".join(words)}), *sorted({f"##{letter}" for word in words for letter in word[1:]})]
+    specials = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
+    trained = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    trained.normalizer, trained.pre_tokenizer = normalizer, splitter
     trainer = trainers.WordPieceTrainer(
-        vocab_size=vocab_size, special_tokens=["[PAD]", "[UNK]", "[CLS]", "[SEP]"], show_progress=False
+        vocab_size=vocab_size, special_tokens=[*specials, *letters], show_progress=False
     )
-    tokenizer.train_from_iterator(texts or [row["text"] for row in sentences(60)], trainer)
+    trained.train_from_iterator(texts, trainer)
+    tokenizer = Tokenizer(models.WordPiece(trained.get_vocab(), unk_token="[UNK]"))
+    tokenizer.normalizer, tokenizer.pre_tokenizer = normalizer, splitter
+    tokenizer.decoder = decoders.WordPiece()
     tokenizer.post_processor = processors.TemplateProcessing(
         "[CLS] $A [SEP]", "[CLS] $A [SEP] $B:1 [SEP]:1", [("[CLS]", 2), ("[SEP]", 3)]
     )
