@@ -18,7 +18,7 @@ from hf_doge.sampling.lengths import IGNORED_LABEL
 from hf_doge.tracing.encoding import DIALOGUE_FIELDS, Encoding
 from hf_doge.tracing.examples import LABEL_COLUMNS, Examples
 from hf_doge.tracing.pretrained import saved_model
-from hf_doge.tracing.queries import check_dialogue, is_dialogue, text_fields
+from hf_doge.tracing.queries import check_dialogue, dialogue_kind, is_dialogue, text_fields
 
 # What comes with `input_ids`; the model says which of them it takes.
 _FED = ("labels", "label", "label_ids", "start_positions", "end_positions", "decoder_input_ids", "token_type_ids")
@@ -76,13 +76,14 @@ def load_examples(args: IndexSource, tokenizer: PreTrainedTokenizerBase) -> tupl
     places = [f"line {number} of {data}" for number in range(1, len(records) + 1)]
     if args.max_length is not None:
         told = {"max_length": args.max_length, "truncation": "tokenizer" if mixture is None else "keep_start"}
+    written = _written(args)
     if "input_ids" in records[0]:
         rows = _tokenised(records, places)
         if continues and "labels" not in rows[0]:
             rows = [{**row, "labels": row["input_ids"]} for row in rows]
     elif continues and args.text_field is None and is_dialogue(records[0]):
         _refuse_unmasked(args, records[0])
-        rows, told = _dialogues(args, records, places, tokenizer)
+        rows, told = _dialogues(args, records, places, tokenizer, written)
     elif continues or name.endswith((*_ANSWERS, "ForSequenceClassification")):
         rows = _texts(args, records, places, tokenizer, None if continues else config, answers=name.endswith(_ANSWERS))
     else:
@@ -92,10 +93,8 @@ def load_examples(args: IndexSource, tokenizer: PreTrainedTokenizerBase) -> tupl
             " `TracInWECallback`."
         )
     fed = sorted({*rows[0]} & {*tokenizer.model_input_names, "input_ids", "attention_mask", *_FED})
-    dataset = _dataset(
-        [{**other, **row} for other, row in zip(_other_columns(args, records), rows, strict=True)], args
-    )
-    written = _written(args)
+    others = _other_columns(records, written)
+    dataset = _dataset([{**other, **row} for other, row in zip(others, rows, strict=True)], args)
     if written is not None:  # goes on in the order of columns that it was begun with
         begun = [column for column in written.column_names if column in dataset.column_names]
         dataset = dataset.select_columns([*begun, *(one for one in dataset.column_names if one not in begun)])
@@ -168,10 +167,14 @@ def _refuse_unmasked(args: IndexSource, record: dict[str, Any]) -> None:
 
 
 def _dialogues(
-    args: IndexSource, records: Rows, places: Sequence[str], tokenizer: PreTrainedTokenizerBase
+    args: IndexSource,
+    records: Rows,
+    places: Sequence[str],
+    tokenizer: PreTrainedTokenizerBase,
+    written: pa.Table | None,
 ) -> tuple[Rows, dict[str, Any]]:
     """Prompts with completions, or messages, as trl's SFTTrainer makes tokens and labels of them."""
-    kind = ("messages",) if records[0].get("messages") is not None else ("prompt", "completion")
+    kind = dialogue_kind(records[0])
     masking = args.masking or ("none" if kind == ("messages",) else "completion")
     masks = () if masking == "none" else (masking,)
     told = {
@@ -180,7 +183,7 @@ def _dialogues(
     }
     told |= {} if args.max_length is None else {"max_length": args.max_length, "truncation": "keep_start"}
     encoding, rows = Encoding(**{**told, "masks": masks}), []
-    written = _written(args)  # one that was begun without texts goes on so
+    # An index that was begun without texts goes on without them.
     with_text = not isinstance(records[0][kind[-1]], str) and (written is None or "text" in written.column_names)
     with_text &= not all(isinstance(record.get("text"), str) for record in records)  # of their own
     for record, place in zip(records, places, strict=True):
@@ -193,7 +196,7 @@ def _dialogues(
             raise ValueError(f"{place[0].upper()}{place[1:]} cannot be an example: {error}") from error
         shown = {name: record[name] for name in DIALOGUE_FIELDS[:3] if name in record}
         if with_text:
-            shown["text"] = readable(record, ("messages",) if record.get("messages") is not None else kind)
+            shown["text"] = readable(record, dialogue_kind(record))
         rows.append({**shown, "input_ids": ids, "attention_mask": [1] * len(ids), "labels": labels})
     return rows, told
 
@@ -264,12 +267,11 @@ def _written(args: IndexSource) -> pa.Table | None:
     return read_examples(args.output_dir, read_config(args.output_dir))
 
 
-def _other_columns(args: IndexSource, records: Rows) -> Rows:
+def _other_columns(records: Rows, written: pa.Table | None) -> Rows:
     """
     What else a person can read of the records, such as their source, where it is of one kind in all of them. An index that is
     there keeps the columns that it was begun with, and the values in them that records do not have.
     """
-    written = _written(args)
     kept = []
     for name in {name: None for record in records for name in record}:
         kinds = {type(record.get(name)) for record in records} - {type(None)}

@@ -13,7 +13,7 @@ from hf_doge.gradients.embedding_uses import evaluation_mode
 from hf_doge.gradients.example_losses import IGNORE_INDEX
 from hf_doge.tracing.encoding import Encoding
 from hf_doge.tracing.limits import ModelInputs
-from hf_doge.tracing.queries import Query, is_dialogue, label_field, label_tensor, text_fields
+from hf_doge.tracing.queries import Query, dialogue_kind, label_field, label_tensor, text_fields
 from hf_doge.tracing.targets import Target, find_span
 from hf_doge.tracing.token_queries import attended
 from hf_doge.tracing.words import read_ids
@@ -224,8 +224,9 @@ def _answer(
     own, answer = range(len(labels)), None
     if "input_ids" in record and query.target is None:
         return None, own
-    if query.target is None and is_dialogue(record):
-        found = record["messages"] if record.get("messages") is not None else record["completion"]
+    kind = dialogue_kind(record)
+    if query.target is None and kind is not None:
+        found = record[kind[-1]]
         answer = found if isinstance(found, str) else found[-1]["content"]
         if not isinstance(answer, str):
             raise ValueError(

@@ -197,23 +197,32 @@ def _article(hit: Hit, query: Reading, example: Reading | None, *, strongest: fl
 
 def _word_list(hit: Hit, query: Reading, example: Reading | None) -> str:
     """The words of the query with the largest parts; those that the example has only a piece of with its own word."""
-    parts = hit["word_scores"]
+    words, parts = hit["words"][:MAX_WORDS], hit["word_scores"]
     largest = abs(parts[0]) if parts else 0.0
+    others = {} if example is None else _words_that_share(words, query, example, _parts(hit).keys())
     items = []
-    for word, part in zip(hit["words"][:MAX_WORDS], parts, strict=False):
-        other = None if example is None else _word_that_shares(word, query, example, _parts(hit).keys())
-        told = "" if other is None else f" (<bdi>{escape_html(other)}</bdi>)"
+    for word, part in zip(words, parts, strict=False):
+        told = f" (<bdi>{escape_html(others[word])}</bdi>)" if word in others else ""
         items.append(f"<li><bdi>{_mark(word, part, largest)}</bdi>{told} {escape_html(_number(part))}</li>")
     return f"<ul>{''.join(items)}</ul>"
 
 
-def _word_that_shares(word: str, query: Reading, example: Reading, shared: AbstractSet[int]) -> str | None:
-    """The example's word with a piece of the query's, where the example does not have the query's word itself."""
-    pieces = {query.token_ids[at] for group in query.groups if query.word(group) == word for at in group} & shared
-    words = {example.word(group): group for group in example.groups}
-    if word.casefold() in map(str.casefold, words):
-        return None
-    return next((own for own, group in words.items() if pieces & {example.token_ids[at] for at in group}), None)
+def _words_that_share(
+    words: Sequence[str], query: Reading, example: Reading, shared: AbstractSet[int]
+) -> dict[str, str]:
+    """Word of the query -> the example's word with a piece of it, where the example does not have the query's word itself."""
+    tokens = {example.word(group): {example.token_ids[at] for at in group} for group in example.groups}
+    own = {word.casefold() for word in tokens}
+    pieces: dict[str, set[int]] = {}
+    for group in query.groups:
+        pieces.setdefault(query.word(group), set()).update(query.token_ids[at] for at in group)
+    found = {}
+    for word in words:
+        common = pieces.get(word, set()) & shared
+        other = next((name for name, held in tokens.items() if common & held), None)
+        if other is not None and word.casefold() not in own:
+            found[word] = other
+    return found
 
 
 def _mark(text: str, part: float, largest: float) -> str:

@@ -8,7 +8,7 @@ import numpy as np
 from hf_doge.artifacts.influence import IndexReader
 from hf_doge.artifacts.influence.lexical_search import LexicalIndex
 from hf_doge.tracing.hits import text_columns
-from hf_doge.tracing.queries import Query, is_dialogue, text_fields
+from hf_doge.tracing.queries import Query, dialogue_kind, text_fields
 from hf_doge.tracing.scoring import TokenParts
 from hf_doge.tracing.token_queries import attended
 from hf_doge.tracing.words import read_ids, read_text
@@ -50,12 +50,10 @@ def text_query(record: Mapping[str, Any], tokenizer: Any) -> Query:
     if "input_ids" in record:
         ids = attended(record["input_ids"], record.get("attention_mask")).flatten()
         return Query({}, read_ids(tokenizer, ids.tolist()))
-    if record.get("messages") is not None:
-        parts = [record["messages"]]
-    elif is_dialogue(record):
-        parts = [record["prompt"], record["completion"]]
-    else:
+    kind = dialogue_kind(record)
+    if kind is None:
         return Query({}, read_text(tokenizer, [record[name] for name in text_fields(record)]))
+    parts = [record[name] for name in kind]
     texts = [part if isinstance(part, str) else "\n".join(str(one["content"]) for one in part) for part in parts]
     return Query({}, read_text(tokenizer, ["".join(texts)]))
 

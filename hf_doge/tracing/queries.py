@@ -288,14 +288,22 @@ def text_fields(record: Mapping[str, Any]) -> list[str]:
     return others
 
 
+def dialogue_kind(record: Mapping[str, Any]) -> tuple[str, ...] | None:
+    """The fields of a dialogue, `("messages",)` before `("prompt", "completion")`; `None` if the record is a text or a pair."""
+    if record.get("messages") is not None:
+        return ("messages",)
+    return ("prompt", "completion") if {"prompt", "completion"} <= set(record) else None
+
+
 def is_dialogue(record: Mapping[str, Any]) -> bool:
     """Whether a record has a prompt and its completion, or messages, rather than a text or a pair."""
-    return record.get("messages") is not None or {"prompt", "completion"} <= set(record)
+    return dialogue_kind(record) is not None
 
 
 def check_dialogue(record: Mapping[str, Any]) -> str | None:
     """What a prompt with its completion, or messages, must be, if they are not."""
-    names = ("messages",) if record.get("messages") is not None else ("prompt", "completion")
+    names = dialogue_kind(record)
+    assert names is not None, "no dialogue"
     values = [record[name] for name in names]
     if all(isinstance(value, str) for value in values):
         return "be a list of messages under `messages`" if names == ("messages",) else None

@@ -145,6 +145,12 @@ def test_chats_in_parts_beside_empty_columns_and_texts_of_other_kinds_are_read(i
     assert readable({"messages": [{"role": "user", "content": parts}, {"content": None}]}, ("messages",)) == "w1 w2\n"
 
 
+def test_messages_and_prompts_with_completions_in_one_file_have_their_texts_each(index, tmp_path):
+    assert index("chats", [{"messages": CHATS[0]}, {"prompt": CHATS[1][:1], "completion": CHATS[1][1:]}]) == 0
+    found = InfluenceIndex.from_pretrained(tmp_path / "index", cache_dir=tmp_path / "maps")
+    assert list(found.examples["text"]) == ["\n".join(turn["content"] for turn in chat) for chat in CHATS[:2]]
+
+
 def test_an_index_of_chats_that_was_begun_without_texts_grows_without_them(index, tmp_path, monkeypatch):
     records = [{"messages": chat} for chat in CHATS]
     place = ("--output_dir", str(tmp_path / "index"))
