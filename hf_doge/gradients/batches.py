@@ -189,7 +189,8 @@ def split(batch: Mapping[str, Any], layout: Layout | None, model: nn.Module) -> 
         whole = (torch.arange(size, device=input_ids.device) for size in (len(input_ids), input_ids.shape[-1]))
         return [Group(*whole, batch)]
     if "labels" in layout.by_position and not labels.is_floating_point():
-        mask = mask | (labels != IGNORE_INDEX)  # what has a label counts, padding or not
+        labelled = labels != IGNORE_INDEX  # what has a label counts, padding or not
+        mask = mask | (labelled.flatten(start_dim=2).any(dim=2) if labels.ndim > 2 else labelled)
     return split_by_length(batch, mask, layout=layout, cost=tokens_per_call(model))
 
 

@@ -84,6 +84,11 @@ class ExampleLosses:
             if apart and isinstance(logits, Tensor) and logits.shape == labels.shape and labels.min() >= 0:
                 self._one_term = True
                 return batch
+            if labels.ndim > 2:
+                raise ValueError(
+                    f"`labels` must be one for each example or each token, but are of shape {tuple(labels.shape)}. Pass"
+                    " `loss_fn(outputs, batch)`, which returns one loss per example."
+                )
             self._label_shift = _find_label_shift(outputs, labels)
             self.by_token = True
         if self._label_shift == 1 and mask is not None and mask.shape == labels.shape:

@@ -36,6 +36,8 @@ def count_row_tokens(dataset: "datasets.Dataset", *, shift: int = 0) -> np.ndarr
             _refuse_masks(name, dataset.column_names)
             table = dataset.with_format("arrow").data
             column = table.column(name)
+            if _is_list(column.type) and _is_list(column.type.value_type):
+                raise nested(name)
             if _holds_tokens(column.type):
                 if TEXTS in dataset.column_names:
                     packed = pa.table({"tokens": column, "texts": table.column(TEXTS)}).to_batches()
@@ -52,6 +54,8 @@ def count_example_tokens(example: Mapping[str, Any]) -> int:
     """Tokens that an example of a stream is trained on, by the same rule; the first token counts."""
     for name in COLUMNS:
         tokens = example.get(name)
+        if tokens is not None and np.ndim(tokens) > 1:
+            raise nested(name)
         if tokens is not None and np.ndim(tokens) == 1:
             _refuse_masks(name, example)
             counted = np.asarray(tokens)
@@ -76,9 +80,19 @@ def lengthless(column_names: list[str] | None) -> ValueError:
     )
 
 
+def nested(name: str) -> ValueError:
+    """The error of rows that have several tokens at a position."""
+    return ValueError(
+        f"Weights in tokens need rows whose `{name}` are one list of tokens, but they are lists of lists. Set `unit='examples'`."
+    )
+
+
+def _is_list(kind: pa.DataType) -> bool:
+    return pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+
+
 def _holds_tokens(kind: pa.DataType) -> bool:
-    is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
-    return is_list and pa.types.is_integer(kind.value_type)
+    return _is_list(kind) and pa.types.is_integer(kind.value_type)
 
 
 def _count(rows: pa.Array, are_labels: bool, shift: int) -> np.ndarray:

@@ -18,8 +18,9 @@ from hf_doge.training.loss_trials import (
     can_be_cast,
     has_first_label,
     is_integer,
+    judge_shift,
     louder,
-    other_label,
+    other_labels,
     random_states,
     undisturbed,
 )
@@ -117,8 +118,11 @@ class LossLaw:
 
     def finds_shift(self) -> bool | None:
         """
-        Whether the first label of a row is left out, as by a loss that predicts each label from the position before: the loss is
-        the same with another first label, but not with another last one. `None` if these batches cannot tell.
+        Whether the labels of the first position are left out, as by a loss that predicts each label from the position before: the
+        loss is the same with other first labels, but not with other last ones. `None` if these batches cannot tell.
+
+        Raises:
+            ValueError: See [`judge_shift`].
         """
         batch = max(self._batches, key=lambda batch: has_first_label(batch.inputs).sum())
         has_first = has_first_label(batch.inputs)
@@ -129,17 +133,16 @@ class LossLaw:
             self.model.eval()
             with self._targets:
                 self._compute_loss(piece, max(piece.num_items, 1))
-            altered = [other_label(piece.inputs["labels"], at) if can_tell else {} for at in (0, -1)]
+            labels: Any = piece.inputs.get("labels")
+            altered = other_labels(labels, can_tell=can_tell)
             with louder(self.model, _LOUDER[0]):
-                whole, again, first, last = (
+                whole, again, *others = (
                     self._value(DomainSlice({**piece.inputs, **one}, piece.num_items), piece.num_items)
                     for one in ({}, {}, *altered)
                 )
         room = abs(whole - again) + _DOUBLED_TOLERANCE * abs(whole)
-        changes = [abs(loss - whole) / room if room else 0.0 for loss in (first, last)]
-        if not can_tell or not isfinite(sum(changes)) or changes[1] < 100:
-            return None
-        return True if changes[0] <= 1 else False if changes[0] > 100 else None
+        changes = [abs(loss - whole) / room if room else 0.0 for loss in others]
+        return judge_shift(changes, labels) if can_tell else None
 
     def compare(self, other: ComputeLoss) -> float | None:
         """How many times as large the loss is as by another way to compute it, `None` if that cannot be told."""

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from itertools import chain
+from math import isfinite
 from typing import Any
 
 import numpy as np
@@ -83,19 +84,29 @@ def is_integer(value: Any, least_dims: int) -> bool:
 
 
 def has_first_label(inputs: Mapping[str, Any]) -> Tensor:
-    """Of which examples the first label along the last axis counts, unless the loss leaves it out: bool of shape `(B,)` or empty."""
+    """Of which examples a label of the first position counts, unless the loss leaves it out: bool of shape `(B,)` or empty."""
     labels: Any = inputs.get("labels")
     if "shift_labels" in inputs or not is_integer(labels, 2):
         return torch.zeros(0, dtype=torch.bool)
-    return labels[..., 0].ne(IGNORED).reshape(len(labels), -1).any(dim=1).cpu()
+    return labels[:, 0].ne(IGNORED).reshape(len(labels), -1).any(dim=1).cpu()
 
 
-def other_label(labels: Tensor, at: int) -> dict[str, Tensor]:
+def other_labels(labels: Any, *, can_tell: bool) -> list[dict[str, Tensor]]:
     """
-    An input for labels of shape `(B, ..., T)` with another of their classes at the first position of each row (`at=0`), or at the
-    last that has a label (`at=-1`); ignored ones stay.
+    Inputs with other first labels, and with other last ones, along each axis but that of examples; as many that change nothing
+    where these labels cannot tell, so that all processes make the same calls.
     """
-    rows = labels.reshape(-1, labels.shape[-1]).clone()
+    axes = range(1, labels.dim()) if is_integer(labels, 2) else range(1, 2)
+    return [_other_label(labels, at, axis=axis) if can_tell else {} for axis in axes for at in (0, -1)]
+
+
+def _other_label(labels: Tensor, at: int, *, axis: int) -> dict[str, Tensor]:
+    """
+    An input for labels of shape `(B, ...)` with another of their classes at the first place of each row along an axis (`at=0`),
+    or at the last that has a label (`at=-1`); ignored ones stay.
+    """
+    along = labels.movedim(axis, -1)
+    rows = along.reshape(-1, along.shape[-1]).clone()
     numbers = torch.arange(len(rows), device=rows.device)
     places = torch.zeros_like(numbers)
     if at == -1:
@@ -107,7 +118,34 @@ def other_label(labels: Tensor, at: int) -> dict[str, Tensor]:
     else:  # of which the loss knows one more than this, in all likelihood
         others = (old - 1).abs()
     rows[numbers, places] = torch.where(old == IGNORED, old, others)
-    return {"labels": rows.reshape(labels.shape)}
+    return {"labels": rows.reshape(along.shape).movedim(-1, axis).contiguous()}
+
+
+def judge_shift(changes: Sequence[float], labels: Tensor) -> bool | None:
+    """
+    Whether the labels of the first position are left out, by what other labels changed; `None` if that is not known.
+
+    Args:
+        changes (sequence of `float`): Of the loss, in multiples of its noise, by other first labels along each axis of the labels
+            but that of examples, and by other last ones.
+        labels (`torch.Tensor` of shape `(B, T, ...)`): As they were.
+
+    Raises:
+        `ValueError`: The first labels along an axis after the second are left out, which is not that of positions then.
+    """
+    found: list[bool | None] = []
+    for first, last in zip(changes[::2], changes[1::2], strict=True):
+        is_known = isfinite(first) and isfinite(last) and last >= 100
+        found.append((True if first <= 1 else False if first > 100 else None) if is_known else None)
+    for axis in range(2, labels.dim()):
+        if found[axis - 1] and labels.select(axis, 0).ne(IGNORED).any():
+            raise ValueError(
+                f"`labels` must have their positions on axis 1, `(batch, positions, ...)`, but in these of shape {tuple(labels.shape)}"
+                f" the loss leaves out the first along axis {axis}, as if that were of positions. Let the data collator return"
+                f" `labels.movedim({axis}, 1)` and the model move them back, or return labels that are shifted already as"
+                " `shift_labels`."
+            )
+    return found[0]
 
 
 @contextmanager

@@ -109,8 +109,8 @@ class LossWatch:
         labels = inputs.get("shift_labels", inputs.get("labels"))
         counted = None
         if isinstance(labels, Tensor) and not labels.is_floating_point():
-            if labels_are_shifted and "shift_labels" not in inputs:
-                labels = labels[..., 1:]
+            if labels_are_shifted and "shift_labels" not in inputs and labels.dim() > 1:
+                labels = labels[:, 1:]
             counted = labels.ne(IGNORE_INDEX).flatten()
         assert mode is not None
         try:

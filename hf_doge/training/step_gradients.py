@@ -102,7 +102,7 @@ def count_items(inputs: Mapping[str, Any], num_examples: int, *, labels_are_shif
         inputs (`Mapping[str, Any]`): One micro-batch.
         num_examples (`int`): Its number of examples, B.
         labels_are_shifted (`bool`): Whether the loss predicts each label from the position before (causal models), of labels that
-            are classes by position.
+            are classes by position, on axis 1.
 
     Returns:
         `torch.Tensor` of shape `(num_examples,)` and dtype int64, on the CPU.
@@ -111,7 +111,7 @@ def count_items(inputs: Mapping[str, Any], num_examples: int, *, labels_are_shif
     if "shift_labels" in inputs:
         labels = inputs["shift_labels"]
     elif labels is not None and labels_are_shifted and labels.dim() > 1 and not labels.is_floating_point():
-        labels = labels[..., 1:]
+        labels = labels[:, 1:]
     if labels is None:
         return torch.ones(num_examples, dtype=torch.int64)
     if EXAMPLE_LENGTHS in inputs:

@@ -288,6 +288,47 @@ def test_a_loss_function_replaces_the_loss_of_the_model():
     torch.testing.assert_close(given.rows, 2 * own.rows, rtol=1e-4, atol=1e-5)  # of rows up to 14
 
 
+class Twofold(nn.Module):
+    """Two labels at each position."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = llama(tied=False)
+        self.config = self.inner.config
+
+    def get_input_embeddings(self):
+        return self.inner.get_input_embeddings()
+
+    def get_output_embeddings(self):
+        return None
+
+    def forward(self, input_ids, attention_mask=None, labels=None):
+        logits = self.inner(input_ids=input_ids, attention_mask=attention_mask).logits
+        logits = torch.stack([logits, 2 * logits], dim=2)
+        predicted, expected = logits[:, :-1].flatten(end_dim=2), labels[:, 1:].flatten()
+        return SimpleNamespace(loss=F.cross_entropy(predicted, expected), logits=logits)
+
+
+def twofold_losses(outputs, batch):
+    predicted, expected = outputs.logits[:, :-1].permute(0, 3, 1, 2), batch["labels"][:, 1:]
+    return F.cross_entropy(predicted, expected, reduction="none").sum(dim=(1, 2))
+
+
+def test_several_labels_at_a_position_need_a_loss_function():
+    model, examples = build(Twofold), examples_of(causal_example)
+    batch = collate(examples)
+    batch["labels"] = torch.stack([batch["labels"], batch["labels"].where(batch["labels"] < 0, 7)], dim=2)
+    with pytest.raises(ValueError, match=r"`labels` must be .* of shape \(4, 8, 2\). Pass `loss_fn"):
+        record(model, batch)
+    with EmbeddingGradientRecorder(model, loss_fn=twofold_losses) as recorder:
+        recorder.record(batch)  # which shows that padding may be left out of what comes next
+        recorded = recorder.record(batch)
+    for place, (rows, example) in enumerate(zip(recorded, examples, strict=True)):
+        alone = {**example, "labels": batch["labels"][place : place + 1, : example["input_ids"].shape[1]]}
+        terms = int(alone["labels"][:, 1:].ne(-100).sum())
+        assert_same_rows(rows, dense_gradient(model, alone, num_terms=terms))
+
+
 def test_options_of_top_k_are_those_of_the_functions():
     model, batch = build(bert), collate(examples_of(classification_example, lengths=(12, 8, 12)))
     batch["input_ids"] = batch["input_ids"] % 4 + 4 * (batch["input_ids"] > 1)  # tokens repeat

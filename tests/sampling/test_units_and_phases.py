@@ -209,6 +209,15 @@ def test_rows_whose_labels_a_collator_has_yet_to_leave_out_are_not_counted(mask)
     assert count_row_tokens(rows.add_column("labels", [[-100, -100, 3]])).tolist() == [1]
 
 
+@pytest.mark.parametrize("name", ["labels", "input_ids"])
+def test_rows_with_several_tokens_at_a_position_are_not_counted(name):
+    rows = Dataset.from_list([{"input_ids": [1, 2, 3], name: [[1, 2], [3, 4], [5, 6]]}])
+    with pytest.raises(ValueError, match=f"rows whose `{name}` are one list of tokens, but they are lists of lists"):
+        count_row_tokens(rows)
+    with pytest.raises(ValueError, match=f"rows whose `{name}` are one list of tokens, but they are lists of lists"):
+        count_example_tokens(rows[0])
+
+
 def test_a_limit_on_epochs_counts_phase_by_phase():
     """A phase of a tenth may give a small domain all, and what it took is not there later."""
     options = {"unit": "examples", "lengths": None, "num_samples": 400, "max_epochs_per_domain": 1.0}

@@ -19,7 +19,8 @@ from transformers.modeling_outputs import CausalLMOutput
 
 from hf_doge.training.config import DoGEConfig
 from hf_doge.training.domain_loss import DomainLoss, are_labels_shifted
-from hf_doge.training.step_gradients import MicroBatch
+from hf_doge.training.loss_watch import LossWatch
+from hf_doge.training.step_gradients import MicroBatch, count_items
 from hf_doge.training.trainer import DoGETrainer
 from tests.tiny import VOCAB, tiny_bert, tiny_gpt2, tiny_llama, tiny_t5
 
@@ -141,6 +142,82 @@ def test_a_first_label_that_is_foreseen_is_counted_all_the_same(tmp_path):
     _, trainer = learn(tmp_path, Confident(), lambda row: [1, *row[1:]])
     assert not trainer._learner._loss.labels_are_shifted
     assert trainer._learner.state.num_tokens.tolist() == [24 * 3, 24 * 12]
+
+
+NUM_BOOKS = 3
+
+
+class Codebooks(nn.Module):
+    """Several labels at each position, as models of audio have them; `axis` says along which the loss shifts them, if it does."""
+
+    def __init__(self, axis):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.head = nn.Embedding(VOCAB, 8), nn.Linear(8, NUM_BOOKS * VOCAB)
+        self.axis = axis
+
+    def forward(self, input_ids, attention_mask=None, labels=None, **kwargs):
+        logits = self.head(self.embed(input_ids).cumsum(dim=1)).unflatten(-1, (NUM_BOOKS, VOCAB))
+        if self.axis == 2:  # where the positions of the labels are
+            labels = labels.movedim(2, 1)
+        if self.axis is not None:
+            logits, labels = logits[:, :-1], labels[:, 1:]
+        loss = F.cross_entropy(logits.flatten(end_dim=2), labels.flatten(), reduction="sum")
+        return CausalLMOutput(loss=loss / kwargs["num_items_in_batch"], logits=logits)
+
+
+def collate_books(features):
+    labels = collate([{**feature, "labels": []} for feature in features])
+    longest = labels["input_ids"].shape[1]
+    ignored = [[-100] * NUM_BOOKS]
+    padded = [feature["labels"] + ignored * (longest - len(feature["labels"])) for feature in features]
+    return labels | {"labels": torch.tensor(padded)}
+
+
+def several(row, first=None):
+    """Labels of each position of a row, with other ones at the first if need be."""
+    labels = [[(token * (book + 1)) % VOCAB for book in range(NUM_BOOKS)] for token in row]
+    return labels if first is None else [[first] * NUM_BOOKS, *labels[1:]]
+
+
+def learn_books(folder, axis, label, *, transposed=False):
+    def together(features):
+        inputs = collate_books(features)
+        return inputs | {"labels": inputs["labels"].movedim(1, 2)} if transposed else inputs
+
+    trainer = DoGETrainer(
+        Codebooks(axis), DoGEConfig(str(folder), **OPTIONS), train_dataset=domains(label), data_collator=together
+    )
+    trainer.train()
+    return torch.tensor([*trainer.domain_weights.last.values()]), trainer
+
+
+def test_of_several_labels_at_a_position_those_of_the_first_position_are_left_out(tmp_path):
+    found, trainer = learn_books(tmp_path / "all", 1, several)
+    expected, _ = learn_books(tmp_path / "masked", 1, lambda row: several(row, first=-100))
+    assert trainer._learner.state.num_tokens.tolist() == [24 * 2 * NUM_BOOKS, 24 * 11 * NUM_BOOKS]
+    assert (expected - 0.5).abs().max() > 1e-4
+    torch.testing.assert_close(found, expected, atol=1e-7, rtol=0)
+
+
+def test_all_of_several_labels_at_a_position_count_where_nothing_is_shifted(tmp_path):
+    _, trainer = learn_books(tmp_path, None, several)
+    assert trainer._learner.state.num_tokens.tolist() == [24 * 3 * NUM_BOOKS, 24 * 12 * NUM_BOOKS]
+
+
+def test_labels_whose_positions_are_on_another_axis_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"positions on axis 1, .* along axis 2, .*`labels\.movedim\(2, 1\)`"):
+        learn_books(tmp_path, 2, several, transposed=True)
+
+
+@pytest.mark.parametrize(("shape", "counted"), [((2, 4, 3), 18), ((2, 4), 6), ((2,), 2), ((2, 1), 0)])
+def test_labels_of_a_loss_that_is_not_seen_are_counted_as_the_steps_count_them(shape, counted):
+    inputs = {"input_ids": torch.ones(2, 4).long(), "labels": torch.ones(shape).long()}
+    watch = LossWatch(nn.Linear(1, 1))
+    watch.begin(watch._model)
+    watch.end()
+    assert watch.seen(inputs, labels_are_shifted=True).counted.sum() == counted
+    assert count_items(inputs, 2, labels_are_shifted=True).sum() == counted
 
 
 @pytest.mark.parametrize(
