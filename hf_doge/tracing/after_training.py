@@ -1,5 +1,6 @@
 """Recording a dataset at checkpoints that a Trainer has saved, after the training."""
 
+import logging
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -9,13 +10,15 @@ from typing import Any
 
 from torch import nn
 from tqdm.auto import tqdm
+from transformers.trainer import OPTIMIZER_NAME
 
 from hf_doge.artifacts.influence import IndexWriter
-from hf_doge.artifacts.influence.manifest import MANIFEST, read_config
+from hf_doge.artifacts.influence.manifest import MANIFEST, fits_basis, read_config
 from hf_doge.artifacts.influence.metric import continued_metric
 from hf_doge.checks import LARGEST_RATE, check_number
 from hf_doge.gradients.embedding_uses import input_embedding_matrix
 from hf_doge.gradients.layers import ChosenLayers
+from hf_doge.tracing.basis import warn_of_few
 from hf_doge.tracing.batches import SequentialBatches
 from hf_doge.tracing.examples import Examples, padding_collator, prune_columns
 from hf_doge.tracing.limits import takes_padding
@@ -26,9 +29,16 @@ from hf_doge.tracing.pretrained import load_model, without_bars
 from hf_doge.tracing.processes import default_device, join_processes, process_index, run_on_main_process
 from hf_doge.tracing.recording import encoding_of, make_recorder, record_checkpoint
 from hf_doge.tracing.saved_checkpoints import describe_checkpoint, in_order_of_steps, stored_path
-from hf_doge.tracing.saved_moments import require_saved_optimizer, saved_group_rate, saved_second_moments
+from hf_doge.tracing.saved_moments import (
+    require_saved_optimizer,
+    saved_group_rate,
+    saved_second_moments,
+    warn_of_saved_step,
+)
 from hf_doge.tracing.second_moments import SecondMoments
 from hf_doge.tracing.settings import RecordingSettings
+
+logger = logging.getLogger(__name__)
 
 
 def record_dataset(
@@ -100,6 +110,9 @@ def record_dataset(
     recording = _SavedRecording(folder, dataset, collator, tokenizer, settings, batch_size, seed, encoding)
     if add_examples:
         recording.grown = _checkpoints_to_grow(folder, paths, learning_rates)
+        config = read_config(folder)
+        if fits_basis(config) and len(dataset) > config["num_examples"] and process_index() == 0:
+            warn_of_few(config, len(dataset))
         # The index knows them, once it is seen which one it is.
         facts: list[dict[str, Any] | None] = [None] * len(paths)
     else:
@@ -112,6 +125,7 @@ def record_dataset(
             for path, fact in zip(paths, known, strict=True):
                 load = partial(load_model, path, trainable=True)
                 fact["learning_rate"] = saved_group_rate(path, fact["learning_rate"], load)
+            _warn_of_unknown_groups([path for path in paths if path.name not in whole])
         facts, recording.whole = [*known], set(whole)
     recording.awaited = [
         path for path, told in zip(paths, facts, strict=True) if told is None or told["name"] not in recording.whole
@@ -121,6 +135,9 @@ def record_dataset(
     if metric == "optimizer":
         for path in recording.awaited:
             require_saved_optimizer(path)  # now, not hours later
+    if metric != "gradient" and process_index() == 0:
+        for path in recording.awaited[:1]:
+            warn_of_saved_step(path)
     hidden = not progress or process_index() > 0
     total, unit = len(dataset) * len(recording.awaited), " examples"
     try:
@@ -241,6 +258,19 @@ class _SavedRecording:
             add_examples=self.grown is not None,
         )
         return index, batches
+
+
+def _warn_of_unknown_groups(paths: Sequence[Path]) -> None:
+    """Of one rate alone it is known that it was logged: that of the first parameter group."""
+    lacking = [path.name for path in paths if not (path / OPTIMIZER_NAME).is_file()]
+    if lacking and process_index() == 0:
+        logger.warning(
+            "The learning rates of %s are those of the first parameter group of the optimizer, since no %s is there to tell in which"
+            " the input embeddings were. If their group had other ones, pass `learning_rates` (`hf-doge index"
+            " --learning_rates`), one for each checkpoint.",
+            lacking,
+            OPTIMIZER_NAME,
+        )
 
 
 def _recorded_steps(folder: Path) -> dict[str, int]:

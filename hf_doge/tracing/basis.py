@@ -1,6 +1,8 @@
 """Which basis the rows of a checkpoint are projected to with `projection="pca"`: the principal components of a sample."""
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from math import ceil
 from typing import Any
 
 import numpy as np
@@ -12,6 +14,7 @@ from hf_doge.gradients.token_rows import TokenRows
 from hf_doge.tracing.batches import SequentialBatches
 
 NUM_SAMPLED = 256  # examples
+_LEAST_SHARE = 0.1  # of all examples, with which an index keeps the order of the others too
 _SMALLEST = 1e-300  # a row without length stays so
 
 
@@ -20,6 +23,31 @@ def sampled(batches: SequentialBatches, *, seed: int) -> Iterator[Mapping[str, A
     count = len(batches)
     positions = np.random.default_rng(seed % 2**64).choice(count, min(count, NUM_SAMPLED), replace=False)
     yield from batches.of(np.sort(positions).tolist())
+
+
+def warn_of_few(config: Mapping[str, Any], num_examples: int) -> None:
+    """
+    Warn if an index is about to have many more examples than its principal components are made of: a sample of those that it
+    had when a checkpoint was recorded, which they know best.
+
+    Args:
+        config (`Mapping`): The content of its config.json.
+        num_examples (`int`): How many it will have.
+    """
+    least = min(max(config["stored_width"], ceil(_LEAST_SHARE * num_examples)), NUM_SAMPLED)
+    had = {}
+    for entry in config["checkpoints"]:
+        # Files of examples that were added lie in a folder named by the first of them.
+        added = [file["first_example"] for file in entry["files"] if file["path"].count("/") > 2]
+        had[entry["name"]] = min([*added, config["num_examples"]])
+    few = {name: count for name, count in had.items() if count < least}
+    if few:
+        warnings.warn(
+            f"The principal components of {[*few]} were made of {min(few.values())} examples, and the index will have {num_examples}."
+            " Scores of the others are less exact than theirs, and mostly smaller. Record them all again in another folder, or begin"
+            f" an index with at least {least}.",
+            stacklevel=3,
+        )
 
 
 def fit_basis(batches: Iterable[TokenRows], *, width: int, heartbeat: Callable[[], None] = lambda: None) -> Tensor:

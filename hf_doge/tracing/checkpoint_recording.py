@@ -16,6 +16,7 @@ from transformers import TrainerState, TrainingArguments
 
 from hf_doge.files import write_atomically
 from hf_doge.gradients.embedding_uses import input_embedding_matrix
+from hf_doge.gradients.optimizer_metric import warn_of_other_step
 from hf_doge.tracing.batches import SequentialBatches
 from hf_doge.tracing.examples import Examples
 from hf_doge.tracing.metric import moments_for
@@ -85,6 +86,8 @@ class CheckpointRecording(Recording):
         self.options = self.options.resolved(unwrap_model(model), self.folder)
         if self.options.metric == "optimizer":
             self._require_adam(model, started=state.global_step > 0)
+        if self.options.metric != "gradient" and process_index() == 0:
+            warn_of_other_step(self.optimizer, f"`metric={self.options.metric!r}`", plain="`metric='gradient'`")
         self._progress = not args.disable_tqdm
         collator = self.collator or train_dataloader.collate_fn
         self._batches = SequentialBatches(self.dataset.recorded, collator, batch_size=self.batch_size, seed=self.seed)

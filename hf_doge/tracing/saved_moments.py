@@ -6,6 +6,7 @@ are made of the loaded model, and believed only where all numbers and shapes agr
 """
 
 import pickle
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from transformers.trainer import OPTIMIZER_NAME
 
 from hf_doge.gradients.embedding_uses import input_embedding_matrix
 from hf_doge.gradients.layers import ChosenLayers, recorded_weights
+from hf_doge.gradients.optimizer_metric import ADAM, OTHER, RADAM
 from hf_doge.tracing.models import unwrap_model
 from hf_doge.tracing.saved_checkpoints import group_learning_rate
 from hf_doge.tracing.second_moments import (
@@ -24,11 +26,11 @@ from hf_doge.tracing.second_moments import (
     NoSecondMoments,
     SecondMoments,
     called,
-    is_frozen,
     is_sgd,
     joined_moments,
     keeps_second_moments,
     no_adam,
+    refuse_frozen,
     second_moments_of,
 )
 
@@ -88,13 +90,8 @@ def saved_second_moments(folder: Path, model: nn.Module, chosen: ChosenLayers | 
     """
     path = require_saved_optimizer(folder)
     model = unwrap_model(model)
-    for name, weight in recorded_weights(model, chosen).items():
-        if not weight.requires_grad:
-            raise NoSecondMoments(
-                f"`metric='optimizer'` needs {name} that are trained, but the adapter in {str(folder)!r} leaves them frozen, so no"
-                " optimizer knows anything of them. Use `metric='gradient'`.",
-                why=is_frozen(name),
-            )
+    frozen = f"the adapter in {str(folder)!r} leaves them frozen, so no optimizer knows anything of them"
+    refuse_frozen(recorded_weights(model, chosen), frozen)
     states, groups = _read(path)
     numbers, why_not = _numbers_by_groups(states, groups, model)
 
@@ -123,12 +120,38 @@ def _moments_of(
     average = state.get(AVERAGE)
     # Quantised averages (8 bit) are of other types, or of other names.
     plain = type(average) is Tensor and average.is_floating_point() and average.shape == weight.shape
-    if not plain or not keeps_second_moments(state) or not group:
+    if not plain or not keeps_second_moments(state) or len(group.get("betas") or ()) != 2:
         raise _not_adam(path, weight, _described(state), group, what)
-    moments = second_moments_of(state, group)
+    moments = second_moments_of(state, group, kind=_kind_of(state, group))
     # A copy, for the mapped file could change or go away while the rows are made.
     moments.average = moments.average.to(weight.device, copy=True)
     return moments
+
+
+def warn_of_saved_step(folder: Path) -> None:
+    """Warn if the optimizer of a checkpoint keeps second moments, but may step otherwise than Adam; see [`warn_of_other_step`]."""
+    try:
+        states, groups = _read(require_saved_optimizer(folder))
+    except NoSecondMoments:
+        return
+    alike = [group for group in groups if len(group.get("betas") or ()) == 2]
+    kept = [(states.get(number, {}), group) for group in alike for number in group["params"]]
+    state, group = next((one for one in kept if keeps_second_moments(one[0])), ({}, {}))
+    if state and _kind_of(state, group) == OTHER:
+        warnings.warn(
+            f"The metric of the optimizer takes what {str(folder / OPTIMIZER_NAME)!r} keeps as `{AVERAGE}` for the second moments of"
+            f" Adam, but its optimizer is none whose steps are known (Adam, AdamW, NAdam and RAdam of torch): it keeps"
+            f" {sorted(state)}. Scores are approximate if it steps otherwise; `metric='gradient'` takes plain gradients.",
+            stacklevel=2,
+        )
+
+
+def _kind_of(state: Mapping[str, Any], group: Mapping[str, Any]) -> str:
+    """What an optimizer makes of second moments, see [`kind_of_step`], by what it keeps. A subclass keeps what Adam keeps."""
+    kept, settings = set(state) - {"exp_avg", AVERAGE, f"max_{AVERAGE}", "mu_product", "step"}, set(group)
+    if kept or not settings & {"amsgrad", "momentum_decay", "decoupled_weight_decay"}:
+        return OTHER
+    return ADAM if settings & {"amsgrad", "momentum_decay"} else RADAM
 
 
 def saved_group_rate(folder: Path, logged: float, load: Callable[[], nn.Module]) -> float:

@@ -19,6 +19,7 @@ import torch
 from transformers import get_scheduler
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_utils import SchedulerType
+from transformers.utils import CONFIG_NAME
 
 from hf_doge.text import parse_json
 from hf_doge.tracing.inert_pickle import read_state
@@ -49,6 +50,7 @@ class _Told:
     logged: Rates
     last: Rates  # what the scheduler had next
     around: Rates  # what those of other checkpoints had next
+    is_of_now: bool  # whether a Trainer of today logged, which is known to log the rate of the step
 
     @property
     def base(self) -> float | None:
@@ -122,17 +124,18 @@ def _read(folder: Path, state: Mapping[str, Any], step: int) -> _Told:
         logged=_logged(state.get("log_history")),
         last=[(step + 1, rate) for rate in _rates(saved.get("_last_lr"))[:1]],
         around=list(_rates_around(folder, bases[0], max_steps, step)) if bases else [],
+        is_of_now=_version(folder) >= 5,
     )
 
 
 def _is_of_its_step(told: _Told, scheduled: tuple[float, Rates] | None, logged: float, step: int) -> bool:
     """Whether what was logged at a step is its rate, and not that of the next one, as older Trainers logged it."""
-    if told.last and not _close(logged, told.last[0][1]):
-        return True  # that is the next one
+    if told.is_of_now or (told.last and not _close(logged, told.last[0][1])):
+        return True  # what the scheduler had last is the next one
     if scheduled is not None:
         return _close(logged, scheduled[0])
     others = [rate for at, rate in told.logged if at < step]
-    return not told.last or not others or _close(others[-1], logged)
+    return bool(others) and _close(others[-1], logged)
 
 
 def _warn(folder: Path, step: int, rate: float, how: str) -> None:
@@ -239,11 +242,22 @@ def _rates_around(folder: Path, base: float, max_steps: Any, step: int) -> Itera
 
 
 def _max_steps(folder: Path) -> Any:
+    return _value(folder / TRAINER_STATE_NAME, "max_steps")
+
+
+def _version(folder: Path) -> int:
+    """The first number of the version of transformers that saved a model; 0 where that is not told."""
+    major = str(_value(folder / CONFIG_NAME, "transformers_version")).partition(".")[0]
+    return int(major) if major.isdecimal() and len(major) < 4 else 0
+
+
+def _value(path: Path, name: str) -> Any:
+    """A value of a JSON file; `None` where there is no such file or value."""
     try:
-        state = parse_json((folder / TRAINER_STATE_NAME).read_bytes(), source=TRAINER_STATE_NAME)
+        content = parse_json(path.read_bytes(), source=path.name)
     except (OSError, ValueError):
         return None
-    return state.get("max_steps") if isinstance(state, dict) else None
+    return content.get(name) if isinstance(content, dict) else None
 
 
 def _rates(values: Any) -> list[float]:

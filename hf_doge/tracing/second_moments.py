@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from hf_doge.functional.tracin_we import scale_by_second_moment
 from hf_doge.gradients.layers import WORDS, ChosenLayers, as_out_in, recorded_weights
+from hf_doge.gradients.optimizer_metric import RADAM, kind_of_step, rectification
 from hf_doge.gradients.token_rows import TokenRows
 from hf_doge.tracing.models import tensor_fingerprint, unwrap_model
 
@@ -81,16 +82,25 @@ def keeps_second_moments(state: Mapping[str, Any]) -> bool:
     return AVERAGE in state and "step" in state
 
 
-def second_moments_of(state: Mapping[str, Any], group: Mapping[str, Any]) -> SecondMoments:
+def second_moments_of(state: Mapping[str, Any], group: Mapping[str, Any], *, kind: str | None) -> SecondMoments:
     """
     The second moments of one parameter.
 
     Args:
         state (`Mapping`): What the optimizer keeps of it; see [`keeps_second_moments`].
         group (`Mapping`): The parameter group that it is in.
+        kind (`str`, *optional*): How the optimizer steps, see [`kind_of_step`]. Those of RAdam are divided by the square of its
+            [`rectification`], and 1 as long as it makes plain steps.
     """
     average, eps = state.get(f"max_{AVERAGE}", state[AVERAGE]), float(group.get("eps", EPS))
-    return SecondMoments(average, 1 - group["betas"][1] ** float(state["step"]), eps if eps > 0 else EPS)
+    decay, step, eps = group["betas"][1], float(state["step"]), eps if eps > 0 else EPS
+    correction = 1 - decay**step
+    if kind != RADAM:
+        return SecondMoments(average, correction, eps)
+    factor = rectification(int(step), decay)
+    if factor is None:
+        return SecondMoments(torch.ones_like(average), 1.0)
+    return SecondMoments(average, correction * factor**2, eps / (correction**0.5 * factor))
 
 
 def joined_moments(
@@ -138,7 +148,7 @@ def current_second_moments(
     require_adam(optimizer, model, started=True, chosen=chosen)
 
     def find(name: str, weight: Tensor) -> SecondMoments:
-        return second_moments_of(optimizer.state[weight], find_group(optimizer, weight))
+        return second_moments_of(optimizer.state[weight], find_group(optimizer, weight), kind=kind_of_step(optimizer))
 
     return joined_moments(unwrap_model(model), chosen, find)
 
@@ -151,22 +161,38 @@ def require_adam(
         NoSecondMoments: What has rows is frozen; or the optimizer keeps no second moments of it, as far as that is known
             if it has not `started`.
     """
-    for name, weight in recorded_weights(unwrap_model(model), chosen).items():
+    weights = recorded_weights(unwrap_model(model), chosen)
+    refuse_frozen(weights, "they are frozen, so the optimizer knows nothing of them")
+    for name, weight in weights.items():
         _require_adam_of(optimizer, name, weight, started=started)
 
 
+def refuse_frozen(weights: Mapping[str, Tensor], because: str) -> None:
+    """
+    Raises:
+        NoSecondMoments: One of the weights that have rows is frozen; the message says what of them is trained.
+    """
+    frozen = [name for name, weight in weights.items() if not weight.requires_grad]
+    if not frozen:
+        return
+    trained = len(weights) - len(frozen)
+    kinds = " or ".join(sorted({"'embedding'" if name == WORDS else "what is frozen" for name in frozen}))
+    advice = (
+        f"Leave {kinds} out of `layers` to have the metric of Adam for the {trained} weights that are trained, or use"
+    )
+    raise NoSecondMoments(
+        f"`metric='optimizer'` needs {frozen[0]} that are trained, but {because}. {advice if trained else 'Use'} `metric='gradient'`.",
+        why=is_frozen(frozen[0]),
+    )
+
+
 def _require_adam_of(optimizer: torch.optim.Optimizer, what: str, matrix: Tensor, *, started: bool) -> None:
-    if not matrix.requires_grad:
-        raise NoSecondMoments(
-            f"`metric='optimizer'` needs {what} that are trained, but they are frozen, so the optimizer knows"
-            " nothing of them. Use `metric='gradient'`.",
-            why=is_frozen(what),
-        )
     group, state = find_group(optimizer, matrix), optimizer.state.get(matrix, {})
     average = state.get(AVERAGE)
     # Quantised averages (8 bit) are of other types, or of other names.
     plain = type(average) is Tensor and average.is_floating_point() and average.shape == matrix.shape
-    if not group.get("betas") or (started and not (plain and keeps_second_moments(state))):
+    has_kept = plain and keeps_second_moments(state)
+    if len(group.get("betas") or ()) != 2 or kind_of_step(optimizer) is None or (started and not has_kept):
         name = type(getattr(optimizer, "optimizer", optimizer)).__name__
         raise NoSecondMoments(
             f"`metric='optimizer'` needs an optimizer that keeps `exp_avg_sq` of the {what}, as Adam and AdamW do,"

@@ -13,6 +13,7 @@ from transformers import Trainer
 
 from hf_doge.artifacts.domain_weights import DomainWeights
 from hf_doge.gradients.alignment import DomainAlignment
+from hf_doge.gradients.optimizer_metric import warn_of_other_step
 from hf_doge.gradients.per_domain import PerDomainAlignment, StreamedAlignment
 from hf_doge.gradients.sharding import is_sharded
 from hf_doge.gradients.single_pass import SinglePassAlignment
@@ -174,6 +175,9 @@ def choose_alignment(
     """
     model = trainer.model
     assert model is not None
+    is_told = trainer.is_in_train and trainer.is_world_process_zero()
+    if recipe.score_metric == "optimizer" and trainer.optimizer is not None and is_told:
+        warn_of_other_step(trainer.optimizer, "`score_metric='optimizer'`", plain="`recipe='paper'`")
     refuse_batch_statistics(model)
     refuse_sparse_gradients(model)
     parameters = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]

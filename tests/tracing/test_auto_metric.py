@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import load_dataset
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback
 
 from hf_doge import InfluenceIndex, TracInWECallback
 from hf_doge.artifacts.influence import IndexReader
@@ -17,7 +17,7 @@ from hf_doge.tracing.after_training import record_dataset
 from hf_doge.tracing.second_moments import NoSecondMoments
 from hf_doge.tracing.settings import RecordingSettings
 from tests.tiny import tiny_classifier, tiny_tokenizer
-from tests.tracing.recorded_training import BATCH_SIZE, classification_data, make_trainer, segments, train
+from tests.tracing.recorded_training import BATCH_SIZE, arguments, classification_data, make_trainer, segments, train
 
 AUTO = {"metric": "auto", "dtype": "float32"}
 
@@ -93,6 +93,58 @@ def test_another_optimizer_is_recorded_plainly_with_a_warning(tmp_path):
     assert decision(reader) == ("gradient", "Adafactor keeps no second moments of the input embeddings")
     with pytest.warns(UserWarning, match="as the optimizer keeps no second moments"):
         assert record(tmp_path / "again", saved(tmp_path)).config["metric"] == "gradient"
+
+
+class OwnStep(torch.optim.Adam):
+    """Adam by name, and another optimizer."""
+
+    def step(self, closure=None):
+        return super().step(closure)
+
+
+def told_of_steps(warnings):
+    return [str(one.message) for one in warnings if "for the second moments of" in str(one.message)]
+
+
+@pytest.mark.parametrize("metric", ["auto", "optimizer", "gradient"])
+def test_an_optimizer_that_may_step_otherwise_than_adam_is_told_once(tmp_path, metric, recwarn):
+    model, recording = tiny_classifier(), {**AUTO, "metric": metric}
+    optimizer = OwnStep(model.parameters(), lr=0.01)
+    train(tmp_path, tokenizer=tiny_tokenizer(), model=model, recording=recording, optimizers=(optimizer, None))
+    told = told_of_steps(recwarn)
+    assert len(told) == (metric != "gradient")
+    assert all(f"`metric='{metric}'` takes what OwnStep keeps" in one for one in told)
+
+
+def test_a_saved_optimizer_that_may_step_otherwise_than_adam_is_told_once(tmp_path, adam, recwarn):
+    record(tmp_path / "known", saved(adam))
+    assert not told_of_steps(recwarn)
+    checkpoints = [shutil.copytree(path, tmp_path / path.name) for path in saved(adam)]
+    for path in checkpoints:
+        content = torch.load(path / "optimizer.pt", weights_only=True)
+        for state in content["state"].values():
+            state["trust_ratio"] = torch.tensor(0.5)
+        torch.save(content, path / "optimizer.pt")
+    record(tmp_path / "plain", checkpoints, metric="gradient")
+    assert not told_of_steps(recwarn)
+    record(tmp_path / "index", checkpoints)
+    (told,) = told_of_steps(recwarn)
+    assert "checkpoint-2" in told
+    assert "it keeps ['exp_avg', 'exp_avg_sq', 'step', 'trust_ratio']" in told
+
+
+def test_rows_in_the_metric_of_radam_are_the_same_in_training_and_afterwards(tmp_path, recwarn):
+    model = tiny_classifier()
+    groups = Trainer(model, arguments(tmp_path)).create_optimizer().param_groups
+    optimizer = torch.optim.RAdam([{"params": group["params"]} for group in groups], lr=0.01)
+    options = {"optimizers": (optimizer, None), "max_steps": 12, "save_steps": 6}
+    reader = train(tmp_path, tokenizer=tiny_tokenizer(), model=model, recording=AUTO, **options)
+    again = record(tmp_path / "again", saved(tmp_path))
+    assert decision(again) == ("optimizer", None)
+    assert segments(again) == segments(reader)
+    content = torch.load(saved(tmp_path)[0] / "optimizer.pt", weights_only=True)
+    assert "amsgrad" not in content["param_groups"][0]
+    assert not told_of_steps(recwarn)
 
 
 def test_frozen_embeddings_are_recorded_plainly_with_a_warning(tmp_path):

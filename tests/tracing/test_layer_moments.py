@@ -190,6 +190,49 @@ def test_layers_that_no_optimizer_trains_have_no_moments(tmp_path):
     ],
 )
 def test_the_reason_for_plain_gradients_names_what_is_frozen(tmp_path, layers, why):
-    with pytest.warns(UserWarning, match=f"plain gradients, as {why}"):
+    with pytest.warns(UserWarning, match=f"plain gradients, as {why}") as told:
         index = train(tmp_path, "llama lora", layers=layers, projection_dim=100, metric="auto")
     assert re.fullmatch(why, index.config["metadata"]["metric"])
+    (message,) = [str(one.message) for one in told if "plain gradients" in str(one.message)]
+    would_do = "Leave 'embedding' out of `layers` to have the metric of Adam for the 8 weights that are trained"
+    assert (would_do in message) == ("adapters" in layers)
+    if "adapters" in layers:
+        with pytest.warns(UserWarning, match=re.escape(would_do)):
+            record_dataset(
+                tmp_path / "again",
+                sorted((tmp_path / "run").glob("checkpoint-*")),
+                language_data(),
+                collator=causal_collator(tiny_tokenizer()),
+                tokenizer=tiny_tokenizer(),
+                settings=RecordingSettings(layers=layers, metric="auto", tied="input"),
+                progress=False,
+            )
+        index = train(tmp_path / "adapters", "llama lora", layers="adapters", metric="auto")
+        assert index.config["metric"] == "optimizer"
+
+
+@pytest.mark.parametrize("words", [{}, {"modules_to_save": ["embed_tokens"]}])
+def test_words_and_adapters_together_are_in_the_metric_of_adam_or_it_is_said(tmp_path, words, monkeypatch, recwarn):
+    make, lora, _ = MODELS["llama lora"]
+    monkeypatch.setitem(MODELS, "words and adapters", (make, {**lora, **words}, ["embedding", "adapters"]))
+    index = train(tmp_path, "words and adapters", metric="auto", projection_dim=None)
+    told = [one for one in recwarn if "`metric='auto'` records plain gradients" in str(one.message)]
+    assert (index.config["metric"] == "optimizer") == bool(words)
+    assert len(told) == (not words)
+    recwarn.clear()
+    settings = RecordingSettings(layers=["embedding", "adapters"], metric="auto", dtype="float32", tied="input")
+    record_dataset(
+        tmp_path / "again",
+        sorted((tmp_path / "run").glob("checkpoint-*")),
+        language_data(),
+        collator=causal_collator(tiny_tokenizer()),
+        tokenizer=tiny_tokenizer(),
+        settings=settings,
+        batch_size=4,
+        progress=False,
+    )
+    again = InfluenceIndex.from_pretrained(tmp_path / "again", cache_dir=tmp_path / "maps of it")
+    told = [one for one in recwarn if "`metric='auto'` records plain gradients" in str(one.message)]
+    assert again.config["metric"] == index.config["metric"]
+    assert len(told) == (not words)
+    assert segments(again.reader) == segments(index.reader)

@@ -10,6 +10,8 @@ import torch
 
 from hf_doge import InfluenceIndex
 from hf_doge.artifacts.influence import IndexReader
+from hf_doge.artifacts.influence.checkpoint_writer import CheckpointWriter
+from hf_doge.artifacts.influence.fitted_writer import FittedCheckpointWriter
 from hf_doge.evaluation.influence.rank_metrics import spearman
 from hf_doge.gradients.embedding import EmbeddingGradientRecorder
 from hf_doge.gradients.token_rows import TokenRows
@@ -282,6 +284,85 @@ def test_examples_added_later_are_projected_to_the_basis_that_is_there(tmp_path,
         pairs = [one.example_rows(checkpoint, range(9, 24)) for one in (grown.reader, whole)]
         for (_, stored), (_, rows) in zip(*pairs, strict=True):
             torch.testing.assert_close(stored, rows @ basis, rtol=1e-4, atol=1e-5 * float(rows.abs().max()))
+
+
+def grow(index, run, examples, tokenizer):
+    record_dataset(
+        index.reader.folder,
+        checkpoints(run),
+        examples,
+        tokenizer=tokenizer,
+        settings=RecordingSettings(dtype="float32", **index_settings(index)),
+        progress=False,
+        add_examples=True,
+    )
+
+
+def index_settings(index):
+    projection = index.config["projection"]
+    return {} if projection is None else {"projection": projection["kind"], "projection_width": projection["width"]}
+
+
+def told_of_few(warnings):
+    return [str(one.message) for one in warnings if "principal components of" in str(one.message)]
+
+
+@pytest.mark.parametrize(
+    ("settings", "num_first", "num_told"),
+    [
+        pytest.param(FEW, 3, 1, id="fewer than the components"),
+        pytest.param({**FEW, "projection_width": 1}, 2, 1, id="less than a tenth"),
+        pytest.param(FEW, 9, 0, id="enough"),
+        pytest.param({}, 2, 0, id="no components"),
+    ],
+)
+def test_growing_from_a_basis_that_saw_few_examples_is_told_once(
+    tmp_path, run, data, tokenizer, settings, num_first, num_told, recwarn
+):
+    few = index_at(tmp_path, "few", run, data[0].select(range(num_first)), tokenizer, **settings)
+    recwarn.clear()
+    grow(few, run, data[0], tokenizer)
+    told = told_of_few(recwarn)
+    assert len(told) == num_told
+    for one in told:
+        assert "['checkpoint-3', 'checkpoint-6']" in one
+        assert f"made of {num_first} examples, and the index will have 24." in one
+
+
+def test_an_index_that_grows_by_little_is_told_what_its_basis_saw_at_first(tmp_path, run, data, tokenizer, recwarn):
+    index = index_at(tmp_path, "few", run, data[0].select(range(3)), tokenizer, **FEW)
+    for count in (12, 24):
+        recwarn.clear()
+        grow(index, run, data[0].select(range(count)), tokenizer)
+        (told,) = told_of_few(recwarn)
+        assert f"made of 3 examples, and the index will have {count}." in told
+
+
+def test_a_journal_that_a_kill_leaves_behind_is_removed_by_the_next_writer(
+    tmp_path, run, data, tokenizer, monkeypatch
+):
+    whole = index_at(tmp_path, "whole", run, data[0], tokenizer, **FEW)
+    expected = files_of(whole.reader.folder, "gradients", "basis", "offsets")
+
+    def killed(self):
+        raise KeyboardInterrupt("stopped by the test")
+
+    folder = tmp_path / "stopped" / "again"
+    for clean in (FittedCheckpointWriter, CheckpointWriter):  # before, and behind the journals of the rows
+        with monkeypatch.context() as patch:
+            patch.setattr(clean, "clean", killed)
+            with pytest.raises(KeyboardInterrupt, match="stopped by the test"):
+                (index_at if clean is FittedCheckpointWriter else continued)(
+                    tmp_path, "stopped", run, data[0], tokenizer, **FEW
+                )
+        assert list(folder.rglob("journal*.json"))
+    continued(tmp_path, "stopped", run, data[0], tokenizer, **FEW)
+    assert not list(folder.rglob("journal*.json"))
+    assert files_of(folder, "gradients", "basis", "offsets") == expected
+
+
+def continued(tmp_path, name, run, examples, tokenizer, **settings):
+    return again(tmp_path / name, run, examples, tokenizer, **{"metric": "gradient", **settings})
 
 
 def test_a_copy_answers_as_the_index(tmp_path, run, data):

@@ -16,11 +16,13 @@ from transformers.utils import logging
 from hf_doge import TracInWECallback
 from hf_doge.artifacts.influence import IndexReader
 from hf_doge.cli import main
+from hf_doge.tracing.after_training import record_dataset
 from hf_doge.tracing.inert_pickle import read_state
 from hf_doge.tracing.saved_checkpoints import describe_checkpoint
 from hf_doge.tracing.saved_moments import saved_group_rate
 from tests.tiny import tiny_classifier, tiny_tokenizer
 from tests.tracing.recorded_training import classification_data
+from tests.tracing.test_second_moments import lone_classifier
 
 ROWS = [{"text": f"w{number + 3} w{number + 4}", "label": number % 2} for number in range(9)]
 SCHEDULES = {
@@ -149,6 +151,65 @@ def test_a_log_of_the_next_step_is_read_as_such(tmp_path, caplog):
     path = saved(tmp_path / "own" / "checkpoint-2", 2, rate=5e-4, logged=own, lambdas=(None,))
     assert describe_checkpoint(path)["learning_rate"] == 5e-4
     assert "may be that of the next step" in of_hf_doge(caplog)[0]
+
+
+LATE = {
+    "no scheduler": {"logged": [{"step": 1, "learning_rate": 1e-3}, {"step": 2, "learning_rate": 5e-4}]},
+    "one log alone": {"logged": [{"step": 2, "learning_rate": 5e-4}]},
+    "one log, which is what comes next": {"logged": [{"step": 2, "learning_rate": 5e-4}], "rate": 5e-4},
+}
+
+
+@pytest.mark.parametrize("name", LATE)
+def test_a_log_that_may_be_of_the_next_step_is_named_unless_a_trainer_of_today_wrote_it(tmp_path, name, caplog):
+    path = saved(tmp_path / "checkpoint-2", 2, lambdas=(None,), **LATE[name])
+    assert describe_checkpoint(path)["learning_rate"] == 5e-4
+    (message,) = of_hf_doge(caplog)
+    assert "may be that of the next step, as older Trainers logged it" in message
+    caplog.clear()
+    for version in ("4.57.1", "x", 5):
+        (path / "config.json").write_text(json.dumps({"transformers_version": version}))
+        describe_checkpoint(path)
+        assert len(of_hf_doge(caplog)) == (version != 5)
+        caplog.clear()
+    (path / "config.json").write_text('{"transformers_version": "5.0.0"}')
+    assert describe_checkpoint(path)["learning_rate"] == 5e-4
+    assert not of_hf_doge(caplog)
+
+
+def own_groups():
+    """The embeddings in a group of their own, with a tenth of the rate."""
+    model = lone_classifier()
+    matrix = model.get_input_embeddings().weight
+    others = [parameter for parameter in model.parameters() if parameter is not matrix]
+    optimizer = torch.optim.AdamW([{"params": others}, {"params": [matrix], "lr": 3e-4}], lr=3e-3)
+    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / 6), model
+
+
+@pytest.mark.parametrize("is_whole", [True, False])
+def test_a_rate_that_may_be_of_another_parameter_group_is_named(tmp_path, is_whole, caplog):
+    options = {"save_only_model": not is_whole, "logging_strategy": "steps", "logging_steps": 2}
+    paths, expected = train(tmp_path, optimizers=own_groups(), **options)
+    caplog.clear()
+
+    def record(folder, **options):
+        reader = record_dataset(
+            folder, paths, classification_data(), tokenizer=tiny_tokenizer(), progress=False, **options
+        )
+        return [one["learning_rate"] for one in reader.config["checkpoints"]]
+
+    found = record(tmp_path / "again")
+    told = [one for one in of_hf_doge(caplog) if "those of the first parameter group" in one]
+    if is_whole:
+        assert not told
+        assert found == pytest.approx(expected)
+        return
+    assert found == pytest.approx([10 * rate for rate in expected])
+    assert len(told) == 1
+    assert "['checkpoint-2', 'checkpoint-4', 'checkpoint-6']" in told[0]
+    caplog.clear()
+    assert record(tmp_path / "given", learning_rates=expected) == pytest.approx(expected)
+    assert not of_hf_doge(caplog)
 
 
 BAD_ARGUMENTS = {

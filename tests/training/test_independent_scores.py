@@ -311,6 +311,24 @@ def test_an_optimizer_of_ones_own_without_second_moments_is_refused(tmp_path):
         trainer.train()
 
 
+class OwnStep(torch.optim.Adam):
+    """Adam by name, and another optimizer."""
+
+    def step(self, closure=None):
+        return super().step(closure)
+
+
+@pytest.mark.parametrize(("make", "num_told"), [(OwnStep, 1), (torch.optim.RAdam, 0), (torch.optim.NAdam, 0)])
+def test_an_optimizer_that_may_step_otherwise_than_adam_is_told_once(tmp_path, make, num_told, recwarn):
+    model = tiny_llama()
+    args = DoGEConfig(str(tmp_path), **{**OPTIONS, "max_steps": 3}, score_metric="optimizer")
+    own = make(model.parameters(), lr=0.1)
+    trainer = DoGETrainer(model, args, train_dataset=three_domains(4), optimizers=(own, None))
+    trainer.train()
+    told = [one for one in recwarn if "`exp_avg_sq` for the second moments of Adam" in str(one.message)]
+    assert len(told) == num_told
+
+
 def test_too_few_examples_for_two_halves_are_refused(tmp_path):
     options = {"self_term": "independent", "per_device_train_batch_size": 5}
     with pytest.raises(ValueError, match="Every step must hold two examples of every domain"):

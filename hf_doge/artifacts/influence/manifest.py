@@ -234,6 +234,12 @@ def other_files(checkpoint: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [*checkpoint.get("metric", ()), *checkpoint.get("basis", ())]
 
 
+def checkpoint_folders(config: Mapping[str, Any]) -> set[str]:
+    """The folders that hold the files of whole checkpoints, relative to the index."""
+    files = [file for one in config["checkpoints"] for file in (*one["files"], *other_files(one))]
+    return {file["path"].rpartition("/")[0] for file in files}
+
+
 def examples_files(config: Mapping[str, Any]) -> dict[str, str | None]:
     """Path -> sha256 of the files of the examples, in their order."""
     paths = sorted(path for path in config["files"] if path.startswith("examples/"))

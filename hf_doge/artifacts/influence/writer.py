@@ -48,6 +48,7 @@ from hf_doge.artifacts.influence.manifest import (
     SETTINGS,
     TABLE_FOLDERS,
     check_checkpoint_name,
+    checkpoint_folders,
     embedding_shape,
     fits_basis,
     next_checkpoint_number,
@@ -157,6 +158,9 @@ class IndexWriter:
                 self.config = {**versions, **asked, "checkpoints": [], "files": {}}
                 self._replace(self.config, {})
             self._read_shapes()
+            for place in checkpoint_folders(self.config):  # what a kill left when a checkpoint was whole
+                for journal in (self.folder / place).glob("journal*.json"):
+                    journal.unlink(missing_ok=True)
             if self.config["checkpoints"] and any(self.folder.glob(f"{STAGED_PREFIX}*")):
                 self._replace_all(self.config)  # README.md was interrupted behind config.json
         except BaseException:
