@@ -23,7 +23,7 @@ from hf_doge.artifacts.cards.weights import PLOT_FILE, draw_plot, summarize, wei
 from hf_doge.artifacts.hub.fetch import fetch_folder
 from hf_doge.artifacts.hub.publication import Publication
 from hf_doge.artifacts.parquet import read_parquet, to_parquet
-from hf_doge.artifacts.readers import read_ratios
+from hf_doge.artifacts.readers import holds_artifact, read_ratios
 from hf_doge.artifacts.record import Trajectory, WeightsRecord
 from hf_doge.artifacts.score_noise import weight_noise
 from hf_doge.checks import check_flag, check_path, show
@@ -286,7 +286,7 @@ class DomainWeights(WeightsRecord):
             local_files_only=local_files_only,
             force_download=force_download,
         )
-        if (folder / DOMAIN_WEIGHTS_FOLDER).is_dir() and not (folder / MANIFEST).exists():
+        if (folder / DOMAIN_WEIGHTS_FOLDER).is_dir() and not holds_artifact(folder / MANIFEST):
             folder /= DOMAIN_WEIGHTS_FOLDER
         return read_settled(folder, MANIFEST, partial(_read_folder, cls, folder))
 

@@ -53,6 +53,17 @@ def read_ratios(path: Path) -> tuple[dict, str]:
     return ratios, shape
 
 
+def holds_artifact(path: Path) -> bool:
+    """Whether a file is there that is not known to be plain ratios: one of an artifact, be it damaged."""
+    try:
+        content = parse_json(path.read_bytes(), source=str(path))
+    except FileNotFoundError:
+        return False
+    except (OSError, ValueError):
+        return True
+    return not isinstance(content, dict) or "format_version" in content
+
+
 def _is_list_of_weights(content: Any) -> bool:
     return (
         isinstance(content, list)

@@ -63,10 +63,13 @@ class PlaceArguments:
         if self.dataset is None and given:
             raise ValueError(f"{', '.join(given)} go with `--dataset` alone. Write them into the mixture file.")
 
-    def get_mixture(self, *, of_folder: bool = False) -> MixtureConfig | None:
-        """The data sets; of a `data_dir` nothing, as it has a reader of its own, unless they are asked for."""
+    def get_mixture(self, *, of_folder: bool = False, train_only: bool = False) -> MixtureConfig | None:
+        """
+        The data sets; of a `data_dir` nothing, as it has a reader of its own, unless they are asked for `of_folder`; with
+        `train_only` its domains need no file to evaluate on.
+        """
         if of_folder and self.data_dir is not None:
-            return MixtureConfig.from_folder(self.data_dir)
+            return MixtureConfig.from_folder(self.data_dir, train_only=train_only)
         if self.mixture is not None:
             return MixtureConfig.from_file(self.mixture)
         if self.dataset is None:

@@ -40,7 +40,7 @@ class IndexSource(Protocol):
     max_length: int | None
     domains: list[str] | None
 
-    def get_mixture(self, *, of_folder: bool = False) -> MixtureConfig | None:
+    def get_mixture(self, *, of_folder: bool = False, train_only: bool = False) -> MixtureConfig | None:
         """The data sets, where they are given instead of `data`."""
 
 
@@ -59,7 +59,7 @@ def load_examples(args: IndexSource, tokenizer: PreTrainedTokenizerBase) -> tupl
     model_class, config = saved_model(args.checkpoints[-1])
     name, told = model_class.__name__, {}
     continues = name.endswith(_CONTINUES) and not getattr(config, "is_encoder_decoder", False)
-    mixture = args.get_mixture(of_folder=True)
+    mixture = args.get_mixture(of_folder=True, train_only=True)
     if mixture is not None and not continues:
         raise ValueError(
             f"A mixture is of language models, but {str(args.checkpoints[-1])!r} holds a `{name}`. Give its examples as `--data`."
@@ -118,7 +118,7 @@ def encode_mixture(
         ValueError: A row cannot be encoded, or has no token with a loss within `max_length`.
     """
     rows: Rows = []
-    found = open_mixture(mixture)
+    found = open_mixture(mixture, train_only=True)
     names = list(found) if domains is None else list(domains)
     if not set(names) <= set(found):
         raise ValueError(f"`--domains` must be among {list(found)}, but got {names}.")
@@ -127,7 +127,7 @@ def encode_mixture(
         what = f"data set {name!r}"
         require_chat_template(records, tokenizer)
         encoder = RecordEncoder(tokenizer, records.kind, records.masks, what)
-        for batch in records.splits["train"].iter(batch_size=ROWS_PER_CALL):
+        for batch in records.train.iter(batch_size=ROWS_PER_CALL):
             encoded = encoder({column: batch[column] for column in encoder.columns(batch)})
             labels = encoded.get("labels", encoded["input_ids"])
             for position, (ids, kept) in enumerate(zip(encoded["input_ids"], labels, strict=True)):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from hf_doge.artifacts import DomainWeights
 from hf_doge.artifacts.cards.text import code_block, escape
+from hf_doge.artifacts.readers import holds_artifact
 from hf_doge.cli.console import save_plot, say
 from hf_doge.cli.parser import parse
 from hf_doge.evaluation.comparison import Comparison
@@ -89,7 +90,7 @@ def write_report(folder: Path, sections: Sequence[Section]) -> Path:
 
 
 def _weights_sections(folder: Path) -> Iterator[Section]:
-    for file in _find(folder, "domain_weights.json"):
+    for file in filter(holds_artifact, _find(folder, "domain_weights.json")):
         weights = DomainWeights.from_pretrained(file.parent)
         # The picture goes beside the artifact, not in it.
         plot = save_plot(weights.plot, file.parent.parent / "domain_weights.png")

@@ -193,8 +193,9 @@ def _read_queries(args: SearchArguments, targets: list[Any]) -> list[Any]:
             targets.append(ALL if (target := record.get(args.target_field)) is None else target)
         is_prompt = args.next_tokens is not None and "prompt" in record
         if args.text_field is None and (is_dialogue(record) or is_prompt):
-            asked = {name: record[name] for name in DIALOGUE_FIELDS if name in record}
-            # A label of a prompt is passed on to be refused: a prompt is traced for what is said next.
+            # A text or label next to a prompt is passed on to be refused: a prompt is traced for what is said next.
+            names_asked = (*DIALOGUE_FIELDS, "text") if is_prompt else DIALOGUE_FIELDS
+            asked = {name: record[name] for name in names_asked if name in record}
             label = record.get(args.label_field) if is_prompt else None
             queries.append(asked if label is None else {**asked, "label": label})
             continue

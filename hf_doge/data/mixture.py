@@ -231,10 +231,22 @@ class MixtureConfig:
             raise ValueError(f"The mixture {str(path)!r} cannot be used: {error}") from error
 
     @classmethod
-    def from_folder(cls, data_dir: str | Path) -> "MixtureConfig":
-        """The domains of a data folder as data sets, see [`find_domain_files`]."""
+    def from_folder(cls, data_dir: str | Path, *, train_only: bool = False) -> "MixtureConfig":
+        """
+        The domains of a data folder as data sets, see [`find_domain_files`].
+
+        Args:
+            data_dir (`str` or `Path`): The folder.
+            train_only (`bool`): Take all domains that have a train file, whether or not they have one to evaluate on.
+
+        Raises:
+            FileNotFoundError: There is no such folder, or no such file in it.
+            ValueError: A domain lacks a file.
+        """
         files = find_domain_files(data_dir)
-        select_domains(files, domains=None)  # each has both files
+        trained = {name: paths for name, paths in files.items() if "train" in paths}
+        if not (train_only and trained):
+            select_domains(files, domains=None)  # each has both files
         sets = [
             DatasetConfig(
                 "json",
@@ -243,7 +255,7 @@ class MixtureConfig:
                 domain=name,
                 columns={"text": "text"},
             )
-            for name, paths in files.items()
+            for name, paths in trained.items()
         ]
         return cls(tuple(sets))
 

@@ -47,13 +47,26 @@ class Records:
             FileNotFoundError: There is no such file, folder or data set.
             ValueError: It cannot be read, is empty, or lacks a column. Names it.
         """
-        train, validation = self.divided or _load_splits(self.config, self.folder)
+        config = self.config
+        if self.divided is not None:
+            train, validation = self.divided
+        elif config.validation_split is not None:
+            train, validation = self.train, _load(config, config.validation_split, self.folder)
+        else:
+            train, validation = _hold_out(_load(config, config.split, self.folder), config, f"Data set {self.name!r}")
         return {"train": train, "validation": validation}
+
+    @cached_property
+    def train(self) -> Dataset:
+        """Rows to train on, as in `splits`; a split to evaluate on is not read for them."""
+        if self.divided is None and self.config.validation_split is not None:
+            return _load(self.config, self.config.split, self.folder)
+        return self.splits["train"]
 
     @cached_property
     def kind(self) -> tuple[str, ...]:
         """The columns that are trained on, one of [`KINDS`]."""
-        return find_kind(self.splits["train"], f"Data set {self.name!r}")
+        return find_kind(self.train, f"Data set {self.name!r}")
 
     @property
     def masks(self) -> tuple[str, ...]:
@@ -73,11 +86,11 @@ class Records:
     @property
     def is_chat(self) -> bool:
         """Whether rows hold messages, so that a chat template is needed."""
-        return not _is_text(self.splits["train"], self.kind[0])
+        return not _is_text(self.train, self.kind[0])
 
     def documents(self) -> Iterator[str]:
         """The texts of the train rows, without any template."""
-        for row in self.splits["train"].select_columns(list(self.kind)):
+        for row in self.train.select_columns(list(self.kind)):
             yield readable(row, self.kind)
 
 
@@ -131,11 +144,15 @@ def _is_list(dataset: Dataset, column: str) -> bool:
     return pa.types.is_list(kind) or pa.types.is_large_list(kind)
 
 
-def open_mixture(mixture: MixtureConfig) -> dict[str, Records]:
+def open_mixture(mixture: MixtureConfig, *, train_only: bool = False) -> dict[str, Records]:
     """
     The domains of a mixture, in its order; those of a column in alphabetical order.
 
     Data sets without a `domain_column` are read when their rows are first asked for.
+
+    Args:
+        mixture ([`MixtureConfig`]): The data sets.
+        train_only (`bool`): Whether domains need no rows to evaluate on.
 
     Raises:
         ValueError: A domain is there twice, or what [`Records.splits`] raises.
@@ -146,7 +163,7 @@ def open_mixture(mixture: MixtureConfig) -> dict[str, Records]:
             assert config.domain is not None  # the mixture names each
             parts = [Records(config.domain, config, folder=mixture.folder)]
         else:
-            parts = list(_divide(config, mixture.folder))
+            parts = list(_divide(config, mixture.folder, train_only=train_only))
         for part in parts:
             if part.name in found:
                 raise ValueError(
@@ -157,18 +174,19 @@ def open_mixture(mixture: MixtureConfig) -> dict[str, Records]:
     return found
 
 
-def _divide(config: DatasetConfig, folder: Path | None) -> Iterator[Records]:
+def _divide(config: DatasetConfig, folder: Path | None, *, train_only: bool) -> Iterator[Records]:
     """One domain for each value of the domain column. Rows are held out of each domain alike."""
     column = config.domain_column
     assert column is not None
-    train, given = _load(config, config.split, folder), None
-    if config.validation_split is not None:
+    train, is_held_out = _load(config, config.split, folder), config.validation_split is None
+    given: dict[str, Dataset] = {}
+    if config.validation_split is not None and not train_only:
         given = _by_domain(_load(config, config.validation_split, folder), column)
     for name, rows in _by_domain(train, column).items():
-        if given is None:
+        if is_held_out:
             yield Records(name, config, divided=_hold_out(rows, config, f"Domain {name!r}"))
-        elif name in given:
-            yield Records(name, config, divided=(rows, given[name]))
+        elif train_only or name in given:
+            yield Records(name, config, divided=(rows, given.get(name, rows.select([]))))
         else:
             raise ValueError(
                 f"Every domain must have rows to evaluate on, but {name!r} has none in the split {config.validation_split!r} "
@@ -183,13 +201,6 @@ def _by_domain(dataset: Dataset, column: str) -> dict[str, Dataset]:
         if size > 0:
             parts[name] = dataset.select(index.rows(np.full(size, number), np.arange(size)))
     return parts
-
-
-def _load_splits(config: DatasetConfig, folder: Path | None) -> tuple[Dataset, Dataset]:
-    train = _load(config, config.split, folder)
-    if config.validation_split is not None:
-        return train, _load(config, config.validation_split, folder)
-    return _hold_out(train, config, f"Data set {config.domain!r}")
 
 
 def _hold_out(rows: Dataset, config: DatasetConfig, what: str) -> tuple[Dataset, Dataset]:

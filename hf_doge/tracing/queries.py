@@ -19,7 +19,7 @@ from hf_doge.artifacts.influence import IndexReader
 from hf_doge.artifacts.influence.metric import metric_of
 from hf_doge.checks import check_choice, check_count, check_flag, check_number, show
 from hf_doge.gradients.example_losses import IGNORE_INDEX
-from hf_doge.tracing.refusals import refuse_metric, refuse_nothing_left, refuse_with_bm25
+from hf_doge.tracing.refusals import prompt_and_text, refuse_metric, refuse_nothing_left, refuse_with_bm25
 from hf_doge.tracing.targets import ALL, Target
 from hf_doge.tracing.token_queries import check_tokens, split_batch
 from hf_doge.tracing.words import Reading
@@ -273,11 +273,13 @@ def text_fields(record: Mapping[str, Any]) -> list[str]:
     Which fields of a record hold what the model reads: one text, or a pair.
 
     Raises:
-        ValueError: if there is none, or too many to tell.
+        ValueError: if there is none, or too many to tell, or a prompt without a completion next to a text.
     """
     strings = [name for name, value in record.items() if isinstance(value, str)]
     for names in TEXT_FIELDS:
         if set(names) <= set(strings):
+            if record.get("prompt"):
+                raise prompt_and_text(names)
             return list(names)
     others = [name for name in strings if not name.startswith("label")]
     if not 1 <= len(others) <= 2:
@@ -361,16 +363,13 @@ def _check_texts(records: Sequence[Mapping[str, Any]], continued: bool) -> None:
     for position, record in enumerate(records):
         wrong = check_dialogue(record) if is_dialogue(record) else None
         if isinstance(record.get("prompt"), list) and not is_dialogue(record):
-            wrong = (
-                check_dialogue({"messages": record["prompt"]})
-                if continued
-                else "have a `completion`, or be asked with `next_tokens`"
-            )
-            if wrong is None:
+            wrong = "have a `completion`, or be asked with `next_tokens`"
+            if continued and (wrong := check_dialogue({"messages": record["prompt"]})) is None:
                 continue
         if wrong is not None:
             raise ValueError(f"Query {position} must {wrong}, but got {show(record)}.")
-        names = ("prompt", "completion") if is_dialogue(record) else text_fields(record)
+        is_continued = continued and bool(record.get("prompt"))
+        names = ("prompt", "completion") if is_dialogue(record) or is_continued else text_fields(record)
         texts = [record[name] for name in names if isinstance(record.get(name), str)]
         if texts and not any(text.strip() for text in texts):
             raise ValueError(f"Every query must have a text, but query {position} is empty. Drop it.")

@@ -1,6 +1,6 @@
 """What a search refuses: options that an index cannot answer, or that say nothing to its scorer."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from hf_doge.artifacts.influence import IndexReader
@@ -43,3 +43,11 @@ def refuse_with_bm25(given: Mapping[str, Any], defaults: Mapping[str, Any]) -> N
             f"`scorer='bm25'` compares the words of texts and knows no gradients, so it does not go with `{others[0]}="
             f"{show(given[others[0]])}`. Leave one of the two out."
         )
+
+
+def prompt_and_text(names: Sequence[str]) -> ValueError:
+    """The error of a record that has a prompt without its completion next to the texts in these fields."""
+    return ValueError(
+        f"A record must say in one place what the model reads, but it has both `prompt` and {' and '.join(map(repr, names))}."
+        " Keep one of them, or give the prompt a `completion`."
+    )

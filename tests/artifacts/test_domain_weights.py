@@ -254,6 +254,18 @@ def test_the_output_folder_of_a_run_is_read_as_the_weights_in_it(tmp_path):
     assert DomainWeights.from_pretrained(tmp_path / "own") == make_weights(1)
 
 
+def test_plain_ratios_in_the_output_folder_of_a_run_do_not_hide_its_weights(tmp_path):
+    make_weights().save_pretrained(tmp_path / "domain_weights")
+    plain = tmp_path / "domain_weights.json"
+    plain.write_text('{"wiki": 0.5, "web": 0.5}')
+    assert DomainWeights.from_pretrained(tmp_path) == make_weights()
+    assert DomainWeights.from_file(plain).mean == {"wiki": 0.5, "web": 0.5}
+    for damaged in ('{"format_version": "1.0"}', "{"):
+        plain.write_text(damaged)
+        with pytest.raises(ValueError, match=r"domain_weights.json"):
+            DomainWeights.from_pretrained(tmp_path)
+
+
 def test_the_saved_json_is_readable_sorted_and_carries_versions_and_checksums(tmp_path):
     make_weights().save_pretrained(tmp_path / "artifact")
     text = (tmp_path / "artifact" / "domain_weights.json").read_text(encoding="utf-8")

@@ -399,6 +399,16 @@ def test_report_shows_the_result_and_not_every_checkpoint(data_dir, learned, tmp
     assert capsys.readouterr().out.count("## ") == 1
 
 
+def test_report_shows_no_plain_ratios(tmp_path, capsys):
+    (tmp_path / "domain_weights.json").write_text('{"wiki": 0.5, "web": 0.5}')
+    assert "holds neither" in refusal(capsys, "report", tmp_path)
+    DomainWeights({"wiki": 0.25, "web": 0.75}).save_pretrained(tmp_path / "domain_weights")
+    assert main(["report", str(tmp_path)]) == 0
+    shown = capsys.readouterr().out
+    assert shown.count("## ") == 1
+    assert "0.250" in shown
+
+
 def test_demo_goes_from_a_corpus_to_a_report(data_dir, tmp_path, monkeypatch, capsys):
     from hf_doge.cli import demo, demo_influence
     from hf_doge.cli.demo_corpus import Split

@@ -70,6 +70,51 @@ def test_the_examples_are_the_train_rows_as_training_encodes_them(place):
     assert {row["domain"] for row in found.domain_influence(rows[:1], "domain")} == {"chat", "prose"}
 
 
+def test_a_data_folder_needs_no_file_to_evaluate_on(place):
+    folder, _ = place
+    for name, splits in (("a", ("train", "validation")), ("b", ("train",)), ("c", ("validation",))):
+        for split in splits:
+            write_jsonl(folder / "data" / f"{name}.{split}.jsonl", rows_of("prose", 3))
+    assert index("--data_dir", "data") == 0
+    examples = datasets.load_dataset("index", "examples", split="train")
+    assert examples["domain"] == ["a"] * 3 + ["b"] * 3
+
+
+def test_a_mixture_needs_no_split_to_evaluate_on(place):
+    folder, _ = place
+    rows = [{**row, "kind": kind} for kind in ("a", "b") for row in rows_of("prose", 3)]
+    write_jsonl(folder / "divided.jsonl", rows)
+    write_jsonl(folder / "held_out.jsonl", rows[:3])
+    shared = {"path": "json", "domain_column": "kind", "columns": {"text": "text"}}
+    divided = {
+        **shared,
+        "data_files": {"train": "divided.jsonl", "test": "held_out.jsonl"},
+        "validation_split": "test",
+    }
+    whole = {"path": "prose.jsonl", "domain": "c", "validation_split": "none"}
+    (folder / "split.yaml").write_text(json.dumps({"datasets": [divided, whole]}))
+    assert index("--mixture", "split.yaml") == 0
+    examples = datasets.load_dataset("index", "examples", split="train")
+    assert examples["domain"] == ["a"] * 3 + ["b"] * 3 + ["c"] * 8
+
+
+def test_a_text_next_to_a_prompt_is_no_silent_choice(place, capsys):
+    folder, _ = place
+    write_jsonl(folder / "both.jsonl", [{"prompt": "Say it.", "text": "Say it. Now."}] * 2)
+    assert index("--data", "both.jsonl") == 2
+    assert "Line 1 of 'both.jsonl': A record must say in one place" in capsys.readouterr().err
+    assert index("--data", "both.jsonl", "--text_field", "text") == 0
+    search = ["search", "--index", "index", "--queries", "both.jsonl"]
+    for flags in ([], ["--next_tokens", "2"]):
+        assert main([*search, *flags]) == 2
+        assert "has both `prompt` and" in capsys.readouterr().err
+    assert main([*search, "--text_field", "text"]) == 0
+    with pytest.raises(
+        ValueError, match="A record must say in one place what the model reads, but it has both `prompt`"
+    ):
+        InfluenceIndex.from_pretrained("index", cache_dir=folder / "maps").scores([{"prompt": "x", "text": "y"}])
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
