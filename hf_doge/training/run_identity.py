@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
@@ -13,7 +14,7 @@ from transformers import Trainer, TrainingArguments
 from hf_doge.sampling.collation import SeededCollator
 from hf_doge.text import public_name
 from hf_doge.training.collator import ColumnCollator
-from hf_doge.training.config import DoGEConfig
+from hf_doge.training.config import SELF_TERMS, DoGEConfig
 from hf_doge.training.domain_batches import TargetBatches
 from hf_doge.training.global_batch import examples_per_step
 from hf_doge.training.learning_state import STATE_FILE
@@ -41,6 +42,9 @@ _UNSTEADY_CONFIG = re.compile(
     r"^(transformers_version|architectures|.*dtype|_.*|use_cache|.*_token_id|problem_type|.*name_or_path|.*attn_impl.*|inference_mode)$"
 )
 _SAME_BATCH = re.compile(r"^(seed|return_.*|pad_to_multiple_of|padding_free|tf_.*)$")  # of a collator: ours seeds it
+_ARGUMENTS = ({one.name for one in fields(DoGEConfig)} - {"recipe", "seed"}) | {
+    *("unit", "draw", "max_epochs_per_domain", "initial_weights"),  # of the trainers
+}
 _LENGTHLESS_SCHEDULES = ("constant", "constant_with_warmup", "inverse_sqrt", "reduce_lr_on_plateau")
 
 
@@ -152,11 +156,40 @@ def refuse_other_run(checkpoint: Path, own: Mapping[str, Any]) -> None:
     before, now = ({name: part for name, part in one.items() if before[name] != now[name]} for one in (before, now))
     if before:
         why = "the schedule of the learning rate, or the plan of the draws, depends on `max_steps`. "
+        passed = ", ".join(f"{name}={value!r}" for name, value in _arguments_of(before, now, saved).items())
         raise ValueError(
             f"A resumed run must go on as it began, but the checkpoint {checkpoint} has {before} and this run {now}"
-            f"{f'; {why}' if 'max_steps' in before else '. '}Set them back or start anew, or train a new run from the model "
-            "of that checkpoint."
+            f"{f'; {why}' if 'max_steps' in before else '. '}Set them back{f' (pass `{passed}`)' if passed else ''} or start anew, "
+            "or train a new run from the model of that checkpoint."
         )
+
+
+def _arguments_of(before: Mapping[str, Any], now: Mapping[str, Any], saved: Mapping[str, Any]) -> dict[str, Any]:
+    """
+    The arguments of trainer and configuration by which what differs is as it was; data, models and collators are none.
+
+    Args:
+        before, now (mapping): What differs, as the checkpoint and as this run have it.
+        saved (mapping): All that the checkpoint has.
+    """
+    found = {name: value for name, value in before.items() if name in _ARGUMENTS}
+    if "recipe" in before:  # an ingredient without a recipe would choose another one
+        recipe = {one.name: one.default for one in fields(Recipe)} | saved["recipe"]
+        names = [name for name in recipe if name in {**before["recipe"], **now["recipe"]} and name != "name"]
+        found = {"recipe": recipe["name"]} | {name: _as_passed(name, recipe[name]) for name in names} | found
+    if "training_seed" in before:
+        found["seed"] = before["training_seed"]
+    if "seed" in before and before["seed"] != saved.get("training_seed"):
+        found["data_seed"] = before["seed"]
+    return found
+
+
+def _as_passed(ingredient: str, value: Any) -> Any:
+    """The argument that an ingredient of a recipe comes from."""
+    if ingredient == "self_term":
+        return next(argument for argument, term in SELF_TERMS.items() if term == value and isinstance(argument, str))
+    unbounded = {"score_min": -math.inf, "score_max": math.inf, "domain_max_grad_norm": 0.0}
+    return unbounded.get(ingredient) if value is None else value
 
 
 def _only_different(saved: Any, own: Any, *, is_open: bool) -> tuple[Any, Any]:

@@ -1,6 +1,7 @@
 """Resume law: a run that was interrupted ends like one that was not, bit for bit."""
 
 import json
+import math
 import random
 import re
 import shutil
@@ -312,6 +313,42 @@ def stopped(tmp_path_factory):
 def test_a_checkpoint_that_was_compared_with_something_else_is_refused(stopped, changes, named):
     with pytest.raises(ValueError, match=rf"must go on as it began, but the checkpoint .* has {{'{named}': "):
         make_trainer(stopped, **changes).train(resume_from_checkpoint=True)
+
+
+SET_BACK = {
+    "an earlier default": ({"recipe": "doge_plus", "mu": 3.0}, {"mu": None}, "recipe='doge_plus', mu=3.0"),
+    "mu": ({}, {"mu": 5.0}, "recipe='paper', mu=0.1"),
+    "recipe": ({}, {"recipe": "doge_plus", "mu": 3.0}, None),
+    "bounds": ({}, {"score_min": 0.0, "score_max": 1.0}, "recipe='paper', score_min=-inf, score_max=inf"),
+    "a norm": ({}, {"domain_max_grad_norm": 1.0}, "recipe='paper', domain_max_grad_norm=0.0"),
+    "self term": ({"self_term": "none"}, {}, "recipe='paper', self_term='none'"),
+    "seed": ({}, {"seed": 1}, "seed=42"),
+    "seeds": ({"data_seed": 3}, {"seed": 1}, "seed=42, data_seed=3"),
+    "training": ({"weight_decay": 0.1}, {"learning_rate": 0.5}, None),
+    "ways": (
+        {},
+        {"lagged_update": True, "alignment_parameters": "mlp"},
+        "alignment_parameters=None, lagged_update=False",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SET_BACK)
+def test_what_a_refusal_says_to_pass_lets_the_run_go_on(tmp_path, name):
+    before, after, said = SET_BACK[name]
+    make_trainer(tmp_path, stop_after=1, **before).train()
+    with pytest.raises(ValueError, match=r"Set them back \(pass `.*`\) or start anew") as refused:
+        make_trainer(tmp_path, **after).train(resume_from_checkpoint=True)
+    passed = re.search(r"pass `(.*)`\)", str(refused.value)).group(1)
+    assert said in (None, passed)
+    back = eval(f"dict({passed})", {"inf": math.inf})
+    make_trainer(tmp_path, stop_after=2, **{**after, **back}).train(resume_from_checkpoint=True)
+
+
+def test_what_is_no_argument_is_not_said_to_be_passed(tmp_path):
+    make_trainer(tmp_path, stop_after=1).train()
+    with pytest.raises(ValueError, match="Set them back or start anew"):
+        make_trainer(tmp_path, target={"target_dataset": None}).train(resume_from_checkpoint=True)
 
 
 def test_a_checkpoint_without_an_optimizer_is_refused(tmp_path):
