@@ -4,7 +4,7 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from hf_doge.plots import _STYLES, _line_style, _new_figure, _short, _write
+from hf_doge.plots import _STYLES, _line_style, _new_figure, _short, _write, require_fields
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -31,8 +31,9 @@ def plot_case_deletion(table: Sequence[Mapping[str, Any]], path: str | os.PathLi
 
     Raises:
         ImportError: matplotlib is not installed.
-        ValueError: there is no row.
+        ValueError: there is no row, or one lacks a field.
     """
+    require_fields(table, ("scorer", "sign", "k", "mean", "low", "high"))
     scorers = list(dict.fromkeys(row["scorer"] for row in table))
     if not scorers:
         raise ValueError(

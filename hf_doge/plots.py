@@ -122,6 +122,7 @@ def plot_comparison(table: Sequence[Mapping[str, Any]], path: str | os.PathLike 
         ImportError: matplotlib is not installed.
         ValueError: No or too many mixtures, a mean is not positive, or a mixture has a domain twice or not at all.
     """
+    require_fields(table, ("mixture", "domain", "mean", "std"))
     mixtures, domains, means, stds = _comparison_arrays(table)
     figure = _new_figure(12.0, 1.6 + len(domains) * max(0.3, 0.11 * len(mixtures)))
     absolute, relative = figure.subplots(1, 2, sharey=True, width_ratios=[1.2, 1])
@@ -155,7 +156,11 @@ def plot_sweep(runs: Sequence[Mapping[str, Any]], path: str | os.PathLike | None
 
     Raises:
         ImportError: matplotlib is not installed.
+        ValueError: There is no run, or one lacks a number.
     """
+    if not runs:
+        raise ValueError("There must be at least one run to draw, but `runs` is empty.")
+    require_fields(runs, ("objective", "predicted", "predicted_left_out"))
     figure = _new_figure(5.6, 5.2)
     axes = figure.subplots()
     observed = np.array([run["objective"] for run in runs])
@@ -302,6 +307,19 @@ def _draw_dots(axes: "Axes", values: np.ndarray, errors: np.ndarray) -> None:
         )
     axes.tick_params(axis="y", length=0)
     axes.spines[["top", "right"]].set_visible(False)
+
+
+def require_fields(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> None:
+    """
+    Raises:
+        ValueError: A row of a table lacks one of these fields.
+    """
+    for number, row in enumerate(rows):
+        missing = [name for name in names if name not in row]
+        if missing:
+            raise ValueError(
+                f"Every row of the table must have {list(names)}, but row {number} has {sorted(row)}, without {missing}."
+            )
 
 
 def _comparison_arrays(table: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[str], np.ndarray, np.ndarray]:

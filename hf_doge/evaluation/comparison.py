@@ -123,13 +123,18 @@ class Comparison:
                     f"{run.train_tokens} and {self.runs[0].mixture!r} took {self.train_tokens}. Train them again alike."
                 )
 
+    def _losses_of(self, mixture: str) -> np.ndarray:
+        if mixture not in self._losses:
+            raise ValueError(f"`mixture` must be one of {list(self.mixtures)}, but got {mixture!r}.")
+        return self._losses[mixture]
+
     def perplexities(self, mixture: str) -> dict[str, np.ndarray]:
         """
         Perplexity of each domain and target, shape `(num_seeds,)` each, in the order of `seeds`.
 
         After the domains and targets come `"average"`, `"geometric mean"` and `"worst domain"`.
         """
-        losses = self._losses[mixture]
+        losses = self._losses_of(mixture)
         perplexities = np.exp(losses)
         trained, trained_losses = perplexities[:, : len(self.domains)], losses[:, : len(self.domains)]
         return {
@@ -162,10 +167,12 @@ class Comparison:
 
     def epochs(self, mixture: str) -> dict[str, float]:
         """How many times each training domain was gone through, mean over seeds."""
+        self._losses_of(mixture)
         return self._means([run.epochs for run in self.runs if run.mixture == mixture])
 
     def weights(self, mixture: str) -> dict[str, float]:
         """Domain weights of a mixture, mean over seeds where each seed has its own."""
+        self._losses_of(mixture)
         return self._means([run.weights for run in self.runs if run.mixture == mixture])
 
     def _means(self, values: Sequence[Mapping[str, float]]) -> dict[str, float]:
@@ -189,7 +196,7 @@ class Comparison:
 
     def row_losses(self, mixture: str) -> dict[str, np.ndarray]:
         """Loss in nats a token by row of [`~Comparison.paired_changes`], shape `(num_seeds,)` each."""
-        losses = self._losses[mixture]
+        losses = self._losses_of(mixture)
         rows = dict(zip(self.domains + self.targets, losses.T, strict=True))
         rows["geometric mean"] = losses[:, : len(self.domains)].mean(axis=1)
         runs = {run.seed: run for run in self.runs if run.mixture == mixture}

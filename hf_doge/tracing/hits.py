@@ -56,9 +56,15 @@ class Hits(Dataset):
         hits.tokenizer, hits.text_columns = tokenizer, columns
         return hits
 
-    def _repr_html_(self) -> str:
-        """What a notebook shows."""
-        return render_fragment(self, self.tokenizer, self.text_columns)
+    def _repr_html_(self) -> str | None:
+        """What a notebook shows; that of any data set where columns of a hit were removed."""
+        return None if missing_columns(self) else render_fragment(self, self.tokenizer, self.text_columns)
+
+
+def missing_columns(hits: Any) -> list[str]:
+    """The columns of a hit that something lacks; all of them where it is no data set."""
+    known = {*HIT_FEATURES} - {"query_target"}  # hits of earlier versions have none
+    return sorted(known - set(getattr(hits, "column_names", None) or ()))
 
 
 def query_hits(

@@ -22,7 +22,13 @@ from hf_doge.artifacts.influence.lexical_search import LexicalIndex
 from hf_doge.checks import check_choice, check_count, check_path, show
 from hf_doge.files import write_atomically
 from hf_doge.gradients.layers import virtual_rows
-from hf_doge.tracing.hits import HIT_FEATURES, add_example_columns, make_hits, query_hits, text_columns
+from hf_doge.tracing.hits import (
+    add_example_columns,
+    make_hits,
+    missing_columns,
+    query_hits,
+    text_columns,
+)
 from hf_doge.tracing.html import Shown, render_fragment, render_page
 from hf_doge.tracing.lexical import LexicalScorer, lexical_index, text_query
 from hf_doge.tracing.processes import build_on_each_machine, share_work
@@ -289,10 +295,15 @@ class InfluenceIndex(SavedIndex):
         return Shown(render_fragment(hits, self.processing_class, self._text_columns(hits)))
 
     def _text_columns(self, hits: Dataset) -> list[str]:
-        known = {*HIT_FEATURES} - {"query_target"}  # hits of earlier versions have none
-        missing = sorted(known - set(getattr(hits, "column_names", None) or ()))
-        if missing:
-            raise ValueError(f"`hits` must come from `InfluenceIndex.search`, but has no columns {missing}.")
+        if not isinstance(hits, Dataset):
+            raise ValueError(
+                "`hits` must come from `InfluenceIndex.search`, a `datasets.Dataset`, whole or filtered, but is a"
+                f" {type(hits).__name__}."
+            )
+        if missing := missing_columns(hits):
+            raise ValueError(
+                f"`hits` must come from `InfluenceIndex.search`, but has no columns {missing}. Keep all of its columns."
+            )
         return text_columns(self.reader.examples_of([]).features)
 
     def _records(self, queries: Queries, options: SearchOptions) -> list[dict[str, Any]]:

@@ -10,7 +10,7 @@ import pytest
 
 from hf_doge.artifacts import DomainWeights, Trajectory
 from hf_doge.artifacts.score_noise import undecided_groups, weight_noise
-from hf_doge.plots import plot_comparison, plot_domain_weights
+from hf_doge.plots import plot_comparison, plot_domain_weights, plot_sweep
 
 pytest.importorskip("matplotlib")
 
@@ -208,11 +208,19 @@ def test_a_single_seed_has_no_spread_to_explain(std):
             "but got nan for 'uniform' on 'wiki'",
         ),
         ([{"mixture": "uniform", "domain": "wiki", "mean": 0.0, "std": 0.1}], "`mean` must be a finite number > 0"),
+        ([{"mixture": "uniform", "domain": "wiki"}], r"row 0 has \['domain', 'mixture'\], without \['mean', 'std'\]"),
     ],
 )
 def test_a_table_that_is_no_comparison_is_refused_by_name(table, message):
     with pytest.raises(ValueError, match=message):
         plot_comparison(table)
+
+
+def test_runs_that_are_none_of_a_sweep_are_refused_by_name():
+    with pytest.raises(ValueError, match="at least one run to draw"):
+        plot_sweep([])
+    with pytest.raises(ValueError, match=r"without \['predicted', 'predicted_left_out'\]"):
+        plot_sweep([{"objective": 1.0}])
 
 
 def noisy_weights(num_domains=3, *, num_steps=40, mu=10.0, **recipe):

@@ -216,6 +216,19 @@ def test_the_picture_has_a_curve_for_every_scorer(tmp_path):
         assert list(axes.lines[0].get_xdata()) == [1, 3]
     with pytest.raises(ValueError, match="at least one scorer"):
         plot_case_deletion([])
+    with pytest.raises(
+        ValueError, match=r"Every row of the table must have .* row 0 has .* without \['low', 'high'\]"
+    ):
+        plot_case_deletion([{"scorer": "a", "sign": "+", "k": 1, "mean": 0.0}])
+
+
+def test_a_scorer_or_a_file_that_is_none_is_refused_by_name(tmp_path):
+    for scorer, sign in (("other", "+"), ("random", "x")):
+        with pytest.raises(ValueError, match=rf"`scorer` must be one of .* but got '{scorer}' and '[{sign}]'"):
+            run().auc(scorer, sign)
+    (tmp_path / "case_deletion.json").write_text('{"ks": [1]}')
+    with pytest.raises(ValueError, match=r"case_deletion.json' must hold a case deletion, but does not: KeyError"):
+        CaseDeletionResult.load(tmp_path)
 
 
 def write_task(folder, *, num_train=40, num_test=12):

@@ -170,6 +170,12 @@ def test_epochs_are_averaged_over_seeds(runs):
     assert comparison.epochs("uniform") == {"code": 2.5, "prose": 2.0}
 
 
+@pytest.mark.parametrize("method", ["perplexities", "row_losses", "epochs", "weights"])
+def test_a_mixture_that_is_none_is_refused_by_name(runs, method):
+    with pytest.raises(ValueError, match=r"`mixture` must be one of .* but got 'other'"):
+        getattr(Comparison(runs), method)("other")
+
+
 def test_no_run_is_refused():
     with pytest.raises(ValueError, match="at least one finished run"):
         Comparison([])

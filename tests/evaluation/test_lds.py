@@ -221,6 +221,14 @@ def test_the_result_is_the_same_from_file(tmp_path):
     assert json.loads((tmp_path / "lds.json").read_text())["costs"] == {"effects": 0.5}
 
 
+def test_a_scorer_or_a_file_that_is_none_is_refused_by_name(tmp_path):
+    with pytest.raises(ValueError, match=r"`scorer` must be one of .* but got 'other'"):
+        run().lds("other")
+    (tmp_path / "lds.json").write_text('{"kept": []}')
+    with pytest.raises(ValueError, match=r"lds.json' must hold an LDS, but does not: KeyError"):
+        LDSResult.load(tmp_path)
+
+
 def test_margins_are_log_odds_and_do_not_saturate():
     logits = torch.tensor([[1.0, -2.0, 0.5], [3.0, 3.0, 3.0]], dtype=torch.float64)
     labels = torch.tensor([2, 0])

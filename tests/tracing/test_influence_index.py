@@ -15,6 +15,7 @@ from hf_doge import InfluenceIndex
 from hf_doge.functional.synonyms import synonym_score, synonym_similarity
 from hf_doge.tracing import query_rows
 from hf_doge.tracing.after_training import record_dataset
+from hf_doge.tracing.hits import HIT_FEATURES
 from hf_doge.tracing.models import load_checkpoint
 from hf_doge.tracing.settings import RecordingSettings
 from tests.reference_tracin_we import dense_gradient
@@ -274,6 +275,15 @@ def test_hits_are_a_dataset_and_what_is_chosen_of_them_is_shown(index):
         assert index.show(chosen).html.count("<article") == 1
     with pytest.raises(ValueError, match=r"must come from `InfluenceIndex\.search`"):
         index.show(hits.remove_columns("words"))
+
+
+@pytest.mark.parametrize("column", sorted({*HIT_FEATURES} - {"query_target"}))
+def test_what_lacks_a_column_of_a_hit_is_refused_by_its_name_and_in_a_notebook_a_plain_data_set(index, column):
+    rest = index.search(TEXTS, top_k=1).remove_columns(column)
+    with pytest.raises(ValueError, match=rf"has no columns \['{column}'\]\. Keep all"):
+        index.to_html(rest)
+    if hasattr(rest, "_repr_html_"):
+        assert rest._repr_html_() is None
 
 
 def test_a_notebook_shows_the_checkpoints_of_an_index(index):
@@ -610,6 +620,8 @@ def test_bad_options_are_refused(index):
         index.domain_influence(TEXTS, "label", reduction="max")
     with pytest.raises(ValueError, match=r"must come from `InfluenceIndex\.search`"):
         index.to_html(Dataset.from_dict({"query": [0]}))
+    with pytest.raises(ValueError, match=r"a `datasets.Dataset`, whole or filtered, but is a list"):
+        index.to_html(index.search(TEXTS, top_k=1).to_list())
     with pytest.raises(ValueError, match=r"must come from `InfluenceIndex\.search`"):
         index.to_html([])
 

@@ -45,7 +45,16 @@ class CaseDeletionResult:
         return tuple(dict.fromkeys(scorer for scorer, _ in self.removed))
 
     def deletion(self, scorer: str, sign: str) -> np.ndarray:
-        """DEL+ or DEL- of each test point and k, mean over the seeds: shape `(Q, K)`."""
+        """
+        DEL+ or DEL- of each test point and k, mean over the seeds: shape `(Q, K)`.
+
+        Raises:
+            ValueError: There is no such scorer, or `sign` is neither `"+"` nor `"-"`.
+        """
+        if (scorer, sign) not in self.removed:
+            raise ValueError(
+                f"`scorer` must be one of {list(self.scorers)} and `sign` '+' or '-', but got {scorer!r} and {sign!r}."
+            )
         return (self.removed[scorer, sign] - self.full[:, None]).mean(axis=2)
 
     def auc(self, scorer: str, sign: str) -> np.ndarray:
@@ -169,19 +178,27 @@ class CaseDeletionResult:
 
     @classmethod
     def load(cls, save_directory: str | Path) -> "CaseDeletionResult":
-        """Read what [`~CaseDeletionResult.save`] wrote."""
+        """
+        Read what [`~CaseDeletionResult.save`] wrote.
+
+        Raises:
+            ValueError: The file holds something else.
+        """
         path = Path(save_directory) / "case_deletion.json"
         contents = parse_json(path.read_bytes(), source=str(path))
-        return cls(
-            ks=tuple(contents["ks"]),
-            seeds=tuple(contents["seeds"]),
-            full=np.array(contents["full"]),
-            full_noise=np.array(contents["full_noise"]),
-            removed={
-                (entry["scorer"], entry["sign"]): np.array(entry["probabilities"]) for entry in contents["removed"]
-            },
-            num_retrainings=contents["num_retrainings"],
-        )
+        try:
+            return cls(
+                ks=tuple(contents["ks"]),
+                seeds=tuple(contents["seeds"]),
+                full=np.array(contents["full"]),
+                full_noise=np.array(contents["full_noise"]),
+                removed={
+                    (entry["scorer"], entry["sign"]): np.array(entry["probabilities"]) for entry in contents["removed"]
+                },
+                num_retrainings=contents["num_retrainings"],
+            )
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"{str(path)!r} must hold a case deletion, but does not: {error!r:.200}.") from error
 
 
 def _mean_and_interval(values: np.ndarray) -> dict[str, Any]:

@@ -50,7 +50,14 @@ class LDSResult:
         return tuple(self.group_scores)
 
     def lds(self, scorer: str) -> np.ndarray:
-        """Spearman's correlation for each test point, shape `(Q,)`; 0 where the scorer says the same of all subsets."""
+        """
+        Spearman's correlation for each test point, shape `(Q,)`; 0 where the scorer says the same of all subsets.
+
+        Raises:
+            ValueError: There is no such scorer.
+        """
+        if scorer not in self.group_scores:
+            raise ValueError(f"`scorer` must be one of {list(self.scorers)}, but got {scorer!r}.")
         return np.nan_to_num(spearman(self.group_scores[scorer], self.outputs.mean(axis=2)))
 
     def agreement(self) -> np.ndarray | None:
@@ -126,18 +133,26 @@ class LDSResult:
 
     @classmethod
     def load(cls, save_directory: str | Path) -> "LDSResult":
-        """Read what [`~LDSResult.save`] wrote."""
+        """
+        Read what [`~LDSResult.save`] wrote.
+
+        Raises:
+            ValueError: The file holds something else.
+        """
         path = Path(save_directory) / "lds.json"
         contents = parse_json(path.read_bytes(), source=str(path))
-        kept = np.zeros((len(contents["kept"]), contents["num_examples"]), dtype=bool)
-        for row, places in zip(kept, contents["kept"], strict=True):
-            row[places] = True
-        return cls(
-            kept=kept,
-            seeds=tuple(contents["seeds"]),
-            outputs=np.array(contents["outputs"]),
-            group_scores={scorer: np.array(values) for scorer, values in contents["group_scores"].items()},
-        )
+        try:
+            kept = np.zeros((len(contents["kept"]), contents["num_examples"]), dtype=bool)
+            for row, places in zip(kept, contents["kept"], strict=True):
+                row[places] = True
+            return cls(
+                kept=kept,
+                seeds=tuple(contents["seeds"]),
+                outputs=np.array(contents["outputs"]),
+                group_scores={scorer: np.array(values) for scorer, values in contents["group_scores"].items()},
+            )
+        except (KeyError, TypeError, AttributeError, IndexError) as error:
+            raise ValueError(f"{str(path)!r} must hold an LDS, but does not: {error!r:.200}.") from error
 
 
 def _mean_and_interval(values: np.ndarray) -> dict[str, Any]:
