@@ -77,7 +77,7 @@ def ask_for_logits(
 def _log_probs(outputs: Any, labels: Tensor) -> SimpleNamespace:
     """What the fused head returns, from logits of shape `(B, T, V)`: each predicts the label after it."""
     logits = logits_of(outputs)
-    if not isinstance(logits, Tensor) or logits.shape[:-1] != labels.shape:
+    if not isinstance(logits, Tensor) or logits.shape[:-1] != labels.shape or labels.dim() != 2:
         shape = tuple(logits.shape) if isinstance(logits, Tensor) else None
         raise WholeLogitsError(f"its logits are of shape {shape} for labels of shape {tuple(labels.shape)}")
     expected = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX).to(logits.device)

@@ -33,6 +33,7 @@ from hf_doge.tracing.saved_moments import (
     require_saved_optimizer,
     saved_group_rate,
     saved_second_moments,
+    tells_groups,
     warn_of_saved_step,
 )
 from hf_doge.tracing.second_moments import SecondMoments
@@ -262,11 +263,11 @@ class _SavedRecording:
 
 def _warn_of_unknown_groups(paths: Sequence[Path]) -> None:
     """Of one rate alone it is known that it was logged: that of the first parameter group."""
-    lacking = [path.name for path in paths if not (path / OPTIMIZER_NAME).is_file()]
+    lacking = [path.name for path in paths if not tells_groups(path)]
     if lacking and process_index() == 0:
         logger.warning(
-            "The learning rates of %s are those of the first parameter group of the optimizer, since no %s is there to tell in which"
-            " the input embeddings were. If their group had other ones, pass `learning_rates` (`hf-doge index"
+            "The learning rates of %s are those of the first parameter group of the optimizer, since there is no %s that can be read"
+            " to tell in which the input embeddings were. If their group had other ones, pass `learning_rates` (`hf-doge index"
             " --learning_rates`), one for each checkpoint.",
             lacking,
             OPTIMIZER_NAME,

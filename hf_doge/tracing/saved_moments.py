@@ -154,12 +154,21 @@ def _kind_of(state: Mapping[str, Any], group: Mapping[str, Any]) -> str:
     return ADAM if settings & {"amsgrad", "momentum_decay"} else RADAM
 
 
+def tells_groups(folder: Path) -> bool:
+    """Whether a checkpoint has an optimizer that can be read, which tells its parameter groups."""
+    try:
+        _read(require_saved_optimizer(folder))
+    except NoSecondMoments:
+        return False
+    return True
+
+
 def saved_group_rate(folder: Path, logged: float, load: Callable[[], nn.Module]) -> float:
     """
     The learning rate of the input embeddings at a checkpoint, where the Trainer logged that of the first parameter group.
 
     Args:
-        folder (`Path`): Of the checkpoint. Without `optimizer.pt`, all groups are taken to have one rate.
+        folder (`Path`): Of the checkpoint. Unless it [`tells_groups`], all of them are taken to have one rate.
         logged (`float`): What the Trainer logged.
         load (`Callable`): Loads the model, which is needed only where the groups have several.
 

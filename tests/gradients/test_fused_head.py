@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from peft import LoraConfig
 from torch import nn
 from trl import SFTConfig, SFTTrainer
 
-from hf_doge.gradients.fused_head import ask_for_logits
+from hf_doge.gradients.fused_head import WholeLogitsError, _log_probs, ask_for_logits
 from hf_doge.training.config import DoGEConfig
 from hf_doge.training.trainer import DoGEMixin
 from tests.gradients.test_single_pass import assert_close, flat, tiny_gemma, uneven_domains
@@ -155,6 +156,12 @@ def test_where_the_loss_cannot_be_told_apart_the_plain_way_stays(tmp_path, token
     (said,) = [record.getMessage() for record in caplog.records if KEYWORD in record.getMessage()]
     assert words in said
     assert_close(found, expected, tolerance=1e-5)
+
+
+def test_several_labels_at_a_position_are_left_to_the_plain_way():
+    outputs = SimpleNamespace(logits=torch.zeros(2, 4, 3, 7))
+    with pytest.raises(WholeLogitsError, match=r"for labels of shape \(2, 4, 3\)"):
+        _log_probs(outputs, torch.ones(2, 4, 3).long())
 
 
 def mean_loss(outputs, labels, num_items_in_batch=None):

@@ -210,6 +210,10 @@ def test_a_rate_that_may_be_of_another_parameter_group_is_named(tmp_path, is_who
     caplog.clear()
     assert record(tmp_path / "given", learning_rates=expected) == pytest.approx(expected)
     assert not of_hf_doge(caplog)
+    for path in paths:
+        (path / "optimizer.pt").write_bytes(b"of another kind")
+    record(tmp_path / "unread")
+    assert [one for one in of_hf_doge(caplog) if "there is no optimizer.pt that can be read" in one]
 
 
 BAD_ARGUMENTS = {
