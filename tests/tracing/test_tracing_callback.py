@@ -580,19 +580,33 @@ def test_embeddings_that_are_resized_between_checkpoints_are_refused_and_the_fir
     assert [checkpoint["name"] for checkpoint in config(tmp_path)["checkpoints"]] == ["checkpoint-2"]
 
 
+class SignDescent(torch.optim.Optimizer):
+    """Has the settings of Adam, and keeps nothing."""
+
+    def __init__(self, parameters):
+        super().__init__(parameters, {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                parameter -= group["lr"] * parameter.grad.sign()
+
+
+@pytest.mark.filterwarnings("ignore:`metric='optimizer'` takes what SignDescent keeps")
 def test_second_moments_need_adam_and_trained_embeddings(tmp_path, tokenizer):
     frozen = tiny_classifier()
     frozen.get_input_embeddings().weight.requires_grad_(False)
     refused(
         tmp_path, tokenizer, "needs input embeddings that are trained", model=frozen, recording={"metric": "optimizer"}
     )
-    callback = TracInWECallback(tmp_path / "other", metric="optimizer")
-    model = tiny_classifier()
-    optimizer = torch.optim.Adamax(model.parameters())
-    trainer = make_trainer(tmp_path / "run", callback, tokenizer=tokenizer, model=model, optimizers=(optimizer, None))
-    with pytest.raises(ValueError, match="needs an optimizer that keeps `exp_avg_sq`"):
-        trainer.train()
-    assert trainer.state.global_step == 1  # its first step tells
+    for make, step in ((torch.optim.Adamax, 0), (SignDescent, 1)):  # what is not known tells by its first step
+        callback, model = TracInWECallback(tmp_path / "other", metric="optimizer"), tiny_classifier()
+        options = {"tokenizer": tokenizer, "model": model, "optimizers": (make(model.parameters()), None)}
+        trainer = make_trainer(tmp_path / "run", callback, **options)
+        with pytest.raises(ValueError, match="needs an optimizer that keeps `exp_avg_sq`"):
+            trainer.train()
+        assert trainer.state.global_step == step
 
 
 @pytest.mark.parametrize(
