@@ -1,5 +1,6 @@
 """One chart for all domains, where what a trainer reports to can show several metrics in one."""
 
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -28,11 +29,21 @@ class GroupedChartsCallback(TrainerCallback):
     """
 
     def __init__(self, trainer: Trainer, kinds: Sequence[str]) -> None:
-        self._trainer = trainer
+        # Held strongly, the trainer would be freed by the garbage collector alone, which waits 5 s for each persistent worker of
+        # its loader.
+        self._trainer = weakref.ref(trainer)
         self._layout = {"Domains": {TITLES[kind]: ["Multiline", [f"{_PREFIX}{kind}/.*"]] for kind in kinds}}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_trainer": self._trainer()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, _trainer=weakref.ref(state["_trainer"]))
 
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
         # The callbacks that report have begun: the Trainer adds them first.
-        for callback in self._trainer.callback_handler.callbacks:
+        trainer = self._trainer()
+        assert trainer is not None, "it trains"
+        for callback in trainer.callback_handler.callbacks:
             if isinstance(callback, TensorBoardCallback) and callback.tb_writer is not None:
                 callback.tb_writer.add_custom_scalars(self._layout)

@@ -1,11 +1,13 @@
 """One chart for all domains in TensorBoard: read from the event file that a training writes."""
 
+import pickle
 import re
 import struct
 
 import pytest
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
 
+from hf_doge.training.charts import GroupedChartsCallback
 from hf_doge.training.config import DoGEConfig
 from hf_doge.training.metrics_callback import DomainMetricsCallback
 from hf_doge.training.mixture import DomainWeightedTrainer
@@ -88,3 +90,9 @@ def test_a_trainer_that_trains_again_lays_out_the_charts_of_its_next_run(tmp_pat
             callback.logging_dir = None
     trainer.train()
     assert [len(layouts_and_tags(tmp_path / name)[0]) for name in ("first", "second")] == [1, 1]
+
+
+def test_the_callback_is_pickled_with_its_trainer_as_a_search_over_processes_does():
+    trainer = TrainerCallback()  # anything that can be pickled
+    callback, found = pickle.loads(pickle.dumps((GroupedChartsCallback(trainer, ("domain_loss",)), trainer)))
+    assert callback._trainer() is found

@@ -1,6 +1,8 @@
 """Training on a mixture: DomainWeightedTrainer, and the mixin before other trainers."""
 
+import gc
 import json
+import multiprocessing
 import re
 from collections import Counter
 
@@ -75,6 +77,24 @@ def test_a_learned_artifact_can_be_trained_with(tmp_path):
     trainer = DomainWeightedTrainer(tiny_llama(), arguments(tmp_path), train_dataset=domains, domain_weights=weights)
     counts = train_and_count(trainer, owner_in(domains))
     assert counts["code"] == counts["arxiv"] + counts["books"] == 10
+
+
+def test_workers_end_with_a_trainer_that_nobody_holds_without_the_garbage_collector(tmp_path):
+    """Which would wait 5 s for each of them."""
+    gc.collect()
+    before = multiprocessing.active_children()
+    options = {"max_steps": 2, "dataloader_num_workers": 1, "dataloader_persistent_workers": True}
+    trainer = DomainWeightedTrainer(
+        tiny_llama(), arguments(tmp_path, **options), train_dataset=three_domains(), domain_weights=WEIGHTS
+    )
+    gc.disable()
+    try:
+        trainer.train()
+        assert len(multiprocessing.active_children()) == len(before) + 1
+        del trainer
+        assert multiprocessing.active_children() == before
+    finally:
+        gc.enable()
 
 
 def test_a_cap_on_epochs_moves_the_excess_to_the_other_domains(tmp_path):
