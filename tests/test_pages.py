@@ -135,7 +135,7 @@ def test_the_code_of_the_readme_runs(tmp_path, monkeypatch, capsys):
     """Every block but those that push, in one go, with fewer steps; what a reader has is made here."""
     from transformers import TrainingArguments
 
-    from tests.tracing.influence_tools import classifier, sentences, tokenised, wordpiece_tokenizer
+    from tests.tracing.influence_tools import classifier, sentences, wordpiece_tokenizer
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
@@ -162,7 +162,7 @@ def test_the_code_of_the_readme_runs(tmp_path, monkeypatch, capsys):
     tokenizer = wordpiece_tokenizer()
     scope |= {
         "tokenizer": tokenizer,
-        "texts": tokenised(sentences(12), tokenizer),
+        "texts": sentences(12),
         "classifier": classifier(tokenizer),
     }
     scope["arguments"] = TrainingArguments("run", max_steps=2, save_steps=1, report_to=[], use_cpu=True)

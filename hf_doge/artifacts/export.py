@@ -282,7 +282,7 @@ def _one_for_each(
     if missing:
         raise ValueError(
             f"{form!r} needs the {what} of every domain with a weight, but `{argument}` lacks {missing}. Pass"
-            f" `{argument}={{{missing[0]!r}: ..., }}`."
+            f" `{argument}={{{missing[0]!r}: ..., ...}}`."
         )
     unknown = [name for name in values if name not in domains]
     if unknown:

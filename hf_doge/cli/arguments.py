@@ -92,7 +92,9 @@ class DataArguments(PlaceArguments):
     domains: list[str] | None = field(
         default=None, metadata={"help": "Domains to train on. Default: all that are not targets."}
     )
-    tokenizer: str | None = field(default=None, metadata={"help": "Folder or Hub name of a tokenizer."})
+    tokenizer: str | None = field(
+        default=None, metadata={"help": "Folder or Hub name of a tokenizer. Default: that of --model_name_or_path."}
+    )
     train_tokenizer_vocab: int | None = field(
         default=None,
         metadata={
@@ -118,6 +120,11 @@ class DataArguments(PlaceArguments):
             check_count(f"--{name}", getattr(self, name), optional=True)
         if not 2 <= self.block_size <= 2**31:
             raise ValueError(f"`--block_size` must be at least 2 tokens, but got {self.block_size}.")
+
+    def take_tokenizer_of(self, model_name_or_path: str | None) -> None:
+        """Ask for the tokenizer of the model to start from where none is named and none is asked for."""
+        if self.tokenizer is None and self.train_tokenizer_vocab is None:
+            self.tokenizer = model_name_or_path
 
     def train_tokenizer_if_none(self) -> None:
         """Ask for a tokenizer of [`DEFAULT_VOCAB`] entries where none is named and none is asked for."""

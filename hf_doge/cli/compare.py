@@ -141,6 +141,7 @@ def main(argv: Sequence[str]) -> int:
         ),
         defaults={"output_dir": "doge_comparison", "learning_rate": 5e-4, "save_strategy": "no"},
     )
+    data_args.take_tokenizer_of(model_args.model_name_or_path)
     resume = get_resume(args)
     if isinstance(resume, str):
         raise ValueError(

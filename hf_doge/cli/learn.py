@@ -67,6 +67,7 @@ def main(argv: Sequence[str]) -> int:
         description="Learn domain weights with a small proxy model, by DoGE. Every argument of a Trainer is a flag too.",
         defaults={"output_dir": "doge_proxy", "learning_rate": 5e-4},
     )
+    data_args.take_tokenizer_of(model_args.model_name_or_path)
     resume, output_dir = get_resume(args), get_output_dir(args)
     uses_heldout_mix = target_args.target == [HELDOUT_MIX]
     data = load_shared_domain_data(

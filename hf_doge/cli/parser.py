@@ -25,6 +25,7 @@ import torch
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
 from transformers.hf_argparser import string_to_bool
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 
 from hf_doge.checks import LARGEST_RATE, check_number, is_unicode, show
 from hf_doge.text import check_yaml, parse_json
@@ -202,7 +203,20 @@ def parse(
     parsed = parser.read([*configured, *argv])
     for args in parsed:
         _check_numbers(args)
+        if isinstance(args, TrainingArguments):
+            _refuse_missing_reports(args)
     return parsed
+
+
+def _refuse_missing_reports(args: TrainingArguments) -> None:
+    """What the Trainer would find out after the data are read and the model is made."""
+    known, there = INTEGRATION_TO_CALLBACK, get_available_reporting_integrations()
+    missing = [name for name in args.report_to if name in known and name not in there]
+    if missing:
+        raise ValueError(
+            f"`--report_to` names {', '.join(missing)}, which cannot be used here: the package is not installed. Install it, or"
+            " use `--report_to none`."
+        )
 
 
 def refuse_repeated_flags(parser: ArgumentParser, argv: Sequence[str]) -> None:

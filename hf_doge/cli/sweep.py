@@ -84,6 +84,7 @@ def main(argv: Sequence[str]) -> int:
     )
     if find_spec("scipy") is None:
         raise ValueError("A sweep needs scipy. Install it by `pip install 'hf-doge[sweep]'`.")
+    data_args.take_tokenizer_of(model_args.model_name_or_path)
     check_count("--jobs", sweep_args.jobs)
     if sweep_args.match_repetition and sweep_args.full_tokens is None:
         raise ValueError(

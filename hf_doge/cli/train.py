@@ -79,6 +79,7 @@ def main(argv: Sequence[str]) -> int:
         description="Train a model on given domain weights. Every argument of a Trainer is a flag too.",
         defaults={"output_dir": "doge_model", "learning_rate": 5e-4},
     )
+    data_args.take_tokenizer_of(model_args.model_name_or_path)
     resume, output_dir = get_resume(args), get_output_dir(args)
     data = load_shared_domain_data(data_args, output_dir, args=args, targets=mixture_args.target or ())
     domains = describe_blocks(data.train, data_args.block_size)

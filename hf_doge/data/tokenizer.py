@@ -53,7 +53,7 @@ def get_tokenizer(
     if (name_or_path is None) == (train_vocab_size is None):
         raise ValueError(
             "Give either `--tokenizer`, a folder or Hub name, or `--train_tokenizer_vocab`, the size of one to train on "
-            f"your data, but got {name_or_path!r} and {train_vocab_size!r}."
+            f"your data, but got {'neither' if name_or_path is None else 'both'}."
         )
     if name_or_path is not None:
         tokenizer = load_tokenizer(name_or_path)

@@ -228,7 +228,7 @@ class Virtual:
                 f"The {WORDS if is_words else 'chosen layers'} of the model are frozen, so no training example ever"
                 " moved them: the recorded gradients are virtual. "
                 + ("Train the embeddings too, or choose" if is_words else "Choose")
-                + " layers that are trained (`layers`) if you want the influence of training itself."
+                + " layers that are trained (`layers`, of LoRA `layers='adapters'`) if you want the influence of training itself."
             )
         few = ", ".join(map(repr, self.parts[:4])) + (
             f" and {len(self.parts) - 4} more" if len(self.parts) > 4 else ""

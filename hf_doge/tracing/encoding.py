@@ -265,8 +265,8 @@ def _apply_template(
         return ids, [True] * len(ids)
     if not any(encoded["assistant_masks"]):
         raise ValueError(
-            "The assistant's tokens must be known to score them alone, but the chat template marks none. Set the template of"
-            " the training, with `{% generation %}` around the assistant's turns, as `chat_template` of the tokenizer, and"
-            " pass it as `processing_class`; or ask with `input_ids` and `labels`."
+            "The assistant's tokens must be known to score them alone, but the chat template marks none: it needs `{% generation %}`"
+            " before and `{% endgeneration %}` behind what the assistant says. Set such a template as `chat_template` of the"
+            " tokenizer (on the command line: the file of `--chat_template_path`), or give `input_ids` and `labels`."
         )
     return ids, [bool(own) for own in encoded["assistant_masks"]]

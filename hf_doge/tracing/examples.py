@@ -343,7 +343,7 @@ def _unpadded_examples(dataset: Any) -> Iterator[tuple[np.ndarray, np.ndarray | 
         if item.get("input_ids") is None:
             raise ValueError(
                 f"The examples must hold `input_ids`, but an example has {sorted(item)}. TracIn-WE needs to know which"
-                " tokens were read: pass a tokenised dataset."
+                " tokens were read: train on a tokenised dataset, and pass that (or the same rows with their text) as `dataset`."
             )
         ids = np.asarray(item["input_ids"])
         labels = next((np.asarray(item[name]) for name in LABEL_COLUMNS if item.get(name) is not None), None)

@@ -28,7 +28,10 @@ logger = logging.getLogger(__name__)
 def refuse_unsupported(args: Any, train_dataset: Any, *, has_target: bool, has_optimizer: bool) -> None:
     """Raise a `ValueError` for what would give a wrong number, saying what to do instead."""
     if not isinstance(args, DoGEConfig):
-        raise ValueError(f"`args` must be a `DoGEConfig`, but got {type(args).__name__}.")
+        raise ValueError(
+            f"`args` must be a `DoGEConfig`, but got {type(args).__name__}. It takes every argument of `TrainingArguments`: write"
+            " `DoGEConfig(output_dir, ...)`."
+        )
     if isinstance(train_dataset, torch.utils.data.IterableDataset) or not isinstance(
         train_dataset, (Dataset, Mapping)
     ):
@@ -183,16 +186,17 @@ def choose_alignment(
     parameters = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     _refuse_whole_parameters(model, parameters)
     vectors = Vectors(parameters, _find_scored_names(args, parameters))
+    kept = f"{num_domains} domains" + (" in two halves" if num_parts == 2 else "")
     num_domains *= num_parts
     needed = num_domains * sum(num_own_elements(p) * p.element_size() for _, p in parameters) / 2**30
     fits = needed <= args.gradient_memory_budget
     choice, reason = _choose_way(args, fits=fits, shards=uses_fsdp(trainer))
     logger.info("Recipe: %s, mu %g.", recipe.name, recipe.mu)
     logger.info(
-        "Alignment: %s (%s); keeping the gradients of %d domains takes %.3g GiB of the budget of %g GiB.",
+        "Alignment: %s (%s); keeping the gradients of %s takes %.3g GiB of the budget of %g GiB.",
         choice,
         reason,
-        num_domains,
+        kept,
         needed,
         args.gradient_memory_budget,
     )

@@ -283,8 +283,8 @@ class DoGEMixin(DomainWeightedMixin):
         if batch_size < num_parts * len(names) and not args.is_online:
             each = "every domain" if num_parts == 1 else "two examples of every domain (one with `recipe='paper'`)"
             raise ValueError(
-                f"Every step must hold {each}, but {batch_size} examples a step cannot hold {len(names)} domains. "
-                "Raise `per_device_train_batch_size`, `gradient_accumulation_steps` or the number of processes."
+                f"Every step must hold {each}, but {batch_size} examples a step cannot hold {len(names)} domains, which "
+                f"take {num_parts * len(names)}. Raise `per_device_train_batch_size`, `gradient_accumulation_steps` or the number of processes."
             )
 
     @staticmethod

@@ -1,4 +1,5 @@
 import gzip
+import importlib.util
 import json
 import os
 import random
@@ -617,6 +618,26 @@ TOKENIZER = "--train_tokenizer_vocab=300"
 def learn_refusal(capsys, data_dir, tmp_path, *flags):
     flags = instead(TINY, *flags)
     return refusal(capsys, "learn", f"--data_dir={data_dir}", f"--output_dir={tmp_path / 'out'}", *flags)
+
+
+def test_a_report_to_what_is_not_installed_is_refused_before_the_data_are_read(tmp_path, capsys):
+    found = [name for name in ("wandb", "trackio", "comet_ml", "mlflow") if importlib.util.find_spec(name) is None]
+    if not found:
+        pytest.skip("every tracker is installed")
+    line = learn_refusal(capsys, tmp_path / "no", tmp_path, TOKENIZER, f"--report_to={found[0]}")
+    assert f"`--report_to` names {found[0]}, which cannot be used here" in line
+
+
+def test_a_model_to_start_from_brings_its_tokenizer(data_dir, learned, tmp_path):
+    """As for any script of Hugging Face; what is asked for counts more."""
+    train = [f"--data_dir={data_dir}", *TINY, f"--weights={learned}", "--save_strategy=no"]
+    assert main(["train", *train, f"--tokenizer={learned / 'tokenizer'}", f"--output_dir={tmp_path / 'one'}"]) == 0
+    shape = ("--model_size", "--model_type", "--model_config")
+    flags = [flag for flag in TINY if not flag.startswith(shape)]
+    start = [f"--data_dir={data_dir}", *flags, f"--model_name_or_path={tmp_path / 'one'}"]
+    assert main(["learn", *start, f"--output_dir={tmp_path / 'two'}"]) == 0
+    assert not (tmp_path / "two" / "tokenizer").exists()
+    assert DomainWeights.from_pretrained(tmp_path / "two" / "domain_weights").mean
 
 
 def test_a_missing_folder_is_refused(tmp_path, capsys):

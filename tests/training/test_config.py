@@ -166,7 +166,7 @@ def test_bad_arguments_are_refused_at_construction(tmp_path, options, message):
         ({"fp16": True}, "fp16 loss scaling yet. Use `bf16=True`"),
         ({"auto_find_batch_size": True}, "`auto_find_batch_size` yet. Set `per_device_train_batch_size`"),
         (GROUPED, "sampling strategies yet. Leave the order"),
-        ({"per_device_train_batch_size": 2}, "2 examples a step cannot hold 3 domains"),
+        ({"per_device_train_batch_size": 2}, "2 examples a step cannot hold 3 domains, which take"),
         ({"recipe": "official"}, "`recipe='official'` compares with a held-out set, but `target_dataset` is None"),
         ({"alignment_parameters": "nowhere"}, "must match a trainable parameter, but 'nowhere' matches none"),
         ({"domain_column": "kind"}, None),
