@@ -133,6 +133,7 @@ def write_corpus(folder):
 
 def test_the_code_of_the_readme_runs(tmp_path, monkeypatch, capsys):
     """Every block but those that push, in one go, with fewer steps; what a reader has is made here."""
+    from datasets import Dataset
     from transformers import TrainingArguments
 
     from tests.tracing.influence_tools import classifier, sentences, wordpiece_tokenizer
@@ -162,7 +163,7 @@ def test_the_code_of_the_readme_runs(tmp_path, monkeypatch, capsys):
     tokenizer = wordpiece_tokenizer()
     scope |= {
         "tokenizer": tokenizer,
-        "texts": sentences(12),
+        "texts": Dataset.from_list(sentences(12)),
         "classifier": classifier(tokenizer),
     }
     scope["arguments"] = TrainingArguments("run", max_steps=2, save_steps=1, report_to=[], use_cpu=True)

@@ -211,7 +211,7 @@ def parse(
 def _refuse_missing_reports(args: TrainingArguments) -> None:
     """What the Trainer would find out after the data are read and the model is made."""
     known, there = INTEGRATION_TO_CALLBACK, get_available_reporting_integrations()
-    missing = [name for name in args.report_to if name in known and name not in there]
+    missing = [name for name in args.report_to or () if name in known and name not in there]
     if missing:
         raise ValueError(
             f"`--report_to` names {', '.join(missing)}, which cannot be used here: the package is not installed. Install it, or"
