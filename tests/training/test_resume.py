@@ -22,8 +22,9 @@ from hf_doge.training.trainer import DoGETrainer
 from tests.forks import Fork
 from tests.launch import launch_environment
 from tests.tiny import three_domains, tiny_bert, tiny_gpt2, tiny_llama, tiny_tokenizer
+from tests.training.mixture_processes import SaveAt
 
-STEPS = 12
+STEPS = 6
 
 
 class Recorder:
@@ -65,7 +66,7 @@ def make_trainer(folder, stop_after=None, target=None, **kwargs):
     }
     args = DoGEConfig(str(folder), **options)
     callbacks = [] if stop_after is None else [StopAfter(stop_after)]
-    domains = three_domains(16)
+    domains = three_domains(8)
     trainer = DoGETrainer(
         tiny_gpt2(dropout=0.2),
         args,
@@ -131,7 +132,7 @@ def test_a_resumed_run_logs_of_the_domains_what_an_uninterrupted_one_logs(tmp_pa
     """Means over steps of both runs, and the noise of scores of both."""
     whole = make_trainer(tmp_path / "whole", logging_steps=3, **options)
     whole.train()
-    make_trainer(tmp_path / "cut", stop_after=5, logging_steps=3, **options).train()
+    make_trainer(tmp_path / "cut", stop_after=4, logging_steps=3, **options).train()
     resumed = make_trainer(tmp_path / "cut", logging_steps=3, **options)
     resumed.train(resume_from_checkpoint=True)
     logged, expected = (
@@ -150,7 +151,7 @@ def test_a_resumed_run_logs_of_the_domains_what_an_uninterrupted_one_logs(tmp_pa
 def test_workers_and_streaming_resume_alike(tmp_path, options):
     whole = make_trainer(tmp_path / "whole", **options)
     whole.train()
-    make_trainer(tmp_path / "cut", stop_after=7, **options).train()
+    make_trainer(tmp_path / "cut", stop_after=4, **options).train()
     resumed = make_trainer(tmp_path / "cut", **options)
     resumed.train(resume_from_checkpoint=True)
     assert_same(outcome(resumed), outcome(whole))
@@ -242,31 +243,31 @@ KILLED_RUN = textwrap.dedent(
 
     class Kill(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):
-            if when == "between" and state.global_step == 7:
+            if when == "between" and state.global_step == 5:
                 os.kill(os.getpid(), signal.SIGKILL)
 
     if when == "while_saving":
         save = LearningState.save
 
         def save_and_die(self, folder, *, step, run):
-            if step == 6:
+            if step == 4:
                 os.kill(os.getpid(), signal.SIGKILL)
             save(self, folder, step=step, run=run)
 
         LearningState.save = save_and_die
 
-    trainer = make_trainer(folder, save_strategy="steps", save_steps=3)
+    trainer = make_trainer(folder, save_strategy="steps", save_steps=2)
     trainer.add_callback(Kill())
     trainer.train()
     """
 )
 
 
-@pytest.mark.parametrize(("when", "resumed_from"), [("between", 6), ("while_saving", 3)])
+@pytest.mark.parametrize(("when", "resumed_from"), [("between", 4), ("while_saving", 2)])
 def test_a_killed_run_resumes_from_the_last_whole_checkpoint(tmp_path, uninterrupted, when, resumed_from):
     process = Fork(["-c", KILLED_RUN, tmp_path, when], env=launch_environment())
     assert process.wait(timeout=200) == -signal.SIGKILL, process.output
-    resumed = make_trainer(tmp_path, save_strategy="steps", save_steps=3)
+    resumed = make_trainer(tmp_path, save_strategy="steps", save_steps=2)
     resumed.train(resume_from_checkpoint=True)
     _, expected, seen = uninterrupted
     assert_same(outcome(resumed), expected)
@@ -403,9 +404,7 @@ def test_the_checkpoint_is_readable(tmp_path):
 
 
 def test_a_weighted_trainer_resumes_with_the_same_examples_in_a_later_epoch(tmp_path):
-    def make(folder, stop_after=None):
-        from transformers import TrainingArguments
-
+    def make(folder, callback=None):
         args = TrainingArguments(
             str(folder),
             per_device_train_batch_size=5,
@@ -421,17 +420,18 @@ def test_a_weighted_trainer_resumes_with_the_same_examples_in_a_later_epoch(tmp_
             args,
             train_dataset=three_domains(16),
             domain_weights={"arxiv": 0.6, "books": 0.1, "code": 0.3},
-            callbacks=[] if stop_after is None else [StopAfter(stop_after)],
+            callbacks=[] if callback is None else [callback],
         )
         trainer.data_collator = Recorder(trainer.data_collator)
         return trainer
 
+    steps = (3, 10, 13, 20, 22)
     whole = make(tmp_path / "whole")
     whole.train()
-    for step in (3, 10, 13, 20, 22):
-        make(tmp_path / str(step), stop_after=step).train()
-        resumed = make(tmp_path / str(step))
-        resumed.train(resume_from_checkpoint=True)
+    make(tmp_path / "saving", SaveAt(steps)).train()
+    for step in steps:
+        resumed = make(tmp_path / "resumed")
+        resumed.train(resume_from_checkpoint=str(tmp_path / "saving" / f"checkpoint-{step}"))
         assert resumed.data_collator.seen[-3:] == whole.data_collator.seen[-3:]
         for name, value in whole.model.state_dict().items():
             assert torch.equal(resumed.model.state_dict()[name], value)
@@ -477,7 +477,9 @@ def test_a_finished_run_that_is_resumed_does_nothing_and_its_artifacts_stay_as_t
     if isinstance(whole, DoGETrainer):
         whole.domain_weights.save_pretrained(tmp_path / "artifact")
     artifact = contents(tmp_path / "artifact")
-    time.sleep(1.1)  # the artifact tells its date by the second
+    saved_at = int(time.time())
+    while int(time.time()) == saved_at:  # the artifact tells its date by the second
+        time.sleep(0.01)
     resumed = FINISHED[kind](tmp_path / "run")
     result = resumed.train(resume_from_checkpoint=True)
     assert result.global_step == resumed.state.max_steps == whole.state.global_step
