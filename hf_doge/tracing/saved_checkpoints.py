@@ -14,6 +14,15 @@ logger = logging.getLogger(__name__)
 
 MODELS = "models"
 
+# `checkpoint-12`, `step_12` (accelerate), `ckpt12`, `checkpoint-12-loss-1.9`; no date, fraction or `12k` behind the word
+_STEP = re.compile(
+    r"(?<![a-z0-9])(?:checkpoint|ckpt|steps?|iter|iteration|epochs?|model|best|last|final)[-_.= ]?([0-9]{1,18})"
+    r"(?![a-z0-9]|[-_.,][0-9])",
+    re.IGNORECASE,
+)
+_VERSION = re.compile(r"(v[0-9]+\.)([0-9]{1,18})", re.IGNORECASE)
+_NUMBER = re.compile(r"[0-9]{1,18}")
+
 
 def has_weights(path: Path) -> bool:
     """Whether a folder holds weights in safetensors, of a whole model or an adapter."""
@@ -60,13 +69,19 @@ def checkpoint_step(path: Path) -> int | None:
 
 
 def _named_step(name: str) -> int | None:
-    """`checkpoint-12`, `step_12` (accelerate) and `ckpt12` say 12."""
-    number = re.search(r"[0-9]+$", name)
-    return int(number[0]) if number and len(number[0]) < 19 else None
+    """`checkpoint-12`, `step_12`, `12` and `v1.12` say 12; a date, a hash or a name with two steps says nothing."""
+    if version := _VERSION.fullmatch(name):
+        return int(version[2])
+    numbers = [name] if _NUMBER.fullmatch(name) else _STEP.findall(name)
+    return int(numbers[0]) if len(numbers) == 1 else None
 
 
-def _counts_epochs(name: str, step: int | None) -> bool:
-    return step is not None and _named_step(name) == step and re.search("epoch", name, re.IGNORECASE) is not None
+def _counted(name: str, step: int) -> str:
+    """What the step of a checkpoint counts: steps, unless it was read off a name that counts something else."""
+    if _named_step(name) != step:
+        return "steps"
+    version = _VERSION.fullmatch(name)
+    return version[1] if version else "epochs" if re.search("epoch", name, re.IGNORECASE) else "steps"
 
 
 def in_order_of_steps(paths: Sequence[Path], recorded: Mapping[str, int]) -> list[int]:
@@ -84,24 +99,26 @@ def in_order_of_steps(paths: Sequence[Path], recorded: Mapping[str, int]) -> lis
     places: dict[Any, str] = {step: name for name, step in recorded.items() if step > 0}
     known = bool(places) or any(step is not None for step in steps)
     named = [*recorded.items(), *((path.resolve().name, step) for path, step in zip(paths, steps, strict=True))]
-    epochs = {_counts_epochs(name, step) for name, step in named if step}
+    counted = sorted({_counted(name, step) for name, step in named if step})
     unplaced = [name for name in recorded if _named_step(name) is None] if known and not places else []
-    if len(epochs) > 1 or (unplaced and {path.name for path in paths} - set(recorded)):
+    if len(counted) > 1 or (unplaced and {path.name for path in paths} - set(recorded)):
         raise ValueError(
             "Checkpoints are ordered by their steps, but "
             + (
                 f"{unplaced} of the index have"
                 if unplaced
-                else f"some of {sorted({name for name, _ in named})} count epochs"
+                else f"some of {sorted({name for name, _ in named})} count {counted[0]}"
             )
-            + (" none" if unplaced else ", others steps")
+            + (" none" if unplaced else f", others {counted[1]}")
             + ". Call all of them 'checkpoint-' and their steps, and record them in a new folder."
         )
     for path, step in zip(paths, steps, strict=True):
-        if step is None and known and len(paths) + len(recorded) > 1 and path.name not in recorded:
+        unclear = known or re.search("[0-9]", path.resolve().name)  # a date or a hash is no step, and hides an order
+        if step is None and unclear and len(paths) + len(recorded) > 1 and path.name not in recorded:
             raise ValueError(
                 f"Checkpoints are ordered by their steps, but that of {str(path)!r} is unknown: it has no trainer_state.json"
-                " and its name does not end with a number. Call it 'checkpoint-' and its step."
+                " and its name is no step. Call it 'checkpoint-' and its step, or write its step into its"
+                ' trainer_state.json: {"global_step": 100}.'
             )
         for place in {path.resolve(), step} - {None}:
             if places.setdefault(place, path.name) != path.name:

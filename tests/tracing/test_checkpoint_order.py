@@ -172,6 +172,10 @@ def test_a_checkpoint_counts_once_and_has_a_step(tmp_path, run, caplog):
         (("step_100", "step_12", "step_8"), "step_100"),
         (("epoch_10", "epoch_9"), "epoch_10"),
         (("ckpt8", "ckpt.12"), "ckpt.12"),
+        (("checkpoint-12-loss-1.2", "checkpoint-8-loss-1.9"), "checkpoint-12-loss-1.2"),
+        (("step-500-of-500", "step-100-of-500"), "step-500-of-500"),
+        (("v1.10", "v1.9"), "v1.10"),
+        (("100", "20"), "100"),
     ],
 )
 def test_names_of_other_trainers_tell_the_step_too(tmp_path, names, last):
@@ -180,8 +184,31 @@ def test_names_of_other_trainers_tell_the_step_too(tmp_path, names, last):
 
 
 @pytest.mark.parametrize(
+    "names",
+    [
+        ("2024-04-30", "2024-05-01"),
+        ("checkpoint-2024-04-30", "checkpoint-2024-05-01"),
+        ("a3f9", "b7c1"),
+        ("checkpoint-10k", "checkpoint-9k"),
+        ("epoch-1-step-50", "epoch-2-step-40"),
+        ("loss-1.9", "loss-1.2"),
+    ],
+)
+def test_digits_that_are_no_step_are_not_read_as_one(tmp_path, names):
+    for given, recorded in ((names, {}), (names[:1], {names[1]: 0}), (names[:1], {"checkpoint-8": 8})):
+        with pytest.raises(ValueError, match=rf"{names[0]}' is unknown.*no step. Call it 'checkpoint-' and its step"):
+            in_order_of_steps([tmp_path / name for name in given], recorded)
+    for step, name in enumerate(names, start=7):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "trainer_state.json").write_text(json.dumps({"global_step": step}))
+    assert in_order_of_steps([tmp_path / name for name in reversed(names)], {}) == [1, 0]
+    assert checkpoint_step(tmp_path / "2024-06-01") is None
+
+
+@pytest.mark.parametrize(
     ("names", "recorded", "message"),
     [
+        (["v2.1", "v1.9"], {}, r"some of .* count v1\., others v2\."),
         (["epoch-2", "checkpoint-9"], {}, "some of .* count epochs, others steps"),
         (["checkpoint-9"], {"epoch-2": 2}, "some of .* count epochs, others steps"),
         (["checkpoint-9"], {"final": 0}, r"\['final'\] of the index have none"),
