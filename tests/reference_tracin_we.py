@@ -80,3 +80,23 @@ def tokens_read(model, example):
     if model.config.is_encoder_decoder:
         ids.append(model.prepare_decoder_input_ids_from_labels(example["labels"]))
     return torch.cat([part.flatten() for part in ids]).unique()
+
+
+def slow_part_score(query, example, parts, *, cosine=False):
+    """
+    The mean over parts, ranges of row numbers, of the inner product of two gradients or of its cosine, in float64.
+
+    Each gradient is `(numbers (W,), rows (W, width))`; a part of length 0 has the score 0.
+    """
+    total = 0.0
+    for part in parts:
+        first, second = (
+            {int(number): row.double() for number, row in zip(*side, strict=True) if int(number) in part}
+            for side in (query, example)
+        )
+        score = sum(float(row @ second[number]) for number, row in first.items() if number in second)
+        norms = [sum(float(row @ row) for row in side.values()) ** 0.5 for side in (first, second)]
+        if cosine:
+            score = score / (norms[0] * norms[1]) if all(norms) else 0.0
+        total += score / len(parts)
+    return total

@@ -14,8 +14,10 @@ MiniLM with a new head, 240 questions of six sources (see `minilm`), three epoch
 - `epochs`: CPU time of recording and scoring, in epochs of the fine-tuning, measured in the same run.
 
 Scorers named `late_...` look at the ends of the three epochs, `early_...` at the thirds of the first; `default` is what an
-index does today (all tokens count, by cosine), `dropped` leaves special tokens and ends of sentences out of the sum, `paper` is `recipe="paper"`; `last_layer` is TracIn at the ends of the epochs. Those that know the classes
-stand below: `same_label` is 1 for examples of the predicted class, `class_...` a score among them and 0 elsewhere (of
+index does today (all tokens count, by cosine), `dropped` leaves special tokens and ends of sentences out of the sum, `paper` is `recipe="paper"`; `last_layer` is TracIn at the ends of the epochs. Scores of indices with words
+and the last layer, put together by each rule of `parts`, are named `projected_...` (the layer projected to 19 numbers on both sides,
+as `layers=` does), `row_...` and `rows_...` (projected to as many as one row and two rows hold) and `whole_...`; `alone_...` are of
+indices of the layer alone. Those that know the classes stand below: `same_label` is 1 for examples of the predicted class, `class_...` a score among them and 0 elsewhere (of
 `class_random` drawn evenly), `signed_...` a score among them and minus it elsewhere. Finished retrainings, indices and scores
 are kept in the output folder, so that the command continues.
 """
@@ -24,7 +26,8 @@ import argparse
 import hashlib
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -35,6 +38,8 @@ from transformers import set_seed
 
 from benchmarks.pretrained.minilm import LENGTH, fine_tune, load_task, record, sentence_embeddings
 from benchmarks.pretrained.packaged_models import minilm
+from benchmarks.pretrained.parts import RULES, Parts
+from hf_doge import InfluenceIndex
 from hf_doge.evaluation.influence.case_deletion import FULL, strongest
 from hf_doge.evaluation.influence.journal import RetrainingJournal, RetrainingKey
 from hf_doge.evaluation.influence.lds import class_margins, linear_datamodelling_score, retrain
@@ -43,6 +48,7 @@ from hf_doge.evaluation.influence.small_models import TrainingRecipe, to_batches
 from hf_doge.evaluation.intervals import bootstrap_interval
 
 NUM_TRAIN, NUM_POINTS, EPOCHS, LEARNING_RATE = 240, 30, 3, 1e-4
+WIDTH = 384  # of the encoder: a side of a layer that is no longer stays whole
 KS = (10, 20)
 NUM_DRAWS = 1
 SEARCHES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -52,6 +58,15 @@ SEARCHES: dict[str, tuple[str, dict[str, Any]]] = {
     "dropped_no_cosine": ("gradient", {"cosine": False, "special_tokens": "drop", "sentence_ends": "drop"}),
     "metric": ("optimizer", {"cosine": False, "special_tokens": "drop", "sentence_ends": "drop"}),
     "metric_cosine": ("optimizer", {"cosine": True, "special_tokens": "drop", "sentence_ends": "drop"}),
+}
+# Recordings of the ends of the epochs: layers, and how many rows the last layer takes, at most as many as there are classes.
+LAYERS: dict[str, tuple[list[str], int | None]] = {
+    "projected": (["embedding", "classifier"], None),
+    "row": (["embedding", "classifier"], 1),
+    "rows": (["embedding", "classifier"], 2),
+    "whole": (["embedding", "classifier"], WIDTH),
+    "alone": (["classifier"], None),
+    "alone_whole": (["classifier"], WIDTH),
 }
 REMOVED = ("late_paper", "late_default", "sentence_embedding")
 
@@ -163,9 +178,11 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         result.save(trial.folder / kind)
         print(result.to_markdown(), flush=True)
         agreements[kind] = None if len(result.seeds) == 1 else round(float(result.agreement().mean()), 3)
-        beyond = result.differences(control)
         for name, values in result.summary().items():
-            figures[name] |= {kind: rounded(values), f"{kind}_less_{control}": rounded(beyond.get(name))}
+            figures[name][kind] = rounded(values)
+        for reference in (control, "late_default"):
+            for name, values in result.differences(reference).items():
+                figures[name][f"{kind}_less_{reference}"] = rounded(values)
     if args.deletion_points:
         for name, change in removals(trial, scores).items():
             figures.setdefault(name, {})["removed"] = change
@@ -176,39 +193,64 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 def all_scores(trial: Trial) -> tuple[dict[str, np.ndarray], dict[str, float]]:
     """Scores `(NUM_POINTS, num_train)` by scorer, and their cost in epochs of the fine-tuning."""
-    scores: dict[str, np.ndarray] = {}
     files = trial.folder / "scores.npz", trial.folder / "costs.json"
     costs: dict[str, float] = json.loads(files[1].read_text()) if files[1].is_file() else {}
-    if files[0].is_file():
-        return dict(np.load(files[0])), costs
-    epoch = 1.0 if costs else seconds_of_an_epoch(trial)
+    scores: dict[str, np.ndarray] = dict(np.load(files[0])) if files[0].is_file() else {}
+    epoch = seconds_of_an_epoch(trial)
     train, points = to_batches(trial.train), to_batches(trial.points)
 
     def note(name: str, score: Callable[[], np.ndarray], *, before: float = 0.0) -> None:
+        if name in scores:
+            return
         start = time.process_time()
         scores[name] = np.asarray(score(), dtype=np.float64)
-        costs.setdefault(name, round((time.process_time() - start + before) / epoch, 2))
+        costs[name] = round((time.process_time() - start + before) / epoch, 2)
 
     queries = [
         {"text": text, "label": int(label)}
         for text, label in zip(trial.texts[trial.num_train :], trial.predicted, strict=True)
     ]
     spread = {"late": trial.checkpoints[2::3], "early": trial.checkpoints[:3]}
+
+    def recorded(name: str, chosen: Sequence[Path], options: dict[str, Any]) -> tuple[InfluenceIndex, float]:
+        start = time.process_time()
+        index = record(trial.folder / name, chosen, trial.train_set, trial.tokenizer, options)
+        index.scores(queries[:1])  # makes the memory maps
+        return index, time.process_time() - start
+
     for when, chosen in spread.items():
-        indices = {}
-        for metric in ("gradient", "optimizer"):
-            start = time.process_time()
-            folder = trial.folder / f"{when}_{metric}"
-            index = record(folder, chosen, trial.train_set, trial.tokenizer, {"metric": metric})
-            index.scores(queries[:1])  # makes the memory maps
-            indices[metric] = index, time.process_time() - start
-        for name, (metric, options) in SEARCHES.items():
+        searches = {
+            name: search
+            for name, search in SEARCHES.items()
+            if trial.args.settings is None or f"{when}_{name}" in trial.args.settings
+        }
+        metrics = dict.fromkeys(metric for metric, _ in searches.values())
+        indices = {
+            metric: recorded(f"{when}_{metric}", chosen, {"metric": metric, "layers": "embedding"})
+            for metric in metrics
+        }
+        for name, (metric, options) in searches.items():
             index, seconds = indices[metric]
             note(
                 f"{when}_{name}", lambda index=index, options=options: index.scores(queries, **options), before=seconds
             )
-        if when == "late":
-            rates = [checkpoint["learning_rate"] for checkpoint in index.config["checkpoints"]]
+    for name, (layers, num_rows) in LAYERS.items():
+        dim = None if num_rows is None else min(WIDTH, num_rows * WIDTH // trial.num_labels)
+        index, seconds = recorded(name, spread["late"], {"layers": layers, "projection_dim": dim})
+        rates = [checkpoint["learning_rate"] for checkpoint in index.config["checkpoints"]]
+        if "embedding" not in layers:
+            for suffix, cosine in (("sum", False), ("cosine", True)):
+                note(
+                    f"{name}_{suffix}",
+                    lambda index=index, cosine=cosine: index.scores(queries, cosine=cosine),
+                    before=seconds,
+                )
+            continue
+        start = time.process_time()
+        parts = Parts.of(index, queries)
+        seconds += time.process_time() - start
+        for rule in RULES:
+            note(f"{name}_{rule}", lambda parts=parts, rule=rule: parts.scores(rule), before=seconds)
     models = [type(trial.last).from_pretrained(path).eval() for path in spread["late"]]
     note("last_layer", lambda: TracInLastScorer(models, rates).scores(train, points))
     ignored = tuple(trial.tokenizer.all_special_ids)

@@ -12,7 +12,8 @@ epoch. 100 held-out questions are traced for what the model predicts. By setting
 
 `--task NAME` takes a set of classification instead, its texts cut to 48 tokens. Settings named `late_...` are of indices at
 the ends of epochs, `early_...` at the thirds of the first epoch; what follows says how they are searched: as by default, by the
-paper's recipe, by cosine with all tokens or without special ones, or not by cosine.
+paper's recipe, by cosine with all tokens or without special ones, or not by cosine. Those called `late_default`, `projected` and `whole` have
+rows of words and of the last layer (filling one row, projected to 19 numbers on both sides, and whole), whose scores are also put together by each rule of `parts`.
 """
 
 import argparse
@@ -30,6 +31,7 @@ from transformers import DataCollatorWithPadding, Trainer, TrainingArguments, se
 
 from benchmarks.pretrained.figures import hub_share, label_share, page_figures
 from benchmarks.pretrained.packaged_models import minilm
+from benchmarks.pretrained.parts import RULES, Parts
 from hf_doge import InfluenceIndex
 from hf_doge.evaluation.influence.scorers import BM25Scorer
 from hf_doge.tracing.after_training import record_dataset
@@ -46,8 +48,11 @@ SOURCES = {
 LENGTH = 48
 NUM_QUERIES = 100
 RECORDINGS: dict[str, dict[str, Any]] = {
-    "plain": {"metric": "gradient"},
-    "metric": {"metric": "optimizer"},
+    "plain": {"metric": "gradient", "layers": "embedding"},
+    "metric": {"metric": "optimizer", "layers": "embedding"},
+    "default": {},
+    "projected": {"layers": ["embedding", "classifier"]},
+    "whole": {"layers": ["embedding", "classifier"], "projection_dim": 384},
 }
 SEARCHES: dict[str, dict[str, Any]] = {
     "": {},
@@ -96,6 +101,10 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             if args.settings is not None and f"{when}_{recording}" not in args.settings:
                 continue
             index = record(folder / f"{when}_{recording}", chosen, train, tokenizer, options)
+            if index.config["layers"] is not None:
+                parts = Parts.of(index, queries)
+                for rule in RULES:
+                    note(f"{when}_{recording}_{rule}", parts.scores(rule))
             for suffix, search in SEARCHES.items():
                 try:
                     scores = index.scores(queries, **search)

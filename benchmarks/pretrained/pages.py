@@ -29,7 +29,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     num_train = args.num_train or 1000
     texts, _, names = load_task(args.data_dir, args.task, seed=args.seed)
     queries = [{"text": text} for text in texts[num_train : num_train + NUM_QUERIES]]
-    index = InfluenceIndex.from_pretrained(trained / "late_plain", cache_dir=trained / "maps")
+    index = InfluenceIndex.from_pretrained(trained / "late_default", cache_dir=trained / "maps")
     pages = {"new": index.search(queries, top_k=10), "old": index.search(queries, top_k=10, recipe="paper")}
     for name, hits in pages.items():
         index.to_html(hits, folder / f"{name}.html")

@@ -14,9 +14,18 @@ from hf_doge.text import printable
 from hf_doge.tracing.encoding import DIALOGUE_FIELDS, MASKINGS
 from hf_doge.tracing.html import LEAST_SHARE, domain_of, hidden_share
 from hf_doge.tracing.index import InfluenceIndex
+from hf_doge.tracing.layer_options import LAYERS
 from hf_doge.tracing.pretrained import load_tokenizer
 from hf_doge.tracing.processes import process_index
-from hf_doge.tracing.queries import KERNELS, SCORERS, SPECIAL_TOKENS, TEXT_FIELDS, VIRTUAL, is_dialogue, text_fields
+from hf_doge.tracing.queries import (
+    KERNELS,
+    SCORERS,
+    SPECIAL_TOKENS,
+    TEXT_FIELDS,
+    VIRTUAL,
+    is_dialogue,
+    text_fields,
+)
 from hf_doge.tracing.targets import ALL
 
 NUM_WORDS = 6
@@ -91,6 +100,14 @@ class SearchArguments:
             "help": "Whether what was frozen in training counts. Default: drop, where the index has anything that was trained.",
         },
     )
+    layers: str | None = field(
+        default=None,
+        metadata={
+            "choices": LAYERS,
+            "help": "How layers of the index count next to words: as one gradient (count), each with a score of its own, of which "
+            "the mean is taken (mean), not (drop), or alone (only). Default: as the index says.",
+        },
+    )
     scorer: str = field(
         default="tracin_we",
         metadata={"choices": SCORERS, "help": "bm25: what a search engine finds by shared words, for comparison."},
@@ -152,6 +169,7 @@ def main(argv: Sequence[str]) -> int:
         special_tokens=args.special_tokens,
         sentence_ends=args.sentence_ends,
         virtual=args.virtual,
+        layers=args.layers,
         batch_size=args.batch_size,
         scorer=args.scorer,
         cosine=args.cosine,

@@ -75,7 +75,13 @@ class TokenRows:
         """The rows of all other tokens."""
         if len(token_ids) == 0:
             return self
-        kept = ~torch.isin(self.tokens, torch.as_tensor(list(token_ids)))
+        return self._only(~torch.isin(self.tokens, torch.as_tensor(list(token_ids))))
+
+    def within(self, token_ids: range) -> "TokenRows":
+        """The rows of the tokens of a range, in steps of 1."""
+        return self._only((self.tokens >= token_ids.start) & (self.tokens < token_ids.stop))
+
+    def _only(self, kept: Tensor) -> "TokenRows":
         counts = torch.cat([torch.zeros(1, dtype=torch.long), kept.long().cumsum(dim=0)])
         return TokenRows(counts[self.offsets], self.tokens[kept], self.rows[kept], self.virtual)
 

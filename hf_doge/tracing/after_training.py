@@ -37,7 +37,7 @@ from hf_doge.tracing.saved_moments import (
     warn_of_saved_step,
 )
 from hf_doge.tracing.second_moments import SecondMoments
-from hf_doge.tracing.settings import RecordingSettings
+from hf_doge.tracing.settings import AUTO, RecordingSettings
 
 logger = logging.getLogger(__name__)
 
@@ -131,7 +131,8 @@ def record_dataset(
     recording.awaited = [
         path for path, told in zip(paths, facts, strict=True) if told is None or told["name"] not in recording.whole
     ]
-    has_more = metric != "gradient" or settings.layers is not None
+    may_have_layers = settings.layers is not None and not (settings.layers == [AUTO] and (folder / MANIFEST).is_file())
+    has_more = metric != "gradient" or may_have_layers
     recording.trainable = has_more or _has_trained_embeddings(folder)
     if metric == "optimizer":
         for path in recording.awaited:

@@ -13,9 +13,9 @@ from hf_doge.gradients.embedding_uses import evaluation_mode
 from hf_doge.gradients.example_losses import IGNORE_INDEX
 from hf_doge.tracing.encoding import Encoding
 from hf_doge.tracing.limits import ModelInputs
-from hf_doge.tracing.queries import Query, dialogue_kind, label_field, label_tensor, text_fields
+from hf_doge.tracing.queries import Query, dialogue_kind, label_field, text_fields
 from hf_doge.tracing.targets import Target, find_span
-from hf_doge.tracing.token_queries import attended
+from hf_doge.tracing.token_queries import attended, label_tensor
 from hf_doge.tracing.words import read_ids
 
 

@@ -98,8 +98,10 @@ class TracInWECallback(TrainerCallback):
             moments of the embeddings at the first checkpoint, else the plain one, with a warning unless it is SGD. What was
             done is in the index's card. (`second_moment=True` is the older name of `"optimizer"`.)
         layers (`str` or `Sequence[str]`, *optional*):
-            Of which parameters gradients are recorded, and counted; nothing else is. `"embedding"`: of words, as in the paper
-            and if left out. `"adapters"`: of the matrices A and B of LoRA adapters. Else of linear layers, by name, its end
+            Of which parameters gradients are recorded, and counted; nothing else is. `"auto"`, if left out: of words and of the
+            last linear layer of a classifier, see [`default_layers`], and of words alone of other models, online, in the metric
+            of the optimizer and with `projection="pca"`; an index that is continued keeps what it has. `"embedding"`: of words,
+            as in the paper. `"adapters"`: of the matrices A and B of LoRA adapters. Else of linear layers, by name, its end
             (`"o_proj"`) or a pattern, see [`choose_layers`]. They are rows of the same index, with the same search, and with the
             learning rate of the embeddings' parameter group (the first one, where they are frozen). Ours.
         projection_dim (`int`, *optional*):

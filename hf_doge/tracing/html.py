@@ -41,7 +41,7 @@ _STYLE = """\
 """
 _LEGEND = """\
 <p class="facts">A proponent (green) is a training example that lowered the query's loss, an opponent (red) one that raised
-it. A word is shaded by its part of that score, relative to the largest part shown with it; a query's words by their parts of its
+it. A word is shaded by its part of that score, relative to the largest part of a word shown with it; a query's words by their parts of its
 proponents' scores. Where a training example shares but a piece of a query's word, its own word follows in brackets.{hidden}</p>
 """
 _HIDDEN = " The parts of special tokens and of the ends of sentences count and are not shown."
@@ -198,7 +198,10 @@ def _article(hit: Hit, query: Reading, example: Reading | None, *, strongest: fl
 def _word_list(hit: Hit, query: Reading, example: Reading | None) -> str:
     """The words of the query with the largest parts; those that the example has only a piece of with its own word."""
     words, parts = hit["words"][:MAX_WORDS], hit["word_scores"]
-    largest = abs(parts[0]) if parts else 0.0
+    # Layers, which the text does not show, may outweigh all words, and leave none of them visible.
+    read = {query.word(group) for group in query.groups}
+    of_words = [abs(part) for word, part in zip(words, parts, strict=False) if word in read]
+    largest = max(of_words or map(abs, parts), default=0.0)
     others = {} if example is None else _words_that_share(words, query, example, _parts(hit).keys())
     items = []
     for word, part in zip(words, parts, strict=False):
@@ -226,7 +229,7 @@ def _words_that_share(
 
 
 def _mark(text: str, part: float, largest: float) -> str:
-    strength = 0.0 if largest == 0 else _OPAQUE * abs(part) / largest
+    strength = 0.0 if largest == 0 else _OPAQUE * min(1.0, abs(part) / largest)
     colour = _PROPONENT if part >= 0 else _OPPONENT
     style = f"background: rgba({colour}, {strength:.3f})"
     return f'<mark style="{style}" title="{escape_html(_number(part))}">{escape_html(text)}</mark>'

@@ -101,7 +101,7 @@ class InfluenceIndex(SavedIndex):
             queries: See above.
             top_k (`int`): At most so many of each kind, `>= 1`. An example that scores 0 is neither.
             exclude (`Sequence[int]`): Ids of examples to leave out, such as that of the query itself.
-            recipe, special_tokens, sentence_ends, virtual, next_tokens, target, batch_size, scorer, cosine, kernel, synonym_threshold: See [`SearchOptions`].
+            recipe, special_tokens, sentence_ends, virtual, layers, next_tokens, target, batch_size, scorer, cosine, kernel, synonym_threshold: See [`SearchOptions`].
 
         Returns:
             [`Hits`], a `datasets.Dataset`: for each query its proponents from the strongest on, then its opponents, with columns
@@ -161,7 +161,7 @@ class InfluenceIndex(SavedIndex):
 
         Args:
             queries: See above.
-            recipe, special_tokens, sentence_ends, virtual, next_tokens, target, batch_size, scorer, cosine, kernel, synonym_threshold: See [`SearchOptions`].
+            recipe, special_tokens, sentence_ends, virtual, layers, next_tokens, target, batch_size, scorer, cosine, kernel, synonym_threshold: See [`SearchOptions`].
 
         Returns:
             `numpy.ndarray` of shape `(num_queries, num_examples)`, float32. [`~InfluenceIndex.iter_scores`] gives it in
@@ -247,7 +247,7 @@ class InfluenceIndex(SavedIndex):
             queries: See above.
             column (`str`): Column of the examples that names their domain (or label, source, ...).
             reduction (`str`): `"mean"` score of a domain's examples, or their `"sum"`, which grows with the domain.
-            recipe, special_tokens, sentence_ends, virtual, next_tokens, target, batch_size, scorer, cosine, kernel, synonym_threshold: See [`SearchOptions`].
+            recipe, special_tokens, sentence_ends, virtual, layers, next_tokens, target, batch_size, scorer, cosine, kernel, synonym_threshold: See [`SearchOptions`].
 
         Returns:
             `datasets.Dataset`: `query`, `domain`, `score`, `num_examples`; one row for each query and domain.
@@ -338,7 +338,8 @@ class InfluenceIndex(SavedIndex):
             next_tokens=options["next_tokens"],
             targets=target[first_position:][: len(records)] if isinstance(target, list) else None,
         )
-        return QueryScorer(self.reader, recorded, excluded_tokens=excluded, cosine=bool(options["cosine"]))
+        cosine, layers = bool(options["cosine"]), options["layers"] or "count"
+        return QueryScorer(self.reader, recorded, excluded_tokens=excluded, cosine=cosine, layers=layers)
 
     @cached_property
     def _lexical_index(self) -> LexicalIndex:

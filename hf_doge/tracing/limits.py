@@ -1,14 +1,17 @@
 """What a model can take: which arguments, how many positions, which classes. Beyond it a GPU's process ends without a word."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from math import isqrt
 from typing import Any
 
 import numpy as np
 from torch import nn
 
+from hf_doge.gradients.embedding_uses import input_embedding_matrix
 from hf_doge.gradients.example_losses import ANSWERS, IGNORE_INDEX
+from hf_doge.gradients.layers import EMBEDDING
 
 _USUAL_ARGUMENTS = {"input_ids", "attention_mask", "token_type_ids", "position_ids", "labels"}
 _LONGEST = 1_000_000  # a tokenizer that knows no limit has a much larger one
@@ -92,6 +95,42 @@ def num_classes(model: nn.Module) -> int | None:
     if getattr(config, "problem_type", None) not in (None, "single_label_classification"):
         return None
     return config.num_labels if config.num_labels > 1 else None
+
+
+def class_layer(model: nn.Module) -> str | None:
+    """
+    Name of the linear layer that gives the classes their logits: the last one with as many outputs as there are classes.
+
+    `None` where [`num_classes`] knows none, there is no such layer, or nothing trains it.
+    """
+    count, found = num_classes(model), None
+    for name, module in model.named_modules() if count is not None else ():
+        is_linear = isinstance(module, nn.Linear) and ".original_module" not in name  # the untrained copy of peft
+        if is_linear and module.out_features == count and module.weight.requires_grad:
+            found = name
+    return found
+
+
+def default_layers(model: nn.Module, begun: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """
+    The settings that `layers="auto"` stands for: words, and the last layer of a classifier that is trained with them; else words alone.
+
+    The layer takes the room of one more word: all its outputs, and as many projections of its inputs as a row has left for each.
+
+    Args:
+        model (`nn.Module`): Which is recorded.
+        begun (`Mapping`, *optional*): The content of config.json of an index that is there, which keeps what it has.
+
+    Returns:
+        `dict`: `layers` and `projection_dim`, see [`RecordingSettings`].
+    """
+    last, matrix = class_layer(model), input_embedding_matrix(model)
+    recorded = {} if begun is None else begun.get("layers")
+    if last is None or recorded is None or not matrix.requires_grad:
+        return {"layers": None, "projection_dim": None}
+    width, num_classes = matrix.shape[1], len(model.get_parameter(f"{last}.weight"))
+    kept = [size for one in recorded.get("modules", ()) for size in one["kept"]]
+    return {"layers": [EMBEDDING, last], "projection_dim": max(kept or [isqrt(width), width // num_classes])}
 
 
 def takes_padding(model: nn.Module) -> bool:

@@ -19,9 +19,16 @@ from hf_doge.artifacts.influence import IndexReader
 from hf_doge.artifacts.influence.metric import metric_of
 from hf_doge.checks import check_choice, check_count, check_flag, check_number, show
 from hf_doge.gradients.example_losses import IGNORE_INDEX
+from hf_doge.tracing.layer_options import decide_layers
 from hf_doge.tracing.refusals import prompt_and_text, refuse_metric, refuse_nothing_left, refuse_with_bm25
 from hf_doge.tracing.targets import ALL, Target
-from hf_doge.tracing.token_queries import check_tokens, split_batch
+from hf_doge.tracing.token_queries import (
+    LABEL_FIELDS,
+    check_tokens,
+    dataset_records,
+    label_tensor,
+    split_batch,
+)
 from hf_doge.tracing.words import Reading
 
 TEXT_FIELDS = (
@@ -31,7 +38,6 @@ TEXT_FIELDS = (
     ("question", "context"),
     ("sentence",),
 )
-LABEL_FIELDS = ("labels", "label", "label_ids")
 
 SPECIAL_TOKENS = ("count", "hide", "drop")  # and ends of sentences
 VIRTUAL = ("count", "drop")
@@ -64,7 +70,7 @@ class SearchOptions(TypedDict, total=False):
 
     Args:
         recipe (`str`):
-            `"paper"`: `special_tokens="count"`, `sentence_ends="count"` and `cosine=False`. If left out, these are what the
+            `"paper"`: `special_tokens="count"`, `sentence_ends="count"`, `cosine=False` and `layers="drop"`. If left out, these are what the
             index was begun with, see [`search_defaults`]; indices of before they were have those of the paper.
         special_tokens (`str`):
             `"count"`: tokens such as [CLS] count like any other. They are in every text, and their gradients carry much of
@@ -76,6 +82,11 @@ class SearchOptions(TypedDict, total=False):
             What was frozen in training has gradients, and no example ever moved it. `"drop"`: such parts of an index do not
             count, as those of the words next to trained adapters. `"count"`: they do. Default: `"drop"` where the index
             has anything that was trained.
+        layers (`str`):
+            Of an index with rows of layers next to those of words. `"count"`: all rows are one gradient, whose inner products add
+            up. `"mean"`: words and each layer have a score of their own, with `cosine` divided by norms of their own, and the score
+            is the mean of these. `"drop"`: the words alone; `"only"`: the layers alone. Default: what the index says; of
+            `recipe="paper"`, `"drop"`.
         next_tokens (`int`):
             Trace what the model of the last checkpoint says next, the likeliest token at each step until it ends its text, and
             at most so many. Queries are then texts, `{"prompt": ...}`, `{"messages": ...}` or tokens without an answer. What
@@ -107,6 +118,7 @@ class SearchOptions(TypedDict, total=False):
     special_tokens: Literal["count", "hide", "drop"] | None
     sentence_ends: Literal["count", "hide", "drop"] | None
     virtual: Literal["count", "drop"] | None
+    layers: Literal["count", "mean", "drop", "only"] | None
     next_tokens: int | None
     target: Target | list[Target] | list[Target | None]
     batch_size: int
@@ -121,6 +133,7 @@ SEARCH_DEFAULTS = SearchOptions(
     special_tokens=None,
     sentence_ends=None,
     virtual=None,
+    layers=None,
     next_tokens=None,
     target=ALL,
     batch_size=32,
@@ -186,6 +199,8 @@ def _fill(options: SearchOptions, reader: IndexReader) -> None:
             value = recorded.get(name, paper)
             known = isinstance(value, bool) if name == "cosine" else value in SPECIAL_TOKENS
             options[name] = value if known else paper  # type: ignore[literal-required]
+    if options["layers"] is not None or reader.config.get("layers") is not None:
+        options["layers"] = decide_layers(options, reader)
     if given_cosine is None and options["cosine"]:
         options["cosine"] = _can_divide(reader)
 
@@ -231,7 +246,7 @@ def check_queries(
         TypeError: They are nothing of the above.
     """
     if isinstance(queries, Dataset):
-        records = _dataset_records(queries)
+        records = dataset_records(queries)
     elif isinstance(queries, str):
         records = [{"text": queries}]
     elif isinstance(queries, Mapping):
@@ -319,14 +334,6 @@ def check_dialogue(record: Mapping[str, Any]) -> str | None:
     return None if good else f"have two texts, or lists of messages with `role` and `content`, under {list(names)}"
 
 
-def _dataset_records(dataset: Dataset) -> list[dict[str, Any]]:
-    if "input_ids" in dataset.column_names:
-        texts = ("string", "large_string")
-        for_people = [name for name, kind in dataset.features.items() if getattr(kind, "dtype", None) in texts]
-        dataset = dataset.remove_columns([name for name in for_people if name not in LABEL_FIELDS])
-    return dataset.with_format(None).to_list()
-
-
 def _tensors(record: Mapping[str, Any]) -> dict[str, Any]:
     if record.get("input_ids") is None:
         raise ValueError("Queries must all have `input_ids`, or none of them, but one of several has none.")
@@ -342,16 +349,6 @@ def _tensors(record: Mapping[str, Any]) -> dict[str, Any]:
             except (TypeError, ValueError, RuntimeError):
                 continue  # columns for people, such as lists of texts
     return tensors
-
-
-def label_tensor(label: Any) -> Tensor:
-    """A label, or labels, of numbers."""
-    try:
-        return torch.as_tensor(str(label) if isinstance(label, complex) else label)  # torch would take that too
-    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
-        raise ValueError(
-            f"The label of a query must be a number, numbers or a name, but got {show(label)}."
-        ) from error
 
 
 def label_field(record: Mapping[str, Any]) -> str | None:

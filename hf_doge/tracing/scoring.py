@@ -6,6 +6,7 @@ Scores of recorded queries against an index: TracIn-WE, https://huggingface.co/p
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import numpy as np
 from torch import Tensor
@@ -51,6 +52,7 @@ class QueryScorer:
         recorded ([`RecordedQueries`]): The queries, with their rows at each checkpoint, of width `reader.width`.
         excluded_tokens (`Sequence[int]`): Tokens that do not count; the queries have no rows of them any more.
         cosine (`bool`): Whether scores are divided by the norms of both gradients.
+        layers (`str`): How the rows of layers count next to those of words, see [`SearchOptions`].
     """
 
     def __init__(
@@ -60,6 +62,7 @@ class QueryScorer:
         *,
         excluded_tokens: Sequence[int] = (),
         cosine: bool = False,
+        layers: str = "count",
     ) -> None:
         self.reader = reader
         self.queries, self.rows = recorded.queries, recorded.rows
@@ -67,21 +70,42 @@ class QueryScorer:
         self._is_measured = reader.config.get("metric") == "optimizer"
         if self._is_measured:
             self.rows = [reader.metric(place).measured(rows) for place, rows in enumerate(recorded.rows)]
-        self._synonyms = recorded.synonyms
         self._excluded = excluded_tokens
-        layers = reader.config.get("layers")
-        self._layer_names = {} if layers is None else ChosenLayers.from_dict(layers, width=reader.width).names()
+        self._layer_names: dict[int, str] = {}
+        recorded_layers = reader.config.get("layers")
+        if recorded_layers is not None:
+            self._layer_names = ChosenLayers.from_dict(recorded_layers, width=reader.width).names()
         self._layer_rows = np.array([*self._layer_names, reader.vocabulary_size])  # where the rows of each layer begin
-        self._query_scales: list[np.ndarray] = []  # the learning rate, and with `cosine` 1 / |g(x)|
-        self._example_scales: list[np.ndarray | None] = []  # with `cosine` 1 / |g(x')|
+        self._parts = self._parts_of(layers)
+        self._synonyms = recorded.synonyms if self._parts[0].start == 0 else None  # of words, if they count
+        self._query_scales: list[np.ndarray] = []  # of each part the learning rate, and with `cosine` 1 / |g(x)|
+        self._example_scales: list[np.ndarray | None] = []  # with `cosine` 1 / |g(x')| of each part
         for position, (checkpoint, rows) in enumerate(zip(reader.checkpoints, self.rows, strict=True)):
-            scale = np.full(len(self.queries), checkpoint["learning_rate"], dtype=np.float64)
+            scale = np.full((len(self._parts), len(self.queries)), checkpoint["learning_rate"] / len(self._parts))
             if cosine:
-                projected = TokenRows(rows.offsets, rows.tokens, reader.project(position, rows.rows), rows.virtual)
-                scale = scale * _inverse_root(projected.squared_norms().numpy() + self._squares_of_unheld(position))
-                squares = reader.self_influence(position, exclude_tokens=excluded_tokens)
+                squares = [self._squares(position, rows.within(part)) for part in self._parts]
+                squares[0] += self._squares_of_unheld(position)
+                scale = scale * _inverse_root(np.stack(squares))
+                squares = [reader.self_influence(position, exclude_tokens=self._beyond(part)) for part in self._parts]
             self._query_scales.append(scale)
-            self._example_scales.append(_inverse_root(squares) if cosine else None)
+            self._example_scales.append(_inverse_root(np.stack(squares)) if cosine else None)
+
+    def _parts_of(self, layers: str) -> list[range]:
+        """The rows of each part that has a score of its own, words first. The score is the mean of theirs; others do not count."""
+        num_words, end = self.reader.embedding_shape[0], self.reader.vocabulary_size
+        if layers == "mean":
+            words = [0] if self.reader.config["layers"]["embedding"] else []
+            return [range(first, last) for first, last in pairwise([*words, *self._layer_rows.tolist()])]
+        return [{"count": range(end), "drop": range(num_words), "only": range(num_words, end)}[layers]]
+
+    def _beyond(self, part: range) -> list[int]:
+        """The rows of examples that do not count in a part."""
+        return [*self._excluded, *range(part.start), *range(part.stop, self.reader.vocabulary_size)]
+
+    def _squares(self, checkpoint: int, rows: TokenRows) -> np.ndarray:
+        """Squared lengths of the queries' gradients, `(num_queries,)`, of some of their rows."""
+        projected = self.reader.project(checkpoint, rows.rows)
+        return TokenRows(rows.offsets, rows.tokens, projected, rows.virtual).squared_norms().numpy()
 
     def _squares_of_unheld(self, checkpoint: int) -> np.ndarray:
         """
@@ -106,15 +130,17 @@ class QueryScorer:
         """TracIn-WE of the queries `[start, stop)` with all examples, `(stop - start, num_examples)` in float32."""
         total = np.zeros((stop - start, self.reader.num_examples), dtype=np.float32)
         for checkpoint, rows in enumerate(self.rows):
-            scores = self.reader.scores(checkpoint, rows.between(start, stop))  # sum over w of <g_w(x), g_w(x')>
-            for query in range(start, stop):
-                for _, _, examples, parts in self._synonym_parts(checkpoint, query):
-                    scores[query - start, examples] += parts
-            scores *= self._query_scales[checkpoint][start:stop, None].astype(np.float32)
             example_scales = self._example_scales[checkpoint]
-            if example_scales is not None:
-                scores *= example_scales.astype(np.float32)
-            total += scores
+            for place, part in enumerate(self._parts):
+                # sum over w of <g_w(x), g_w(x')>
+                scores = self.reader.scores(checkpoint, rows.between(start, stop).within(part))
+                for query in range(start, stop) if place == 0 else ():  # words come first
+                    for _, _, examples, matched in self._synonym_parts(checkpoint, query):
+                        scores[query - start, examples] += matched
+                scores *= self._query_scales[checkpoint][place, start:stop, None].astype(np.float32)
+                if example_scales is not None:
+                    scores *= example_scales[place].astype(np.float32)
+                total += scores
         return total
 
     def blocks(self) -> Iterator[tuple[int, np.ndarray]]:
@@ -126,7 +152,8 @@ class QueryScorer:
 
     def token_parts(self, query: int, example_ids: np.ndarray) -> TokenParts:
         """What each token carries of one query's scores with some examples; a layer is the token of its first row."""
-        own = [rows.between(query, query + 1) for rows in self.rows]
+        counted = range(self._parts[0].start, self._parts[-1].stop)
+        own = [rows.between(query, query + 1).within(counted) for rows in self.rows]
         tokens = np.unique(self._shown(np.concatenate([rows.tokens.numpy() for rows in own])))
         parts = np.zeros((len(own), len(example_ids), len(tokens)))
         by_example: list[dict[int, float]] = [{} for _ in example_ids]
@@ -136,20 +163,25 @@ class QueryScorer:
             found = self.reader.word_scores(
                 checkpoint, token_ids, self.reader.project(checkpoint, rows.rows), example_ids
             )
-            found = found.astype(np.float64)
-            scales = np.full(len(example_ids), self._query_scales[checkpoint][query])
-            example_scales = self._example_scales[checkpoint]
-            if example_scales is not None:
-                scales *= example_scales[example_ids]
+            found, scales = found.astype(np.float64), self._scales(checkpoint, query, example_ids, token_ids)
             for row, column in zip(*found.nonzero(), strict=True):
-                _add(by_example[row], int(shown[column]), found[row, column] * scales[row])
+                _add(by_example[row], int(shown[column]), found[row, column] * scales[row, column])
             for column, token, examples, values in self._synonym_parts(checkpoint, query, only=example_ids):
                 places = order[np.searchsorted(example_ids, examples, sorter=order)]
                 found[places, column] += values
                 for place, value in zip(places, values.tolist(), strict=True):
-                    _add(by_example[place], token, value * scales[place])
-            np.add.at(parts[checkpoint].T, np.searchsorted(tokens, shown), (found * scales[:, None]).T)
+                    _add(by_example[place], token, value * scales[place, column])
+            np.add.at(parts[checkpoint].T, np.searchsorted(tokens, shown), (found * scales).T)
         return TokenParts(example_ids, tokens, parts, by_example, self._layer_names)
+
+    def _scales(self, checkpoint: int, query: int, example_ids: np.ndarray, tokens: np.ndarray) -> np.ndarray:
+        """What the inner product of each row of a query with some examples is multiplied by, `(n, W)`."""
+        scales, example_scales = np.zeros((len(example_ids), len(tokens))), self._example_scales[checkpoint]
+        for place, part in enumerate(self._parts):
+            inside = (tokens >= part.start) & (tokens < part.stop)
+            own = np.ones(len(example_ids)) if example_scales is None else example_scales[place, example_ids]
+            scales[:, inside] = self._query_scales[checkpoint][place, query] * own[:, None]
+        return scales
 
     def _shown(self, tokens: np.ndarray) -> np.ndarray:
         """Words as they are, and rows of a layer as its first one."""

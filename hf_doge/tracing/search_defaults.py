@@ -25,14 +25,16 @@ def search_defaults(settings: RecordingSettings, model: nn.Module, tokenizer: An
         tokenizer (`PreTrainedTokenizerBase`, *optional*): Of the examples.
 
     Returns:
-        `dict`: `special_tokens`, `sentence_ends` and `cosine`, see [`SearchOptions`], and `sentence_end_ids`.
+        `dict`: `special_tokens`, `sentence_ends` and `cosine`, see [`SearchOptions`], and `sentence_end_ids`; `layers` where
+        words and layers have rows.
     """
-    is_paper = settings.recipe == "paper"
+    is_paper, layers = settings.recipe == "paper", settings.chosen_layers(model)
     shown, num_words = "count" if is_paper else "hide", len(input_embedding_matrix(model))
     return {
         "special_tokens": shown,
         "sentence_ends": shown,
         "cosine": not is_paper and settings.record == "checkpoint" and (num_classes(model) or 0) > 1,
+        **({"layers": "count"} if layers is not None and layers.embedding else {}),
         "sentence_end_ids": [token for token in sentence_end_ids(tokenizer) if token < num_words],
     }
 

@@ -18,6 +18,7 @@ from hf_doge.gradients.embedding import TIED_PARTS
 from hf_doge.gradients.embedding_uses import has_tied_output
 from hf_doge.gradients.example_losses import LOSS_REDUCTIONS, LossFunction
 from hf_doge.gradients.layers import ADAPTERS, EMBEDDING, ChosenLayers, choose_layers
+from hf_doge.tracing.limits import default_layers
 
 DTYPES = ("float16", "float32", "int8")
 SPECIAL_TOKENS = ("count", "drop")
@@ -62,10 +63,10 @@ def _check_layers(name: str, value: Any) -> list[str] | None:
     is_list = isinstance(given, Sequence) and all(isinstance(one, str) and one.strip() for one in given)
     if not is_list or len(given) == 0 or len(set(given)) < len(given):
         raise ValueError(
-            f"`{name}` must be 'embedding', 'adapters', the name of a linear layer, or a list of these, each once, but got"
-            f" {show(value)}."
+            f"`{name}` must be 'auto', 'embedding', 'adapters', the name of a linear layer, or a list of these, each once, but"
+            f" got {show(value)}."
         )
-    return None if list(given) == [EMBEDDING] else list(given)
+    return None if list(given) == [EMBEDDING] else list(given)  # `[AUTO]` until a model is known
 
 
 def _option(default: Any, check: Callable, *, help: str, flag: bool = True, **more: Any) -> Any:
@@ -148,11 +149,12 @@ class RecordingSettings:
         "model; plain where it has no v, or none was saved. Default: gradient.",
     )
     layers: list[str] | None = _option(  # noqa: RUF009
-        None,
+        AUTO,
         _check_layers,
         help="Of which parameters gradients are recorded. `embedding`: of words, the paper's. `adapters`: of the matrices of LoRA "
         "adapters. Else of linear layers, by name, its end (o_proj) or a pattern (*.mlp.*). Only what is listed counts. "
-        "Default: embedding.",
+        "Default: auto, which is words and the last layer of a classifier, and words alone of other models, in the metric of the "
+        "optimizer and with --projection pca.",
     )
     projection_dim: int | None = _option(
         None,
@@ -183,6 +185,8 @@ class RecordingSettings:
             setattr(self, one.name, one.metadata["check"](one.name, getattr(self, one.name)))
         self._read_second_moment()
         self._follow_recipe()
+        if self.layers == [AUTO] and (self.record, self.projection) != ("checkpoint", "random"):
+            self.layers = None
         self._check_chosen()
         self._check_projection()
         if self.tied == AUTO and (self.record == "online" or self._counts_positions()):
@@ -212,11 +216,11 @@ class RecordingSettings:
 
     def _check_chosen(self) -> None:
         """What goes with layers that have rows."""
-        if self.layers is None:
+        if self.layers is None or self.layers == [AUTO]:
             if self.projection_dim is not None:
                 raise ValueError(
-                    "`projection_dim` is about the gradients of layers, but `layers` is None. Name some, or project the rows of"
-                    " words by `projection_width`."
+                    "`projection_dim` is about the gradients of layers, but `layers` names none. Name some, or project the rows"
+                    " of words by `projection_width`."
                 )
             return
         if self.record == "online":
@@ -276,7 +280,7 @@ class RecordingSettings:
 
     def _follow_recipe(self) -> None:
         """Set what the recipe says, and refuse what contradicts it."""
-        defaults = {one.name: one.default for one in fields(self)}
+        defaults = {one.name: one.metadata["check"](one.name, one.default) for one in fields(self)}
         for name, value in RECIPES.get(self.recipe or "", {}).items():
             given = getattr(self, name)
             if given not in (value, defaults[name]):
@@ -293,6 +297,13 @@ class RecordingSettings:
             model (`nn.Module`): Which is recorded.
             folder (`str` or `os.PathLike`, *optional*): Of the index. One that is there keeps what it was begun with.
         """
+        is_begun = folder is not None and (Path(folder) / MANIFEST).is_file()
+        begun = read_config(Path(folder)) if folder is not None and is_begun else {}
+        if self.layers == [AUTO]:
+            chosen = default_layers(model, begun if is_begun else None)
+            if not is_begun and self.metric != "gradient":
+                chosen = {"layers": None}
+            return replace(self, **chosen).resolved(model, folder)
         if self.metric == AUTO and self.layers is not None and not self.chosen_layers(model).is_exact:  # type: ignore[union-attr]
             warnings.warn(
                 f"`metric='auto'` records plain gradients, as the layers {self.layers} are projected, and the metric of Adam divides"
@@ -302,8 +313,8 @@ class RecordingSettings:
             return replace(self, metric="gradient").resolved(model, folder)
         if self.tied != AUTO:
             return self
-        if folder is not None and (Path(folder) / MANIFEST).is_file():
-            return replace(self, tied=read_config(Path(folder)).get("tied") or "input")
+        if is_begun:
+            return replace(self, tied=begun.get("tied") or "input")
         return replace(self, tied="own" if has_tied_output(model) else "input")
 
     def chosen_layers(self, model: nn.Module) -> ChosenLayers | None:
@@ -313,6 +324,8 @@ class RecordingSettings:
         Raises:
             ValueError: See [`choose_layers`]; or they are projected, and the metric is that of the optimizer.
         """
+        if self.layers == [AUTO]:
+            return self.resolved(model).chosen_layers(model)
         if self.layers is None:
             return None
         chosen = choose_layers(model, self.layers, projection_dim=self.projection_dim, seed=self.projection_seed)

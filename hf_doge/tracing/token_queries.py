@@ -1,11 +1,16 @@
-"""Queries that are tokens already: batches taken apart, tokens that count, and ids that the model has."""
+"""Queries that are no plain texts: batches taken apart, tokens and ids that the model has, and labels."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
+from datasets import Dataset
 from torch import Tensor
+
+from hf_doge.checks import show
+
+LABEL_FIELDS = ("labels", "label", "label_ids")
 
 
 def split_batch(batch: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -57,3 +62,22 @@ def check_tokens(records: Sequence[Mapping[str, Any]], vocabulary_size: int) -> 
                 f"Tokens of queries must be whole numbers from 0 to {vocabulary_size - 1}, the vocabulary of the index, "
                 f"but query {position} has {found}. Tokenise them with the tokenizer of the recorded model."
             )
+
+
+def dataset_records(dataset: Dataset) -> list[dict[str, Any]]:
+    """The rows of a dataset; of a tokenised one without its texts."""
+    if "input_ids" in dataset.column_names:
+        texts = ("string", "large_string")
+        for_people = [name for name, kind in dataset.features.items() if getattr(kind, "dtype", None) in texts]
+        dataset = dataset.remove_columns([name for name in for_people if name not in LABEL_FIELDS])
+    return dataset.with_format(None).to_list()
+
+
+def label_tensor(label: Any) -> Tensor:
+    """A label, or labels, of numbers."""
+    try:
+        return torch.as_tensor(str(label) if isinstance(label, complex) else label)  # torch would take that too
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise ValueError(
+            f"The label of a query must be a number, numbers or a name, but got {show(label)}."
+        ) from error

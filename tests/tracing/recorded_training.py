@@ -89,8 +89,9 @@ def make_trainer(
 
 
 def train(folder, *, tokenizer, callback=None, resume=None, model=None, recording=None, **options):
-    """Train with a callback that records into `folder/index`, and return the reader of what was recorded."""
-    callback = callback or TracInWECallback(folder / "index", **{"dtype": "float32", **(recording or {})})
+    """Train with a callback that records words into `folder/index`, and return the reader of what was recorded."""
+    words = {"dtype": "float32", "layers": "embedding"}
+    callback = callback or TracInWECallback(folder / "index", **{**words, **(recording or {})})
     trainer = make_trainer(folder / "run", callback, tokenizer=tokenizer, model=model, **options)
     trainer.train(resume_from_checkpoint=resume)
     return IndexReader.open(folder / "index", cache_dir=folder / "cache")

@@ -61,7 +61,8 @@ def fail():
 def main(folder, case):
     if case == "together":  # several trainings in one start
         told = {"whole": train(folder / "whole")}
-        told["float16"] = train(folder / "float16", recording={"dtype": "float16", "top_k_tokens": 2}, max_steps=2)
+        float16 = {"dtype": "float16", "top_k_tokens": 2, "layers": "auto"}
+        told["float16"] = train(folder / "float16", recording=float16, max_steps=2)
         told["moments"] = train(folder / "moments", recording={"metric": "optimizer"}, max_steps=2)
         components = {"projection": "pca", "projection_width": 4, "metric": "optimizer"}
         told["components"] = train(folder / "components", recording=components, max_steps=2)

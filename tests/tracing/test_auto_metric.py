@@ -19,7 +19,7 @@ from hf_doge.tracing.settings import RecordingSettings
 from tests.tiny import tiny_classifier, tiny_tokenizer
 from tests.tracing.recorded_training import BATCH_SIZE, arguments, classification_data, make_trainer, segments, train
 
-AUTO = {"metric": "auto", "dtype": "float32"}
+AUTO = {"metric": "auto", "dtype": "float32", "layers": "embedding"}
 
 
 @pytest.fixture(scope="module")

@@ -127,7 +127,7 @@ def test_self_influence_is_the_squared_length_of_the_layers_gradients(recorded):
 
 def test_words_and_layers_add_up(tmp_path, recorded):
     both = train_classifier(tmp_path / "both", **{**LAYERS, "layers": ["embedding", *LAYERS["layers"]]})
-    words = train_classifier(tmp_path / "words")
+    words = train_classifier(tmp_path / "words", layers="embedding")
     options = {"cosine": False, "special_tokens": "count", "sentence_ends": "count"}
     expected = words.scores(QUERIES, **options) + recorded[1].scores(QUERIES, **options)
     assert close(both.scores(QUERIES, **options), expected)
@@ -316,7 +316,7 @@ def test_checkpoints_whose_layers_have_other_shapes_are_refused(adapted, tmp_pat
 def test_synonyms_are_those_of_words_alone(tmp_path):
     index = train_classifier(tmp_path, **{**LAYERS, "layers": ["embedding", *LAYERS["layers"]]})
     options = {"kernel": "synonym", "synonym_threshold": 0.1}
-    words = train_classifier(tmp_path / "words")
+    words = train_classifier(tmp_path / "words", layers="embedding")
     plain = {"cosine": False}
     found = index.scores(QUERIES, **plain, **options) - index.scores(QUERIES, **plain)
     expected = words.scores(QUERIES, **plain, **options) - words.scores(QUERIES, **plain)
@@ -351,9 +351,9 @@ def test_adapters_are_indexed_and_searched_from_the_shell(adapted, tmp_path, cap
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"layers": []}, "`layers` must be 'embedding', 'adapters', .* each once, but got"),
+        ({"layers": []}, "`layers` must be 'auto', 'embedding', 'adapters', .* each once, but got"),
         ({"layers": ["o_proj", "o_proj"]}, "each once"),
-        ({"layers": 3}, "`layers` must be 'embedding'"),
+        ({"layers": 3}, "`layers` must be 'auto', 'embedding'"),
         ({"projection_dim": 4}, r"`projection_dim` is about the gradients of layers.*`projection_width`"),
         ({"layers": "lm_head", "projection_dim": 0}, "`projection_dim` must be at least 1"),
         ({"layers": "lm_head", "record": "online"}, r"`record='online'` catches the gradients of words only"),

@@ -54,7 +54,9 @@ def files_of(folder, *tables):
 
 def index_at(tmp_path, name, run, examples, tokenizer, **settings):
     (tmp_path / name).mkdir()
-    return again(tmp_path / name, run, examples, tokenizer, **{"metric": "gradient", **settings})
+    return again(
+        tmp_path / name, run, examples, tokenizer, **{"metric": "gradient", "layers": "embedding", **settings}
+    )
 
 
 @pytest.mark.parametrize("metric", ["gradient", "optimizer"])

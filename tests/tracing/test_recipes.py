@@ -122,8 +122,8 @@ def test_special_tokens_and_ends_of_sentences_count_but_are_no_words_by_default_
     assert index.config["metadata"]["search"]["sentence_end_ids"] == sorted(
         tokenizer.convert_tokens_to_ids([".", "?", "!"])
     )
-    explicit = {"special_tokens": "count", "sentence_ends": "count", "cosine": True}
-    plain = {**explicit, "cosine": False}
+    explicit = {"special_tokens": "count", "sentence_ends": "count", "cosine": True, "layers": "count"}
+    plain = {**explicit, "cosine": False, "layers": "drop"}
     assert np.array_equal(index.scores(asked), index.scores(asked, **explicit))
     assert np.array_equal(index.scores(asked, recipe="paper"), index.scores(asked, **plain))
     for name, value in (("special_tokens", "drop"), ("sentence_ends", "drop"), ("cosine", False)):
@@ -142,7 +142,8 @@ def test_special_tokens_and_ends_of_sentences_count_but_are_no_words_by_default_
 
 
 def test_an_index_that_does_not_tell_how_it_is_searched_answers_as_before(searched, tmp_path):
-    expected = open_index(searched[0], tmp_path).scores(TEXTS[:2], recipe="paper")
+    plain = {"special_tokens": "count", "sentence_ends": "count", "cosine": False, "layers": "count"}
+    expected = open_index(searched[0], tmp_path).scores(TEXTS[:2], **plain)
     for told in (None, ["drop"], {"special_tokens": 3, "sentence_ends": [], "cosine": "yes", "sentence_end_ids": "."}):
         assert np.array_equal(open_index(searched[0], tmp_path, search=told).scores(TEXTS[:2]), expected)
 

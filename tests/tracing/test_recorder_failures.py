@@ -91,7 +91,7 @@ def test_every_example_of_every_micro_batch_is_recorded(tmp_path, tokenizer, acc
 
 def test_a_resumed_training_has_each_example_once_with_its_rows(tmp_path, tokenizer):
     whole = train(tmp_path / "whole", tokenizer=tokenizer, max_steps=8)
-    callback = TracInWECallback(tmp_path / "index", dtype="float32")
+    callback = TracInWECallback(tmp_path / "index", dtype="float32", layers="embedding")
     make_trainer(tmp_path / "run", callback, tokenizer=tokenizer, max_steps=8).train()
     for step in (6, 8):  # as if training had stopped after its fourth step
         for leftover in sorted((tmp_path / "run" / f"checkpoint-{step}").iterdir()):
@@ -104,7 +104,7 @@ def test_a_resumed_training_has_each_example_once_with_its_rows(tmp_path, tokeni
 
 def test_a_training_that_stopped_early_and_resumes_records_what_an_unbroken_one_does(tmp_path, tokenizer):
     whole = train(tmp_path / "whole", tokenizer=tokenizer, max_steps=8)
-    callback = TracInWECallback(tmp_path / "index", dtype="float32")
+    callback = TracInWECallback(tmp_path / "index", dtype="float32", layers="embedding")
     trainer = make_trainer(tmp_path / "run", callback, tokenizer=tokenizer, max_steps=8)
 
     class Stop(TrainerCallback):

@@ -40,7 +40,7 @@ def recorded_by_one(folder, *, collator=pad, steps=(2, 4, 6), rates=RATES, **opt
         classification_data(),
         collator=collator,
         settings=RecordingSettings(
-            **{"dtype": SEGMENT["dtype"], "max_segment_bytes": SEGMENT["max_segment_bytes"], **options}
+            **{**{name: SEGMENT[name] for name in ("dtype", "max_segment_bytes", "layers")}, **options}
         ),
         learning_rates=rates,
         batch_size=SEGMENT["batch_size"],
@@ -80,9 +80,11 @@ def test_both_processes_record_about_half(together):
     )  # a trial, then half of 4 batches
 
 
-def test_scales_and_top_k_do_not_depend_on_the_number_of_processes(together):
+def test_scales_top_k_and_the_default_layers_do_not_depend_on_the_number_of_processes(together):
     folder = together[0] / "float16"
-    alone = recorded_by_one(folder, steps=(2,), rates=[0.005], dtype="float16", top_k_tokens=2)
+    options = {"dtype": "float16", "top_k_tokens": 2, "layers": "auto"}
+    alone = recorded_by_one(folder, steps=(2,), rates=[0.005], **options)
+    assert [one["name"] for one in alone.config["layers"]["modules"]] == ["classifier"]
     assert gradient_files(open_index(folder).folder) == gradient_files(alone.folder)
 
 

@@ -25,7 +25,8 @@ from tests.tracing.recorded_training import (
     train,
 )
 
-SEGMENT = {"max_segment_bytes": 10 * 16 * 4, "batch_size": 3, "dtype": "float32"}  # about two examples each
+# About two examples each.
+SEGMENT = {"max_segment_bytes": 10 * 16 * 4, "batch_size": 3, "dtype": "float32", "layers": "embedding"}
 RATES = [0.05 / 6, 0.03 / 6, 0.01 / 6]  # of steps 2, 4 and 6 of 6, falling from 0.01
 
 
@@ -276,7 +277,9 @@ def test_a_killed_recording_goes_on(tmp_path, uninterrupted):
 
 
 def settings(**options):
-    return RecordingSettings(dtype="float32", max_segment_bytes=SEGMENT["max_segment_bytes"], **options)
+    return RecordingSettings(
+        dtype="float32", layers="embedding", max_segment_bytes=SEGMENT["max_segment_bytes"], **options
+    )
 
 
 @pytest.fixture
