@@ -12,6 +12,7 @@ import torch
 
 from hf_doge.checks import check_count, check_names, show
 from hf_doge.sampling.ordering import stable_order
+from hf_doge.sampling.transforms import with_own_transforms
 
 if TYPE_CHECKING:
     import datasets
@@ -169,7 +170,8 @@ def merge_domains(
     Args:
         train_dataset (`datasets.Dataset`, or mapping of domain name to `datasets.Dataset`):
             One dataset with a `domain_column` of strings, integers or `ClassLabel`, which is returned as it is; or one
-            dataset per domain, all with the same features, which are concatenated.
+            dataset per domain, all with the same features, which are concatenated. What `with_transform` gave to any of
+            these goes with its rows.
         domain_column (`str`):
             The column that tells the domain. Added, as a `ClassLabel`, to datasets given one per domain.
 
@@ -191,7 +193,8 @@ def merge_domains(
             )
         labels = np.repeat(np.arange(len(index.names)), index.sizes)
         feature = datasets.ClassLabel(names=list(index.names))
-        return merged.add_column(domain_column, pa.array(labels), feature=feature), index
+        labelled = merged.add_column(domain_column, pa.array(labels), feature=feature)
+        return with_own_transforms(labelled, train_dataset, domain_column), index
     if domain_column not in train_dataset.column_names:
         raise ValueError(
             f"The dataset must have a column {domain_column!r} that tells the domain of each row, but its columns are "

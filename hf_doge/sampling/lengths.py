@@ -29,8 +29,13 @@ def count_row_tokens(dataset: "datasets.Dataset", *, shift: int = 0) -> np.ndarr
         `np.ndarray` of `int64` and shape `(num_rows,)`.
 
     Raises:
-        `ValueError`: if the rows have neither.
+        `ValueError`: if the rows have neither, or go through a transform, whose rows may have other tokens.
     """
+    if dataset.format["type"] == "custom":
+        raise ValueError(
+            "Weights in tokens count the tokens of rows as they are stored, but the rows go through a transform. Apply it with "
+            "`map` before, or set `unit='examples'`."
+        )
     for name in COLUMNS:
         if name in dataset.column_names:
             _refuse_masks(name, dataset.column_names)

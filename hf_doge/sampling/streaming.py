@@ -20,6 +20,7 @@ from hf_doge.sampling.phases import first_draw_of, read_phases
 from hf_doge.sampling.sampler import MOST_DRAWS, DomainWeightedSampler
 from hf_doge.sampling.schedule import DRAW_MODES, UNITS, DrawSchedule
 from hf_doge.sampling.token_streams import TokenTurns
+from hf_doge.sampling.transforms import refuse_lost_transforms
 from hf_doge.sampling.weights import refuse_empty_domains, to_shares
 
 STOPPING_RULES = ("all_exhausted", "first_exhausted")
@@ -172,6 +173,8 @@ def _mix_datasets(
     **options: Any,
 ) -> datasets.Dataset:
     """Rows of several datasets in the order of a sampler."""
+    if domain_column is None:
+        refuse_lost_transforms(drawn)
     merged, index = concatenate_domains(drawn) if domain_column is None else merge_domains(drawn, domain_column)
     lengths = count_row_tokens(merged) if options["unit"] == "tokens" else None
     sampler = DomainWeightedSampler(index, phases, num_samples=num_samples, lengths=lengths, **options)

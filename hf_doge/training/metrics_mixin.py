@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_doge.sampling.sampler import DomainWeightedSampler
+from hf_doge.sampling.transforms import needs_domain_column
 from hf_doge.training.charts import MEASURED, GroupedChartsCallback
 from hf_doge.training.collator import DOMAIN_IDS
 from hf_doge.training.domain_loss import are_labels_shifted
@@ -55,6 +56,15 @@ class DomainMetricsMixin(PackingMixin):
             columns: Any = self._signature_columns  # which transformers declares as None
             if self._stream_column is not None:
                 columns.append(self._stream_column)  # otherwise the Trainer drops it
+
+    def _remove_unused_columns(self, dataset: Any, description: str | None = None) -> Any:
+        """As the Trainer's; rows that go through the transform of their domain keep the column that tells it."""
+        if self.args.remove_unused_columns and needs_domain_column(dataset):
+            self._set_signature_columns_if_needed()
+            columns: Any = self._signature_columns
+            if self._domain_column not in columns:
+                columns.append(self._domain_column)
+        return super()._remove_unused_columns(dataset, description)
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         """As the Trainer's; what it shows of the domains is noted."""

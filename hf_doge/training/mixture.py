@@ -20,6 +20,7 @@ from hf_doge.sampling.phases import read_phases
 from hf_doge.sampling.sampler import DomainWeightedSampler
 from hf_doge.sampling.schedule import DRAW_MODES, UNITS
 from hf_doge.sampling.streaming import holds_streams, interleave_domains
+from hf_doge.sampling.transforms import needs_domain_column
 from hf_doge.sampling.weights import to_shares
 from hf_doge.training.checkpoints import TRAINER_STATE_FILE, read_step, resolve_checkpoint
 from hf_doge.training.collator import ColumnCollator, DomainCollator, DomainLookup
@@ -28,6 +29,7 @@ from hf_doge.training.metrics_mixin import STREAM_COLUMN, DomainMetricsMixin
 from hf_doge.training.mixture_checks import (
     keeps_column,
     refuse_arguments,
+    refuse_changed_arguments,
     refuse_endless,
     refuse_lost_column,
     refuse_lost_order,
@@ -151,7 +153,7 @@ class DomainWeightedMixin(DomainMetricsMixin):
             refuse_lost_column(self, domain_column)
             refuse_lost_order(self, super()._get_train_sampler)
             is_ours = isinstance(train_dataset, Mapping) or kwargs.get("data_collator") is None
-            if is_ours and not self.args.remove_unused_columns:
+            if needs_domain_column(self.train_dataset) if self.args.remove_unused_columns else is_ours:
                 self.data_collator = ColumnCollator(self.data_collator, domain_column)
             if self.train_dataset is not merged:  # the trainer has prepared another
                 _, domains = merge_domains(self.train_dataset, domain_column)
@@ -263,12 +265,7 @@ class DomainWeightedMixin(DomainMetricsMixin):
         self._fixed_arguments = {name: getattr(self.args, name) for name in (*_READ_ONCE, *names)}
 
     def _refuse_late_changes(self) -> None:
-        for name, value in self._fixed_arguments.items():
-            now = getattr(self.args, name, None)
-            if now != value:
-                raise ValueError(
-                    f"`{name}` must stay what the trainer was made with, {value!r}, but is {now!r} now. Make another trainer."
-                )
+        refuse_changed_arguments(self.args, self._fixed_arguments)
         data, column = self.train_dataset, self._domain_column
         is_same = data is self._prepared_data
         has_domains = isinstance(data, Dataset) and column in data.column_names

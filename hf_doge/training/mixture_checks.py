@@ -2,7 +2,7 @@
 
 import inspect
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from datasets import IterableDataset
@@ -67,6 +67,16 @@ def refuse_arguments(args: Any) -> None:
             "(all but `loss_type='apo_zero_unpaired'`), mix the data instead: pass `interleave_domains(datasets, "
             "weights)` to that trainer without the mixin."
         )
+
+
+def refuse_changed_arguments(args: Any, fixed: Mapping[str, Any]) -> None:
+    """Arguments that were read once, when the trainer was made, must stay as they were."""
+    for name, value in fixed.items():
+        now = getattr(args, name, None)
+        if now != value:
+            raise ValueError(
+                f"`{name}` must stay what the trainer was made with, {value!r}, but is {now!r} now. Make another trainer."
+            )
 
 
 def refuse_endless(args: Any) -> None:

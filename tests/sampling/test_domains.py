@@ -1,5 +1,6 @@
 """Which rows belong to which domain, and what is refused."""
 
+import pickle
 import time
 
 import numpy as np
@@ -154,6 +155,40 @@ def test_shuffled_datasets_are_merged_in_the_order_they_show():
     merged, _ = merge_domains({"wiki": shuffled, "code": Dataset.from_dict({"text": ["z"]})}, "domain")
     assert merged["text"][:] == [*shuffled["text"], "z"]
     assert merged["domain"][:] == [0] * 5 + [1]
+
+
+def shout(batch):
+    return {"text": [text.upper() for text in batch["text"]]}
+
+
+def test_every_row_goes_through_the_transform_of_its_own_domain():
+    def double(batch):
+        assert list(batch) == ["text"]  # as it would be without other domains
+        return {"text": [text * 2 for text in batch["text"]]}
+
+    plain = Dataset.from_dict({"text": ["a", "b"], "note": [1, 2]})
+    narrow = {"columns": ["text"], "output_all_columns": True}
+    domains = {
+        "wiki": plain.with_transform(double, **narrow),
+        "code": plain,
+        "books": plain.with_transform(shout, **narrow),
+    }
+    merged, _ = merge_domains(domains, "domain")
+    expected = [{**domains[name][row], "domain": k} for k, name in enumerate(domains) for row in range(2)]
+    assert [merged[row] for row in range(6)] == expected
+    assert merged.__getitems__([5, 0, 3, 1]) == [expected[row] for row in (5, 0, 3, 1)]
+    assert pickle.loads(pickle.dumps(merged.with_transform(shout)))[4]["text"] == "A"
+
+
+def test_rows_that_do_not_fit_together_once_they_are_transformed_are_refused():
+    plain = Dataset.from_dict({"text": ["a"]})
+    merged, _ = merge_domains({"wiki": plain, "code": plain.with_transform(lambda batch: {"ids": [0]})}, "domain")
+    with pytest.raises(
+        ValueError, match=r"those of 'code' have \['domain', 'ids'\] and those of 'wiki' \['domain', 'text'\]"
+    ):
+        merged[:]
+    with pytest.raises(ValueError, match="must keep its column 'domain', which tells whose transform"):
+        merged.remove_columns("domain")[0]
 
 
 WIKI = Dataset.from_dict({"text": ["a"]})

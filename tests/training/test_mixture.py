@@ -71,6 +71,56 @@ def test_the_examples_follow_the_weights(tmp_path):
     assert trainer.state.log_history[4]["domain_epochs/arxiv"] == 10 / 8
 
 
+def first_token(token):
+    return lambda batch: {**batch, "input_ids": [[token, *row[1:]] for row in batch["input_ids"]]}
+
+
+@pytest.mark.parametrize("transformed", [("arxiv", "books", "code"), ("code",)])
+@pytest.mark.parametrize("learns", [False, True])
+@pytest.mark.parametrize("removes", [False, True])
+def test_each_domain_is_trained_on_as_its_own_transform_gives_it(tmp_path, transformed, learns, removes):
+    rows = three_domains(8)
+    tokens = {name: 27 + k for k, name in enumerate(rows) if name in transformed}
+    domains = {
+        name: data.with_transform(first_token(tokens[name])) if name in tokens else data for name, data in rows.items()
+    }
+    seen = set()
+
+    def collator(features):
+        assert all("domain" not in feature for feature in features)
+        seen.update(tuple(feature["input_ids"]) for feature in features)
+        return default_data_collator(features)
+
+    options = {"max_steps": 8, "per_device_train_batch_size": 6, "remove_unused_columns": removes}
+    if learns:
+        args = arguments(tmp_path, DoGEConfig, **options)
+        trainer = DoGETrainer(tiny_llama(), args, train_dataset=domains, data_collator=collator)
+    else:
+        uniform = dict.fromkeys(domains, 1.0)
+        trainer = DomainWeightedTrainer(
+            tiny_llama(),
+            arguments(tmp_path, **options),
+            train_dataset=domains,
+            domain_weights=uniform,
+            data_collator=collator,
+        )
+    trainer.train()
+    assert seen == {tuple(data[row]["input_ids"]) for data in domains.values() for row in range(8)}
+
+
+def test_a_transform_per_domain_is_kept_by_a_mixed_dataset_or_refused():
+    domains = {
+        name: data.with_transform(first_token(27 + k)) for k, (name, data) in enumerate(three_domains(8).items())
+    }
+    mixed = interleave_domains(domains, WEIGHTS, domain_column="domain")
+    names = mixed.features["domain"].names
+    assert {(names[row["domain"]], row["input_ids"][0]) for row in mixed} == {("arxiv", 27), ("code", 29)}
+    with pytest.raises(ValueError, match=r"no domain column, and the format of \['code'\] is not"):
+        interleave_domains(domains, WEIGHTS)
+    with pytest.raises(ValueError, match="count the tokens of rows as they are stored"):
+        interleave_domains(domains, WEIGHTS, domain_column="domain", unit="tokens")
+
+
 def test_a_learned_artifact_can_be_trained_with(tmp_path):
     domains = three_domains(8)
     weights = DomainWeights({"arxiv": 0.25, "books": 0.25, "code": 0.5})
