@@ -65,6 +65,13 @@ class SweepArguments:
         },
     )
 
+    def __post_init__(self) -> None:
+        check_count("--jobs", self.jobs)
+        if self.match_repetition and self.full_tokens is None:
+            raise ValueError(
+                "`--match_repetition` must know the tokens of the training that the weights are for. Set `--full_tokens`."
+            )
+
 
 def main(argv: Sequence[str]) -> int:
     """Run the command."""
@@ -85,11 +92,6 @@ def main(argv: Sequence[str]) -> int:
     if find_spec("scipy") is None:
         raise ValueError("A sweep needs scipy. Install it by `pip install 'hf-doge[sweep]'`.")
     data_args.take_tokenizer_of(model_args.model_name_or_path)
-    check_count("--jobs", sweep_args.jobs)
-    if sweep_args.match_repetition and sweep_args.full_tokens is None:
-        raise ValueError(
-            "`--match_repetition` must know the tokens of the training that the weights are for. Set `--full_tokens`."
-        )
     output_dir = get_output_dir(args)
     data = measure_args.load(data_args, output_dir)
     domains, full_tokens = describe_blocks(data.train, data_args.block_size), sweep_args.full_tokens
