@@ -30,6 +30,7 @@ from hf_doge.training.mixture_checks import (
     keeps_column,
     refuse_arguments,
     refuse_changed_arguments,
+    refuse_changed_rows,
     refuse_endless,
     refuse_lost_column,
     refuse_lost_order,
@@ -131,7 +132,7 @@ class DomainWeightedMixin(DomainMetricsMixin):
         check_number("max_epochs_per_domain", max_epochs_per_domain, above=0, finite=False, optional=True)
         refuse_arguments(args)
         self.domain_sampler, self._domain_column = None, domain_column
-        self._identity, self._resumed_step = None, 0
+        self._identity, self._resumed_step, self._hides_column, self._seeded_collators = None, 0, False, []
         if holds_streams(train_dataset):
             if max_epochs_per_domain is not None:
                 raise ValueError(
@@ -153,8 +154,8 @@ class DomainWeightedMixin(DomainMetricsMixin):
             refuse_lost_column(self, domain_column)
             refuse_lost_order(self, super()._get_train_sampler)
             is_ours = isinstance(train_dataset, Mapping) or kwargs.get("data_collator") is None
-            if needs_domain_column(self.train_dataset) if self.args.remove_unused_columns else is_ours:
-                self.data_collator = ColumnCollator(self.data_collator, domain_column)
+            removes = self.args.remove_unused_columns
+            self._hides_column = needs_domain_column(self.train_dataset) if removes else is_ours
             if self.train_dataset is not merged:  # the trainer has prepared another
                 _, domains = merge_domains(self.train_dataset, domain_column)
             self._drawn = {
@@ -171,9 +172,7 @@ class DomainWeightedMixin(DomainMetricsMixin):
             seed, guard = self.domain_sampler.seed, SamplerGuardCallback(self.domain_sampler)
             self._measure_domains(domains.names, domains.sizes, unit=unit)
             fixed = ()
-        if not isinstance(self.data_collator, DomainCollator):
-            self.data_collator = SeededCollator(with_lengths(self.data_collator), seed=seed)
-        self._seeded_collator = self.data_collator
+        self._seed_collator(seed)
         self.add_callback(guard)
         self._remember_what_is_fixed(*fixed)
 
@@ -218,6 +217,7 @@ class DomainWeightedMixin(DomainMetricsMixin):
             lookup = DomainLookup(None, tuple(settings["domains"]))
             collator = with_lengths(self.data_collator)
             self.data_collator = DomainCollator(collator, self._stream_column, lookup, seed=settings["seed"])
+            self._seeded_collators.append(self.data_collator)
             self._measure_domains(settings["domains"], None, unit=settings.get("unit", "examples"))
 
     def _read_draws(self) -> dict[str, Any]:
@@ -245,13 +245,24 @@ class DomainWeightedMixin(DomainMetricsMixin):
                     f"The seed of a mixture of streams must stay what the trainer was made with, {mixed}, but is {seed} now. "
                     "Make another trainer, or set `data_seed`, which the streams follow, from the start."
                 )
+            self._seed_collator(seed)
             return
         draws = self._read_draws()
-        self._seeded_collator.seed = draws["seed"]
+        self._seed_collator(draws["seed"])
         names = ["num_samples", "seed", *(["num_epochs", "step_size"] if self._has_plan else [])]
         if any(draws[name] != self._draws[name] for name in names):
             self._draws = draws
             self.domain_sampler.__init__(**self._drawn, **draws)  # the same object, which others may hold
+
+    def _seed_collator(self, seed: int) -> None:
+        """Seed what the data collator draws, also where another one was set after the trainer was made."""
+        if not any(self.data_collator is one for one in self._seeded_collators):
+            if self._hides_column:
+                self.data_collator = ColumnCollator(self.data_collator, self._domain_column)
+            self.data_collator = SeededCollator(with_lengths(self.data_collator), seed=seed)
+            self._seeded_collators.append(self.data_collator)
+        for collator in self._seeded_collators:
+            collator.seed = seed
 
     @property
     def _has_plan(self) -> bool:
@@ -266,16 +277,8 @@ class DomainWeightedMixin(DomainMetricsMixin):
 
     def _refuse_late_changes(self) -> None:
         refuse_changed_arguments(self.args, self._fixed_arguments)
-        data, column = self.train_dataset, self._domain_column
-        is_same = data is self._prepared_data
-        has_domains = isinstance(data, Dataset) and column in data.column_names
-        if not is_same and self.domain_sampler is not None and has_domains:
-            is_same = merge_domains(data, column)[1] == self.domain_sampler.domains  # other columns do no harm
-        if not is_same:
-            raise ValueError(
-                "`train_dataset` must stay what the trainer was made with, since its rows are drawn by their number, but it is "
-                f"another {type(data).__name__} now. Make another trainer."
-            )
+        if self.train_dataset is not self._prepared_data:
+            refuse_changed_rows(self.train_dataset, self.domain_sampler, self._domain_column)
 
     def _hp_search_setup(self, trial: Any) -> None:
         super()._hp_search_setup(trial)

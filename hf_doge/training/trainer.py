@@ -141,7 +141,7 @@ class DoGEMixin(DomainWeightedMixin):
         lookup = DomainLookup(None if is_streamed else self.train_dataset.features[args.domain_column], names)
         plan = self._plan(names)
         collator = DomainCollator(self.data_collator.collator, args.domain_column, lookup, seed=plan["seed"])
-        self._seeded_collator = self.data_collator = collator
+        self.data_collator, self._seeded_collators = collator, [collator]
         self._alignment_batches = self._targets = None
         if args.is_online:
             self._alignment_batches = DomainBatches(self.train_dataset, domains, **{**plan, "seed": plan["seed"] + 1})

@@ -155,7 +155,7 @@ def test_sigterm_on_one_process_saves_a_checkpoint_that_resumes_exactly(tmp_path
     def collate_and_signal(features):
         nonlocal num_batches
         num_batches += 1
-        if num_batches == 5:  # the first of the third step's two micro-batches
+        if num_batches == 7:  # the first of the third step's two micro-batches; the first of all is collated thrice
             os.kill(os.getpid(), signal.SIGTERM)
         return collate(features)
 

@@ -45,17 +45,22 @@ def arguments(tmp_path, cls=TrainingArguments, **kwargs):
 
 
 def train_and_count(trainer, owner_of):
-    """Train, and count the examples of each domain, watched in the collator; the loader reads one batch ahead."""
+    """
+    Train, and count the examples of each domain, watched in the collator, which is called thrice for the first batch; the
+    loader reads one batch ahead.
+    """
     drawn = []
     collate = trainer.data_collator
 
     def watch(features):
-        drawn.extend(owner_of(tuple(feature["input_ids"])) for feature in features)
+        drawn.append([owner_of(tuple(feature["input_ids"])) for feature in features])
         return collate(features)
 
     trainer.data_collator = watch
     trainer.train()
-    return Counter(drawn[: trainer.state.global_step * trainer.args.train_batch_size])
+    assert drawn[0] == drawn[1] == drawn[2]
+    owners = [owner for batch in drawn[2:] for owner in batch]
+    return Counter(owners[: trainer.state.global_step * trainer.args.train_batch_size])
 
 
 def owner_in(domains):

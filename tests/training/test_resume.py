@@ -194,6 +194,8 @@ def masked_language_modeling(**options):
         (masked_language_modeling, {"weighted": True, "eval_strategy": "steps", "eval_steps": 1}),
         (Masking, {"weighted": True, "dataloader_num_workers": 2, "gradient_accumulation_steps": 2}),
         (lambda: global_masking, {"weighted": True, "streamed": True}),
+        (lambda: global_masking, {"weighted": True, "late": True}),
+        (lambda: masked_language_modeling(seed=7), {"weighted": True, "late": True}),
     ],
 )
 def test_random_masking_resumes_alike(tmp_path, collator, options):
@@ -204,6 +206,7 @@ def test_random_masking_resumes_alike(tmp_path, collator, options):
     if options.pop("weighted", False):
         trainer_class, config_class = DomainWeightedTrainer, TrainingArguments
         extra = {"domain_weights": WEIGHTS, "eval_dataset": rows["code"]}
+    is_late = options.pop("late", False)
     if options.pop("streamed", False):
         rows = {name: data.to_iterable_dataset() for name, data in rows.items()}
 
@@ -212,8 +215,11 @@ def test_random_masking_resumes_alike(tmp_path, collator, options):
         defaults |= {"report_to": "none", "use_cpu": True, "disable_tqdm": True}
         args = config_class(str(tmp_path), **{**defaults, **options})
         callbacks = [] if stop_after is None else [StopAfter(stop_after)]
-        data = {"train_dataset": rows, "data_collator": collator(), **extra}
-        return trainer_class(tiny_bert(), args, callbacks=callbacks, **data)
+        data = {"train_dataset": rows, "data_collator": None if is_late else collator(), **extra}
+        trainer = trainer_class(tiny_bert(), args, callbacks=callbacks, **data)
+        if is_late:
+            trainer.data_collator = collator()
+        return trainer
 
     whole = make()
     whole.train()
