@@ -27,8 +27,8 @@ def get_innermost_sampler(dataloader: DataLoader) -> Any:
 
 class SamplerGuardCallback(TrainerCallback):
     """
-    Raises at train begin if something replaced the trainer's sampler, if the processes do not draw alike, or if an
-    epoch does not come out even; warns of rows that are drawn at random; and moves the sampler to the epoch at hand. That includes a resumed epoch, where
+    Raises at train begin if something replaced the trainer's sampler, if the processes do not draw alike, if an epoch does
+    not come out even, or if a resumed run would not skip what it was trained on; warns of rows that are drawn at random; and moves the sampler to the epoch at hand. That includes a resumed epoch, where
     accelerate's wrapper for skipped batches does not pass `set_epoch` on, and, with `dispatch_batches`, skips too few.
     """
 
@@ -46,6 +46,11 @@ class SamplerGuardCallback(TrainerCallback):
                 f"The train DataLoader must draw through the trainer's {type(self.sampler).__name__}, but its innermost "
                 f"sampler is {type(found).__name__}, so the domain weights would have no effect. Remove the code that "
                 "replaces `_get_train_sampler`, `get_train_dataloader` or the prepared DataLoader."
+            )
+        if state.global_step > 0 and args.ignore_data_skip:
+            raise ValueError(
+                "A resumed run must go on behind the examples it was trained on, but with `ignore_data_skip=True` it would train "
+                "on the first of an epoch again. Set it to False: of datasets nothing is read to skip them."
             )
         domains = self.sampler.domains
         settings = {name: getattr(self.sampler, name) for name in ("seed", "draw", "num_samples")}
@@ -112,7 +117,10 @@ def _count_draws_not_skipped(args: TrainingArguments, state: TrainerState, datal
 
 
 class StreamGuardCallback(TrainerCallback):
-    """Raises at train begin if the processes do not draw alike from a stream of [`interleave_domains`]."""
+    """
+    Raises at train begin if the processes do not draw alike from a stream of [`interleave_domains`]; warns where a resumed run
+    does not skip what it was trained on.
+    """
 
     def __init__(self, settings: dict[str, Any], weights: dict[str, float]) -> None:
         self.settings = settings
@@ -121,5 +129,11 @@ class StreamGuardCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        if state.global_step > 0 and args.ignore_data_skip:
+            warnings.warn(
+                "With `ignore_data_skip=True` a resumed run reads its streams from their beginning, so it trains on the first "
+                "examples again and ends otherwise than one that was not interrupted. Set it to False for the same run.",
+                stacklevel=2,
+            )
         # the text of a float is exact
         refuse_different_streams(repr((self.settings, self.weights)), self.settings, self.weights)

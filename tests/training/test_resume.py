@@ -598,6 +598,17 @@ def test_a_checkpoint_that_does_not_say_of_which_run_it_is_still_resumes(weighte
     assert trainer.state.global_step == 5
 
 
+def test_a_resumed_run_that_does_not_skip_what_it_was_trained_on_is_refused_or_told(weighted, tmp_path):
+    with pytest.raises(ValueError, match="with `ignore_data_skip=True` it would train on the first of an epoch again"):
+        make_weighted(weighted, max_steps=4, ignore_data_skip=True).train(
+            resume_from_checkpoint=str(weighted / "checkpoint-2")
+        )
+    make_weighted(tmp_path, data=STREAMS, max_steps=2).train()
+    again = make_weighted(tmp_path, data=STREAMS, max_steps=2, ignore_data_skip=True)
+    with pytest.warns(UserWarning, match="ends otherwise than one that was not interrupted"):
+        again.train(resume_from_checkpoint=True)
+
+
 def test_a_half_written_checkpoint_of_a_weighted_trainer_is_passed_over(weighted, tmp_path):
     shutil.copytree(weighted, tmp_path / "cut")
     (tmp_path / "cut" / "checkpoint-4" / "trainer_state.json").write_text('{"epoch": ')
