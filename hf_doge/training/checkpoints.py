@@ -4,9 +4,12 @@ import json
 import logging
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 
+from hf_doge.checks import show
+from hf_doge.text import parse_json
 from hf_doge.training.learning_state import STATE_FILE
 
 logger = logging.getLogger(__name__)
@@ -92,6 +95,26 @@ def _get_step(name: str) -> int:
 def read_step(checkpoint: Path | None) -> int:
     """Steps that were taken when a whole checkpoint was written; 0 without one."""
     return 0 if checkpoint is None else json.loads((checkpoint / TRAINER_STATE_FILE).read_text())["global_step"]
+
+
+def read_entries(path: Path) -> dict[str, Any]:
+    """
+    What a JSON file of a checkpoint holds.
+
+    Raises:
+        `ValueError`: if it is damaged. Names the file.
+    """
+    entries = parse_json(path.read_bytes(), source=str(path))
+    if not isinstance(entries, dict):
+        raise damaged(path, f"it holds {show(entries)} instead of an object")
+    return entries
+
+
+def damaged(path: Path, problem: str) -> ValueError:
+    """The error of a file of a checkpoint that holds what no run writes."""
+    return ValueError(
+        f"{str(path)!r} must be as the run wrote it, but {problem}. Resume from another checkpoint, or restore the file."
+    )
 
 
 def _find_problem(checkpoint: Path, num_processes: int, learns: bool) -> str | None:

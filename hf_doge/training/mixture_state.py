@@ -10,6 +10,7 @@ from transformers import TrainingArguments
 from hf_doge.sampling.phases import first_draw_of, read_phases
 from hf_doge.sampling.sampler import DomainWeightedSampler
 from hf_doge.sampling.weights import to_shares
+from hf_doge.training.checkpoints import damaged, read_entries
 from hf_doge.training.global_batch import examples_per_step
 
 SAMPLER_FILE = "domain_sampler.json"  # in a checkpoint
@@ -34,7 +35,8 @@ def load_sampler(checkpoint: Path, sampler: DomainWeightedSampler, args: Trainin
         args (`TrainingArguments`): Of the run.
         learns (`bool`): Whether the run changes its weights by itself.
     """
-    state, step_size = json.loads((checkpoint / SAMPLER_FILE).read_text()), examples_per_step(args)
+    state, step_size = read_entries(checkpoint / SAMPLER_FILE), examples_per_step(args)
+    _refuse_damaged(checkpoint / SAMPLER_FILE, state)
     if state["examples_per_step"] != step_size:
         raise ValueError(
             "A run must go on with as many examples a step as it began with, or it would skip some and repeat "
@@ -63,9 +65,18 @@ def load_sampler(checkpoint: Path, sampler: DomainWeightedSampler, args: Trainin
     sampler.load_state_dict({**state, "position": 0})
 
 
+def _refuse_damaged(path: Path, state: Mapping[str, Any]) -> None:
+    schedule = state.get("schedule")
+    is_schedule = isinstance(schedule, list) and all(
+        isinstance(one, dict) and "first_draw" in one and isinstance(one.get("weights"), dict) for one in schedule
+    )
+    if not (schedule and is_schedule and "examples_per_step" in state):
+        raise damaged(path, "its `schedule` or `examples_per_step` is missing or is none")
+
+
 def refuse_other_reading(checkpoint: Path, own: Mapping[str, Any]) -> None:
     """The Trainer reads again what was trained on and throws it away, which must be the same examples."""
-    saved = json.loads((checkpoint / READING_FILE).read_text())
+    saved = read_entries(checkpoint / READING_FILE)
     names = [name for name in {**saved, **own} if saved.get(name) != own.get(name)]
     if names:
         differing = "; ".join(f"`{name}` was {saved.get(name)!r} and is {own.get(name)!r}" for name in names)

@@ -11,8 +11,10 @@ from typing import Any
 
 from transformers import Trainer, TrainingArguments
 
+from hf_doge.checks import show
 from hf_doge.sampling.collation import SeededCollator
 from hf_doge.text import public_name
+from hf_doge.training.checkpoints import damaged, read_entries
 from hf_doge.training.collator import ColumnCollator
 from hf_doge.training.config import SELF_TERMS, DoGEConfig
 from hf_doge.training.domain_batches import TargetBatches
@@ -140,12 +142,12 @@ def refuse_other_run(checkpoint: Path, own: Mapping[str, Any]) -> None:
         own (mapping): What [`describe_identity`] and the trainer say of this run.
 
     Raises:
-        `ValueError`: naming all that differs, with both values.
+        `ValueError`: naming all that differs, with both values, or a file that is damaged.
     """
-    state = _read(checkpoint / STATE_FILE)
-    saved = (
-        {"domains": state.get("domain_order", own["domains"])} | state.get("run", {}) | _read(checkpoint / RUN_FILE)
-    )
+    state, run = (_read(checkpoint / file) for file in (STATE_FILE, RUN_FILE))
+    saved = {"domains": state.get("domain_order", own["domains"])} | state.get("run", {}) | run
+    if not _are_names(saved["domains"]):  # names that are only others would leave all else uncompared
+        raise damaged(checkpoint / RUN_FILE, f"its `domains` are {show(saved['domains'])} instead of names")
     own = json.loads(json.dumps(own))
     if saved["domains"] != own["domains"]:
         return
@@ -203,4 +205,8 @@ def _only_different(saved: Any, own: Any, *, is_open: bool) -> tuple[Any, Any]:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return read_entries(path) if path.exists() else {}
+
+
+def _are_names(value: Any) -> bool:
+    return isinstance(value, list) and value != [] and all(isinstance(name, str) for name in value)

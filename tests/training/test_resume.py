@@ -598,6 +598,27 @@ def test_a_checkpoint_that_does_not_say_of_which_run_it_is_still_resumes(weighte
     assert trainer.state.global_step == 5
 
 
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("run_identity.json", "{"),
+        ("run_identity.json", "[]"),
+        ("run_identity.json", "null"),
+        ("run_identity.json", '{"domains": 5}'),
+        ("run_identity.json", '{"domains": []}'),
+        ("domain_sampler.json", "{"),
+        ("domain_sampler.json", "[]"),
+        ("domain_sampler.json", "{}"),
+        ("domain_sampler.json", '{"schedule": 3, "examples_per_step": 3}'),
+    ],
+)
+def test_a_damaged_file_of_a_checkpoint_is_named(weighted, tmp_path, file, content):
+    shutil.copytree(weighted / "checkpoint-2", tmp_path / "checkpoint-2")
+    (tmp_path / "checkpoint-2" / file).write_text(content)
+    with pytest.raises(ValueError, match=rf"{file}' must be"):
+        make_weighted(tmp_path, max_steps=4).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+
+
 def test_a_resumed_run_that_does_not_skip_what_it_was_trained_on_is_refused_or_told(weighted, tmp_path):
     with pytest.raises(ValueError, match="with `ignore_data_skip=True` it would train on the first of an epoch again"):
         make_weighted(weighted, max_steps=4, ignore_data_skip=True).train(
