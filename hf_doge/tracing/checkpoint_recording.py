@@ -110,19 +110,20 @@ class CheckpointRecording(Recording):
                 f"Labels are smoothed in training (`label_smoothing_factor={factor}`).{ADVICE}", stacklevel=2
             )
             return
-        self._trained_loss = TrainedLoss(model, args)
+        self._trained_loss = TrainedLoss(model, args, train_dataloader)
 
     def before_step(self) -> None:
-        """See what is trained: whether it is the loss that is recorded."""
+        """See what is trained: whether it is what is recorded."""
         if self._trained_loss is not None:
             self._trained_loss.watch()
 
     def before_optimizer_step(self, *, learning_rate: float, state: TrainerState) -> None:
-        """Warn once if something else than the recorded loss is trained."""
+        """Warn once if something else than what is recorded is trained."""
         difference = None if self._trained_loss is None else self._trained_loss.difference()
         if difference is not None:
+            self._trained_loss.close()
             self._trained_loss = None
-            warnings.warn(f"{difference}{ADVICE}", stacklevel=2)
+            warnings.warn(difference, stacklevel=2)
 
     def after_first_step(self, *, model: nn.Module) -> None:
         """See that the optimizer keeps what its metric needs; it does so from its first step on."""

@@ -123,6 +123,7 @@ class OnlineRecording(Recording):
                 tokenizer=self.tokenizer,
                 half_precision=args.fp16 or args.bf16,
                 check_backward=not args.gradient_checkpointing,
+                loss_is_scaled=args.fp16,
             )
         )
         self._model = model

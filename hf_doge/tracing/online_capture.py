@@ -4,6 +4,7 @@ Gradient rows caught in the training backward itself.
 Shapes: B = batch size, T = positions of all lookups of a forward.
 """
 
+import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ from hf_doge.gradients.embedding_uses import EmbeddingUses, counted_positions, j
 from hf_doge.gradients.example_losses import loss_of
 from hf_doge.gradients.fused_head import FUSED
 from hf_doge.gradients.token_rows import PositionGradients
+from hf_doge.tracing.even_weights import EvenWeights, count_labels
 from hf_doge.tracing.online_identity import EXAMPLE_IDS
 from hf_doge.tracing.online_scale import TrainingScale, check_loss_is_all, without_num_items
 from hf_doge.tracing.settings import RecordingSettings
@@ -55,6 +57,7 @@ class _Forward:
     factors: Tensor
     token_ids: list[Tensor]
     counted: list[Tensor]
+    label_counts: Tensor
     terms: Tensor | None = None
     grads: dict[int, Tensor] = field(default_factory=dict)
     loss_grad: Tensor | None = None
@@ -97,6 +100,7 @@ class TrainingCapture(AbstractContextManager):
         check_backward (`bool`):
             Whether to compare the first backward with that of the model's loss alone, which runs a second backward once.
             Reentrant gradient checkpointing does not allow it.
+        loss_is_scaled (`bool`): Whether a scaler of fp16 multiplies the loss.
     """
 
     def __init__(
@@ -107,6 +111,7 @@ class TrainingCapture(AbstractContextManager):
         tokenizer: PreTrainedTokenizerBase | None = None,
         half_precision: bool = False,
         check_backward: bool = True,
+        loss_is_scaled: bool = False,
     ) -> None:
         self.model = model
         options = settings.recorder_options(tokenizer)
@@ -123,6 +128,8 @@ class TrainingCapture(AbstractContextManager):
         self._forwards: list[_Forward] = []
         self._caught: list[CaughtRows] = []
         self._multiples: list[Tensor] = []
+        self._label_counts: list[Tensor] = []
+        self._weights: EvenWeights | None = EvenWeights(loss_is_scaled=loss_is_scaled)
 
     def __enter__(self) -> "TrainingCapture":
         with ExitStack() as stack:
@@ -137,7 +144,7 @@ class TrainingCapture(AbstractContextManager):
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._stack.close()
-        for caught in (self._forwards, self._caught, self._multiples):
+        for caught in (self._forwards, self._caught, self._multiples, self._label_counts):
             caught.clear()
         self._ids = None
 
@@ -149,11 +156,27 @@ class TrainingCapture(AbstractContextManager):
             ValueError: if the training loss is not a multiple of the model's own, the same in all of the step.
         """
         self._drain()
-        caught, multiples = self._caught, self._multiples
-        self._caught, self._multiples, self._forwards = [], [], []  # what has no gradient by now was not trained on
+        caught, multiples, counts = self._caught, self._multiples, self._label_counts
+        self._caught, self._multiples, self._label_counts = [], [], []
+        self._forwards = []  # what has no gradient by now was not trained on
         if len(multiples) > 1:
             _require_one_weight(torch.stack(multiples))
+        self._compare_steps(multiples, counts)
         return caught
+
+    def _compare_steps(self, multiples: list[Tensor], counts: list[Tensor]) -> None:
+        """Warn once if other steps were made with another multiple of the model's loss."""
+        if self._weights is None or not multiples or len(counts) < len(multiples):
+            return
+        others = self._weights.others(multiples[0], counts[0], counts)
+        if others is not None:
+            self._weights = None
+            warnings.warn(
+                f"The loss of the model is multiplied by {others} at different steps, so examples do not weigh the same."
+                " Recorded is the loss that the model returns, without such weights: let the model weigh its own loss, or"
+                " use `record='checkpoint'` with a `loss_fn`.",
+                stacklevel=2,
+            )
 
     def _drain(self) -> None:
         """Take from finished backwards what is needed, and off the device: micro-batches may be many and large."""
@@ -162,6 +185,8 @@ class TrainingCapture(AbstractContextManager):
         for forward in finished:
             multiple = forward.multiple()
             self._multiples.append(multiple)
+            if forward.terms is None:  # a sum, which is divided by the labels of all the step
+                self._label_counts.append(forward.label_counts)
             self._caught.extend(self._rows(forward, multiple))
 
     def _before_forward(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
@@ -210,6 +235,7 @@ class TrainingCapture(AbstractContextManager):
             factors=self._scale.factors(kwargs, summed=log_probs is not None),
             token_ids=[lookup.token_ids for lookup in lookups],
             counted=[counted_positions(lookup, batch, pad_token_id=self._pad_token_id) for lookup in lookups],
+            label_counts=count_labels(batch.get("labels")),
             terms=None if log_probs is None else outputs.label_mask,
         )
         if self._check_this and self._check_backward:

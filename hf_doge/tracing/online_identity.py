@@ -93,7 +93,9 @@ class IdentifiedBatches(AbstractContextManager):
     """
 
     def __init__(self, dataloader: DataLoader) -> None:
-        self._dataloader = getattr(dataloader, "base_dataloader", dataloader)  # below accelerate's adapter
+        while hasattr(dataloader, "base_dataloader"):  # below accelerate's adapter
+            dataloader = dataloader.base_dataloader
+        self._dataloader = dataloader
         dataset = getattr(self._dataloader, "dataset", None)
         if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
             raise ValueError(

@@ -6,15 +6,23 @@ import pytest
 import torch
 import torch.nn.functional as F
 from datasets import Dataset
-from transformers import BertForQuestionAnswering, BertForSequenceClassification, Trainer
+from transformers import BertForQuestionAnswering, BertForSequenceClassification, DataCollatorWithPadding, Trainer
 from transformers.trainer_utils import set_seed
 
 from hf_doge.artifacts.influence import IndexReader
 from hf_doge.tracing.after_training import record_dataset
 from hf_doge.tracing.callback import TracInWECallback
 from hf_doge.tracing.index import InfluenceIndex
-from tests.tiny import tiny_classifier, tiny_tokenizer
-from tests.tracing.recorded_training import classification_data, make_trainer, train
+from tests.tiny import tiny_classifier, tiny_llama, tiny_t5, tiny_tokenizer
+from tests.tracing.recorded_training import (
+    causal_collator,
+    classification_data,
+    language_data,
+    make_trainer,
+    seq2seq_collator,
+    train,
+    translation_data,
+)
 
 
 @pytest.fixture(scope="module")
@@ -147,6 +155,123 @@ def test_a_loss_function_of_the_trainer_is_told_unless_it_is_the_recorded_one(tm
 )
 def test_multiples_of_the_models_own_loss_are_nothing_to_tell(tmp_path, tokenizer, options):
     train(tmp_path, tokenizer=tokenizer, **options)  # a warning of ours would be an error
+
+
+# What the model is given, and what it counts
+
+
+class MasksPrompts(Trainer):
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        labels = inputs["labels"].clone()
+        labels[:, :1] = -100
+        return model(**{**inputs, "labels": labels}).loss
+
+
+class MasksInPlace(Trainer):
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        inputs["labels"][:, :1] = -100
+        return model(**inputs).loss
+
+
+class Prepares(Trainer):
+    def _prepare_inputs(self, inputs):
+        inputs = super()._prepare_inputs(inputs)
+        return {**inputs, "labels": (inputs["labels"] + 1) % 3}
+
+
+class Steps(Trainer):
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        inputs["labels"] = torch.zeros_like(inputs["labels"])
+        return super().training_step(model, inputs, num_items_in_batch)
+
+
+class DropsWords(Trainer):
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        ids = inputs["input_ids"].clone()
+        ids[:, 0] = 5
+        return model(ids, **{name: value for name, value in inputs.items() if name != "input_ids"}).loss
+
+
+class CutsPadding(Trainer):
+    """To the longest text of half the batch, whose order it turns."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        longest = int(inputs["attention_mask"].sum(dim=1).max())
+        cut = {name: value[:, :longest] if value.ndim > 1 else value for name, value in inputs.items()}
+        return model(**{name: value.flip(0) for name, value in cut.items()}).loss
+
+
+def padded_to(length, tokenizer):
+    pad = DataCollatorWithPadding(tokenizer, padding="max_length", max_length=length)
+    return lambda rows: pad([{name: row[name] for name in ("input_ids", "attention_mask", "label")} for row in rows])
+
+
+@pytest.mark.filterwarnings("ignore:.*pin_memory")
+@pytest.mark.parametrize("num_workers", [0, 1])
+@pytest.mark.parametrize(
+    ("trainer_class", "name"), [(MasksPrompts, "labels"), (MasksInPlace, "labels"), (Prepares, "labels"),
+                                (Steps, "labels"), (DropsWords, "input_ids")],
+)  # fmt: skip
+def test_a_training_on_other_labels_or_tokens_than_the_collator_makes_is_told(
+    tmp_path, tokenizer, trainer_class, name, num_workers
+):
+    options = {"dataloader_num_workers": num_workers, "trainer_class": trainer_class}
+    if trainer_class in (MasksPrompts, MasksInPlace):
+        options |= {"model": tiny_llama(), "dataset": language_data(), "collator": causal_collator(tokenizer)}
+    with pytest.warns(UserWarning, match=rf"trained with other `{name}` than the collator makes"):
+        train(tmp_path, tokenizer=tokenizer, **options)
+
+
+def test_the_collators_batches_are_nothing_to_tell_however_they_are_cut(tmp_path, tokenizer):
+    train(tmp_path / "cut", tokenizer=tokenizer, trainer_class=CutsPadding, collator=padded_to(12, tokenizer))
+    options = {"model": tiny_t5(), "dataset": translation_data(), "collator": seq2seq_collator(tokenizer)}
+    train(tmp_path / "from text to text", tokenizer=tokenizer, gradient_accumulation_steps=2, **options)
+
+
+class ByExample(Trainer):
+    def compute_loss(self, *args, **kwargs):
+        return super().compute_loss(*args, **kwargs) * (1 + args[1]["labels"].sum())
+
+
+class ByStep(Trainer):
+    def compute_loss(self, *args, **kwargs):
+        return super().compute_loss(*args, **kwargs) * (1.0 if self.state.global_step < 2 else 100.0)
+
+
+class Summed(Trainer):
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        return model(**inputs).loss * (inputs["labels"][:, 1:] != -100).sum()
+
+
+class OverTheStep(Trainer):
+    """A mean over all micro-batches, by one's own count."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        return model(**inputs).loss * (inputs["labels"][:, 1:] != -100).sum() / num_items_in_batch
+
+
+UNEVEN = {
+    "one example at a time": {"trainer_class": ByExample, "per_device_train_batch_size": 1, "max_steps": 8},
+    "steps": {"trainer_class": ByStep},
+    "accumulated": {"trainer_class": ByStep, "gradient_accumulation_steps": 2},
+}
+
+
+@pytest.mark.parametrize("name", UNEVEN)
+@pytest.mark.parametrize("record", ["checkpoint", "online"])
+def test_a_training_that_weighs_steps_unequally_is_told(tmp_path, tokenizer, name, record):
+    told = "at different steps, so examples do not weigh the same"
+    with pytest.warns(UserWarning, match=told):
+        train(tmp_path, tokenizer=tokenizer, recording={"record": record}, **UNEVEN[name])
+
+
+@pytest.mark.parametrize("trainer_class", [Trainer, Summed, OverTheStep])
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_a_mean_or_a_sum_over_tokens_weighs_all_alike(tmp_path, tokenizer, trainer_class, accumulation):
+    train(
+        tmp_path, tokenizer=tokenizer, trainer_class=trainer_class, gradient_accumulation_steps=accumulation,
+        model=tiny_llama(), dataset=language_data(), collator=causal_collator(tokenizer), max_steps=5,
+    )  # fmt: skip
 
 
 def test_looking_on_changes_no_bit_of_the_training_and_leaves_nothing_behind(tmp_path, tokenizer):
