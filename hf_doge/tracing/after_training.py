@@ -1,6 +1,7 @@
 """Recording a dataset at checkpoints that a Trainer has saved, after the training."""
 
 import logging
+import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -15,7 +16,7 @@ from transformers.trainer import OPTIMIZER_NAME
 from hf_doge.artifacts.influence import IndexWriter
 from hf_doge.artifacts.influence.manifest import MANIFEST, fits_basis, read_config
 from hf_doge.artifacts.influence.metric import continued_metric
-from hf_doge.checks import LARGEST_RATE, check_number
+from hf_doge.checks import LARGEST_RATE, check_number, show
 from hf_doge.gradients.embedding_uses import input_embedding_matrix
 from hf_doge.gradients.layers import ChosenLayers
 from hf_doge.tracing.basis import warn_of_few
@@ -23,7 +24,7 @@ from hf_doge.tracing.batches import SequentialBatches
 from hf_doge.tracing.examples import Examples, padding_collator, prune_columns
 from hf_doge.tracing.limits import takes_padding
 from hf_doge.tracing.metric import moments_for
-from hf_doge.tracing.models import model_fingerprint
+from hf_doge.tracing.models import has_fingerprint, model_fingerprint
 from hf_doge.tracing.opening import SharedIndex, open_shared_index
 from hf_doge.tracing.pretrained import load_model, without_bars
 from hf_doge.tracing.processes import default_device, join_processes, process_index, run_on_main_process
@@ -58,7 +59,8 @@ def record_dataset(
     encoding: Mapping[str, Any] | None = None,
 ) -> IndexWriter:
     """
-    Record a dataset at checkpoints that a Trainer has saved before; those that the index has whole are left as they are.
+    Record a dataset at checkpoints that a Trainer has saved before; those that the index has whole are left as they are,
+    and must have the weights that were recorded.
 
     Under `accelerate launch` each process records some segments, as [`record_checkpoint`] does. Then the whole dataset, the
     checkpoints and the folder must be there on all.
@@ -93,20 +95,20 @@ def record_dataset(
     Raises:
         FileNotFoundError: if a checkpoint is no folder with a model, or with `metric="optimizer"` has no `optimizer.pt`.
         BlockingIOError: if another process is writing the index.
-        ValueError: if a learning rate is unknown, the checkpoints' embeddings differ in shape, or an example cannot be
-            recorded; what was recorded before stays. With `metric="optimizer"` also if `optimizer.pt` is not of Adam, or it is
+        ValueError: if a learning rate is unknown, the checkpoints' embeddings differ in shape, an example cannot be
+            recorded, or the index has a checkpoint of that name with other weights or another rate than the one in
+            `learning_rates`; what was recorded before stays. With `metric="optimizer"` also if `optimizer.pt` is not of Adam, or it is
             not certain which of its entries belongs to the embeddings. With `add_examples` also if `dataset` begins with
             other examples than the index, or `checkpoints` are not those of the index.
         ProcessFailedError: if another process raised an error or was killed.
     """
     join_processes()
-    if isinstance(checkpoints, str | os.PathLike):
-        raise ValueError(f"`checkpoints` must be a list of folders, but got {str(checkpoints)!r} alone.")
+    paths = _folders(checkpoints)
+    learning_rates = list(learning_rates) if isinstance(learning_rates, Iterable) else learning_rates
     folder, settings = Path(folder), settings or RecordingSettings()
     asked = settings.metric
     metric = run_on_main_process(lambda heartbeat: continued_metric(folder, asked))
     settings = replace(settings, metric=metric)
-    paths = [Path(os.path.abspath(checkpoint)) for checkpoint in checkpoints]  # '.' has a name too
     _require_after_training(settings, paths, learning_rates)
     recording = _SavedRecording(folder, dataset, collator, tokenizer, settings, batch_size, seed, encoding)
     if add_examples:
@@ -117,17 +119,18 @@ def record_dataset(
         # The index knows them, once it is seen which one it is.
         facts: list[dict[str, Any] | None] = [None] * len(paths)
     else:
-        whole = _recorded_steps(folder)
-        order = in_order_of_steps(paths, whole)
+        whole = _recorded_checkpoints(folder)
+        order = in_order_of_steps(paths, {name: entry["step"] for name, entry in whole.items()})
         rates: list[float | None] = [None] * len(paths) if learning_rates is None else list(learning_rates)
         paths, rates = [paths[place] for place in order], [rates[place] for place in order]
+        _require_same_rates(paths, rates, whole)
         known = [describe_checkpoint(path, learning_rate=rate) for path, rate in zip(paths, rates, strict=True)]
         if learning_rates is None:
             for path, fact in zip(paths, known, strict=True):
                 load = partial(load_model, path, trainable=True)
                 fact["learning_rate"] = saved_group_rate(path, fact["learning_rate"], load)
             _warn_of_unknown_groups([path for path in paths if path.name not in whole])
-        facts, recording.whole = [*known], set(whole)
+        facts, recording.whole = [*known], whole
     recording.awaited = [
         path for path, told in zip(paths, facts, strict=True) if told is None or told["name"] not in recording.whole
     ]
@@ -162,7 +165,7 @@ class _SavedRecording:
 
     Attributes:
         grown (`list[dict]`, *optional*): The checkpoints of an index that examples are added to, and `None` of another.
-        whole (`set[str]`): Names of the checkpoints that the index had whole before.
+        whole (`dict[str, dict]`): Name -> entry of the checkpoints that the index had whole before.
         awaited (`list[Path]`): The folders that are still to be recorded.
         trainable (`bool`): Whether models are loaded as in training.
         taken (`list[str]`): Those of an index that grows that a folder was found to be.
@@ -179,7 +182,7 @@ class _SavedRecording:
     seed: int
     encoding: Mapping[str, Any] | None
     grown: list[dict[str, Any]] | None = None
-    whole: set[str] = field(default_factory=set)
+    whole: dict[str, dict[str, Any]] = field(default_factory=dict)
     awaited: list[Path] = field(default_factory=list)
     trainable: bool = False
     taken: list[str] = field(default_factory=list)
@@ -188,12 +191,21 @@ class _SavedRecording:
     batches: SequentialBatches | None = None
 
     def record(self, path: Path, facts: dict[str, Any] | None) -> None:
-        """Record a checkpoint that the index has not got whole; `facts` are None where they are in the index."""
-        if self.index is not None and facts is not None and self.index.has_whole(facts["name"]):
+        """
+        Record a checkpoint that the index has not got whole, and see that one that it has is the same; `facts` are None
+        where they are in the index.
+        """
+        is_whole = self.index is not None and facts is not None and self.index.has_whole(facts["name"])
+        if is_whole and path.name not in self.whole:
             return
-        dtypes = next((entry.get("dtypes") for entry in self.grown or () if entry["name"] == path.name), None)
+        entries = [*(self.grown or ()), *self.whole.values()]
+        dtypes = next((entry.get("dtypes") for entry in entries if entry["name"] == path.name), None)
         with without_bars():
             model = load_model(path, dtypes=dtypes, device=default_device(), trainable=self.trainable)
+        if path.name in self.whole:
+            self._require_same_weights(model, path)
+        if is_whole:
+            return
         if facts is None:
             facts = _recorded_facts(self.grown or (), model, path, taken=self.taken)
             self.taken.append(facts["name"])
@@ -217,6 +229,16 @@ class _SavedRecording:
         facts["path"] = stored_path(path, self.index.writer.folder)
         bar = False if self.bar is None else self.bar
         record_checkpoint(self.index, recorder, self.batches, facts, second_moments=moments, progress=bar)
+
+    def _require_same_weights(self, model: nn.Module, path: Path) -> None:
+        """Refuse a folder with other weights than those that the index has under its name."""
+        recorded = self.whole[path.name]["fingerprint"]
+        if not has_fingerprint(model, recorded):
+            raise ValueError(
+                f"Checkpoint {path.name!r} must have the weights that {str(self.folder)!r} was recorded of, but those in"
+                f" {str(path)!r} differ: their fingerprint is {model_fingerprint(model)[:12]}, the recorded one"
+                f" {recorded[:12]}. Record another training in a folder of its own."
+            )
 
     def _require_same_layers(self, model: nn.Module, name: str) -> None:
         """Refuse a checkpoint whose layers have other shapes: its rows would be numbered otherwise."""
@@ -275,11 +297,34 @@ def _warn_of_unknown_groups(paths: Sequence[Path]) -> None:
         )
 
 
-def _recorded_steps(folder: Path) -> dict[str, int]:
-    """Name -> step of the checkpoints that an index has, if it is there."""
+def _folders(checkpoints: Any) -> list[Path]:
+    """The folders of `checkpoints`, absolute: '.' has a name too."""
+    alone = isinstance(checkpoints, str | os.PathLike)
+    given = list(checkpoints) if isinstance(checkpoints, Iterable) and not alone else None
+    if given is None or not all(isinstance(one, str | os.PathLike) for one in given):
+        shown = f"{str(checkpoints)!r} alone" if alone else show(checkpoints if given is None else given)
+        raise ValueError(f"`checkpoints` must be a list of folders, but got {shown}.")
+    return [Path(os.path.abspath(one)) for one in given]
+
+
+def _recorded_checkpoints(folder: Path) -> dict[str, dict[str, Any]]:
+    """Name -> entry of the checkpoints that an index has, if it is there."""
     if not (folder / MANIFEST).is_file():
         return {}
-    return {entry["name"]: entry["step"] for entry in read_config(folder)["checkpoints"]}
+    return {entry["name"]: entry for entry in read_config(folder)["checkpoints"]}
+
+
+def _require_same_rates(
+    paths: Sequence[Path], rates: Sequence[float | None], whole: Mapping[str, Mapping[str, Any]]
+) -> None:
+    """Refuse a rate that was given for a checkpoint that the index has with another."""
+    for path, rate in zip(paths, rates, strict=True):
+        recorded = whole[path.name]["learning_rate"] if path.name in whole else None
+        if rate is not None and recorded is not None and not math.isclose(rate, recorded, rel_tol=1e-6):
+            raise ValueError(
+                f"`learning_rates` must give {path.name!r} the rate that the index has, {recorded}, but got {rate}. Leave"
+                " `learning_rates` out if the index is right, else record in another folder."
+            )
 
 
 def _has_trained_embeddings(folder: Path) -> bool:

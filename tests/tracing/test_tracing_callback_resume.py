@@ -347,6 +347,29 @@ def test_what_cannot_be_recorded_afterwards_is_refused(tmp_path, checkpoints, op
         record_dataset(tmp_path / "index", checkpoints, classification_data(), **options)
 
 
+def test_a_checkpoint_of_the_same_name_has_the_recorded_weights_and_rate(tmp_path, checkpoints):
+    options = {"collator": pad, "settings": settings(), "progress": False}
+    data, folder = classification_data(), tmp_path / "index"
+    record_dataset(folder, checkpoints[:2], data, learning_rates=[1, 0.5], **options)
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    record_dataset(folder, checkpoints[:2], data, learning_rates=(rate for rate in (1, 0.5)), **options)
+    with pytest.raises(ValueError, match=r"give 'checkpoint-4' the rate that the index has, 0.5, but got 0.7"):
+        record_dataset(folder, checkpoints[:2], data, learning_rates=[1, 0.7], **options)
+    for place in (1, 0):
+        other = shutil.copytree(checkpoints[place], tmp_path / "other" / checkpoints[place].name)
+        tiny_classifier(seed=5).save_pretrained(other)
+        paths = [checkpoints[0], other] if place else [other, *checkpoints[1:]]
+        with pytest.raises(ValueError, match=rf"'{other.name}' must have the weights .* Record another training in"):
+            record_dataset(folder, paths, data, **options)
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("given", [None, 5, [5], [None]])
+def test_checkpoints_that_are_no_folders_are_refused_by_the_argument(tmp_path, given):
+    with pytest.raises(ValueError, match=r"`checkpoints` must be a list of folders, but got "):
+        record_dataset(tmp_path / "index", given, classification_data())
+
+
 def test_a_list_of_examples_may_hold_text_too(tmp_path, checkpoints, tokenizer):
     options = {"tokenizer": tokenizer, "settings": settings(), "progress": False}
     for name, data in (("columns", classification_data()), ("list", classification_data().to_list())):
