@@ -127,8 +127,7 @@ def main(argv: Sequence[str]) -> int:
     weights.save_pretrained(folder, plot=True)
     comparison.save(output_dir)
     plot = save_plot(partial(plot_sweep, weights.metadata["sweep"]), output_dir / "sweep.png")
-    say(weights.summary())
-    say(_describe(weights.recipe))
+    say(f"{weights.summary()}\n{_describe(weights.recipe)}")
     say(f"Weights: {folder}{f', plot: {plot}' if plot else ''}")
     return 0
 
