@@ -16,7 +16,7 @@ after 15 seconds), and how far its memory rose in the first; of several rounds, 
 - Second queries: new ones, against what is on disk, opened anew in another process. Ours has its memory map, made by the first; with
   the map made anew it is `second_seconds_mapping_anew`. captum keeps nothing and does all again.
 - Both are the paper's scores, which the peers give too. `default_over_paper` is what ours cost at the defaults for such a
-  classifier, by cosine, over that, for the first and the second queries; rows of one checkpoint in both.
+  classifier, words and the last layer by cosine, over that, for the first and the second queries; rows of one checkpoint in both.
 
 The last line is JSON. Ratios are the other's CPU seconds over ours, the better of dattri-llm's two routes. What cannot be
 measured, such as a peer that is not installed, is null. A runner that fails says why, and is among `failed`; the others go

@@ -12,17 +12,26 @@ from benchmarks.peers.measure import main
 from benchmarks.peers.workload import VOCABULARY_SIZE, Examples, Workload
 from hf_doge.artifacts.influence import IndexReader, IndexWriter
 from hf_doge.gradients.embedding import EmbeddingGradientRecorder
+from hf_doge.gradients.layers import ChosenLayers
+from hf_doge.tracing.settings import RecordingSettings
 
 BATCH_SIZE = 125  # the recorder runs a batch in groups of similar length: the more to choose from, the less padding
 
 
-def build(recorder: EmbeddingGradientRecorder, workload: Workload, folder: Path, *, dtype: str) -> None:
+def layers_of(model: nn.Module, *, default: bool) -> ChosenLayers | None:
+    """None, for words alone as the paper has it, or what is recorded by default."""
+    return RecordingSettings(recipe=None if default else "paper").resolved(model).chosen_layers(model)
+
+
+def build(
+    recorder: EmbeddingGradientRecorder, workload: Workload, folder: Path, *, dtype: str, layers: ChosenLayers | None
+) -> None:
     """Record the training examples; the index is whole afterwards."""
     model = recorder.model
     writer = IndexWriter(
         folder,
         width=model.config.hidden_size,
-        vocabulary_size=VOCABULARY_SIZE,
+        vocabulary_size=VOCABULARY_SIZE + (0 if layers is None else layers.num_rows),
         num_examples=len(workload.train),
         dtype=dtype,
     )
@@ -53,18 +62,20 @@ def search(
 
 
 def first(
-    model: nn.Module, workload: Workload, state_dir: Path, *, dtype: str = "float16", cosine: bool = False
+    model: nn.Module, workload: Workload, state_dir: Path, *, dtype: str = "float16", default: bool = False
 ) -> np.ndarray:
     """Build and score: record, write, map, search."""
-    recorder = EmbeddingGradientRecorder(model)
-    build(recorder, workload, state_dir / "index", dtype=dtype)
-    return search(recorder, workload.queries, state_dir / "index", state_dir / "cache", cosine=cosine)
+    layers = layers_of(model, default=default)
+    recorder = EmbeddingGradientRecorder(model, layers=layers)
+    build(recorder, workload, state_dir / "index", dtype=dtype, layers=layers)
+    return search(recorder, workload.queries, state_dir / "index", state_dir / "cache", cosine=default)
 
 
-def second(model: nn.Module, workload: Workload, state_dir: Path, *, cosine: bool = False) -> np.ndarray:
+def second(model: nn.Module, workload: Workload, state_dir: Path, *, default: bool = False) -> np.ndarray:
     """New queries against the index and the memory map that [`first`] left."""
-    recorder, queries = EmbeddingGradientRecorder(model), workload.second_queries
-    return search(recorder, queries, state_dir / "index", state_dir / "cache", cosine=cosine)
+    recorder = EmbeddingGradientRecorder(model, layers=layers_of(model, default=default))
+    queries = workload.second_queries
+    return search(recorder, queries, state_dir / "index", state_dir / "cache", cosine=default)
 
 
 def second_mapping_anew(model: nn.Module, workload: Workload, state_dir: Path) -> np.ndarray:
@@ -79,9 +90,9 @@ if __name__ == "__main__":
         {
             "first": first,
             "first_float32": partial(first, dtype="float32"),
-            "first_default": partial(first, cosine=True),
+            "first_default": partial(first, default=True),
             "second": second,
-            "second_default": partial(second, cosine=True),
+            "second_default": partial(second, default=True),
             "second_mapping_anew": second_mapping_anew,
         },
         needs={"second": "first", "second_default": "first_default", "second_mapping_anew": "first"},
