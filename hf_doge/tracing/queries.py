@@ -19,8 +19,8 @@ from hf_doge.artifacts.influence import IndexReader
 from hf_doge.artifacts.influence.metric import metric_of
 from hf_doge.checks import check_choice, check_count, check_flag, check_number, show
 from hf_doge.gradients.example_losses import IGNORE_INDEX
+from hf_doge.tracing import refusals
 from hf_doge.tracing.layer_options import decide_layers
-from hf_doge.tracing.refusals import prompt_and_text, refuse_metric, refuse_nothing_left, refuse_with_bm25
 from hf_doge.tracing.targets import ALL, Target
 from hf_doge.tracing.token_queries import (
     LABEL_FIELDS,
@@ -32,6 +32,7 @@ from hf_doge.tracing.token_queries import (
 from hf_doge.tracing.words import Reading
 
 TEXT_FIELDS = (
+    ("text", "text_pair"),
     ("text",),
     ("premise", "hypothesis"),
     ("sentence1", "sentence2"),
@@ -158,7 +159,7 @@ def check_options(given: SearchOptions, reader: IndexReader) -> SearchOptions:
         raise TypeError(f"Options of a search are {sorted(SEARCH_DEFAULTS)}, but got an unexpected {unknown[0]!r}.")
     options: SearchOptions = {**SEARCH_DEFAULTS, **given}
     if options["scorer"] == "bm25":
-        refuse_with_bm25(given, SEARCH_DEFAULTS)
+        refusals.refuse_with_bm25(given, SEARCH_DEFAULTS)
     else:
         _fill(options, reader)
         _check_scored(options, reader)
@@ -174,12 +175,12 @@ def _check_scored(options: SearchOptions, reader: IndexReader) -> None:
     check_choice("sentence_ends", options["sentence_ends"], SPECIAL_TOKENS)
     check_choice("virtual", options["virtual"], VIRTUAL, optional=True)
     if options["virtual"] == "drop":
-        refuse_nothing_left(reader)
+        refusals.refuse_nothing_left(reader)
     check_flag("cosine", options["cosine"])
     check_choice("kernel", options["kernel"], KERNELS)
     check_number("synonym_threshold", options["synonym_threshold"], least=-1, most=1)
     if options["cosine"]:
-        refuse_metric("`cosine`", reader)
+        refusals.refuse_metric("`cosine`", reader)
         reader.require_whole("`cosine`")
 
 
@@ -288,13 +289,12 @@ def text_fields(record: Mapping[str, Any]) -> list[str]:
     Which fields of a record hold what the model reads: one text, or a pair.
 
     Raises:
-        ValueError: if there is none, or too many to tell, or a prompt without a completion next to a text.
+        ValueError: if there is none, or too many to tell, or another text that models read next to those, such as a prompt.
     """
     strings = [name for name, value in record.items() if isinstance(value, str)]
     for names in TEXT_FIELDS:
         if set(names) <= set(strings):
-            if record.get("prompt"):
-                raise prompt_and_text(names)
+            refusals.refuse_unread(record, names, known={name for fields in TEXT_FIELDS for name in fields})
             return list(names)
     others = [name for name in strings if not name.startswith("label")]
     if not 1 <= len(others) <= 2:
@@ -352,8 +352,10 @@ def _tensors(record: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def label_field(record: Mapping[str, Any]) -> str | None:
-    """The field of the label: of several the first of `LABEL_FIELDS`, as for the recorded examples."""
-    return next((name for name in LABEL_FIELDS if record.get(name) is not None), None)
+    """The field of the label: of several that agree the first of `LABEL_FIELDS`, as for the recorded examples."""
+    given = {name: record[name] for name in LABEL_FIELDS if record.get(name) is not None}
+    refusals.refuse_other_labels(given)
+    return next(iter(given), None)
 
 
 def _check_texts(records: Sequence[Mapping[str, Any]], continued: bool) -> None:

@@ -1,7 +1,10 @@
 """What a search refuses: options that an index cannot answer, or that say nothing to its scorer."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from itertools import combinations
 from typing import Any
+
+import numpy as np
 
 from hf_doge.artifacts.influence import IndexReader
 from hf_doge.artifacts.influence.metric import metric_of
@@ -45,9 +48,26 @@ def refuse_with_bm25(given: Mapping[str, Any], defaults: Mapping[str, Any]) -> N
         )
 
 
-def prompt_and_text(names: Sequence[str]) -> ValueError:
-    """The error of a record that has a prompt without its completion next to the texts in these fields."""
-    return ValueError(
-        f"A record must say in one place what the model reads, but it has both `prompt` and {' and '.join(map(repr, names))}."
-        " Keep one of them, or give the prompt a `completion`."
-    )
+def refuse_unread(record: Mapping[str, Any], names: Sequence[str], *, known: Collection[str]) -> None:
+    """Raise a `ValueError` if a record has another text that models read next to those in these fields."""
+    texts = [name for name in sorted(known) if isinstance(record.get(name), str)]  # others are columns for people
+    other = next((name for name in ("prompt", "completion", *texts) if name not in names and record.get(name)), None)
+    if other is not None:
+        raise ValueError(
+            f"A record must say in one place what the model reads, but it has both `{other}` and"
+            f" {' and '.join(map(repr, names))}. Keep one of them, or call a pair `text` and `text_pair` and give a prompt a"
+            " `completion`."
+        )
+
+
+def refuse_other_labels(given: Mapping[str, Any]) -> None:
+    """Raise a `ValueError` if a record has two labels, of one kind and shape, that differ."""
+    plain = {name: value for name, value in given.items() if isinstance(value, int | float | str | list)}
+    for (one, first), (other, second) in combinations(plain.items(), 2):
+        alike = isinstance(first, str) == isinstance(second, str)
+        values = [np.asarray(value, dtype=object) for value in (first, second)]
+        if alike and values[0].shape == values[1].shape and not np.array_equal(values[0], values[1]):
+            raise ValueError(
+                f"A record must have one label, but `{one}` is {show(given[one])} and `{other}` is {show(given[other])}. Keep"
+                " the one that is to be traced."
+            )

@@ -585,8 +585,36 @@ def test_labels_of_any_number_type_are_taken(index):
 
 def test_token_labels_come_before_a_label_beside_them(index):
     expected = index.scores([{"input_ids": [5, 6], "labels": 2}])
-    for record in ({"label": 0, "labels": 2}, {"labels": 2, "label": 0}):
+    for record in ({"label": [0], "labels": 2}, {"labels": 2, "label": [0]}):
         assert close(index.scores([{"input_ids": [5, 6], **record}]), expected)
+
+
+def test_a_text_pair_is_read_as_the_tokenizer_reads_a_pair(index, tokenizer):
+    pair = {
+        "text": "the goal",
+        "text_pair": "a coach",
+        "label": 1,
+        "title": "Other columns",
+        "source": "are read past",
+    }
+    scores, tokens = index.scores([pair]), tokenizer("the goal", "a coach")
+    assert close(scores, index.scores([{**tokens, "label": 1}]))
+    assert not close(scores, index.scores([{"text": "the goal", "label": 1}]))
+
+
+@pytest.mark.parametrize("other", ["premise", "sentence", "sentence2", "question", "completion", "prompt"])
+def test_a_text_next_to_those_that_are_read_is_refused_by_its_name(index, other):
+    with pytest.raises(ValueError, match=f"both `{other}` and 'text'. Keep one of them"):
+        index.scores([{"text": TEXTS[0], other: TEXTS[1], "label": 1}])
+
+
+def test_labels_that_disagree_are_refused_and_others_taken(index, query_set):
+    text = {"text": TEXTS[0]}
+    with pytest.raises(ValueError, match="one label, but `labels` is 1 and `label` is 2"):
+        index.scores([{**text, "label": 2, "labels": 1}])
+    with pytest.raises(ValueError, match="one label, but `labels` is 1 and `label` is 2"):
+        index.scores([{"input_ids": query_set[0]["input_ids"], "label": 2, "labels": 1}])
+    assert close(index.scores([{**text, "label": 1.0, "label_ids": 1}]), index.scores([{**text, "label": 1}]))
 
 
 def test_one_query_and_arrays_are_batches_too(index):
