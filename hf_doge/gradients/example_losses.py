@@ -110,16 +110,12 @@ class ExampleLosses:
             loss is `scales[i]` times that of the scalar, wherever only example `i` has a part.
 
         Raises:
-            ValueError: if there is no loss, or not one per example from `loss_fn`.
+            ValueError: if there is no loss, or not one per example from `loss_fn`, with a gradient.
         """
         batch_size = batch["input_ids"].shape[0]
         if self.loss_fn is not None:
-            losses = self.loss_fn(outputs, batch)
-            if losses.shape != (batch_size,):
-                raise ValueError(
-                    f"`loss_fn` must return one loss per example, shape ({batch_size},), but its shape is "
-                    f"{tuple(losses.shape)}. Reduce over tokens, not over examples."
-                )
+            losses = self.loss_fn(outputs, dict(batch))  # a copy, that it may take parts out of
+            _check_losses(losses, outputs, batch_size)
             return losses.sum(), torch.ones_like(losses, requires_grad=False)
         loss = loss_of(outputs)
         if loss is None:
@@ -208,6 +204,27 @@ class ExampleLosses:
             return torch.ones(batch["input_ids"].shape[0])
         labelled = (labels != IGNORE_INDEX).reshape(len(labels), -1)
         return labelled[:, self._label_shift or 0 :].sum(dim=1)
+
+
+def _check_losses(losses: object, outputs: object, batch_size: int) -> None:
+    """What `loss_fn` returned must be a loss per example, and where the model's logits have gradients it must too."""
+    if not isinstance(losses, Tensor):
+        raise ValueError(
+            f"`loss_fn` must return a tensor with one loss per example, shape ({batch_size},), but it returned a"
+            f" {type(losses).__name__}. Return the losses, stacked."
+        )
+    if losses.shape != (batch_size,):
+        raise ValueError(
+            f"`loss_fn` must return one loss per example, shape ({batch_size},), but its shape is "
+            f"{tuple(losses.shape)}. Reduce over tokens, not over examples."
+        )
+    logits = logits_of(outputs)
+    has_gradient = isinstance(logits, Tensor) and logits.requires_grad
+    if not losses.is_floating_point() or (has_gradient and not losses.requires_grad):
+        raise ValueError(
+            f"`loss_fn` must return losses with a gradient, but those it returned have none ({losses.dtype}). Compute them from"
+            " `outputs` without `detach`, `argmax` or `torch.no_grad`."
+        )
 
 
 def loss_of(outputs: object) -> Tensor | None:

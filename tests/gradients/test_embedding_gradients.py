@@ -838,6 +838,32 @@ def test_a_batch_without_loss_or_with_a_bad_one_is_refused():
 
 
 @pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda losses: None, r"return a tensor with one loss per example, shape \(4,\), but it returned a NoneType"),
+        (lambda losses: list(losses), "but it returned a list"),
+        (lambda losses: losses.detach(), r"losses with a gradient, but those it returned have none \(torch.float32\)"),
+        (lambda losses: losses.long(), r"losses with a gradient, but those it returned have none \(torch.int64\)"),
+    ],
+)
+def test_what_a_loss_function_returns_is_refused_unless_it_is_losses_with_a_gradient(change, message):
+    model, batch = build(llama).float(), collate(examples_of(causal_example))
+    with pytest.raises(ValueError, match=f"`loss_fn` must .*{message}"):
+        record(model, batch, loss_fn=lambda *args: change(token_losses(*args)))
+
+
+def test_a_loss_function_may_take_the_labels_out_of_its_batch():
+    model, batch = build(llama), collate(examples_of(causal_example))
+
+    def taking(outputs, batch):
+        return token_losses(outputs, {"labels": batch.pop("labels")})
+
+    expected, found = (record(model, batch, loss_fn=loss_fn) for loss_fn in (token_losses, taking))
+    assert "labels" in batch
+    assert torch.equal(found.rows, expected.rows)
+
+
+@pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"loss_reduction": "max"}, "`loss_reduction` must be one of"),
