@@ -177,7 +177,16 @@ class CheckpointRecording(Recording):
                 f"{str(self.folder)!r} holds checkpoints {names} of an earlier training, but this one begins again. Resume"
                 " that one (`resume_from_checkpoint`), delete the folder, or choose another."
             )
-        if check_first_batch(self._recorder, self._batches) and process_index() == 0:
+        if not check_first_batch(self._recorder, self._batches):
+            return
+        begun = self._index.writer.config["metadata"].get("collator_seed", self.seed)
+        if begun != self.seed:
+            raise ValueError(
+                f"All checkpoints of an index must be recorded with one `seed`, since the collator or dataset draws at random:"
+                f" {str(self.folder)!r} was begun with {begun}, but got {self.seed}. Pass `seed={begun}`, or record in"
+                " another folder."
+            )
+        if process_index() == 0:
             warnings.warn(
                 f"The collator or dataset draws at random (masked tokens?), so no recording sees exactly what training saw:"
                 f" each example is drawn once with `seed={self.seed}`, the same at every checkpoint. Pass a `collator=`"

@@ -31,7 +31,8 @@ from hf_doge.tracing.encoding import Encoding
 from hf_doge.tracing.limits import ModelInputs, label_law, wants_fractions
 from hf_doge.tracing.models import LoadModel, has_fingerprint, load_checkpoint
 from hf_doge.tracing.queries import Query, is_dialogue, label_field, text_fields
-from hf_doge.tracing.settings import padding_token_id
+from hf_doge.tracing.refusals import refuse_other_loss
+from hf_doge.tracing.settings import padding_token_id, qualified_name
 from hf_doge.tracing.targets import Target
 from hf_doge.tracing.token_queries import attended
 from hf_doge.tracing.words import Reading, read_ids, read_text
@@ -81,12 +82,7 @@ class QueryRecorder:
     _kept: dict[int, tuple[nn.Module, ModelInputs]] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        recorded = self.reader.config.get("loss_fn")
-        if (recorded is None) != (self.loss_fn is None):
-            raise ValueError(
-                f"Queries must be recorded with the loss of the index, which is {recorded or 'that of the model'}. "
-                + ("Leave `loss_fn` out." if recorded is None else "Pass it as `loss_fn`.")
-            )
+        refuse_other_loss(self.reader.config.get("loss_fn"), qualified_name(self.loss_fn))
 
     def record(
         self,

@@ -1,5 +1,6 @@
 """What a search refuses: options that an index cannot answer, or that say nothing to its scorer."""
 
+import warnings
 from collections.abc import Collection, Mapping, Sequence
 from itertools import combinations
 from typing import Any
@@ -71,3 +72,22 @@ def refuse_other_labels(given: Mapping[str, Any]) -> None:
                 f"A record must have one label, but `{one}` is {show(given[one])} and `{other}` is {show(given[other])}. Keep"
                 " the one that is to be traced."
             )
+
+
+def refuse_other_loss(recorded: str | None, given: str | None) -> None:
+    """
+    Raise a `ValueError` where queries would have the model's loss and the index another one, or the other way round; warn where
+    both are functions, of different names. What ran as a script has `__main__` for its module.
+    """
+    if (recorded is None) != (given is None):
+        raise ValueError(
+            f"Queries must be recorded with the loss of the index, which is {recorded or 'that of the model'}. "
+            + ("Leave `loss_fn` out." if recorded is None else "Pass it as `loss_fn`.")
+        )
+    names = [str(name).removeprefix("__main__.") for name in (recorded, given)]
+    if names[0] != names[1] and not any(one.endswith(f".{other}") for one, other in (names, names[::-1])):
+        warnings.warn(
+            f"The index was recorded with the loss {recorded}, but `loss_fn` is {given}. If they are not the same function, the"
+            " scores compare gradients of two losses: pass the one of the recording.",
+            stacklevel=4,
+        )

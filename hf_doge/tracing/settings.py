@@ -359,7 +359,7 @@ class RecordingSettings:
         """
         return {
             "loss_reduction": self.loss_reduction,
-            "loss_fn": _qualified_name(self.loss_fn),
+            "loss_fn": qualified_name(self.loss_fn),
             "tied": self.tied,
             "top_k": self.top_k_tokens,
             "top_k_unit": self.top_k_unit if self.top_k_tokens is not None else None,
@@ -388,7 +388,8 @@ def text_tokenizer(processing_class: Any | None) -> Any | None:
     return getattr(processing_class, "tokenizer", processing_class)
 
 
-def _qualified_name(function: LossFunction | None) -> str | None:
+def qualified_name(function: LossFunction | None) -> str | None:
+    """The module and name of a loss function, as the index keeps them."""
     if function is None:
         return None
     module, name = getattr(function, "__module__", ""), getattr(function, "__qualname__", type(function).__qualname__)

@@ -59,6 +59,21 @@ def resume(folder, *, at=True, recording=None, **options):
     )
 
 
+def masked_at_random(examples):
+    batch = pad(examples)
+    return {**batch, "input_ids": batch["input_ids"].masked_fill(torch.rand(batch["input_ids"].shape) < 0.3, 1)}
+
+
+@pytest.mark.filterwarnings("ignore:The collator or dataset draws at random")
+def test_a_resumed_run_whose_collator_draws_at_random_keeps_its_seed(tmp_path):
+    options = {"tokenizer": None, "collator": masked_at_random}
+    train(tmp_path, recording={**SEGMENT, "seed": 3}, max_steps=4, **options)
+    with pytest.raises(ValueError, match=r"with one `seed`.* was begun with 3, but got 9\. Pass `seed=3`"):
+        train(tmp_path, recording={**SEGMENT, "seed": 9}, max_steps=6, resume=True, **options)
+    reader = train(tmp_path, recording={**SEGMENT, "seed": 3}, max_steps=6, resume=True, **options)
+    assert len(reader.checkpoints) == 3
+
+
 @pytest.fixture
 def recorded_batches(monkeypatch):
     """Counts batches that are recorded, and fails at one of them."""

@@ -2,6 +2,7 @@
 
 import warnings
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -140,6 +141,16 @@ def test_a_loss_function_of_the_trainer_is_told_unless_it_is_the_recorded_one(tm
             trainer.train()
         told = [str(one.message) for one in caught if "Recorded is the loss" in str(one.message)]
         assert len(told) == (loss_fn is None)
+    query = [{"input_ids": [5, 6, 7], "label": 1}]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # of another loss
+        index = InfluenceIndex.from_pretrained(tmp_path / "False", loss_fn=per_example)
+        expected = index.scores(query, cosine=False)
+    index = InfluenceIndex.from_pretrained(tmp_path / "False", loss_fn=lambda *args: 2 * per_example(*args))
+    with pytest.warns(
+        UserWarning, match=r"recorded with the loss .*per_example, but `loss_fn` is .*<lambda>\. If they"
+    ):
+        np.testing.assert_allclose(index.scores(query, cosine=False), 2 * expected, rtol=1e-5)
 
 
 @pytest.mark.parametrize(
