@@ -294,7 +294,10 @@ def text_fields(record: Mapping[str, Any]) -> list[str]:
     strings = [name for name, value in record.items() if isinstance(value, str)]
     for names in TEXT_FIELDS:
         if set(names) <= set(strings):
-            refusals.refuse_unread(record, names, known={name for fields in TEXT_FIELDS for name in fields})
+            read = ("prompt", "completion", *(name for fields in TEXT_FIELDS for name in fields if name in strings))
+            unread = [name for name in read if name not in names and record.get(name)]
+            if unread:
+                raise refusals.several_texts(unread[0], names)
             return list(names)
     others = [name for name in strings if not name.startswith("label")]
     if not 1 <= len(others) <= 2:
@@ -354,7 +357,8 @@ def _tensors(record: Mapping[str, Any]) -> dict[str, Any]:
 def label_field(record: Mapping[str, Any]) -> str | None:
     """The field of the label: of several that agree the first of `LABEL_FIELDS`, as for the recorded examples."""
     given = {name: record[name] for name in LABEL_FIELDS if record.get(name) is not None}
-    refusals.refuse_other_labels(given)
+    if len(given) > 1:
+        refusals.refuse_other_labels(given)
     return next(iter(given), None)
 
 

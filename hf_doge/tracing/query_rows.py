@@ -82,7 +82,9 @@ class QueryRecorder:
     _kept: dict[int, tuple[nn.Module, ModelInputs]] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        refuse_other_loss(self.reader.config.get("loss_fn"), qualified_name(self.loss_fn))
+        recorded = self.reader.config.get("loss_fn")
+        if recorded is not None or self.loss_fn is not None:
+            refuse_other_loss(recorded, qualified_name(self.loss_fn))
 
     def record(
         self,

@@ -1,7 +1,7 @@
 """What a search refuses: options that an index cannot answer, or that say nothing to its scorer."""
 
 import warnings
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import combinations
 from typing import Any
 
@@ -49,16 +49,12 @@ def refuse_with_bm25(given: Mapping[str, Any], defaults: Mapping[str, Any]) -> N
         )
 
 
-def refuse_unread(record: Mapping[str, Any], names: Sequence[str], *, known: Collection[str]) -> None:
-    """Raise a `ValueError` if a record has another text that models read next to those in these fields."""
-    texts = [name for name in sorted(known) if isinstance(record.get(name), str)]  # others are columns for people
-    other = next((name for name in ("prompt", "completion", *texts) if name not in names and record.get(name)), None)
-    if other is not None:
-        raise ValueError(
-            f"A record must say in one place what the model reads, but it has both `{other}` and"
-            f" {' and '.join(map(repr, names))}. Keep one of them, or call a pair `text` and `text_pair` and give a prompt a"
-            " `completion`."
-        )
+def several_texts(other: str, names: Sequence[str]) -> ValueError:
+    """The error of a record that has another text that models read next to those in these fields."""
+    return ValueError(
+        f"A record must say in one place what the model reads, but it has both `{other}` and {' and '.join(map(repr, names))}."
+        " Keep one of them, or call a pair `text` and `text_pair` and give a prompt a `completion`."
+    )
 
 
 def refuse_other_labels(given: Mapping[str, Any]) -> None:
