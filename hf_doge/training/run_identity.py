@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,7 @@ _SAME_BATCH = re.compile(r"^(seed|return_.*|pad_to_multiple_of|padding_free|tf_.
 _ARGUMENTS = ({one.name for one in fields(DoGEConfig)} - {"recipe", "seed"}) | {
     *("unit", "draw", "max_epochs_per_domain", "initial_weights"),  # of the trainers
 }
+_LIBRARIES = ("torch", "transformers", "trl", "hf_doge")  # which have classes of the same names
 _LENGTHLESS_SCHEDULES = ("constant", "constant_with_warmup", "inverse_sqrt", "reduce_lr_on_plateau")
 
 
@@ -78,19 +80,55 @@ def describe_identity(trainer: Trainer, *, max_steps: int, has_planned_draws: bo
     )
     if has_planned_draws or not (has_own_schedule or is_lengthless):
         identity["max_steps"] = max_steps
+    if has_own_schedule:
+        identity["lr_scheduler"] = _describe_schedule(trainer.lr_scheduler, max_steps)
+    identity["loss"] = _describe_loss(trainer)
     collator = _describe_collator(trainer.data_collator)
     assert args.output_dir is not None  # the arguments set one
     return {**identity, "data_collator": collator, "model": _describe_model(model, Path(args.output_dir))}
 
 
 def _describe_collator(collator: Any) -> dict[str, Any]:
-    """The settings of a collator that is a dataclass, as those of transformers and trl are; of others none are known."""
+    """
+    Its name, the special tokens of its tokenizer, and the settings of one that is a dataclass, as those of transformers and trl
+    are; of others none are known.
+    """
     while isinstance(collator, (SeededCollator, ColumnCollator, LengthsCollator)):
         collator = collator.collator
+    described: dict[str, Any] = {"class": _name_of(collator)}
+    tokens = getattr(getattr(collator, "tokenizer", None), "special_tokens_map", {})
+    described |= {f"tokenizer.{name}": str(token) for name, token in tokens.items() if name.endswith("_token")}
     if not is_dataclass(collator):
-        return {}
+        return described
     settings = {one.name: getattr(collator, one.name) for one in fields(collator) if not _SAME_BATCH.match(one.name)}
-    return {name: value for name, value in settings.items() if isinstance(value, (bool, int, float, str))}
+    return described | {name: value for name, value in settings.items() if isinstance(value, (bool, int, float, str))}
+
+
+def _describe_loss(trainer: Trainer) -> dict[str, Any]:
+    """Whose `compute_loss` it is, and the function that the trainer was given."""
+    owner = next(one for one in type(trainer).__mro__ if "compute_loss" in vars(one))
+    return {"compute_loss": _name_of(owner), "compute_loss_func": _name_of(trainer.compute_loss_func)}
+
+
+def _describe_schedule(schedule: Any, max_steps: int) -> dict[str, Any]:
+    """A schedule of one's own: its class and, where functions tell the rate, what they say from the first step to the last."""
+    schedule = getattr(schedule, "scheduler", schedule)  # as accelerate wraps it
+    steps = [part * max_steps // 8 for part in range(9)]
+    rates = [[round(float(rate(step)), 9) for step in steps] for rate in getattr(schedule, "lr_lambdas", [])]
+    return {"class": _name_of(schedule), "factors": rates}
+
+
+def _name_of(one: Any) -> str | None:
+    """
+    The name of a function or class, or of the class of an object, behind that of its library. Libraries move theirs between
+    modules, and what is in a script is elsewhere when the script is imported.
+    """
+    if one is None:
+        return None
+    one = one.func if isinstance(one, partial) else one
+    named = one if hasattr(one, "__qualname__") else type(one)
+    library = (named.__module__ or "").partition(".")[0]
+    return f"{library}.{named.__qualname__}" if library in _LIBRARIES else named.__qualname__
 
 
 def _describe_model(model: Any, output_dir: Path) -> dict[str, Any]:
@@ -154,7 +192,9 @@ def refuse_other_run(checkpoint: Path, own: Mapping[str, Any]) -> None:
     before, now = {}, {}
     for name, value in own.items():
         if name in saved and saved[name] != value:
-            before[name], now[name] = _only_different(saved[name], value, is_open=name in ("model", "data_collator"))
+            before[name], now[name] = _only_different(
+                saved[name], value, is_open=name in ("model", "data_collator", "loss")
+            )
     before, now = ({name: part for name, part in one.items() if before[name] != now[name]} for one in (before, now))
     if before:
         why = "the schedule of the learning rate, or the plan of the draws, depends on `max_steps`. "

@@ -199,6 +199,41 @@ def test_numbers_and_truth_values_are_asked_about():
         assert_as_alone(build(mean), batches(several))
 
 
+MISSING = {"nan": float("nan"), "minus one": -1.0, "minus a hundred": -100.0, "a whole number": -1}
+
+
+def some_missing(value):
+    """Several labels of each example; those that are missing are first one of every example, then of some examples two."""
+    full = [type(value)(1), type(value)(0), type(value)(0)]
+    alike = [[value, *full[1:]]] * 4
+    return [[full] * 4, alike, [[value, value, full[2]], *alike[1:]]]
+
+
+def there(labels):
+    return ~(labels.isnan() | (labels < 0))
+
+
+@pytest.mark.parametrize("kind", MISSING)
+def test_a_mean_over_the_labels_that_are_there_is_refused_as_soon_as_one_is_missing(kind):
+    def over_those_there(logits, labels, mask):
+        return ((logits - labels)[there(labels)] ** 2).mean()
+
+    given = list(batches(some_missing(MISSING[kind])))
+    for few in (given, given[1:], given[:2]):
+        with pytest.raises(ValueError, match=REFUSED):
+            recorded(build(over_those_there), few)
+    recorded(build(over_those_there), given[:1])
+
+
+@pytest.mark.parametrize("kind", MISSING)
+def test_labels_that_each_example_leaves_out_for_itself_are_recorded_exactly(kind):
+    def of_each(logits, labels, mask):
+        kept = there(labels)
+        return (((logits - labels.masked_fill(~kept, 0)) ** 2 * kept).sum(dim=1) / kept.sum(dim=1).clamp(min=1)).mean()
+
+    assert_as_alone(build(of_each), batches(some_missing(MISSING[kind])))
+
+
 # Labels of tokens
 
 

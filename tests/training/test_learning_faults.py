@@ -150,7 +150,7 @@ def test_sigterm_on_one_process_saves_a_checkpoint_that_resumes_exactly(tmp_path
     whole = make_trainer(tmp_path / "whole", **options)
     whole.train()
     cut = make_trainer(tmp_path / "cut", **options)
-    collate, num_batches = cut.data_collator, 0
+    collate, num_batches = cut.data_collator.collator, 0
 
     def collate_and_signal(features):
         nonlocal num_batches
@@ -160,7 +160,7 @@ def test_sigterm_on_one_process_saves_a_checkpoint_that_resumes_exactly(tmp_path
         return collate(features)
 
     if when == "while collecting":
-        cut.data_collator = collate_and_signal
+        cut.data_collator.collator = collate_and_signal
     else:
         cut.fault = {"kind": "term", "rank": 0, "step": 3}
     cut.train()
@@ -168,6 +168,7 @@ def test_sigterm_on_one_process_saves_a_checkpoint_that_resumes_exactly(tmp_path
     assert [path.name for path in (tmp_path / "cut").glob("checkpoint-*")] == [f"checkpoint-{cut.state.global_step}"]
     assert cut.state.global_step in (2, 3)
     resumed = make_trainer(tmp_path / "cut", **options)
+    resumed.data_collator.collator = cut.data_collator.collator  # of the same run
     resumed.train(resume_from_checkpoint=True)
     for name, trainer in (("resumed", resumed), ("whole", whole)):
         note(trainer, tmp_path / f"{name}.pt")

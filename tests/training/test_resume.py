@@ -13,7 +13,13 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset, concatenate_datasets
-from transformers import AutoModelForCausalLM, DataCollatorForLanguageModeling, TrainerCallback, TrainingArguments
+from transformers import (
+    AutoModelForCausalLM,
+    DataCollatorForLanguageModeling,
+    TrainerCallback,
+    TrainingArguments,
+    default_data_collator,
+)
 
 from hf_doge.training.checkpoints import resolve_checkpoint
 from hf_doge.training.config import DoGEConfig
@@ -576,6 +582,79 @@ def test_the_checkpoint_of_a_run_that_masked_otherwise_is_refused(tmp_path):
     make(seed=2, pad_to_multiple_of=4).train(resume_from_checkpoint=True)  # masks by the seed of the run
     with pytest.raises(ValueError, match=r"{'data_collator': {'random_replace_prob': 0\.1}} and this run"):
         make(random_replace_prob=0.2).train(resume_from_checkpoint=True)
+
+
+class Tripled(DomainWeightedTrainer):
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        return 3 * model(**inputs).loss
+
+
+def halved_loss(outputs, labels, num_items_in_batch=None):
+    return outputs.logits.float().logsumexp(-1).mean() / 2
+
+
+def with_loss(folder, loss_func=None, **options):
+    trainer = make_weighted(folder, max_steps=4, **options)
+    trainer.compute_loss_func = loss_func
+    return trainer
+
+
+def with_schedule(factor):
+    def make(folder):
+        trainer = make_weighted(folder, max_steps=4)
+        trainer.create_optimizer()
+        trainer.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(trainer.optimizer, lambda step: factor)
+        return trainer
+
+    return make
+
+
+def masking_by(token):
+    def make(folder):
+        tokenizer = tiny_tokenizer()
+        tokenizer.mask_token = token or tokenizer.mask_token
+        rows = {name: data.remove_columns("labels") for name, data in three_domains(8).items()}
+        collator = DataCollatorForLanguageModeling(tokenizer, mlm_probability=0.4)
+        return make_weighted(folder, max_steps=4, data=rows, model=tiny_bert(), collator=collator)
+
+    return make
+
+
+def first_masked(examples):
+    batch = default_data_collator(examples)
+    batch["labels"][:, 0] = -100
+    return batch
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "named"),
+    [
+        (with_loss, lambda folder: with_loss(folder, collator=first_masked), "first_masked"),
+        (masking_by(None), masking_by(tiny_tokenizer().convert_ids_to_tokens(20)), "tokenizer.mask_token"),
+        (with_loss, lambda folder: with_loss(folder, trainer_class=Tripled), "Tripled"),
+        (with_loss, lambda folder: with_loss(folder, halved_loss), "halved_loss"),
+        (with_schedule(1.0), with_schedule(0.1), "lr_scheduler"),
+    ],
+    ids=["collator", "tokenizer", "compute_loss", "compute_loss_func", "schedule"],
+)
+def test_the_checkpoint_of_a_run_with_another_loss_batch_or_schedule_is_refused(tmp_path, before, after, named):
+    trainer = before(tmp_path)
+    trainer.add_callback(StopAfter(2))
+    trainer.train()
+    before(tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    with pytest.raises(ValueError, match=f"must go on as it began, but .*{re.escape(named)}"):
+        after(tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    identity = tmp_path / "checkpoint-2" / "run_identity.json"
+    saved = json.loads(identity.read_text())
+    for name in ("loss", "lr_scheduler"):
+        saved.pop(name, None)
+    saved["data_collator"] = {
+        name: value
+        for name, value in saved["data_collator"].items()
+        if name != "class" and not name.startswith("tokenizer.")
+    }
+    identity.write_text(json.dumps(saved))
+    after(tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))  # an earlier hf_doge wrote it
 
 
 def test_what_moves_no_weight_may_differ_in_a_resumed_run(weighted, tmp_path):
