@@ -23,6 +23,7 @@ _WORK_PER_MODULE = 1_000_000
 _LEAST_TOKENS = 64  # matrices of fewer lines are multiplied more slowly
 
 _MOST_VALUES = 64  # an input of more is a number of its own for each example
+_MISSING = (math.nan, -1.0, float(IGNORE_INDEX))  # what data say where a label is missing; a mean may leave it out
 _INPUTS = {"input_ids", "attention_mask", "token_type_ids", "position_ids"}
 
 
@@ -268,7 +269,8 @@ class Novelty:
                 continue
             if not name.startswith("decoder_") and not (name == "labels" and token_labels):
                 if values.is_floating_point():
-                    new |= self._extends(name, float(values.min()), float(values.max()))
+                    there = values[~values.isnan()]
+                    new |= bool(len(there)) and self._extends(name, float(there.min()), float(there.max()))
                 else:
                     new |= self._add(name, set(values.unique().tolist()))
         return new
@@ -348,6 +350,21 @@ def with_classes(batch: Mapping[str, Any], name: str, classes: Tensor, *, first:
     drawn = classes.to(labels.device, labels.dtype)
     labels[first:].view(-1)[places] = drawn[torch.arange(len(places), device=labels.device) % len(drawn)]
     return {**batch, name: labels}
+
+
+def with_missing(
+    few: Mapping[str, Any], batch: Mapping[str, Any], asked: set[tuple[str, float]]
+) -> Iterator[dict[str, Any]]:
+    """The examples `few` with a label less, not the first one's, by each value of `batch` that may say so and is not `asked`."""
+    for name in label_names(batch):
+        for value in _MISSING if name in few else ():
+            labels = few[name].clone()
+            others = labels[1:].view(-1)
+            found, gone = (one.isnan() if math.isnan(value) else one == value for one in (batch[name], others))
+            if (name, value) not in asked and bool(found.any()) and not bool(gone.all()):
+                asked.add((name, value))
+                others[(~gone).nonzero()[0]] = value
+                yield {**few, name: labels}
 
 
 def _is_whole(values: Tensor) -> bool:

@@ -26,6 +26,7 @@ from hf_doge.gradients.batches import (
     padding_mask,
     single_example,
     with_classes,
+    with_missing,
     without_labels,
 )
 from hf_doge.gradients.embedding_uses import Lookup, join_by_example
@@ -95,6 +96,7 @@ class Verification:
         self._novelty = Novelty()
         self._asked: set[int] = set()
         self._unasked: set[int] = set()
+        self._asked_missing: set[tuple[str, float]] = set()
 
     def look(self, given: Mapping[str, Any], batch: dict[str, Any]) -> bool:
         """
@@ -115,10 +117,11 @@ class Verification:
             self.from_logits = self._logits_suffice(batch)
         if self._is_on:
             self._note_labels(batch)
-        by_token = self._backward.losses.by_token
-        return self._is_on and self._novelty.found(
-            given, padding_ids=self._backward.padding_ids, token_labels=by_token
-        )
+            # Values that may say that a label is missing, as soon as a batch has one.
+            for altered in with_missing(self._few or {}, batch, self._asked_missing):
+                self._require_unmoved(altered, self._rows_alone(self._few, 0, strip_padding=False)[0])
+        by_token, padding_ids = self._backward.losses.by_token, self._backward.padding_ids
+        return self._is_on and self._novelty.found(given, padding_ids=padding_ids, token_labels=by_token)
 
     def compare(self, batch: dict[str, Any], group: Group, gradients: PositionGradients, loss: Tensor) -> None:
         """

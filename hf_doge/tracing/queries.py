@@ -271,7 +271,7 @@ def check_queries(
         )
     if any("input_ids" in record for record in records):
         records = [_tensors(record) for record in records]
-        check_tokens(records, vocabulary_size)
+        records = check_tokens(records, vocabulary_size)
     elif tokenizer is not None:
         _check_texts(records, continued)
     else:

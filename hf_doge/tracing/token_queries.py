@@ -40,8 +40,31 @@ def attended(ids: Tensor, mask: Tensor | None) -> Tensor:
     return ids if mask is None or mask.shape != ids.shape else ids[mask.bool()]
 
 
-def check_tokens(records: Sequence[Mapping[str, Any]], vocabulary_size: int) -> None:
+def without_left_padding(record: Mapping[str, Any]) -> dict[str, Any]:
     """
+    A query of tokens without the positions before the first that its mask keeps: those of a text begin at 0, and a model
+    that is given none counts them from the padding on.
+    """
+    ids, mask = record["input_ids"], record.get("attention_mask")
+    if mask is None or ids.ndim != 1 or mask.shape != ids.shape:
+        return dict(record)
+    first = int(mask.nonzero()[0])
+    return {
+        name: value[first:] if isinstance(value, Tensor) and _is_by_position(name, value, ids) else value
+        for name, value in record.items()
+    }
+
+
+def _is_by_position(name: str, value: Tensor, ids: Tensor) -> bool:
+    """Whether there is one value for each token; labels that are fractions are one for each class."""
+    return value.shape[:1] == ids.shape and not (name == "labels" and value.is_floating_point())
+
+
+def check_tokens(records: Sequence[Mapping[str, Any]], vocabulary_size: int) -> list[dict[str, Any]]:
+    """
+    Returns:
+        `list[dict]`: the queries, without padding on the left.
+
     Raises:
         ValueError: A query has no token, one out of the vocabulary, or a mask of another shape.
     """
@@ -62,6 +85,7 @@ def check_tokens(records: Sequence[Mapping[str, Any]], vocabulary_size: int) -> 
                 f"Tokens of queries must be whole numbers from 0 to {vocabulary_size - 1}, the vocabulary of the index, "
                 f"but query {position} has {found}. Tokenise them with the tokenizer of the recorded model."
             )
+    return [without_left_padding(record) for record in records]
 
 
 def dataset_records(dataset: Dataset) -> list[dict[str, Any]]:

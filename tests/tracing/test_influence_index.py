@@ -388,6 +388,13 @@ def test_a_language_model_is_traced_for_the_text_itself(tmp_path):
     labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
     scores = index.scores(texts)
     assert close(index.scores({**batch, "labels": labels}), scores)
+    tokenizer.padding_side = "left"  # of positions that count from the first token that is none
+    batch = tokenizer([texts[0], "market " * 12], padding=True, return_tensors="pt")
+    assert not batch["attention_mask"][0, 0]
+    for few in (batch, {name: value[:1] for name, value in batch.items()}):
+        labels = few["input_ids"].masked_fill(few["attention_mask"] == 0, -100)
+        for query in (few, {**few, "labels": labels}):
+            assert close(index.scores(dict(query))[0], scores[0])
     assert (scores.argmax(axis=1) == [0, 1, 2]).all()  # the very text is its own strongest proponent
     kept = np.stack([index.reader.self_influence(0)[:3]])[0] * index.reader.checkpoints[0]["learning_rate"]
     assert close(np.diag(scores), kept)  # with top-k: the query is cut as the example was
