@@ -101,21 +101,24 @@ def class_layer(model: nn.Module) -> str | None:
     """
     Name of the linear layer that gives the classes their logits: the last one with as many outputs as there are classes.
 
-    `None` where [`num_classes`] knows none, there is no such layer, or nothing trains it.
+    `None` where [`num_classes`] knows none, there is no such layer, or nothing trains it itself: it is frozen, or has an adapter.
     """
     count, found = num_classes(model), None
     for name, module in model.named_modules() if count is not None else ():
-        is_linear = isinstance(module, nn.Linear) and ".original_module" not in name  # the untrained copy of peft
-        if is_linear and module.out_features == count and module.weight.requires_grad:
+        is_added = (
+            ".original_module" in name or ".lora_" in name
+        )  # by peft: the untrained copy, and the adapter of a layer
+        if isinstance(module, nn.Linear) and module.out_features == count and not is_added:
             found = name
-    return found
+    return found if found is not None and model.get_parameter(f"{found}.weight").requires_grad else None
 
 
 def default_layers(model: nn.Module, begun: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """
     The settings that `layers="auto"` stands for: words, and the last layer of a classifier that is trained with them; else words alone.
 
-    The layer takes the room of one more word: all its outputs, and as many projections of its inputs as a row has left for each.
+    The layer takes the room of one more word: of few classes all its outputs, and as many projections of its inputs as a row has left for
+    each; of more classes than the root of the width that many projections of both.
 
     Args:
         model (`nn.Module`): Which is recorded.
@@ -124,13 +127,19 @@ def default_layers(model: nn.Module, begun: Mapping[str, Any] | None = None) -> 
     Returns:
         `dict`: `layers` and `projection_dim`, see [`RecordingSettings`].
     """
+    words_alone = {"layers": None, "projection_dim": None}
+    if begun is not None:
+        recorded = begun.get("layers")
+        if recorded is None:
+            return words_alone
+        names = [one["name"] for one in recorded["modules"]]
+        kept = max(size for one in recorded["modules"] for size in one["kept"])
+        return {"layers": [EMBEDDING, *names] if recorded["embedding"] else names, "projection_dim": kept}
     last, matrix = class_layer(model), input_embedding_matrix(model)
-    recorded = {} if begun is None else begun.get("layers")
-    if last is None or recorded is None or not matrix.requires_grad:
-        return {"layers": None, "projection_dim": None}
+    if last is None or not matrix.requires_grad:
+        return words_alone
     width, num_classes = matrix.shape[1], len(model.get_parameter(f"{last}.weight"))
-    kept = [size for one in recorded.get("modules", ()) for size in one["kept"]]
-    return {"layers": [EMBEDDING, last], "projection_dim": max(kept or [isqrt(width), width // num_classes])}
+    return {"layers": [EMBEDDING, last], "projection_dim": max(isqrt(width), width // num_classes)}
 
 
 def takes_padding(model: nn.Module) -> bool:

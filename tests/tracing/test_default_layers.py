@@ -7,7 +7,15 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from transformers import GPT2Config, GPT2ForSequenceClassification, RobertaConfig, RobertaForSequenceClassification
+from peft import LoraConfig, get_peft_model
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    GPT2Config,
+    GPT2ForSequenceClassification,
+    RobertaConfig,
+    RobertaForSequenceClassification,
+)
 
 from hf_doge import InfluenceIndex, TracInWECallback
 from hf_doge.artifacts.influence import IndexReader
@@ -49,6 +57,16 @@ def test_words_alone_are_recorded_of_models_that_choose_no_class_of_a_text():
 @pytest.mark.parametrize("name", ["bert.embeddings.word_embeddings.weight", "classifier.weight"])
 def test_words_alone_are_recorded_where_they_or_the_layer_are_frozen(name):
     assert resolved(frozen(tiny_classifier(), name)) is None
+
+
+def test_no_other_layer_takes_the_place_of_a_last_one_that_is_not_trained_itself():
+    """Neither one with as many outputs as there are classes, nor the half of an adapter."""
+    sizes = {"vocab_size": 32, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = BertConfig(**sizes, intermediate_size=24, num_labels=16)
+    assert resolved(BertForSequenceClassification(config)) == BOTH
+    assert resolved(frozen(BertForSequenceClassification(config), "classifier.weight")) is None
+    lora = LoraConfig(r=3, target_modules=["query", "classifier"], modules_to_save=["word_embeddings"])
+    assert resolved(get_peft_model(tiny_classifier(), lora)) is None
 
 
 @pytest.mark.parametrize(
@@ -133,8 +151,21 @@ def test_an_index_that_is_continued_keeps_the_layers_that_it_was_begun_with(reco
     continued = record(tmp_path / "other", checkpoints)
     assert continued.config["layers"]["modules"][0]["kept"] == [3, 7]
     assert len(continued.checkpoints) == 2
+    for number, layers in enumerate(("classifier", ["embedding", "pooler.dense"], [*BOTH, "pooler.dense"])):
+        record(tmp_path / f"named-{number}", checkpoints[:1], layers=layers)
+        whole = record(tmp_path / f"whole-{number}", checkpoints, layers=layers)
+        assert segments(record(tmp_path / f"named-{number}", checkpoints)) == segments(whole)
     with pytest.raises(ValueError, match="layers"):
         record(tmp_path / "words", checkpoints, layers=BOTH)
+
+
+def test_an_index_keeps_its_layers_whatever_its_model_trains_or_decides_later(recorded):
+    """A head that is frozen in a second part of a training; a kind of problem that the first forward sets."""
+    multi_label = tiny_classifier()
+    multi_label.config.problem_type = "multi_label_classification"
+    for model in (frozen(tiny_classifier(), "classifier.weight"), multi_label):
+        assert resolved(model) is None
+        assert resolved(model, recorded / "default") == BOTH
 
 
 def test_a_training_that_is_resumed_keeps_the_layers_that_it_was_begun_with(tmp_path):
