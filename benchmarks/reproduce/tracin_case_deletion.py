@@ -169,7 +169,7 @@ def train_with_adam(data_dir: Path, task_name: str, architecture: str, sizes: Si
     def read(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         (group,) = optimizer.param_groups
         found = {
-            name: second_moments_of(state, group)
+            name: second_moments_of(state, group, kind="adam")
             for name, parameter in model.named_parameters()
             if (state := optimizer.state.get(parameter))
         }
