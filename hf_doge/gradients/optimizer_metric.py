@@ -2,6 +2,8 @@
 
 import inspect
 import warnings
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,11 +22,16 @@ def kind_of_step(optimizer: torch.optim.Optimizer) -> str | None:
     step decides, so that a subclass with a step of its own is another optimizer.
     """
     inner = getattr(optimizer, "optimizer", optimizer)
-    has_moments = all(len(group.get("betas") or ()) == 2 and "eps" in group for group in inner.param_groups)
+    has_moments = all(has_two_averages(group) and "eps" in group for group in inner.param_groups)
     if not has_moments or isinstance(inner, torch.optim.Adamax):
         return None
     step = inspect.unwrap(type(inner).step)
     return next((kind for kind, known in _CLASSES.items() if step in [inspect.unwrap(c.step) for c in known]), OTHER)
+
+
+def has_two_averages(group: Mapping[str, Any]) -> bool:
+    """Whether the optimizer of a parameter group averages gradients and their squares, as Adam does, and nothing else."""
+    return len(group.get("betas") or ()) == 2
 
 
 def rectification(step: int, decay: float) -> float | None:

@@ -18,7 +18,7 @@ from transformers.trainer import OPTIMIZER_NAME
 
 from hf_doge.gradients.embedding_uses import input_embedding_matrix
 from hf_doge.gradients.layers import ChosenLayers, recorded_weights
-from hf_doge.gradients.optimizer_metric import ADAM, OTHER, RADAM
+from hf_doge.gradients.optimizer_metric import ADAM, OTHER, RADAM, has_two_averages
 from hf_doge.tracing.models import unwrap_model
 from hf_doge.tracing.saved_checkpoints import group_learning_rate
 from hf_doge.tracing.second_moments import (
@@ -28,6 +28,7 @@ from hf_doge.tracing.second_moments import (
     called,
     is_sgd,
     joined_moments,
+    keeps_plain_moments,
     keeps_second_moments,
     no_adam,
     refuse_frozen,
@@ -117,10 +118,7 @@ def _moments_of(
 ) -> SecondMoments:
     """Those of one weight of the model, which has this number."""
     state, group = states.get(number, {}), next((group for group in groups if number in group["params"]), {})
-    average = state.get(AVERAGE)
-    # Quantised averages (8 bit) are of other types, or of other names.
-    plain = type(average) is Tensor and average.is_floating_point() and average.shape == weight.shape
-    if not plain or not keeps_second_moments(state) or len(group.get("betas") or ()) != 2:
+    if not keeps_plain_moments(state, weight) or not has_two_averages(group):
         raise _not_adam(path, weight, _described(state), group, what)
     moments = second_moments_of(state, group, kind=_kind_of(state, group))
     # A copy, for the mapped file could change or go away while the rows are made.
@@ -134,7 +132,7 @@ def warn_of_saved_step(folder: Path) -> None:
         states, groups = _read(require_saved_optimizer(folder))
     except NoSecondMoments:
         return
-    alike = [group for group in groups if len(group.get("betas") or ()) == 2]
+    alike = [group for group in groups if has_two_averages(group)]
     kept = [(states.get(number, {}), group) for group in alike for number in group["params"]]
     state, group = next((one for one in kept if keeps_second_moments(one[0])), ({}, {}))
     if state and _kind_of(state, group) == OTHER:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from hf_doge.functional.tracin_we import scale_by_second_moment
 from hf_doge.gradients.layers import WORDS, ChosenLayers, as_out_in, recorded_weights
-from hf_doge.gradients.optimizer_metric import RADAM, kind_of_step, rectification
+from hf_doge.gradients.optimizer_metric import RADAM, has_two_averages, kind_of_step, rectification
 from hf_doge.gradients.token_rows import TokenRows
 from hf_doge.tracing.models import tensor_fingerprint, unwrap_model
 
@@ -80,6 +80,13 @@ class SecondMoments:
 def keeps_second_moments(state: Mapping[str, Any]) -> bool:
     """Whether what an optimizer keeps of a parameter has what Adam keeps: `exp_avg_sq` and the number of steps."""
     return AVERAGE in state and "step" in state
+
+
+def keeps_plain_moments(state: Mapping[str, Any], weight: Tensor) -> bool:
+    """Whether these are numbers, one for each of the weight. Quantised averages (8 bit) are of other types, or of other names."""
+    average = state.get(AVERAGE)
+    is_plain = type(average) is Tensor and average.is_floating_point() and average.shape == weight.shape
+    return is_plain and keeps_second_moments(state)
 
 
 def second_moments_of(state: Mapping[str, Any], group: Mapping[str, Any], *, kind: str | None) -> SecondMoments:
@@ -188,11 +195,8 @@ def refuse_frozen(weights: Mapping[str, Tensor], because: str) -> None:
 
 def _require_adam_of(optimizer: torch.optim.Optimizer, what: str, matrix: Tensor, *, started: bool) -> None:
     group, state = find_group(optimizer, matrix), optimizer.state.get(matrix, {})
-    average = state.get(AVERAGE)
-    # Quantised averages (8 bit) are of other types, or of other names.
-    plain = type(average) is Tensor and average.is_floating_point() and average.shape == matrix.shape
-    has_kept = plain and keeps_second_moments(state)
-    if len(group.get("betas") or ()) != 2 or kind_of_step(optimizer) is None or (started and not has_kept):
+    is_adam = has_two_averages(group) and kind_of_step(optimizer) is not None
+    if not is_adam or (started and not keeps_plain_moments(state, matrix)):
         name = type(getattr(optimizer, "optimizer", optimizer)).__name__
         raise NoSecondMoments(
             f"`metric='optimizer'` needs an optimizer that keeps `exp_avg_sq` of the {what}, as Adam and AdamW do,"

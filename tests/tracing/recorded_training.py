@@ -4,10 +4,13 @@ import torch
 from datasets import ClassLabel, Dataset, Features, List, Value
 from transformers import DataCollatorForLanguageModeling, DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
+from hf_doge import InfluenceIndex
 from hf_doge.artifacts.influence import IndexReader
+from hf_doge.tracing.after_training import record_dataset
 from hf_doge.tracing.callback import TracInWECallback
+from hf_doge.tracing.settings import RecordingSettings
 from tests.reference_tracin_we import dense, dense_gradient
-from tests.tiny import tiny_classifier, tokens
+from tests.tiny import tiny_classifier, tiny_tokenizer, tokens
 
 # Of trainings and of what records their checkpoints again: on some processors a matrix product rounds by the size of the batch.
 BATCH_SIZE = 4
@@ -99,6 +102,21 @@ def train(folder, *, tokenizer, callback=None, resume=None, model=None, recordin
 
 def causal_collator(tokenizer):
     return DataCollatorForLanguageModeling(tokenizer, mlm=False)
+
+
+def record_again(trained, folder, **settings):
+    """The index of the checkpoints that a training on `language_data` left in a folder, recorded after it."""
+    record_dataset(
+        folder,
+        sorted((trained / "run").glob("checkpoint-*")),
+        language_data(),
+        collator=causal_collator(tiny_tokenizer()),
+        tokenizer=tiny_tokenizer(),
+        settings=RecordingSettings(**settings),
+        batch_size=BATCH_SIZE,
+        progress=False,
+    )
+    return InfluenceIndex.from_pretrained(folder, cache_dir=folder.with_name(f"{folder.name}-maps"))
 
 
 def seq2seq_collator(tokenizer):

@@ -10,14 +10,13 @@ from transformers import AutoModelForCausalLM
 
 from hf_doge import InfluenceIndex, TracInWECallback
 from hf_doge.gradients.layers import recorded_layers, recorded_weights
-from hf_doge.tracing.after_training import record_dataset
-from hf_doge.tracing.settings import RecordingSettings
 from tests.gradients.test_layer_gradients import weight_gradients
 from tests.tiny import tiny_gpt2, tiny_llama, tiny_tokenizer
 from tests.tracing.recorded_training import (
     causal_collator,
     language_data,
     make_trainer,
+    record_again,
     segments,
     single_examples,
 )
@@ -136,19 +135,8 @@ def test_cosine_and_self_influence_are_in_the_same_metric(run):
 
 def test_the_moments_that_the_trainer_saved_give_the_same_rows(run, tmp_path):
     folder, kind, index = run
-    layers = MODELS[kind][2]
-    settings = RecordingSettings(layers=layers, projection_dim=100, metric="optimizer", dtype="float32", tied="input")
-    record_dataset(
-        tmp_path / "index",
-        sorted((folder / "run").glob("checkpoint-*")),
-        language_data(),
-        collator=causal_collator(tiny_tokenizer()),
-        tokenizer=tiny_tokenizer(),
-        settings=settings,
-        batch_size=4,
-        progress=False,
-    )
-    again = InfluenceIndex.from_pretrained(tmp_path / "index", cache_dir=tmp_path / "maps")
+    settings = {"layers": MODELS[kind][2], "projection_dim": 100, "metric": "optimizer"}
+    again = record_again(folder, tmp_path / "index", **settings, dtype="float32", tied="input")
     assert segments(again.reader) == segments(index.reader)
 
 
@@ -198,15 +186,7 @@ def test_the_reason_for_plain_gradients_names_what_is_frozen(tmp_path, layers, w
     assert (would_do in message) == ("adapters" in layers)
     if "adapters" in layers:
         with pytest.warns(UserWarning, match=re.escape(would_do)):
-            record_dataset(
-                tmp_path / "again",
-                sorted((tmp_path / "run").glob("checkpoint-*")),
-                language_data(),
-                collator=causal_collator(tiny_tokenizer()),
-                tokenizer=tiny_tokenizer(),
-                settings=RecordingSettings(layers=layers, metric="auto", tied="input"),
-                progress=False,
-            )
+            record_again(tmp_path, tmp_path / "again", layers=layers, metric="auto", tied="input")
         index = train(tmp_path / "adapters", "llama lora", layers="adapters", metric="auto")
         assert index.config["metric"] == "optimizer"
 
@@ -220,18 +200,8 @@ def test_words_and_adapters_together_are_in_the_metric_of_adam_or_it_is_said(tmp
     assert (index.config["metric"] == "optimizer") == bool(words)
     assert len(told) == (not words)
     recwarn.clear()
-    settings = RecordingSettings(layers=["embedding", "adapters"], metric="auto", dtype="float32", tied="input")
-    record_dataset(
-        tmp_path / "again",
-        sorted((tmp_path / "run").glob("checkpoint-*")),
-        language_data(),
-        collator=causal_collator(tiny_tokenizer()),
-        tokenizer=tiny_tokenizer(),
-        settings=settings,
-        batch_size=4,
-        progress=False,
-    )
-    again = InfluenceIndex.from_pretrained(tmp_path / "again", cache_dir=tmp_path / "maps of it")
+    settings = {"layers": ["embedding", "adapters"], "metric": "auto", "dtype": "float32"}
+    again = record_again(tmp_path, tmp_path / "again", **settings, tied="input")
     told = [one for one in recwarn if "`metric='auto'` records plain gradients" in str(one.message)]
     assert again.config["metric"] == index.config["metric"]
     assert len(told) == (not words)

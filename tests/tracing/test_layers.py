@@ -24,6 +24,7 @@ from tests.tracing.recorded_training import (
     classification_data,
     language_data,
     make_trainer,
+    record_again,
     segments,
     single_examples,
 )
@@ -182,17 +183,7 @@ def test_an_index_of_words_is_of_the_earlier_format(tmp_path):
 
 def test_what_was_recorded_afterwards_is_what_was_recorded_in_training(adapted, tmp_path):
     folder, index = adapted
-    record_dataset(
-        tmp_path / "index",
-        sorted((folder / "run").glob("checkpoint-*")),
-        language_data(),
-        collator=causal_collator(tiny_tokenizer()),
-        tokenizer=tiny_tokenizer(),
-        settings=RecordingSettings(layers=["adapters"], dtype="float32"),
-        batch_size=4,
-        progress=False,
-    )
-    again = InfluenceIndex.from_pretrained(tmp_path / "index", cache_dir=tmp_path / "maps")
+    again = record_again(folder, tmp_path / "index", layers=["adapters"], dtype="float32")
     assert segments(again.reader) == segments(index.reader)
     assert again.config["virtual"] is False
     queries = language_data(3)
