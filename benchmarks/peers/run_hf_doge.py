@@ -50,7 +50,7 @@ def build(
 def search(
     recorder: EmbeddingGradientRecorder, queries: Examples, folder: Path, cache_dir: Path, *, cosine: bool
 ) -> np.ndarray:
-    """Scores `(num_train, num_queries)` of the index in `folder`, opened anew: inner products, or cosines."""
+    """Scores `(num_train, num_queries)` of the index in `folder`, opened again: inner products, or cosines."""
     reader = IndexReader.open(folder, cache_dir=cache_dir)
     with recorder:
         parts = [recorder.record(batch) for batch in queries.batches(BATCH_SIZE)]

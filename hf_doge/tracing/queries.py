@@ -84,10 +84,10 @@ class SearchOptions(TypedDict, total=False):
             count, as those of the words next to trained adapters. `"count"`: they do. Default: `"drop"` where the index
             has anything that was trained.
         layers (`str`):
-            Of an index with rows of layers next to those of words. `"count"`: all rows are one gradient, whose inner products add
-            up. `"mean"`: words and each layer have a score of their own, with `cosine` divided by norms of their own, and the score
-            is the mean of these. `"drop"`: the words alone; `"only"`: the layers alone. Default: what the index says; of
-            `recipe="paper"`, `"drop"`.
+            How the rows of layers count in an index that has them next to those of words. `"count"`: all rows are one gradient,
+            whose inner products add up. `"mean"`: words and each layer have a score of their own, with `cosine` divided by norms
+            of their own, and the score is the mean of these. `"drop"`: the words alone; `"only"`: the layers alone. Default: what
+            the index says; of `recipe="paper"`, `"drop"`.
         next_tokens (`int`):
             Trace what the model of the last checkpoint says next, the likeliest token at each step until it ends its text, and
             at most so many. Queries are then texts, `{"prompt": ...}`, `{"messages": ...}` or tokens without an answer. What
