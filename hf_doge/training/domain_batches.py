@@ -22,7 +22,7 @@ class DomainBatches:
     ones is a function of seed and step alone, so a resumed run reads what the uninterrupted one reads.
 
     Args:
-        dataset (`datasets.Dataset`): All domains' rows.
+        dataset (`datasets.Dataset`): All domains' rows. One of the same domains may be set later.
         domains (`DomainIndex`): Which row is of which domain.
         examples_per_domain (`int`): Examples of each domain in a step, on all processes together.
         batch_size (`int`): Most examples in one forward.
@@ -32,7 +32,7 @@ class DomainBatches:
     def __init__(
         self, dataset: Dataset, domains: DomainIndex, *, examples_per_domain: int, batch_size: int, seed: int
     ) -> None:
-        self._dataset = dataset
+        self.dataset = dataset
         self._domains = domains
         self.plan(examples_per_domain=examples_per_domain, batch_size=batch_size, seed=seed)
 
@@ -67,7 +67,7 @@ class DomainBatches:
             rows = self._sampler.indices(begin, end).tolist()
             features = [
                 {k: v for k, v in feature.items() if k != TARGET_COLUMN and (columns is None or k in columns)}
-                for feature in self._dataset.__getitems__(rows)
+                for feature in self.dataset.__getitems__(rows)
             ]
             yield features, torch.from_numpy(self._sampler.domain_ids(begin, end))
 
@@ -101,7 +101,7 @@ class TargetBatches(DomainBatches):
     @cached_property
     def fingerprints(self) -> dict[str, str]:
         """A fingerprint of the content of each target, by name."""
-        described = describe_domains(self._dataset, self._domains, domain_column=TARGET_COLUMN)
+        described = describe_domains(self.dataset, self._domains, domain_column=TARGET_COLUMN)
         return {name: facts["fingerprint"] for name, facts in described.items()}
 
     def describe(self) -> dict[str, dict[str, float]]:

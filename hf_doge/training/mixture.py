@@ -22,6 +22,7 @@ from hf_doge.sampling.schedule import DRAW_MODES, UNITS
 from hf_doge.sampling.streaming import holds_streams, interleave_domains
 from hf_doge.sampling.transforms import needs_domain_column
 from hf_doge.sampling.weights import to_shares
+from hf_doge.training.as_made import AsMade
 from hf_doge.training.checkpoints import TRAINER_STATE_FILE, read_step, resolve_checkpoint
 from hf_doge.training.collator import ColumnCollator, DomainCollator, DomainLookup
 from hf_doge.training.global_batch import describe_reading, examples_per_step
@@ -29,8 +30,6 @@ from hf_doge.training.metrics_mixin import STREAM_COLUMN, DomainMetricsMixin
 from hf_doge.training.mixture_checks import (
     keeps_column,
     refuse_arguments,
-    refuse_changed_arguments,
-    refuse_changed_rows,
     refuse_endless,
     refuse_lost_column,
     refuse_lost_order,
@@ -51,7 +50,6 @@ from hf_doge.training.run_identity import RUN_FILE, describe_identity, refuse_ot
 from hf_doge.training.sampler_guard import SamplerGuardCallback, StreamGuardCallback
 from hf_doge.training.units import read_lengths, warn_of_other_unit
 
-_READ_ONCE = ("label_smoothing_factor", "neftune_noise_alpha", "bf16")  # by the Trainer, when it is made
 _ENDLESS = 2**62  # examples of a stream that the training ends, not the data
 
 
@@ -174,7 +172,7 @@ class DomainWeightedMixin(DomainMetricsMixin):
             fixed = ()
         self._seed_collator(seed)
         self.add_callback(guard)
-        self._remember_what_is_fixed(*fixed)
+        self._as_made = AsMade(self, fixed)
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -236,7 +234,7 @@ class DomainWeightedMixin(DomainMetricsMixin):
         """Follow what was set in the arguments since they were last read: at train begin, and in each trial of a search."""
         args = self.args
         refuse_arguments(args)
-        self._refuse_late_changes()
+        self._as_made.refuse_changes(self)
         if self.domain_sampler is None:
             refuse_endless(args)
             seed, mixed = args.seed if args.data_seed is None else args.data_seed, self._stream_settings["seed"]
@@ -250,7 +248,11 @@ class DomainWeightedMixin(DomainMetricsMixin):
         draws = self._read_draws()
         self._seed_collator(draws["seed"])
         names = ["num_samples", "seed", *(["num_epochs", "step_size"] if self._has_plan else [])]
-        if any(draws[name] != self._draws[name] for name in names):
+        has_other_rows = self.train_dataset is not self._as_made.train_dataset
+        if has_other_rows:
+            self.__dict__.pop("described_domains", None)
+            self._drawn["lengths"] = read_lengths(self, self._drawn["unit"])
+        if has_other_rows or any(draws[name] != self._draws[name] for name in names):
             self._draws = draws
             self.domain_sampler.__init__(**self._drawn, **draws)  # the same object, which others may hold
 
@@ -269,16 +271,6 @@ class DomainWeightedMixin(DomainMetricsMixin):
         """Whether what is drawn depends on how long the training is."""
         drawn = self._drawn
         return drawn["max_epochs_per_domain"] is not None or len(read_phases(drawn["weights"])) > 1
-
-    def _remember_what_is_fixed(self, *names: str) -> None:
-        """What the Trainer or we read once, when the trainer is made."""
-        self._prepared_data = self.train_dataset
-        self._fixed_arguments = {name: getattr(self.args, name) for name in (*_READ_ONCE, *names)}
-
-    def _refuse_late_changes(self) -> None:
-        refuse_changed_arguments(self.args, self._fixed_arguments)
-        if self.train_dataset is not self._prepared_data:
-            refuse_changed_rows(self.train_dataset, self.domain_sampler, self._domain_column)
 
     def _hp_search_setup(self, trial: Any) -> None:
         super()._hp_search_setup(trial)

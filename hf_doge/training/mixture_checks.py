@@ -2,15 +2,13 @@
 
 import inspect
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
-from datasets import Dataset, IterableDataset
+from datasets import IterableDataset
 from torch.utils.data import RandomSampler
 from transformers import Trainer
 
-from hf_doge.sampling.domains import merge_domains
-from hf_doge.sampling.sampler import DomainWeightedSampler
 from hf_doge.sampling.streaming import warn_that_all_processes_read_everything
 
 logger = logging.getLogger(__name__)
@@ -68,26 +66,6 @@ def refuse_arguments(args: Any) -> None:
             "it to 'random'. If the trainer needs its own order, as trl's KTOTrainer does for every loss with a KL term "
             "(all but `loss_type='apo_zero_unpaired'`), mix the data instead: pass `interleave_domains(datasets, "
             "weights)` to that trainer without the mixin."
-        )
-
-
-def refuse_changed_arguments(args: Any, fixed: Mapping[str, Any]) -> None:
-    """Arguments that were read once, when the trainer was made, must stay as they were."""
-    for name, value in fixed.items():
-        now = getattr(args, name, None)
-        if now != value:
-            raise ValueError(
-                f"`{name}` must stay what the trainer was made with, {value!r}, but is {now!r} now. Make another trainer."
-            )
-
-
-def refuse_changed_rows(data: Any, sampler: DomainWeightedSampler | None, domain_column: str) -> None:
-    """Another train set than the trainer was made with must have the same rows in each domain; other columns do no harm."""
-    has_domains = isinstance(data, Dataset) and domain_column in data.column_names
-    if sampler is None or not has_domains or merge_domains(data, domain_column)[1] != sampler.domains:
-        raise ValueError(
-            "`train_dataset` must stay what the trainer was made with, since its rows are drawn by their number, but it is "
-            f"another {type(data).__name__} now. Make another trainer."
         )
 
 

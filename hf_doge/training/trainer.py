@@ -14,6 +14,7 @@ from transformers import Trainer
 from hf_doge.artifacts.domain_weights import DOMAIN_WEIGHTS_FOLDER, DomainWeights
 from hf_doge.sampling.domains import DomainIndex, StreamDomains, merge_domains
 from hf_doge.sampling.streaming import holds_streams
+from hf_doge.training.as_made import AsMade
 from hf_doge.training.collator import DOMAIN_IDS, DomainCollator, DomainLookup
 from hf_doge.training.config import DoGEConfig
 from hf_doge.training.domain_batches import DomainBatches, TargetBatches
@@ -147,13 +148,9 @@ class DoGEMixin(DomainWeightedMixin):
             self._alignment_batches = DomainBatches(self.train_dataset, domains, **{**plan, "seed": plan["seed"] + 1})
         if target_dataset is not None:
             self._targets = TargetBatches(target_dataset, target_weights, **self._plan(names, for_targets=True))
-        self._remember_what_is_fixed("mode", "domain_column")
+        self._as_made = AsMade(self, ("mode", "domain_column"))
         self._learner = DomainLearner(
-            self,
-            domains,
-            targets=self._targets,
-            looks=self._alignment_batches,
-            initial_weights=initial_weights,
+            self, domains, targets=self._targets, looks=self._alignment_batches, initial_weights=initial_weights
         )
         self._micro_batches: list[dict[str, Any]] = []
         PreemptionCallback.take_over(self)
@@ -191,11 +188,12 @@ class DoGEMixin(DomainWeightedMixin):
             raise ValueError(f"`args` must be a `DoGEConfig`, but is a {type(args).__name__} now.")
         super()._read_arguments()
         args.check_arguments()
-        has_target, has_optimizer = self._targets is not None, self.optimizer is not None
-        refuse_unsupported_arguments(args, has_target=has_target, has_optimizer=has_optimizer)
-        self._refuse_lost_domains(args, names, has_target=self._targets is not None)
+        has_target = self._targets is not None
+        refuse_unsupported_arguments(args, has_target=has_target, has_optimizer=self.optimizer is not None)
+        self._refuse_lost_domains(args, names, has_target=has_target)
         plan = self._plan(names)
         if args.is_online:
+            self._alignment_batches.dataset = self.train_dataset
             self._alignment_batches.plan(**{**plan, "seed": plan["seed"] + 1})
         if self._targets is not None:
             self._targets.plan(**self._plan(names, for_targets=True))

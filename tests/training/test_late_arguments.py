@@ -5,12 +5,12 @@ from typing import ClassVar
 import numpy as np
 import pytest
 import torch
-from transformers import Trainer, TrainingArguments, default_data_collator
+from transformers import DataCollatorWithPadding, Trainer, TrainingArguments, default_data_collator
 
 from hf_doge.training.config import DoGEConfig
 from hf_doge.training.mixture import DomainWeightedTrainer
 from hf_doge.training.trainer import DoGEMixin, DoGETrainer
-from tests.tiny import three_domains, tiny_llama
+from tests.tiny import three_domains, tiny_llama, tiny_tokenizer
 
 QUIET = {"use_cpu": True, "report_to": "none", "save_strategy": "no", "disable_tqdm": True, "max_steps": 3}
 
@@ -27,8 +27,11 @@ class SearchedTrainer(DoGETrainer):
 
 
 def make_trainer(folder, cls=SearchedTrainer, **changes):
+    data = {
+        "train_dataset": changes.pop("train_dataset", three_domains(8)),
+        "target_dataset": three_domains(6)["code"],
+    }
     options = {"per_device_train_batch_size": 6, "learning_rate": 0.05, "optim": "sgd", "mu": 0.1, **QUIET, **changes}
-    data = {"train_dataset": three_domains(8), "target_dataset": three_domains(6)["code"]}
     return cls(None, DoGEConfig(str(folder), **options), model_init=lambda: tiny_llama(), **data)
 
 
@@ -188,8 +191,9 @@ def drawn(trainer):
 
 
 def mix(folder, **changes):
+    ours = {name: changes.pop(name) for name in ("train_dataset", "unit") if name in changes}
     args = TrainingArguments(str(folder), **{"per_device_train_batch_size": 4, **QUIET, **changes})
-    options = {"train_dataset": three_domains(8), "domain_weights": {"arxiv": 0.6, "books": 0.3, "code": 0.1}}
+    options = {"train_dataset": three_domains(8), "domain_weights": {"arxiv": 0.6, "books": 0.3, "code": 0.1}} | ours
     return DomainWeightedTrainer(tiny_llama(), args, max_epochs_per_domain=1.0, **options)
 
 
@@ -215,3 +219,82 @@ def test_the_seed_of_streams_may_not_change(tmp_path):
     args.seed = 3
     with pytest.raises(ValueError, match=r"seed of a mixture of streams must stay .* 42, but is 3 now"):
         trainer.train()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("target_dataset", three_domains(6)["arxiv"]),
+        ("target_weights", {"target": 2.0}),
+        ("initial_weights", {"arxiv": 0.8, "books": 0.1, "code": 0.1}),
+        ("max_epochs_per_domain", 2.0),
+        ("unit", "tokens"),
+        ("draw", "iid"),
+        ("domain_sampler", None),
+    ],
+)
+def test_an_argument_that_a_trainer_reads_when_it_is_made_may_not_be_set_later(tmp_path, name, value):
+    for trainer in (make_trainer(tmp_path), mix(tmp_path)):
+        setattr(trainer, name, value)
+        with pytest.raises(ValueError, match=f"`{name}` is read when the trainer is made, but was set later"):
+            trainer.train()
+
+
+@pytest.mark.parametrize(("name", "value"), [("domain_weights", {"arxiv": 1.0}), ("domain_column", "source")])
+def test_weights_and_their_column_may_not_be_set_later(tmp_path, name, value):
+    trainer = mix(tmp_path)
+    setattr(trainer, name, value)
+    with pytest.raises(ValueError, match=f"`{name}` is read when the trainer is made, but was set later"):
+        trainer.train()
+
+
+def test_another_model_is_refused_which_a_trainer_would_leave_untrained(tmp_path):
+    trainer = mix(tmp_path)
+    trainer.model = tiny_llama(seed=5)
+    with pytest.raises(ValueError, match="`model` must stay what the trainer was made with"):
+        trainer.train()
+    trainer.model_wrapped = trainer.model  # where the Trainer looks for what it trains
+    trainer.train()
+    trainer.train()
+
+
+def test_another_tokenizer_than_the_collator_pads_with_is_refused(tmp_path):
+    first, second = tiny_tokenizer(), tiny_tokenizer()
+    args = TrainingArguments(str(tmp_path), per_device_train_batch_size=4, **QUIET)
+    options = {"train_dataset": three_domains(8), "domain_weights": dict.fromkeys(three_domains(8), 1.0)}
+    trainer = DomainWeightedTrainer(tiny_llama(), args, processing_class=first, **options)
+    trainer.processing_class = second
+    with pytest.raises(ValueError, match="`processing_class` must be the tokenizer of the data collator"):
+        trainer.train()
+    trainer.data_collator = DataCollatorWithPadding(second)
+    trainer.train()
+    trainer = DomainWeightedTrainer(tiny_llama(), args, **options)
+    trainer.processing_class = second  # to be saved
+    trainer.train()
+
+
+def change_tokens(data):
+    return data.map(lambda row: {name: [(token + 3) % 32 for token in row[name]] for name in ("input_ids", "labels")})
+
+
+@pytest.mark.parametrize("mode", ["proxy", "online"])
+def test_a_train_set_of_the_same_rows_counts_wholly_from_train_begin(tmp_path, mode):
+    """Also where the old one was described before."""
+    late = make_trainer(tmp_path, mode=mode)
+    assert late.domain_weights.domains
+    late.train_dataset = change_tokens(late.train_dataset)
+    late.train()
+    made = make_trainer(tmp_path, mode=mode, train_dataset=late.train_dataset)
+    made.train()
+    assert learned(late) == learned(made)
+    assert late.domain_weights.domains == made.domain_weights.domains
+
+
+def test_tokens_are_counted_in_the_train_set_at_train_begin(tmp_path):
+    def mask(row):
+        return {"labels": [-100] * (0 if row["domain"] == 0 else 3) + row["labels"][3 * (row["domain"] > 0) :]}
+
+    late = mix(tmp_path, unit="tokens")
+    late.train_dataset = late.train_dataset.map(mask)
+    made = mix(tmp_path, unit="tokens", train_dataset=late.train_dataset)
+    assert drawn(late) == drawn(made) != drawn(mix(tmp_path, unit="tokens"))
