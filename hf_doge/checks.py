@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from numbers import Integral, Real
 from typing import Any, Literal, overload
 
-from hf_doge.text import printable, require_printable
+from hf_doge.text import UNSEEN, printable
 
 SIMPLEX_TOLERANCE = 1e-6
 LARGEST_RATE = 1e30  # beyond it, and below its inverse, products with gradients leave the range of float32
@@ -229,6 +229,23 @@ def check_names(names: Iterable[str], *, what: str = "Domain names") -> tuple[st
     if repeated:
         raise ValueError(f"{what} must be different, but {repeated} appear more than once. Rename them.")
     return names
+
+
+def require_printable(what: str, names: Iterable[Any]) -> None:
+    """
+    Args:
+        what (`str`): What the names are of, as a message begins: "Domain names".
+        names (`Iterable`): Those that are strings are looked at.
+
+    Raises:
+        ValueError: A name has a character that [`~hf_doge.text.printable`] would escape. The message shows it escaped.
+    """
+    for name in names:
+        if isinstance(name, str) and UNSEEN.search(name):
+            raise ValueError(
+                f"{what} must have no line breaks, control characters or characters that cannot be seen, but got"
+                f' "{printable(name)[:200]}". Rename it.'
+            )
 
 
 def read_ratio(value: Any) -> float | None:

@@ -13,6 +13,7 @@ modes follow the umask of who saves.
 import ctypes
 import errno
 import hashlib
+import json
 import os
 import shutil
 import sys
@@ -20,7 +21,7 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 try:
     import fcntl
@@ -41,6 +42,11 @@ def sha256(source: bytes | Path) -> str:
         return hashlib.sha256(source).hexdigest()
     with source.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def to_json(content: Mapping[str, Any]) -> bytes:
+    """JSON as manifests and journals have it: indented, sorted by key, ending in a line break."""
+    return (json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n").encode()
 
 
 def require_own_folder(folder: Path, *, manifest: str, subfolders: tuple[str, ...]) -> None:
@@ -162,6 +168,11 @@ def write_atomically(path: Path, content: bytes) -> None:
             temporary.unlink(missing_ok=True)
             raise
     sync_folder(path.parent)
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """As [`write_atomically`], of what [`to_json`] makes."""
+    write_atomically(path, to_json(content))
 
 
 @contextmanager

@@ -12,7 +12,7 @@ import yaml
 # What a reader does not see, or what changes how its surroundings look: controls (C0, C1), line and paragraph separators,
 # bidirectional controls, fillers and zero-width characters, tags, surrogates. The joiners that Persian or Hindi need stay
 # between letters of such a script.
-_UNSEEN = re.compile(
+UNSEEN = re.compile(
     "[\x00-\x1f\x7f-\x9f\xad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180e\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\u3164"
     "\ufeff\uffa0\ufff9-\ufffb\U0001bca0-\U0001bca3\U0001d173-\U0001d17a\U000e0000-\U000e01ef\ud800-\udfff]"
     "|[\u200c\u200d](?![^\x00-\u02ff])|(?<![^\x00-\u02ff])[\u200c\u200d]"
@@ -56,24 +56,7 @@ def printable(text: Any, *, keep: str = "") -> str:
         text (`Any`): Text, or anything that has a `str`.
         keep (`str`): Characters that stay, such as line breaks where the text may have several lines.
     """
-    return _UNSEEN.sub(lambda match: match[0] if match[0] in keep else _escaped(match[0]), str(text))
-
-
-def require_printable(what: str, names: Iterable[Any]) -> None:
-    """
-    Args:
-        what (`str`): What the names are of, as a message begins: "Domain names".
-        names (`Iterable`): Those that are strings are looked at.
-
-    Raises:
-        ValueError: A name has a character that [`printable`] would escape. The message shows it escaped.
-    """
-    for name in names:
-        if isinstance(name, str) and _UNSEEN.search(name):
-            raise ValueError(
-                f"{what} must have no line breaks, control characters or characters that cannot be seen, but got"
-                f' "{printable(name)[:200]}". Rename it.'
-            )
+    return UNSEEN.sub(lambda match: match[0] if match[0] in keep else _escaped(match[0]), str(text))
 
 
 def _escaped(character: str) -> str:

@@ -13,9 +13,10 @@ from hf_doge.artifacts.cards.card import dump_header, parse_header
 from hf_doge.artifacts.cards.text import code, code_block, escape, json_block
 from hf_doge.artifacts.influence.manifest import parse_config
 from hf_doge.artifacts.provenance import public_command
+from hf_doge.checks import require_printable
 from hf_doge.cli import main
 from hf_doge.evaluation.comparison import Comparison, MixtureRun
-from hf_doge.text import hide_secrets, printable, public_content, require_printable
+from hf_doge.text import hide_secrets, printable, public_content
 from hf_doge.tracing.html import render_page, shade
 from hf_doge.tracing.words import Reading
 from tests.artifacts.influence_rows import open_writer, random_rows, write_checkpoint, write_index

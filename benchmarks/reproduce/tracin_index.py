@@ -27,10 +27,9 @@ from hf_doge.evaluation.influence.small_models import to_batches
 from hf_doge.evaluation.influence.small_tasks import PAD, SEPARATOR, START, UNKNOWN
 from hf_doge.tracing.batches import SequentialBatches
 from hf_doge.tracing.examples import Examples
-from hf_doge.tracing.models import save_model
+from hf_doge.tracing.models import MODELS, save_model
 from hf_doge.tracing.opening import open_shared_index
 from hf_doge.tracing.recording import make_recorder, record_checkpoint
-from hf_doge.tracing.saved_checkpoints import MODELS
 from hf_doge.tracing.settings import RecordingSettings
 
 

@@ -24,12 +24,12 @@ from hf_doge.tracing.batches import SequentialBatches
 from hf_doge.tracing.examples import Examples, padding_collator, prune_columns
 from hf_doge.tracing.limits import takes_padding
 from hf_doge.tracing.metric import moments_for
-from hf_doge.tracing.models import has_fingerprint, model_fingerprint
+from hf_doge.tracing.models import has_fingerprint, model_fingerprint, stored_path
 from hf_doge.tracing.opening import SharedIndex, open_shared_index
 from hf_doge.tracing.pretrained import load_model, without_bars
 from hf_doge.tracing.processes import default_device, join_processes, process_index, run_on_main_process
 from hf_doge.tracing.recording import encoding_of, make_recorder, record_checkpoint
-from hf_doge.tracing.saved_checkpoints import describe_checkpoint, in_order_of_steps, stored_path
+from hf_doge.tracing.saved_checkpoints import describe_checkpoint, in_order_of_steps
 from hf_doge.tracing.saved_moments import (
     require_saved_optimizer,
     saved_group_rate,

@@ -15,10 +15,9 @@ from hf_doge.checks import check_count, check_flag, check_function, check_path, 
 from hf_doge.tracing.background_push import BackgroundPush
 from hf_doge.tracing.checkpoint_recording import CheckpointRecording
 from hf_doge.tracing.examples import choose_examples, has_texts
-from hf_doge.tracing.models import keep_weights, warn_if_unsearchable
+from hf_doge.tracing.models import MODELS, keep_weights, stored_path, warn_if_unsearchable
 from hf_doge.tracing.processes import process_index, run_on_main_process
 from hf_doge.tracing.recording import Recording
-from hf_doge.tracing.saved_checkpoints import MODELS, stored_path
 from hf_doge.tracing.second_moments import find_group
 from hf_doge.tracing.settings import RecordingOptions, RecordingSettings
 
@@ -183,7 +182,8 @@ class TracInWECallback(TrainerCallback):
         if state.global_step > 0 and self._is_due(state.global_step) and self.settings.record == "checkpoint":
             facts = {**self._facts(state), "path": self._keep_weights(args, state, replace=False, **kwargs)}
             self._recording.finish_interrupted(facts, model=model, state=state)
-            self._request_push()
+            if self._push is not None:
+                self._push.request()
         self._end = None
         if state.global_step >= state.max_steps:
             logger.info("The training ended at step %d: there is nothing left to train or record.", state.global_step)
@@ -322,7 +322,8 @@ class TracInWECallback(TrainerCallback):
         self._recording.save(facts, model=kwargs["model"])
         self._recorded_step, self._awaited_step = state.global_step, -1
         self._num_recorded += 1
-        self._request_push()
+        if self._push is not None:
+            self._push.request()
 
     def _prepare_push(self, args: TrainingArguments) -> None:
         """The repository is there, and may be written: told before the training, not after it."""
@@ -343,10 +344,6 @@ class TracInWECallback(TrainerCallback):
             advice=f"Push it by `InfluenceIndex.from_pretrained({str(self.output_dir)!r}).push_to_hub("
             f"{self.hub_index_id!r}{redact})`.",
         )
-
-    def _request_push(self) -> None:
-        if self._push is not None:
-            self._push.request()
 
     def _facts(self, state: TrainerState) -> dict[str, Any]:
         return {

@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 from transformers import TrainerState, TrainingArguments
 
-from hf_doge.files import write_atomically
+from hf_doge.files import write_json
 from hf_doge.gradients.embedding_uses import input_embedding_matrix
 from hf_doge.gradients.optimizer_metric import warn_of_other_step
 from hf_doge.tracing.batches import SequentialBatches
@@ -132,8 +132,7 @@ class CheckpointRecording(Recording):
 
     def plan(self, facts: Mapping[str, Any]) -> None:
         """Note on disk what [`save`] is about to be called with, in case it does not come to its end."""
-        content = f"{json.dumps(facts, indent=2)}\n".encode()
-        run_on_main_process(lambda heartbeat: write_atomically(self.folder / PLAN_FILE, content))
+        run_on_main_process(lambda heartbeat: write_json(self.folder / PLAN_FILE, facts))
 
     def save(self, facts: Mapping[str, Any], *, model: nn.Module) -> None:
         """
@@ -196,15 +195,15 @@ class CheckpointRecording(Recording):
 
     def _plan_to_record(self, model: nn.Module, facts: Mapping[str, Any]) -> Mapping[str, Any] | None:
         """On the main process: what is to be recorded, if anything, noted on disk."""
-        name, writer = facts["name"], self._index.writer
-        if name in writer.checkpoint_names:
-            if self._is_recorded(name, model):
+        name, fingerprint = facts["name"], self._recorded_fingerprint(facts["name"])
+        if fingerprint is not None:
+            if has_fingerprint(model, fingerprint):
                 logger.info("Checkpoint %s is in the index already.", name)
                 (self.folder / PLAN_FILE).unlink(missing_ok=True)
                 return None
             logger.info("Training was set back and %s came out differently: it is recorded again.", name)
-            writer.forget(name)
-        write_atomically(self.folder / PLAN_FILE, f"{json.dumps(facts, indent=2)}\n".encode())
+            self._index.writer.forget(name)
+        write_json(self.folder / PLAN_FILE, facts)
         return facts
 
     def _record(self, model: nn.Module, facts: Mapping[str, Any] | None) -> None:
@@ -226,9 +225,9 @@ class CheckpointRecording(Recording):
         self, model: nn.Module, facts: Mapping[str, Any], state: TrainerState
     ) -> Mapping[str, Any] | None:
         """On the main process: what is left to record of the checkpoint that training resumes from."""
-        name, step = facts["name"], facts["step"]
-        if name in self._index.writer.checkpoint_names:
-            if not self._is_recorded(name, model):
+        name, step, fingerprint = facts["name"], facts["step"], self._recorded_fingerprint(facts["name"])
+        if fingerprint is not None:
+            if not has_fingerprint(model, fingerprint):
                 raise ValueError(
                     f"Training resumes at step {step} with other weights than {name!r} in {str(self.folder)!r} was recorded"
                     " of. Resume the recorded training, or record this one in another folder."
@@ -255,11 +254,10 @@ class CheckpointRecording(Recording):
         group = find_group(self.optimizer, input_embedding_matrix(unwrap_model(model)))
         return group_learning_rate(logged, self.optimizer.param_groups[0], group)
 
-    def _is_recorded(self, name: str, model: nn.Module) -> bool:
-        recorded = {
-            checkpoint["name"]: checkpoint["fingerprint"] for checkpoint in self._index.writer.config["checkpoints"]
-        }
-        return has_fingerprint(model, recorded[name])
+    def _recorded_fingerprint(self, name: str) -> str | None:
+        """By which the index knows the weights of a checkpoint, if it has that whole."""
+        checkpoints = self._index.writer.config["checkpoints"]
+        return next((one["fingerprint"] for one in checkpoints if one["name"] == name), None)
 
 
 def require_whole_weights(model: nn.Module, args: TrainingArguments) -> None:

@@ -31,6 +31,7 @@ from hf_doge.tracing.hits import (
 )
 from hf_doge.tracing.html import Shown, render_fragment, render_page
 from hf_doge.tracing.lexical import LexicalScorer, lexical_index, text_query
+from hf_doge.tracing.models import checkpoint_folders
 from hf_doge.tracing.processes import build_on_each_machine, share_work
 from hf_doge.tracing.queries import (
     VIRTUAL,
@@ -41,7 +42,6 @@ from hf_doge.tracing.queries import (
 )
 from hf_doge.tracing.query_rows import QueryRecorder
 from hf_doge.tracing.refusals import refuse_metric, refuse_nothing_left
-from hf_doge.tracing.saved_checkpoints import checkpoint_folders
 from hf_doge.tracing.saved_index import SavedIndex
 from hf_doge.tracing.scoring import QueryScorer, select_extremes
 from hf_doge.tracing.search_defaults import sentence_end_ids

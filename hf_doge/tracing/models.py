@@ -1,10 +1,10 @@
-"""Models of recorded checkpoints: which weights they have, saving them, and loading the one that was recorded."""
+"""Models of recorded checkpoints: which weights they have, saving them, where they lie, and loading the one that was recorded."""
 
 import copy
 import hashlib
 import json
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,9 @@ from torch import nn
 from hf_doge.files import staged_folder
 from hf_doge.tracing.pretrained import ADAPTER_FILE, fill_adapter, parameter_pattern, read_weights
 from hf_doge.tracing.pretrained import load_model as load_pretrained
-from hf_doge.tracing.saved_checkpoints import MODELS, checkpoint_folders, has_weights, stored_path
 
 LoadModel = Callable[[str], nn.Module]
+MODELS = "models"  # the folder of an index for weights that are kept nowhere else
 _NUM_SAMPLES = 1024
 
 
@@ -186,6 +186,17 @@ def save_model(model: nn.Module, path: Path, *, processing_class: Any | None = N
             processing_class.save_pretrained(staged)
 
 
+def has_weights(path: Path) -> bool:
+    """Whether a folder holds weights in safetensors, of a whole model or an adapter."""
+    return path.is_dir() and any(path.glob("*.safetensors"))
+
+
+def stored_path(path: Path, folder: Path) -> str:
+    """A path as the index keeps it: relative to the index within it, so that the folder can move, else absolute."""
+    path, folder = path.resolve(), folder.resolve()
+    return path.relative_to(folder).as_posix() if path.is_relative_to(folder) else str(path)
+
+
 def keep_weights(
     model: nn.Module, own: Path, *, kept: Path | None, index: Path, replace: bool, processing_class: Any | None
 ) -> str:
@@ -207,6 +218,18 @@ def keep_weights(
     if replace or not has_weights(own):
         save_model(model, own, processing_class=processing_class)
     return stored_path(own, index)
+
+
+def checkpoint_folders(checkpoint: Mapping[str, Any], folder: Path) -> Iterator[Path]:
+    """
+    Where a checkpoint may lie on this machine: where it was recorded, or where it lies to the index as it did then, if both
+    have moved. Whatever is found is used for its fingerprint only.
+    """
+    if not checkpoint["path"]:
+        return
+    path = Path(checkpoint["path"])
+    moved = [folder.absolute().parent / Path(*path.parts[-depth:]) for depth in (2, 1)] if path.is_absolute() else []
+    yield from (place for place in (folder / path, path, *moved) if place.is_dir())
 
 
 def load_checkpoint(

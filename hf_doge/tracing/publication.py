@@ -20,20 +20,19 @@ from hf_doge.artifacts.influence.manifest import (
     CHECKPOINTS_FILE,
     MANIFEST,
     TABLE_FOLDERS,
+    checkpoints_table,
     examples_files,
     parse_config,
     read_config,
     recorded_checksums,
     require_checkpoints,
-    to_json,
 )
-from hf_doge.artifacts.influence.writer import checkpoints_table
 from hf_doge.artifacts.parquet import read_parquet, to_parquet
 from hf_doge.checks import check_flag, check_names
-from hf_doge.files import sha256
+from hf_doge.files import sha256, to_json
 from hf_doge.text import hide_secrets, parse_json, public_content, public_name
 from hf_doge.tracing.examples import LABEL_COLUMNS
-from hf_doge.tracing.saved_checkpoints import MODELS, checkpoint_folders
+from hf_doge.tracing.models import MODELS, checkpoint_folders
 
 logger = logging.getLogger(__name__)
 

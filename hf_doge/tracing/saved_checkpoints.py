@@ -1,9 +1,9 @@
-"""Folders of checkpoints: what they hold, which step they are of in which order they come and where they lie now."""
+"""Folders of checkpoints: which step and learning rate they are of, and in which order they come."""
 
 import logging
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +11,6 @@ from hf_doge.text import parse_json
 from hf_doge.tracing.saved_rates import saved_learning_rate
 
 logger = logging.getLogger(__name__)
-
-MODELS = "models"
 
 # `checkpoint-12`, `step_12` (accelerate), `ckpt12`, `checkpoint-12-loss-1.9`; no date, fraction or `12k` behind the word
 _STEP = re.compile(
@@ -22,17 +20,6 @@ _STEP = re.compile(
 )
 _VERSION = re.compile(r"(v[0-9]+\.)([0-9]{1,18})", re.IGNORECASE)
 _NUMBER = re.compile(r"[0-9]{1,18}")
-
-
-def has_weights(path: Path) -> bool:
-    """Whether a folder holds weights in safetensors, of a whole model or an adapter."""
-    return path.is_dir() and any(path.glob("*.safetensors"))
-
-
-def stored_path(path: Path, folder: Path) -> str:
-    """A path as the index keeps it: relative to the index within it, so that the folder can move, else absolute."""
-    path, folder = path.resolve(), folder.resolve()
-    return path.relative_to(folder).as_posix() if path.is_relative_to(folder) else str(path)
 
 
 def describe_checkpoint(path: Path, *, learning_rate: float | None = None) -> dict[str, Any]:
@@ -175,15 +162,3 @@ def group_learning_rate(logged: float | None, first: Mapping[str, Any], group: M
     if begun[0] <= 0 or not math.isclose(now[0] * begun[1], now[1] * begun[0], rel_tol=1e-6, abs_tol=1e-300):
         return None
     return logged * (begun[1] / begun[0])
-
-
-def checkpoint_folders(checkpoint: Mapping[str, Any], folder: Path) -> Iterator[Path]:
-    """
-    Where a checkpoint may lie on this machine: where it was recorded, or where it lies to the index as it did then, if both
-    have moved. Whatever is found is used for its fingerprint only.
-    """
-    if not checkpoint["path"]:
-        return
-    path = Path(checkpoint["path"])
-    moved = [folder.absolute().parent / Path(*path.parts[-depth:]) for depth in (2, 1)] if path.is_absolute() else []
-    yield from (place for place in (folder / path, path, *moved) if place.is_dir())

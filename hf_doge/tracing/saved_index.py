@@ -29,9 +29,8 @@ from hf_doge.checks import check_flag, check_function, check_path, show
 from hf_doge.files import read_settled, staged_folder, sync_folder
 from hf_doge.gradients.example_losses import LossFunction
 from hf_doge.tracing.encoding import Encoding
-from hf_doge.tracing.models import LoadModel, checkpoint_folders, tokenizer_fingerprint
+from hf_doge.tracing.models import MODELS, LoadModel, checkpoint_folders, tokenizer_fingerprint
 from hf_doge.tracing.pretrained import load_tokenizer, tokenizer_place
-from hf_doge.tracing.saved_checkpoints import MODELS
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo

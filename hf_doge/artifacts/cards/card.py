@@ -335,22 +335,36 @@ class TableFacts:
         }
 
 
-def config_entry(
-    config_name: str, paths: list[str], *, checksums: Iterable[str], default: bool = False
+def data_header(
+    tables: Mapping[str, TableFacts],
+    paths: Mapping[str, list[str]],
+    checksums: Mapping[str, Iterable[str]],
+    *,
+    default: str,
 ) -> dict[str, Any]:
     """
-    The entry of `configs` for files of one split.
+    What the header of any artifact says of its data.
 
     `load_dataset` caches what it reads of a folder by the content of `configs` and `dataset_info`, not by that of the files.
-    So the entry changes with the checksums of the files, or a table that is saved over would be read old.
+    So an entry of `configs` changes with the checksums of its files, or a table that is saved over would be read old.
+
+    Args:
+        tables (`Mapping[str, TableFacts]`): Name of each configuration -> what its files hold.
+        paths (`Mapping[str, list[str]]`): Name -> the files of its one split, or patterns of them.
+        checksums (`Mapping[str, Iterable[str]]`): Name -> sha256 of its files.
+        default (`str`): The configuration that is read if none is named, and by which the size counts.
     """
-    files = {"split": "train", "path": paths[0] if len(paths) == 1 else paths}
-    content = hashlib.sha256("".join(checksums).encode()).hexdigest()
+    configs = []
+    for name in tables:
+        files = {"split": "train", "path": paths[name][0] if len(paths[name]) == 1 else paths[name]}
+        content = hashlib.sha256("".join(checksums[name]).encode()).hexdigest()
+        entry = {"config_name": name, **({"default": True} if name == default else {})}
+        configs.append({**entry, DIGEST_KEY: f"{DIGEST_PREFIX}{content[:32]}", "data_files": [files]})
     return {
-        "config_name": config_name,
-        **({"default": True} if default else {}),
-        DIGEST_KEY: f"{DIGEST_PREFIX}{content[:32]}",
-        "data_files": [files],
+        "size_categories": [size_category(tables[default].num_rows)],
+        "library_name": "hf_doge",
+        "configs": configs,
+        "dataset_info": [facts.to_dataset_info(name) for name, facts in tables.items()],
     }
 
 

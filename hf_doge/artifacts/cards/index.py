@@ -5,11 +5,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from hf_doge.artifacts.cards.card import Card, TableFacts, config_entry, size_category
+from hf_doge.artifacts.cards.card import Card, TableFacts, data_header
 from hf_doge.artifacts.cards.text import (
     code,
     counted,
     escape,
+    file_size,
     hub_link,
     join,
     json_block,
@@ -87,27 +88,18 @@ def index_card(
     """
     paths = data_paths(config)
     folder, files = Path(folder), dict(files or {})
+    recorded = _checksums(config) | {path: sha256(content) for path, content in files.items()}
+    checksums = {name: [recorded[path] for path in found] for name, found in paths.items()}
+    patterns = {name: _patterns(name, found) for name, found in paths.items()}
     tables = {
         name: TableFacts.of([files[path] if path in files else folder / path for path in found])
         for name, found in paths.items()
     }
-    checksums = _checksums(config) | {path: sha256(content) for path, content in files.items()}
     title = "Influence index" if repo_id is None else f"Influence index: {repo_id.rpartition('/')[2]}"
     header = {
         "pretty_name": title,
         "tags": ["hf_doge", "influence", "tracin-we", "training-data-attribution"],
-        "size_categories": [size_category(next(iter(tables.values())).num_rows)],
-        "library_name": "hf_doge",
-        "configs": [
-            config_entry(
-                name,
-                _patterns(name, found),
-                checksums=[checksums[path] for path in found],
-                default=name == next(iter(paths)),
-            )
-            for name, found in paths.items()
-        ],
-        "dataset_info": [facts.to_dataset_info(name) for name, facts in tables.items()],
+        **data_header(tables, patterns, checksums, default=next(iter(tables))),
     }
     block = _render(config, tables, repo_id=repo_id, redacted=redacted)
     return Card(header, title, block, _CONFIGS, draft)
@@ -155,8 +147,9 @@ def _patterns(name: str, paths: list[str]) -> list[str]:
 def _render(
     config: Mapping[str, Any], tables: Mapping[str, TableFacts], *, repo_id: str | None, redacted: bool
 ) -> str:
-    checkpoints = config["checkpoints"]
-    columns = set(tables["examples"].schema.names) if "examples" in tables else set()
+    checkpoints, layers = config["checkpoints"], config.get("layers")
+    columns = tables["examples"].schema.names if "examples" in tables else []
+    traced, listed, facts = _traced(layers), _layers(layers, width=config["width"]), _facts(config)
     return render(
         "index.md.jinja",
         **place_of(repo_id),
@@ -171,7 +164,7 @@ def _render(
             }
         ),
         num_rows=f"{tables['gradients'].num_rows:,}" if "gradients" in tables else "0",
-        file_bytes=_size(sum(facts.file_bytes for facts in tables.values())),
+        file_bytes=file_size(sum(one.file_bytes for one in tables.values())),
         width=config["stored_width"],
         projected=config["projection"] is not None and not fits_basis(config),
         has_basis="basis" in tables,
@@ -185,34 +178,34 @@ def _render(
         divided=_DIVIDED.get(str(config.get("metric")), ""),
         has_metric="metric" in tables,
         sides=_SIDES.get(str(config.get("tied")), ""),
-        traced=_traced(config),
-        layers=_layers(config),
-        has_words=config.get("layers") is None or config["layers"]["embedding"],
-        num_words=config["layers"]["embedding_shape"][0] if config.get("layers") else 0,
-        columns=", ".join(map(code, tables["examples"].schema.names)) if columns else "",
+        traced=traced,
+        layers=listed,
+        has_words=layers is None or layers["embedding"],
+        num_words=layers["embedding_shape"][0] if layers else 0,
+        columns=", ".join(map(code, columns)),
         numbered=any("number" in one for one in checkpoints),
         has_offsets="offsets" in tables,
         redacted=redacted,
-        computation=_computation(config),
-        facts=_facts(config),
+        is_online=config["record"] == "online",
+        num_passes=f"{config['num_examples'] * len(checkpoints):,}",
+        facts=facts,
         settings=json_block({key: config[key] for key in _SETTINGS if key in config}),
     )
 
 
-def _traced(config: Mapping[str, Any]) -> str:
+def _traced(layers: Mapping[str, Any] | None) -> str:
     """What the gradients are of."""
-    layers = config.get("layers")
     if layers is None:
         return "the word embeddings of the model"
     linear = f"{counted(len(layers['modules']), 'linear layers')} of the model"
     return f"the word embeddings and {linear}" if layers["embedding"] else linear
 
 
-def _layers(config: Mapping[str, Any]) -> str:
+def _layers(layers: Mapping[str, Any] | None, *, width: int) -> str:
     """Which numbers the rows of each layer have."""
-    if config.get("layers") is None:
+    if layers is None:
         return ""
-    chosen = ChosenLayers.from_dict(config["layers"], width=config["width"])
+    chosen = ChosenLayers.from_dict(layers, width=width)
     firsts, few = list(chosen.names()), chosen.layers[:_FEW_LAYERS]
     more = len(chosen.layers) - len(few)
     return table(
@@ -266,17 +259,3 @@ def _not_trained(config: Mapping[str, Any]) -> str | None:
         return "all of it was frozen: the gradients say what a training of it would have done"
     few = ", ".join(map(code, parts[:_FEW_LAYERS])) + (", ..." if len(parts) > _FEW_LAYERS else "")
     return f'{few} (frozen: a search leaves it out unless `virtual="count"`)' if parts else None
-
-
-def _computation(config: Mapping[str, Any]) -> str:
-    if config["record"] == "online":
-        return "what the training itself took; gradients were taken from its own backward"
-    passes = config["num_examples"] * len(config["checkpoints"])
-    return f"one forward and backward of each example at each checkpoint, {passes:,} in all"
-
-
-def _size(num_bytes: int) -> str:
-    for unit, factor in (("GB", 10**9), ("MB", 10**6)):
-        if num_bytes >= factor:
-            return f"{num_bytes / factor:.3g} {unit}"
-    return f"{num_bytes / 1000:.3g} kB"

@@ -82,6 +82,14 @@ def seconds(number: float) -> str:
     return f"{number / 3600:,.1f} hours"
 
 
+def file_size(num_bytes: int) -> str:
+    """A number of bytes as a person says it."""
+    for unit, factor in (("GB", 10**9), ("MB", 10**6)):
+        if num_bytes >= factor:
+            return f"{num_bytes / factor:.3g} {unit}"
+    return f"{num_bytes / 1000:.3g} kB"
+
+
 def format_table(columns: dict[str, list[str]]) -> str:
     """Columns of equally many cells under their titles: the first aligned to the left, the others to the right."""
     lines = []

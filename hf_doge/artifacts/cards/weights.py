@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from hf_doge._version import __version__
-from hf_doge.artifacts.cards.card import Card, TableFacts, config_entry, size_category
+from hf_doge.artifacts.cards.card import Card, TableFacts, data_header
 from hf_doge.artifacts.cards.text import (
     counted,
     escape,
@@ -87,19 +87,14 @@ def weights_card(
     """
     block = _render(weights, repo_id=repo_id, model_id=model_id, plot=PLOT_FILE in files)
     title = "Domain weights" if repo_id is None else f"Domain weights: {repo_id.rpartition('/')[2]}"
-    paths = {path.partition("/")[0]: path for path in files if path.endswith(".parquet")}
-    tables = {name: TableFacts.of([files[path]]) for name, path in paths.items()}
+    paths = {path.partition("/")[0]: [path] for path in files if path.endswith(".parquet")}
+    tables = {name: TableFacts.of([files[path] for path in found]) for name, found in paths.items()}
+    checksums = {name: [sha256(files[path]) for path in found] for name, found in paths.items()}
     header = {
         "pretty_name": title,
         "tags": ["hf_doge", "domain-weights", "data-mixing", *(["doge"] if _is_learned(weights) else [])],
         "task_categories": ["text-generation"],
-        "size_categories": [size_category(tables["weights"].num_rows)],
-        "library_name": "hf_doge",
-        "configs": [
-            config_entry(name, [path], checksums=[sha256(files[path])], default=name == "weights")
-            for name, path in paths.items()
-        ],
-        "dataset_info": [facts.to_dataset_info(name) for name, facts in tables.items()],
+        **data_header(tables, paths, checksums, default="weights"),
     }
     return Card(header, title, block, _CONFIGS)
 

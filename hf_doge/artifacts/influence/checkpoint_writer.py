@@ -19,17 +19,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hf_doge.artifacts.influence.manifest import GRADIENTS, METRIC, OFFSETS, PARTIAL, example_dtype, to_json
+from hf_doge.artifacts.influence.manifest import GRADIENTS, METRIC, OFFSETS, PARTIAL
 from hf_doge.artifacts.influence.metric import Divisors, write_metric
 from hf_doge.artifacts.influence.open_index import OpenIndex
 from hf_doge.artifacts.influence.segments import encode_segment
-from hf_doge.files import sha256, sync_folder, write_atomically
+from hf_doge.files import sha256, sync_folder, write_atomically, write_json
 from hf_doge.gradients.token_rows import TokenRows
 from hf_doge.text import parse_json
 
 logger = logging.getLogger(__name__)
 
-JOURNAL = "journal.json"
+JOURNAL, JOURNALS = "journal.json", "journal*.json"  # of the process that publishes; of all
 
 
 class CheckpointWriter(AbstractContextManager):
@@ -119,29 +119,25 @@ class CheckpointWriter(AbstractContextManager):
         places = [self._gradients] if self._config["dtype"] == "int8" else [self._gradients, self._offsets]
         for place in places:
             place.reopen()
-        kept = self._read_journals()
+        kept = self._join([], self._gradients.partial.glob(JOURNALS))
         if kept:
-            write_atomically(self._journal, to_json({"checkpoint": self.facts, "segments": kept}))
+            write_json(self._journal, {"checkpoint": self.facts, "segments": kept})
         names = {Path(segment["path"]).name for segment in kept if segment["path"] is not None}
         for place in places:
             place.remove_others(names | {JOURNAL} if kept and place is self._gradients else names)
         return kept
 
-    def _read_journals(
-        self, *, trusted: Iterable[dict[str, Any]] = (), heartbeat: Callable[[], None] = lambda: None
+    def _join(
+        self, own: Sequence[dict[str, Any]], journals: Iterable[Path], heartbeat: Callable[[], None] = lambda: None
     ) -> list[dict[str, Any]]:
-        """The segments that all journals tell of and whose files are whole, by ascending example and without overlap."""
-        found, known = [], {segment["path"] for segment in trusted}
-        for journal in sorted(self._gradients.partial.glob("journal*.json")):
+        """Own segments and those that journals tell of and whose files are whole, by ascending example, without overlap."""
+        found = list(own)
+        for journal in sorted(journals):
             segments: list[dict[str, Any]] = []
             with suppress(ValueError, KeyError, TypeError):  # a damaged journal is as good as none
                 written = parse_json(journal.read_bytes(), source=str(journal))
                 if written["checkpoint"] == self.facts:
-                    segments = [
-                        segment
-                        for segment in written["segments"]
-                        if segment["path"] in known or self._is_whole(segment, heartbeat)
-                    ]
+                    segments = [segment for segment in written["segments"] if self._is_whole(segment, heartbeat)]
             if not segments:
                 logger.info("%s is of other weights, or damaged: what it tells of is recorded again.", journal)
             found += segments
@@ -203,7 +199,8 @@ class CheckpointWriter(AbstractContextManager):
             ValueError: Not all examples were added, or a file of another process is not what it wrote.
         """
         self._require_open()
-        segments = self._read_journals(trusted=self._segments, heartbeat=heartbeat)
+        others = set(self._gradients.partial.glob(JOURNALS)) - {self._journal}
+        segments = self._join(self._segments, others, heartbeat)
         num_done = sum(segment["num_examples"] for segment in segments) + self._num_buffered
         if num_done != self._stop - self._start:
             raise ValueError(
@@ -235,7 +232,7 @@ class CheckpointWriter(AbstractContextManager):
 
     def clean(self) -> None:
         """Remove what only an interruption would have needed."""
-        for journal in self._gradients.final.glob("journal*.json"):
+        for journal in self._gradients.final.glob(JOURNALS):
             journal.unlink()
 
     def __exit__(
@@ -292,7 +289,7 @@ class CheckpointWriter(AbstractContextManager):
             if len(tokens):  # else it needs no file, which `datasets` would stumble over
                 segment |= self._write(lengths, tokens, rows)
             segments = [*self._segments, segment]
-            write_atomically(self._journal, to_json({"checkpoint": self.facts, "segments": segments}))
+            write_json(self._journal, {"checkpoint": self.facts, "segments": segments})
         except BaseException:
             self._closed = True
             raise
@@ -302,7 +299,7 @@ class CheckpointWriter(AbstractContextManager):
 
     def _write(self, lengths: np.ndarray, tokens: np.ndarray, rows: Tensor) -> dict[str, Any]:
         """The file of a segment, named by its first example, so that no two processes write the same."""
-        ids = np.arange(self._first, self._first + len(lengths), dtype=example_dtype(self._config))
+        ids = np.arange(self._first, self._first + len(lengths), dtype=self._index.example_dtype)
         name = f"segment-{self._first:08d}.parquet"
         encoded = encode_segment(
             tokens,

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import PurePosixPath, PureWindowsPath
 from typing import Any
 
-from hf_doge.text import require_printable
+from hf_doge.checks import require_printable
 
 _METRICS = (None, "auto", "gradient", "optimizer")
 _LARGEST = {

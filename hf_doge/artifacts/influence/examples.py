@@ -1,4 +1,4 @@
-"""The tables of an index that people read: of its training examples, and of its checkpoints."""
+"""The table of an index's training examples."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -10,29 +10,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from hf_doge.artifacts.influence.manifest import (
-    CHECKPOINT_FACTS,
-    EXAMPLES_FILE,
-    checkpoint_number,
-    examples_files,
-    first_added_example,
-)
+from hf_doge.artifacts.influence.manifest import EXAMPLES_FILE, examples_files, first_added_example
 from hf_doge.artifacts.parquet import as_stored, check_claims_of_footer, open_parquet, read_parquet, to_parquet
+from hf_doge.checks import require_printable
 from hf_doge.files import sha256, write_atomically
-from hf_doge.text import parse_json, require_printable
+from hf_doge.text import parse_json
 
-_CHECKPOINTS_SCHEMA = pa.schema(
-    {
-        "name": pa.string(),
-        "step": pa.int64(),
-        "epoch": pa.float64(),
-        "learning_rate": pa.float64(),
-        "path": pa.string(),
-        "revision": pa.string(),
-        "model_class": pa.string(),
-        "fingerprint": pa.string(),
-    }
-)
 _PLAIN_FEATURES = {"Value", "ClassLabel", "List", "LargeList", "Sequence", "Array2D", "Array3D", "Array4D", "Array5D"}
 
 
@@ -182,17 +165,3 @@ def _types(feature: Any) -> set[str]:
         return set()
     own = {feature["_type"]} if isinstance(feature.get("_type"), str) else set()
     return own.union(*map(_types, feature.values()))
-
-
-def checkpoints_table(checkpoints: Sequence[Mapping[str, Any]]) -> bytes:
-    """
-    The table of the checkpoints, in Parquet: the facts that config.json has of each, by ascending step.
-
-    Where their rows do not name them by their place in it, it has what they say in a column `checkpoint`.
-    """
-    rows = [{key: entry[key] for key in CHECKPOINT_FACTS} for entry in checkpoints]
-    table = pa.Table.from_pylist(rows, schema=_CHECKPOINTS_SCHEMA)
-    if any("number" in entry for entry in checkpoints):
-        numbers = [checkpoint_number(checkpoints, place) for place in range(len(checkpoints))]
-        table = table.append_column("checkpoint", pa.array(numbers, pa.int32()))
-    return to_parquet(table)

@@ -7,10 +7,10 @@ from typing import Any
 from torch import Tensor
 
 from hf_doge.artifacts.influence.basis import BASIS_FILE, decode_basis, encode_basis, read_basis
-from hf_doge.artifacts.influence.checkpoint_writer import JOURNAL, CheckpointWriter, Place
-from hf_doge.artifacts.influence.manifest import BASIS, to_json
+from hf_doge.artifacts.influence.checkpoint_writer import JOURNAL, JOURNALS, CheckpointWriter, Place
+from hf_doge.artifacts.influence.manifest import BASIS
 from hf_doge.artifacts.influence.open_index import OpenIndex
-from hf_doge.files import sha256, write_atomically
+from hf_doge.files import sha256, write_atomically, write_json
 from hf_doge.gradients.token_rows import TokenRows
 from hf_doge.text import parse_json
 
@@ -63,8 +63,8 @@ class FittedCheckpointWriter(CheckpointWriter):
         content = encode_basis(basis, checkpoint=self.facts["position"])
         file = {"path": self._basis_place.path_of(BASIS_FILE), "sha256": sha256(content)}
         write_atomically(self._basis_place.partial / BASIS_FILE, content)
-        journal = to_json({"checkpoint": self.facts, "basis": file})
-        write_atomically(self._basis_place.partial / JOURNAL, journal)  # from now on the basis is there
+        journal = {"checkpoint": self.facts, "basis": file}
+        write_json(self._basis_place.partial / JOURNAL, journal)  # from now on the basis is there
         self._basis_file, self.basis = file, basis.detach().float().cpu()
         self._projection = self.basis
 
@@ -83,7 +83,7 @@ class FittedCheckpointWriter(CheckpointWriter):
     def _continue(self) -> list[dict[str, Any]]:
         if self.basis is None:  # segments are of a basis that is lost
             for place in (self._gradients.final, self._gradients.partial):
-                for journal in place.glob("journal*.json"):
+                for journal in place.glob(JOURNALS):
                     journal.unlink()
         return super()._continue()
 

@@ -1,18 +1,21 @@
 """
-`config.json` of an influence index: what is in the folder, how it was made, and the sha256 of every file.
+`config.json` of an influence index: what is in the folder, how it was made, and the sha256 of every file. The table of the
+checkpoints says again what it says of them.
 
 Whoever makes an index for others can write anything into it. Its claims are compared with what can be ([`check_claims`]) before
 memory is taken or a file is touched; [`segments`], [`segment_reader`] and the reader compare them with the files.
 """
 
-import json
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+
 from hf_doge._version import __version__
 from hf_doge.artifacts.influence.claims import check_claims
+from hf_doge.artifacts.parquet import to_parquet
 from hf_doge.checks import show
 from hf_doge.files import sha256
 from hf_doge.text import parse_json, printable
@@ -54,7 +57,19 @@ SETTINGS: dict[str, Any] = {
     "dataset": None,
     "metadata": {},
 }
-CHECKPOINT_FACTS = ("name", "step", "epoch", "learning_rate", "path", "revision", "model_class", "fingerprint")
+_CHECKPOINTS_SCHEMA = pa.schema(
+    {
+        "name": pa.string(),
+        "step": pa.int64(),
+        "epoch": pa.float64(),
+        "learning_rate": pa.float64(),
+        "path": pa.string(),
+        "revision": pa.string(),
+        "model_class": pa.string(),
+        "fingerprint": pa.string(),
+    }
+)
+CHECKPOINT_FACTS = tuple(_CHECKPOINTS_SCHEMA.names)
 
 _NAME_CHARACTERS = set("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._-")
 _KINDS = {
@@ -78,11 +93,6 @@ _FILE_KINDS = {
     "scale": (int, float),
 }
 _OFFSETS_KINDS = {"offsets_path": str, "offsets_sha256": str}
-
-
-def to_json(content: Mapping[str, Any]) -> bytes:
-    """Indented, sorted by key, ending in a line break."""
-    return (json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n").encode()
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -174,6 +184,20 @@ def checkpoint_number(entries: Sequence[Mapping[str, Any]], place: int) -> int:
 def next_checkpoint_number(entries: Sequence[Mapping[str, Any]]) -> int:
     """A number that no checkpoint has yet."""
     return 1 + max((checkpoint_number(entries, place) for place in range(len(entries))), default=-1)
+
+
+def checkpoints_table(checkpoints: Sequence[Mapping[str, Any]]) -> bytes:
+    """
+    The table of the checkpoints, in Parquet: the facts that config.json has of each, by ascending step.
+
+    Where their rows do not name them by their place in it, it has what they say in a column `checkpoint`.
+    """
+    rows = [{key: entry[key] for key in CHECKPOINT_FACTS} for entry in checkpoints]
+    table = pa.Table.from_pylist(rows, schema=_CHECKPOINTS_SCHEMA)
+    if any("number" in entry for entry in checkpoints):
+        numbers = [checkpoint_number(checkpoints, place) for place in range(len(checkpoints))]
+        table = table.append_column("checkpoint", pa.array(numbers, pa.int32()))
+    return to_parquet(table)
 
 
 def warn_of_unknown(config: Mapping[str, Any]) -> None:

@@ -17,6 +17,7 @@ class OpenIndex(Protocol):
     first_example: int
     num_examples: int
     max_segment_bytes: int
+    example_dtype: str  # the integers that example ids are stored as
     projection: Tensor | None
     fits_basis: bool
 

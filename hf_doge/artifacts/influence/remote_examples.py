@@ -19,10 +19,9 @@ import pyarrow.parquet as pq
 
 from hf_doge.artifacts.hub.ranges import ByteRange, RangedFile, read_all
 from hf_doge.artifacts.influence.examples import harmless_metadata
-from hf_doge.artifacts.influence.manifest import to_json
 from hf_doge.artifacts.parquet import check_claims_of_footer, open_parquet, read_parquet
-from hf_doge.files import write_atomically
-from hf_doge.text import require_printable
+from hf_doge.checks import require_printable
+from hf_doge.files import write_json
 
 _END_BYTES = 2**16  # what pyarrow looks at first
 _LARGEST_GROUP = 2**28  # bytes in memory; ours have 1024 rows
@@ -182,7 +181,7 @@ class _PartialParquet:
         self._note()
 
     def _note(self) -> None:
-        write_atomically(self._journal, to_json({"size": self._size, "end": self._end, "crcs": self._crcs}))
+        write_json(self._journal, {"size": self._size, "end": self._end, "crcs": self._crcs})
 
     def _write(self, contents: Mapping[int, bytes]) -> None:
         with self._path.open("r+b") as file:

@@ -31,8 +31,9 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from hf_doge.artifacts.influence.manifest import checkpoint_number, example_dtype, to_json
+from hf_doge.artifacts.influence.manifest import checkpoint_number, example_dtype
 from hf_doge.artifacts.influence.segment_reader import SegmentReader, read_offsets
+from hf_doge.files import to_json
 
 _LAYOUT = 1  # changes whenever the files do
 _MAP = "map.json"

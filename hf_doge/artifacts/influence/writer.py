@@ -27,12 +27,8 @@ from torch import Tensor
 from hf_doge._version import __version__
 from hf_doge.artifacts.cards.card import card_bytes, read_card
 from hf_doge.artifacts.cards.index import index_card
-from hf_doge.artifacts.influence.checkpoint_writer import CheckpointWriter
-from hf_doge.artifacts.influence.examples import (
-    checkpoints_table,
-    ordered_examples,
-    store_examples,
-)
+from hf_doge.artifacts.influence.checkpoint_writer import JOURNALS, CheckpointWriter
+from hf_doge.artifacts.influence.examples import ordered_examples, store_examples
 from hf_doge.artifacts.influence.fitted_writer import FittedCheckpointWriter
 from hf_doge.artifacts.influence.growth import Growth, begin_growth
 from hf_doge.artifacts.influence.lock import WriterLock
@@ -49,19 +45,20 @@ from hf_doge.artifacts.influence.manifest import (
     TABLE_FOLDERS,
     check_checkpoint_name,
     checkpoint_folders,
+    checkpoints_table,
     embedding_shape,
+    example_dtype,
     fits_basis,
     next_checkpoint_number,
     ordered_checkpoints,
     read_config,
     require_same,
-    to_json,
 )
 from hf_doge.artifacts.influence.metric import Divisors, version_of, with_metric
 from hf_doge.artifacts.influence.open_index import Heartbeat
 from hf_doge.artifacts.influence.segments import describe_projection, recorded_projection
 from hf_doge.checks import LARGEST_RATE, check_choice, check_count, check_json, check_number, check_path, check_seed
-from hf_doge.files import STAGED_PREFIX, replace_files, require_own_folder, sha256
+from hf_doge.files import STAGED_PREFIX, replace_files, require_own_folder, sha256, to_json
 
 
 class IndexWriter:
@@ -159,7 +156,7 @@ class IndexWriter:
                 self._replace(self.config, {})
             self._read_shapes()
             for place in checkpoint_folders(self.config):  # what a kill left when a checkpoint was whole
-                for journal in (self.folder / place).glob("journal*.json"):
+                for journal in (self.folder / place).glob(JOURNALS):
                     journal.unlink(missing_ok=True)
             if self.config["checkpoints"] and any(self.folder.glob(f"{STAGED_PREFIX}*")):
                 self._replace_all(self.config)  # README.md was interrupted behind config.json
@@ -195,7 +192,7 @@ class IndexWriter:
 
     def _read_shapes(self) -> None:
         self.projection, self.fits_basis = recorded_projection(self.config), fits_basis(self.config)
-        self._embedding_shape = embedding_shape(self.config)
+        self._embedding_shape, self.example_dtype = embedding_shape(self.config), example_dtype(self.config)
         self._make_writer: type[CheckpointWriter] = FittedCheckpointWriter if self.fits_basis else CheckpointWriter
 
     def close(self) -> None:
@@ -297,7 +294,6 @@ class IndexWriter:
             ValueError: It is whole already, or an argument cannot be kept; or there are no examples yet.
         """
         self.require_open()
-        check_checkpoint_name(name)
         if self._growth is not None:
             facts = self._growth.facts_of(name, fingerprint=fingerprint, second_moments=second_moments)
             return self._make_writer(self, facts, borders=borders)
@@ -308,6 +304,7 @@ class IndexWriter:
             )
         if EXAMPLES_FILE not in self.config["files"]:
             raise ValueError("The examples must come before the first checkpoint. Call `write_examples`.")
+        check_checkpoint_name(name)
         number = next_checkpoint_number(self.config["checkpoints"])
         learning_rate = check_number("learning_rate", learning_rate, least=0, most=LARGEST_RATE)
         values = (name, step, epoch, learning_rate, str(path), revision, model_class, fingerprint)
@@ -360,8 +357,7 @@ class IndexWriter:
             )
         entry = {**facts, "number": number, **checkpoint.entry({}, segments)}
         checkpoint.settle()
-        entries = ordered_checkpoints([*self.config["checkpoints"], entry])
-        self._replace_all({**self.config, "checkpoints": entries})
+        self._replace_all({**self.config, "checkpoints": [*self.config["checkpoints"], entry]})
         checkpoint.clean()
 
     def _publish_growth(self, growth: Growth) -> None:
@@ -385,8 +381,10 @@ class IndexWriter:
 
     def _replace_all(self, config: dict[str, Any]) -> None:
         """Put another config.json in place, with the table of the checkpoints and the card that go with it."""
-        files = {CHECKPOINTS_FILE: checkpoints_table(config["checkpoints"])}
-        config = {**config, "files": {**config["files"], CHECKPOINTS_FILE: sha256(files[CHECKPOINTS_FILE])}}
+        checkpoints = ordered_checkpoints(config["checkpoints"])
+        files = {CHECKPOINTS_FILE: checkpoints_table(checkpoints)}
+        checksums = {**config["files"], CHECKPOINTS_FILE: sha256(files[CHECKPOINTS_FILE])}
+        config = {**config, "checkpoints": checkpoints, "files": checksums}
         card = index_card(config, self.folder, files=files).merged_with(read_card(self.folder / CARD_FILE))
         self._replace(config, {**files, CARD_FILE: card_bytes(card)})
 
