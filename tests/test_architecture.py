@@ -16,8 +16,8 @@ from tests.hub.handle import HubServer, last_json, run_client
 
 PACKAGE = Path(hf_doge.__file__).parent
 
-# What arguments must be, how text of others is shown, and how files are replaced as one; every room may ask.
-COMMON = {"checks", "files", "text"}
+# What arguments and the entries of files must be, how text of others is shown, how files are replaced as one; every room may ask.
+COMMON = {"checks", "entries", "files", "text"}
 
 # Which rooms each room may import from.
 BELOW = {

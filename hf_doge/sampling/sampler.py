@@ -12,6 +12,7 @@ from hf_doge.checks import check_choice, check_count, check_number, check_seed
 from hf_doge.sampling.domains import DomainIndex
 from hf_doge.sampling.permutation import derive_key, pass_keys, permute
 from hf_doge.sampling.phases import first_draw_of, read_phases
+from hf_doge.sampling.saved_state import find_misfit_of_state
 from hf_doge.sampling.schedule import DRAW_MODES, UNITS, DrawSchedule
 from hf_doge.sampling.token_draws import RowTokens, refuse_tokenless_domains
 from hf_doge.sampling.weights import cap_shares, refuse_empty_domains, to_shares
@@ -322,8 +323,10 @@ class DomainWeightedSampler(Sampler[int]):
         The weights are those of the state, whatever the constructor was given.
 
         Raises:
-            `ValueError`: if the state is of other domains, sizes, seed, `draw` or `num_samples`; what differs is named.
+            `ValueError`: if the state is of other domains, sizes, seed, `draw` or `num_samples`, or damaged; what differs is named.
         """
+        if misfit := find_misfit_of_state(state, self.domains.names):
+            raise ValueError(f"The state must be as `state_dict` gives it, but {misfit}. Resume from another one.")
         sizes = self._by_name(self.domains.sizes)
         if list(state["domains"]) != list(sizes):
             gone, new = sorted(state["domains"].keys() - sizes), sorted(sizes.keys() - state["domains"])

@@ -1,16 +1,14 @@
 """Which checkpoint a run resumes from: the last one that was written whole, the same on every process."""
 
-import json
 import logging
 import zipfile
 from pathlib import Path
-from typing import Any
 
 import torch.distributed as dist
 
-from hf_doge.checks import show
-from hf_doge.text import parse_json
+from hf_doge.entries import COUNT
 from hf_doge.training.learning_state import STATE_FILE
+from hf_doge.training.saved_entries import read_entries
 
 logger = logging.getLogger(__name__)
 
@@ -94,27 +92,7 @@ def _get_step(name: str) -> int:
 
 def read_step(checkpoint: Path | None) -> int:
     """Steps that were taken when a whole checkpoint was written; 0 without one."""
-    return 0 if checkpoint is None else json.loads((checkpoint / TRAINER_STATE_FILE).read_text())["global_step"]
-
-
-def read_entries(path: Path) -> dict[str, Any]:
-    """
-    What a JSON file of a checkpoint holds.
-
-    Raises:
-        `ValueError`: if it is damaged. Names the file.
-    """
-    entries = parse_json(path.read_bytes(), source=str(path))
-    if not isinstance(entries, dict):
-        raise damaged(path, f"it holds {show(entries)} instead of an object")
-    return entries
-
-
-def damaged(path: Path, problem: str) -> ValueError:
-    """The error of a file of a checkpoint that holds what no run writes."""
-    return ValueError(
-        f"{str(path)!r} must be as the run wrote it, but {problem}. Resume from another checkpoint, or restore the file."
-    )
+    return 0 if checkpoint is None else read_entries(checkpoint / TRAINER_STATE_FILE)["global_step"]
 
 
 def _find_problem(checkpoint: Path, num_processes: int, learns: bool) -> str | None:
@@ -127,11 +105,13 @@ def _find_problem(checkpoint: Path, num_processes: int, learns: bool) -> str | N
     states = {}
     for name in (STATE_FILE, TRAINER_STATE_FILE) if learns else (TRAINER_STATE_FILE,):
         try:
-            states[name] = json.loads((checkpoint / name).read_text())
+            states[name] = read_entries(
+                checkpoint / name, {"global_step": COUNT} if name == TRAINER_STATE_FILE else None
+            )
         except FileNotFoundError:
             return f"it has no {name}"
-        except json.JSONDecodeError:
-            return f"its {name} is cut off"
+        except ValueError:
+            return f"its {name} is cut off or damaged"
     if not learns or states[STATE_FILE].get("num_processes") != num_processes:
         return None  # random states are only of use to as many processes
     # Every process writes its own when it gets there, maybe long after the main one has written all its files.

@@ -1,6 +1,5 @@
 """What a training tells of its domains: loss, tokens, share and epochs of each, added up without a word to other processes."""
 
-import json
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,10 +9,12 @@ import torch
 from torch import Tensor
 from transformers import TrainerState
 
+from hf_doge.entries import COUNT, NAMES, Kind, find_misfit, vector_of
 from hf_doge.gradients.vectors import Reduction
 from hf_doge.training.checkpoints import TRAINER_STATE_FILE
 from hf_doge.training.loss_watch import SeenLosses
 from hf_doge.training.packing import EXAMPLE_LENGTHS, owners_in_line
+from hf_doge.training.saved_entries import damaged, read_entries
 
 STATE_KEY = "domain_metrics"  # in the Trainer's state, and so in `trainer_state.json` of a checkpoint
 
@@ -210,8 +211,20 @@ def read_saved(checkpoint: Path | None) -> dict[str, Any] | None:
     """What [`DomainMeter.save`] put into a checkpoint, if it did."""
     if checkpoint is None:
         return None
-    state = json.loads((checkpoint / TRAINER_STATE_FILE).read_text(encoding="utf-8"))
-    return (state.get("stateful_callbacks") or {}).get(STATE_KEY)
+    path = checkpoint / TRAINER_STATE_FILE
+    callbacks = read_entries(path).get("stateful_callbacks") or {}
+    numbers = callbacks.get(STATE_KEY) if isinstance(callbacks, dict) else None
+    if numbers is None:
+        return None
+    misfit = find_misfit(numbers, {"names": NAMES}, whose=f"in `{STATE_KEY}` its")
+    if misfit is None:
+        vector = vector_of(len(numbers["names"]))
+        counts = Kind(vector.words, lambda value: vector.is_met(value) and all(map(COUNT.is_met, value)))
+        kinds = {"losses": vector, **dict.fromkeys(("tokens", "examples", "all_tokens", "all_examples"), counts)}
+        misfit = find_misfit(numbers, kinds, whose=f"in `{STATE_KEY}` its")
+    if misfit is not None:
+        raise damaged(path, misfit)
+    return numbers
 
 
 def _add_rows(sums: Tensor, values: Tensor, owners: Tensor) -> None:

@@ -14,13 +14,39 @@ import torch.distributed as dist
 from torch import Tensor
 
 from hf_doge.artifacts.record import Trajectory, estimate_score_noise
+from hf_doge.checks import show
+from hf_doge.entries import (
+    COUNT,
+    FLAG,
+    NAMES,
+    NUMBER,
+    OBJECT,
+    Kind,
+    find_misfit,
+    kind_like,
+    list_of,
+    shares_of,
+    vector_of,
+)
 from hf_doge.functional.doge import update_running_mean
+from hf_doge.training.saved_entries import damaged, read_entries
 from hf_doge.training.score_noise import ScoreNoise
 
 STATE_FILE = "doge_state.json"
 TRAJECTORY_FILE = "doge_trajectory.parquet"
 FORMAT_VERSION = 1
 _NOISE_UPDATES = 100  # that the noise of a score is told from
+_DESCRIPTION = Kind(
+    "null or a description of the run",
+    lambda value: value is None or (isinstance(value, dict) and isinstance(value.get("training"), dict)),
+)
+_OPTIONAL = ("seconds", "described", "unlogged", "labels_are_shifted", "score_noise")  # not of every run or version
+_KINDS = {
+    **dict.fromkeys(("num_updates", "num_averaged", "num_trajectory_points"), COUNT),
+    **dict.fromkeys(("nonfinite_steps", "nonfinite_in_a_row"), COUNT),
+    **{"domain_order": NAMES, "domains": OBJECT, "unlogged": OBJECT, "score_noise": OBJECT},
+    **{"seconds": NUMBER, "labels_are_shifted": FLAG, "described": _DESCRIPTION},
+}
 
 
 @dataclass
@@ -190,12 +216,14 @@ class LearningState:
         Raises:
             `ValueError`: if the checkpoint was written for other domains, or is not whole.
         """
-        state = json.loads((folder / STATE_FILE).read_text())
-        if state["format_version"] != FORMAT_VERSION:
+        state = read_entries(folder / STATE_FILE)
+        if state.get("format_version") != FORMAT_VERSION:
             raise ValueError(
-                f"{folder / STATE_FILE} must have format version {FORMAT_VERSION}, but has {state['format_version']}. "
+                f"{folder / STATE_FILE} must have format version {FORMAT_VERSION}, but has {show(state.get('format_version'))}. "
                 "Resume it with the hf_doge version that wrote it."
             )
+        if misfit := find_misfit(state, _KINDS, optional=_OPTIONAL):
+            raise damaged(folder / STATE_FILE, misfit)
         saved = state["domain_order"]
         if saved != list(names):
             missing, extra = sorted(set(saved) - set(names)), sorted(set(names) - set(saved))
@@ -203,6 +231,8 @@ class LearningState:
                 f"The checkpoint {folder} must have been written for the domains {list(names)}, but was written for "
                 f"{saved} (gone: {missing}, new: {extra}). Train on the same domains or start anew."
             )
+        if misfit := _find_misfit_of_domains(state, names, noise):
+            raise damaged(folder / STATE_FILE, misfit)
         points = []
         if state["num_trajectory_points"]:
             trajectory = _read_trajectory(folder / TRAJECTORY_FILE)
@@ -307,6 +337,24 @@ class DomainMetrics:
             metrics["nonfinite_domain_steps"] = state.nonfinite_steps
         self._clear()
         return metrics
+
+
+def _find_misfit_of_domains(state: Mapping[str, Any], names: tuple[str, ...], noise: ScoreNoise | None) -> str | None:
+    """What is no number of these domains, in words, or `None`."""
+    of_domain = {"weight": NUMBER, "mean_weight": NUMBER, "num_examples": COUNT, "num_tokens": COUNT}
+    for name in names:
+        if misfit := find_misfit(state["domains"].get(name), of_domain, whose=f"for the domain {name!r} its"):
+            return misfit
+    for kind in ("weight", "mean_weight"):
+        weights = {name: state["domains"][name][kind] for name in names}
+        if misfit := find_misfit({kind: weights}, {kind: shares_of(names)}):
+            return misfit
+    unlogged = state.get("unlogged", {})
+    misfit = find_misfit(unlogged, dict.fromkeys(unlogged, list_of(vector_of(len(names)))), whose="in `unlogged` its")
+    if misfit is None and noise is not None:
+        kinds = {name: kind_like(value) for name, value in noise.state_dict().items()}
+        misfit = find_misfit(state.get("score_noise", {}), kinds, optional=kinds, whose="in `score_noise` its")
+    return misfit
 
 
 def _read_trajectory(path: Path) -> Trajectory:

@@ -7,11 +7,13 @@ from typing import Any
 
 from transformers import TrainingArguments
 
+from hf_doge.entries import COUNT
 from hf_doge.sampling.phases import first_draw_of, read_phases
 from hf_doge.sampling.sampler import DomainWeightedSampler
+from hf_doge.sampling.saved_state import find_misfit_of_state
 from hf_doge.sampling.weights import to_shares
-from hf_doge.training.checkpoints import damaged, read_entries
 from hf_doge.training.global_batch import examples_per_step
+from hf_doge.training.saved_entries import damaged, read_entries
 
 SAMPLER_FILE = "domain_sampler.json"  # in a checkpoint
 READING_FILE = "domain_streams.json"  # likewise, of a mixture of streams
@@ -35,43 +37,42 @@ def load_sampler(checkpoint: Path, sampler: DomainWeightedSampler, args: Trainin
         args (`TrainingArguments`): Of the run.
         learns (`bool`): Whether the run changes its weights by itself.
     """
-    state, step_size = read_entries(checkpoint / SAMPLER_FILE), examples_per_step(args)
-    _refuse_damaged(checkpoint / SAMPLER_FILE, state)
+    path, step_size = checkpoint / SAMPLER_FILE, examples_per_step(args)
+    state = read_entries(path, {"examples_per_step": COUNT})
+    if misfit := find_misfit_of_state(state, sampler.domains.names):
+        raise damaged(path, misfit)
     if state["examples_per_step"] != step_size:
         raise ValueError(
             "A run must go on with as many examples a step as it began with, or it would skip some and repeat "
             f"others, but {checkpoint} has {state['examples_per_step']} and these arguments make it {step_size}. "
             "Set batch size, accumulation and number of processes so that the product is the same."
         )
-    first, own = state["schedule"][0]["weights"], sampler.state_dict()["schedule"]
-    same_names = first.keys() == own[0]["weights"].keys()  # others are named by who loads the state
-    if same_names and first != own[0]["weights"]:
+    if list(state["domains"]) == list(sampler.domains.names):  # others are named by who loads the state
+        _refuse_other_weights(checkpoint, state["schedule"], sampler.state_dict()["schedule"], learns=learns)
+    # The Trainer skips to the place inside the epoch by itself.
+    try:
+        sampler.load_state_dict({**state, "position": 0})
+    except ValueError as error:
+        raise ValueError(f"{error} It is in {str(path)!r}.") from error
+
+
+def _refuse_other_weights(
+    checkpoint: Path, saved: list[dict[str, Any]], own: list[dict[str, Any]], *, learns: bool
+) -> None:
+    """The pieces of a schedule that a checkpoint holds, against those that a run begins with."""
+    first = saved[0]["weights"]
+    if first != own[0]["weights"]:
         raise ValueError(
             f"A run must go on under the weights it began with, but {checkpoint} began with {first} and this "
             f"trainer has {own[0]['weights']}, after `max_epochs_per_domain`. Give it the same, or start a new run from the "
             "model of that checkpoint."
         )
-    planned = [(one["first_draw"], one["weights"]) for one in own]
-    if (
-        same_names
-        and not learns
-        and planned != [(one["first_draw"], one["weights"]) for one in state["schedule"][: len(planned)]]
-    ):
+    before, planned = ([(one["first_draw"], one["weights"]) for one in pieces] for pieces in (saved, own))
+    if not learns and planned != before[: len(planned)]:
         raise ValueError(
             f"A run must go on through the phases it began with, but those of {checkpoint} are others. Give it the same "
             "`domain_weights` and number of steps, or start a new run from the model of that checkpoint."
         )
-    # The Trainer skips to the place inside the epoch by itself.
-    sampler.load_state_dict({**state, "position": 0})
-
-
-def _refuse_damaged(path: Path, state: Mapping[str, Any]) -> None:
-    schedule = state.get("schedule")
-    is_schedule = isinstance(schedule, list) and all(
-        isinstance(one, dict) and "first_draw" in one and isinstance(one.get("weights"), dict) for one in schedule
-    )
-    if not (schedule and is_schedule and "examples_per_step" in state):
-        raise damaged(path, "its `schedule` or `examples_per_step` is missing or is none")
 
 
 def refuse_other_reading(checkpoint: Path, own: Mapping[str, Any]) -> None:
@@ -81,8 +82,8 @@ def refuse_other_reading(checkpoint: Path, own: Mapping[str, Any]) -> None:
     if names:
         differing = "; ".join(f"`{name}` was {saved.get(name)!r} and is {own.get(name)!r}" for name in names)
         raise ValueError(
-            f"A run on streams must go on reading as it began, or it would skip some examples and repeat others, but in"
-            f" {checkpoint} {differing}. Set them as they were, or start a new run from the model of that checkpoint."
+            "A run on streams must go on reading as it began, or it would skip some examples and repeat others, but in"
+            f" {str(checkpoint / READING_FILE)!r} {differing}. Set them as they were, or start a new run from the model of that checkpoint."
         )
 
 

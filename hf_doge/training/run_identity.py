@@ -12,10 +12,9 @@ from typing import Any
 
 from transformers import Trainer, TrainingArguments
 
-from hf_doge.checks import show
+from hf_doge.entries import NAMES, OBJECT, Kind, find_misfit
 from hf_doge.sampling.collation import SeededCollator
 from hf_doge.text import public_name
-from hf_doge.training.checkpoints import damaged, read_entries
 from hf_doge.training.collator import ColumnCollator
 from hf_doge.training.config import SELF_TERMS, DoGEConfig
 from hf_doge.training.domain_batches import TargetBatches
@@ -24,6 +23,7 @@ from hf_doge.training.learning_state import STATE_FILE
 from hf_doge.training.packing import LengthsCollator
 from hf_doge.training.provenance import to_plain
 from hf_doge.training.recipe import Recipe
+from hf_doge.training.saved_entries import damaged, read_entries
 
 RUN_FILE = "run_identity.json"  # in a checkpoint
 
@@ -49,6 +49,8 @@ _ARGUMENTS = ({one.name for one in fields(DoGEConfig)} - {"recipe", "seed"}) | {
     *("unit", "draw", "max_epochs_per_domain", "initial_weights"),  # of the trainers
 }
 _LIBRARIES = ("torch", "transformers", "trl", "hf_doge")  # which have classes of the same names
+# Entries of a checkpoint without which others are not compared: names that are only other ones would leave all else unseen.
+_NAMED = {"domains": NAMES, "recipe": OBJECT}
 _LENGTHLESS_SCHEDULES = ("constant", "constant_with_warmup", "inverse_sqrt", "reduce_lr_on_plateau")
 
 
@@ -182,10 +184,11 @@ def refuse_other_run(checkpoint: Path, own: Mapping[str, Any]) -> None:
     Raises:
         `ValueError`: naming all that differs, with both values, or a file that is damaged.
     """
-    state, run = (_read(checkpoint / file) for file in (STATE_FILE, RUN_FILE))
+    state = _read(checkpoint / STATE_FILE, {"run": OBJECT, "domain_order": NAMES})
+    run = _read(checkpoint / RUN_FILE, _NAMED)
+    if misfit := find_misfit(state.get("run", {}), _NAMED, optional=_NAMED, whose="in `run` its"):
+        raise damaged(checkpoint / STATE_FILE, misfit)
     saved = {"domains": state.get("domain_order", own["domains"])} | state.get("run", {}) | run
-    if not _are_names(saved["domains"]):  # names that are only others would leave all else uncompared
-        raise damaged(checkpoint / RUN_FILE, f"its `domains` are {show(saved['domains'])} instead of names")
     own = json.loads(json.dumps(own))
     if saved["domains"] != own["domains"]:
         return
@@ -229,7 +232,8 @@ def _arguments_of(before: Mapping[str, Any], now: Mapping[str, Any], saved: Mapp
 def _as_passed(ingredient: str, value: Any) -> Any:
     """The argument that an ingredient of a recipe comes from."""
     if ingredient == "self_term":
-        return next(argument for argument, term in SELF_TERMS.items() if term == value and isinstance(argument, str))
+        words = (argument for argument, term in SELF_TERMS.items() if term == value and isinstance(argument, str))
+        return next(words, value)
     unbounded = {"score_min": -math.inf, "score_max": math.inf, "domain_max_grad_norm": 0.0}
     return unbounded.get(ingredient) if value is None else value
 
@@ -244,9 +248,5 @@ def _only_different(saved: Any, own: Any, *, is_open: bool) -> tuple[Any, Any]:
     return {name: saved[name] for name in names if name in saved}, {name: own[name] for name in names if name in own}
 
 
-def _read(path: Path) -> dict[str, Any]:
-    return read_entries(path) if path.exists() else {}
-
-
-def _are_names(value: Any) -> bool:
-    return isinstance(value, list) and value != [] and all(isinstance(name, str) for name in value)
+def _read(path: Path, kinds: Mapping[str, Kind]) -> dict[str, Any]:
+    return read_entries(path, kinds, optional=kinds) if path.exists() else {}

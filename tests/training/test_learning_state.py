@@ -26,7 +26,7 @@ def learned(count=5, burn_in_steps=2):
         state.points.append(TrajectoryPoint(step, 0.1 * step, weights, weights - 1, weights + 1))
     state.num_examples += torch.tensor([5, 6, 7])
     state.num_tokens += torch.tensor([50, 60, 70])
-    state.described = {"seed": 1, "model": {"class": "Tiny"}}
+    state.described = {"training": {"seed": 1}, "model": {"class": "Tiny"}}
     state.nonfinite_steps, state.nonfinite_in_a_row, state.seconds = 4, 2, 1.5
     state.unlogged = {"last_scores": [[0.1, 0.2, 0.3]], "losses": [], "scores": [[0.1, 0.2, 0.3]]}
     return state
