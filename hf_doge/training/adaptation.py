@@ -11,10 +11,15 @@ from torch import Tensor, nn
 from transformers import PrinterCallback, ProgressCallback, Trainer, set_seed
 
 from hf_doge.checks import check_count, check_number
+from hf_doge.training.evaluated_loss import EvaluatedLossMixin
 
 CALIBRATED = "calibrated"
 NUM_CALIBRATION_LOGITS = 2**25  # 128 MiB of them in float32
 NUM_NEWTON_STEPS = 20
+
+
+class _Adapted(EvaluatedLossMixin, Trainer):
+    pass
 
 
 @dataclass(frozen=True)
@@ -74,7 +79,9 @@ class Adaptation:
         args.lr_scheduler_type, args.warmup_steps = "linear", 0
         args.save_strategy = args.eval_strategy = args.logging_strategy = "no"
         set_seed(args.seed)
-        adapted = Trainer(copy.deepcopy(trainer.model), args, train_dataset=train, data_collator=trainer.data_collator)
+        adapted = _Adapted(
+            copy.deepcopy(trainer.model), args, train_dataset=train, data_collator=trainer.data_collator
+        )
         for callback in (ProgressCallback, PrinterCallback):
             adapted.remove_callback(callback)
         adapted.train()

@@ -13,6 +13,7 @@ from hf_doge.training.charts import MEASURED, GroupedChartsCallback
 from hf_doge.training.collator import DOMAIN_IDS
 from hf_doge.training.domain_loss import are_labels_shifted
 from hf_doge.training.domain_metrics import DomainMeter, read_saved
+from hf_doge.training.evaluated_loss import EvaluatedLossMixin
 from hf_doge.training.global_batch import draws_of_batch, examples_per_step
 from hf_doge.training.loss_watch import LossWatch
 from hf_doge.training.packing import PackingMixin, without_lengths
@@ -20,7 +21,7 @@ from hf_doge.training.packing import PackingMixin, without_lengths
 STREAM_COLUMN = "__domain__"  # of the examples of streams; a name that no data set has
 
 
-class DomainMetricsMixin(PackingMixin):
+class DomainMetricsMixin(PackingMixin, EvaluatedLossMixin):
     """
     Adds to each training log, of every domain:
 

@@ -9,6 +9,7 @@ import torch
 import transformers
 from torch import nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_doge.functional.tracin_we import last_layer_score, self_influence, tied_score, top_k_rows, tracin_we_score
 from hf_doge.gradients.embedding import EmbeddingGradientRecorder
@@ -141,6 +142,32 @@ def assert_same_rows(example_rows, gradient, *, tolerance=1e-5):
     difference = dense(*example_rows, len(gradient)).to(gradient) - gradient
     assert difference.norm() <= tolerance * gradient.norm()
     assert gradient.norm() > 0
+
+
+class SoftmaxDtypes(TorchDispatchMode):
+    """Notes in which dtypes attention takes its softmax."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten._softmax.default:
+            self.seen.add(args[0].dtype)
+        return func(*args, **(kwargs or {}))
+
+
+def rounding(model, example):
+    """
+    What may separate two ways to the gradient of a model in float64: 1e-12 of its norm.
+
+    Where this transformers takes the softmax of T5's attention in float32 whatever the model's dtype (5.0 does), it is what
+    float32 leaves of a gradient, 1e-6.
+    """
+    with SoftmaxDtypes() as softmax, torch.no_grad():
+        model(**example)
+    is_t5 = isinstance(model, transformers.T5ForConditionalGeneration)
+    return 1e-6 if is_t5 and torch.float32 in softmax.seen else 1e-12
 
 
 # One batch is as many single examples
@@ -414,10 +441,10 @@ def test_position_and_token_type_gradients_are_those_of_the_lookup():
 def test_each_part_of_a_tied_matrix_is_its_dense_autograd_gradient(make, make_example, position_ids, part):
     model, examples = build(make).double(), examples_of(make_example)
     batch = collate(examples, position_ids=position_ids)
-    recorded = record(model, batch, tied=part)
+    recorded, tolerance = record(model, batch, tied=part), rounding(model, examples[0])
     for rows, example in zip(recorded, examples, strict=True):
         terms = num_terms(example, causal=make_example is causal_example)
-        assert_same_rows(rows, dense_gradient(model, example, part=part, num_terms=terms), tolerance=1e-12)
+        assert_same_rows(rows, dense_gradient(model, example, part=part, num_terms=terms), tolerance=tolerance)
 
 
 def test_the_parts_of_a_masked_language_model_add_up_and_only_labelled_positions_predict():
@@ -487,15 +514,15 @@ def test_own_rows_are_those_of_the_whole_gradient_at_the_tokens_of_the_example_a
     for example in examples:
         example["input_ids"] = example["input_ids"] % 4 + 4  # tokens repeat
     batch = collate(examples, side=side, position_ids=make is gpt2)
-    recorded = record(model, batch, tied="own")
+    recorded, tolerance = record(model, batch, tied="own"), rounding(model, examples[0])
     for (tokens, rows), example in zip(recorded, examples, strict=True):
         terms = num_terms(example, causal=make_example is causal_example)
         gradient = dense_gradient(model, example, part="own", num_terms=terms)
-        assert_same_rows((tokens, rows), gradient, tolerance=1e-12)
+        assert_same_rows((tokens, rows), gradient, tolerance=tolerance)
         assert torch.equal(tokens, tokens_read(model, example))
         ((alone, alone_rows),) = record(model, example, tied="own")
         assert torch.equal(alone, tokens)
-        torch.testing.assert_close(alone_rows, rows, rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(alone_rows, rows, rtol=100 * tolerance, atol=tolerance)
     given = record(model, batch)
     assert torch.equal(recorded.offsets, given.offsets)
     assert torch.equal(recorded.tokens, given.tokens)

@@ -66,6 +66,25 @@ def test_losses_are_those_of_a_separate_evaluation_of_each_domain(tmp_path, kind
         assert {name: logs[f"domain_epochs/{name}"] for name in WEIGHTS} == {n: owners.count(n) / 8 for n in WEIGHTS}
 
 
+def test_an_evaluation_is_a_mean_over_the_labels_that_are_predicted(tmp_path):
+    """Older transformers count the first label of each row too."""
+    data, seen = three_domains(8, masked=0.6), []
+    trainer = DomainWeightedTrainer(
+        tiny_llama(),
+        arguments(tmp_path),
+        train_dataset=three_domains(),
+        domain_weights=WEIGHTS,
+        eval_dataset=data,
+        compute_metrics=lambda prediction: seen.append(prediction.label_ids.tolist()) or {},
+    )
+    found = trainer.evaluate()
+    for name, rows in data.items():
+        with torch.no_grad():
+            loss = trainer.model(**rows.with_format("torch")[:]).loss
+        assert found[f"eval_{name}_loss"] == pytest.approx(loss.item(), rel=1e-6)
+    assert seen == [rows["labels"][:] for rows in data.values()]
+
+
 class Unmeasured(DomainWeightedTrainer):
     """As it was before there was anything to log."""
 
