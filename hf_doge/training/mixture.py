@@ -39,6 +39,7 @@ from hf_doge.training.mixture_state import (
     READING_FILE,
     SAMPLER_FILE,
     describe_phases,
+    describe_streams,
     load_sampler,
     phases_by_draw,
     refuse_other_reading,
@@ -144,6 +145,7 @@ class DomainWeightedMixin(DomainMetricsMixin):
             self._follow_streams(settings)
             warn_of_reading_everything(self.args, mixed)
             self._stream_settings, seed = settings, settings["seed"]
+            self._described_streams = describe_streams(train_dataset)
             guard = StreamGuardCallback({k: v for k, v in settings.items() if k != "weights"}, settings["weights"])
             fixed = ("max_steps",) if "phases" in settings else ()
         else:
@@ -329,7 +331,7 @@ class DomainWeightedMixin(DomainMetricsMixin):
         identity = describe_identity(self, max_steps=self._get_max_steps(), has_planned_draws=has_planned_draws)
         if sampler is None:
             settings = {name: value for name, value in self._stream_settings.items() if name != "seed"}
-            return {**identity, **settings}
+            return {**identity, **settings, "streams": self._described_streams}
         described, phases = self.described_domains, describe_phases(self._drawn["weights"], sampler.domains.names)
         return {
             **identity,
@@ -339,7 +341,7 @@ class DomainWeightedMixin(DomainMetricsMixin):
             "draw": sampler.draw,
             "max_epochs_per_domain": sampler.max_epochs_per_domain,
             "weights": sampler.state_dict()["schedule"][0]["weights"],
-            "num_rows": {name: facts["num_rows"] for name, facts in described.items()},
+            **{kind: {name: facts[kind] for name, facts in described.items()} for kind in ("num_rows", "num_tokens")},
             "data": {name: facts["fingerprint"] for name, facts in described.items()},
         }
 

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from datasets import IterableDataset
 from transformers import TrainingArguments
 
 from hf_doge.entries import COUNT
@@ -85,6 +86,17 @@ def refuse_other_reading(checkpoint: Path, own: Mapping[str, Any]) -> None:
             "A run on streams must go on reading as it began, or it would skip some examples and repeat others, but in"
             f" {str(checkpoint / READING_FILE)!r} {differing}. Set them as they were, or start a new run from the model of that checkpoint."
         )
+
+
+def describe_streams(streams: Mapping[str, IterableDataset]) -> dict[str, dict[str, Any]]:
+    """What is known of streams before they are read, by domain: in how many shards they lie, and their columns."""
+    return {
+        name: {
+            "num_shards": stream.num_shards,
+            "columns": None if stream.features is None else sorted(stream.features),
+        }
+        for name, stream in streams.items()
+    }
 
 
 def describe_phases(weights: Any, names: tuple[str, ...]) -> list[list[Any]]:

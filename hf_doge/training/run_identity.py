@@ -4,19 +4,22 @@ import hashlib
 import json
 import math
 import re
+import warnings
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from transformers import Trainer, TrainingArguments
 
 from hf_doge.entries import NAMES, OBJECT, Kind, find_misfit
+from hf_doge.gradients.sharding import is_sharded
 from hf_doge.sampling.collation import SeededCollator
+from hf_doge.sampling.transforms import DomainTransforms
 from hf_doge.text import public_name
 from hf_doge.training.collator import ColumnCollator
 from hf_doge.training.config import SELF_TERMS, DoGEConfig
+from hf_doge.training.described_functions import describe_code, describe_function, digest_values, name_of
 from hf_doge.training.domain_batches import TargetBatches
 from hf_doge.training.global_batch import examples_per_step
 from hf_doge.training.learning_state import STATE_FILE
@@ -48,7 +51,6 @@ _SAME_BATCH = re.compile(r"^(seed|return_.*|pad_to_multiple_of|padding_free|tf_.
 _ARGUMENTS = ({one.name for one in fields(DoGEConfig)} - {"recipe", "seed"}) | {
     *("unit", "draw", "max_epochs_per_domain", "initial_weights"),  # of the trainers
 }
-_LIBRARIES = ("torch", "transformers", "trl", "hf_doge")  # which have classes of the same names
 # Entries of a checkpoint without which others are not compared: names that are only other ones would leave all else unseen.
 _NAMED = {"domains": NAMES, "recipe": OBJECT}
 _LENGTHLESS_SCHEDULES = ("constant", "constant_with_warmup", "inverse_sqrt", "reduce_lr_on_plateau")
@@ -84,8 +86,10 @@ def describe_identity(trainer: Trainer, *, max_steps: int, has_planned_draws: bo
         identity["max_steps"] = max_steps
     if has_own_schedule:
         identity["lr_scheduler"] = _describe_schedule(trainer.lr_scheduler, max_steps)
-    identity["loss"] = _describe_loss(trainer)
     collator = _describe_collator(trainer.data_collator)
+    transforms = _find_transforms(trainer.train_dataset)
+    identity |= {"loss": _describe_loss(trainer), "code": _describe_code(trainer, transforms)}
+    identity["transforms"] = {name: describe_function(one) for name, one in transforms.items()}
     assert args.output_dir is not None  # the arguments set one
     return {**identity, "data_collator": collator, "model": _describe_model(model, Path(args.output_dir))}
 
@@ -95,9 +99,8 @@ def _describe_collator(collator: Any) -> dict[str, Any]:
     Its name, the special tokens of its tokenizer, and the settings of one that is a dataclass, as those of transformers and trl
     are; of others none are known.
     """
-    while isinstance(collator, (SeededCollator, ColumnCollator, LengthsCollator)):
-        collator = collator.collator
-    described: dict[str, Any] = {"class": _name_of(collator)}
+    collator = _unwrapped(collator)
+    described: dict[str, Any] = describe_function(collator, "class")
     tokens = getattr(getattr(collator, "tokenizer", None), "special_tokens_map", {})
     described |= {f"tokenizer.{name}": str(token) for name, token in tokens.items() if name.endswith("_token")}
     if not is_dataclass(collator):
@@ -106,10 +109,37 @@ def _describe_collator(collator: Any) -> dict[str, Any]:
     return described | {name: value for name, value in settings.items() if isinstance(value, (bool, int, float, str))}
 
 
+def _unwrapped(collator: Any) -> Any:
+    while isinstance(collator, (SeededCollator, ColumnCollator, LengthsCollator)):
+        collator = collator.collator
+    return collator
+
+
 def _describe_loss(trainer: Trainer) -> dict[str, Any]:
     """Whose `compute_loss` it is, and the function that the trainer was given."""
     owner = next(one for one in type(trainer).__mro__ if "compute_loss" in vars(one))
-    return {"compute_loss": _name_of(owner), "compute_loss_func": _name_of(trainer.compute_loss_func)}
+    return {"compute_loss": name_of(owner), **describe_function(trainer.compute_loss_func, "compute_loss_func")}
+
+
+def _find_transforms(dataset: Any) -> dict[str, Any]:
+    """The transform of the train set by "", or those of its domains by their names, where there are any."""
+    found = (getattr(dataset, "format", None) or {}).get("format_kwargs", {}).get("transform")
+    if isinstance(found, DomainTransforms):
+        by_name = zip(found.names, found.formats, strict=True)
+        return {name: one["format_kwargs"]["transform"] for name, one in by_name if one["type"] == "custom"}
+    return {} if found is None else {"": found}
+
+
+def _describe_code(trainer: Trainer, transforms: Mapping[str, Any]) -> dict[str, dict[str, str]]:
+    """The code of functions, by what they are: it may be corrected under its name, so that another one is only warned of."""
+    functions = {
+        "compute_loss": type(trainer).compute_loss,
+        "compute_loss_func": trainer.compute_loss_func,
+        "data_collator": _unwrapped(trainer.data_collator),
+        **{f"transform {name}".strip(): one for name, one in transforms.items()},
+    }
+    described = {name: describe_code(one) for name, one in functions.items() if one is not None}
+    return {name: code for name, code in described.items() if code}
 
 
 def _describe_schedule(schedule: Any, max_steps: int) -> dict[str, Any]:
@@ -117,20 +147,7 @@ def _describe_schedule(schedule: Any, max_steps: int) -> dict[str, Any]:
     schedule = getattr(schedule, "scheduler", schedule)  # as accelerate wraps it
     steps = [part * max_steps // 8 for part in range(9)]
     rates = [[round(float(rate(step)), 9) for step in steps] for rate in getattr(schedule, "lr_lambdas", [])]
-    return {"class": _name_of(schedule), "factors": rates}
-
-
-def _name_of(one: Any) -> str | None:
-    """
-    The name of a function or class, or of the class of an object, behind that of its library. Libraries move theirs between
-    modules, and what is in a script is elsewhere when the script is imported.
-    """
-    if one is None:
-        return None
-    one = one.func if isinstance(one, partial) else one
-    named = one if hasattr(one, "__qualname__") else type(one)
-    library = (named.__module__ or "").partition(".")[0]
-    return f"{library}.{named.__qualname__}" if library in _LIBRARIES else named.__qualname__
+    return {"class": name_of(schedule), "factors": rates}
 
 
 def _describe_model(model: Any, output_dir: Path) -> dict[str, Any]:
@@ -144,6 +161,10 @@ def _describe_model(model: Any, output_dir: Path) -> dict[str, Any]:
     if hasattr(config, "to_dict"):
         described |= _settings(config.to_dict())
     for name, adapter in (getattr(model, "peft_config", None) or {}).items():
+        frozen = [(key, p) for key, p in model.named_parameters() if not p.requires_grad]  # not in a checkpoint
+        if not is_sharded(model) and not any(p.is_meta for _, p in frozen):
+            digests = [(key, digest_values(p)) for key, p in frozen]
+            described["frozen_weights"] = hashlib.sha256(repr(digests).encode()).hexdigest()[:16]
         settings = _settings(adapter.to_dict() if hasattr(adapter, "to_dict") else adapter, f"adapter {name}.")
         described |= {key: value for key, value in settings.items() if isinstance(value, (int, float))}
     return described
@@ -192,9 +213,10 @@ def refuse_other_run(checkpoint: Path, own: Mapping[str, Any]) -> None:
     own = json.loads(json.dumps(own))
     if saved["domains"] != own["domains"]:
         return
+    _warn_of_other_code(checkpoint, saved.get("code"), own.get("code"))
     before, now = {}, {}
     for name, value in own.items():
-        if name in saved and saved[name] != value:
+        if name != "code" and name in saved and saved[name] != value:
             before[name], now[name] = _only_different(
                 saved[name], value, is_open=name in ("model", "data_collator", "loss")
             )
@@ -207,6 +229,22 @@ def refuse_other_run(checkpoint: Path, own: Mapping[str, Any]) -> None:
             f"{f'; {why}' if 'max_steps' in before else '. '}Set them back{f' (pass `{passed}`)' if passed else ''} or start anew, "
             "or train a new run from the model of that checkpoint."
         )
+
+
+def _warn_of_other_code(checkpoint: Path, saved: Any, own: Any) -> None:
+    """Functions of the same names whose code is another one, by the same version of Python."""
+    before, now = _only_different(saved, own)
+    names = [name for name in now or {} if isinstance(saved, dict) and _changed(before.get(name), now[name])]
+    if names:
+        warnings.warn(
+            f"The code of {', '.join(f'`{name}`' for name in names)} is not what it was when {checkpoint} was written, so the resumed "
+            "run may compute something else. Set it back if it does, or start anew.",
+            stacklevel=4,
+        )
+
+
+def _changed(before: Any, now: Mapping[str, str]) -> bool:
+    return isinstance(before, dict) and any(before.get(version, code) != code for version, code in now.items())
 
 
 def _arguments_of(before: Mapping[str, Any], now: Mapping[str, Any], saved: Mapping[str, Any]) -> dict[str, Any]:
@@ -238,7 +276,7 @@ def _as_passed(ingredient: str, value: Any) -> Any:
     return unbounded.get(ingredient) if value is None else value
 
 
-def _only_different(saved: Any, own: Any, *, is_open: bool) -> tuple[Any, Any]:
+def _only_different(saved: Any, own: Any, *, is_open: bool = False) -> tuple[Any, Any]:
     """The entries of two mappings that differ; where they are `is_open`, those that only one has do not count."""
     if not (isinstance(saved, dict) and isinstance(own, dict)):
         return saved, own
