@@ -6,7 +6,7 @@ Is the noise of a score that a run tells of itself the spread of the score over 
 Real text, by the byte, in blocks of 64. In every setting a run of constant learning rate warms up and then goes every stretch of
 `span` steps twice: from the same weights with two independent lots of batches, of which only the first moves the model on. The noise is
 *predicted* from the differences of successive scores of the first lots, as a run without the second ones tells it
-(`hf_doge.artifacts.record.estimate_score_noise`), and *observed* as the spread between the sums of scores over the two lots, over the root
+(`hf_doge.artifacts.score_noise.estimate_score_noise`), and *observed* as the spread between the sums of scores over the two lots, over the root
 of `span`. Two spans:
 
 - 1: the scores of two batches at the same weights, the draw of the examples and nothing else.
@@ -34,7 +34,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback, set_see
 
 from benchmarks.mixtures import ENGLISH, LANGUAGES
 from hf_doge import DoGEConfig, DoGETrainer
-from hf_doge.artifacts.record import estimate_score_noise
+from hf_doge.artifacts.score_noise import estimate_score_noise
 
 BLOCK, BLOCKS = 64, 4_000
 

@@ -74,7 +74,7 @@ class DomainWeights(WeightsRecord):
             `recipe`, `domains` and `metadata` hold what JSON can.
 
     Attributes:
-        mean, last (`dict[str, float]`): In the order of the domains.
+        mean, last (`dict[str, float]`): In the order of the domains. `weights[name]` and `dict(weights)` read `mean`.
         trajectory (`Trajectory` or `None`): As given.
         recipe, metadata (`dict`): As given, as JSON holds it.
         domains (`dict[str, dict]`): One entry for every domain, empty where nothing is known.

@@ -1,7 +1,7 @@
 """The numbers of domain weights and how they came about, step by step; nothing of files."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, KeysView, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -358,6 +358,20 @@ class WeightsRecord:
         ]
         return pa.Table.from_pylist(rows, schema=_WEIGHTS_SCHEMA)
 
+    def __getitem__(self, domain: str) -> float:
+        """The mean weight of a domain."""
+        return self.mean[domain]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.mean)
+
+    def __len__(self) -> int:
+        return len(self.mean)
+
+    def keys(self) -> KeysView[str]:
+        """The domains: `dict(weights)` is a copy of `mean`."""
+        return self.mean.keys()
+
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, WeightsRecord):
             return NotImplemented
@@ -376,25 +390,3 @@ def _known_tokens(domains: Mapping[str, Mapping[str, Any]], which: str) -> dict[
     if unknown:
         raise ValueError(f"{which} need `num_tokens` of every domain, but domains {unknown} have none.")
     return {name: facts["num_tokens"] for name, facts in domains.items()}
-
-
-# How far weights can be told apart, for the noise of the scores that made them.
-
-
-def estimate_score_noise(scores: np.ndarray) -> np.ndarray:
-    """
-    Standard deviation of a step's score around what it is over many: that of the difference of two successive scores, over the root
-    of 2 (von Neumann's estimator). That is the draw of the examples, and what the model's score does from one update to the next
-    without remembering it, which is noise to a sum of scores as well; measured, up to twice the draw alone (`benchmarks/RESULTS.md`,
-    "What a run tells of the noise of its scores"). Nothing is taken for granted of the distribution of the gradients.
-
-    Args:
-        scores (`numpy.ndarray` of shape `(T, K)`): Of successive updates; NaN where a domain was absent.
-
-    Returns:
-        `numpy.ndarray` of shape `(K,)`; NaN for a domain without two scores in a row.
-    """
-    squares = np.square(np.diff(scores, axis=0))
-    counts = np.isfinite(squares).sum(axis=0)
-    sums = np.where(np.isfinite(squares), squares, 0.0).sum(axis=0)
-    return np.sqrt(np.divide(sums, 2 * counts, out=np.full(scores.shape[1], np.nan), where=counts > 0))

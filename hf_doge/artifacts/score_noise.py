@@ -12,6 +12,25 @@ LEAST_UPDATES = 10  # that noise is told from
 LEAST_VARIANCE = 1e-12  # of the logarithm of a weight, in a mean by inverse variance
 
 
+def estimate_score_noise(scores: np.ndarray) -> np.ndarray:
+    """
+    Standard deviation of a step's score around what it is over many: that of the difference of two successive scores, over the root
+    of 2 (von Neumann's estimator). That is the draw of the examples, and what the model's score does from one update to the next
+    without remembering it, which is noise to a sum of scores as well; measured, up to twice the draw alone (`benchmarks/RESULTS.md`,
+    "What a run tells of the noise of its scores"). Nothing is taken for granted of the distribution of the gradients.
+
+    Args:
+        scores (`numpy.ndarray` of shape `(T, K)`): Of successive updates; NaN where a domain was absent.
+
+    Returns:
+        `numpy.ndarray` of shape `(K,)`; NaN for a domain without two scores in a row.
+    """
+    squares = np.square(np.diff(scores, axis=0))
+    counts = np.isfinite(squares).sum(axis=0)
+    sums = np.where(np.isfinite(squares), squares, 0.0).sum(axis=0)
+    return np.sqrt(np.divide(sums, 2 * counts, out=np.full(scores.shape[1], np.nan), where=counts > 0))
+
+
 def undecided_groups(weights: WeightsRecord) -> list[list[str]]:
     """
     Domains whose weights differ by less than the noise of the scores accounts for, heaviest first, two or more in a group.

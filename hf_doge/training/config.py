@@ -118,7 +118,7 @@ class DoGEConfig(TrainingArguments):
     with a domain: with them it is the same as `"same"`.
 
     The logs tell how sure a score is: `domain_score_noise/<name>` is the standard deviation of one step's score, from
-    the differences of the last hundred (see [`~hf_doge.artifacts.record.estimate_score_noise`]), and
+    the differences of the last hundred (see [`~hf_doge.artifacts.score_noise.estimate_score_noise`]), and
     `domain_score_snr/<name>` the mean score since the last log over it.
 
     `stop_when_undecided=True` ends the learning when scores no longer tell the domains apart, by the rule in

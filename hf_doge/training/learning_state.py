@@ -13,7 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from hf_doge.artifacts.record import Trajectory, estimate_score_noise
+from hf_doge.artifacts.record import Trajectory
+from hf_doge.artifacts.score_noise import estimate_score_noise
 from hf_doge.checks import show
 from hf_doge.entries import (
     COUNT,

@@ -26,7 +26,7 @@ class ScoreNoise:
     a few numbers for each domain. Ours.
 
     Only differences between scores move weights, so each score counts as its distance `d_tj` from the mean over the domains at
-    that update; its noise is told from successive differences, as in [`~hf_doge.artifacts.record.estimate_score_noise`].
+    that update; its noise is told from successive differences, as in [`~hf_doge.artifacts.score_noise.estimate_score_noise`].
 
     *Nothing left to learn.* At the end of each window of n updates `z_j = mean_t d_tj / (noise_j / sqrt(n))` says how many
     standard errors the score of a domain is away from the others', and `F = mean_j z_j^2` is 1 on average if none is. A

@@ -34,6 +34,15 @@ def make_trajectory(names=("wiki", "web", "code"), *, num_steps=5, seed=0):
     )
 
 
+def test_weights_are_read_like_the_dict_of_their_means():
+    weights = DomainWeights({"wiki": 0.75, "web": 0.25}, last={"wiki": 0.5, "web": 0.5})
+    assert (weights["web"], list(weights), len(weights), "wiki" in weights) == (0.25, ["wiki", "web"], 2, True)
+    assert dict(weights) == weights.mean
+    assert dict(weights) is not weights.mean
+    with pytest.raises(KeyError, match="code"):
+        weights["code"]
+
+
 def make_weights(seed=0, *, names=("wiki", "web", "code"), with_trajectory=True):
     trajectory = make_trajectory(names, seed=seed)
     return DomainWeights(

@@ -6,7 +6,7 @@ import torch
 from datasets import Dataset
 
 from hf_doge.artifacts.cards.weights import undecided_groups
-from hf_doge.artifacts.record import estimate_score_noise
+from hf_doge.artifacts.score_noise import estimate_score_noise
 from hf_doge.functional import independent_scores
 from hf_doge.training.config import DoGEConfig
 from hf_doge.training.trainer import DoGETrainer

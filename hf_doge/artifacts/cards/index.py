@@ -22,7 +22,6 @@ from hf_doge.artifacts.cards.text import (
     run_facts,
     table,
 )
-from hf_doge.artifacts.influence.manifest import fits_basis
 from hf_doge.files import sha256
 from hf_doge.gradients.layers import ChosenLayers
 
@@ -166,7 +165,7 @@ def _render(
         num_rows=f"{tables['gradients'].num_rows:,}" if "gradients" in tables else "0",
         file_bytes=file_size(sum(one.file_bytes for one in tables.values())),
         width=config["stored_width"],
-        projected=config["projection"] is not None and not fits_basis(config),
+        projected=config["projection"] is not None and "kind" not in config["projection"],
         has_basis="basis" in tables,
         dtype=config["dtype"],
         scaled=config["dtype"] != "float32",

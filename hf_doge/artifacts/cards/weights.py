@@ -28,8 +28,8 @@ from hf_doge.artifacts.cards.text import (
     seconds,
     table,
 )
-from hf_doge.artifacts.record import WeightsRecord, estimate_score_noise
-from hf_doge.artifacts.score_noise import LEAST_UPDATES, undecided_groups, weight_noise
+from hf_doge.artifacts.record import WeightsRecord
+from hf_doge.artifacts.score_noise import LEAST_UPDATES, estimate_score_noise, undecided_groups, weight_noise
 from hf_doge.files import sha256
 from hf_doge.text import printable
 
