@@ -8,7 +8,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 
 from hf_doge.cli.arguments import ModelArguments
 from hf_doge.text import parse_json
-from hf_doge.tracing.pretrained import foreign_files
+from hf_doge.tracing.pretrained import foreign_files, plain_config
 
 # Layers, attention heads and hidden size. The last four are the sizes of the DoGE paper (60M, 82M, 124M and 210M with
 # GPT-2's vocabulary); the others run on a laptop.
@@ -89,7 +89,8 @@ def make_model(
         else:
             with foreign_files(name_or_path):
                 config = _find_config(name_or_path)
-                model = AutoModelForCausalLM.from_pretrained(name_or_path, trust_remote_code=False)
+                options = {} if config is None else {"config": plain_config(config)}
+                model = AutoModelForCausalLM.from_pretrained(name_or_path, trust_remote_code=False, **options)
     except ValueError as error:
         if "Unrecognized configuration class" not in str(error):
             raise

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers.utils import logging
 
-from hf_doge.text import printable
+from hf_doge.text import parse_json, printable
 
 ADAPTER_FILE = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -33,6 +33,12 @@ _AUTO_CLASSES = {  # task of an adapter -> what chooses the class of its base
 }
 _HEAD = re.compile(r"\.(score|classifier(\.out_proj)?)\.weight$")
 _ONE_LINE = re.compile(r"\s+")
+_PLAIN_IMPLEMENTATIONS = {None, "eager", "sdpa", "flex_attention", "grouped_mm", "batched_mm"}  # of torch alone
+_MOST = {
+    r"layers?$": 10_000,
+    r"experts$": 100_000,
+    r"^num_labels$": 1_000_000,
+}  # of a model, by the names in its config.json
 
 
 def read_weights(folder: Path) -> dict[str, Tensor] | None:
@@ -171,8 +177,35 @@ def _load_whole(path: str, model_class: str | None, dtype: str | None, hub: dict
 
 
 def _from_pretrained(loader: Any, path: str, dtype: str | None, hub: dict[str, Any], **options: Any) -> Any:
-    options |= {} if dtype is None else {"dtype": getattr(torch, dtype)}
-    return loader.from_pretrained(path, trust_remote_code=False, use_safetensors=True, **options, **hub)
+    config = plain_config(loader.config_class.from_pretrained(path, **options, **hub))
+    options = {} if dtype is None else {"dtype": getattr(torch, dtype)}
+    return loader.from_pretrained(path, config=config, trust_remote_code=False, use_safetensors=True, **options, **hub)
+
+
+def plain_config(config: Any) -> Any:
+    """
+    A configuration that asks for no kernel: by the name of one, as `attn_implementation`, transformers fetches code from the
+    Hub and runs it. What computes attention and experts is then chosen as for a configuration that says nothing.
+    """
+    for name in ("_attn_implementation", "_experts_implementation"):
+        asked = getattr(config, name, None)
+        parts = [getattr(config, part, None) for part in getattr(config, "sub_configs", {})]
+        if {asked, *(getattr(part, name, None) for part in parts)} - _PLAIN_IMPLEMENTATIONS:
+            setattr(config, name, None)  # in its parts too
+    return config
+
+
+def _refuse_impossible(path: Path) -> None:
+    """What a configuration claims is made one by one, also for its tokenizer, before any weight is read: it must be possible."""
+    if not path.is_file():
+        return
+    left = [parse_json(path.read_bytes(), source=path.name)]
+    while left:
+        for name, value in left.pop().items():
+            left += [value] if isinstance(value, dict) else []
+            most = next((most for pattern, most in _MOST.items() if re.search(pattern, name)), None)
+            if most is not None and isinstance(value, int) and value > most:
+                raise ValueError(f"{path.name} must claim at most {most:,} under `{name}`, but claims {value:,}")
 
 
 def _native_class(name: Any, path: str) -> Any:
@@ -271,9 +304,8 @@ def foreign_files(path: str, what: str = "model") -> Iterator[None]:
     `Exception`, transformers whatever the first wrong value leads to.
     """
     try:
+        _refuse_impossible(Path(path) / "config.json")
         yield
-    except ImportError:
-        raise  # an optional package is missing
     except Exception as error:
         cause = printable(_ONE_LINE.sub(" ", str(error)).strip())
         if "trust_remote_code" in cause:

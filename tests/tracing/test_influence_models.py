@@ -10,10 +10,11 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, Trainer
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, CLIPConfig, Trainer
 
 from hf_doge import InfluenceIndex, TracInWECallback
 from hf_doge.cli import main
+from hf_doge.tracing.pretrained import plain_config
 from tests.tiny import tiny_classifier, tiny_llama, tiny_tokenizer
 from tests.tracing.recorded_training import arguments
 
@@ -220,6 +221,22 @@ def test_code_that_comes_with_an_index_never_runs(part, foreign, capsys, monkeyp
         assert sys.stdin.read(2) == "y\n"
 
 
+@pytest.mark.parametrize("name", ["attn_implementation", "_attn_implementation", "experts_implementation"])
+@pytest.mark.parametrize("kernel", ["evil/kernel", "kernels-community/flash-attn2", "flash_attention_2"])
+def test_a_kernel_that_a_model_names_is_neither_fetched_nor_run(name, kernel, foreign):
+    folder, weights = foreign
+    expected = open_index(folder).scores(CLASSES)
+    change(weights / "config.json", **{name: kernel})
+    assert open_index(folder).scores(CLASSES) == pytest.approx(expected)
+
+
+def test_what_computes_attention_is_chosen_in_all_parts_of_a_model():
+    config = CLIPConfig()
+    config.text_config._attn_implementation = "evil/kernel"
+    assert plain_config(config).text_config._attn_implementation is None
+    assert plain_config(CLIPConfig(attn_implementation="eager"))._attn_implementation == "eager"
+
+
 def damage_tokenizer(weights):
     (weights / "tokenizer.json").write_text('{"version": "1.0", "model": {"type": "BPE", "vocab": 3}}')
 
@@ -239,10 +256,21 @@ DAMAGES = {
         lambda weights: change(weights / "config.json", hidden_size=32),
         "step-1' (cannot be loaded|differ)",
     ),
+    "config that needs what is not installed": (
+        lambda weights: change(weights / "config.json", quantization_config={"quant_method": "gptq", "bits": 4}),
+        "step-1' cannot be loaded: ImportError: .* optimum",
+    ),
     "config of wrong kinds": (
         lambda weights: change(weights / "config.json", hidden_size="large"),
         "step-1' cannot be loaded",
     ),
+    **{
+        f"config that claims {name}": (
+            lambda weights, name=name: change(weights / "config.json", **{name: 10**9}),
+            f"step-1' cannot be loaded: .* at most .* under `{name}`, but claims 1,000,000,000",
+        )
+        for name in ("num_hidden_layers", "num_labels", "num_experts")
+    },
     "tokenizer": (damage_tokenizer, "The tokenizer in .*step-1' cannot be loaded"),
     "tokenizer that is no JSON": (
         lambda weights: (weights / "tokenizer.json").write_bytes(b"\0" * 9),
