@@ -13,9 +13,15 @@ of `span`. Two spans:
 - 10: sums of ten scores, which is what moves the weights, the model going its own way in either. What a model's score does from one step to the
   next without remembering it, as training at a high rate makes it do, adds to what a run cannot tell, and is in the prediction.
 
+With `--runs 16`, whole runs in their place: from the same initial weights, each with batches of its own. What moves weights is how far a score is
+from the mean over the domains (`hf_doge.training.score_noise.ScoreNoise`), so that is summed over the steps after the warm-up: its spread over the runs is
+*observed*, and *predicted* is what one run tells of itself, as the bands of its plot do (the mean over the runs). Everything is in it: the draw of the examples, and
+where that led the model.
+
 The settings differ in the width of the model, the number of domains, the batch, the metric and what of a domain's product with
-itself counts. The last line is JSON: for each setting and span predicted over observed, pooled over the domains with its 95 % interval (a
-bootstrap over blocks of ten steps, or over stretches), and for the domain that is farthest from 1; and the worst pooled one of each span.
+itself counts. The last line is JSON: for each setting and span, or for whole runs, predicted over observed, pooled over the domains with its 95 % interval (a
+bootstrap over blocks of ten steps or over stretches; for whole runs of chi squared, as if all domains but one were independent), and for the domain that is farthest
+from 1; and the worst pooled one of each span.
 """
 
 import argparse
@@ -23,13 +29,16 @@ import gzip
 import json
 import math
 import tempfile
+from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from datasets import Dataset
+from scipy.stats import chi2
 from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback, set_seed
 
 from benchmarks.mixtures import ENGLISH, LANGUAGES
@@ -103,6 +112,7 @@ def main() -> None:
     parser.add_argument("--warm", type=int, default=60, help="Steps before the noise is predicted.")
     parser.add_argument("--moving", type=int, default=300, help="Steps that are taken twice.")
     parser.add_argument("--spans", type=int, nargs="+", default=[1, 10])
+    parser.add_argument("--runs", type=int, default=0, help="Whole runs in place of stretches that are taken twice.")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     if not (args.data_dir / "lm").is_dir():
@@ -110,27 +120,54 @@ def main() -> None:
         return
     found = {}
     for name in args.settings:
-        found[name] = {span: measure(SETTINGS[name], span, args) for span in args.spans}
+        if args.runs:
+            found[name] = {"runs": measure_runs(SETTINGS[name], args)}
+        else:
+            found[name] = {span: measure(SETTINGS[name], span, args) for span in args.spans}
         print(name, SETTINGS[name], found[name], flush=True)
-    pooled = {span: [one[span]["pooled"] for one in found.values()] for span in args.spans}
+    spans = ["runs"] if args.runs else args.spans
+    pooled = {span: [one[span]["pooled"] for one in found.values()] for span in spans}
     worst = {span: max(some, key=lambda ratio: abs(math.log(ratio))) for span, some in pooled.items()}
     print(json.dumps({"predicted_over_observed": found, "worst_pooled": worst}))
 
 
 def measure(setting: Setting, span: int, args: argparse.Namespace) -> dict[str, Any]:
-    """Predicted over observed noise in one setting."""
+    """Predicted over observed noise in one setting, of stretches."""
+    twice = SecondLot(start=args.warm, span=span)
+    scores = scores_of_run(setting, args, num_steps=2 * args.moving, seed=args.seed, callbacks=[twice])
+    return ratios(scores, span)
+
+
+def measure_runs(setting: Setting, args: argparse.Namespace) -> dict[str, Any]:
+    """Predicted over observed noise in one setting, of the sums over whole runs."""
+    seeds = range(args.seed, args.seed + args.runs)
+    scores = np.stack([scores_of_run(setting, args, num_steps=args.moving, seed=seed) for seed in seeds])
+    scores = scores - scores.mean(axis=2, keepdims=True)
+    predicted = np.mean([np.square(estimate_score_noise(one)) for one in scores], axis=0)
+    observed = scores.sum(axis=1).var(axis=0, ddof=1) / args.moving
+    pooled, each = np.sqrt(predicted.sum() / observed.sum()), np.sqrt(predicted / observed)
+    freedom = (args.runs - 1) * (setting.num_domains - 1)
+    low, high = (pooled * np.sqrt(chi2.ppf([0.025, 0.975], freedom) / freedom)).round(3).tolist()
+    farthest = each[np.abs(np.log(each)).argmax()]
+    return {"pooled": round(float(pooled), 3), "low": low, "high": high, "farthest": round(float(farthest), 3)}
+
+
+def scores_of_run(
+    setting: Setting, args: argparse.Namespace, *, num_steps: int, seed: int, callbacks: Sequence[TrainerCallback] = ()
+) -> np.ndarray:
+    """Scores of the steps after the warm-up, shape `(num_steps, K)`."""
     domains = {name: read_blocks(args.data_dir, name) for name in (*ENGLISH, *LANGUAGES)[: setting.num_domains]}
     with tempfile.TemporaryDirectory() as folder:
         config = DoGEConfig(
-            folder, per_device_train_batch_size=setting.batch_size, max_steps=args.warm + 2 * args.moving, mu=1e6,
+            folder, per_device_train_batch_size=setting.batch_size, max_steps=args.warm + num_steps, mu=1e6,
             learning_rate=setting.learning_rate, lr_scheduler_type="constant", self_term=setting.self_term,
-            score_metric=setting.score_metric, seed=args.seed, report_to="none", save_strategy="no", use_cpu=True,
+            score_metric=setting.score_metric, seed=seed, report_to="none", save_strategy="no", use_cpu=True,
             disable_tqdm=True, logging_strategy="no",
         )  # fmt: skip
-        twice = SecondLot(start=args.warm, span=span)
-        trainer = DoGETrainer(make_model(setting.width), config, train_dataset=domains, callbacks=[twice])
+        model = make_model(setting.width)
+        trainer = DoGETrainer(model, config, train_dataset=domains, callbacks=list(callbacks))
         trainer.train()
-    return ratios(trainer.domain_weights.trajectory.scores[args.warm :], span)
+    return trainer.domain_weights.trajectory.scores[args.warm :]
 
 
 def ratios(scores: np.ndarray, span: int) -> dict[str, Any]:
@@ -170,6 +207,7 @@ def make_model(width: int) -> LlamaForCausalLM:
     return LlamaForCausalLM(config)
 
 
+@cache
 def read_blocks(data_dir: Path, name: str) -> Dataset:
     """The first blocks of a domain."""
     room = "multilingual" if name in LANGUAGES else "lm"
