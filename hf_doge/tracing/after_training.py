@@ -31,6 +31,7 @@ from hf_doge.tracing.processes import default_device, join_processes, process_in
 from hf_doge.tracing.recording import encoding_of, make_recorder, record_checkpoint
 from hf_doge.tracing.saved_checkpoints import describe_checkpoint, in_order_of_steps
 from hf_doge.tracing.saved_moments import (
+    freeze_untrained,
     require_saved_optimizer,
     saved_group_rate,
     saved_second_moments,
@@ -206,6 +207,8 @@ class _SavedRecording:
             self._require_same_weights(model, path)
         if is_whole:
             return
+        if not (self.folder / MANIFEST).is_file() or _has_frozen(self.folder):
+            freeze_untrained(path, model)  # an index that takes all for trained goes on so
         if facts is None:
             facts = _recorded_facts(self.grown or (), model, path, taken=self.taken)
             self.taken.append(facts["name"])
@@ -330,6 +333,12 @@ def _require_same_rates(
 def _has_trained_embeddings(folder: Path) -> bool:
     """Whether an index that is there says that its embeddings were trained."""
     return (folder / MANIFEST).is_file() and not read_config(folder).get("virtual", True)
+
+
+def _has_frozen(folder: Path) -> bool:
+    """Whether an index says that something in it was frozen."""
+    config = read_config(folder)
+    return config.get("virtual", False) or bool(config["metadata"].get("virtual_parts"))
 
 
 def _checkpoints_to_grow(

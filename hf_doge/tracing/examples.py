@@ -125,8 +125,9 @@ class _PaddingCollator:
         self._by_token = DataCollatorForSeq2Seq(tokenizer)
 
     def __call__(self, examples: list[dict[str, Any]]) -> Mapping[str, Any]:
-        labels = examples[0].get("labels")
-        return (self._by_example if labels is None or np.ndim(labels) == 0 else self._by_token)(examples)
+        labels = np.asarray(examples[0].get("labels"))
+        # Fractions are of the classes of an example, however many tokens it has.
+        return (self._by_token if labels.ndim and labels.dtype.kind != "f" else self._by_example)(examples)
 
 
 def _prune(dataset: Any, loaded: Any) -> Any:

@@ -4,19 +4,22 @@ from collections.abc import Mapping
 from typing import Any
 
 from hf_doge.artifacts.influence import IndexReader
-from hf_doge.checks import check_choice
+from hf_doge.checks import check_choice, show
 from hf_doge.gradients.layers import EMBEDDING
 
+_ABOUT_WORDS = {"kernel": "token", "synonym_threshold": 0.5, "special_tokens": "count", "sentence_ends": "count"}
 LAYERS = ("count", "mean", "drop", "only")
 
 
 def decide_layers(options: Mapping[str, Any], reader: IndexReader) -> Any:
     """
     The option `layers` of a search, see [`SearchOptions`]: as given, else as the index says; `"drop"` in the paper's recipe. Layers
-    of an index that an earlier version wrote, which knew no such option, count in that recipe too.
+    of an index that an earlier version wrote, which knew no such option, count in that recipe too. Options that were not given are not
+    filled in yet.
 
     Raises:
-        ValueError: It is no such value, contradicts the recipe, is about layers that the index has not, or nothing is left.
+        ValueError: It is no such value, contradicts the recipe, is about layers that the index has not, or nothing is left; or
+            another option that was given is about words, and none counts.
     """
     given, is_paper = check_choice("layers", options["layers"], LAYERS, optional=True), options["recipe"] == "paper"
     if is_paper and given not in (None, "drop"):
@@ -28,7 +31,24 @@ def decide_layers(options: Mapping[str, Any], reader: IndexReader) -> Any:
     is_told = isinstance(told, str) and told in LAYERS
     layers = given or (("drop" if is_paper else told) if is_told else "count")
     _refuse_nothing_left(str(layers), options["virtual"], reader)
+    _refuse_about_words(str(layers), options, reader)
     return layers
+
+
+def _refuse_about_words(layers: str, options: Mapping[str, Any], reader: IndexReader) -> None:
+    """An option that was given is about words, and no word counts."""
+    recorded, frozen = reader.config.get("layers"), reader.config["metadata"].get("virtual_parts")
+    if layers == "only":
+        why, advice = "by `layers='only'` no word counts", "Leave one of the two out."
+    elif recorded is not None and not recorded["embedding"]:
+        why, advice = "this index has no rows of them", "Leave it out."
+    elif isinstance(frozen, list) and EMBEDDING in frozen and options["virtual"] != "count":
+        why, advice = "in this index they were frozen in training", "Leave it out, or count them by `virtual='count'`."
+    else:
+        return
+    for name, plain in _ABOUT_WORDS.items():
+        if options[name] not in (None, plain):
+            raise ValueError(f"`{name}={show(options[name])}` is about words, but {why}. {advice}")
 
 
 def _refuse_nothing_left(layers: str, virtual: str | None, reader: IndexReader) -> None:

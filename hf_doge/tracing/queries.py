@@ -188,6 +188,8 @@ def _fill(options: SearchOptions, reader: IndexReader) -> None:
     """Decide what was left to the recipe, or to the index."""
     recorded = reader.config["metadata"].get("search")
     recorded = recorded if isinstance(recorded, dict) and options["recipe"] is None else PAPER
+    if options["layers"] is not None or reader.config.get("layers") is not None:
+        options["layers"] = decide_layers(options, reader)  # before others are filled in
     given_cosine, asked = options["cosine"], options["recipe"]
     is_paper = isinstance(asked, str) and asked == "paper"
     for name, paper in PAPER.items():
@@ -200,8 +202,6 @@ def _fill(options: SearchOptions, reader: IndexReader) -> None:
             value = recorded.get(name, paper)
             known = isinstance(value, bool) if name == "cosine" else value in SPECIAL_TOKENS
             options[name] = value if known else paper  # type: ignore[literal-required]
-    if options["layers"] is not None or reader.config.get("layers") is not None:
-        options["layers"] = decide_layers(options, reader)
     if given_cosine is None and options["cosine"]:
         options["cosine"] = _can_divide(reader)
 

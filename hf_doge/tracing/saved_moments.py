@@ -161,6 +161,32 @@ def tells_groups(folder: Path) -> bool:
     return True
 
 
+def freeze_untrained(folder: Path, model: nn.Module) -> None:
+    """
+    Freeze what the optimizer of a checkpoint shows to have been frozen: parameters of whose shape it has kept nothing. Of those
+    that share their shape with a trained one, and where no moments of the shape of all its parameters are there, nothing is known.
+
+    Args:
+        folder (`Path`): Of the checkpoint.
+        model (`nn.Module`): Its model. An adapter's configuration tells what is trained, so it stays as it is.
+    """
+    if hasattr(model, "get_base_model"):
+        return
+    try:
+        states, groups = _read(require_saved_optimizer(folder))
+    except NoSecondMoments:
+        return
+    kept = [states.get(number, {}) for group in groups for number in group["params"]]
+    averages = [state.get("exp_avg", state.get("momentum_buffer")) for state in kept]
+    shapes = {average.shape for average in averages if isinstance(average, Tensor)}
+    parameters = list(model.parameters())
+    if not all(isinstance(average, Tensor) for average in averages) or not shapes <= {p.shape for p in parameters}:
+        return
+    for parameter in parameters:
+        if shapes and parameter.shape not in shapes:
+            parameter.requires_grad = False
+
+
 def saved_group_rate(folder: Path, logged: float, load: Callable[[], nn.Module]) -> float:
     """
     The learning rate of the input embeddings at a checkpoint, where the Trainer logged that of the first parameter group.

@@ -91,11 +91,15 @@ class QueryScorer:
             self._example_scales.append(_inverse_root(np.stack(squares)) if cosine else None)
 
     def _parts_of(self, layers: str) -> list[range]:
-        """The rows of each part that has a score of its own, words first. The score is the mean of theirs; others do not count."""
+        """The rows of each part that has a score of its own, words first. The score is the mean of theirs; others do not count, nor
+        does a part of which all is excluded.
+        """
         num_words, end = self.reader.embedding_shape[0], self.reader.vocabulary_size
         if layers == "mean":
             words = [0] if self.reader.config["layers"]["embedding"] else []
-            return [range(first, last) for first, last in pairwise([*words, *self._layer_rows.tolist()])]
+            parts = [range(first, last) for first, last in pairwise([*words, *self._layer_rows.tolist()])]
+            excluded = set(self._excluded)
+            return [part for part in parts if not excluded.issuperset(part)] or parts
         return [{"count": range(end), "drop": range(num_words), "only": range(num_words, end)}[layers]]
 
     def _beyond(self, part: range) -> list[int]:

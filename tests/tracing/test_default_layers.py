@@ -7,6 +7,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from transformers import (
     BertConfig,
@@ -155,8 +156,12 @@ def test_an_index_that_is_continued_keeps_the_layers_that_it_was_begun_with(reco
         record(tmp_path / f"named-{number}", checkpoints[:1], layers=layers)
         whole = record(tmp_path / f"whole-{number}", checkpoints, layers=layers)
         assert segments(record(tmp_path / f"named-{number}", checkpoints)) == segments(whole)
-    with pytest.raises(ValueError, match="layers"):
+    told = "'word embeddings', not 'word embeddings and 1 linear layer (classifier, 3 x 4 kept)'. An index keeps the layers"
+    with pytest.raises(ValueError, match=re.escape(f"another configuration: `layers` is {told}")):
         record(tmp_path / "words", checkpoints, layers=BOTH)
+    told = "'word embeddings and 1 linear layer (classifier, 3 x 5 kept)', not 'word embeddings'. An index keeps the layers"
+    with pytest.raises(ValueError, match=re.escape(f"another configuration: `layers` is {told}")):
+        record(tmp_path / "default", checkpoints, recipe="paper")
 
 
 def test_an_index_keeps_its_layers_whatever_its_model_trains_or_decides_later(recorded):
@@ -297,3 +302,70 @@ def test_nothing_is_left_of_an_index_of_layers_without_them(recorded, tmp_path):
     ):
         alone.scores(asked(2), layers="drop")
     assert np.array_equal(alone.scores(asked(2), layers="mean"), alone.scores(asked(2), layers="only"))
+
+
+@pytest.mark.parametrize(
+    "option",
+    [{"kernel": "synonym"}, {"special_tokens": "drop"}, {"sentence_ends": "hide"}, {"synonym_threshold": 0.9}],
+)
+def test_what_is_about_words_is_refused_where_no_word_counts(index, recorded, tmp_path, option):
+    name, value = next(iter(option.items()))
+    with pytest.raises(ValueError, match=rf"`{name}={value!r}` is about words, but by `layers='only'` no word counts"):
+        index.scores(asked(2), layers="only", **option)
+    record(tmp_path / "index", sorted((recorded / "run").glob("checkpoint-*"))[:1], layers="classifier")
+    alone = InfluenceIndex.from_pretrained(tmp_path / "index", cache_dir=tmp_path / "maps")
+    with pytest.raises(ValueError, match=rf"`{name}={value!r}` is about words, but this index has no rows of them"):
+        alone.scores(asked(2), **option)
+    assert alone.scores(asked(2), recipe="paper", special_tokens="count").any()
+
+
+def test_the_card_counts_one_layer_as_one(recorded):
+    card = (recorded / "default" / "README.md").read_text()
+    assert "the word embeddings and 1 linear layer of the model" in card
+
+
+@pytest.mark.filterwarnings("ignore:The (parts|input embeddings|chosen layers) .*of the model are frozen")
+@pytest.mark.parametrize(
+    ("name", "options", "expected"),
+    [
+        ("classifier.weight", {}, (None, False, None)),
+        ("classifier.weight", {"layers": BOTH}, (BOTH[1:], False, ["classifier"])),
+        ("classifier.weight", {"layers": "classifier"}, (BOTH[1:], True, None)),
+        ("bert.embeddings.word_embeddings.weight", {"layers": "embedding"}, (None, True, None)),
+    ],
+)
+def test_what_was_frozen_in_training_is_read_off_the_saved_optimizer(tmp_path, name, options, expected):
+    """Which has nothing of its shape; a training that is recorded says the same."""
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "max_position_embeddings": 40}
+    model = frozen(BertForSequenceClassification(BertConfig(**sizes, intermediate_size=24, **SIZES)), name)
+    callback = TracInWECallback(tmp_path / "trained", dtype="float32", dataset=classification_data(), **options)
+    make_trainer(tmp_path / "run", callback, tokenizer=tiny_tokenizer(), model=model).train()
+    checkpoints = sorted((tmp_path / "run").glob("checkpoint-*"))
+    record(tmp_path / "index", checkpoints[:1], **options)
+    for reader in (IndexReader.open(tmp_path / "trained"), record(tmp_path / "index", checkpoints, **options)):
+        layers = reader.config["layers"]
+        names = None if layers is None else [one["name"] for one in layers["modules"]]
+        assert (names, reader.config["virtual"], reader.config["metadata"].get("virtual_parts")) == expected
+    assert segments(record(tmp_path / "trained", checkpoints, **options)) == segments(reader)
+    for path in checkpoints:  # an index that was begun without it stays as it is
+        (path / "optimizer.pt").unlink()
+    if expected[1]:
+        return
+    assert record(tmp_path / "index", checkpoints, **options).config["virtual"] is False
+
+
+@pytest.mark.parametrize("lengths", [(5,), (3, 7)])
+def test_numbers_for_labels_are_recorded_as_they_are_and_not_padded(tmp_path, lengths):
+    """One for each of several classes at once."""
+    model = tiny_classifier()
+    model.config.problem_type = "multi_label_classification"
+    model.save_pretrained(tmp_path / "checkpoint-2")
+    rows = [
+        {"input_ids": [5 + number] * lengths[number % len(lengths)], "labels": [1.0, 0.0, float(number % 2)]}
+        for number in range(6)
+    ]
+    record_dataset(
+        tmp_path / "index", [tmp_path / "checkpoint-2"], Dataset.from_list(rows), tokenizer=tiny_tokenizer(),
+        progress=False, batch_size=4, learning_rates=[0.1],
+    )  # fmt: skip
+    assert IndexReader.open(tmp_path / "index").num_examples == 6

@@ -56,6 +56,20 @@ def test_only_what_was_trained_counts_unless_it_is_asked_for(indices, cosine):
         assert close(counted, both + found["words"].scores(QUERIES))
 
 
+@pytest.mark.parametrize("cosine", [False, True])
+def test_the_mean_of_parts_is_of_those_that_were_trained(indices, cosine):
+    _, found = indices
+    options = {"layers": "mean", "cosine": cosine}
+    trained = found["adapters"].scores(QUERIES, **options)
+    assert close(found["both"].scores(QUERIES, **options), trained)
+    num_layers = len(found["both"].config["layers"]["modules"])
+    words = found["words"].scores(QUERIES, cosine=cosine)
+    expected = (num_layers * trained + words) / (num_layers + 1)
+    assert close(found["both"].scores(QUERIES, virtual="count", **options), expected)
+    for hit in found["both"].search(QUERIES, top_k=2, **options):
+        assert sum(hit["word_scores"]) == pytest.approx(hit["score"], rel=1e-4)
+
+
 def test_self_influence_is_that_of_what_was_trained(indices):
     _, found = indices
 

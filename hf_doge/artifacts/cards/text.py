@@ -119,9 +119,11 @@ def hub_link(name: Any) -> str:
 
 
 def counted(number: Any, unit: str | None = None) -> str | None:
-    """A whole number and what it counts; nothing of anything else."""
+    """A whole number and what it counts, given in the plural; nothing of anything else."""
     if not isinstance(number, int) or isinstance(number, bool):
         return None
+    if unit and number == 1:
+        unit = re.sub(r"s\b", "", unit, count=1)
     return f"{number:,} {unit}" if unit else f"{number:,}"
 
 

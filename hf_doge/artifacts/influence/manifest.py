@@ -306,6 +306,11 @@ def require_same(
     Raises:
         ValueError: They differ in something else. Names it.
     """
+    has_other_layers = _layers_in_words(config.get("layers")) != _layers_in_words(asked.get("layers"))
+    if has_other_layers:
+        config = {**config, "layers": _layers_in_words(config.get("layers"))}
+        asked = {**asked, "layers": _layers_in_words(asked.get("layers"))}
+        but = (*but, "vocabulary_size", "width", "stored_width")  # these follow
     differing = [
         f"`{key}` is {config.get(key)!r:.200}, not {value!r:.200}"
         for key, value in asked.items()
@@ -315,14 +320,24 @@ def require_same(
         return
     more = asked["num_examples"] > config["num_examples"] and config["checkpoints"] and not but
     raise ValueError(
-        f"The influence index in {str(folder)!r} has another configuration: {'; '.join(differing)}. Continue it with the same,"
-        " or choose another folder."
+        f"The influence index in {str(folder)!r} has another configuration: {'; '.join(differing)}. "
+        + ("An index keeps the layers that it was begun with. " if has_other_layers else "")
+        + "Continue it with the same, or choose another folder."
         + (
             " To add the examples behind those it has, pass `add_examples=True` (`hf-doge index --add_examples`)."
             if more
             else ""
         )
     )
+
+
+def _layers_in_words(layers: Mapping[str, Any] | None) -> str:
+    """Of what the rows are, as far as a person would say it."""
+    if layers is None:
+        return "word embeddings"
+    kept = [f"{one['name']}, {' x '.join(map(str, one['kept']))} kept" for one in layers["modules"]]
+    linear = f"{len(kept)} linear layer{'s' if len(kept) > 1 else ''} ({'; '.join(kept)})"
+    return f"word embeddings and {linear}" if layers["embedding"] else linear
 
 
 def _lasting(setting: Any) -> Any:
