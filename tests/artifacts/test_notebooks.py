@@ -58,6 +58,8 @@ def test_of_many_rows_the_first_are_shown_and_the_others_counted():
     tags, text = shown(DomainWeights.uniform([f"domain {number}" for number in range(250)]))
     assert tags.count("tr") == 201
     assert "50 more rows are not shown." in text
+    _, text = shown(DomainWeights.uniform([f"domain {number}" for number in range(200)]))
+    assert "more rows" not in text
 
 
 def test_a_comparison_shows_its_tables_lowest_mean_bold_and_its_verdict():

@@ -24,7 +24,7 @@ WEIGHTS, INDEX = "doge/mixture", "doge/influence"
 QUERIES = ["The rocket is winning.", "A new bank is the market."]
 
 
-def check_weights():
+def check_weights(folder):
     weights = make_weights()
     first = weights.push_to_hub(WEIGHTS, tag="v1")
     again = weights.push_to_hub(WEIGHTS)
@@ -39,6 +39,9 @@ def check_weights():
         "trajectory_is_gone": "trajectory/train-00000-of-00001.parquet" not in HfApi().list_repo_files(WEIGHTS, repo_type="dataset"),
         "glob": HfFileSystem().glob(f"datasets/{WEIGHTS}@v1/**/*.parquet"),
     }  # fmt: skip
+    other_cache = folder / "weights-cache"
+    kept = DomainWeights.from_pretrained(WEIGHTS, cache_dir=other_cache)
+    seen["weights_cache_dir"] = kept == other and any(other_cache.rglob("*.parquet"))
     for config, rows in (("weights", 3), ("trajectory", len(weights.trajectory.steps) * 3)):
         table = load_dataset(WEIGHTS, config, revision="v1", split="train")
         streamed = list(load_dataset(WEIGHTS, config, revision="v1", split="train", streaming=True))
@@ -102,4 +105,4 @@ def _checksums(folder):
 
 
 if __name__ == "__main__":
-    print(json.dumps(check_weights() | check_index(Path(sys.argv[1]))))
+    print(json.dumps(check_weights(Path(sys.argv[1])) | check_index(Path(sys.argv[1]))))

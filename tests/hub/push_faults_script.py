@@ -144,6 +144,15 @@ def tag_again(hub, name):
     return {"same": same, "other": other, "back": back, "tag stays": refs["refs/tags/v2"] == tagged}
 
 
+def tag_on_a_branch(hub, name):
+    """A push to a branch of its own, with a tag."""
+    repo_id = f"doge/{name}"
+    push = partial(push_publication, commit_message="Upload", patience=PATIENCE)
+    push(make_publication(1, name), repo_id)
+    made = push(make_publication(2, name), repo_id, revision="draft", tag="v2").oid
+    return {"made": made, "refs": hub.repository(repo_id)["refs"]}
+
+
 def ended(action):
     try:
         action()
@@ -175,6 +184,7 @@ STORIES = {
         for target in ("before", "ours")
     },
     "a tag again": tag_again,
+    "a tag on a branch": tag_on_a_branch,
     "an edit meanwhile": edit_meanwhile,
 }
 

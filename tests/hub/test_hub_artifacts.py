@@ -33,6 +33,7 @@ def seen(hub, folder):
     "what",
     [
         *("weights_repeat_is_same_commit", "weights_head", "weights_tag", "weights_commit", "weights_offline"),
+        "weights_cache_dir",
         *("trajectory_is_gone", "weights_table", "load weights", "load trajectory"),
         *("index_repeat_is_same_commit", "index_scores", "index_hits", "index_files"),
         *("load gradients", "load examples", "load checkpoints", "load offsets"),

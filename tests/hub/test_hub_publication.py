@@ -11,7 +11,7 @@ from hf_doge import DomainWeights, InfluenceIndex
 from hf_doge.artifacts.cards.card import Card
 from hf_doge.artifacts.cards.weights import draw_plot
 from hf_doge.artifacts.domain_weights import weights_publication
-from hf_doge.artifacts.hub.publication import merge_card
+from hf_doge.artifacts.hub.publication import Head, merge_card
 from hf_doge.artifacts.influence.manifest import read_config
 from hf_doge.tracing.publication import index_publication
 from tests.artifacts.test_domain_weights import make_weights
@@ -58,6 +58,17 @@ def test_an_altered_table_of_examples_is_not_published_redacted_either(folder, t
     pq.write_table(pq.read_table(altered / EXAMPLES).slice(0, 3), altered / EXAMPLES)
     with pytest.raises(ValueError, match="was altered since it was written"):
         publish(altered, redact_text=True)
+
+
+def test_a_file_that_was_altered_since_it_was_written_is_not_published(folder, tmp_path):
+    altered, empty = tmp_path / "index", Head("0" * 40, {})
+    InfluenceIndex.from_pretrained(folder, cache_dir=tmp_path / "maps").save_pretrained(altered)
+    assert publish(altered).compare(empty, None).changed
+    segment = next(altered.glob("gradients/*/*.parquet"))
+    content = segment.read_bytes()
+    segment.write_bytes(content[:20] + bytes([content[20] ^ 1]) + content[21:])
+    with pytest.raises(ValueError, match=rf"{segment.name}' was altered since it was written"):
+        publish(altered).compare(empty, None)
 
 
 def test_texts_go_over_an_index_without_them_only_by_an_explicit_word(folder):

@@ -209,6 +209,13 @@ def test_the_same_content_may_have_the_same_tag_again_and_other_content_may_not(
     assert story["tag stays"]
 
 
+def test_a_tag_is_on_the_commit_that_was_made_whatever_the_branch(stories):
+    story = stories["a tag on a branch"]
+    refs = story["refs"]
+    assert refs["refs/tags/v2"] == refs["refs/heads/draft"] == story["made"]
+    assert refs["refs/heads/main"] != story["made"]
+
+
 def test_what_a_person_wrote_into_the_card_while_we_pushed_is_kept(stories):
     assert "Notes of a person" in stories["an edit meanwhile"]["card"]
     assert stories["an edit meanwhile"]["line"], "each commit must be made on the one before"
