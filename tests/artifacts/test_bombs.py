@@ -11,6 +11,7 @@ import pytest
 from hf_doge import DomainWeights
 from hf_doge.artifacts.cards.card import HeaderError, parse_header
 from hf_doge.artifacts.influence import IndexReader
+from hf_doge.artifacts.parquet import read_parquet
 from tests.artifacts.influence_rows import random_rows, write_index
 from tests.artifacts.test_domain_weights import make_weights
 
@@ -128,6 +129,19 @@ def test_examples_of_an_index_that_unpack_to_gigabytes_are_refused(tmp_path, kin
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match=r"examples/.*' must need at most 0.25 GiB of memory, .* but claims"):
         IndexReader.open(folder, cache_dir=tmp_path / "maps").examples.to_dict()
+
+
+def test_columns_of_columns_are_read_and_count_with_all_that_is_in_them(tmp_path):
+    kind = pa.struct({"a": pa.int64(), "b": pa.struct({"c": pa.list_(pa.float32(), 3)})})
+    table = pa.table({"x": pa.array([{"a": 1, "b": {"c": [1.0, 2.0, 3.0]}}], kind)})
+    pq.write_table(table, tmp_path / "honest.parquet")
+    assert read_parquet(tmp_path / "honest.parquet", "honest").equals(table)
+    rows = table.take(pa.array(np.zeros(1_000_000, np.int64)))
+    with pq.ParquetWriter(tmp_path / "bomb.parquet", table.schema, compression="zstd") as writer:
+        for _ in range(14):
+            writer.write_table(rows)
+    with pytest.raises(ValueError, match=r"'bomb' must need at most 0.25 GiB .* but claims 0.261 GiB"):
+        read_parquet(tmp_path / "bomb.parquet", "bomb")
 
 
 NAMES = ["no", "on", "Yes", "null", "~", "1e3", "2019", "007", "2024-01-01", ".5", "0x1F", "1:30", "true"]

@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from hf_doge.artifacts.influence import IndexReader
+from hf_doge.artifacts.influence import IndexReader, segment_reader
 from tests.artifacts.influence_rows import NUM_EXAMPLES, WIDTH, random_rows, write_index
 
 
@@ -113,6 +113,28 @@ def test_a_manipulated_segment_is_named_with_what_is_wrong(folder, tmp_path, law
         reader.self_influence(0)
     assert list((tmp_path / "cache").iterdir()) == []
     assert reader.self_influence(1).any()
+
+
+def test_a_row_that_is_there_twice_is_named_where_one_piece_that_is_read_ends_too(folder, tmp_path, monkeypatch):
+    sizes = []
+
+    def repeat(table):
+        """The last row of the first piece once more, in place of the next one of its token."""
+        tokens = table["token_id"].to_numpy()
+        sizes.append(size := int(np.flatnonzero(tokens[1:] == tokens[:-1])[0]) + 1)
+        return pa.concat_tables([table.slice(0, size), table.slice(size - 1, 1), table.slice(size + 1)])
+
+    path = rewrite(folder, "path", repeat)
+    monkeypatch.setattr(segment_reader, "ROW_GROUP_SIZE", sizes[0])
+    for one in json.loads((folder / "config.json").read_text())["checkpoints"][0]["files"]:
+        table = pq.read_table(folder / one["path"], use_threads=False)
+        pq.write_table(table, folder / one["path"], row_group_size=sizes[0])
+    sign_anew(folder)
+    reader = IndexReader.open(folder, cache_dir=tmp_path / "cache")
+    with pytest.raises(
+        ValueError, match=f"{path}' are damaged or were manipulated: rows must be sorted .* none twice"
+    ):
+        reader.self_influence(0)
 
 
 OFFSETS = {

@@ -99,6 +99,9 @@ def test_segments_are_sorted_by_token_and_hold_ranges_of_examples(tmp_path, rows
         metadata = pq.read_metadata(folder / file["path"])
         assert json.loads(metadata.metadata[b"hf_doge"])["scale"] == file["scale"]
         assert [column.column_index for column in metadata.row_group(0).sorting_columns] == [1, 2]
+        offsets = pq.read_metadata(folder / file["offsets_path"]).row_group(0)
+        (sorted_by,) = offsets.sorting_columns
+        assert offsets.column(sorted_by.column_index).path_in_schema == "token_id"
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
@@ -578,6 +581,16 @@ def test_a_second_process_that_writes_is_refused_until_the_first_one_closes(tmp_
     said, complaint = other_process(folder).communicate(timeout=60)
     assert said == "writing\n", complaint
     assert [entry["name"] for entry in config_of(folder)["checkpoints"]] == ["checkpoint-1"]
+
+
+def test_a_folder_that_was_closed_and_opened_again_is_locked_again(tmp_path):
+    folder = tmp_path / "index"
+    closed = open_writer(folder)
+    closed.close()
+    writer = open_writer(folder)
+    _, complaint = other_process(folder).communicate(timeout=60)
+    assert "refused: One process at a time can write" in complaint
+    writer.close()
 
 
 def test_the_lock_of_a_killed_process_does_not_block(tmp_path, rows, monkeypatch):

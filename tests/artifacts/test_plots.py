@@ -343,3 +343,9 @@ def test_what_cannot_be_told_apart_follows_the_mean_that_was_taken():
     assert late > 1.2 * plain
     assert groups(np.exp(1.95 * late), burn_in_steps=30) == [["d0", "d1"]]
     assert groups(np.exp(2.05 * late), burn_in_steps=30) == []
+
+
+def test_a_domain_without_a_weight_is_in_no_group():
+    weights = noisy_weights(3)
+    weights.mean = {"d0": 0.501, "d1": 0.499, "d2": 0.0}
+    assert undecided_groups(weights) == [["d0", "d1"]]

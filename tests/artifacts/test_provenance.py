@@ -11,7 +11,7 @@ import pytest
 from datasets import Dataset, Features, Image, List, Value, concatenate_datasets, load_dataset
 
 from hf_doge.artifacts import DomainWeights
-from hf_doge.artifacts.provenance import describe_dataset, describe_process, public_command
+from hf_doge.artifacts.provenance import describe_dataset, describe_model, describe_process, public_command
 from hf_doge.text import public_content, public_name
 from hf_doge.tracing.callback import TracInWECallback
 from hf_doge.training.provenance import fingerprint_rows
@@ -51,6 +51,13 @@ TOKEN = "hf_" + "Secret0123456789abcdefghijklmnopqr"
 )
 def test_of_a_local_path_the_last_part_is_told_and_a_name_on_the_hub_as_it_is(name, shown):
     assert public_name(name) == shown
+
+
+@pytest.mark.parametrize(("name", "shown"), [("me/model", "me/model"), ("/home/me/model", "model"), ("", "")])
+def test_a_model_is_told_by_where_its_weights_began(name, shown):
+    model = tiny_llama()
+    model.config.name_or_path = name
+    assert describe_model(model)["name_or_path"] == shown
 
 
 def test_a_name_that_is_here_on_disk_is_a_path(tmp_path, monkeypatch):
