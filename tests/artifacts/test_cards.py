@@ -387,6 +387,20 @@ def test_the_card_tells_cost_data_and_command(tmp_path):
         assert words in card, words
 
 
+def test_the_card_tells_of_the_data_where_nothing_else_is_known(tmp_path):
+    DomainWeights({"a": 1.0}, domains={"a": {"num_rows": 7, "num_tokens": 700}}).save_pretrained(tmp_path / "told")
+    assert "700 tokens" in read(tmp_path / "told")
+    DomainWeights({"a": 1.0}).save_pretrained(tmp_path / "untold")
+    assert "Nothing was recorded of where these weights come from." in read(tmp_path / "untold")
+
+
+@pytest.mark.parametrize(("num_parts", "ends"), [(12, "`layer 11` (frozen"), (13, "`layer 11`, ... (frozen")])
+def test_the_card_of_an_index_lists_a_dozen_frozen_layers(tmp_path, num_parts, ends):
+    config = read_config(write_index(tmp_path / "index", random_rows(8)))
+    config["metadata"]["virtual_parts"] = [f"layer {number}" for number in range(num_parts)]
+    assert ends in str(index_card(config).merged_with(None))
+
+
 def test_the_plot_is_in_the_folder_when_asked_for_and_goes_with_the_weights_it_shows(tmp_path):
     folder = tmp_path / "artifact"
     make_weights(0).save_pretrained(folder, plot=True)

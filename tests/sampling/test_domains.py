@@ -11,6 +11,7 @@ import torch
 from datasets import ClassLabel, Dataset, DatasetDict, concatenate_datasets
 
 from hf_doge.sampling.domains import DomainIndex, merge_domains
+from hf_doge.sampling.transforms import refuse_lost_transforms
 
 
 def rows_by_domain(index):
@@ -178,6 +179,14 @@ def test_every_row_goes_through_the_transform_of_its_own_domain():
     assert [merged[row] for row in range(6)] == expected
     assert merged.__getitems__([5, 0, 3, 1]) == [expected[row] for row in (5, 0, 3, 1)]
     assert pickle.loads(pickle.dumps(merged.with_transform(shout)))[4]["text"] == "A"
+
+
+def test_one_transform_of_all_domains_needs_no_column_that_tells_whose_it_is():
+    plain = Dataset.from_dict({"ids": [[1], [2]]})
+    same, other = (plain.with_transform(lambda batch, by=by: {"ids": [[by] for _ in batch["ids"]]}) for by in (1, 2))
+    refuse_lost_transforms({"wiki": same, "code": same})
+    with pytest.raises(ValueError, match=r"the format of \['code'\] is not that of the other domains"):
+        refuse_lost_transforms({"wiki": same, "code": other})
 
 
 def test_rows_that_do_not_fit_together_once_they_are_transformed_are_refused():

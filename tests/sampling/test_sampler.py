@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, RandomSampler
 
 from hf_doge.sampling.domains import DomainIndex
 from hf_doge.sampling.iid import IIDDraws
+from hf_doge.sampling.ordering import ranks_among_equals, stable_order
 from hf_doge.sampling.permutation import derive_key, pass_keys, permute
 from hf_doge.sampling.quota import QuotaDraws, balance_lag, round_two_ways
 from hf_doge.sampling.sampler import DomainWeightedSampler
@@ -380,6 +381,26 @@ def test_iid_counts_before_a_draw_add_up_to_it():
     draws = IIDDraws(random_weights(0), key=1)
     for draw in (0, 1, 4096, 10**6 + 3, 2**29, 2**31 + 12_345):
         assert draws.counts(draw).sum() == draw
+
+
+def test_iid_draws_are_counted_from_the_first_one_on_wherever_one_begins():
+    draws = IIDDraws(random_weights(0), key=1)
+    domains, ranks = draws.draws(0, 10_000)
+    seen = np.zeros(domains.max() + 1, np.int64)
+    for domain, rank in zip(domains, ranks, strict=True):
+        assert rank == seen[domain]
+        seen[domain] += 1
+    for start in (4000, 4096, 9000):
+        assert np.array_equal(IIDDraws(random_weights(0), key=1).draws(start, 10_000)[1], ranks[start:])
+
+
+@pytest.mark.parametrize("limit", [2**16, 2**16 + 1, 2**17, 2**18])
+def test_more_domains_than_16_bits_tell_apart_are_in_order(limit):
+    values = np.array([limit - 1, 0, 2**16 - 1, limit - 1, 1, 0])
+    assert stable_order(values, limit).tolist() == sorted(range(len(values)), key=lambda place: values[place])
+    assert ranks_among_equals(values, limit).tolist() == [
+        values[:place].tolist().count(values[place]) for place in range(6)
+    ]
 
 
 # Law 9: memory and jumps
