@@ -182,10 +182,14 @@ def run_tests(tree: Path, tests: list[str], seconds: float) -> str | None:
 
 
 def collect(tree: Path, files: list[str]) -> set[str]:
-    """The tests that are in these files now."""
-    problem = run_tests(tree, ["--collect-only", *(file for file in files if (tree / file).exists())], 600)
-    assert problem is None, problem
-    return set(json.loads((tree / ".collected").read_text()))
+    """The tests that are in these files now. Each must be collected alone too, or it would kill all that meet it."""
+    found = set()
+    for file in files:
+        if (tree / file).exists():
+            problem = run_tests(tree, ["--collect-only", file], 600)
+            assert problem is None, problem
+            found |= set(json.loads((tree / ".collected").read_text()))
+    return found
 
 
 def tests_for(mutant: dict, calls: dict[str, set[str]], seconds: dict[str, float], budget: float) -> list[str]:

@@ -396,9 +396,10 @@ def test_the_card_tells_of_the_data_where_nothing_else_is_known(tmp_path):
 
 @pytest.mark.parametrize(("num_parts", "ends"), [(12, "`layer 11` (frozen"), (13, "`layer 11`, ... (frozen")])
 def test_the_card_of_an_index_lists_a_dozen_frozen_layers(tmp_path, num_parts, ends):
-    config = read_config(write_index(tmp_path / "index", random_rows(8)))
+    folder = write_index(tmp_path / "index", random_rows(8))
+    config = read_config(folder)
     config["metadata"]["virtual_parts"] = [f"layer {number}" for number in range(num_parts)]
-    assert ends in str(index_card(config).merged_with(None))
+    assert ends in index_card(config, folder).merged_with(None)
 
 
 def test_the_plot_is_in_the_folder_when_asked_for_and_goes_with_the_weights_it_shows(tmp_path):

@@ -158,12 +158,13 @@ def test_manipulated_offsets_are_named_with_what_is_wrong(folder, tmp_path, law)
         reader.self_influence(0)
 
 
-def test_an_index_that_tells_of_no_file_of_examples_looks_where_the_first_one_lies(folder, tmp_path):
+def test_an_index_that_tells_of_no_file_of_examples_is_refused_by_the_name_of_the_first(folder):
     change_config(folder, lambda config: config.update(files={}))
-    assert len(IndexReader.open(folder, cache_dir=tmp_path / "cache").examples) == NUM_EXAMPLES
+    with pytest.raises(ValueError, match=r"were altered .*\['examples/train-00000-of-00001.parquet'\]"):
+        IndexReader.open(folder)
     (folder / "examples" / "train-00000-of-00001.parquet").unlink()
-    with pytest.raises((ValueError, FileNotFoundError), match=r"examples/train-00000-of-00001.parquet"):
-        IndexReader.open(folder, cache_dir=tmp_path / "cache")
+    with pytest.raises(FileNotFoundError, match=r"lacks 1 files: \['examples/train-00000-of-00001.parquet'\]"):
+        IndexReader.open(folder)
 
 
 def test_a_file_that_is_no_parquet_is_named(folder, tmp_path):
