@@ -255,10 +255,11 @@ class Summed(Trainer):
 
 
 class OverTheStep(Trainer):
-    """A mean over all micro-batches, by one's own count."""
+    """A mean over all micro-batches, by the Trainer's count: before transformers 5.10 it has the first label of a row too."""
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        return model(**inputs).loss * (inputs["labels"][:, 1:] != -100).sum() / num_items_in_batch
+        labels = inputs["labels"][:, 1:] if hasattr(self, "_loss_shifts_labels") else inputs["labels"]
+        return model(**inputs).loss * (labels != -100).sum() / num_items_in_batch
 
 
 UNEVEN = {
