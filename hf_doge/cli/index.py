@@ -50,7 +50,8 @@ class IndexArguments(PlaceArguments):
     text_field: list[str] | None = field(
         default=None,
         metadata={
-            "help": "Field of the text, or the two of a pair. Default: text, or premise and hypothesis, or the like."
+            "help": "Field of the text, or the two of a pair. Default: text (and text_pair), or premise and hypothesis, or the "
+            "like; other fields, such as a title, are kept and not read."
         },
     )
     label_field: str = field(

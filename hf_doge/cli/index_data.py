@@ -211,14 +211,12 @@ def _texts(
     answers: bool,
 ) -> Rows:
     """Texts: with their labels for a classifier of this configuration, or with the texts that answer them."""
-    others = {key: value for key, value in records[0].items() if key != args.label_field}
-    try:
-        names = check_text_fields(args.text_field) or text_fields(others)
-    except ValueError as error:
-        raise ValueError(f"{places[0][0].upper()}{places[0][1:]}: {error}") from error
+    names = check_text_fields(args.text_field) or _text_fields(records[0], args.label_field, places[0])
     limits = {"truncation": args.max_length is not None, "max_length": args.max_length}
     rows = []
     for record, place in zip(records, places, strict=True):
+        if args.text_field is None:
+            _refuse_other_texts(record, names, args.label_field, place)
         label_field = None if config is None else args.label_field
         row = select_fields(record, text_fields=names, label_field=label_field, where=place)
         row |= tokenizer(*(row[name] for name in names), **limits)
@@ -235,6 +233,25 @@ def _texts(
             row["label"] = _label(row["label"], config, place)
         rows.append(row)
     return rows
+
+
+def _text_fields(record: dict[str, Any], label_field: str, place: str) -> list[str]:
+    try:
+        return text_fields({key: value for key, value in record.items() if key != label_field})
+    except ValueError as error:
+        raise ValueError(f"{place[0].upper()}{place[1:]}: {error}") from error
+
+
+def _refuse_other_texts(record: dict[str, Any], names: Sequence[str], label_field: str, place: str) -> None:
+    """What is read is decided by the first record, and no other may hold more of it."""
+    if not all(isinstance(record.get(name), str) for name in names):
+        return  # refused by what is missing
+    found = _text_fields(record, label_field, place)
+    if found != list(names):
+        raise ValueError(
+            f"Every record must have its texts in the fields of the first, {list(names)}, but {place} has them in {found}. Name the"
+            " fields that are read with `--text_field`."
+        )
 
 
 def _label(label: Any, config: PretrainedConfig, place: str) -> int | float | list[float]:

@@ -33,6 +33,7 @@ from hf_doge.training.mixture_checks import (
     refuse_endless,
     refuse_lost_column,
     refuse_lost_order,
+    refuse_untaken_rows,
     warn_of_reading_everything,
 )
 from hf_doge.training.mixture_state import (
@@ -295,6 +296,7 @@ class DomainWeightedMixin(DomainMetricsMixin):
         has made its last step makes none, where the Trainer makes one more. `True` takes the last whole checkpoint.
         """
         self._read_arguments()
+        refuse_untaken_rows(self, self.train_dataset, "Train rows")
         checkpoint = resolve_checkpoint(resume_from_checkpoint, self.args.output_dir, learns=self._learns_weights)
         # In a trial of a search there is no model until the Trainer has made one, and then `_hp_search_setup` describes it.
         self._identity = None if self.model is None else self._describe_identity()

@@ -25,6 +25,29 @@ def refuse_lost_column(trainer: Trainer, domain_column: str) -> None:
         )
 
 
+def refuse_untaken_rows(trainer: Trainer, dataset: Any, what: str) -> None:
+    """Rows must have a column that the model reads, besides labels, where the Trainer drops all others. (`what` names them.)"""
+    columns = getattr(dataset, "column_names", None)  # `None` for streams that do not know
+    is_known = (getattr(dataset, "format", None) or {}).get("type") != "custom"
+    if columns is None or not (trainer.args.remove_unused_columns and is_known) or trainer.model is None:
+        return
+    trainer._set_signature_columns_if_needed()
+    taken: Any = trainer._signature_columns
+    if not set(columns) & (
+        set(taken) - {"labels", "label", "label_ids", *trainer.label_names, *_own_columns(trainer)}
+    ):
+        shown = sorted(name for name in columns if not name.startswith("__"))  # ours
+        raise ValueError(
+            f"{what} must hold what the model takes, such as `input_ids`, but their columns are {shown}, of which the "
+            "Trainer drops what the model does not take. Tokenise them before, or set `remove_unused_columns=False` for a data "
+            "collator that does it."
+        )
+
+
+def _own_columns(trainer: Any) -> tuple[Any, ...]:
+    return trainer._domain_column, trainer._stream_column
+
+
 def keeps_column(trainer: Trainer, column: str) -> bool:
     """Whether the examples of a stream still have a column after the trainer has prepared it; if not, that is said."""
     train_dataset: Any = trainer.train_dataset

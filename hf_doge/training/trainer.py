@@ -23,6 +23,7 @@ from hf_doge.training.hub import link_weights, weights_repository
 from hf_doge.training.learner import DomainLearner
 from hf_doge.training.lost_process import explaining_lost_process
 from hf_doge.training.mixture import DomainWeightedMixin
+from hf_doge.training.mixture_checks import refuse_untaken_rows
 from hf_doge.training.preemption import PreemptionCallback
 from hf_doge.training.score_noise import UndecidedCallback
 from hf_doge.training.setup import (
@@ -196,6 +197,7 @@ class DoGEMixin(DomainWeightedMixin):
             self._alignment_batches.dataset = self.train_dataset
             self._alignment_batches.plan(**{**plan, "seed": plan["seed"] + 1})
         if self._targets is not None:
+            refuse_untaken_rows(self, self._targets.dataset, "Target rows")
             self._targets.plan(**self._plan(names, for_targets=True))
         self._learner.read_arguments()
 

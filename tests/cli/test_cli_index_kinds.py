@@ -265,3 +265,17 @@ def test_a_model_of_fewer_tokens_than_its_tokenizer_is_told(checkpoints, index, 
         found.scores(["w1", "w27"])
     with pytest.raises(ValueError, match=r"embedding for each of the tokenizer's 32 entries, but that of .* has 20"):
         make_model(str(checkpoints / "small"), None, tiny_tokenizer())
+
+
+@pytest.mark.parametrize(
+    ("later", "named"),
+    [
+        ({"text": "w4", "text_pair": "w5"}, "in the fields of the first, ['text'], but line 3"),
+        ({"text": "w4", "prompt": "w5"}, "Line 3 of"),
+    ],
+)
+def test_a_record_with_more_texts_than_the_first_is_refused_by_its_line(index, capsys, later, named):
+    records = [{"text": "w1 w2", "title": "w3"}, {"text": "w3"}, later]
+    assert index("language model", records) == 2
+    assert named in capsys.readouterr().err
+    assert index("language model", records[:2]) == 0

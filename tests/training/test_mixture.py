@@ -25,7 +25,7 @@ from hf_doge.training.config import DoGEConfig
 from hf_doge.training.mixture import SAMPLER_FILE, DomainWeightedMixin, DomainWeightedTrainer
 from hf_doge.training.run_identity import RUN_FILE
 from hf_doge.training.trainer import DoGEMixin, DoGETrainer
-from tests.tiny import three_domains, tiny_bert, tiny_llama, tiny_t5
+from tests.tiny import three_domains, tiny_bert, tiny_llama, tiny_t5, tiny_tokenizer
 
 WEIGHTS = {"arxiv": 0.5, "books": 0.0, "code": 0.5}
 
@@ -248,7 +248,7 @@ def save_a_run(tmp_path, **options):
         ),
         ({"data_seed": 7}, {}, "{'seed': 42} and this run {'seed': 7}"),
         ({}, {"draw": "iid"}, "{'draw': 'quota'} and this run {'draw': 'iid'}"),
-        ({}, {"train_dataset": three_domains(9)}, "{'num_rows': {'arxiv': 8, 'books': 8, 'code': 8}, 'data':"),
+        ({}, {"train_dataset": three_domains(9)}, "{'num_rows': {'arxiv': 8, 'books': 8, 'code': 8}, 'num_tokens':"),
     ],
 )
 def test_resuming_another_stream_is_refused(tmp_path, args, changes, message):
@@ -552,3 +552,34 @@ def test_a_collator_of_ones_own_gets_the_column_that_its_dataset_came_with(tmp_p
     options = {"train_dataset": merged, "domain_weights": {"0": 1.0}, "data_collator": collate}
     DomainWeightedTrainer(tiny_bert(), args, **options).train()
     assert seen[:4] == [0] * 4
+
+
+QUIET = {"use_cpu": True, "report_to": "none", "save_strategy": "no", "max_steps": 1, "disable_tqdm": True}
+QUIET["per_device_train_batch_size"] = 6
+TEXTS = {name: Dataset.from_dict({"text": ["a b"] * 8, "labels": [[1]] * 8}) for name in ("arxiv", "books", "code")}
+
+
+@pytest.mark.parametrize("with_tokenizer", [False, True])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda folder, **more: DomainWeightedTrainer(
+            tiny_llama(), TrainingArguments(folder, **QUIET), train_dataset=TEXTS, domain_weights=dict.fromkeys(TEXTS, 1), **more
+        ),
+        lambda folder, **more: DoGETrainer(tiny_llama(), DoGEConfig(folder, **QUIET), train_dataset=TEXTS, **more),
+        lambda folder, **more: DoGETrainer(
+            tiny_llama(), DoGEConfig(folder, **QUIET), train_dataset=three_domains(8), target_dataset=TEXTS["code"], **more
+        ),
+        lambda folder, **more: DoGETrainer(
+            tiny_llama(), DoGEConfig(folder, **QUIET), train_dataset={k: v.to_iterable_dataset() for k, v in TEXTS.items()}, **more
+        ),
+    ],
+    ids=["mixture", "proxy", "target", "streams"],
+)  # fmt: skip
+def test_rows_of_which_the_model_takes_nothing_are_refused_in_words(tmp_path, make, with_tokenizer):
+    trainer = make(str(tmp_path), processing_class=tiny_tokenizer() if with_tokenizer else None)
+    with pytest.raises(
+        ValueError,
+        match=r"must hold what the model takes, such as `input_ids`, but their columns are .*'labels', 'text'\]",
+    ):
+        trainer.train()
