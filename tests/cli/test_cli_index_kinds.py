@@ -275,7 +275,7 @@ def test_a_model_of_fewer_tokens_than_its_tokenizer_is_told(checkpoints, index, 
     ],
 )
 def test_a_record_with_more_texts_than_the_first_is_refused_by_its_line(index, capsys, later, named):
-    records = [{"text": "w1 w2", "title": "w3"}, {"text": "w3"}, later]
+    records = [{"text": "w1 w2", "title": "w3"}, {"text": "w3 w1"}, later]
     assert index("language model", records) == 2
     assert named in capsys.readouterr().err
     assert index("language model", records[:2]) == 0
