@@ -10,7 +10,8 @@ import json
 import math
 import os
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from numbers import Integral, Real
 from typing import Any, Literal, overload
 
@@ -323,6 +324,15 @@ def check_shape(name: str, tensor: Any, shape: Sequence[int | None]) -> None:
         law = f"({', '.join('any' if size is None else str(size) for size in shape)})"
         got = f"the shape {tuple(found)}" if found is not None else show(tensor)
         raise ValueError(f"`{name}` must be a tensor of shape {law}, but got {got}.")
+
+
+@contextmanager
+def naming(source: str) -> Iterator[None]:
+    """What is wrong with the values of a file is told with the name of the file."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{source!r}: {error}") from error
 
 
 def is_unicode(text: str) -> bool:

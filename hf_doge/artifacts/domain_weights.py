@@ -23,10 +23,10 @@ from hf_doge.artifacts.cards.weights import PLOT_FILE, draw_plot, summarize, wei
 from hf_doge.artifacts.hub.fetch import fetch_folder
 from hf_doge.artifacts.hub.publication import Publication
 from hf_doge.artifacts.parquet import read_parquet, to_parquet
-from hf_doge.artifacts.readers import holds_artifact, read_ratios
+from hf_doge.artifacts.readers import holds_artifact, read_ratios, read_weights_table
 from hf_doge.artifacts.record import Trajectory, WeightsRecord
 from hf_doge.artifacts.score_noise import weight_noise
-from hf_doge.checks import check_flag, check_path, show
+from hf_doge.checks import check_flag, check_json, check_names, check_path, naming, show
 from hf_doge.files import (
     read_settled,
     read_verified,
@@ -97,10 +97,8 @@ class DomainWeights(WeightsRecord):
         """
         path = Path(check_path("path", path))
         ratios, shape = read_ratios(path)
-        try:
+        with naming(str(path)):
             return cls.from_mapping(ratios, metadata={"source_file": path.name, "source_format": shape})
-        except ValueError as error:
-            raise ValueError(f"{str(path)!r}: {error}") from error
 
     def export(
         self,
@@ -325,19 +323,20 @@ def _read_folder(kind: type[Weights], folder: Path) -> Weights:
     }
     trajectory = None
     if TRAJECTORY_FILE in contents:
-        trajectory = Trajectory.from_table(read_parquet(contents[TRAJECTORY_FILE], TRAJECTORY_FILE))
-    names = manifest["domain_names"]
-    if sorted(names) != sorted(manifest["mean"]):
-        raise ValueError(f"`domain_names` of {MANIFEST} must be the domains of `mean`, but is {names}.")
-    weights = kind(
-        {name: manifest["mean"][name] for name in names},
-        last=manifest["last"],
-        trajectory=trajectory,
-        recipe=manifest["recipe"],
-        domains=manifest["domains"],
-        metadata=manifest["metadata"],
-    )
-    weights.unknown_keys = {key: value for key, value in manifest.items() if key not in {*_KEYS, *_VERSION_KEYS}}
+        with naming(f"{TRAJECTORY_FILE} in {str(folder)!r}"):
+            trajectory = Trajectory.from_table(read_parquet(contents[TRAJECTORY_FILE], TRAJECTORY_FILE))
+    with naming(str(folder / MANIFEST)):
+        names, told = manifest["domain_names"], ("last", "recipe", "domains", "metadata")
+        if sorted(check_names(names)) != sorted(manifest["mean"]):
+            raise ValueError(f"`domain_names` must be the domains of `mean`, but is {show(names)}.")
+        mean = {name: manifest["mean"][name] for name in names}
+        weights = kind(mean, trajectory=trajectory, **{key: manifest[key] for key in told})
+        newer = {key: value for key, value in manifest.items() if key not in {*_KEYS, *_VERSION_KEYS}}
+        weights.unknown_keys = check_json("keys of a newer version", newer)
+    if WEIGHTS_FILE in contents and read_weights_table(contents[WEIGHTS_FILE], WEIGHTS_FILE) != weights.mean:
+        raise ValueError(
+            f"{WEIGHTS_FILE!r} and {MANIFEST!r} in {str(folder)!r} must tell the same weights, but do not."
+        )
     return weights
 
 
@@ -380,6 +379,9 @@ def parse_manifest(content: bytes, *, source: str) -> dict[str, Any]:
             raise ValueError(
                 f"{source!r} must have a {kind.__name__} under {key!r}, but got {manifest.get(key)!r:.80}."
             )
+    wrong = [checksum for checksum in manifest["files"].values() if not isinstance(checksum, str)]
+    if wrong:
+        raise ValueError(f"{source!r} must have the sha256 of each file under 'files', but got {show(wrong[0])}.")
     return manifest
 
 

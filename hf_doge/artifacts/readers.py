@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from hf_doge.artifacts.parquet import read_parquet
 from hf_doge.checks import is_unicode, show
 from hf_doge.text import RepeatedKeyError, check_yaml, parse_json, printable, refuse_repeated
 
@@ -51,6 +52,19 @@ def read_ratios(path: Path) -> tuple[dict, str]:
     if not isinstance(ratios, dict) or not ratios:
         raise ValueError(f"{str(path)!r} must map domain names to ratios, but it holds {show(content)}.")
     return ratios, shape
+
+
+def read_weights_table(content: bytes, name: str) -> dict[str, float]:
+    """
+    Domain -> weight in the table of an artifact.
+
+    Raises:
+        ValueError: It is no Parquet file, or has no such columns.
+    """
+    table = read_parquet(content, name)
+    if not {"domain", "weight"} <= set(table.column_names):
+        raise ValueError(f"{name!r} must have the columns domain and weight, but has {show(table.column_names)}.")
+    return dict(zip(table["domain"].to_pylist(), table["weight"].to_pylist(), strict=True))
 
 
 def holds_artifact(path: Path) -> bool:

@@ -70,6 +70,8 @@ class Encoding:
         good = isinstance(told, dict) and all(
             told.get(name) is None or type(told[name]) is kinds[name] for name in kinds
         )
+        lists = [*((told.get("masks") or []) + (told.get("inputs") or []) if good else ())]
+        good = good and all(isinstance(one, str) for one in lists)
         good = good and set(told.get("masks") or ()) <= set(MASKINGS[1:]) and (told.get("max_length") or 1) >= 1
         if not good or told.get("truncation", _TRUNCATIONS[0]) not in _TRUNCATIONS:
             raise ValueError(

@@ -14,11 +14,16 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from hf_doge.artifacts import DomainWeights, Trajectory
+from hf_doge.artifacts.cards.weights import weights_card
+from hf_doge.artifacts.domain_weights import artifact_files
+from tests.artifacts.odd_json import ODD, places, put_in
 from tests.forks import Fork
 from tests.launch import REPOSITORY, launch_environment
+from tests.test_text import is_harmless
 
 TABLES = ["weights/train-00000-of-00001.parquet", "trajectory/train-00000-of-00001.parquet"]
 
@@ -468,7 +473,7 @@ def test_unknown_keys_of_a_newer_minor_format_are_kept(tmp_path):
         ({"format_version": "new"}, "must have a `format_version`"),
         ({"mean": [0.5, 0.5]}, "must have a dict under 'mean'"),
         ({"mean": {"wiki": 0.5, "web": 0.2, "code": 0.2}}, "must sum to 1"),
-        ({"domain_names": ["wiki", "web"]}, "`domain_names` of domain_weights.json must be the domains of `mean`"),
+        ({"domain_names": ["wiki", "web"]}, "domain_weights.json': `domain_names` must be the domains of `mean`"),
         ({"files": {TABLES[0]: "../x"}}, "altered or cut short"),
     ],
 )
@@ -770,3 +775,70 @@ def test_a_save_leaves_no_file_open(tmp_path):
     for _ in range(3):
         make_weights().save_pretrained(tmp_path)
     assert len(os.listdir("/dev/fd")) <= before
+
+
+FACTS = {
+    "name_or_path": "a/b",
+    "class": "X",
+    "num_parameters": 5,
+    "revision": "r",
+    "config": {"x": 1},
+    "vocab_size": 3,
+}
+RUN = {
+    **{"global_step": 5, "train_batch_size": 3, "learning_rate": 0.1, "seconds": 3.0, "num_tokens_seen": 5},
+    **{"total_flos": 5.0, "num_processes": 1, "device": "cpu", "settled_after_updates": 5, "seed": 1},
+}
+
+
+def test_whatever_domain_weights_json_holds_is_refused_by_name_or_shown(tmp_path):
+    """Each of its values replaced by each odd one."""
+    metadata = {
+        "model": FACTS,
+        "tokenizer": FACTS,
+        "training": RUN,
+        "dataset": {"sources": ["a/b"]},
+        "source_file": "x",
+    }
+    domains = {key: {"num_rows": 5, "num_tokens": 7, "fingerprint": "f"} for key in ("wiki", "web")}
+    weights = DomainWeights(
+        {"wiki": 0.5, "web": 0.5}, recipe={"name": "paper", "mu": 0.1}, domains=domains, metadata=metadata
+    )
+    weights.save_pretrained(tmp_path)
+    manifest, files, wrong = tmp_path / "domain_weights.json", artifact_files(weights, plot=False), []
+    text = manifest.read_text()
+    for place in places(json.loads(text)):
+        for odd in ODD:
+            manifest.write_text(json.dumps(put_in(json.loads(text), place, odd)))
+            try:
+                read = DomainWeights.from_pretrained(tmp_path)
+                shown = [
+                    read.summary(),
+                    repr(read),
+                    read._repr_html_(),
+                    weights_card(read, files, repo_id="a/b").block,
+                ]
+            except ValueError as error:
+                named = any(name in str(error) for name in ("domain_weights.json", TABLES[0]))
+                wrong += [] if named and is_harmless(str(error)) else [(place, odd, error)]
+            except Exception as error:  # what this test looks for
+                wrong.append((place, odd, repr(error)))
+            else:
+                wrong += [] if all(map(is_harmless, shown)) and "<b>" not in shown[2] else [(place, odd, "shown")]
+    assert not wrong, "\n".join(map(str, wrong))
+
+
+def test_a_table_that_tells_other_weights_than_the_manifest_is_refused(tmp_path):
+    make_weights().save_pretrained(tmp_path)
+    (path,) = (tmp_path / "weights").iterdir()
+    table = pq.read_table(path)
+    for change, law in (
+        (lambda: table.set_column(1, "weight", pa.array([1.0, 0.0, 0.0])), "must tell the same weights"),
+        (lambda: table.drop_columns(["weight"]), "must have the columns domain and weight"),
+    ):
+        pq.write_table(change(), path)
+        manifest = json.loads((tmp_path / "domain_weights.json").read_text())
+        manifest["files"][f"weights/{path.name}"] = hashlib.sha256(path.read_bytes()).hexdigest()
+        (tmp_path / "domain_weights.json").write_text(json.dumps(manifest))
+        with pytest.raises(ValueError, match=f"weights/{path.name}.*{law}"):
+            DomainWeights.from_pretrained(tmp_path)

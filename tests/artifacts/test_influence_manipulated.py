@@ -8,8 +8,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from hf_doge.artifacts.cards.html import index_html
+from hf_doge.artifacts.cards.index import index_card
 from hf_doge.artifacts.influence import IndexReader, segment_reader
+from hf_doge.artifacts.influence.manifest import parse_config
+from hf_doge.tracing.encoding import Encoding
 from tests.artifacts.influence_rows import NUM_EXAMPLES, WIDTH, random_rows, write_index
+from tests.artifacts.odd_json import ODD, places, put_in
+from tests.test_text import is_harmless
 
 
 @pytest.fixture
@@ -181,12 +187,7 @@ def test_a_file_that_is_no_parquet_is_named(folder, tmp_path):
 
 
 def set_in(*keys, value):
-    def change(config):
-        for key in keys[:-1]:
-            config = config[key]
-        config[keys[-1]] = value
-
-    return change
+    return lambda config: put_in(config, keys, value)
 
 
 FILE = ("checkpoints", 0, "files", 0)
@@ -250,3 +251,43 @@ def test_a_scale_other_than_the_one_of_the_rows_is_told(folder, tmp_path):
     path = json.loads((folder / "config.json").read_text())["checkpoints"][0]["files"][1]["path"]
     with pytest.raises(ValueError, match=f"The rows of '{path}' were written with the scale .*, but config.json"):
         IndexReader.open(folder, cache_dir=tmp_path / "cache")
+
+
+METADATA = {
+    "model": {"name_or_path": "a/b", "class": "X", "num_parameters": 5, "revision": "r"},
+    "dataset": {"sources": ["a/b"]},
+    "encoding": {"inputs": ["input_ids"], "masks": ["completion"], "ends": True, "max_length": 5, "truncation": "keep_end"},
+    "search": {"cosine": True, "sentence_end_ids": [4], "special_tokens": "hide"},
+    **{"versions": {"torch": "2"}, "command": "x", "date": "2024", "virtual_parts": ["x"], "metric": "x"},
+}  # fmt: skip
+RECORDED = {
+    **{"loss_fn": "f", "loss_reduction": "sum", "tied": "own", "top_k": 5, "top_k_unit": "token"},
+    **{"special_token_ids": [1, 2], "tokenizer": {"name": "a/b", "vocabulary_size": 50, "fingerprint": "f"}},
+    **{"dataset": {"num_rows": 40, "fingerprint": "f"}, "redacted": False},
+}
+
+
+def test_whatever_config_json_holds_is_refused_by_name_or_shown(folder):
+    """Each of its values replaced by each odd one."""
+    config = {**json.loads((folder / "config.json").read_text()), **RECORDED, "metadata": METADATA}
+    wrong, text = [], json.dumps(config)
+    for place in places(config):
+        for odd in ODD:
+            changed = put_in(json.loads(text), place, odd)
+            try:
+                parsed = parse_config(json.dumps(changed).encode(), source="config.json")
+            except ValueError as error:
+                wrong += [] if "config.json" in str(error) and is_harmless(str(error)) else [(place, odd, error)]
+                continue
+            try:
+                shown = [index_html(parsed), index_card(parsed, folder, repo_id="a/b").block]
+                Encoding.of(parsed)
+            except ValueError as error:
+                wrong += [] if "config.json" in str(error) and is_harmless(str(error)) else [(place, odd, error)]
+            except FileNotFoundError:  # a path that is in the folder, where nothing is
+                pass
+            except Exception as error:  # what this test looks for
+                wrong.append((place, odd, repr(error)))
+            else:
+                wrong += [] if all(map(is_harmless, shown)) and "<b>" not in shown[0] else [(place, odd, "shown")]
+    assert not wrong, "\n".join(map(str, wrong))

@@ -20,6 +20,7 @@ from hf_doge.artifacts.cards.text import (
     render,
     revision,
     run_facts,
+    sources_of,
     table,
 )
 from hf_doge.files import sha256
@@ -221,13 +222,13 @@ def _layers(layers: Mapping[str, Any] | None, *, width: int) -> str:
 def _facts(config: Mapping[str, Any]) -> str:
     dataset, tokenizer = config.get("dataset") or {}, config.get("tokenizer") or {}
     metadata, not_trained = config["metadata"], _not_trained(config)
-    model, sources = part_of(metadata, "model"), part_of(metadata, "dataset").get("sources") or ()
+    model = part_of(metadata, "model")
     classes = sorted({str(one["model_class"]) for one in config["checkpoints"]})
-    name = model.get("name_or_path") or ""
+    name = str(model.get("name_or_path") or "")
     return listing(
         {
             "Data": join(
-                *map(hub_link, sources),
+                *sources_of(metadata),
                 counted(dataset.get("num_rows"), "examples"),
                 f"fingerprint {escape(dataset['fingerprint'])}" if dataset.get("fingerprint") else None,
             ),

@@ -143,6 +143,12 @@ def named_part(metadata: Mapping[str, Any], key: str) -> dict[str, Any]:
     return {"name_or_path": metadata[key]} if isinstance(metadata.get(key), str) else part_of(metadata, key)
 
 
+def sources_of(metadata: Mapping[str, Any]) -> list[str]:
+    """Links to the data sets that the metadata name."""
+    named = part_of(metadata, "dataset").get("sources")
+    return [hub_link(name) for name in named if isinstance(name, str)] if isinstance(named, list | tuple) else []
+
+
 def revision(facts: Mapping[str, Any]) -> str | None:
     """The commit that a model or tokenizer was read at, if it is known."""
     return f"revision {escape(facts['revision'])}" if facts.get("revision") else None

@@ -26,6 +26,7 @@ from hf_doge.artifacts.cards.text import (
     revision,
     run_facts,
     seconds,
+    sources_of,
     table,
 )
 from hf_doge.artifacts.record import WeightsRecord
@@ -65,6 +66,7 @@ _COSTS = {
     "Computation": ("total_flos", lambda number: f"{number:.3g} FLOPs, as the Trainer counts them"),
     "Processes": ("num_processes", lambda number: f"{number:,}"),
 }
+_LARGEST = 1e300  # beyond it, integers are no floats
 _MOST_DRAWN = 1000  # domains, each a line of the trajectory; with 10,000 it took minutes
 _MOST_BARS = 50  # the heaviest; with 300 a picture took 3 s, at each save
 
@@ -176,7 +178,7 @@ def _facts(weights: WeightsRecord, model_id: str | None) -> dict[str, str]:
         described = f"{link} ({described})" if described else link
     facts = {
         "Data": join(
-            *map(hub_link, part_of(metadata, "dataset").get("sources") or ()),
+            *sources_of(metadata),
             counted(sum(rows), "sequences") if None not in rows else None,
             counted(sum(tokens), "tokens") if None not in tokens else None,
             f"fingerprint {names_of(fingerprints)}" if fingerprints else None,
@@ -199,7 +201,11 @@ def _facts(weights: WeightsRecord, model_id: str | None) -> dict[str, str]:
             f"seed {escape(run['seed'])}" if "seed" in run else None,
         ),
     }
-    numbers = {key: one for key, one in run.items() if isinstance(one, int | float) and not isinstance(one, bool)}
+    numbers = {
+        key: one
+        for key, one in run.items()
+        if isinstance(one, int | float) and not isinstance(one, bool) and abs(one) < _LARGEST
+    }
     cost: dict[str, str | None] = {
         name: sentence(numbers[key]) for name, (key, sentence) in _COSTS.items() if key in numbers
     }

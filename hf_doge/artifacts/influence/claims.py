@@ -1,19 +1,28 @@
 """What config.json of an index may claim: whoever makes one for others can write anything into it."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import PurePosixPath, PureWindowsPath
 from typing import Any
 
 from hf_doge.checks import require_printable
 
-_METRICS = (None, "auto", "gradient", "optimizer")
 _LARGEST = {
     "width": 2**20,
     "stored_width": 2**20,
     "vocabulary_size": 2**26,  # 512 MiB of offsets; vocabularies have some 2 ** 18 tokens
     "num_examples": 2**40,
 }
+# What a recording says of itself, where it says it.
+_CHOICES: dict[str, tuple[str | None, ...]] = {
+    "metric": (None, "auto", "gradient", "optimizer"),
+    "loss_reduction": (None, "sum", "mean"),
+    "tied": (None, "input", "output", "full", "own"),
+    "top_k_unit": (None, "position", "token"),
+    "record": ("checkpoint", "online"),
+    "special_tokens": ("count", "drop"),
+}
+_FLAGS = ("second_moment", "virtual", "redacted")
 _SAVED_DTYPES = ("float64", "float32", "bfloat16", "float16", "int8", "uint8")
 _LARGEST_PROJECTION = 2**28  # entries, of 8 bytes each
 
@@ -38,7 +47,7 @@ def check_claims(config: Mapping[str, Any], *, source: str) -> None:
 
     for name, largest in _LARGEST.items():
         require(1 <= config[name] <= largest, f"must have `{name}` in [1, {largest}]", config[name])
-    require(config.get("metric") in _METRICS, f"must have one of {_METRICS} under `metric`", config.get("metric"))
+    _check_settings(config, require, source)
     projection = config.get("projection")
     if projection is None:
         require(config["stored_width"] == config["width"], "must store rows of `width`", config["stored_width"])
@@ -54,21 +63,27 @@ def check_claims(config: Mapping[str, Any], *, source: str) -> None:
         )
     if config.get("layers") is not None:
         require(_are_layers(config), "must have layers whose rows are numbered behind the words", config["layers"])
-    for path in config["files"]:
+    for path, checksum in config["files"].items():
         require_inside(path, source=source)
+        require(isinstance(checksum, str), "must have the sha256 of each of its `files`", checksum)
     numbers = [entry.get("number", place) for place, entry in enumerate(config["checkpoints"])]
     good = all(_is_count(number) and 0 <= number < 2**31 for number in numbers) and len(set(numbers)) == len(numbers)
     require(good, "must have a `number` of its own for each checkpoint", numbers)
     for checkpoint in config["checkpoints"]:
-        shown = [checkpoint.get(key) for key in ("name", "revision", "model_class", "fingerprint")]
-        require_printable(f"What {source!r} says of a checkpoint", shown)
+        for key in ("name", "revision", "model_class", "fingerprint"):
+            told = checkpoint.get(key)
+            require(told is None or isinstance(told, str), f"must have text or nothing under `{key}`", told)
+            require_printable(f"What {source!r} says of a checkpoint", [told])
+        step, epoch = checkpoint.get("step"), checkpoint.get("epoch")
+        require(step is None or (_is_count(step) and 0 <= step < 2**63), "must have steps of at least 0", step)
+        require(epoch is None or _is_finite(epoch), "must have finite epochs", epoch)
         path = checkpoint.get("path")
         require(path is None or isinstance(path, str), "must have text or nothing under `path`", path)
         require(".." not in PurePosixPath(path or "").parts, "must not lead out of the folder by `path`", path)
         dtypes = checkpoint.get("dtypes")
         require(dtypes is None or _are_dtypes(dtypes), "must have names of dtypes under `dtypes`", dtypes)
         rate = checkpoint["learning_rate"]
-        require(math.isfinite(rate) and rate >= 0, "must have finite learning rates of at least 0", rate)
+        require(_is_finite(rate) and rate >= 0, "must have finite learning rates of at least 0", rate)
         num_bases = int(isinstance(projection, dict) and "kind" in projection)
         bases = checkpoint.get("basis", ())
         require(len(bases) == num_bases, f"must have {num_bases} files under `basis` of a checkpoint", bases)
@@ -83,7 +98,36 @@ def check_claims(config: Mapping[str, Any], *, source: str) -> None:
                 0 <= file["num_rows"] <= most, f"must have at most {most} rows in {file['path']!r}", file["num_rows"]
             )
             scale = file["scale"]
-            require(math.isfinite(scale) and scale > 0, "must have finite scales above 0", scale)
+            require(_is_finite(scale) and scale > 0, "must have finite scales above 0", scale)
+
+
+def _check_settings(config: Mapping[str, Any], require: Callable[[bool, str, Any], None], source: str) -> None:
+    for name, choices in _CHOICES.items():
+        told = config.get(name, choices[0])
+        require(told in choices, f"must have one of {list(choices)} under `{name}`", told)
+    for name in _FLAGS:
+        told = config.get(name, False)
+        require(isinstance(told, bool), f"must have true or false under `{name}`", told)
+    loss_fn, top_k, tokens = config.get("loss_fn"), config.get("top_k"), config["special_token_ids"]
+    require(loss_fn is None or (isinstance(loss_fn, str) and loss_fn != ""), "must name its `loss_fn`", loss_fn)
+    require(top_k is None or (_is_count(top_k) and 1 <= top_k < 2**63), "must have a `top_k` of at least 1", top_k)
+    good = all(_is_count(one) and 0 <= one < config["vocabulary_size"] for one in tokens)
+    require(good, "must have tokens of its vocabulary under `special_token_ids`", tokens)
+    tokenizer, dataset = config.get("tokenizer"), config.get("dataset")
+    require(
+        tokenizer is None or _is_tokenizer(tokenizer), "must tell the size and vocabulary of `tokenizer`", tokenizer
+    )
+    require(dataset is None or isinstance(dataset, dict), "must have an object or nothing under `dataset`", dataset)
+    require_printable(f"What {source!r} says of its recording", [loss_fn, *(tokenizer or {}).values()])
+
+
+def _is_tokenizer(told: Any) -> bool:
+    return (
+        isinstance(told, dict)
+        and _is_count(told.get("vocabulary_size"))
+        and isinstance(told.get("fingerprint"), str)
+        and isinstance(told.get("name"), str | None)
+    )
 
 
 def require_inside(path: str, *, source: str) -> None:
@@ -134,6 +178,12 @@ def _are_dtypes(dtypes: Any) -> bool:
     if not isinstance(others, dict):
         return False
     return all(kind in _SAVED_DTYPES for kind in (dtypes.get("loaded"), dtypes.get("default"), *others.values()))
+
+
+def _is_finite(value: Any) -> bool:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return abs(value) < 2**1023 and math.isfinite(value)  # integers beyond are no floats
 
 
 def _is_count(value: Any) -> bool:

@@ -145,7 +145,8 @@ def parse_config(content: bytes, *, source: str) -> dict[str, Any]:
             _check_kinds(file, {"path": str, "sha256": str}, place)
         _check_coverage(checkpoint, config["num_examples"], source)
     check_claims(config, source=source)
-    return {**config, "checkpoints": ordered_checkpoints(config["checkpoints"])}
+    told = [{**dict.fromkeys(CHECKPOINT_FACTS), **checkpoint} for checkpoint in config["checkpoints"]]
+    return {**config, "checkpoints": ordered_checkpoints(told)}
 
 
 def check_checkpoint_name(name: str) -> None:
