@@ -326,13 +326,13 @@ def _read_folder(kind: type[Weights], folder: Path) -> Weights:
         with naming(f"{TRAJECTORY_FILE} in {str(folder)!r}"):
             trajectory = Trajectory.from_table(read_parquet(contents[TRAJECTORY_FILE], TRAJECTORY_FILE))
     with naming(str(folder / MANIFEST)):
-        names, told = manifest["domain_names"], ("last", "recipe", "domains", "metadata")
-        if sorted(check_names(names)) != sorted(manifest["mean"]):
+        if sorted(check_names(names := manifest["domain_names"])) != sorted(manifest["mean"]):
             raise ValueError(f"`domain_names` must be the domains of `mean`, but is {show(names)}.")
         mean = {name: manifest["mean"][name] for name in names}
-        weights = kind(mean, trajectory=trajectory, **{key: manifest[key] for key in told})
-        newer = {key: value for key, value in manifest.items() if key not in {*_KEYS, *_VERSION_KEYS}}
-        weights.unknown_keys = check_json("keys of a newer version", newer)
+        told = {key: manifest[key] for key in ("last", "recipe", "domains", "metadata")}
+        weights = kind(mean, trajectory=trajectory, **told)
+        newer = manifest.keys() - {*_KEYS, *_VERSION_KEYS}
+        weights.unknown_keys = check_json("keys of a newer version", {key: manifest[key] for key in newer})
     if WEIGHTS_FILE in contents and read_weights_table(contents[WEIGHTS_FILE], WEIGHTS_FILE) != weights.mean:
         raise ValueError(
             f"{WEIGHTS_FILE!r} and {MANIFEST!r} in {str(folder)!r} must tell the same weights, but do not."
@@ -379,9 +379,10 @@ def parse_manifest(content: bytes, *, source: str) -> dict[str, Any]:
             raise ValueError(
                 f"{source!r} must have a {kind.__name__} under {key!r}, but got {manifest.get(key)!r:.80}."
             )
-    wrong = [checksum for checksum in manifest["files"].values() if not isinstance(checksum, str)]
-    if wrong:
-        raise ValueError(f"{source!r} must have the sha256 of each file under 'files', but got {show(wrong[0])}.")
+    if not all(isinstance(checksum, str) for checksum in manifest["files"].values()):
+        raise ValueError(
+            f"{source!r} must have the sha256 of each file under 'files', but got {show(manifest['files'])}."
+        )
     return manifest
 
 

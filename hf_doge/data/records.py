@@ -1,5 +1,6 @@
 """The rows of a mixture's data sets by domain, as `datasets.load_dataset` reads them."""
 
+import glob
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -247,6 +248,11 @@ def _read(config: DatasetConfig, split: str, options: dict[str, Any]) -> Dataset
                 raise ValueError(f"it has the splits {list(saved)}, but no {split!r}")
             saved = saved[split]
         return saved.to_iterable_dataset() if config.streaming else saved
+    if folder.is_dir() and glob.escape(str(folder)) != str(folder):
+        raise ValueError(
+            "`datasets` takes a name with * ? or [ for a pattern and reads the folders that fit it. Rename the folder, or name"
+            " the builder as `path` and the files as `data_files`"
+        )
     return load_dataset(**options, split=split, streaming=bool(config.streaming))
 
 
@@ -285,7 +291,9 @@ def _place(config: DatasetConfig, folder: Path | None) -> dict[str, Any]:
     options = {"path": config.path, "name": config.name, "data_dir": config.data_dir, "revision": config.revision}
     if config.path in BUILDERS:
         return {**options, "data_files": _resolve(config.data_files, folder)}
-    place = Path(_resolve(config.path, folder))
+    place = Path(config.path)
+    if folder is not None and not place.exists() and (folder / place).exists():
+        place = folder / place
     if place.is_dir():
         return {**options, "path": str(place), "data_files": config.data_files}
     ending = next((one for one in FORMATS if config.path.lower().endswith(one)), None)
@@ -295,7 +303,7 @@ def _place(config: DatasetConfig, folder: Path | None) -> dict[str, Any]:
                 f"Files of a data set must end in one of {', '.join(FORMATS)}, but got {config.path!r}. Convert it, or name the "
                 "builder as `path` and the file as `data_files`."
             )
-        return {**options, "path": FORMATS[ending], "data_files": str(place)}
+        return {**options, "path": FORMATS[ending], "data_files": _literal(place.name, place.parent)}
     if ending is not None or config.path.startswith((".", "/", "~")) or config.path.count("/") > 1:
         raise FileNotFoundError(
             f"Data set {config.domain or config.path!r} must be a file, a folder or a name on the Hub, but there is no "
@@ -305,12 +313,23 @@ def _place(config: DatasetConfig, folder: Path | None) -> dict[str, Any]:
 
 
 def _resolve(files: Any, folder: Path | None) -> Any:
-    """Paths that the working directory lacks, in the folder of the mixture if they are there."""
+    """Paths that the working directory lacks, in the folder of the mixture if they are there; a file's name is no pattern."""
     if isinstance(files, Mapping):
         return {split: _resolve(one, folder) for split, one in files.items()}
     if isinstance(files, list):
         return [_resolve(one, folder) for one in files]
-    if files is None or folder is None or "://" in files or Path(files).is_absolute():
+    if files is None or "://" in files:
         return files
-    there = any(Path().glob(files)) or not any(folder.glob(files))
-    return files if there else str(folder / files)
+    folders = [Path()] if folder is None or Path(files).is_absolute() else [Path(), folder]
+    for one in folders:
+        if (one / files).is_file():
+            return _literal(files, one)
+    found = next((one for one in folders[1:] if any(one.glob(files)) and not any(Path().glob(files))), None)
+    return files if found is None else f"{glob.escape(str(found))}/{files}"
+
+
+def _literal(file: str, folder: Path) -> str:
+    """A file of a folder as `datasets` takes it, which reads `a1` for `a[1]` and several files for `a?`."""
+    place = str(folder / file)
+    whole = str(Path(place).absolute())
+    return place if glob.escape(whole) == whole else glob.escape(whole)

@@ -239,6 +239,38 @@ def test_relative_paths_are_also_looked_for_beside_the_mixture(tmp_path, monkeyp
     assert [len(records.splits["train"]) for records in found.values()] == [57, 76]
 
 
+PATTERNS = ["a[1]", "a?", "a*", "[!b]", "{a,b}", "a b%20#1"]
+
+
+@pytest.mark.parametrize("name", PATTERNS)
+@pytest.mark.parametrize("given", ["path", "data_files", "relative", "data_dir"])
+def test_the_name_of_a_file_is_no_pattern(name, given, tmp_path, monkeypatch):
+    """Next to files and folders that it would fit."""
+    for one in (name, "a1", "a", "b", "ab"):
+        for place in (tmp_path / f"in {name}" / f"{one}.train.jsonl", tmp_path / "in a" / f"{one}.train.jsonl"):
+            write_jsonl(place, [{"text": f"{place.parent.name}/{one}"}] * 3)
+            write_jsonl(place.with_name(f"{one}.validation.jsonl"), [{"text": "held out"}])
+    folder = tmp_path / f"in {name}"
+    file = f"{name}.train.jsonl"
+    monkeypatch.chdir(tmp_path if given != "relative" else folder)
+    if given == "data_dir":
+        records = open_mixture(MixtureConfig.from_folder(folder))[name]
+    else:
+        entry = {"path": str(folder / file)} if given == "path" else {"path": "json", "data_files": file}
+        (folder / "m.yaml").write_text(yaml.dump({"datasets": [{**entry, "domain": "x"}]}))
+        records = open_mixture(MixtureConfig.from_file(folder / "m.yaml"))["x"]
+    assert set(records.train["text"]) == {f"in {name}/{name}"}
+
+
+def test_a_folder_that_would_be_taken_for_a_pattern_is_refused(tmp_path):
+    write_jsonl(tmp_path / "a?" / "x.jsonl", [{"text": "x"}])
+    (tmp_path / "m.yaml").write_text(yaml.dump({"datasets": [{"path": "a?", "domain": "x"}]}))
+    with pytest.raises(
+        ValueError, match=r"Data set 'x' \('a\?', split 'train'\) must be readable, .* Rename the folder"
+    ):
+        open_mixture(MixtureConfig.from_file(tmp_path / "m.yaml"))["x"].splits
+
+
 def test_the_keys_of_trl_mean_what_they_mean_there():
     trl = pytest.importorskip("trl.scripts.utils")
     ours = {one.name: one.default for one in dataclasses.fields(DatasetConfig)}
