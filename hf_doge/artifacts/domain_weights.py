@@ -331,11 +331,11 @@ def _read_folder(kind: type[Weights], folder: Path) -> Weights:
         mean = {name: manifest["mean"][name] for name in names}
         told = {key: manifest[key] for key in ("last", "recipe", "domains", "metadata")}
         weights = kind(mean, trajectory=trajectory, **told)
-        newer = manifest.keys() - {*_KEYS, *_VERSION_KEYS}
+        newer = sorted(manifest.keys() - {*_KEYS, *_VERSION_KEYS})
         weights.unknown_keys = check_json("keys of a newer version", {key: manifest[key] for key in newer})
     if WEIGHTS_FILE in contents and read_weights_table(contents[WEIGHTS_FILE], WEIGHTS_FILE) != weights.mean:
         raise ValueError(
-            f"{WEIGHTS_FILE!r} and {MANIFEST!r} in {str(folder)!r} must tell the same weights, but do not."
+            f"{WEIGHTS_FILE!r} in {str(folder)!r} must tell the same weights as {MANIFEST!r}, but does not."
         )
     return weights
 
@@ -380,9 +380,7 @@ def parse_manifest(content: bytes, *, source: str) -> dict[str, Any]:
                 f"{source!r} must have a {kind.__name__} under {key!r}, but got {manifest.get(key)!r:.80}."
             )
     if not all(isinstance(checksum, str) for checksum in manifest["files"].values()):
-        raise ValueError(
-            f"{source!r} must have the sha256 of each file under 'files', but got {show(manifest['files'])}."
-        )
+        raise ValueError(f"{source!r} must have a sha256 of each of 'files', but got {show(manifest['files'])}.")
     return manifest
 
 

@@ -268,7 +268,7 @@ def test_a_folder_that_would_be_taken_for_a_pattern_is_refused(tmp_path):
     with pytest.raises(
         ValueError, match=r"Data set 'x' \('a\?', split 'train'\) must be readable, .* Rename the folder"
     ):
-        open_mixture(MixtureConfig.from_file(tmp_path / "m.yaml"))["x"].splits
+        _ = open_mixture(MixtureConfig.from_file(tmp_path / "m.yaml"))["x"].splits
 
 
 def test_the_keys_of_trl_mean_what_they_mean_there():
