@@ -130,7 +130,8 @@ def record_dataset(
             for path, fact in zip(paths, known, strict=True):
                 load = partial(load_model, path, trainable=True)
                 fact["learning_rate"] = saved_group_rate(path, fact["learning_rate"], load)
-            _warn_of_unknown_groups([path for path in paths if path.name not in whole])
+            if len(whole.keys() | {path.name for path in paths}) > 1:  # else it scales all scores alike
+                _warn_of_unknown_groups([path for path in paths if path.name not in whole])
         facts, recording.whole = [*known], whole
     recording.awaited = [
         path for path, told in zip(paths, facts, strict=True) if told is None or told["name"] not in recording.whole

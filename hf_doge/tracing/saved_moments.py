@@ -21,6 +21,7 @@ from hf_doge.gradients.layers import ChosenLayers, recorded_weights
 from hf_doge.gradients.optimizer_metric import ADAM, OTHER, RADAM, has_two_averages
 from hf_doge.tracing.models import unwrap_model
 from hf_doge.tracing.saved_checkpoints import group_learning_rate
+from hf_doge.tracing.saved_rates import has_one_rate
 from hf_doge.tracing.second_moments import (
     AVERAGE,
     NoSecondMoments,
@@ -153,7 +154,12 @@ def _kind_of(state: Mapping[str, Any], group: Mapping[str, Any]) -> str:
 
 
 def tells_groups(folder: Path) -> bool:
-    """Whether a checkpoint has an optimizer that can be read, which tells its parameter groups."""
+    """
+    Whether a checkpoint has an optimizer that can be read, which tells its parameter groups; or a scheduler that has one rate for
+    all of them.
+    """
+    if has_one_rate(folder):
+        return True
     try:
         _read(require_saved_optimizer(folder))
     except NoSecondMoments:

@@ -23,6 +23,7 @@ from transformers.utils import CONFIG_NAME
 
 from hf_doge.text import parse_json
 from hf_doge.tracing.inert_pickle import read_state
+from hf_doge.tracing.pretrained import ADAPTER_FILE
 
 logger = logging.getLogger(__name__)
 
@@ -124,7 +125,7 @@ def _read(folder: Path, state: Mapping[str, Any], step: int) -> _Told:
         logged=_logged(state.get("log_history")),
         last=[(step + 1, rate) for rate in _rates(saved.get("_last_lr"))[:1]],
         around=list(_rates_around(folder, bases[0], max_steps, step)) if bases else [],
-        is_of_now=_version(folder) >= 5,
+        is_of_now=_is_of_now(folder),
     )
 
 
@@ -245,6 +246,14 @@ def _max_steps(folder: Path) -> Any:
     return _value(folder / TRAINER_STATE_NAME, "max_steps")
 
 
+def _is_of_now(folder: Path) -> bool:
+    """Whether transformers 5 or later trained. With an adapter no config.json is saved, but arguments, some of which that lacks."""
+    if (folder / CONFIG_NAME).is_file() or not (folder / ADAPTER_FILE).is_file():
+        return _version(folder) >= 5
+    arguments = read_state(folder / TRAINING_ARGS_NAME)
+    return bool(arguments) and not arguments.keys() & {"no_cuda", "fp16_backend"}
+
+
 def _version(folder: Path) -> int:
     """The first number of the version of transformers that saved a model; 0 where that is not told."""
     major = str(_value(folder / CONFIG_NAME, "transformers_version")).partition(".")[0]
@@ -265,6 +274,13 @@ def _rates(values: Any) -> list[float]:
     given = values if isinstance(values, list) else []
     plain = [one.item() if isinstance(one, torch.Tensor) and one.numel() == 1 else one for one in given]
     return [float(one) for one in plain] if all(_is_rate(one) for one in plain) else []
+
+
+def has_one_rate(folder: Path) -> bool:
+    """Whether the scheduler of a checkpoint had the same rate for all parameter groups, from the first step to the next."""
+    saved = _load(folder / SCHEDULER_NAME)
+    rates = [_rates(saved.get(name)) for name in ("base_lrs", "_last_lr")]
+    return all(len(set(one)) == 1 for one in rates)
 
 
 def _optimizer_rates(folder: Path) -> list[float]:

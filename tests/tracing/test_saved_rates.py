@@ -175,6 +175,10 @@ def test_a_log_that_may_be_of_the_next_step_is_named_unless_a_trainer_of_today_w
     (path / "config.json").write_text('{"transformers_version": "5.0.0"}')
     assert describe_checkpoint(path)["learning_rate"] == 5e-4
     assert not of_hf_doge(caplog)
+    (path / "config.json").rename(path / "adapter_config.json")  # an adapter has no other; then the arguments tell
+    torch.save(TrainingArguments("run", report_to=[], use_cpu=True), path / "training_args.bin")
+    assert describe_checkpoint(path)["learning_rate"] == 5e-4
+    assert not of_hf_doge(caplog)
 
 
 def own_groups():
@@ -214,6 +218,20 @@ def test_a_rate_that_may_be_of_another_parameter_group_is_named(tmp_path, is_who
         (path / "optimizer.pt").write_bytes(b"of another kind")
     record(tmp_path / "unread")
     assert [one for one in of_hf_doge(caplog) if "there is no optimizer.pt that can be read" in one]
+
+
+@pytest.mark.parametrize("kind", ["one checkpoint", "one rate"])
+def test_another_parameter_group_is_not_told_of_where_it_changes_no_rank(tmp_path, kind, caplog):
+    """The rate of one checkpoint scales all scores; a scheduler of one rate for all groups tells that there is no other."""
+    options = {"save_only_model": kind == "one checkpoint", "logging_strategy": "steps", "logging_steps": 2}
+    paths, _ = train(tmp_path, **options)
+    if kind == "one rate":
+        for path in paths:
+            (path / "optimizer.pt").unlink()
+    caplog.clear()
+    chosen = paths[:1] if kind == "one checkpoint" else paths
+    record_dataset(tmp_path / "again", chosen, classification_data(), tokenizer=tiny_tokenizer(), progress=False)
+    assert not of_hf_doge(caplog)
 
 
 BAD_ARGUMENTS = {
