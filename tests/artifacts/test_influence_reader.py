@@ -330,6 +330,18 @@ def test_maps_unused_for_longest_make_room_for_new_ones(open_index, rows, tmp_pa
     np.testing.assert_array_equal(first.self_influence(0), expected)  # its map was open
 
 
+def test_the_holes_of_a_map_that_is_filled_bit_by_bit_take_no_room(open_index, rows, tmp_path, monkeypatch):
+    open_index(rows[0]).self_influence(0)
+    (place,) = (tmp_path / "cache").iterdir()
+    with open(place / "holes", "wb") as file:
+        file.write(b"x" * 4096)
+        file.truncate(2**30)
+    os.utime(place / "map.json", (0, 0))
+    monkeypatch.setattr("hf_doge.artifacts.influence.row_map._KEPT_BYTES", 2**29)
+    open_index(rows[1], folder="other").self_influence(0)
+    assert place.exists()
+
+
 def test_the_map_goes_to_hf_home(tmp_path, rows, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(tmp_path / "home"))
     write_index(tmp_path / "index", rows[0])

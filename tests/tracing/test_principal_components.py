@@ -4,6 +4,7 @@ import json
 import shutil
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -423,6 +424,9 @@ MANIPULATED = {
         2, "direction", table["direction"].take([0, 0, 2, 3])
     ),
     "`checkpoint` must be 0": lambda table: table.set_column(0, "checkpoint", table["component"]),
+    "no value may be null": lambda table: table.set_column(
+        2, "direction", pa.array([None, *table["direction"].to_pylist()[1:]], table["direction"].type)
+    ),
 }
 
 
