@@ -21,6 +21,7 @@ from hf_doge.artifacts.domain_weights import weights_publication
 from hf_doge.artifacts.hub.errors import Patience
 from hf_doge.artifacts.hub.publication import Publication
 from hf_doge.artifacts.hub.push import push_publication
+from hf_doge.artifacts.hub.ranges import RangedFile
 from hf_doge.cli.push import main as push_command
 from hf_doge.files import sha256
 from hf_doge.tracing.publication import prepare_index_push
@@ -200,6 +201,10 @@ def reading(folder):
         if not hub.hits(number):
             errors[f"404 to {method} {request}"] = ["", "the fault was not met"]
         hub.clear_faults()
+    commit = HfApi().repo_info("doge/weights", repo_type="dataset").sha
+    hub.fail("HEAD", "weights.*/resolve/", server="hub", status=403, times=None)
+    attempt("403 to a part of a file", lambda: RangedFile("doge/weights", WEIGHTS_FILE, commit=commit).read(0, 4))
+    hub.clear_faults()
 
 
 READING = [("GET", "revision"), ("GET", "tree"), ("HEAD", "resolve"), ("GET", "resolve")]

@@ -74,6 +74,7 @@ def errors(tmp_path_factory):
             (f"404 to {method} {request}", "FileNotFoundError", ["'doge/weights'"])
             for method, request in [("GET", "revision"), *TREE, ("HEAD", "resolve"), ("GET", "resolve")]
         ),
+        ("403 to a part of a file", "PermissionError", ["'doge/weights'"]),
         ("full disk", "OSError", ["disk did not take all", "free some space"]),
     ],
 )
