@@ -7,7 +7,7 @@ PYTEST := -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 SETUP := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint test-lowest test-newest dist docs clean
+.PHONY: help demo test lint style test-lowest test-newest dist docs clean
 
 help:  ## Show what can be made
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -15,13 +15,19 @@ help:  ## Show what can be made
 demo: $(SETUP)  ## Learn weights on text of this machine, train with them, trace a prediction; tables and plots (about 5 minutes)
 	$(BIN)/hf-doge demo --output_dir demo
 
-test: $(SETUP) lint  ## Check the style and run the tests (offline, CPU)
-	$(BIN)/python $(PYTEST)
+# Types are checked while the tests run: from nothing, mypy keeps one core for more than a minute.
+test: style  ## Check the style and run the tests (offline, CPU)
+	@$(BIN)/mypy > $(VENV)/types.log 2>&1 & types=$$!; \
+	$(BIN)/python $(PYTEST); tests=$$?; \
+	wait $$types; types=$$?; cat $(VENV)/types.log; \
+	exit $$((tests | types))
 
-lint: $(SETUP)  ## Check style, import direction and types
+lint: style  ## Check style, import direction and types
+	$(BIN)/mypy
+
+style: $(SETUP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy
 
 test-lowest: .venv-lowest/.ready  ## Run the tests on the oldest packages that pyproject.toml allows
 	.venv-lowest/bin/python $(PYTEST)

@@ -7,11 +7,6 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 
 import pytest
-import torch
-
-from tests.tiny import tiny_tokenizer
-
-torch.set_num_threads(1)
 
 LONGEST = (
     "training/test_learning_processes.py",
@@ -77,6 +72,18 @@ LONGEST = (
 )
 
 
+def pytest_configure(config):
+    """
+    One thread, in the processes that run tests: the one that hands them out to two others needs no torch, and would have
+    those wait for the seconds that its import takes.
+    """
+    hands_out = getattr(config.option, "dist", "no") != "no" and not hasattr(config, "workerinput")
+    if not hands_out:
+        import torch
+
+        torch.set_num_threads(1)
+
+
 def pytest_collection_finish():
     """
     Keep the garbage collector away from what the imports made.
@@ -109,4 +116,6 @@ def unsynced():
 @pytest.fixture
 def tokenizer():
     """Thirty-two one-letter words, with padding, mask and end."""
+    from tests.tiny import tiny_tokenizer
+
     return tiny_tokenizer()

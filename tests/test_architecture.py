@@ -72,7 +72,13 @@ def test_imports_point_down(path):
 
 # Sizes
 
-MODULES = {path: ast.parse(path.read_text()) for path in sorted(PACKAGE.rglob("*.py"))}
+
+@cache
+def trees(folder):
+    """What is parsed of each module, by the process that looks at it."""
+    return {path: ast.parse(path.read_text()) for path in sorted(folder.rglob("*.py"))}
+
+
 MAX_FILE, MAX_BODY, MAX_PARAMETERS = 400, 60, 12
 
 
@@ -81,7 +87,7 @@ def name_of(path):
 
 
 def functions():
-    for path, tree in MODULES.items():
+    for path, tree in trees(PACKAGE).items():
         yield from ((path, node) for node in ast.walk(tree) if isinstance(node, ast.FunctionDef))
 
 
@@ -97,7 +103,7 @@ def number_of_parameters(function):
 
 
 def test_no_file_is_longer_than_400_lines():
-    lengths = {name_of(path): len(path.read_text().splitlines()) for path in MODULES}
+    lengths = {name_of(path): len(path.read_text().splitlines()) for path in trees(PACKAGE)}
     assert {name: lines for name, lines in lengths.items() if lines > MAX_FILE} == {}
 
 
@@ -122,12 +128,12 @@ def imported_by():
     """
     names = {
         ".".join(("hf_doge", *path.relative_to(PACKAGE).with_suffix("").parts)).removesuffix(".__init__"): path
-        for path in MODULES
+        for path in trees(PACKAGE)
     }
     graph = {}
     for name, path in names.items():
         found = set()
-        for node in ast.walk(MODULES[path]):
+        for node in ast.walk(trees(PACKAGE)[path]):
             if isinstance(node, ast.ImportFrom):
                 found |= {f"{node.module}.{one.name}" for one in node.names} & names.keys() or {node.module}
             elif isinstance(node, ast.Import):
@@ -216,7 +222,6 @@ def test_an_unknown_name_is_an_attribute_error():
 # Tests that can fail
 
 TESTS = Path(__file__).parent
-TEST_TREES = {path: ast.parse(path.read_text()) for path in sorted(TESTS.rglob("*.py"))}
 
 
 def called_names(node):
@@ -229,7 +234,7 @@ def test_every_expected_error_is_told_by_its_message():
     """Without `match` another error of the same class passes: a typing error in the test, the fault of a library."""
     without = [
         f"{path.name}:{call.lineno}"
-        for path, tree in TEST_TREES.items()
+        for path, tree in trees(TESTS).items()
         for call, name in called_names(tree)
         if name == "raises" and not any(keyword.arg == "match" for keyword in call.keywords)
     ]
@@ -242,7 +247,9 @@ def test_the_files_that_come_first_are_there():
 
 def test_every_test_asserts_something():
     """By itself, or by calling a function of the tests that does."""
-    functions = [node for tree in TEST_TREES.values() for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
+    functions = [
+        node for tree in trees(TESTS).values() for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)
+    ]
     asserting = {"raises", "warns", "fail", "assert_close", "assert_allclose", "assert_array_equal"}
     asserting |= {one.name for one in functions if any(isinstance(node, ast.Assert) for node in ast.walk(one))}
     while True:

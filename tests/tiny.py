@@ -1,5 +1,7 @@
 """Tiny models and data for the tests: built from configs, no download."""
 
+from functools import cache
+
 import torch
 import torch.nn.functional as F
 from datasets import Dataset
@@ -34,13 +36,13 @@ ONE_STEP = {
 }
 
 
-def tiny_llama(*, dtype=torch.float32, tied=True, seed=0):
+def tiny_llama(*, dtype=torch.float32, tied=True, seed=0, num_layers=2):
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=VOCAB,
         hidden_size=16,
         intermediate_size=24,
-        num_hidden_layers=2,
+        num_hidden_layers=num_layers,
         num_attention_heads=2,
         num_key_value_heads=2,
         max_position_embeddings=32,
@@ -126,12 +128,13 @@ def language_model_rows(num_examples, *, masked=0.0, seed=0, **kwargs):
 
 def three_domains(num_examples=4, *, masked=0.0):
     """Three domains over three parts of the vocabulary."""
-    return {
-        name: Dataset.from_dict(
-            language_model_rows(num_examples, low=low, high=low + 12, masked=masked, seed=position)
-        )
-        for position, (name, low) in enumerate({"arxiv": 1, "books": 9, "code": 19}.items())
-    }
+    lows = {"arxiv": 1, "books": 9, "code": 19}
+    return {name: _domain(num_examples, low, masked, seed) for seed, (name, low) in enumerate(lows.items())}
+
+
+@cache  # to make a dataset is to hash it, which takes more time than most of what is done to it
+def _domain(num_examples, low, masked, seed):
+    return Dataset.from_dict(language_model_rows(num_examples, low=low, high=low + 12, masked=masked, seed=seed))
 
 
 def classifier_domains(num_examples=4):

@@ -568,8 +568,9 @@ def crash_twice(root):
 
 
 def _in_another_process(statement):
-    # Forking wants a process without threads. Its first table imports pandas, which every child would else do again.
-    code = f"from tests.artifacts.test_domain_weights import *; make_trajectory().to_table(); {statement}"
+    # Forking wants a process without threads. What its first save imports and compiles, every child would else do again.
+    first = "with tempfile.TemporaryDirectory() as folder: make_weights().save_pretrained(folder)"
+    code = f"import tempfile\nfrom tests.artifacts.test_domain_weights import *\n{first}\n{statement}"
     process = Fork(["-c", code], env=launch_environment())
     assert process.wait(timeout=120) == 0, process.output
 

@@ -1,5 +1,7 @@
 """Small trainings to record, and what their rows must be."""
 
+from functools import cache
+
 import torch
 from datasets import ClassLabel, Dataset, Features, List, Value
 from transformers import DataCollatorForLanguageModeling, DataCollatorForSeq2Seq, Trainer, TrainingArguments
@@ -22,6 +24,7 @@ def texts(num_examples, *, seed=0):
     return [row[: LENGTHS[position % len(LENGTHS)]] for position, row in enumerate(ids)]
 
 
+@cache
 def classification_data(num_examples=11, *, seed=0):
     ids = texts(num_examples, seed=seed)
     return Dataset.from_dict(
@@ -44,6 +47,7 @@ def classification_data(num_examples=11, *, seed=0):
     )
 
 
+@cache
 def language_data(num_examples=9):
     ids = texts(num_examples)
     return Dataset.from_dict({"input_ids": ids, "attention_mask": [[1] * len(row) for row in ids]})

@@ -4,6 +4,7 @@ import json
 import os
 import sys
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -17,6 +18,7 @@ from hf_doge.training.config import DoGEConfig
 from hf_doge.training.trainer import DoGEMixin, DoGETrainer
 from tests.launch import end_process_group
 from tests.tiny import language_model_rows, tiny_gpt2, tiny_llama, tiny_tokenizer
+from tests.training.mixture_processes import SaveAt
 from tests.training.sharding import is_in_shards, load_in_shards, shard_on_cpus, whole
 
 STEPS = 4  # what needs more says so
@@ -45,6 +47,7 @@ WAYS = {
         "learning_rate": 0.01,
         "max_steps": 6,
         "seed": 2,
+        "num_layers": 2,
         "stop_when_undecided": True,
         "undecided_window": 2,
         "shrinkage": False,
@@ -52,7 +55,7 @@ WAYS = {
     },
     "online": {"mode": "online", "reweight_steps": 2, "sampler_lag_steps": 2, "with_target": True, "max_steps": 6},
     "silent": {"normalization": "cosine", "is_silent": True, "max_steps": 6},
-    "sft": {"mode": "online", "reweight_steps": 3, "sft": True, "mu": 1e-4, "max_steps": 6},
+    "sft": {"mode": "online", "reweight_steps": 3, "sft": True, "mu": 3e-5, "max_steps": 6},
     "sft_silent": {"sft": True, "lora": False, "is_silent": True, "alignment": "single_pass", "max_steps": 6},
     "talking": {
         "is_talking": True,
@@ -88,12 +91,12 @@ SHARDED_OPTIONS = {
         "fsdp_config": {"fsdp_version": 2, "state_dict_type": "FULL_STATE_DICT"},
         "optim": "adamw_torch",
     },
-    "loaded": {"save_strategy": "no"},  # transformers does not resume such a model
-    "replicated": {"save_strategy": "no"},
 }
+UNSAVED = ("loaded", "replicated")  # transformers does not resume such a model
 SIZES = {"loaded": {"fsdp_size": 2}, "replicated": {"dp_replicate_size": 2, "fsdp_size": 1}}
 
 
+@cache
 def make_domains(*, is_silent=False):
     """
     Of unequal sizes and lengths; the last one has no label in most of its examples. With `is_silent` that is so of all
@@ -136,6 +139,7 @@ def make_trainer(
     sft=False,
     global_batch=16,
     lora=True,
+    num_layers=1,
     **options,
 ):
     defaults = {
@@ -148,8 +152,7 @@ def make_trainer(
         "max_grad_norm": 1.0,
         "mu": 0.1,
         "report_to": "none",
-        "save_steps": 2,
-        "save_total_limit": 3,
+        "save_strategy": "no",
         "logging_steps": 1,
         "use_cpu": True,
         "disable_tqdm": True,
@@ -160,7 +163,7 @@ def make_trainer(
     if sft:
         return make_sft_trainer(str(folder), make_domains(is_silent=is_silent), lora, {**defaults, **options})
     args = DoGEConfig(str(folder), **{**defaults, **options})
-    model = tiny_gpt2() if options.get("reweight_steps") else tiny_llama(tied=not is_overflown)
+    model = tiny_gpt2() if options.get("reweight_steps") else tiny_llama(tied=not is_overflown, num_layers=num_layers)
     if is_overflown:  # of some examples of "code", with and without labels, everything in the model is not a number
         model.get_input_embeddings().weight.requires_grad_(False)[29:31] = torch.inf
         model.idle = torch.nn.Parameter(torch.ones(1, 7))  # used by nobody, and not to be divided evenly
@@ -203,7 +206,7 @@ def make_sft_trainer(folder, domains, lora, options):
     if args.fsdp:
         shard_on_cpus(args)
     return DoGESFTTrainer(
-        tiny_llama(),
+        tiny_llama(num_layers=1),
         args,
         train_dataset=domains,
         processing_class=tiny_tokenizer(),
@@ -267,11 +270,13 @@ def main(folder, num_processes, micro_batch, ways=tuple(WAYS), resume=None, shar
     """Train `ways` into `folder`, or go on with those that other runs left checkpoints of, in the folder `resume`."""
     folder = Path(folder)
     for name in ways:
-        options = WAYS[name] if name in SAVING else {**WAYS[name], "save_strategy": "no"}
         if (resume is not None and name not in RESUMED) or name not in SHARDED.get(sharding, WAYS):
             continue
         run = folder / "runs" / name
-        trainer = make_trainer(run, num_processes=num_processes, micro_batch=micro_batch, sharding=sharding, **options)
+        sizes = {"num_processes": num_processes, "micro_batch": micro_batch}
+        trainer = make_trainer(run, sharding=sharding, **sizes, **WAYS[name])
+        if name in SAVING and sharding not in UNSAVED:
+            trainer.add_callback(SaveAt([2]))
         assert trainer.args.world_size == num_processes
         trainer.train(None if resume is None else f"{resume}/{name}/checkpoint-2")
         note(trainer, folder / f"{name}-{trainer.args.process_index}.pt")

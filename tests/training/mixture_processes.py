@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import sys
+from functools import cache
 from pathlib import Path
 
 import accelerate
@@ -85,12 +86,12 @@ def weights_of_step(step):
 def domains(scale=1):
     """Row numbers count through all domains, so that they are what the sampler yields."""
     starts = {"wiki": 0, "code": 11 * scale, "arxiv": 18 * scale}
-    return {
-        name: Dataset.from_dict(
-            {"row": list(range(start, start + scale * SIZES[name])), "labels": [1.0] * scale * SIZES[name]}
-        )
-        for name, start in starts.items()
-    }
+    return {name: numbered_rows(start, start + scale * SIZES[name]) for name, start in starts.items()}
+
+
+@cache
+def numbered_rows(start, stop):
+    return Dataset.from_dict({"row": list(range(start, stop)), "labels": [1.0] * (stop - start)})
 
 
 def arguments(folder, *, num_processes, split_batches=False, **options):
