@@ -15,6 +15,7 @@ from datasets.exceptions import DatasetsError
 from hf_doge.checks import show
 from hf_doge.data.mixture import BUILDERS, FORMATS, DatasetConfig, MixtureConfig
 from hf_doge.sampling.domains import DomainIndex
+from hf_doge.sampling.lengths import is_list
 
 # What a row can hold, as trl's SFTTrainer names it; where a row has columns of more than one kind, the first counts.
 KINDS = (("messages",), ("prompt", "completion"), ("text",))
@@ -126,7 +127,7 @@ def find_kind(dataset: Dataset, what: str) -> tuple[str, ...]:
             "Rename one in the mixture, as in `columns: {text: body}`."
         )
     texts = [_is_text(dataset, name) for name in kind]
-    chats = [_is_list(dataset, name) for name in kind]
+    chats = [is_list(dataset.data.schema.field(name).type) for name in kind]
     if not (all(texts) and kind != ("messages",)) and not (all(chats) and kind != ("text",)):
         wanted = {"text": "texts", "messages": "lists of messages"}.get(kind[0], "texts, or lists of messages")
         raise ValueError(
@@ -138,11 +139,6 @@ def find_kind(dataset: Dataset, what: str) -> tuple[str, ...]:
 
 def _is_text(dataset: Dataset, column: str) -> bool:
     return getattr(dataset.features[column], "dtype", None) in ("string", "large_string")
-
-
-def _is_list(dataset: Dataset, column: str) -> bool:
-    kind = dataset.data.schema.field(column).type
-    return pa.types.is_list(kind) or pa.types.is_large_list(kind)
 
 
 def open_mixture(mixture: MixtureConfig, *, train_only: bool = False) -> dict[str, Records]:

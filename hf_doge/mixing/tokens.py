@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pyarrow as pa
 
-from hf_doge.sampling.lengths import IGNORED_LABEL
+from hf_doge.sampling.lengths import IGNORED_LABEL, is_list
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
@@ -77,7 +77,7 @@ def _read_rows(table: pa.Table, name: str, only_labels: bool) -> Tokens:
 def _flatten(column: pa.ChunkedArray, name: str) -> tuple[np.ndarray, np.ndarray]:
     """The numbers of all rows one after the other, `int64`, and how many each row has."""
     kind = column.type
-    if not (pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)):
+    if not is_list(kind):
         raise ValueError(f"{name} must hold lists of token ids, but a column is {kind}. Tokenise it.")
     if column.null_count or not pa.types.is_integer(kind.value_type):
         raise ValueError(f"{name} must hold a list of whole numbers in every row, but a column is {kind} or has none.")

@@ -41,7 +41,7 @@ def count_row_tokens(dataset: "datasets.Dataset", *, shift: int = 0) -> np.ndarr
             _refuse_masks(name, dataset.column_names)
             table = dataset.with_format("arrow").data
             column = table.column(name)
-            if _is_list(column.type) and _is_list(column.type.value_type):
+            if is_list(column.type) and is_list(column.type.value_type):
                 raise nested(name)
             if _holds_tokens(column.type):
                 if TEXTS in dataset.column_names:
@@ -92,12 +92,13 @@ def nested(name: str) -> ValueError:
     )
 
 
-def _is_list(kind: pa.DataType) -> bool:
+def is_list(kind: pa.DataType) -> bool:
+    """Whether each row of a column of this type has a list, in whichever way Arrow keeps it."""
     return pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
 
 
 def _holds_tokens(kind: pa.DataType) -> bool:
-    return _is_list(kind) and pa.types.is_integer(kind.value_type)
+    return is_list(kind) and pa.types.is_integer(kind.value_type)
 
 
 def _count(rows: pa.Array, are_labels: bool, shift: int) -> np.ndarray:

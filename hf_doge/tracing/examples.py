@@ -13,6 +13,7 @@ import torch
 from datasets import ClassLabel, Dataset
 from transformers import DataCollatorForSeq2Seq, DataCollatorWithPadding, default_data_collator
 
+from hf_doge.sampling.lengths import is_list
 from hf_doge.tracing.batches import column_names
 from hf_doge.tracing.models import content_hash
 
@@ -333,7 +334,7 @@ def _has_text(kind: pa.DataType) -> bool:
         return True
     if pa.types.is_struct(kind):
         return any(_has_text(field.type) for field in kind)
-    if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
+    if is_list(kind):
         return _has_text(kind.value_type)
     return False
 
@@ -380,7 +381,7 @@ def _items(dataset: Any) -> Iterator[Mapping[str, Any]]:
 def _split(column: pa.ChunkedArray) -> list:
     """One NumPy array or number per row."""
     array = column.combine_chunks()
-    is_list = pa.types.is_list(array.type) or pa.types.is_large_list(array.type)
-    if not is_list or pa.types.is_nested(array.type.value_type) or array.null_count:
+    has_offsets = pa.types.is_list(array.type) or pa.types.is_large_list(array.type)
+    if not has_offsets or pa.types.is_nested(array.type.value_type) or array.null_count:
         return array.to_pylist()
     return np.split(array.values.to_numpy(zero_copy_only=False), array.offsets.to_numpy())[1:-1]

@@ -2,7 +2,7 @@
 
 import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
@@ -297,23 +297,27 @@ class RecordingSettings:
             model (`nn.Module`): Which is recorded.
             folder (`str` or `os.PathLike`, *optional*): Of the index. One that is there keeps what it was begun with.
         """
-        is_begun = folder is not None and (Path(folder) / MANIFEST).is_file()
-        begun = read_config(Path(folder)) if folder is not None and is_begun else {}
+        begun = None  # is read where it is asked for something, and once
+        if folder is not None and (self.layers == [AUTO] or self.tied == AUTO) and (Path(folder) / MANIFEST).is_file():
+            begun = read_config(Path(folder))
+        return self._resolved(model, begun)
+
+    def _resolved(self, model: nn.Module, begun: Mapping[str, Any] | None) -> "RecordingSettings":
         if self.layers == [AUTO]:
-            chosen = default_layers(model, begun if is_begun else None)
-            if not is_begun and self.metric != "gradient":
+            chosen = default_layers(model, begun)
+            if begun is None and self.metric != "gradient":
                 chosen = {"layers": None}
-            return replace(self, **chosen).resolved(model, folder)
+            return replace(self, **chosen)._resolved(model, begun)
         if self.metric == AUTO and self.layers is not None and not self.chosen_layers(model).is_exact:  # type: ignore[union-attr]
             warnings.warn(
                 f"`metric='auto'` records plain gradients, as the layers {self.layers} are projected, and the metric of Adam divides"
                 " whole ones. `metric='gradient'` says that the plain ones are meant.",
-                stacklevel=3,
+                stacklevel=4,
             )
-            return replace(self, metric="gradient").resolved(model, folder)
+            return replace(self, metric="gradient")._resolved(model, begun)
         if self.tied != AUTO:
             return self
-        if is_begun:
+        if begun is not None:
             return replace(self, tied=begun.get("tied") or "input")
         return replace(self, tied="own" if has_tied_output(model) else "input")
 

@@ -17,6 +17,7 @@ from transformers import Trainer, TrainingArguments
 
 from hf_doge.artifacts.provenance import describe_dataset, describe_model, describe_process
 from hf_doge.sampling.domains import DomainIndex, StreamDomains
+from hf_doge.sampling.lengths import is_list
 from hf_doge.text import public_content, public_name
 from hf_doge.training.global_batch import examples_per_step
 
@@ -84,8 +85,7 @@ def fingerprint_rows(dataset: Dataset, rows: np.ndarray, *, without: str) -> str
 def _content(name: str, column: pa.ChunkedArray) -> bytes:
     """A column as bytes, the same in whatever type it is stored. Of tokens it is their numbers, which is much faster than text."""
     kind = column.type
-    is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
-    if is_list and pa.types.is_integer(kind.value_type) and not column.null_count:
+    if is_list(kind) and pa.types.is_integer(kind.value_type) and not column.null_count:
         numbers = pc.list_flatten(column)
         if len(numbers) and not numbers.null_count:
             lengths = pc.list_value_length(column).to_pylist()
@@ -110,11 +110,7 @@ def _count_tokens(dataset: Dataset) -> np.ndarray | None:
     if "input_ids" not in dataset.column_names:
         return None
     column = dataset.with_format("arrow").data.column("input_ids")
-    if not (
-        pa.types.is_list(column.type)
-        or pa.types.is_large_list(column.type)
-        or pa.types.is_fixed_size_list(column.type)
-    ):
+    if not is_list(column.type):
         return None
     lengths = pc.list_value_length(column).to_numpy()
     if dataset._indices is not None:
