@@ -16,8 +16,9 @@ def estimate_score_noise(scores: np.ndarray) -> np.ndarray:
     """
     Standard deviation of a step's score around what it is over many: that of the difference of two successive scores, over the root
     of 2 (von Neumann's estimator). That is the draw of the examples, and what the model's score does from one update to the next
-    without remembering it, which is noise to a sum of scores as well; measured, up to twice the draw alone (`benchmarks/RESULTS.md`,
-    "What a run tells of the noise of its scores"). Nothing is taken for granted of the distribution of the gradients.
+    without remembering it, which is noise to a sum of scores as well; measured, up to twice the draw alone. Of the scores' distances
+    from their mean over the domains, which move the weights, it tells the spread over whole runs within about 20 %
+    (`benchmarks/RESULTS.md`, "What a run tells of the noise of its scores"). Nothing is assumed of the distribution of the gradients.
 
     Args:
         scores (`numpy.ndarray` of shape `(T, K)`): Of successive updates; NaN where a domain was absent.
