@@ -62,7 +62,8 @@ class SequentialBatches:
 
     def some(self, count: int) -> Iterator[Mapping[str, Any]]:
         """Batches of a few examples from all over the dataset. Iterate inside [`preserved_random_state`]."""
-        positions = range(0, len(self), max(1, len(self) // count))[:count]
+        count = min(count, len(self))
+        positions = [place * (len(self) - 1) // max(count - 1, 1) for place in range(count)]
         for start in range(0, len(positions), self.batch_size):
             yield self._batch(list(positions[start : start + self.batch_size]), self.seed % 2**32)
 

@@ -301,5 +301,5 @@ def encoding_of(
 ) -> dict[str, Any]:
     """For config.json: how the examples were made, as some of them show or as is `known`, so that queries are made alike."""
     with preserved_random_state():
-        seen = describe_encoding(batches.some(32), text_tokenizer(tokenizer), args)
+        seen = describe_encoding(batches.some(256), text_tokenizer(tokenizer), args)
     return {"encoding": {**seen, **(known or {})}}

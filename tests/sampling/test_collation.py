@@ -194,3 +194,16 @@ def test_recording_draws_alike_whether_or_not_training_has_drawn():
     after = dict(SequentialBatches(data, collator, batch_size=3).between(0, 6))
     assert not any(differ(before[start], after[start]) for start in (0, 3))
     assert differ(before[0], before[3])
+
+
+@pytest.mark.parametrize("size", [1, 2, 31, 32, 33, 63, 64, 100, 1000])
+@pytest.mark.parametrize("count", [1, 2, 32])
+def test_some_examples_come_from_all_over_a_dataset(size, count):
+    batches = SequentialBatches(range(size), lambda items: {"input_ids": torch.tensor([items]).T}, batch_size=8)
+    seen = [one for batch in batches.some(count) for one in batch["input_ids"].flatten().tolist()]
+    assert seen == sorted(set(seen))
+    assert len(seen) == min(count, size)
+    assert seen[0] == 0
+    if len(seen) > 1:
+        assert seen[-1] == size - 1
+        assert np.diff(seen).max() - np.diff(seen).min() <= 1

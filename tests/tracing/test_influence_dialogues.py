@@ -3,9 +3,13 @@
 import numpy as np
 import pytest
 from datasets import Dataset
+from transformers import default_data_collator
 from trl import SFTConfig, SFTTrainer
 
 from hf_doge import InfluenceIndex, TracInWECallback
+from hf_doge.tracing.batches import SequentialBatches
+from hf_doge.tracing.recording import encoding_of
+from tests.tiny import tiny_tokenizer
 from tests.tracing.influence_tools import byte_level_tokenizer, language_model
 
 TEMPLATE = (
@@ -137,3 +141,11 @@ def test_what_the_index_does_not_know_is_asked_of_the_user(recorded, tmp_path, t
     plain.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
     with pytest.raises(ValueError, match="the chat template marks none"):
         InfluenceIndex(index.reader, processing_class=plain, masking="assistant").scores(MESSAGES)
+
+
+def test_how_examples_were_masked_is_known_where_few_of_them_are():
+    """One of 600, none of the first thirty-two that are evenly spaced."""
+    rows = [{"input_ids": [5, 6, 7, 8], "labels": [5, 6, 7, 8]} for _ in range(600)]
+    rows[300]["labels"] = [-100, -100, 7, 8]
+    batches = SequentialBatches(rows, default_data_collator, batch_size=8)
+    assert encoding_of(batches, tiny_tokenizer())["encoding"]["masks"] == ["completion"]
