@@ -46,14 +46,18 @@ def public_command(arguments: Sequence[str] | None = None) -> str:
 
 def describe_process() -> dict[str, Any]:
     """The command that runs, the versions of what runs it, and when."""
-    versions = {"hf_doge": __version__, **{library: version(library) for library in LIBRARIES}}
     return {
         "command": public_command(),
         # Sorted as in our JSON, so that a card made of either is the same.
-        "versions": dict(sorted(versions.items())),
+        "versions": dict(sorted({"hf_doge": __version__, **_versions()}.items())),
         "hf_doge_commit": _get_commit(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
+
+
+@cache  # each is read from a file
+def _versions() -> dict[str, str]:
+    return {library: version(library) for library in LIBRARIES}
 
 
 def describe_dataset(dataset: Any) -> dict[str, Any]:

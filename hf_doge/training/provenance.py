@@ -41,7 +41,7 @@ def describe_domains(
     """
     if domains.sizes is None:
         return {name: {"num_rows": None, "num_tokens": None, "fingerprint": None} for name in domains.names}
-    tokens = _count_tokens(dataset)
+    tokens, stored = _count_tokens(dataset), _stored_content(dataset, without=domain_column)
     described = {}
     for position, name in enumerate(domains.names):
         size = int(domains.sizes[position])
@@ -49,7 +49,7 @@ def describe_domains(
         described[name] = {
             "num_rows": size,
             "num_tokens": None if tokens is None else int(tokens[rows].sum()),
-            "fingerprint": fingerprint_rows(dataset, rows, without=domain_column),
+            "fingerprint": _fingerprint(stored, rows),
         }
     return described
 
@@ -65,11 +65,19 @@ def fingerprint_rows(dataset: Dataset, rows: np.ndarray, *, without: str) -> str
         rows (`np.ndarray`): Their numbers, in order.
         without (`str`): A column that is no content of theirs.
     """
-    count = len(rows)
+    return _fingerprint(_stored_content(dataset, without=without), rows)
+
+
+def _stored_content(dataset: Dataset, *, without: str) -> Dataset:
+    """The columns of a dataset but for one, as tables of Arrow."""
+    return dataset.select_columns([name for name in dataset.column_names if name != without]).with_format("arrow")
+
+
+def _fingerprint(stored: Dataset, rows: np.ndarray) -> str:
+    count, columns = len(rows), sorted(stored.column_names)
     chosen = rows if count <= _NUM_SAMPLED else rows[np.arange(_NUM_SAMPLED) * (count - 1) // (_NUM_SAMPLED - 1)]
     digest = hashlib.sha256(str(count).encode())
-    columns = sorted(set(dataset.column_names) - {without})
-    stored, num_read = dataset.select_columns(columns).with_format("arrow"), 0
+    num_read = 0
     num_parts = ceil(len(chosen) / _NUM_READ_AT_ONCE) if columns else 0
     for part in range(num_parts):  # each from end to end
         table = stored[chosen[part::num_parts].tolist()]
