@@ -158,6 +158,24 @@ def _write_out(file: BinaryIO, content: bytes) -> None:
     os.fsync(file.fileno())
 
 
+def prepare_file(path: str | os.PathLike, *, name: str = "path") -> Path:
+    """
+    Where a file is about to be written, its folder made.
+
+    Args:
+        path (`str` or `os.PathLike`): The file, there already or not.
+        name (`str`): The argument that named it, for errors.
+
+    Raises:
+        IsADirectoryError: A folder is there.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise IsADirectoryError(f"`{name}` must be a file, but {str(path)!r} is a folder. Name a file in it.")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path
+
+
 def write_atomically(path: Path, content: bytes) -> None:
     """Write a file that is there whole or not at all, also if the disk is full, the power fails or others write it too."""
     with _unfinished(path.with_name(f".{path.name}.tmp")) as (file, temporary):

@@ -3,12 +3,11 @@
 import io
 import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from hf_doge.files import write_atomically
+from hf_doge.files import prepare_file, write_atomically
 from hf_doge.text import printable
 
 if TYPE_CHECKING:
@@ -386,8 +385,7 @@ def _write(figure: "Figure", path: str | os.PathLike | None) -> None:
     """Write the whole picture or nothing."""
     if path is None:
         return
-    path = Path(path)
+    path = prepare_file(path)
     content = io.BytesIO()
     figure.savefig(content, format=path.suffix.lstrip(".") or "png")
-    path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, content.getvalue())

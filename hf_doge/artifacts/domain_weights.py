@@ -28,6 +28,7 @@ from hf_doge.artifacts.record import Trajectory, WeightsRecord
 from hf_doge.artifacts.score_noise import weight_noise
 from hf_doge.checks import check_flag, check_json, check_names, check_path, naming, show
 from hf_doge.files import (
+    prepare_file,
     read_settled,
     read_verified,
     remove_file,
@@ -130,8 +131,7 @@ class DomainWeights(WeightsRecord):
         check_path("path", path, optional=True)
         text = export_weights(self, format, paths=paths, num_rows=num_rows)
         if path is not None:
-            Path(path).parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(Path(path), text.encode())
+            write_atomically(prepare_file(path), text.encode())
         return text
 
     def summary(self) -> str:

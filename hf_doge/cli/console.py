@@ -5,7 +5,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -28,12 +28,16 @@ def say(text: str) -> None:
 @contextmanager
 def lasting_output() -> Iterator[None]:
     """
-    Whoever reads the output may stop reading (`| head -1`) or know fewer letters (an ASCII terminal): the work goes on, and
-    neither is an error.
+    Whoever reads the output may stop reading (`| head -1`), never read (`>&-`) or know fewer letters (an ASCII terminal): the
+    work goes on, and none of it is an error.
     """
     if getattr(sys.stdout, "errors", None) == "strict" and hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")
-    with redirect_stdout(_LastingStream(sys.stdout)) as out, redirect_stderr(_LastingStream(sys.stderr)):
+    with ExitStack() as streams:
+        # Python has none for what was closed before it began.
+        nothing = streams.enter_context(open(os.devnull, "w"))
+        out = streams.enter_context(redirect_stdout(_LastingStream(sys.stdout or nothing)))
+        streams.enter_context(redirect_stderr(_LastingStream(sys.stderr or nothing)))
         try:
             yield
         finally:

@@ -10,6 +10,7 @@ from typing import Any
 from hf_doge.cli.console import say
 from hf_doge.cli.parser import parse
 from hf_doge.cli.records import check_text_fields, read_records
+from hf_doge.files import prepare_file
 from hf_doge.text import printable
 from hf_doge.tracing.encoding import DIALOGUE_FIELDS, MASKINGS
 from hf_doge.tracing.html import LEAST_SHARE, domain_of, hidden_share
@@ -151,6 +152,8 @@ def main(argv: Sequence[str]) -> int:
             "predicts."
         ),
     )
+    if args.html is not None:
+        prepare_file(args.html, name="--html")  # before the work
     targets: list[Any] = []
     queries = _read_queries(args, targets)
     index = InfluenceIndex.from_pretrained(

@@ -11,7 +11,6 @@ follow TracIn's own sign.
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
-from pathlib import Path
 from typing import Any, Unpack
 
 import numpy as np
@@ -20,7 +19,7 @@ from datasets import ClassLabel, Dataset
 
 from hf_doge.artifacts.influence.lexical_search import LexicalIndex
 from hf_doge.checks import check_choice, check_count, check_path, show
-from hf_doge.files import write_atomically
+from hf_doge.files import prepare_file, write_atomically
 from hf_doge.gradients.layers import virtual_rows
 from hf_doge.tracing.hits import (
     add_example_columns,
@@ -282,7 +281,7 @@ class InfluenceIndex(SavedIndex):
         check_path("path", path, optional=True)
         page = render_page(hits, self.processing_class, self._text_columns(hits))
         if path is not None:
-            write_atomically(Path(path), page.encode())
+            write_atomically(prepare_file(path), page.encode())
         return page
 
     def show(self, hits: Dataset) -> Shown:

@@ -5,6 +5,7 @@ import os
 import random
 import re
 import runpy
+import shlex
 import shutil
 import signal
 import subprocess
@@ -809,6 +810,16 @@ def test_a_reader_that_knows_no_letters_and_stops_is_no_error(tmp_path):
     assert "error" not in errors.lower()
     assert "Traceback" not in errors
     assert (tmp_path / "é" / "report.md").exists()
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-"])
+def test_output_that_was_closed_before_is_no_error(closed, tmp_path):
+    DomainWeights.uniform(["a", "b"]).save_pretrained(tmp_path / "domain_weights")
+    command = f"{shlex.quote(sys.executable)} -m hf_doge report {shlex.quote(str(tmp_path))} {closed}"
+    ended = subprocess.run(["bash", "-c", command], capture_output=True, check=False)
+    assert (ended.returncode, ended.stderr) == (0, b"")
+    assert (tmp_path / "report.md").exists()
+    assert bool(ended.stdout) == (not closed.startswith(">"))
 
 
 def tiny_bart():

@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 
+from hf_doge.artifacts import DomainWeights
 from hf_doge.cli import main
 from tests.tracing.influence_tools import TOPICS, classifier, sentences, tokenised, train, wordpiece_tokenizer
 
@@ -67,6 +68,20 @@ def test_index_then_search_prints_examples_and_words(indexed, capsys):
     out = capsys.readouterr().out
     assert "[CLS]" in out
     assert "special tokens and ends of sentences" not in out  # nothing is hidden
+
+
+def test_a_page_gets_its_folder_and_a_folder_is_refused_before_the_search(indexed, tmp_path, capsys):
+    argv = ["search", "--index", str(indexed), "--query", "goal", "--html"]
+    assert main([*argv, str(tmp_path / "new" / "folder" / "page.html")]) == 0
+    assert (tmp_path / "new" / "folder" / "page.html").is_file()
+    capsys.readouterr()
+    assert main([*argv, str(tmp_path)]) == 2
+    told = capsys.readouterr()
+    assert (told.out, f"`--html` must be a file, but {str(tmp_path)!r} is a folder" in told.err) == ("", True)
+    with pytest.raises(IsADirectoryError, match="`path` must be a file"):
+        DomainWeights.uniform(["a"]).export("datasets", path=tmp_path)
+    with pytest.raises(IsADirectoryError, match="`path` must be a file"):
+        DomainWeights.uniform(["a"]).plot(tmp_path)
 
 
 def test_search_in_json_and_html(indexed, tmp_path, capsys):
