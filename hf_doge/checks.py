@@ -191,7 +191,7 @@ def check_repo_id(name: str, value: Any, *, optional: bool = False) -> str | Non
     try:
         validate_repo_id(value)
     except (ValueError, AttributeError, TypeError) as error:
-        raise ValueError(f"`{name}` must be like 'user/name', but got {show(value)}: {error}") from error
+        raise ValueError(f"`{name}` must be like 'user/name', but got {show(value)}: {printable(error)}") from error
     return value
 
 

@@ -78,6 +78,11 @@ def pushing(folder):
     attempt("proposal to a branch", lambda: push(revision="wide", create_pr=True))
     attempt("not ours", lambda: push("stranger/refused"))
     attempt("bad name", lambda: push("doge/a name/of three parts"))
+    attempt("a number for a name", lambda: push(5))
+    attempt("name with controls", lambda: push("doge/x\x1b[2J"))
+    attempt("branch like a commit", lambda: push(revision="a" * 40))
+    attempt("tag like a commit", lambda: push(tag="0" * 40))
+    attempt("model of no name", lambda: push(model_id="m](http://a.b"))
     attempt("tag of a proposal", lambda: push(tag="v1", create_pr=True))
     upload("doge/photos", {"cats.parquet": b"PAR1 cats PAR1"})
     attempt("something else", lambda: push("doge/photos"))
@@ -148,6 +153,12 @@ def reading(folder):
     attempt("private", lambda: DomainWeights.from_pretrained("doge/private", token=OTHER_TOKEN))
     attempt("unknown revision", lambda: DomainWeights.from_pretrained("doge/weights", revision="v9"))
     attempt("token with a line break reads", lambda: DomainWeights.from_pretrained("doge/private", token=" hf_a\n"))
+    attempt("revision that leads elsewhere", lambda: DomainWeights.from_pretrained("doge/weights", revision=".."))
+    DomainWeights.from_pretrained("doge/weights")
+    attempt(
+        "unknown token fetches again",
+        lambda: DomainWeights.from_pretrained("doge/weights", token=BAD_TOKEN, force_download=True),
+    )
     attempt("unknown token reads", lambda: DomainWeights.from_pretrained("doge/private", token=BAD_TOKEN))
     attempt("an index read as weights", lambda: DomainWeights.from_pretrained("doge/index"))
     attempt("weights read as an index", lambda: InfluenceIndex.from_pretrained("doge/weights"))

@@ -16,7 +16,7 @@ TREE = [] if hasattr(_snapshot_download, "LARGE_REPO_THRESHOLD") else [("GET", "
 def errors(tmp_path_factory):
     with HubServer(tmp_path_factory.mktemp("hub") / "state") as hub:
         errors = last_json(run_client(hub, SCRIPT, tmp_path_factory.mktemp("client")))
-        errors["token in a message"] = [
+        errors["tokens that are told"] = [
             text for _, text in filter(None, errors.values()) if hub.read_token in text or hub.token in text
         ]
         yield errors
@@ -37,6 +37,11 @@ def errors(tmp_path_factory):
         ("push to a tag", "FileNotFoundError", ["`revision` must be a branch", "tags and commits"]),
         ("not ours", "PermissionError", ["may not push to", "'stranger/refused'", "a name of your own"]),
         ("bad name", "ValueError", ["named like 'user/name'", "'doge/a name/of three parts'"]),
+        ("a number for a name", "ValueError", ["named like 'user/name'", "5"]),
+        ("name with controls", "ValueError", ["named like 'user/name'", r"'doge/x\x1b[2J'", r"'doge/x\u001b[2J'"]),
+        ("branch like a commit", "ValueError", ["`revision` must not look like a commit"]),
+        ("tag like a commit", "ValueError", ["`tag` must not look like a commit"]),
+        ("model of no name", "ValueError", ["`model_id` must be like 'user/name'"]),
         ("tag of a proposal", "ValueError", ["cannot be tagged before it is merged"]),
         ("something else", "FileExistsError", ["must be new or hold an artifact", "cats.parquet", "another name"]),
         ("weights over an index", "FileExistsError", ["no domain_weights.json", "config.json"]),
@@ -61,6 +66,8 @@ def errors(tmp_path_factory):
         ("private", "FileNotFoundError", ["your token can see", "HF_TOKEN"]),
         ("unknown revision", "FileNotFoundError", ["no such branch, tag or commit", "v9"]),
         ("token with a line break reads", "ValueError", ["must be one word"]),
+        ("revision that leads elsewhere", "ValueError", ["`revision` must be a name that git allows", "'..'"]),
+        ("unknown token fetches again", "PermissionError", ["does not know the access token"]),
         ("unknown token reads", "PermissionError", ["does not know the access token"]),
         ("an index read as weights", "FileNotFoundError", ["must hold domain_weights.json"]),
         ("weights read as an index", "FileNotFoundError", ["must hold config.json"]),
@@ -98,4 +105,4 @@ def test_what_can_be_is_done(errors, attempt):
 
 
 def test_no_message_repeats_a_token(errors):
-    assert errors["token in a message"] == []
+    assert errors["tokens that are told"] == []

@@ -95,7 +95,7 @@ def index_card(
         name: TableFacts.of([files[path] if path in files else folder / path for path in found])
         for name, found in paths.items()
     }
-    title = "Influence index" if repo_id is None else f"Influence index: {repo_id.rpartition('/')[2]}"
+    title = "Influence index" if repo_id is None else f"Influence index: {str(repo_id).rpartition('/')[2]}"
     header = {
         "pretty_name": title,
         "tags": ["hf_doge", "influence", "tracin-we", "training-data-attribution"],

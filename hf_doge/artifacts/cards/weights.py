@@ -1,6 +1,7 @@
 """The card of domain weights."""
 
 import io
+import re
 import textwrap
 from collections.abc import Mapping
 from importlib.util import find_spec
@@ -66,6 +67,7 @@ _COSTS = {
     "Computation": ("total_flos", lambda number: f"{number:.3g} FLOPs, as the Trainer counts them"),
     "Processes": ("num_processes", lambda number: f"{number:,}"),
 }
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _LARGEST = 1e300  # beyond it, integers are no floats
 _MOST_DRAWN = 1000  # domains, each a line of the trajectory; with 10,000 it took minutes
 _MOST_BARS = 50  # the heaviest; with 300 a picture took 3 s, at each save
@@ -87,8 +89,10 @@ def weights_card(
         repo_id (`str`, *optional*): The repository it will be in; without one the code in the card names a placeholder.
         model_id (`str`, *optional*): The repository of the model that the weights were learned with.
     """
+    if model_id is not None and not _HUB_NAME.fullmatch(str(model_id)):
+        raise ValueError(f"`model_id` must be like 'user/name', but got {model_id!r:.80}.")
     block = _render(weights, repo_id=repo_id, model_id=model_id, plot=PLOT_FILE in files)
-    title = "Domain weights" if repo_id is None else f"Domain weights: {repo_id.rpartition('/')[2]}"
+    title = "Domain weights" if repo_id is None else f"Domain weights: {str(repo_id).rpartition('/')[2]}"
     paths = {path.partition("/")[0]: [path] for path in files if path.endswith(".parquet")}
     tables = {name: TableFacts.of([files[path] for path in found]) for name, found in paths.items()}
     checksums = {name: [sha256(files[path]) for path in found] for name, found in paths.items()}

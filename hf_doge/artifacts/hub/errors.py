@@ -42,6 +42,7 @@ _EXPIRED = {400, 401, 403, 404, 410}  # what stores answer when the address they
 _MOVED = {409, 412}
 # What git refuses in the name of a branch or a tag.
 _NOT_IN_GIT_NAMES = re.compile(r"[\s~^:?*\[\\\x00-\x1f\x7f]|\.\.|@\{|//|(^|/)\.|\.lock(/|$)|^[-/@]$|^[-/]|[/.]$|^$")
+_COMMIT = re.compile("[0-9a-f]{40}")
 _SECONDS_TO_BEGIN = 10 * 60.0  # of the first process, until the others no longer wait for its push
 _SECONDS_BETWEEN_LOOKS = 0.1
 _pushes: Counter[str] = Counter()  # of this process, by what is pushed to
@@ -75,6 +76,21 @@ def check_token(token: str | bool | None) -> None:
         )
 
 
+def check_reading(token: str | bool | None, revision: Any) -> None:
+    """[`check_token`] and [`check_git_name`] of what is about to be read."""
+    check_token(token)
+    check_git_name("revision", revision)
+
+
+def check_git_name(name: str, value: Any) -> None:
+    """
+    Raises:
+        ValueError: No branch, tag or commit can be called so. In an address, `..` would lead elsewhere.
+    """
+    if value is not None and not (isinstance(value, str) and _NOT_IN_GIT_NAMES.search(value) is None):
+        raise ValueError(f"`{name}` must be a name that git allows, such as 'v1.0', but got {value!r}.")
+
+
 def check_destination(
     repo_id: Any, *, token: str | bool | None, revision: Any = None, tag: Any = None, create_pr: bool = False
 ) -> None:
@@ -95,8 +111,9 @@ def check_destination(
     except ValueError as error:
         raise explain(error, repo_id, action="push to") from error
     for name, value in (("revision", revision), ("tag", tag)):
-        if value is not None and not (isinstance(value, str) and _NOT_IN_GIT_NAMES.search(value) is None):
-            raise ValueError(f"`{name}` must be a name that git allows, such as 'v1.0', but got {value!r}.")
+        check_git_name(name, value)
+        if value is not None and _COMMIT.fullmatch(value):
+            raise ValueError(f"`{name}` must not look like a commit, which readers take it for, but got {value!r}.")
     check_token(token)
     check_flag("create_pr", create_pr)
     if token is False or (not isinstance(token, str) and get_token() is None):
@@ -179,7 +196,7 @@ def explain(error: Exception, repo_id: str, *, action: str) -> Exception:
         )
     if isinstance(error, HFValidationError):
         return ValueError(
-            f"A repository must be named like 'user/name', but got {repo_id!r}: {hide_secrets(str(error))}"
+            f"A repository must be named like 'user/name', but got {repo_id!r}: {printable(hide_secrets(str(error)))}"
         )
     if isinstance(error, GatedRepoError):
         return PermissionError(

@@ -3,7 +3,9 @@
 import errno
 import os
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from hf_doge._version import __version__
 from hf_doge.checks import check_flag, check_path, check_text
@@ -48,28 +50,29 @@ def fetch_folder(
             f"`name_or_path` must be a folder or a name on the Hub, but {str(folder)!r} is a file.{file_hint}"
         )
     # Only here: a folder needs no Hub, and importing its client takes longer than reading one.
-    from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
 
-    from hf_doge.artifacts.hub.errors import FetchError, Patience, check_token, is_transient, raise_explained, shortly
+    from hf_doge.artifacts.hub.errors import (
+        FetchError,
+        Patience,
+        check_reading,
+        is_transient,
+        raise_explained,
+        shortly,
+    )
 
-    check_token(token)
+    check_reading(token, revision)
     name = str(name_or_path)
-
-    def fetch() -> str:
-        return snapshot_download(
-            name,
-            repo_type="dataset",
-            revision=revision,
-            token=token,
-            cache_dir=None if cache_dir is None else os.fspath(cache_dir),
-            local_files_only=local_files_only,
-            force_download=force_download,
-            allow_patterns=None if allow_patterns is None else list(allow_patterns),
-            library_name="hf_doge",
-            library_version=__version__,
-        )
-
+    fetch = partial(
+        _download,
+        name,
+        revision=revision,
+        token=token,
+        cache_dir=None if cache_dir is None else os.fspath(cache_dir),
+        local_files_only=local_files_only,
+        force_download=force_download,
+        allow_patterns=None if allow_patterns is None else list(allow_patterns),
+    )
     try:
         return Path(Patience().call(fetch))
     except (HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError) as error:
@@ -95,3 +98,29 @@ def fetch_folder(
                 f"{name!r} could not be fetched: {shortly(error)}. What came is kept; try again later."
             ) from error
         raise_explained(error, name, action="read")
+
+
+def _download(
+    name: str,
+    *,
+    revision: str | None,
+    token: str | bool | None,
+    local_files_only: bool,
+    force_download: bool,
+    **options: Any,
+) -> str:
+    from huggingface_hub import HfApi, snapshot_download
+
+    if force_download and not local_files_only:  # of what the Hub refuses, its client would return the last download
+        HfApi(library_name="hf_doge").dataset_info(name, revision=revision, token=token)
+    return snapshot_download(
+        name,
+        repo_type="dataset",
+        revision=revision,
+        token=token,
+        local_files_only=local_files_only,
+        force_download=force_download,
+        library_name="hf_doge",
+        library_version=__version__,
+        **options,
+    )
