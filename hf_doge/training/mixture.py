@@ -278,7 +278,8 @@ class DomainWeightedMixin(DomainMetricsMixin):
     def _hp_search_setup(self, trial: Any) -> None:
         super()._hp_search_setup(trial)
         self._read_arguments()
-        self._identity = self._describe_identity()
+        # transformers 5.0 makes the model of a trial after this: then what a checkpoint says of it is described with that.
+        self._identity = None if self.model is None else self._describe_identity()
 
     def get_train_dataloader(self) -> DataLoader:
         """As `Trainer.get_train_dataloader`."""

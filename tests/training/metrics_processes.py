@@ -16,7 +16,7 @@ from hf_doge.training.metrics_callback import DomainMetricsCallback
 from hf_doge.training.mixture import DomainWeightedTrainer
 from tests.launch import end_process_group
 from tests.tiny import three_domains, tiny_llama
-from tests.training.mixture_processes import SaveAt
+from tests.training.mixture_processes import CANNOT_RESUME, SaveAt, skip_if_it_could_not_resume
 
 WEIGHTS = {"arxiv": 0.5, "books": 0.2, "code": 0.3}
 BATCH_SIZE = 4  # of all processes together
@@ -79,11 +79,23 @@ def train(folder, *, kind, num_processes=1, save_at=(), resume=None, **options):
     return logs_of(trainer)
 
 
+def read_told(folder, name):
+    """What a training of a plan told, by step."""
+    told = json.loads((folder / f"{name}.json").read_text())
+    skip_if_it_could_not_resume([{"error": None, **told}])
+    return {int(step): entry for step, entry in told.items()}
+
+
 def run_plan(train, plan_path):
-    """Run the trainings that a JSON file lists; the first process writes what each tells, beside it."""
+    """Run the trainings that a JSON file lists; the first process writes what each tells, beside it: see `read_told`."""
     for entry in json.loads(Path(plan_path).read_text()):
         name = entry.pop("name")
-        told = train(num_processes=int(os.environ["WORLD_SIZE"]), **entry)
+        try:
+            told = train(num_processes=int(os.environ["WORLD_SIZE"]), **entry)
+        except RuntimeError as error:
+            if CANNOT_RESUME not in str(error) or entry.get("resume") is None:
+                raise
+            told = {"error": str(error)}
         if os.environ["RANK"] == "0":
             Path(plan_path).with_name(f"{name}.json").write_text(json.dumps(told))
     end_process_group()

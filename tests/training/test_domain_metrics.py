@@ -17,7 +17,7 @@ from hf_doge.training.trainer import DoGETrainer
 from tests.launch import run_processes
 from tests.tiny import classifier_domains, language_model_rows, three_domains, tiny_bert, tiny_classifier, tiny_llama
 from tests.training import metrics_processes
-from tests.training.metrics_processes import WEIGHTS, arguments, labelled, logs_of, make_trainer, train
+from tests.training.metrics_processes import WEIGHTS, arguments, labelled, logs_of, make_trainer, read_told, train
 from tests.training.test_mixture import make_sft_trainer, text_domains
 
 KINDS = ["mixin", "streams", "callback"]
@@ -129,10 +129,6 @@ def on_two_processes(tmp_path_factory):
     return folder
 
 
-def read(folder, name):
-    return {int(step): entry for step, entry in json.loads((folder / f"{name}.json").read_text()).items()}
-
-
 def assert_same_logs(found, expected):
     assert found.keys() == expected.keys()
     for step in found:
@@ -143,7 +139,7 @@ def assert_same_logs(found, expected):
 def test_two_processes_log_what_one_logs(on_two_processes, tmp_path, kind):
     expected = train(tmp_path, kind=kind)
     assert list(expected) == [2, 4, 6]
-    assert_same_logs(read(on_two_processes, kind), expected)
+    assert_same_logs(read_told(on_two_processes, kind), expected)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -152,7 +148,7 @@ def test_a_resumed_run_logs_what_an_uninterrupted_one_logs(on_two_processes, tmp
     whole = train(tmp_path / "whole", kind=kind, save_at=[3])
     resumed = train(tmp_path / "whole", kind=kind, resume=str(tmp_path / "whole" / "checkpoint-3"))
     assert_same_logs(resumed, whole)
-    assert_same_logs(read(on_two_processes, f"{kind}_resumed"), whole)
+    assert_same_logs(read_told(on_two_processes, f"{kind}_resumed"), whole)
     checkpoint = on_two_processes / f"{kind}-saved" / "checkpoint-3"
     assert_same_logs(train(tmp_path / "one", kind=kind, resume=str(checkpoint)), whole)
 

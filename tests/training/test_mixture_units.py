@@ -15,6 +15,7 @@ from hf_doge.training.trainer import DoGETrainer
 from tests.launch import run_processes
 from tests.tiny import three_domains, tiny_bert, tiny_llama
 from tests.training import units_processes
+from tests.training.metrics_processes import read_told
 from tests.training.mixture_processes import Line, NotingTrainer, SaveAt, domains, expected_rows
 from tests.training.mixture_processes import arguments as line_arguments
 from tests.training.test_mixture import arguments
@@ -44,18 +45,14 @@ def on_two_processes(tmp_path_factory):
     ]
     (folder / "plan.json").write_text(json.dumps(plan))
     run_processes(Path(units_processes.__file__), folder / "plan.json")
-    told = {}
-    for entry in plan:
-        content = json.loads((folder / f"{entry['name']}.json").read_text())
-        told[entry["name"]] = {int(step): logs for step, logs in content.items()}
-    return told, folder
+    return folder
 
 
 @pytest.mark.parametrize("kind", ["datasets", "streams"])
 def test_after_a_thousand_steps_shares_of_tokens_are_the_weights_and_two_processes_draw_what_one_draws(
     on_two_processes, tmp_path, kind
 ):
-    one, two = train(tmp_path, streamed=kind == "streams", logging_steps=200), on_two_processes[0][kind]
+    one, two = train(tmp_path, streamed=kind == "streams", logging_steps=200), read_told(on_two_processes, kind)
     assert shares(one, 1000) == pytest.approx(WEIGHTS, abs=0.005)
     assert two == {step: one[step] for step in (200, 400)}
     told = {name: one[1000][f"domain_share/{name}"] for name in WEIGHTS}
@@ -63,10 +60,9 @@ def test_after_a_thousand_steps_shares_of_tokens_are_the_weights_and_two_process
 
 
 def test_a_resumed_run_draws_the_tokens_of_an_uninterrupted_one(on_two_processes, tmp_path):
-    told, folder = on_two_processes
-    assert told["resumed"] == told["datasets"]
-    checkpoint = folder / "datasets" / "checkpoint-300"
-    assert train(tmp_path, resume=str(checkpoint), **SHORT) == told["datasets"]
+    whole, checkpoint = read_told(on_two_processes, "datasets"), on_two_processes / "datasets" / "checkpoint-300"
+    assert train(tmp_path, resume=str(checkpoint), **SHORT) == whole
+    assert read_told(on_two_processes, "resumed") == whole
 
 
 def test_phases_by_tokens_begin_with_their_step(tmp_path):
