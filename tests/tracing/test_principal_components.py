@@ -424,9 +424,7 @@ MANIPULATED = {
         2, "direction", table["direction"].take([0, 0, 2, 3])
     ),
     "`checkpoint` must be 0": lambda table: table.set_column(0, "checkpoint", table["component"]),
-    "no value may be null": lambda table: table.set_column(
-        2, "direction", pa.array([None, *table["direction"].to_pylist()[1:]], table["direction"].type)
-    ),
+    "no value may be null": lambda table: table.set_column(1, "component", pa.array([0, 1, 2, None], pa.int32())),
 }
 
 
