@@ -21,6 +21,8 @@ from transformers.utils import logging
 from hf_doge.text import parse_json, printable
 
 ADAPTER_FILE = "adapter_config.json"
+# Entries of an adapter's configuration under which peft would fetch others.
+_OTHER_MODELS = ("adapters", "shadow_model", "prompt_tuning_init_state_dict_path")
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
 _AUTO_CLASSES = {  # task of an adapter -> what chooses the class of its base
@@ -244,6 +246,11 @@ def _adapter_base(path: str, hub: dict[str, Any]) -> tuple[Any, Any, Any]:
     config = PeftConfig.from_pretrained(path, **hub)
     if getattr(config, "megatron_config", None) is not None:
         raise ValueError("it asks to import `megatron_core`, and code that a checkpoint names is never run")
+    others = [name for name in _OTHER_MODELS if getattr(config, name, None)]
+    if others:
+        raise ValueError(
+            f"it names others under `{others[0]}`, and beside its base model nothing that an adapter names is fetched"
+        )
     base = config.base_model_name_or_path
     if not base:
         raise ValueError(

@@ -221,6 +221,25 @@ def test_code_that_comes_with_an_index_never_runs(part, foreign, capsys, monkeyp
         assert sys.stdin.read(2) == "y\n"
 
 
+OTHER_MODELS = {
+    "adapters": {"peft_type": "XLORA", "hidden_size": 16, "adapters": {"0": "evil/adapter"}},
+    "prompt_tuning_init_state_dict_path": {
+        **{"peft_type": "MULTITASK_PROMPT_TUNING", "num_virtual_tokens": 2, "num_tasks": 1},
+        "prompt_tuning_init_state_dict_path": "evil/prompt",
+    },
+}
+
+
+@pytest.mark.parametrize("field", OTHER_MODELS)
+def test_nothing_that_an_adapter_names_beside_its_base_model_is_fetched(field, foreign):
+    folder, weights = foreign
+    named = {"task_type": "SEQ_CLS", "base_model_name_or_path": str(weights), **OTHER_MODELS[field]}
+    (weights / "adapter_config.json").write_text(json.dumps(named))
+    shutil.copy(weights / "model.safetensors", weights / "adapter_model.safetensors")
+    with pytest.raises(ValueError, match=f"it names others under `{field}`, and beside its base model nothing"):
+        open_index(folder).scores(CLASSES)
+
+
 @pytest.mark.parametrize("name", ["attn_implementation", "_attn_implementation", "experts_implementation"])
 @pytest.mark.parametrize("kernel", ["evil/kernel", "kernels-community/flash-attn2", "flash_attention_2"])
 def test_a_kernel_that_a_model_names_is_neither_fetched_nor_run(name, kernel, foreign):
