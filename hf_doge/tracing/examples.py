@@ -128,7 +128,8 @@ class _PaddingCollator:
     def __call__(self, examples: list[dict[str, Any]]) -> Mapping[str, Any]:
         labels = np.asarray(examples[0].get("labels"))
         # Fractions are of the classes of an example, however many tokens it has.
-        return (self._by_token if labels.ndim and labels.dtype.kind != "f" else self._by_example)(examples)
+        are_fractions = labels.dtype.kind == "f" and labels.size  # of no labels no kind is known
+        return (self._by_token if labels.ndim and not are_fractions else self._by_example)(examples)
 
 
 def _prune(dataset: Any, loaded: Any) -> Any:

@@ -1,6 +1,6 @@
 """What a trainer was made with and has read then, for a look at train begin at what was set on it since: [`AsMade`]."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from datasets import Dataset
@@ -23,13 +23,15 @@ class AsMade:
     Args:
         trainer (`DomainWeightedMixin`): Just made.
         arguments (iterable of `str`): Names in its `args` that may not change, besides those that the Trainer itself reads once.
+        given (mapping): The trainer's own arguments. A subclass may keep one under its name.
     """
 
-    def __init__(self, trainer: Any, arguments: Iterable[str]) -> None:
-        self.train_dataset = trainer.train_dataset
+    def __init__(self, trainer: Any, arguments: Iterable[str], given: Mapping[str, Any]) -> None:
+        self.train_dataset, self.given = trainer.train_dataset, dict(given)
         self._processing_class = trainer.processing_class
         self._arguments = {name: getattr(trainer.args, name) for name in (*_READ_BY_TRAINER, *arguments)}
-        self._attributes = {name: vars(trainer).get(name) for name in _READ_BY_US}
+        own = {name: vars(trainer).get(name) for name in _READ_BY_US}
+        self._attributes = {name: (value, given.get(name, value)) for name, value in own.items()}
 
     def refuse_changes(self, trainer: Any) -> None:
         """
@@ -43,8 +45,9 @@ class AsMade:
                 raise ValueError(
                     f"`{name}` must stay what the trainer was made with, {value!r}, but is {now!r} now. Make another trainer."
                 )
-        for name, value in self._attributes.items():
-            if vars(trainer).get(name) is not value:
+        for name, known in self._attributes.items():
+            now = vars(trainer).get(name)
+            if not any(now is one for one in known):
                 raise ValueError(
                     f"`{name}` is read when the trainer is made, but was set later, which would have no effect. Make another "
                     "trainer with it."

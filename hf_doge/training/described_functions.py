@@ -2,6 +2,8 @@
 
 import dis
 import hashlib
+import os
+import re
 import sys
 from collections.abc import Iterator
 from functools import partial
@@ -15,6 +17,9 @@ from torch import Tensor
 LIBRARIES = ("torch", "transformers", "trl", "hf_doge")  # which have classes of the same names
 _CODE = f"code of Python {sys.version_info.major}.{sys.version_info.minor}"  # another one compiles otherwise
 _MOST_LEVELS = 4  # of functions and containers in what a function captures
+_MOST_VALUES = 2**20  # of an array, bytes of a text, that are read whole
+_MOST_ENTRIES = 1024  # of a tuple, and of larger arrays
+_DEVICE = re.compile(r"(cpu|cuda|mps|xpu|npu|hpu|tpu|xla)(:[0-9]+)?")  # another one may go on
 
 
 def name_of(one: Any) -> str | None:
@@ -41,7 +46,8 @@ def describe_function(one: Any, name: str = "") -> dict[str, str | None]:
     Returns:
         `dict`: the name; `captured`, a digest of the numbers, texts, tensors and functions that a closure, a partial or defaults
         hold, where they hold some; and of a lambda, which has no name, the digest of its code. Lists, dicts and other objects
-        change while a run goes on, so their content is not looked at, nor are globals.
+        change while a run goes on, so their content is not looked at, nor are globals; names of devices and the folders of paths
+        are other ones on another machine. Of large arrays some values are read, evenly spaced.
     """
     described: dict[str, str | None] = {name or "name": name_of(one)}
     captured = _captured(one, 0)
@@ -63,9 +69,17 @@ def describe_code(one: Any) -> dict[str, str]:
 
 @torch.no_grad()
 def digest_values(tensor: Tensor) -> str:
-    """Digest of the shape of a tensor and of some 1,024 of its values, evenly spaced, as float32."""
-    values = tensor.detach().flatten()[:: max(tensor.numel() // 1024, 1)].float().cpu().numpy()
-    return hashlib.sha256(f"{tuple(tensor.shape)}".encode() + values.tobytes()).hexdigest()[:16]
+    """
+    Digest of the shape of a tensor and of some 1,024 of its values, evenly spaced, as float32; of the name of its class where they
+    cannot be read so: of sparse and nested ones, ones without values, and those of other packages that keep them in their way.
+    """
+    try:
+        flat = (torch.view_as_real(tensor) if tensor.is_complex() else tensor).detach().flatten()
+        values = flat[:: max(flat.numel() // _MOST_ENTRIES, 1)].float().cpu().numpy().tobytes()
+        told = f"{tuple(tensor.shape)}".encode()
+    except Exception:  # whatever a class of tensors raises for what it has not
+        told, values = type(tensor).__name__.encode(), b""
+    return hashlib.sha256(told + values).hexdigest()[:16]
 
 
 def _function_of(one: Any) -> FunctionType | None:
@@ -73,7 +87,15 @@ def _function_of(one: Any) -> FunctionType | None:
         one = one.func if isinstance(one, partial) else one.__func__
     if callable(one) and not isinstance(one, FunctionType | type):
         one = type(one).__call__
-    return one if isinstance(one, FunctionType) else None
+    return _unwrapped(one) if isinstance(one, FunctionType) else None
+
+
+def _unwrapped(one: FunctionType) -> FunctionType:
+    """The function in a decorator of a library, such as `torch.no_grad()`, which is another one in its next version."""
+    inner = vars(one).get("__wrapped__")
+    while isinstance(inner, FunctionType) and str(one.__globals__.get("__name__")).partition(".")[0] in LIBRARIES:
+        one, inner = inner, vars(inner).get("__wrapped__")
+    return one
 
 
 def _library_of(named: Any) -> str | None:
@@ -112,6 +134,7 @@ def _captured(one: Any, level: int) -> list[Any]:
     one = one.__func__ if isinstance(one, MethodType) else one
     if not isinstance(one, FunctionType) or _library_of(one) is not None:
         return []
+    one = _unwrapped(one)
     names, cells = one.__code__.co_freevars, one.__closure__ or ()
     counted = _assigned(one.__code__)
     held = [
@@ -139,13 +162,32 @@ def _assigned(code: CodeType) -> set[str]:
 
 def _plain(held: list[tuple[Any, Any]], level: int) -> Iterator[tuple[Any, Any]]:
     for name, value in held:
-        if value is None or isinstance(value, bool | int | float | complex | str | bytes):
+        if isinstance(value, str | bytes):
+            if not (isinstance(value, str) and _DEVICE.fullmatch(value)):
+                yield name, _text(value)
+        elif value is None or isinstance(value, bool | float | complex):
             yield name, value
+        elif isinstance(value, int):
+            yield name, hex(value) if value.bit_length() > _MOST_ENTRIES else value  # Python writes no longer ones
         elif isinstance(value, Tensor) and not value.requires_grad:
             yield name, digest_values(value)
         elif isinstance(value, np.ndarray) and value.dtype.kind in "biuf":
-            yield name, (value.shape, str(value.dtype), hashlib.sha256(value.tobytes()).hexdigest())
+            step = (
+                value.size // _MOST_ENTRIES if value.size > _MOST_VALUES else 1
+            )  # it may be a file of many gigabytes
+            content = np.asarray(value.flat[::step] if step > 1 else value).tobytes()
+            yield name, (value.shape, str(value.dtype), hashlib.sha256(content).hexdigest())
         elif level < _MOST_LEVELS and isinstance(value, tuple):
-            yield name, list(_plain(list(enumerate(value)), level + 1))
+            step = max(len(value) // _MOST_ENTRIES, 1)
+            entries = [*enumerate(value)] if step == 1 else [(len(value), None), *enumerate(value[::step])]
+            yield name, list(_plain(entries, level + 1))
         elif level < _MOST_LEVELS and isinstance(value, FunctionType | MethodType | partial):
             yield name, (name_of(value), _captured(value, level + 1))
+
+
+def _text(value: str | bytes) -> Any:
+    """A text, of a path its last part, of a long one a digest."""
+    if len(value) > _MOST_VALUES:
+        content = value.encode(errors="surrogatepass") if isinstance(value, str) else value
+        return len(value), hashlib.sha256(content).hexdigest()
+    return os.path.basename(value) if isinstance(value, str) and os.path.isabs(value) else value

@@ -175,7 +175,10 @@ class DomainWeightedMixin(DomainMetricsMixin):
             fixed = ()
         self._seed_collator(seed)
         self.add_callback(guard)
-        self._as_made = AsMade(self, fixed)
+        given = {"unit": unit, "draw": draw, "max_epochs_per_domain": max_epochs_per_domain}
+        self._as_made = AsMade(
+            self, fixed, {**given, "domain_weights": domain_weights, "domain_column": domain_column}
+        )
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)

@@ -33,9 +33,7 @@ def refuse_untaken_rows(trainer: Trainer, dataset: Any, what: str) -> None:
         return
     trainer._set_signature_columns_if_needed()
     taken: Any = trainer._signature_columns
-    if not set(columns) & (
-        set(taken) - {"labels", "label", "label_ids", *trainer.label_names, *_own_columns(trainer)}
-    ):
+    if not set(columns) & (set(taken) - {"labels", "label", "label_ids", *_own_columns(trainer)}):
         shown = sorted(name for name in columns if not name.startswith("__"))  # ours
         raise ValueError(
             f"{what} must hold what the model takes, such as `input_ids`, but their columns are {shown}, of which the "

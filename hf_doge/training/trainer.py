@@ -138,8 +138,7 @@ class DoGEMixin(DomainWeightedMixin):
             **kwargs,
         )
         refuse_unsupported_engine(self)
-        if not is_streamed:
-            domains = self.domain_sampler.domains  # of the train set as the trainer prepared it
+        domains = domains if is_streamed else self.domain_sampler.domains  # of the train set as it was prepared
         lookup = DomainLookup(None if is_streamed else self.train_dataset.features[args.domain_column], names)
         plan = self._plan(names)
         collator = DomainCollator(self.data_collator.collator, args.domain_column, lookup, seed=plan["seed"])
@@ -149,7 +148,8 @@ class DoGEMixin(DomainWeightedMixin):
             self._alignment_batches = DomainBatches(self.train_dataset, domains, **{**plan, "seed": plan["seed"] + 1})
         if target_dataset is not None:
             self._targets = TargetBatches(target_dataset, target_weights, **self._plan(names, for_targets=True))
-        self._as_made = AsMade(self, ("mode", "domain_column"))
+        own = {"target_dataset": target_dataset, "target_weights": target_weights, "initial_weights": initial_weights}
+        self._as_made = AsMade(self, ("mode", "domain_column"), {**self._as_made.given, **own})
         self._learner = DomainLearner(
             self, domains, targets=self._targets, looks=self._alignment_batches, initial_weights=initial_weights
         )

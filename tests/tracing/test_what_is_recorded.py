@@ -13,6 +13,7 @@ from transformers.trainer_utils import set_seed
 from hf_doge.artifacts.influence import IndexReader
 from hf_doge.tracing.after_training import record_dataset
 from hf_doge.tracing.callback import TracInWECallback
+from hf_doge.tracing.examples import padding_collator
 from hf_doge.tracing.index import InfluenceIndex
 from tests.tiny import tiny_classifier, tiny_llama, tiny_t5, tiny_tokenizer
 from tests.tracing.recorded_training import (
@@ -459,3 +460,8 @@ def test_some_trained_tokens_of_an_embedding_are_refused_in_words(tmp_path, toke
         model = peft.get_peft_model(tiny_classifier(), options)
         with pytest.raises(ValueError, match="trained as a whole or not at all"):
             train(tmp_path / record, tokenizer=tokenizer, model=model, recording={"record": record})
+
+
+def test_an_example_without_tokens_does_not_decide_how_labels_are_padded():
+    examples = [{"input_ids": [], "labels": []}, {"input_ids": [1, 2], "labels": [1, 2]}]
+    assert padding_collator(tiny_tokenizer())(examples)["labels"].tolist() == [[-100, -100], [1, 2]]

@@ -298,3 +298,30 @@ def test_tokens_are_counted_in_the_train_set_at_train_begin(tmp_path):
     late.train_dataset = late.train_dataset.map(mask)
     made = mix(tmp_path, unit="tokens", train_dataset=late.train_dataset)
     assert drawn(late) == drawn(made) != drawn(mix(tmp_path, unit="tokens"))
+
+
+class KeepingTrainer(DomainWeightedTrainer):
+    """Keeps what it is made with, as many a subclass does."""
+
+    def __init__(self, *args, domain_weights, unit, **kwargs):
+        super().__init__(*args, domain_weights=domain_weights, unit=unit, **kwargs)
+        self.domain_weights, self.unit = domain_weights, unit
+
+
+class KeepingLearner(DoGETrainer):
+    def __init__(self, *args, target_dataset, unit="examples", **kwargs):
+        super().__init__(*args, target_dataset=target_dataset, unit=unit, **kwargs)
+        self.target_dataset, self.unit = target_dataset, unit
+
+
+def test_a_subclass_may_keep_its_arguments_under_their_names(tmp_path):
+    args = TrainingArguments(str(tmp_path), per_device_train_batch_size=4, **QUIET)
+    weights = dict.fromkeys(three_domains(8), 1.0)
+    trainer = KeepingTrainer(
+        tiny_llama(), args, train_dataset=three_domains(8), domain_weights=weights, unit="examples"
+    )
+    trainer.train()
+    trainer.domain_weights = {**weights, "code": 2.0}
+    with pytest.raises(ValueError, match="`domain_weights` is read when the trainer is made"):
+        trainer.train()
+    make_trainer(tmp_path, KeepingLearner).train()

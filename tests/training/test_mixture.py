@@ -583,3 +583,17 @@ def test_rows_of_which_the_model_takes_nothing_are_refused_in_words(tmp_path, ma
         match=r"must hold what the model takes, such as `input_ids`, but their columns are .*'labels', 'text'\]",
     ):
         trainer.train()
+
+
+def test_what_a_model_takes_may_be_its_labels_too(tmp_path):
+    """A masked autoencoder has pixels for both (`label_names`)."""
+    args = TrainingArguments(str(tmp_path), label_names=["input_ids"], **QUIET)
+    rows = {name: data.select_columns("input_ids") for name, data in three_domains(8).items()}
+
+    def loss(outputs, labels, num_items_in_batch=None):
+        return outputs.logits.float().logsumexp(-1).mean()
+
+    weights = dict.fromkeys(rows, 1.0)
+    DomainWeightedTrainer(
+        tiny_llama(), args, train_dataset=rows, domain_weights=weights, compute_loss_func=loss
+    ).train()

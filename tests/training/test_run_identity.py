@@ -8,12 +8,13 @@ import textwrap
 import warnings
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from datasets import IterableDataset
 from transformers import TrainingArguments, default_data_collator
 
-from hf_doge.training.described_functions import describe_function
+from hf_doge.training.described_functions import describe_code, describe_function
 from hf_doge.training.mixture import DomainWeightedTrainer
 from tests.tiny import three_domains, tiny_llama
 
@@ -227,3 +228,48 @@ def test_what_a_function_counts_is_none_of_what_it_is():
     before = describe_function(collate)
     collate([1])
     assert describe_function(collate) == before
+
+
+def holding(value):
+    return lambda rows: (rows, value)[0]
+
+
+UNREADABLE = {
+    "sparse": torch.eye(4).to_sparse(),
+    "meta": torch.zeros(4, device="meta"),
+    "complex": torch.zeros(4, dtype=torch.complex64),
+    "long number": 10**5000,
+}
+
+
+@pytest.mark.parametrize("kind", UNREADABLE)
+def test_what_a_function_captures_may_be_anything(kind):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert "captured" in describe_function(holding(UNREADABLE[kind]))
+
+
+def test_large_arrays_texts_and_tuples_are_not_read_whole(tmp_path):
+    """A transform may look into a file of tokens that is larger than memory."""
+    file = np.memmap(tmp_path / "tokens.bin", dtype=np.uint16, mode="w+", shape=(2**33,))  # 16 GB, of holes
+    before = describe_function(holding(file))
+    file[0] = 7
+    assert describe_function(holding(file)) != before
+    assert "captured" in describe_function(holding((tuple(range(10**7)), b"a" * 2**24)))
+
+
+def test_paths_and_devices_in_a_function_may_be_those_of_another_machine():
+    def held(*values):
+        return describe_function(partial(shifted, *values))
+
+    assert held("/home/me/images", "cuda:1") == held("/data/images", "cpu")
+    assert held("/home/me/images") != held("/home/me/others")
+
+
+def test_a_decorator_of_a_library_is_no_part_of_a_function():
+    def loss(outputs, labels, num_items_in_batch=None):
+        return mean(outputs.logits)
+
+    for decorated in (torch.no_grad()(loss), torch.compile(loss)):
+        assert describe_function(decorated) == describe_function(loss)
+        assert describe_code(decorated) == describe_code(loss)
