@@ -175,7 +175,8 @@ def _plain(held: list[tuple[Any, Any]], level: int) -> Iterator[tuple[Any, Any]]
             step = (
                 value.size // _MOST_ENTRIES if value.size > _MOST_VALUES else 1
             )  # it may be a file of many gigabytes
-            content = np.asarray(value.flat[::step] if step > 1 else value).tobytes()
+            flat = value.reshape(-1) if value.flags.c_contiguous else value.flat  # without a copy
+            content = np.asarray(flat[::step] if step > 1 else value).tobytes()
             yield name, (value.shape, str(value.dtype), hashlib.sha256(content).hexdigest())
         elif level < _MOST_LEVELS and isinstance(value, tuple):
             step = max(len(value) // _MOST_ENTRIES, 1)
