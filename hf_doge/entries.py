@@ -20,6 +20,10 @@ def _is_number(value: Any) -> bool:
     return type(value) in (int, float) and abs(value) < math.inf
 
 
+def _is_any_number(value: Any) -> bool:
+    return isinstance(value, float) or _is_number(value)
+
+
 def _is_count(value: Any) -> bool:
     return type(value) is int and 0 <= value <= _LARGEST_COUNT
 
@@ -35,12 +39,10 @@ NAMES = Kind(
 
 
 def vector_of(length: int) -> Kind:
-    """A list of as many numbers, of which NaN says that there is none."""
+    """A list of as many numbers, of which NaN says that there is none; sums of what has overflowed are infinite."""
     return Kind(
         f"a list of {length} numbers",
-        lambda value: (
-            isinstance(value, list) and len(value) == length and all(_is_number(one) or one != one for one in value)
-        ),
+        lambda value: isinstance(value, list) and len(value) == length and all(map(_is_any_number, value)),
     )
 
 
@@ -75,14 +77,14 @@ def _has(names: Sequence[str], kind: Kind, value: Any) -> bool:
 
 
 def kind_like(value: Any) -> Kind:
-    """What is of the kind of a value that is given: of flags, counts, numbers that may be NaN, and vectors of as many."""
+    """What is of the kind of a value that is given: of flags, counts, numbers of any size or NaN, and vectors of as many."""
     if isinstance(value, bool):
         return FLAG
     if isinstance(value, int):
         return COUNT
     if isinstance(value, list):
         return vector_of(len(value))
-    return Kind("a number", lambda other: _is_number(other) or (isinstance(other, float) and other != other))
+    return Kind("a number", _is_any_number)
 
 
 def find_misfit(

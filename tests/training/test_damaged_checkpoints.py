@@ -184,3 +184,15 @@ def test_a_file_of_a_checkpoint_that_is_none_is_refused_by_its_name(checkpoint, 
         else:
             with pytest.raises(ValueError, match=file):
                 trainer.train(resume_from_checkpoint=str(folder))
+
+
+def test_an_infinite_loss_since_the_last_log_is_no_damage(tmp_path):
+    """As of labels whose logit is -inf; NaN too."""
+    args = TrainingArguments(str(tmp_path), **ARGUMENTS)
+    options = {"train_dataset": three_domains(8), "domain_weights": WEIGHTS}
+    DomainWeightedTrainer(tiny_llama(), args, **options).train()
+    file = tmp_path / "checkpoint-2" / "trainer_state.json"
+    state = json.loads(file.read_text())
+    state["stateful_callbacks"]["domain_metrics"]["losses"] = [float("inf"), float("nan"), 1.0]
+    file.write_text(json.dumps(state))
+    DomainWeightedTrainer(tiny_llama(), args, **options).train(resume_from_checkpoint=str(file.parent))
