@@ -10,6 +10,7 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
 from transformers import Trainer, TrainingArguments
 
 from hf_doge.entries import NAMES, OBJECT, Kind, find_misfit
@@ -211,6 +212,8 @@ def refuse_other_run(checkpoint: Path, own: Mapping[str, Any]) -> None:
         raise damaged(checkpoint / STATE_FILE, misfit)
     saved = {"domains": state.get("domain_order", own["domains"])} | state.get("run", {}) | run
     own = json.loads(json.dumps(own))
+    if dist.is_available() and dist.is_initialized() and dist.get_rank() > 0:
+        saved, own = _without_captured(saved), _without_captured(own)
     if saved["domains"] != own["domains"]:
         return
     _warn_of_other_code(checkpoint, saved.get("code"), own.get("code"))
@@ -229,6 +232,13 @@ def refuse_other_run(checkpoint: Path, own: Mapping[str, Any]) -> None:
             f"{f'; {why}' if 'max_steps' in before else '. '}Set them back{f' (pass `{passed}`)' if passed else ''} or start anew, "
             "or train a new run from the model of that checkpoint."
         )
+
+
+def _without_captured(described: Any) -> Any:
+    """But for what functions capture, which may be the rank of a process: the checkpoint has that of the main one."""
+    if not isinstance(described, dict):
+        return described
+    return {name: _without_captured(one) for name, one in described.items() if not name.endswith("captured")}
 
 
 def _warn_of_other_code(checkpoint: Path, saved: Any, own: Any) -> None:

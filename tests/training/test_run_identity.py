@@ -273,3 +273,25 @@ def test_a_decorator_of_a_library_is_no_part_of_a_function():
     for decorated in (torch.no_grad()(loss), torch.compile(loss)):
         assert describe_function(decorated) == describe_function(loss)
         assert describe_code(decorated) == describe_code(loss)
+
+
+RANKS = textwrap.dedent(
+    """
+    import sys
+    from pathlib import Path
+    import torch.distributed as dist
+    from hf_doge.training.run_identity import refuse_other_run
+
+    rank, folder = int(sys.argv[1]), Path(sys.argv[2])
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+    refuse_other_run(folder, {"domains": ["a"], "loss": {"name": "loss", "captured": f"rank {rank}"}})
+    dist.barrier()
+    """
+)
+
+
+def test_a_function_may_capture_the_rank_of_its_process(tmp_path):
+    told = {"domains": ["a"], "loss": {"name": "loss", "captured": "rank 0"}}
+    (tmp_path / "run_identity.json").write_text(json.dumps(told))
+    runs = [subprocess.Popen([sys.executable, "-c", RANKS, str(rank), str(tmp_path)]) for rank in range(2)]
+    assert [run.wait(timeout=120) for run in runs] == [0, 0]
