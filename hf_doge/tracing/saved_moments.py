@@ -92,7 +92,7 @@ def saved_second_moments(folder: Path, model: nn.Module, chosen: ChosenLayers | 
     """
     path = require_saved_optimizer(folder)
     model = unwrap_model(model)
-    frozen = f"the adapter in {str(folder)!r} leaves them frozen, so no optimizer knows anything of them"
+    frozen = f"they were frozen in the training of {str(folder)!r}, so no optimizer knows anything of them"
     refuse_frozen(recorded_weights(model, chosen), frozen)
     states, groups = _read(path)
     numbers, why_not = _numbers_by_groups(states, groups, model)
@@ -171,6 +171,7 @@ def freeze_untrained(folder: Path, model: nn.Module) -> None:
     """
     Freeze what the optimizer of a checkpoint shows to have been frozen: parameters of whose shape it has kept nothing. Of those
     that share their shape with a trained one, and where no moments of the shape of all its parameters are there, nothing is known.
+    An optimizer of as many parameters as the model has was given them all: one of another shape was resized since.
 
     Args:
         folder (`Path`): Of the checkpoint.
@@ -187,6 +188,8 @@ def freeze_untrained(folder: Path, model: nn.Module) -> None:
     shapes = {average.shape for average in averages if isinstance(average, Tensor)}
     parameters = list(model.parameters())
     if not all(isinstance(average, Tensor) for average in averages) or not shapes <= {p.shape for p in parameters}:
+        return
+    if len(averages) == len(parameters):
         return
     for parameter in parameters:
         if shapes and parameter.shape not in shapes:

@@ -207,7 +207,10 @@ def test_an_adapter_that_trains_the_embeddings_has_their_moments(tmp_path, token
 def test_an_adapter_that_leaves_the_embeddings_is_refused(tmp_path, tokenizer):
     make_trainer(tmp_path / "run", None, tokenizer=tokenizer, model=lora(tmp_path)).train()
     refused(
-        tmp_path, saved(tmp_path), tokenizer, "input embeddings that are trained, but the adapter in .*checkpoint-2"
+        tmp_path,
+        saved(tmp_path),
+        tokenizer,
+        "input embeddings that are trained, but they were frozen in .*checkpoint-2",
     )
 
 
