@@ -13,9 +13,9 @@ LAYERS = ("count", "mean", "drop", "only")
 
 def decide_layers(options: Mapping[str, Any], reader: IndexReader) -> Any:
     """
-    The option `layers` of a search, see [`SearchOptions`]: as given, else as the index says; `"drop"` in the paper's recipe. Layers
-    of an index that an earlier version wrote, which knew no such option, count in that recipe too. Options that were not given are not
-    filled in yet.
+    The option `layers` of a search, see [`SearchOptions`]: as given, else as the index says; `"drop"` in the paper's recipe. In an
+    index that was written before the option existed, layers count in that recipe too. Options that were not given are not filled in
+    yet.
 
     Raises:
         ValueError: It is no such value, contradicts the recipe, is about layers that the index has not, or nothing is left; or

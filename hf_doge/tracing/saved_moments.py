@@ -187,12 +187,11 @@ def freeze_untrained(folder: Path, model: nn.Module) -> None:
     averages = [state.get("exp_avg", state.get("momentum_buffer")) for state in kept]
     shapes = {average.shape for average in averages if isinstance(average, Tensor)}
     parameters = list(model.parameters())
-    if not all(isinstance(average, Tensor) for average in averages) or not shapes <= {p.shape for p in parameters}:
-        return
-    if len(averages) == len(parameters):
+    are_known = shapes and all(isinstance(average, Tensor) for average in averages)
+    if not are_known or not shapes <= {p.shape for p in parameters} or len(averages) == len(parameters):
         return
     for parameter in parameters:
-        if shapes and parameter.shape not in shapes:
+        if parameter.shape not in shapes:
             parameter.requires_grad = False
 
 

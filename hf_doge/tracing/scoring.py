@@ -91,7 +91,8 @@ class QueryScorer:
             self._example_scales.append(_inverse_root(np.stack(squares)) if cosine else None)
 
     def _parts_of(self, layers: str) -> list[range]:
-        """The rows of each part that has a score of its own, words first. The score is the mean of theirs; others do not count, nor
+        """
+        The rows of each part that has a score of its own, words first. The score is the mean of theirs; others do not count, nor
         does a part of which all is excluded.
         """
         num_words, end = self.reader.embedding_shape[0], self.reader.vocabulary_size

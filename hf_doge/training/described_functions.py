@@ -52,10 +52,10 @@ def describe_function(one: Any, name: str = "") -> dict[str, str | None]:
     described: dict[str, str | None] = {name or "name": name_of(one)}
     captured = _captured(one, 0)
     if captured:
-        described[f"{name} captured".strip()] = _digest(captured)
+        described[f"{name} captured".strip()] = digest(captured)
     function = _function_of(one)
     if function is not None and function.__name__ == "<lambda>":
-        described[f"{name} {_CODE}".strip()] = _digest(_code(function.__code__, None))
+        described[f"{name} {_CODE}".strip()] = digest(_code(function.__code__, None))
     return described
 
 
@@ -64,7 +64,7 @@ def describe_code(one: Any) -> dict[str, str]:
     function = _function_of(one)
     if function is None or _library_of(function) is not None:
         return {}
-    return {_CODE: _digest(_code(function.__code__, function.__doc__))}
+    return {_CODE: digest(_code(function.__code__, function.__doc__))}
 
 
 @torch.no_grad()
@@ -103,27 +103,25 @@ def _library_of(named: Any) -> str | None:
     return library if library in LIBRARIES else None
 
 
-def _digest(parts: Any) -> str:
+def digest(parts: Any) -> str:
+    """Of what plain values look like."""
     return hashlib.sha256(repr(parts).encode(errors="surrogatepass")).hexdigest()[:16]
 
 
 def _code(code: CodeType, doc: str | None) -> list[Any]:
     """What code does, without its place and its docstring."""
-    constants = [
-        _code(
-            one,
-            one.co_consts[0]
-            if one.co_name != "<lambda>" and isinstance(next(iter(one.co_consts), None), str)
-            else None,
-        )
-        if isinstance(one, CodeType)
-        else sorted(map(repr, one))  # texts in a set come in another order in each process
-        if isinstance(one, frozenset)
-        else repr(one)
-        for one in code.co_consts
-        if doc is None or one != doc
-    ]
+    constants = [_constant(one) for one in code.co_consts if doc is None or one != doc]
     return [code.co_code.hex(), constants, code.co_names, code.co_varnames, code.co_freevars]
+
+
+def _constant(one: Any) -> Any:
+    """A constant of code, in plain values."""
+    if isinstance(one, frozenset):
+        return sorted(map(repr, one))  # texts in a set come in another order in each process
+    if not isinstance(one, CodeType):
+        return repr(one)
+    first = next(iter(one.co_consts), None)
+    return _code(one, first if one.co_name != "<lambda>" and isinstance(first, str) else None)
 
 
 def _captured(one: Any, level: int) -> list[Any]:
@@ -172,18 +170,22 @@ def _plain(held: list[tuple[Any, Any]], level: int) -> Iterator[tuple[Any, Any]]
         elif isinstance(value, Tensor) and not value.requires_grad:
             yield name, digest_values(value)
         elif isinstance(value, np.ndarray) and value.dtype.kind in "biuf":
-            step = (
-                value.size // _MOST_ENTRIES if value.size > _MOST_VALUES else 1
-            )  # it may be a file of many gigabytes
-            flat = value.reshape(-1) if value.flags.c_contiguous else value.flat  # without a copy
-            content = np.asarray(flat[::step] if step > 1 else value).tobytes()
-            yield name, (value.shape, str(value.dtype), hashlib.sha256(content).hexdigest())
+            yield name, _array(value)
         elif level < _MOST_LEVELS and isinstance(value, tuple):
             step = max(len(value) // _MOST_ENTRIES, 1)
             entries = [*enumerate(value)] if step == 1 else [(len(value), None), *enumerate(value[::step])]
             yield name, list(_plain(entries, level + 1))
         elif level < _MOST_LEVELS and isinstance(value, FunctionType | MethodType | partial):
             yield name, (name_of(value), _captured(value, level + 1))
+
+
+def _array(value: np.ndarray) -> tuple[Any, ...]:
+    """Shape, dtype and the digest of the values; of some of them where it may be a file of many gigabytes."""
+    content = value
+    if value.size > _MOST_VALUES:
+        flat = value.reshape(-1) if value.flags.c_contiguous else value.flat  # without a copy
+        content = np.asarray(flat[:: value.size // _MOST_ENTRIES])
+    return value.shape, str(value.dtype), hashlib.sha256(content.tobytes()).hexdigest()
 
 
 def _text(value: str | bytes) -> Any:

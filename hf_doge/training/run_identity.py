@@ -20,7 +20,7 @@ from hf_doge.sampling.transforms import DomainTransforms
 from hf_doge.text import public_name
 from hf_doge.training.collator import ColumnCollator
 from hf_doge.training.config import SELF_TERMS, DoGEConfig
-from hf_doge.training.described_functions import describe_code, describe_function, digest_values, name_of
+from hf_doge.training.described_functions import describe_code, describe_function, digest, digest_values, name_of
 from hf_doge.training.domain_batches import TargetBatches
 from hf_doge.training.global_batch import examples_per_step
 from hf_doge.training.learning_state import STATE_FILE
@@ -161,11 +161,13 @@ def _describe_model(model: Any, output_dir: Path) -> dict[str, Any]:
         described["name_or_path"] = public_name(name) or ""
     if hasattr(config, "to_dict"):
         described |= _settings(config.to_dict())
-    for name, adapter in (getattr(model, "peft_config", None) or {}).items():
-        frozen = [(key, p) for key, p in model.named_parameters() if not p.requires_grad]  # not in a checkpoint
-        if not is_sharded(model) and not any(p.is_meta for _, p in frozen):
-            digests = [(key, digest_values(p)) for key, p in frozen]
-            described["frozen_weights"] = hashlib.sha256(repr(digests).encode()).hexdigest()[:16]
+    adapters = getattr(model, "peft_config", None) or {}
+    frozen = [
+        (key, p) for key, p in model.named_parameters() if not p.requires_grad
+    ]  # with adapters not in a checkpoint
+    if adapters and not is_sharded(model) and not any(p.is_meta for _, p in frozen):
+        described["frozen_weights"] = digest([(key, digest_values(p)) for key, p in frozen])
+    for name, adapter in adapters.items():
         settings = _settings(adapter.to_dict() if hasattr(adapter, "to_dict") else adapter, f"adapter {name}.")
         described |= {key: value for key, value in settings.items() if isinstance(value, (int, float))}
     return described
@@ -248,7 +250,7 @@ def _warn_of_other_code(checkpoint: Path, saved: Any, own: Any) -> None:
     if names:
         warnings.warn(
             f"The code of {', '.join(f'`{name}`' for name in names)} is not what it was when {checkpoint} was written, so the resumed "
-            "run may compute something else. Set it back if it does, or start anew.",
+            "run may compute something else. Set it back if it does, or start a new run.",
             stacklevel=4,
         )
 
