@@ -16,6 +16,8 @@ plateau of the first losses much longer than others, and the spread between seed
 - `universal`: the eight kinds of English text in `lm/`, for themselves.
 - `continued`: as `one_kin`, but all training, that of the proxies too, goes on from one model that was trained on three other kinds of
   English text for 2,000 steps, as users come with a pretrained model. Such runs have no first plateau to leave at a time of their own.
+- `smollm2`: as `one_kin`, as a fine-tuning of all 135M parameters of SmolLM2 (read from a package, see `benchmarks.pretrained`) with its own tokenizer,
+  in bfloat16 and blocks of 64 tokens. `--max_steps 40` and few seeds are what a core bears: a run takes five minutes.
 
 `--plot FILE` draws what each route of a setting with a target gains, by each measure, over its CPU seconds.
 
@@ -30,6 +32,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from benchmarks.pretrained.packaged_models import smollm2
 from hf_doge import DomainWeights
 from hf_doge.evaluation.comparison import Comparison
 
@@ -48,7 +51,17 @@ SETTINGS = {
     "one_kin": (("ca", "es", "de", "nl", "code", "arxiv_latex", "legal", "news", "qa"), "ca", "code"),
     "universal": (ENGLISH, None, "code"),
 }
-SETTINGS["continued"] = SETTINGS["one_kin"]
+SETTINGS["continued"] = SETTINGS["smollm2"] = SETTINGS["one_kin"]
+FINE_TUNING = (
+    *(
+        "--block_size=64",
+        "--per_device_train_batch_size=16",
+        "--learning_rate=3e-4",
+        "--lr_scheduler_type=cosine",
+        "--bf16",
+    ),
+    *("--max_validation_tokens=6000", "--use_cpu", "--report_to=none", "--disable_tqdm=true"),
+)
 PRETRAINING = ("books", "web", "wikipedia")  # and a tokenizer for all but the target
 
 
@@ -60,7 +73,9 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS, help="Of the comparison.")
     parser.add_argument("--learn_seed", type=int, default=101)
     parser.add_argument("--max_steps", type=int, default=400)
+    parser.add_argument("--adapt_steps", type=int, nargs="+", default=[24, 98], help="Steps on a target's own text.")
     parser.add_argument("--model_size", default="nano")
+    parser.add_argument("--without", nargs="+", default=[], choices=("natural", "control"), help="Arms to leave out.")
     parser.add_argument("--recipes", nargs="*", default=["paper"], help="Recipes of `hf-doge learn` to compare.")
     parser.add_argument("--sweep", type=int, default=0, help="Mixtures of a sweep; 0 for none.")
     parser.add_argument("--sweep_seeds", type=int, nargs="+", default=[201])
@@ -83,6 +98,9 @@ def run_setting(name: str, args: argparse.Namespace) -> dict:
     start = [*TRAINING, f"--model_size={args.model_size}"]
     if name == "continued":
         start = pretrain(args, folder / "pretrained", without=target)
+    if name == "smollm2":
+        smollm2(folder / "pretrained")
+        start = [f"--tokenizer={folder / 'pretrained'}", f"--model_name_or_path={folder / 'pretrained'}", *FINE_TUNING]
     common = [
         *(f"--data_dir={link_data(args.data_dir, folder / 'data', names)}", *start, f"--max_steps={args.max_steps}"),
         *(["--target", target] if target else []),
@@ -102,19 +120,26 @@ def run_setting(name: str, args: argparse.Namespace) -> dict:
             if flag.partition("=")[0] in ("--data_dir", "--train_tokenizer_vocab", "--tokenizer", "--block_size")
         ]
         seconds["estimated"] = run("estimate", [*kept, "--target", target, f"--output_dir={estimate}"], estimate)
-    adapt = ["--adapt_steps", "24", "98"] if target else []
+    adapt = ["--adapt_steps", *map(str, args.adapt_steps)] if target else []
     if args.sweep:
         swept = folder / f"sweep-{args.sweep}"
         arms.append(f"sweep={swept}")
         seeds = ["--seeds", *map(str, args.sweep_seeds)]
         flags = [*common, *adapt, *seeds, f"--num_mixtures={args.sweep}", f"--output_dir={swept}"]
         seconds["sweep"] = run("sweep", flags, swept)
-    control = folder / "control.json"
-    rest = 0.5 / (len(sources) - 1)
-    control.write_text(json.dumps({one: 0.5 if one == far else rest for one in sources}))
+    known = list(arms)
+    if "control" not in args.without:
+        control = folder / "control.json"
+        rest = 0.5 / (len(sources) - 1)
+        control.write_text(json.dumps({one: 0.5 if one == far else rest for one in sources}))
+        known.append(f"control={control}")
     compared = folder / "compare"
-    rules = ["uniform", "natural", *(["estimated"] if target else [])]
-    flags = [*common, *adapt, "--mixtures", *rules, "--weights", *arms, f"control={control}"]
+    rules = [
+        rule
+        for rule in ("uniform", "natural", "estimated")
+        if rule not in args.without and (target or rule != "estimated")
+    ]
+    flags = [*common, *adapt, "--mixtures", *rules, "--weights", *known]
     flags += ["--seeds", *map(str, args.seeds), f"--output_dir={compared}"]
     seconds["compare"] = run("compare", flags, compared)
     comparison = Comparison.load(compared)
