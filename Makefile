@@ -15,7 +15,7 @@ help:  ## Show what can be made
 demo: $(SETUP)  ## Learn weights on text of this machine, train with them, trace a prediction; tables and plots (about 5 minutes)
 	$(BIN)/hf-doge demo --output_dir demo
 
-# Types are checked while the tests run: from nothing, mypy keeps one core for more than a minute.
+# Types are checked while the tests run: from nothing, mypy keeps one core for half a minute.
 test: style  ## Check the style and run the tests (offline, CPU)
 	@$(BIN)/mypy > $(VENV)/types.log 2>&1 & types=$$!; \
 	$(BIN)/python $(PYTEST); tests=$$?; \
