@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from numbers import Integral, Real
 from typing import Any, Literal, overload
 
-from hf_doge.text import UNSEEN, printable
+from hf_doge.text import UNSEEN, holds_token, printable
 
 SIMPLEX_TOLERANCE = 1e-6
 LARGEST_RATE = 1e30  # beyond it, and below its inverse, products with gradients leave the range of float32
@@ -158,6 +158,13 @@ def check_text(name: str, value: Any, *, what: str = "a text that is not blank",
     if not isinstance(value, str) or not value.strip() or "\0" in value or not is_unicode(value):
         raise ValueError(f"`{name}` must be {what}, but got {show(value)}.")
     return value
+
+
+def refuse_tokens(**told: str | None) -> None:
+    """No text that others will read may hold an access token of the Hub. The message does not repeat it."""
+    for name, value in told.items():
+        if isinstance(value, str) and holds_token(value):
+            raise ValueError(f"`{name}` must not hold an access token, as others will read it, but does. Remove it.")
 
 
 @overload

@@ -28,7 +28,8 @@ def read_ratios(path: Path) -> tuple[dict, str]:
         `tuple[dict, str]`: name -> ratio, and which shape it was (`"doremi"`, `"regmix"`, `"olmix"` or `"plain"`).
 
     Raises:
-        ValueError: The file is neither JSON nor YAML, is malformed, repeats a key, holds no mapping, or is an artifact.
+        ValueError: The file is neither JSON nor YAML, is malformed, repeats a key, holds no mapping or several of ratios, or
+            is an artifact.
     """
     loaders = {".json": parse_json, ".yaml": parse_yaml, ".yml": parse_yaml}
     if path.suffix.lower() not in loaders:
@@ -43,9 +44,14 @@ def read_ratios(path: Path) -> tuple[dict, str]:
                 f"{str(path)!r} belongs to an artifact of hf_doge. Read it by"
                 f" `DomainWeights.from_pretrained({str(path.parent)!r})`."
             )
-        for key, name in (("train_domain_weights", "doremi"), ("train", "regmix")):
-            if isinstance(content.get(key), dict):
-                ratios, shape = content[key], name
+        known = {"train_domain_weights": "doremi", "train": "regmix"}
+        given = [key for key in known if isinstance(content.get(key), dict)]
+        if len(given) > 1:
+            raise ValueError(
+                f"{str(path)!r} must hold ratios under one key, but does under {given}. Keep one of them."
+            )
+        for key in given:
+            ratios, shape = content[key], known[key]
     elif _is_list_of_weights(content):
         ratios, shape = {row["domain"]: row["weight"] for row in content}, "olmix"
         refuse_repeated((row["domain"] for row in content), str(path))
@@ -88,7 +94,10 @@ def _is_list_of_weights(content: Any) -> bool:
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """Refuses repeated keys, takes keys as they are written (`no`, `1e3`, `2024-01-01`), and reads `1e-3` as YAML 1.2 does."""
+    """
+    Refuses repeated keys and numbers that YAML 1.1 and 1.2 read differently (`017`, `1:30`), takes keys as they are written
+    (`no`, `1e3`, `2024-01-01`), and reads `1e-3` as YAML 1.2 does.
+    """
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         refuse_repeated((key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)), self.name)
@@ -98,7 +107,23 @@ class _StrictLoader(yaml.SafeLoader):
                 key.tag = "tag:yaml.org,2002:str"
         return super().construct_mapping(node, deep=deep)
 
+    def construct_number(self, node: yaml.ScalarNode) -> int | float:
+        if ":" in node.value or re.fullmatch(r"[-+]?0[0-7_]+", node.value):
+            raise _OtherBaseError(
+                f"Numbers must be written without leading zeros and colons, by which YAML 1.1 reads them as octal or"
+                f" sexagesimal, but {node.value} stands in {self.name!r}, line {node.start_mark.line + 1}, column"
+                f" {node.start_mark.column + 1}. Write it as a decimal number, or as a text in quotes."
+            )
+        is_whole = node.tag.endswith(":int")
+        return self.construct_yaml_int(node) if is_whole else self.construct_yaml_float(node)
 
+
+class _OtherBaseError(ValueError):
+    """A number is meant to base 10, and would be read by another."""
+
+
+for _kind in ("int", "float"):
+    _StrictLoader.add_constructor(f"tag:yaml.org,2002:{_kind}", _StrictLoader.construct_number)
 _PLAIN_TAGS = {f"tag:yaml.org,2002:{kind}" for kind in ("bool", "int", "float", "null", "timestamp")}
 _StrictLoader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+[eE][-+]?\d+$"), list("-+0123456789")
@@ -110,14 +135,14 @@ def parse_yaml(text: bytes, *, source: str) -> Any:
     The content of YAML 1.1 that repeats no key; keys are texts as they are written.
 
     Raises:
-        ValueError: Malformed, too deep, or a key stands twice. Names `source`.
+        ValueError: Malformed, too deep, or a key stands twice, or a number may be meant to another base. Names `source`.
     """
     try:
         check_yaml(text)
         loader = _StrictLoader(text)
         loader.name = source
         return loader.get_single_data()
-    except RepeatedKeyError:
+    except (RepeatedKeyError, _OtherBaseError):
         raise
     except (yaml.YAMLError, ValueError) as error:  # the latter of dates that are none and numbers without end
         raise ValueError(

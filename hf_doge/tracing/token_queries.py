@@ -66,7 +66,7 @@ def check_tokens(records: Sequence[Mapping[str, Any]], vocabulary_size: int) -> 
         `list[dict]`: the queries, without padding on the left.
 
     Raises:
-        ValueError: A query has no token, one out of the vocabulary, or a mask of another shape.
+        ValueError: A query has no token, one out of the vocabulary, or a mask of another shape or of other numbers than 0 and 1.
     """
     for position, record in enumerate(records):
         ids, mask = record["input_ids"], record.get("attention_mask")
@@ -74,6 +74,11 @@ def check_tokens(records: Sequence[Mapping[str, Any]], vocabulary_size: int) -> 
             raise ValueError(
                 f"The `attention_mask` of query {position} must have the shape of its `input_ids`, {tuple(ids.shape)}, "
                 f"but its shape is {tuple(mask.shape)}."
+            )
+        if isinstance(mask, Tensor) and mask.ndim == 1 and not bool(((mask == 0) | (mask == 1)).all()):
+            raise ValueError(
+                f"The `attention_mask` of query {position} must hold 0 and 1 alone, but is {show(mask.tolist())}. Give 1 to"
+                " each token that the model reads, and 0 to padding."
             )
         masked = isinstance(mask, Tensor) and mask.numel() > 0 and not bool(mask.any())
         if masked or (isinstance(ids, Tensor) and ids.numel() == 0):

@@ -691,6 +691,15 @@ def test_weights_of_others_are_read_and_normalised(tmp_path, name, text, shape):
         ("w.json", "{}", "must map domain names to ratios, but it holds {}"),
         ("w.json", '{"train_domain_weights": {}}', "must map domain names to ratios"),
         ("w.json", "[0.5, 0.5]", "must map domain names to ratios"),
+        (
+            "w.json",
+            '{"train": {"wiki": 1}, "train_domain_weights": {"wiki": 2}}',
+            "ratios under one key, .*'train_domain_weights', 'train'",
+        ),
+        *(
+            ("w.yaml", f"wiki: {number}\nweb: 2\n", f"without leading zeros .* {number} .* line 1, column 7")
+            for number in ("017", "-0_17", "1:30", "1:30.5")
+        ),
         ("w.yaml", "", "must map domain names to ratios, but it holds None"),
         ("w.json", "wiki: 1", "must be JSON in UTF-8, but it is not"),
         ("w.yaml", "wiki: [1", "must be YAML in UTF-8, but it is not"),

@@ -12,8 +12,9 @@ from hf_doge.artifacts.cards.html import index_html
 from hf_doge.artifacts.cards.index import index_card
 from hf_doge.artifacts.influence import IndexReader, segment_reader
 from hf_doge.artifacts.influence.manifest import parse_config
+from hf_doge.files import sha256
 from hf_doge.tracing.encoding import Encoding
-from tests.artifacts.influence_rows import NUM_EXAMPLES, WIDTH, random_rows, write_index
+from tests.artifacts.influence_rows import FACTS, NUM_EXAMPLES, WIDTH, open_writer, random_rows, write_index
 from tests.artifacts.odd_json import ODD, places, put_in
 from tests.test_text import is_harmless
 
@@ -84,6 +85,13 @@ def exchange(values):
     values[[0, -1]] = values[[-1, 0]]
 
 
+def shift_from(position):
+    def edit(values):
+        values[position:] += 16
+
+    return edit
+
+
 def move_one(values):
     """Another token, in order still."""
     gap = np.flatnonzero(np.diff(values) > 1)[0]
@@ -100,6 +108,7 @@ SEGMENTS = {
     r"`token_id` must ascend within \[0, 50\)": lambda table: with_column(table, "token_id", exchange),
     r"`token_id` must ascend within": lambda table: with_column(table, "token_id", put(-1, 50)),
     r"`token_id` must ascend": lambda table: with_column(table, "token_id", put(0, -1)),
+    r"`token_id` must ascend within .0": lambda table: with_column(table, "token_id", put(-1, -(2**31))),
     r"`example_id` must be in \[": lambda table: with_column(table, "example_id", put(0, 10**6)),
     "`example_id` must be in": lambda table: with_column(table, "example_id", put(0, -1)),
     "rows must be sorted by `token_id` and `example_id`, none twice": lambda table: pa.concat_tables(
@@ -152,6 +161,13 @@ OFFSETS = {
     r"`token_id` must ascend within \[0, 50\)": lambda table: with_column(table, "token_id", exchange),
     "columns must be .*, but are": lambda table: with_column(table, "num_rows", put(0, 1), kind=pa.int64()),
     "no value may be null": lambda table: with_column(table, "token_id", lambda values: [None, *values[1:].tolist()]),
+    "`token_id` must ascend within .0": lambda table: with_column(table, "token_id", put(-1, -(2**31))),
+    "`first_example` must be that of its segment": lambda table: with_column(
+        table, "first_example", lambda values: values + 1
+    ),
+    "both places must leave something out between row groups alone": lambda table: with_column(
+        table, "grad_byte", shift_from(3)
+    ),
     "they must tell of the rows that": lambda table: with_column(table, "token_id", move_one),
 }
 
@@ -241,6 +257,70 @@ def test_examples_in_another_order_are_refused(folder):
     sign_anew(folder)
     with pytest.raises(ValueError, match="must have the examples 0 to 39 in this order"):
         len(IndexReader.open(folder).examples)
+
+
+def test_examples_with_two_columns_of_one_name_are_refused(folder):
+    path = folder / "examples/train-00000-of-00001.parquet"
+    table = pq.read_table(path, use_threads=False)
+    for name in table.column_names:
+        pq.write_table(table.append_column(name, table[name]), path)
+        sign_anew(folder)
+        with pytest.raises(ValueError, match=f"train-00000-of-00001.parquet' must be different, but .*{name}"):
+            len(IndexReader.open(folder).examples)
+
+
+def measured_index(folder):
+    writer = open_writer(folder, settings={"metric": "optimizer", "second_moment": True})
+    with writer.checkpoint("checkpoint-0", step=0, **FACTS) as checkpoint:
+        checkpoint.add(random_rows(NUM_EXAMPLES))
+        writer.publish(checkpoint, divisors=lambda tokens: (tokens[:, None] + 1.0).expand(-1, WIDTH))
+    return folder
+
+
+METRICS = {
+    "no rows": lambda table: table.slice(0, 0),
+    "the first token gone": lambda table: table.slice(1),
+    "the last token gone": lambda table: table.slice(0, len(table) - 1),
+    "no file": None,
+}
+
+
+@pytest.mark.parametrize("case", METRICS)
+def test_a_metric_without_a_token_that_has_rows_is_refused_and_not_taken_for_no_influence(tmp_path, case):
+    folder = measured_index(tmp_path / "index")
+    config = json.loads((folder / "config.json").read_text())
+    (file,) = config["checkpoints"][0]["metric"]
+    if METRICS[case] is None:
+        change_config(folder, set_in("checkpoints", 0, "metric", value=[]))
+    else:
+        pq.write_table(METRICS[case](pq.read_table(folder / file["path"], use_threads=False)), folder / file["path"])
+        change_config(folder, set_in("checkpoints", 0, "metric", 0, "sha256", value=sha256(folder / file["path"])))
+    reader = IndexReader.open(folder, cache_dir=tmp_path / "cache")
+    with pytest.raises(
+        ValueError, match=r"metric of checkpoint 'checkpoint-0' .* must have the divisors of all tokens"
+    ):
+        reader.metric(0)
+
+
+def test_files_of_a_metric_that_disagree_on_a_token_are_refused(tmp_path):
+    folder = measured_index(tmp_path / "index")
+    config = json.loads((folder / "config.json").read_text())
+    (file,) = config["checkpoints"][0]["metric"]
+    table = pq.read_table(folder / file["path"], use_threads=False)
+    other = file["path"].replace("tokens", "others")
+
+    def add(name, factor):
+        values = table["divisor"].combine_chunks().flatten().to_numpy() * np.float16(factor)
+        changed = table.set_column(2, "divisor", pa.FixedSizeListArray.from_arrays(pa.array(values), WIDTH))
+        pq.write_table(changed, folder / name)
+        entry = {**file, "path": name, "sha256": sha256(folder / name)}
+        change_config(folder, set_in("checkpoints", 0, "metric", value=[file, entry]))
+
+    add(other, 1)
+    IndexReader.open(folder, cache_dir=tmp_path / "cache").metric(0)
+    add(other, 2)
+    with pytest.raises(ValueError, match=r"metric of checkpoint 'checkpoint-0' .* must agree on the divisors"):
+        IndexReader.open(folder, cache_dir=tmp_path / "cache").metric(0)
 
 
 def test_a_scale_other_than_the_one_of_the_rows_is_told(folder, tmp_path):

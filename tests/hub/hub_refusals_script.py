@@ -110,6 +110,11 @@ def pushing(folder):
     attempt("over a newer format", lambda: push("doge/newer"))
     leaking = DomainWeights({"a": 1.0}, metadata={"note": "my token is " + READ_TOKEN})
     attempt("a token inside", lambda: leaking.push_to_hub("doge/leak"))
+    attempt("a token in the title", lambda: push(commit_message=f"by {READ_TOKEN}"))
+    attempt("a token in the description", lambda: push(commit_description=f"by {READ_TOKEN}"))
+    attempt("a token for a tag", lambda: push(tag=READ_TOKEN))
+    attempt("a token for a branch", lambda: push(revision=READ_TOKEN))
+    attempt("a token for a name", lambda: push(f"doge/{READ_TOKEN}"))
     attempt(
         "a path that leaves",
         lambda: Publication({"../m": b""}, manifest="../m", owned=bool, check_manifest=print),
@@ -145,6 +150,26 @@ def texts_over_none(index):
     assert HfApi().repo_info(name, repo_type="dataset").sha != head
 
 
+def deleted(folder):
+    """A repository that is gone, or that a token no longer opens, and of which files are in the cache."""
+    push("doge/gone")
+    DomainWeights.from_pretrained("doge/gone")
+    HfApi().delete_repo("doge/gone", repo_type="dataset")
+    push("doge/closed", private=True)
+    DomainWeights.from_pretrained("doge/closed")
+    for name, options in {"gone": {}, "closed": {"token": BAD_TOKEN}}.items():
+        read = partial(DomainWeights.from_pretrained, f"doge/{name}", **options)
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            attempt(f"{name} is read", lambda read=read: read().mean == make_weights().mean or 1 / 0)
+        errors[f"{name} is told"] = [[type(one.message).__name__, str(one.message)] for one in told]
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            attempt(f"{name} is read offline", partial(read, local_files_only=True))
+        errors[f"{name} is told offline"] = [str(one.message) for one in told]
+        attempt(f"{name} is fetched again", partial(read, force_download=True))
+
+
 def reading(folder):
     attempt("nothing there", lambda: DomainWeights.from_pretrained("doge/nothing"))
     HfApi().create_repo("doge/model-only")
@@ -159,6 +184,7 @@ def reading(folder):
         "unknown token fetches again",
         lambda: DomainWeights.from_pretrained("doge/weights", token=BAD_TOKEN, force_download=True),
     )
+    deleted(folder)
     attempt("unknown token reads", lambda: DomainWeights.from_pretrained("doge/private", token=BAD_TOKEN))
     attempt("an index read as weights", lambda: DomainWeights.from_pretrained("doge/index"))
     attempt("weights read as an index", lambda: InfluenceIndex.from_pretrained("doge/weights"))

@@ -58,6 +58,21 @@ def errors(tmp_path_factory):
         ),
         ("over a newer format", "FileExistsError", ["format 2.0", "pip install -U hf-doge"]),
         ("a token inside", "ValueError", ["looks like an access token", "not pushed"]),
+        (
+            "a token in the title",
+            "ValueError",
+            ["`commit_message` must not hold an access token"],
+        ),
+        ("a token in the description", "ValueError", ["`commit_description` must not hold an access token"]),
+        ("a token for a tag", "ValueError", ["`tag` must not hold an access token"]),
+        ("a token for a branch", "ValueError", ["`revision` must not hold an access token"]),
+        ("a token for a name", "ValueError", ["`repo_id` must not hold an access token"]),
+        (
+            "gone is fetched again",
+            "FileNotFoundError",
+            ["must be a folder or a dataset repository", "your token can see"],
+        ),
+        ("closed is fetched again", "PermissionError", ["does not know the access token"]),
         ("a path that leaves", "ValueError", ["must stay within the repository", "'../m'"]),
         ("columns without redaction", "ValueError", ["goes with `redact_text=True`"]),
         ("unknown columns", "ValueError", ["must be among ['example_id', 'text']", "'nothing'"]),
@@ -96,12 +111,24 @@ def test_what_cannot_be_is_refused_with_what_to_do(errors, attempt, kind, words)
     "attempt",
     [
         *("then tag", "same tag, same content", "unknown keys", "after it"),
+        *("gone is read", "closed is read", "gone is read offline", "closed is read offline"),
         *("no texts over none", "no texts over none again", "texts over none, said"),
         *(f"address expired, {status}{part}" for status in (403, 404) for part in ("", ", hits")),
     ],
 )
 def test_what_can_be_is_done(errors, attempt):
     assert errors[attempt] is None
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"), [("gone", "your token can see"), ("closed", "does not know the access token")]
+)
+def test_what_the_hub_refuses_is_read_from_the_cache_with_a_warning(errors, name, reason):
+    ((kind, words),) = errors[f"{name} is told"]
+    assert kind == "UserWarning"
+    assert f"'doge/{name}' is read from the cache" in words
+    assert reason in words
+    assert errors[f"{name} is told offline"] == []
 
 
 def test_no_message_repeats_a_token(errors):

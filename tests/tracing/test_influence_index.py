@@ -575,6 +575,8 @@ def test_models_of_the_users_own_class(tmp_path, tokenizer, train_set):
         ([{"input_ids": "goal"}], "must be whole numbers"),
         ([{"input_ids": [[5, 6], [5]]}], "must be whole numbers"),
         ([{"input_ids": [5, 6], "attention_mask": [0, 0]}], "query 0 has none"),
+        ([{"input_ids": [5, 6, 7], "attention_mask": [1, 2, -1]}], "`attention_mask` of query 0 must hold 0 and 1"),
+        ([{"input_ids": [5, 6], "attention_mask": [1, float("nan")]}], "`attention_mask` of query 0 must hold 0 and"),
         ([{"input_ids": [5, 6], "attention_mask": [1]}], "`attention_mask` of query 0 must have the shape"),
         ([{"input_ids": [5] * 33}], "query 0 has 33 tokens, but the model has positions for 32"),
     ],

@@ -211,8 +211,8 @@ def explain(error: Exception, repo_id: str, *, action: str) -> Exception:
         return FileNotFoundError(f"There is no such branch, tag or commit in {url}. {said}")
     if isinstance(error, RepositoryNotFoundError):
         return FileNotFoundError(
-            f"There is no {url} that your token can see. Check the name, and that it is a *dataset* repository; for a"
-            f" private one log in by `hf auth login`, or set HF_TOKEN. {said}"
+            f"There is no dataset repository {repo_id!r} that your token can see. Check the name, and that it is none of a model;"
+            f" for a private one log in by `hf auth login`, or set HF_TOKEN. {said}"
         )
     if status == 401:
         return PermissionError(

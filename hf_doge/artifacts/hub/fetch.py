@@ -2,13 +2,19 @@
 
 import errno
 import os
+import re
+import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from hf_doge._version import __version__
 from hf_doge.checks import check_flag, check_path, check_text
+
+_COMMIT = re.compile("[0-9a-f]{40}")
+_SECONDS_TO_ASK = 5.0  # whether the Hub has what is in the cache
 
 
 def fetch_folder(
@@ -23,7 +29,8 @@ def fetch_folder(
     force_download: bool = False,
 ) -> Path:
     """
-    A local folder as it is; any other name is fetched from the Hub, into its cache, and taken from there when offline.
+    A local folder as it is; any other name is fetched from the Hub, into its cache, and taken from there when offline, or,
+    with a warning, when the Hub refuses it.
 
     Args:
         name_or_path (`str` or `os.PathLike`): A local folder, else the name of a dataset repository.
@@ -110,17 +117,30 @@ def _download(
     **options: Any,
 ) -> str:
     from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-    if force_download and not local_files_only:  # of what the Hub refuses, its client would return the last download
-        HfApi(library_name="hf_doge").dataset_info(name, revision=revision, token=token)
-    return snapshot_download(
-        name,
-        repo_type="dataset",
-        revision=revision,
-        token=token,
-        local_files_only=local_files_only,
-        force_download=force_download,
-        library_name="hf_doge",
-        library_version=__version__,
-        **options,
-    )
+    from hf_doge.artifacts.hub.errors import explain, is_transient
+
+    options |= {"repo_type": "dataset", "library_name": "hf_doge", "library_version": __version__}
+    fetch = partial(snapshot_download, name, revision=revision, token=token, **options)
+    if local_files_only:
+        return fetch(local_files_only=True)
+    cached = None
+    if not force_download and _COMMIT.fullmatch(revision or "") is None:  # a commit stays what it is
+        with suppress(LocalEntryNotFoundError):
+            cached = fetch(local_files_only=True)
+    # Asked here too, as of what the Hub refuses its client would return the last download without a word.
+    if force_download or cached is not None:
+        try:
+            timeout = None if force_download else _SECONDS_TO_ASK
+            HfApi(library_name="hf_doge").dataset_info(name, revision=revision, token=token, timeout=timeout)
+        except Exception as error:  # what the Hub answered, or did not: from four libraries
+            if force_download:
+                raise
+            if isinstance(error, HfHubHTTPError) and not is_transient(error):
+                warnings.warn(
+                    f"{name!r} is read from the cache, as it was when it was downloaded, for the Hub refuses it now:"
+                    f" {explain(error, name, action='read')} Pass `local_files_only=True` to be told no more.",
+                    stacklevel=5,
+                )
+    return fetch(force_download=force_download)

@@ -35,7 +35,7 @@ from hf_doge.artifacts.hub.errors import (
     wait_for_first,
 )
 from hf_doge.artifacts.hub.publication import CARD_FILE, Head, Plan, Publication, refuse_other_content, size
-from hf_doge.checks import check_flag, check_text
+from hf_doge.checks import check_flag, check_text, refuse_tokens
 
 logger = logging.getLogger(__name__)
 
@@ -67,13 +67,15 @@ def push_publication(
 
     Raises:
         PermissionError: There is no token, or it may not write.
-        ValueError: The name is none, or the Hub refuses the card.
+        ValueError: The name is none, the Hub refuses the card, or a text of the commit holds an access token.
         FileExistsError: The repository holds something else, or `tag` is taken.
         PushError: The Hub could not be reached, or not in time.
     """
     check_flag("private", private, optional=True)
     check_text("commit_message", commit_message)
     check_text("commit_description", commit_description, optional=True)
+    names = {"repo_id": repo_id, "revision": revision, "tag": tag}
+    refuse_tokens(commit_message=commit_message, commit_description=commit_description, **names)
     place = f"{repo_id}@{revision}"
     if not is_first_process():
         wait_for_first(place)
@@ -250,19 +252,10 @@ class _Push:
             batch.append(operation)
             full = sum(one.upload_info.size for one in batch) >= _BATCH_BYTES or len(batch) == _BATCH_FILES
             if full or position == len(operations) - 1:
-                self._try(partial(self._upload_batch, tuple(batch)))
+                upload = partial(self.api.preupload_lfs_files, self.repo_id, tuple(batch), repo_type=_REPO_TYPE)
+                self._try(partial(upload, revision=self.revision, create_pr=self.create_pr, free_memory=False))
                 batch = []
         return [*operations, *(CommitOperationDelete(path_in_repo=path) for path in plan.removed)]
-
-    def _upload_batch(self, batch: tuple[CommitOperationAdd, ...]) -> None:
-        self.api.preupload_lfs_files(
-            self.repo_id,
-            batch,
-            repo_type=_REPO_TYPE,
-            revision=self.revision,
-            create_pr=self.create_pr,
-            free_memory=False,
-        )
 
     def _operation(self, path: str, source: bytes | Path) -> CommitOperationAdd:
         """The same one at each try, as it remembers what is uploaded; a new one for new content."""

@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 
 from hf_doge.artifacts.influence.manifest import EXAMPLES_FILE, examples_files, first_added_example
 from hf_doge.artifacts.parquet import as_stored, check_claims_of_footer, open_parquet, read_parquet, to_parquet
-from hf_doge.checks import require_printable
+from hf_doge.checks import check_names, require_printable
 from hf_doge.files import sha256, write_atomically
 from hf_doge.text import parse_json
 
@@ -126,7 +126,7 @@ def read_examples(folder: Path, config: Mapping[str, Any]) -> pa.Table:
     tables: list[pa.Table] = []
     for path in examples_files(config):
         table = read_parquet(folder / path, str(folder / path))
-        require_printable(f"Columns in {str(folder / path)!r}", table.column_names)
+        check_names(table.column_names, what=f"Columns in {str(folder / path)!r}")
         ids = table["example_id"].to_numpy() if "example_id" in table.column_names else None
         if ids is None or not np.array_equal(ids, np.arange(first, first + len(table))):
             raise ValueError(

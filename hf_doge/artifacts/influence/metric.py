@@ -41,6 +41,7 @@ Divisors = Callable[[Tensor], Tensor]  # tokens (n,) -> what their rows are divi
 
 _FILE = "tokens.parquet"
 _FLOAT16 = (2.0**-14, 65504.0)  # what float16 holds without losing digits
+_ROUNDING = 2.0**-10  # of float16, relative
 _KINDS = {"float16": pa.float16(), "float32": pa.float32()}
 
 
@@ -184,24 +185,37 @@ def write_metric(
     return {"path": _FILE, "sha256": sha256(content), "num_tokens": len(tokens)}
 
 
-def read_metric(folder: Path, config: Mapping[str, Any], checkpoint: int) -> CheckpointMetric:
+def read_metric(folder: Path, config: Mapping[str, Any], checkpoint: int, *, held: np.ndarray) -> CheckpointMetric:
     """
     The metric of an index at one checkpoint.
 
     Args:
         folder (`Path`), config (`Mapping`): The index, and the content of its config.json.
         checkpoint (`int`): Position in `config["checkpoints"]`.
+        held (`numpy.ndarray`): The tokens that have rows.
 
     Raises:
         ValueError: A file cannot be of this index. Names it and what is wrong.
     """
-    number = checkpoint_number(config["checkpoints"], checkpoint)
-    parts = [_read(folder / file["path"], config, number) for file in config["checkpoints"][checkpoint]["metric"]]
-    if not parts:
-        return CheckpointMetric(np.zeros(0, np.int64), torch.zeros(0, config["width"]))
+    entry, number = config["checkpoints"][checkpoint], checkpoint_number(config["checkpoints"], checkpoint)
+
+    def require(holds: Any, law: str) -> None:
+        if not holds:
+            raise ValueError(
+                f"The metric of checkpoint {entry['name']!r} in {str(folder)!r} is damaged or was manipulated: {law}. Fetch the"
+                " index again."
+            )
+
+    empty = (np.zeros(0, np.int64), np.zeros((0, config["width"]), np.float32))
+    parts = [_read(folder / file["path"], config, number) for file in entry["metric"]] or [empty]
+    found, values = np.concatenate([one for one, _ in parts]), np.concatenate([one for _, one in parts])
     # Examples that were added may hold the tokens of those before, and then with the same divisors.
-    tokens, first = np.unique(np.concatenate([tokens for tokens, _ in parts]), return_index=True)
-    return CheckpointMetric(tokens, torch.from_numpy(np.concatenate([values for _, values in parts])[first]))
+    tokens, first, places = np.unique(found, return_index=True, return_inverse=True)
+    divisors = values[first]
+    agree = np.allclose(values, divisors[places], rtol=_ROUNDING, atol=0)
+    require(agree, "its files must agree on the divisors of a token")
+    require(np.isin(held, tokens).all(), "it must have the divisors of all tokens that have rows")
+    return CheckpointMetric(tokens, torch.from_numpy(divisors))
 
 
 def _read(path: Path, config: Mapping[str, Any], number: int) -> tuple[np.ndarray, np.ndarray]:

@@ -61,9 +61,8 @@ class IndexReader:
         self.stored_width: int = config["stored_width"]
         self.vocabulary_size: int = config["vocabulary_size"]
         self.embedding_shape = embedding_shape(config)
-        entries = config["checkpoints"]
-        self.checkpoints = [{key: one for key, one in entry.items() if key != "files"} for entry in entries]
-        self._cache_dir = cache_dir
+        told = [{key: one for key, one in entry.items() if key != "files"} for entry in config["checkpoints"]]
+        self.checkpoints, self._cache_dir = told, cache_dir
         self._maps: dict[int, RowMap] = {}
         self._metrics: dict[int, CheckpointMetric] = {}
         self._examples: Dataset | None = None
@@ -127,7 +126,8 @@ class IndexReader:
     def metric(self, checkpoint: int) -> CheckpointMetric:
         """What queries are divided by at a checkpoint, of an index in the optimizer's metric."""
         if checkpoint not in self._metrics:
-            self._metrics[checkpoint] = read_metric(self.folder, self.config, checkpoint)
+            held = np.flatnonzero(np.diff(self._map(checkpoint, np.zeros(0, np.int64)).offsets))
+            self._metrics[checkpoint] = read_metric(self.folder, self.config, checkpoint, held=held)
         return self._metrics[checkpoint]
 
     def require_whole(self, what: str) -> None:

@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 from hf_doge.artifacts.hub.ranges import ByteRange, RangedFile, read_all
 from hf_doge.artifacts.influence.examples import harmless_metadata
 from hf_doge.artifacts.parquet import check_claims_of_footer, open_parquet, read_parquet
-from hf_doge.checks import require_printable
+from hf_doge.checks import check_names
 from hf_doge.files import write_json
 
 _END_BYTES = 2**16  # what pyarrow looks at first
@@ -97,7 +97,7 @@ class _PartialParquet:
         with open_parquet(self._path, file.path) as parquet:
             metadata, self.schema = parquet.metadata, parquet.schema_arrow
             check_claims_of_footer(parquet, file.path, known["size"])
-        require_printable(f"Columns in {file.path!r} of {file.repo_id!r}", self.schema.names)
+        check_names(self.schema.names, what=f"Columns in {file.path!r} of {file.repo_id!r}")
         self.groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
         for group in self.groups:
             places = self._place(group)

@@ -47,7 +47,7 @@ class SegmentReader:
         last = 0
         for batch in self._batches(["token_id"]):
             tokens = batch.column("token_id").to_numpy()
-            ascending = len(tokens) == 0 or (tokens[0] >= last and (np.diff(tokens) >= 0).all())
+            ascending = len(tokens) == 0 or (tokens[0] >= last and (tokens[1:] >= tokens[:-1]).all())
             self._require(
                 ascending and (len(tokens) == 0 or tokens[-1] < self._config["vocabulary_size"]),
                 f"`token_id` must ascend within [0, {self._config['vocabulary_size']})",
@@ -191,23 +191,25 @@ def read_offsets(
     row_bytes = config["stored_width"] * np.dtype(config["dtype"]).itemsize
     id_bytes = np.dtype(example_dtype(config)).itemsize
     require((runs["checkpoint"] == checkpoint).all(), f"`checkpoint` must be {checkpoint}")
-    require(len(np.unique(runs["first_example"])) <= 1, "`first_example` must be that of one segment")
+    require((runs["first_example"] == file["first_example"]).all(), "`first_example` must be that of its segment")
     require((counts >= 1).all(), "`num_rows` must be at least 1")
     require((counts.sum() == file["num_rows"]), f"`num_rows` must add up to {file['num_rows']}")
     if not num_runs:
         return runs
     require(
-        tokens[0] >= 0 and tokens[-1] < config["vocabulary_size"] and (np.diff(tokens) >= 0).all(),
+        tokens[0] >= 0 and tokens[-1] < config["vocabulary_size"] and (tokens[1:] >= tokens[:-1]).all(),
         f"`token_id` must ascend within [0, {config['vocabulary_size']})",
     )
     require((runs["first_row"] == np.cumsum(counts) - counts).all(), "`first_row` must count the rows before")
     require(counts.max() * row_bytes <= max(LARGEST_PAGE, row_bytes), "no run may exceed a row group")
     by_token = np.add.reduceat(counts, np.flatnonzero(np.append(True, np.diff(tokens) > 0)))
     require(by_token.max() <= file["num_examples"], "no token may have more rows than there are examples")
+    gaps = []
     for name, size in (("grad_byte", row_bytes), ("example_byte", id_bytes)):
         starts = runs[name]
+        gaps.append(starts[1:] - starts[:-1] - counts[:-1] * size)
         require(
-            starts[0] >= _MAGIC_BYTES and (starts[1:] - starts[:-1] >= counts[:-1] * size).all(),
+            starts[0] >= _MAGIC_BYTES and (gaps[-1] >= 0).all(),
             f"`{name}` must ascend from run to run by the size of its rows at least",
         )
         require(starts[-1] < 2**62, f"`{name}` must be a place in a file")
@@ -215,4 +217,5 @@ def read_offsets(
         require(
             segment_bytes is None or end <= segment_bytes, f"`{name}` must lie in the file of {segment_bytes} bytes"
         )
+    require(((gaps[0] > 0) == (gaps[1] > 0)).all(), "both places must leave something out between row groups alone")
     return runs
