@@ -22,7 +22,7 @@ from tests.training.test_mixture import arguments
 from tests.training.units_processes import THEN, WEIGHTS, Smallest, pad, train
 
 pytestmark = pytest.mark.timeout(600)  # processes learn in the setup of the first test that reads what they left
-SHORT = {"max_steps": 400, "logging_steps": 200}  # on two processes, where a step takes long
+SHORT = {"max_steps": 200, "logging_steps": 100}  # on two processes, where a step takes long
 
 
 def shares(logs, step):
@@ -34,12 +34,12 @@ def shares(logs, step):
 def on_two_processes(tmp_path_factory):
     folder = tmp_path_factory.mktemp("units")
     plan = [
-        {"name": "datasets", "folder": str(folder / "datasets"), "save_at": [300], **SHORT},
+        {"name": "datasets", "folder": str(folder / "datasets"), "save_at": [150], **SHORT},
         {"name": "streams", "folder": str(folder / "streams"), "streamed": True, **SHORT},
         {
             "name": "resumed",
             "folder": str(folder / "datasets"),
-            "resume": str(folder / "datasets" / "checkpoint-300"),
+            "resume": str(folder / "datasets" / "checkpoint-150"),
             **SHORT,
         },
     ]
@@ -52,15 +52,15 @@ def on_two_processes(tmp_path_factory):
 def test_after_a_thousand_steps_shares_of_tokens_are_the_weights_and_two_processes_draw_what_one_draws(
     on_two_processes, tmp_path, kind
 ):
-    one, two = train(tmp_path, streamed=kind == "streams", logging_steps=200), read_told(on_two_processes, kind)
+    one, two = train(tmp_path, streamed=kind == "streams", logging_steps=100), read_told(on_two_processes, kind)
     assert shares(one, 1000) == pytest.approx(WEIGHTS, abs=0.005)
-    assert two == {step: one[step] for step in (200, 400)}
+    assert two == {step: one[step] for step in (100, 200)}
     told = {name: one[1000][f"domain_share/{name}"] for name in WEIGHTS}
-    assert told == pytest.approx(WEIGHTS, abs=0.01)  # of the last 200 steps alone
+    assert told == pytest.approx(WEIGHTS, abs=0.01)  # of the last 100 steps alone
 
 
 def test_a_resumed_run_draws_the_tokens_of_an_uninterrupted_one(on_two_processes, tmp_path):
-    whole, checkpoint = read_told(on_two_processes, "datasets"), on_two_processes / "datasets" / "checkpoint-300"
+    whole, checkpoint = read_told(on_two_processes, "datasets"), on_two_processes / "datasets" / "checkpoint-150"
     assert train(tmp_path, resume=str(checkpoint), **SHORT) == whole
     assert read_told(on_two_processes, "resumed") == whole
 
@@ -68,9 +68,9 @@ def test_a_resumed_run_draws_the_tokens_of_an_uninterrupted_one(on_two_processes
 def test_phases_by_tokens_begin_with_their_step(tmp_path):
     for streamed in (False, True):
         logs = train(
-            tmp_path, streamed=streamed, weights=[(0, WEIGHTS), (0.5, THEN)], max_steps=400, logging_steps=200
+            tmp_path, streamed=streamed, weights=[(0, WEIGHTS), (0.5, THEN)], max_steps=200, logging_steps=100
         )
-        for step, expected in ((200, WEIGHTS), (400, THEN)):
+        for step, expected in ((100, WEIGHTS), (200, THEN)):
             assert {n: logs[step][f"domain_share/{n}"] for n in WEIGHTS} == pytest.approx(expected, abs=0.01)
 
 
