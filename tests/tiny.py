@@ -52,12 +52,12 @@ def tiny_llama(*, dtype=torch.float32, tied=True, seed=0, num_layers=2):
     return LlamaForCausalLM(config).to(dtype)
 
 
-def tiny_gpt2(*, dropout=0.0, dtype=torch.float32, seed=0):
+def tiny_gpt2(*, dropout=0.0, dtype=torch.float32, seed=0, num_layers=2):
     torch.manual_seed(seed)
     config = GPT2Config(
         vocab_size=VOCAB,
         n_embd=16,
-        n_layer=2,
+        n_layer=num_layers,
         n_head=2,
         n_positions=32,
         resid_pdrop=dropout,
@@ -70,12 +70,12 @@ def tiny_gpt2(*, dropout=0.0, dtype=torch.float32, seed=0):
     return GPT2LMHeadModel(config).to(dtype)
 
 
-def _bert_config(**kwargs):
+def _bert_config(num_layers=2, **kwargs):
     return BertConfig(
         vocab_size=VOCAB,
         hidden_size=16,
         intermediate_size=24,
-        num_hidden_layers=2,
+        num_hidden_layers=num_layers,
         num_attention_heads=2,
         max_position_embeddings=32,
         hidden_dropout_prob=0.0,
@@ -84,24 +84,24 @@ def _bert_config(**kwargs):
     )
 
 
-def tiny_bert(*, dtype=torch.float32, seed=0):
+def tiny_bert(*, dtype=torch.float32, seed=0, num_layers=2):
     torch.manual_seed(seed)
-    return BertForMaskedLM(_bert_config()).to(dtype)
+    return BertForMaskedLM(_bert_config(num_layers)).to(dtype)
 
 
-def tiny_classifier(*, dtype=torch.float32, seed=0, num_labels=3):
+def tiny_classifier(*, dtype=torch.float32, seed=0, num_labels=3, num_layers=2):
     torch.manual_seed(seed)
-    return BertForSequenceClassification(_bert_config(num_labels=num_labels)).to(dtype)
+    return BertForSequenceClassification(_bert_config(num_layers, num_labels=num_labels)).to(dtype)
 
 
-def tiny_t5(*, dtype=torch.float32, seed=0):
+def tiny_t5(*, dtype=torch.float32, seed=0, num_layers=1):
     torch.manual_seed(seed)
     config = T5Config(
         vocab_size=VOCAB,
         d_model=16,
         d_kv=8,
         d_ff=24,
-        num_layers=1,
+        num_layers=num_layers,
         num_heads=2,
         dropout_rate=0.0,
         decoder_start_token_id=0,

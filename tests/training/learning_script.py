@@ -17,7 +17,8 @@ from hf_doge.gradients.vectors import num_own_elements, own_part
 from hf_doge.training.config import DoGEConfig
 from hf_doge.training.trainer import DoGEMixin, DoGETrainer
 from tests.launch import end_process_group
-from tests.tiny import language_model_rows, tiny_gpt2, tiny_llama, tiny_tokenizer
+from tests.one_layer import tiny_gpt2, tiny_llama
+from tests.tiny import language_model_rows, tiny_tokenizer
 from tests.training.mixture_processes import SaveAt
 from tests.training.sharding import is_in_shards, load_in_shards, shard_on_cpus, whole
 

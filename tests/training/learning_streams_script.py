@@ -10,7 +10,8 @@ from datasets import Dataset
 from hf_doge.training.collator import DOMAIN_IDS
 from hf_doge.training.config import DoGEConfig
 from hf_doge.training.trainer import DoGETrainer
-from tests.tiny import language_model_rows, three_domains, tiny_gpt2
+from tests.one_layer import tiny_gpt2
+from tests.tiny import language_model_rows, three_domains
 from tests.training.learning_script import note
 
 NAMES = ("arxiv", "books", "code")

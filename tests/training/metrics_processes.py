@@ -15,7 +15,8 @@ from transformers import Trainer, TrainingArguments
 from hf_doge.training.metrics_callback import DomainMetricsCallback
 from hf_doge.training.mixture import DomainWeightedTrainer
 from tests.launch import end_process_group
-from tests.tiny import three_domains, tiny_llama
+from tests.one_layer import tiny_llama
+from tests.tiny import three_domains
 from tests.training.mixture_processes import CANNOT_RESUME, SaveAt, skip_if_it_could_not_resume
 
 WEIGHTS = {"arxiv": 0.5, "books": 0.2, "code": 0.3}

@@ -11,7 +11,8 @@ from transformers import Trainer, TrainingArguments, set_seed
 from hf_doge.artifacts import DomainWeights
 from hf_doge.training.adaptation import Adaptation, calibrated_loss, fit_inverse_temperature
 from hf_doge.training.compare import compare_mixtures
-from tests.tiny import language_model_rows, three_domains, tiny_llama
+from tests.one_layer import tiny_llama
+from tests.tiny import language_model_rows, three_domains
 
 
 def rows(**kwargs):

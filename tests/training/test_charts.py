@@ -12,7 +12,8 @@ from hf_doge.training.config import DoGEConfig
 from hf_doge.training.metrics_callback import DomainMetricsCallback
 from hf_doge.training.mixture import DomainWeightedTrainer
 from hf_doge.training.trainer import DoGETrainer
-from tests.tiny import three_domains, tiny_llama
+from tests.one_layer import tiny_llama
+from tests.tiny import three_domains
 from tests.training.metrics_processes import WEIGHTS, arguments, labelled
 
 tensorboardX = pytest.importorskip("tensorboardX")

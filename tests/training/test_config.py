@@ -10,7 +10,8 @@ from transformers import HfArgumentParser, TrainingArguments
 from hf_doge.artifacts.domain_weights import DomainWeights
 from hf_doge.training.config import DoGEConfig
 from hf_doge.training.trainer import DoGETrainer
-from tests.tiny import three_domains, tiny_llama
+from tests.one_layer import tiny_llama
+from tests.tiny import three_domains
 
 # The name of the argument changed within transformers 5.
 IS_STRATEGY = "train_sampling_strategy" in {field.name for field in fields(TrainingArguments)}

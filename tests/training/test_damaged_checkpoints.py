@@ -17,7 +17,8 @@ from transformers import Trainer, TrainingArguments
 from hf_doge.training.config import DoGEConfig
 from hf_doge.training.mixture import DomainWeightedMixin, DomainWeightedTrainer
 from hf_doge.training.trainer import DoGEMixin, DoGETrainer
-from tests.tiny import three_domains, tiny_llama
+from tests.one_layer import tiny_llama
+from tests.tiny import three_domains
 
 SEED, ENTRIES_PER_FILE = 3, 60
 ARGUMENTS = {

@@ -15,19 +15,9 @@ from transformers import DataCollatorForLanguageModeling, Trainer, TrainingArgum
 from hf_doge.artifacts.domain_weights import DomainWeights
 from hf_doge.training.config import DoGEConfig
 from hf_doge.training.trainer import DoGETrainer
+from tests.one_layer import tiny_bert, tiny_classifier, tiny_gpt2, tiny_llama
 from tests.reference import domain_loss, flat_gradient, reference_step
-from tests.tiny import (
-    ONE_STEP,
-    classifier_domains,
-    float64_causal_loss,
-    language_model_rows,
-    three_domains,
-    tiny_bert,
-    tiny_classifier,
-    tiny_gpt2,
-    tiny_llama,
-    tiny_t5,
-)
+from tests.tiny import ONE_STEP, classifier_domains, float64_causal_loss, language_model_rows, three_domains, tiny_t5
 
 
 def config(output_dir, **kwargs):
@@ -71,7 +61,7 @@ MODELS = {
 @pytest.mark.parametrize("kind", MODELS)
 def test_scores_weights_and_step_equal_autograd_in_float64(tmp_path, kind, with_target, alignment):
     make_model, make_domains = MODELS[kind]
-    model, domains = make_model(dtype=torch.float64), make_domains()
+    model, domains = make_model(dtype=torch.float64, num_layers=2), make_domains()
     targets = {"target": domains["code"].select([1, 2])} if with_target else None
     kind = kind.split("_")[0]
     scores, weights, losses, gradient = reference_step(

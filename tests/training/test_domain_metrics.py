@@ -15,7 +15,8 @@ from hf_doge.training.metrics_callback import DomainMetricsCallback
 from hf_doge.training.mixture import DomainWeightedTrainer
 from hf_doge.training.trainer import DoGETrainer
 from tests.launch import run_processes
-from tests.tiny import classifier_domains, language_model_rows, three_domains, tiny_bert, tiny_classifier, tiny_llama
+from tests.one_layer import tiny_bert, tiny_classifier, tiny_llama
+from tests.tiny import classifier_domains, language_model_rows, three_domains
 from tests.training import metrics_processes
 from tests.training.metrics_processes import WEIGHTS, arguments, labelled, logs_of, make_trainer, read_told, train
 from tests.training.test_mixture import make_sft_trainer, text_domains

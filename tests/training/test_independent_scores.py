@@ -11,7 +11,8 @@ from hf_doge.functional import independent_scores
 from hf_doge.training.config import DoGEConfig
 from hf_doge.training.trainer import DoGETrainer
 from tests.launch import REPOSITORY
-from tests.tiny import float64_causal_loss, language_model_rows, three_domains, tiny_llama
+from tests.one_layer import tiny_llama
+from tests.tiny import float64_causal_loss, language_model_rows, three_domains
 
 OPTIONS = {
     "per_device_train_batch_size": 12, "max_steps": 1, "learning_rate": 0.05, "lr_scheduler_type": "constant",
@@ -178,7 +179,7 @@ def test_a_resumed_run_learns_the_same_weights(tmp_path):
 def test_logs_and_summary_tell_the_noise_and_what_it_leaves_undecided(tmp_path):
     domains = {"twin": text(64, 0), "other twin": text(64, 1), "code": three_domains(64)["code"]}
     options = {"self_term": "independent", "max_steps": 12, "logging_strategy": "steps", "logging_steps": 3}
-    trainer, _ = learn(tmp_path, domains, **options)
+    trainer, _ = learn(tmp_path, domains, model=tiny_llama(dtype=torch.float64, num_layers=2), **options)
     logs = trainer.state.log_history[0]
     noise, score = logs["domain_score_noise/code"], logs["domain_score/code"]
     assert logs["domain_score_snr/code"] == pytest.approx(score / noise)

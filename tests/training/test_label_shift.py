@@ -22,7 +22,8 @@ from hf_doge.training.domain_loss import DomainLoss, are_labels_shifted
 from hf_doge.training.loss_watch import LossWatch
 from hf_doge.training.step_gradients import MicroBatch, count_items
 from hf_doge.training.trainer import DoGETrainer
-from tests.tiny import VOCAB, tiny_bert, tiny_gpt2, tiny_llama, tiny_t5
+from tests.one_layer import tiny_bert, tiny_gpt2, tiny_llama
+from tests.tiny import VOCAB, tiny_t5
 
 LENGTHS = {"short": 3, "long": 12}  # so that a label too much weighs more in one of the domains
 

@@ -10,7 +10,8 @@ from transformers import DataCollatorWithPadding, Trainer, TrainingArguments, de
 from hf_doge.training.config import DoGEConfig
 from hf_doge.training.mixture import DomainWeightedTrainer
 from hf_doge.training.trainer import DoGEMixin, DoGETrainer
-from tests.tiny import three_domains, tiny_llama, tiny_tokenizer
+from tests.one_layer import tiny_llama
+from tests.tiny import three_domains, tiny_tokenizer
 
 QUIET = {"use_cpu": True, "report_to": "none", "save_strategy": "no", "disable_tqdm": True, "max_steps": 3}
 

@@ -14,7 +14,8 @@ from hf_doge.artifacts.domain_weights import DomainWeights
 from hf_doge.training.config import DoGEConfig
 from hf_doge.training.trainer import DoGEMixin, DoGETrainer
 from tests.launch import run_processes
-from tests.tiny import language_model_rows, three_domains, tiny_llama
+from tests.one_layer import tiny_llama
+from tests.tiny import language_model_rows, three_domains
 from tests.training.learning_script import note
 from tests.training.learning_streams_script import NAMES, STEPS, make_streams, make_trainer
 from tests.training.mixture_processes import SPLITS_STREAMS

@@ -16,17 +16,8 @@ from hf_doge.training.domain_loss import DomainLoss
 from hf_doge.training.loss_law import LossLaw
 from hf_doge.training.step_gradients import MicroBatch
 from hf_doge.training.trainer import DoGETrainer
-from tests.tiny import (
-    VOCAB,
-    classifier_domains,
-    float64_causal_loss,
-    three_domains,
-    tiny_bert,
-    tiny_classifier,
-    tiny_gpt2,
-    tiny_llama,
-    tiny_t5,
-)
+from tests.one_layer import tiny_bert, tiny_classifier, tiny_gpt2, tiny_llama
+from tests.tiny import VOCAB, classifier_domains, float64_causal_loss, three_domains, tiny_t5
 
 
 def learn(folder, model, domains, *, cls=DoGETrainer, loss_func=None, **options):

@@ -25,7 +25,8 @@ from hf_doge.training.config import DoGEConfig
 from hf_doge.training.mixture import SAMPLER_FILE, DomainWeightedMixin, DomainWeightedTrainer
 from hf_doge.training.run_identity import RUN_FILE
 from hf_doge.training.trainer import DoGEMixin, DoGETrainer
-from tests.tiny import three_domains, tiny_bert, tiny_llama, tiny_t5, tiny_tokenizer
+from tests.one_layer import tiny_bert, tiny_llama
+from tests.tiny import three_domains, tiny_t5, tiny_tokenizer
 
 WEIGHTS = {"arxiv": 0.5, "books": 0.0, "code": 0.5}
 

@@ -13,7 +13,8 @@ from hf_doge.training.mixture import DomainWeightedTrainer
 from hf_doge.training.mixture_state import phases_by_draw
 from hf_doge.training.trainer import DoGETrainer
 from tests.launch import run_processes
-from tests.tiny import three_domains, tiny_bert, tiny_llama
+from tests.one_layer import tiny_bert, tiny_llama
+from tests.tiny import three_domains
 from tests.training import units_processes
 from tests.training.metrics_processes import read_told
 from tests.training.mixture_processes import Line, NotingTrainer, SaveAt, domains, expected_rows

@@ -10,7 +10,8 @@ from transformers import TrainingArguments
 from hf_doge.training.config import DoGEConfig
 from hf_doge.training.mixture import DomainWeightedTrainer
 from hf_doge.training.trainer import DoGEMixin, DoGETrainer
-from tests.tiny import language_model_rows, three_domains, tiny_gpt2, tiny_llama
+from tests.one_layer import tiny_gpt2, tiny_llama
+from tests.tiny import language_model_rows, three_domains
 
 OPTIONS = {
     "per_device_train_batch_size": 4,

@@ -15,7 +15,8 @@ from hf_doge.training.units import read_lengths
 from tests.gradients.test_fused_head import assert_close, is_plain, take_step
 from tests.gradients.test_fused_head import make_trainer as make_doge_trainer
 from tests.gradients.test_single_pass import tiny_gemma
-from tests.tiny import tiny_gpt2, tiny_llama, tiny_tokenizer
+from tests.one_layer import tiny_gpt2, tiny_llama
+from tests.tiny import tiny_tokenizer
 from tests.training.packing_processes import LENGTHS, LOW, packable, targets
 from tests.training.test_domain_metrics import ONE, Noting, logs_of
 from tests.training.test_mixture import arguments, make_sft_trainer

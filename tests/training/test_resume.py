@@ -27,7 +27,8 @@ from hf_doge.training.mixture import DomainWeightedTrainer
 from hf_doge.training.trainer import DoGETrainer
 from tests.forks import Fork
 from tests.launch import launch_environment
-from tests.tiny import three_domains, tiny_bert, tiny_gpt2, tiny_llama, tiny_tokenizer
+from tests.one_layer import tiny_bert, tiny_gpt2, tiny_llama
+from tests.tiny import three_domains, tiny_tokenizer
 from tests.training.mixture_processes import SaveAt
 
 STEPS = 6

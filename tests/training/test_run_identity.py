@@ -16,7 +16,10 @@ from transformers import TrainingArguments, default_data_collator
 
 from hf_doge.training.described_functions import describe_code, describe_function
 from hf_doge.training.mixture import DomainWeightedTrainer
-from tests.tiny import three_domains, tiny_llama
+from tests.forks import Fork
+from tests.launch import launch_environment
+from tests.one_layer import tiny_llama
+from tests.tiny import three_domains
 
 ARGUMENTS = {"max_steps": 4, "save_steps": 2, "per_device_train_batch_size": 3, "report_to": "none"}
 WEIGHTS = {"arxiv": 0.5, "books": 0.3, "code": 0.2}
@@ -293,5 +296,5 @@ RANKS = textwrap.dedent(
 def test_a_function_may_capture_the_rank_of_its_process(tmp_path):
     told = {"domains": ["a"], "loss": {"name": "loss", "captured": "rank 0"}}
     (tmp_path / "run_identity.json").write_text(json.dumps(told))
-    runs = [subprocess.Popen([sys.executable, "-c", RANKS, str(rank), str(tmp_path)]) for rank in range(2)]
+    runs = [Fork(["-c", RANKS, rank, tmp_path], env=launch_environment()) for rank in range(2)]
     assert [run.wait(timeout=120) for run in runs] == [0, 0]

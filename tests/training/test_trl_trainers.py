@@ -10,7 +10,7 @@ from hf_doge.sampling.streaming import interleave_domains
 from hf_doge.training.config import DoGEConfig
 from hf_doge.training.mixture import DomainWeightedMixin
 from hf_doge.training.trainer import DoGEMixin
-from tests.tiny import tiny_classifier, tiny_llama
+from tests.one_layer import tiny_classifier, tiny_llama
 from tests.training.mixture_processes import SaveAt
 from tests.training.test_mixture import arguments
 

@@ -13,7 +13,8 @@ from hf_doge.training.config import DoGEConfig
 from hf_doge.training.learning_state import STATE_FILE
 from hf_doge.training.score_noise import ScoreNoise
 from hf_doge.training.trainer import DoGETrainer
-from tests.tiny import language_model_rows, three_domains, tiny_llama
+from tests.one_layer import tiny_llama
+from tests.tiny import language_model_rows, three_domains
 
 OPTIONS = {
     "per_device_train_batch_size": 8, "learning_rate": 1e-3, "lr_scheduler_type": "constant", "report_to": "none",
@@ -154,7 +155,7 @@ def test_online_the_weights_stay_and_the_training_goes_on(tmp_path):
 
 def test_the_mean_by_inverse_variance_counts_weights_by_the_noise_that_reached_them(tmp_path):
     options = {"stop_when_undecided": False, "mean_weighting": "inverse_variance", "max_steps": 9, "burn_in_steps": 2}
-    trainer = learn(tmp_path, three_domains(16), **options)
+    trainer = learn(tmp_path, three_domains(16), model=tiny_llama(num_layers=2), **options)
     weights = trainer.domain_weights
     centred = weights.trajectory.scores - weights.trajectory.scores.mean(axis=1, keepdims=True)
     variances = np.cumsum((np.diff(centred, axis=0) ** 2 / 2).mean(axis=1)) / weights.recipe["mu"] ** 2  # of 1, 2, ...
@@ -162,7 +163,8 @@ def test_the_mean_by_inverse_variance_counts_weights_by_the_noise_that_reached_t
     np.testing.assert_allclose(list(weights.mean.values()), expected, rtol=1e-9)
     assert weights.recipe["mean_weighting"] == "inverse_variance"
     assert abs(expected - weights.trajectory.weights[2:].mean(axis=0)).max() > 1e-5
-    resumed = learn(tmp_path, three_domains(16), resume=str(tmp_path / "checkpoint-7"), **options)
+    resume = {"model": tiny_llama(num_layers=2), "resume": str(tmp_path / "checkpoint-7")}
+    resumed = learn(tmp_path, three_domains(16), **resume, **options)
     assert resumed.domain_weights.mean == weights.mean
     with pytest.raises(ValueError, match="'mean_weighting': 'inverse_variance'"):
         learn(
