@@ -29,6 +29,8 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 STAGED_PREFIX = ".hf_doge-"
+DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_ADVICE = "What was there before is as it was. Free some space, or choose another place, and write again"
 _LOOKS = 100  # of a reader at a set that is replaced again and again
 _AT_WORKING_DIRECTORY = -100  # AT_FDCWD
 _EXCHANGE = 2  # RENAME_EXCHANGE of Linux, RENAME_SWAP of macOS
@@ -144,12 +146,27 @@ def _stage(folder: Path, name: str, content: bytes) -> Path:
     for _ in range(_LOOKS):
         # Written under a name of its own: without locks another process may be moving the same content to its place.
         own = path.with_name(f"{path.name}.{uuid.uuid4().hex}")
-        with own.open("wb") as file:
-            _write_out(file, content)
+        try:
+            with naming_place(folder / name), own.open("wb") as file:
+                _write_out(file, content)
+        except BaseException:
+            own.unlink(missing_ok=True)
+            raise
         with suppress(FileNotFoundError):  # one that has just saved took it for a leftover
             os.replace(own, path)
             return path
     raise OSError(errno.EBUSY, "Others keep saving to the folder. Save it again", str(folder))
+
+
+@contextmanager
+def naming_place(path: Path) -> Iterator[None]:
+    """A disk that is full is told with what was to be written to it, and with what to do."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in DISK_IS_FULL or str(error.strerror).endswith(_ADVICE):  # told already
+            raise
+        raise OSError(error.errno, f"{error.strerror}. {_ADVICE}", str(path)) from error
 
 
 def _write_out(file: BinaryIO, content: bytes) -> None:
@@ -178,7 +195,7 @@ def prepare_file(path: str | os.PathLike, *, name: str = "path") -> Path:
 
 def write_atomically(path: Path, content: bytes) -> None:
     """Write a file that is there whole or not at all, also if the disk is full, the power fails or others write it too."""
-    with _unfinished(path.with_name(f".{path.name}.tmp")) as (file, temporary):
+    with naming_place(path), _unfinished(path.with_name(f".{path.name}.tmp")) as (file, temporary):
         try:
             _write_out(file, content)
             os.replace(temporary, path)
@@ -283,7 +300,8 @@ def staged_folder(place: Path) -> Iterator[Path]:
     with ExitStack() as locks:
         staged = _make_locked_folder(place.with_name(prefix), locks)
         try:
-            yield staged
+            with naming_place(place):
+                yield staged
             mode = staged.stat().st_mode & 0o666  # some libraries write files that their owner alone may read
             for path in staged.rglob("*"):
                 if path.is_file():

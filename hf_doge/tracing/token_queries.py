@@ -66,31 +66,52 @@ def check_tokens(records: Sequence[Mapping[str, Any]], vocabulary_size: int) -> 
         `list[dict]`: the queries, without padding on the left.
 
     Raises:
-        ValueError: A query has no token, one out of the vocabulary, or a mask of another shape or of other numbers than 0 and 1.
+        ValueError: A query has no token, one out of the vocabulary, or a mask of another shape or of other numbers than 0 and
+            1; or a decoder is given other positions than it has labels.
     """
     for position, record in enumerate(records):
         ids, mask = record["input_ids"], record.get("attention_mask")
-        if isinstance(ids, Tensor) and isinstance(mask, Tensor) and mask.ndim == ids.ndim and mask.shape != ids.shape:
-            raise ValueError(
-                f"The `attention_mask` of query {position} must have the shape of its `input_ids`, {tuple(ids.shape)}, "
-                f"but its shape is {tuple(mask.shape)}."
-            )
-        if isinstance(mask, Tensor) and mask.ndim == 1 and not bool(((mask == 0) | (mask == 1)).all()):
-            raise ValueError(
-                f"The `attention_mask` of query {position} must hold 0 and 1 alone, but is {show(mask.tolist())}. Give 1 to"
-                " each token that the model reads, and 0 to padding."
-            )
+        _check_mask("attention_mask", mask, ids, position, of="input_ids")
         masked = isinstance(mask, Tensor) and mask.numel() > 0 and not bool(mask.any())
         if masked or (isinstance(ids, Tensor) and ids.numel() == 0):
             raise ValueError(f"Every query must have tokens, but query {position} has none. Drop it.")
-        whole = isinstance(ids, Tensor) and ids.ndim > 0 and ids.dtype != torch.bool and not ids.is_floating_point()
-        if not whole or ids.min() < 0 or ids.max() >= vocabulary_size:
-            found = f"{ids.min().item()} to {ids.max().item()}" if isinstance(ids, Tensor) else f"{ids!r:.80}"
-            raise ValueError(
-                f"Tokens of queries must be whole numbers from 0 to {vocabulary_size - 1}, the vocabulary of the index, "
-                f"but query {position} has {found}. Tokenise them with the tokenizer of the recorded model."
-            )
+        _check_ids(ids, vocabulary_size, position)
+        given, labels = record.get("decoder_input_ids"), record.get("labels")
+        if given is not None:
+            _check_ids(given, vocabulary_size, position)
+        if isinstance(labels, Tensor) and labels.ndim == 1 and not labels.is_floating_point():
+            if isinstance(given, Tensor) and given.ndim == 1 and given.shape != labels.shape:
+                raise ValueError(
+                    f"The `decoder_input_ids` of query {position} must be one for each of its {len(labels)} labels, but are "
+                    f"{len(given)}. Leave them out, and the model makes them of the labels."
+                )
+            _check_mask("decoder_attention_mask", record.get("decoder_attention_mask"), labels, position, of="labels")
     return [without_left_padding(record) for record in records]
+
+
+def _check_mask(name: str, mask: Any, ids: Any, position: int, *, of: str) -> None:
+    if not isinstance(mask, Tensor) or not isinstance(ids, Tensor):
+        return
+    if mask.ndim == ids.ndim and mask.shape != ids.shape:
+        raise ValueError(
+            f"The `{name}` of query {position} must have the shape of its `{of}`, {tuple(ids.shape)}, "
+            f"but its shape is {tuple(mask.shape)}."
+        )
+    if mask.ndim == 1 and not bool(((mask == 0) | (mask == 1)).all()):
+        raise ValueError(
+            f"The `{name}` of query {position} must hold 0 and 1 alone, but is {show(mask.tolist())}. Give 1 to each token"
+            " that the model reads, and 0 to padding."
+        )
+
+
+def _check_ids(ids: Any, vocabulary_size: int, position: int) -> None:
+    whole = isinstance(ids, Tensor) and ids.ndim > 0 and ids.dtype != torch.bool and not ids.is_floating_point()
+    if not whole or (ids.numel() > 0 and not 0 <= ids.min() <= ids.max() < vocabulary_size):
+        found = f"{ids.min().item()} to {ids.max().item()}" if isinstance(ids, Tensor) else f"{ids!r:.80}"
+        raise ValueError(
+            f"Tokens of queries must be whole numbers from 0 to {vocabulary_size - 1}, the vocabulary of the index, "
+            f"but query {position} has {found}. Tokenise them with the tokenizer of the recorded model."
+        )
 
 
 def dataset_records(dataset: Dataset) -> list[dict[str, Any]]:

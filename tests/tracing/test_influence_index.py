@@ -762,6 +762,18 @@ def test_an_encoder_decoder_is_traced_through_both_its_sides(tmp_path):
     assert {f"#{token}" for token in rows["labels"][0][:-1]} <= set(hit["words"])
     with pytest.raises(ValueError, match="Give the queries `labels`"):
         index.scores(dataset.remove_columns("labels"))
+    plain, (start, *read) = dataset[0], (0, *dataset[0]["labels"][:-1])
+    expected = index.scores([plain])
+    assert close(index.scores([{**plain, "decoder_input_ids": [start, *read]}]), expected)
+    for message, given in {
+        "whole numbers from 0 to 31, .* query 0 has": {"decoder_input_ids": [99, *read]},
+        "whole numbers from 0 to 31, .* query 0 has -1": {"decoder_input_ids": [-1, *read]},
+        "`decoder_input_ids` of query 0 must be one for each of its 5 labels, but are 1": {"decoder_input_ids": [0]},
+        "`decoder_attention_mask` of query 0 must have the shape of its `labels`": {"decoder_attention_mask": [1]},
+        "`decoder_attention_mask` of query 0 must hold 0 and 1": {"decoder_attention_mask": [1, 1, 1, 2, -1]},
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            index.scores([{**plain, **given}])
 
 
 def test_scores_of_own_rows_are_inner_products_of_the_whole_gradient_at_the_tokens_of_each_text(tmp_path):

@@ -1,6 +1,5 @@
 """Fetching an artifact from the Hub, into its cache."""
 
-import errno
 import os
 import re
 import warnings
@@ -12,6 +11,7 @@ from typing import Any
 
 from hf_doge._version import __version__
 from hf_doge.checks import check_flag, check_path, check_text
+from hf_doge.files import DISK_IS_FULL
 
 _COMMIT = re.compile("[0-9a-f]{40}")
 _SECONDS_TO_ASK = 5.0  # whether the Hub has what is in the cache
@@ -94,7 +94,7 @@ def fetch_folder(
             f"{name!r} must be a folder or a dataset repository on the Hub, but there is no such folder, and {reason}"
         ) from error
     except Exception as error:  # what the Hub answered, or did not: from four libraries
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        if isinstance(error, OSError) and error.errno in DISK_IS_FULL:
             raise OSError(
                 error.errno,
                 f"The disk did not take all of {name!r} ({error.strerror}). What came is kept: free some space, or choose"

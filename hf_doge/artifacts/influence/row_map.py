@@ -33,7 +33,7 @@ from tqdm.auto import tqdm
 
 from hf_doge.artifacts.influence.manifest import checkpoint_number, example_dtype
 from hf_doge.artifacts.influence.segment_reader import SegmentReader, read_offsets
-from hf_doge.files import to_json
+from hf_doge.files import DISK_IS_FULL, to_json
 
 _LAYOUT = 1  # changes whenever the files do
 _MAP = "map.json"
@@ -116,7 +116,14 @@ def open_place(place: Path, build: Callable[[Path], Arrays], *, mode: MapMode = 
                 f"The memory map of the index cannot be written ({error.strerror}). Pass `cache_dir`",
                 str(place),
             ) from error
-        except OSError:
+        except OSError as error:
+            if error.errno in DISK_IS_FULL:
+                raise OSError(
+                    error.errno,
+                    f"The memory map of the index cannot be written ({error.strerror}). Free some space, or delete what is in"
+                    " its folder. Pass `cache_dir` for another",
+                    str(place),
+                ) from error
             if not place.exists():
                 raise
             # Another process was quicker. Its map is taken if it is whole.
