@@ -190,9 +190,8 @@ def louder(model: nn.Module, factor: float) -> Iterator[None]:
     The outputs of a model larger by a power of two, which can be taken back to the bit: one that has learned nothing has
     the same loss for all labels, of which every function is additive.
     """
-    weights = [parameter for parameter in model.parameters() if parameter.dim() == 2 and not is_spread(parameter)]
-    weight = getattr(output_layer(model), "weight", weights[-1] if weights else None)
-    if factor == 1 or weight is None or is_spread(weight) or not weight.is_floating_point():
+    weight = None if factor == 1 else _output_weight(model)
+    if weight is None or is_spread(weight) or not weight.is_floating_point():
         yield
         return
     weight.data.mul_(factor)
@@ -200,6 +199,15 @@ def louder(model: nn.Module, factor: float) -> Iterator[None]:
         yield
     finally:
         weight.data.div_(factor)
+
+
+def _output_weight(model: nn.Module) -> Tensor | None:
+    """That of the output layer, or the last matrix of a model that tells of none."""
+    layer: Any = output_layer(model)
+    if hasattr(layer, "weight"):
+        return layer.weight
+    matrices = [parameter for parameter in model.parameters() if parameter.dim() == 2 and not is_spread(parameter)]
+    return matrices[-1] if matrices else None
 
 
 @contextmanager

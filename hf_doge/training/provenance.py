@@ -70,11 +70,11 @@ def fingerprint_rows(dataset: Dataset, rows: np.ndarray, *, without: str) -> str
 
 def _stored_content(dataset: Dataset, *, without: str) -> Dataset:
     """The columns of a dataset but for one, as tables of Arrow."""
-    return dataset.select_columns([name for name in dataset.column_names if name != without]).with_format("arrow")
+    return dataset.with_format("arrow", columns=[name for name in dataset.column_names if name != without])
 
 
 def _fingerprint(stored: Dataset, rows: np.ndarray) -> str:
-    count, columns = len(rows), sorted(stored.column_names)
+    count, columns = len(rows), sorted(stored.format["columns"])
     chosen = rows if count <= _NUM_SAMPLED else rows[np.arange(_NUM_SAMPLED) * (count - 1) // (_NUM_SAMPLED - 1)]
     digest = hashlib.sha256(str(count).encode())
     num_read = 0
@@ -117,7 +117,7 @@ def _count_tokens(dataset: Dataset) -> np.ndarray | None:
     """Length of `input_ids` of every row, read from the Arrow table without decoding; `None` where there is none."""
     if "input_ids" not in dataset.column_names:
         return None
-    column = dataset.with_format("arrow").data.column("input_ids")
+    column = dataset.data.column("input_ids")
     if not is_list(column.type):
         return None
     lengths = pc.list_value_length(column).to_numpy()
