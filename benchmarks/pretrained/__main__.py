@@ -8,6 +8,7 @@ Does an index explain a fine-tuned pretrained model? One trial a command:
     OMP_NUM_THREADS=1 python -m benchmarks.pretrained lds --data_dir ../shared/data --output_dir outputs/pretrained
     OMP_NUM_THREADS=1 python -m benchmarks.pretrained pages --data_dir ../shared/data --output_dir outputs/pretrained
     OMP_NUM_THREADS=1 python -m benchmarks.pretrained compact --data_dir ../shared/data --output_dir outputs/pretrained
+    OMP_NUM_THREADS=1 python -m benchmarks.pretrained label_sources --data_dir ../shared/data --output_dir outputs/pretrained
 
 (`--target DIR` of pip and `PYTHONPATH=DIR` keep them out of the environment.) Neither package's own code runs: the files in
 them are read. Without them the command says so and ends with `{"skipped": ...}`. A run in a folder that holds a finished
@@ -26,7 +27,7 @@ import torch
 from benchmarks.pretrained.packaged_models import MissingPackage
 from benchmarks.reproduce.machine import describe_commit
 
-TRIALS = ("minilm", "smollm2", "lds", "pages", "compact")
+TRIALS = ("minilm", "smollm2", "lds", "pages", "compact", "label_sources")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -49,8 +49,8 @@ def estimate_domain_weights(
         train_dataset (`Mapping[str, Dataset]` or `Mapping[str, IterableDataset]`):
             The domains by name, with a column `input_ids`, or one of text.
         target_dataset (`Dataset` or `IterableDataset`):
-            Text of the target, at least 500 tokens of it, tokenised alike. Where it has `labels`, only tokens whose label
-            is not -100 count, though all are context.
+            Text of the target, at least 500 tokens of it, tokenised alike. Where it has `labels` of tokens, only those
+            whose label is not -100 count, though all are context. Labels of whole texts are not read.
         order (`int`): 1 for unigrams with add-one smoothing, 2 for bigrams interpolated with them (Witten-Bell).
         processing_class (`Callable`, *optional*): The tokenizer; it tokenises datasets that have texts only.
         text_column (`str`): Where their texts are.

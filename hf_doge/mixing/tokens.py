@@ -33,7 +33,7 @@ def iterate_tokens(
         name (`str`): What to call it in errors.
         processing_class (`Callable`, *optional*): The tokenizer; it tokenises the texts of a dataset without `input_ids`.
         text_column (`str`): Where the texts are.
-        only_labels (`bool`): Count only tokens whose label is not -100, where there is a column `labels`.
+        only_labels (`bool`): Count only tokens whose label is not -100, where a column `labels` has one for each token.
 
     Yields:
         `tuple[np.ndarray, np.ndarray, np.ndarray]`: token ids, `int64`; whether a token is the first of its row; whether
@@ -64,7 +64,9 @@ def _read_rows(table: pa.Table, name: str, only_labels: bool) -> Tokens:
     masks = {}
     for column, ignored in (("attention_mask", 0), ("labels", IGNORED_LABEL)):
         masks[column] = np.ones(len(ids), dtype=bool)
-        if column in table.column_names and (column != "labels" or only_labels):
+        if column == "labels" and (not only_labels or not _are_of_tokens(table)):
+            continue
+        if column in table.column_names:
             values, others = _flatten(table.column(column), name)
             if not np.array_equal(others, lengths):
                 raise ValueError(f"{name} must have as many {column!r} as 'input_ids' in every row, but it does not.")
@@ -72,6 +74,11 @@ def _read_rows(table: pa.Table, name: str, only_labels: bool) -> Tokens:
     kept = masks["attention_mask"]
     rows = np.repeat(np.arange(len(lengths)), lengths)[kept]
     return ids[kept], _first_of_rows(np.bincount(rows, minlength=len(lengths))), masks["labels"][kept]
+
+
+def _are_of_tokens(table: pa.Table) -> bool:
+    """Whether labels are of tokens, not of whole texts as a classifier's are, one number a row."""
+    return "labels" in table.column_names and is_list(table.schema.field("labels").type)
 
 
 def _flatten(column: pa.ChunkedArray, name: str) -> tuple[np.ndarray, np.ndarray]:

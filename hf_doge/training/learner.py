@@ -301,7 +301,9 @@ class DomainLearner:
     def to_domain_weights(self) -> DomainWeights:
         """What has been learned so far, as an artifact."""
         state = self.state
-        unit = self.trainer.domain_sampler.unit if self.is_online else "tokens"  # whose losses a proxy weighs
+        has_one_label_each = bool(state.num_tokens.any()) and torch.equal(state.num_tokens, state.num_examples)
+        unit = "examples" if has_one_label_each else "tokens"  # whose losses a proxy weighs
+        unit = self.trainer.domain_sampler.unit if self.is_online else unit
         return DomainWeights(
             dict(zip(state.names, state.mean.tolist(), strict=True)),
             last=dict(zip(state.names, state.weights.tolist(), strict=True)),

@@ -134,6 +134,14 @@ def test_only_the_labelled_tokens_of_a_target_count():
     assert estimate_domain_weights(train, answers.remove_columns("labels"), disable_tqdm=True).mean["red"] > 0.3
 
 
+def test_labels_of_whole_texts_do_not_count():
+    """As those of a classifier: one number a row, of which n-grams see nothing."""
+    train, target = domains(), target_of(red=40)
+    labelled = target.add_column("labels", [0, 1] * 20)
+    expected = estimate_domain_weights(train, target, disable_tqdm=True)
+    assert estimate_domain_weights(train, labelled, disable_tqdm=True).mean == expected.mean
+
+
 def test_reading_less_of_a_domain_is_recorded():
     weights = estimate_domain_weights(domains(), target_of(red=30), max_tokens=1000, disable_tqdm=True)
     assert weights.domains["red"]["num_tokens_read"] == 1000

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 from datasets import Dataset
+from transformers import DataCollatorWithPadding
 
 from hf_doge.artifacts.domain_weights import DomainWeights
 from hf_doge.cli.train import MixtureArguments
@@ -14,7 +15,7 @@ from hf_doge.training.mixture_state import phases_by_draw
 from hf_doge.training.trainer import DoGETrainer
 from tests.launch import run_processes
 from tests.one_layer import tiny_bert, tiny_llama
-from tests.tiny import three_domains
+from tests.tiny import three_domains, tiny_classifier, tiny_tokenizer, tokens
 from tests.training import units_processes
 from tests.training.metrics_processes import read_told
 from tests.training.mixture_processes import Line, NotingTrainer, SaveAt, domains, expected_rows
@@ -232,6 +233,23 @@ def test_learned_weights_tell_the_unit_that_they_were_learned_in(tmp_path, optio
     trainer = doge_trainer(tmp_path, **options)
     trainer.train()
     assert trainer.domain_weights.unit == unit
+
+
+def test_weights_learned_from_one_label_an_example_are_shares_of_examples(tmp_path, recwarn):
+    """A classifier's loss counts an example once, however long its text is, so nobody is sent to `unit="tokens"`."""
+    lengths = {"short": 4, "long": 12}
+    data = {
+        name: Dataset.from_dict({"input_ids": tokens(8, length=length).tolist(), "label": [0, 1, 2, 0] * 2})
+        for name, length in lengths.items()
+    }
+    options = {"train_dataset": data, "data_collator": DataCollatorWithPadding(tiny_tokenizer())}
+    args = arguments(tmp_path, DoGEConfig, per_device_train_batch_size=6, max_steps=1)
+    learner = DoGETrainer(tiny_classifier(), args, **options)
+    learner.train()
+    weights = learner.domain_weights
+    assert weights.unit == "examples"
+    DomainWeightedTrainer(tiny_classifier(), arguments(tmp_path), domain_weights=weights, **options)
+    assert not [one for one in recwarn if "shares of tokens" in str(one.message)]
 
 
 def test_a_proxy_does_not_draw_by_tokens(tmp_path):
