@@ -23,6 +23,9 @@ MiniLM (22M parameters) with a new head is to tell toxic comments from others. W
 - **Measure.** Eight seeds (11 to 18, on the two draws in turns; `control` and `paper`, which come last, on the first four), paired: the arms of a seed begin with the same weights, head
   included, and read each source in the same order. Change of the test loss (nats) and accuracy (points) against `uniform`, 95 % t intervals.
 
+Added after the first two seeds, in which the weights of draw 2 had moved and those of draw 1 had not: `learned_large`, the same with 96 examples (16 of
+each source, where `learned` has 5 or 6) and 64 of the target (6) behind the gradients of a step, on the first four seeds.
+
 Last line: by arm these changes, `[mean, low, high]`, and of `learned` against the other arms; the weights by draw; CPU seconds of each route.
 """
 
@@ -47,14 +50,18 @@ FLIPPED = {"expert": 0.05, "crowd": 0.25, "bot": 0.5, "misread": 0.8}
 OTHER_TEXTS = {"hate": "hate_davidson", "reviews": "sst2"}
 NOT_TOXIC = {TARGET: "non_toxic", "hate_davidson": "neither", "sst2": "positive"}
 SOURCES = (*FLIPPED, *OTHER_TEXTS)
-RECIPES: dict[str, dict[str, Any]] = {"learned": {}, "paper": {"recipe": "paper", "mu": 5e-4}}
+RECIPES: dict[str, dict[str, Any]] = {
+    "learned": {},
+    "learned_large": {"per_device_train_batch_size": 96, "per_device_target_batch_size": 64},
+    "paper": {"recipe": "paper", "mu": 5e-4},
+}
 FIXED = {
     "uniform": dict.fromkeys(SOURCES, 1.0),
     "expert": {name: float(name == "expert") for name in SOURCES},
     "control": {name: 0.5 if name == "misread" else 0.1 for name in SOURCES},
 }
-ARMS = ("uniform", "estimated", "learned", "target_only", "expert", "control", "paper")
-ON_FEWER_SEEDS = ("control", "paper")
+ARMS = ("uniform", "estimated", "learned", "target_only", "expert", "control", "learned_large", "paper")
+ON_FEWER_SEEDS = ("control", "learned_large", "paper")
 
 
 @dataclass(frozen=True)
@@ -186,7 +193,7 @@ class LabelSources:
         (model, _), (sources, target) = self.make_model(), self.data(draw)
         trainer = DoGETrainer(
             model,
-            DoGEConfig(**self._arguments(draw), **RECIPES[arm]),
+            DoGEConfig(**{**self._arguments(draw), **RECIPES[arm]}),
             train_dataset=sources,
             target_dataset=target,
             processing_class=self.tokenizer,
