@@ -92,10 +92,11 @@ def update_rates(weights: WeightsRecord) -> np.ndarray | None:
         return None
     is_measured = recipe.get("score_metric") == "optimizer"  # the learning rate is in such scores
     rates = np.ones(len(trajectory.steps)) if is_measured else trajectory.learning_rates
-    return rates * math.sqrt(_stands_for(arguments)) / mu
+    return rates * math.sqrt(updates_a_point(arguments)) / mu
 
 
-def _stands_for(arguments: object) -> int:
+def updates_a_point(arguments: object) -> int:
+    """How many updates each recorded one stands for, by the arguments of a recipe."""
     every = arguments.get("trajectory_steps", 1) if isinstance(arguments, dict) else 1
     return every if isinstance(every, int) and every > 0 else 1
 
@@ -115,7 +116,7 @@ def _shares_of_mean(weights: WeightsRecord, rates: np.ndarray) -> np.ndarray:
         shares = 1 / (np.cumsum(added) + LEAST_VARIANCE)
         shares[0] = 0.0
     burn_in = recipe.get("burn_in_steps")
-    first = burn_in // _stands_for(recipe.get("arguments")) if isinstance(burn_in, int) and burn_in > 0 else 0
+    first = burn_in // updates_a_point(recipe.get("arguments")) if isinstance(burn_in, int) and burn_in > 0 else 0
     shares[: min(first, len(shares) - 1)] = 0
     return shares / shares.sum()
 

@@ -30,6 +30,8 @@ from hf_doge.artifacts.cards.index import index_card
 from hf_doge.artifacts.cards.text import code_block, escape, table
 from hf_doge.artifacts.cards.weights import draw_plot, weights_card
 from hf_doge.artifacts.influence.manifest import read_config
+from hf_doge.training.config import RECIPES
+from hf_doge.training.sweep import RECIPE as SWEEP
 from tests.artifacts.influence_rows import (
     batches,
     dense_scores,
@@ -301,6 +303,18 @@ def test_a_card_tells_of_limits_and_whom_to_cite(artifact):
             assert words in card
     elif (artifact / "trajectory").exists():
         assert "fan2024doge" in card
+
+
+@pytest.mark.parametrize("name", [*RECIPES, SWEEP, "uniform", "natural", "temperature", "unimax", "ngram_em"])
+def test_the_card_says_how_weights_of_each_recipe_came_about(tmp_path, name):
+    weights = DomainWeights({"wiki": 0.75, "web": 0.25}, recipe={"name": name})
+    weights.save_pretrained(tmp_path)
+    card = read(tmp_path)
+    assert "as far as it was recorded" not in card
+    is_learned = name in RECIPES
+    assert ("Learned with a small proxy model by [DoGE]" in card) is is_learned
+    assert ("  - doge\n" in card) is is_learned
+    assert ("fan2024doge" in card) is is_learned
 
 
 def test_a_redacted_index_says_so_and_does_not_offer_it(tmp_path):

@@ -4,7 +4,7 @@ import html
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from hf_doge.artifacts.cards.weights import headline, summary_columns, undecided_groups
+from hf_doge.artifacts.cards.weights import advise_mu, headline, summary_columns, undecided_groups
 from hf_doge.artifacts.record import WeightsRecord
 from hf_doge.text import printable
 
@@ -59,6 +59,8 @@ def weights_html(weights: WeightsRecord) -> str:
     lines = "".join(f"<p>{escape_html(line)}</p>" for line in (" ".join(map(str.strip, recipe)), spread))
     groups = "; ".join(", ".join(group) for group in undecided_groups(weights))
     noise = f"<p>Weights that this run cannot tell apart: {escape_html(groups)}.</p>" if groups else ""
+    advice = advise_mu(weights)
+    noise += f"<p>{escape_html(advice)}</p>" if advice else ""
     return f"<div>{lines}{html_table(columns, bars=bars)}{noise}</div>"
 
 

@@ -1,6 +1,7 @@
 """The card of domain weights."""
 
 import io
+import math
 import re
 import textwrap
 from collections.abc import Mapping
@@ -31,19 +32,26 @@ from hf_doge.artifacts.cards.text import (
     table,
 )
 from hf_doge.artifacts.record import WeightsRecord
-from hf_doge.artifacts.score_noise import LEAST_UPDATES, estimate_score_noise, undecided_groups, weight_noise
+from hf_doge.artifacts.score_noise import (
+    LEAST_UPDATES,
+    estimate_score_noise,
+    undecided_groups,
+    updates_a_point,
+    weight_noise,
+)
 from hf_doge.files import sha256
 from hf_doge.text import printable
 
 PLOT_FILE = "plot.png"
 
-_LEARNED = ("paper", "official")
+_LEARNED = ("doge_plus", "paper", "official")
 _CONFIGS = ("weights", "trajectory")
 _ORIGINS = {
     "uniform": "The same weight for every domain: a baseline, nothing was learned.",
     "natural": "In proportion to the tokens of each domain, as training on all the data: a baseline, nothing was learned.",
     "ngram_em": "Estimated without training: under these weights, n-gram models of the domains make the text of the target"
     " most likely.",
+    "sweep": "The optimum of a law fitted to the losses of small models that were each trained on another mixture.",
     "temperature": "In proportion to a power of the tokens of each domain: a rule, nothing was learned.",
     "unimax": "Equal parts, but for domains too small for theirs within the allowed epochs"
     " ([UniMax](https://huggingface.co/papers/2304.09151)): a rule, nothing was learned.",
@@ -160,6 +168,8 @@ def _table_notes(weights: WeightsRecord) -> str:
         notes.append("`weight`: mean over the run, the one to train with; `last`: after the last update.")
     if weights.natural_proportions:
         notes.append("`natural`: share of all tokens.")
+    if gains(weights):
+        notes.append("`nats`: how far steps on the domain alone would have lowered the loss, to first order.")
     return " ".join(notes)
 
 
@@ -236,7 +246,24 @@ def summarize(weights: WeightsRecord) -> str:
     if groups:
         text = f"Weights that this run cannot tell apart, for the noise of its scores: {'; '.join(groups)}."
         lines += ["", *textwrap.wrap(text, width=100, subsequent_indent="  ")]
+    if advice := advise_mu(weights):
+        lines += ["", *textwrap.wrap(advice, width=100, subsequent_indent="  ")]
     return "\n".join(lines)
+
+
+def advise_mu(weights: WeightsRecord) -> str | None:
+    """That `mu` left the weights no room to move, where the run tells its domains apart; otherwise `None`."""
+    nats, mu, groups = gains(weights).values(), weights.recipe.get("mu"), undecided_groups(weights)
+    if len(nats) < 2 or not isinstance(mu, int | float) or any(len(group) == len(weights.names) for group in groups):
+        return None
+    span = max(nats) - min(nats)
+    if not 0 < span < mu:
+        return None
+    return (
+        f"The nats of the domains differ by {span:.2g}, less than mu ({mu:g}), so no weight could move over another by a factor above "
+        f"{math.exp(span / mu):.1f}: the run is short, or its learning rate low. With `mu` at a quarter of that, {span / 4:.1g}, the "
+        "weights follow the scores."
+    )
 
 
 def signal_to_noise(weights: WeightsRecord) -> dict[str, float]:
@@ -250,11 +277,35 @@ def signal_to_noise(weights: WeightsRecord) -> dict[str, float]:
     return {name: float(score.mean()) / noise for name, score, noise in every if noise > 0}
 
 
+def gains(weights: WeightsRecord) -> dict[str, float]:
+    """
+    Nats that the loss of the target would have fallen by in a run on this domain alone, to first order: the sum of its scores.
+
+    The update moves the logarithm of the ratio of two weights by the difference of these sums over `mu`, so where they differ by less
+    than `mu` no weight can move far.
+
+    Returns:
+        `dict[str, float]` by domain, without those that have no score; empty unless each step of the run is recorded with scores in nats
+        (`score_metric="optimizer"`), ten of them at least.
+    """
+    trajectory, recipe = weights.trajectory, weights.recipe
+    if trajectory is None or len(trajectory.steps) < LEAST_UPDATES:
+        return {}
+    is_in_nats = recipe.get("score_metric") == "optimizer" and recipe.get("normalization", "none") == "none"
+    if not is_in_nats or recipe.get("reweight_steps", 1) != 1 or updates_a_point(recipe.get("arguments")) != 1:
+        return {}
+    columns = (
+        (name, scores[np.isfinite(scores)])
+        for name, scores in zip(trajectory.domains, trajectory.scores.T, strict=True)
+    )
+    return {name: float(scores.sum()) for name, scores in columns if len(scores)}
+
+
 def summary_columns(weights: WeightsRecord) -> dict[str, list[str]]:
     """Title -> cells, heaviest domain first; columns without any value are left out."""
     natural = weights.natural_proportions
     names = sorted(weights.names, key=lambda name: weights.mean[name], reverse=True)
-    signals = signal_to_noise(weights)
+    signals, nats = signal_to_noise(weights), gains(weights)
 
     def fact(key: str) -> list[str]:
         values = [weights.domains[name].get(key) for name in names]
@@ -268,6 +319,7 @@ def summary_columns(weights: WeightsRecord) -> dict[str, list[str]]:
         "natural": [f"{natural[name]:.4f}" for name in names] if natural else [],
         "x natural": [_ratio(weights.mean[name], natural[name]) for name in names] if natural else [],
         "score/noise": [f"{signals[name]:.2f}" if name in signals else "" for name in names],
+        "nats": [f"{nats[name]:.3f}" if name in nats else "" for name in names],
         "rows": fact("num_rows"),
         "tokens": fact("num_tokens"),
     }
