@@ -17,7 +17,8 @@ plateau of the first losses much longer than others, and the spread between seed
 - `continued`: as `one_kin`, but all training, that of the proxies too, goes on from one model that was trained on three other kinds of
   English text for 2,000 steps, as users come with a pretrained model. Such runs have no first plateau to leave at a time of their own.
 - `smollm2`: as `one_kin`, as a fine-tuning of all 135M parameters of SmolLM2 (read from a package, see `benchmarks.pretrained`) with its own tokenizer,
-  in bfloat16 and blocks of 64 tokens. `--max_steps 24` and few seeds are what a core bears: a run takes four minutes.
+  in bfloat16 and blocks of 64 tokens. `--max_steps 24 --adapt_steps 8` and few seeds are what
+  a core bears: a run takes four minutes.
 
 `--plot FILE` draws what each route of a setting with a target gains, by each measure, over its CPU seconds.
 
@@ -32,7 +33,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from benchmarks.pretrained.packaged_models import smollm2
+from benchmarks.pretrained.packaged_models import MissingPackage, smollm2
 from hf_doge import DomainWeights
 from hf_doge.evaluation.comparison import Comparison
 
@@ -53,14 +54,8 @@ SETTINGS = {
 }
 SETTINGS["continued"] = SETTINGS["smollm2"] = SETTINGS["one_kin"]
 FINE_TUNING = (
-    *(
-        "--block_size=64",
-        "--per_device_train_batch_size=16",
-        "--learning_rate=5e-5",
-        "--lr_scheduler_type=cosine",
-        "--bf16",
-    ),
-    *("--max_validation_tokens=3000", "--use_cpu", "--report_to=none", "--disable_tqdm=true"),
+    *("--block_size=64", "--per_device_train_batch_size=16", "--lr_scheduler_type=cosine", "--learning_rate=5e-5"),
+    *("--bf16", "--max_validation_tokens=3000", "--use_cpu", "--report_to=none", "--disable_tqdm=true"),
 )
 PRETRAINING = ("books", "web", "wikipedia")  # and a tokenizer for all but the target
 
@@ -76,7 +71,7 @@ def main() -> None:
     parser.add_argument("--adapt_steps", type=int, nargs="+", default=[24, 98], help="Steps on a target's own text.")
     parser.add_argument("--model_size", default="nano")
     parser.add_argument("--without", nargs="+", default=[], choices=("natural", "control"), help="Arms to leave out.")
-    parser.add_argument("--recipes", nargs="*", default=["paper"], help="Recipes of `hf-doge learn` to compare.")
+    parser.add_argument("--recipes", nargs="*", default=["paper"], help="Of `hf-doge learn`, or RECIPE:MU.")
     parser.add_argument("--sweep", type=int, default=0, help="Mixtures of a sweep; 0 for none.")
     parser.add_argument("--sweep_seeds", type=int, nargs="+", default=[201])
     parser.add_argument("--plot", type=Path, help="Picture of the last setting's routes.")
@@ -84,7 +79,11 @@ def main() -> None:
     if not (args.data_dir / "lm").is_dir():
         print(f"Skipped: {args.data_dir} has no folder `lm`.\n{json.dumps({'skipped': str(args.data_dir)})}")
         return
-    found = {name: run_setting(name, args) for name in args.settings}
+    try:
+        found = {name: run_setting(name, args) for name in args.settings}
+    except MissingPackage as missing:
+        print(f"{missing}\n{json.dumps({'skipped': str(missing)})}")
+        return
     if args.plot:
         plot(found[args.settings[-1]], SETTINGS[args.settings[-1]][1], args.plot)
     print(json.dumps(found))
@@ -107,11 +106,13 @@ def run_setting(name: str, args: argparse.Namespace) -> dict:
     ]
     seconds = {}
     arms = []
-    for recipe in args.recipes:
-        learned = folder / f"learn-{recipe}"
-        arms.append(f"{recipe}={learned}")
+    for asked in args.recipes:
+        recipe, _, mu = asked.partition(":")
+        arm = f"{recipe}-mu{mu}" if mu else recipe
+        learned = folder / f"learn-{arm}"
+        arms.append(f"{arm}={learned}")
         flags = [*common, f"--recipe={recipe}", f"--seed={args.learn_seed}", f"--output_dir={learned}"]
-        seconds[recipe] = run("learn", flags, learned)
+        seconds[arm] = run("learn", [*flags, f"--mu={mu}"] if mu else flags, learned)
     if target:
         estimate = folder / "estimate"
         kept = [
