@@ -57,9 +57,10 @@ def weights_html(weights: WeightsRecord) -> str:
     bars = [weights.mean[name] / largest for name in columns["domain"]]
     *recipe, spread = headline(weights)
     lines = "".join(f"<p>{escape_html(line)}</p>" for line in (" ".join(map(str.strip, recipe)), spread))
-    groups = "; ".join(", ".join(group) for group in undecided_groups(weights))
+    undecided = undecided_groups(weights)
+    groups = "; ".join(", ".join(group) for group in undecided)
     noise = f"<p>Weights that this run cannot tell apart: {escape_html(groups)}.</p>" if groups else ""
-    advice = advise_mu(weights)
+    advice = advise_mu(weights, undecided)
     noise += f"<p>{escape_html(advice)}</p>" if advice else ""
     return f"<div>{lines}{html_table(columns, bars=bars)}{noise}</div>"
 

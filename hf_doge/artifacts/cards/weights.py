@@ -4,7 +4,7 @@ import io
 import math
 import re
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -235,26 +235,28 @@ def summarize(weights: WeightsRecord) -> str:
     The recipe, the entropy and a table of the domains, heaviest first, columns without any value left out; and which weights
     the run cannot tell apart.
     """
-    lines = [*headline(weights), "", format_table(summary_columns(weights))]
+    lines, texts = [*headline(weights), "", format_table(summary_columns(weights))], []
     settled = part_of(weights.metadata, "training").get("settled_after_updates")
     if isinstance(settled, int):
-        text = (
+        texts.append(
             f"Learning stopped after {settled:,} updates: the scores no longer told the domains apart for their noise."
         )
+    undecided = undecided_groups(weights)
+    if undecided:
+        groups = "; ".join(", ".join(map(printable, group)) for group in undecided)
+        texts.append(f"Weights that this run cannot tell apart, for the noise of its scores: {groups}.")
+    if advice := advise_mu(weights, undecided):
+        texts.append(advice)
+    for text in texts:
         lines += ["", *textwrap.wrap(text, width=100, subsequent_indent="  ")]
-    groups = [", ".join(map(printable, group)) for group in undecided_groups(weights)]
-    if groups:
-        text = f"Weights that this run cannot tell apart, for the noise of its scores: {'; '.join(groups)}."
-        lines += ["", *textwrap.wrap(text, width=100, subsequent_indent="  ")]
-    if advice := advise_mu(weights):
-        lines += ["", *textwrap.wrap(advice, width=100, subsequent_indent="  ")]
     return "\n".join(lines)
 
 
-def advise_mu(weights: WeightsRecord) -> str | None:
-    """That `mu` left the weights no room to move, where the run tells its domains apart; otherwise `None`."""
-    nats, mu, groups = gains(weights).values(), weights.recipe.get("mu"), undecided_groups(weights)
-    if len(nats) < 2 or not isinstance(mu, int | float) or any(len(group) == len(weights.names) for group in groups):
+def advise_mu(weights: WeightsRecord, undecided: Sequence[Sequence[str]]) -> str | None:
+    """That `mu` left the weights no room to move, unless all of them are one of the `undecided_groups`; otherwise `None`."""
+    nats, mu = gains(weights).values(), weights.recipe.get("mu")
+    are_told_apart = all(len(group) < len(weights.names) for group in undecided)
+    if len(nats) < 2 or not isinstance(mu, int | float) or not are_told_apart:
         return None
     span = max(nats) - min(nats)
     if not 0 < span < mu:
