@@ -33,6 +33,7 @@ _SCHEMA = pa.schema(
         "learning_rate": pa.float64(),
     }
 )
+_MU = pa.field("mu", pa.float64())
 _WEIGHTS_SCHEMA = pa.schema(
     {
         "domain": pa.string(),
@@ -60,10 +61,11 @@ class Trajectory:
             Generalization scores that the update used; NaN where a domain was absent.
         losses (`numpy.ndarray` of shape `(T, K)`, float64):
             Mean loss of each domain; NaN where it was absent.
+        mus (`numpy.ndarray` of shape `(T,)`, float64, *optional*): The coefficient `mu` in force, where it was not one for all.
 
     Raises:
-        ValueError: A shape does not fit, a name is empty or repeated, there is no step, steps do not increase, or a
-            weight is not finite.
+        ValueError: A shape does not fit, a name is empty or repeated, there is no step, steps do not increase, a weight is not finite, or a
+            `mu` is not above 0.
     """
 
     domains: Sequence[str]
@@ -72,6 +74,7 @@ class Trajectory:
     weights: np.ndarray
     scores: np.ndarray
     losses: np.ndarray
+    mus: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         self.domains = check_names(self.domains)
@@ -82,8 +85,8 @@ class Trajectory:
                 f" {np.array2string(self.steps, threshold=8)}. Where nothing was recorded, leave the trajectory out."
             )
         shape = (len(self.steps), len(self.domains))
-        for name in ("learning_rates", "weights", "scores", "losses"):
-            expected = shape[:1] if name == "learning_rates" else shape
+        for name in ("learning_rates", "weights", "scores", "losses", *(["mus"] if self.mus is not None else [])):
+            expected = shape[:1] if name in ("learning_rates", "mus") else shape
             values = np.asarray(getattr(self, name), dtype=np.float64)
             if values.shape != expected:
                 raise ValueError(
@@ -96,12 +99,15 @@ class Trajectory:
                 f"`weights` must be finite, but domain {self.domains[domain]!r} has {self.weights[step, domain]} at step"
                 f" {self.steps[step]}. A domain that was absent keeps its share."
             )
+        if self.mus is not None and not (np.isfinite(self.mus) & (self.mus > 0)).all():
+            raise ValueError(f"`mus` must be above 0 and finite, but got {np.array2string(self.mus, threshold=8)}.")
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Trajectory):
             return NotImplemented
-        arrays = ("steps", "learning_rates", "weights", "scores", "losses")
-        return self.domains == other.domains and all(
+        arrays = ("steps", "learning_rates", "weights", "scores", "losses", *(["mus"] if self.mus is not None else []))
+        is_alike = self.domains == other.domains and (self.mus is None) == (other.mus is None)
+        return is_alike and all(
             np.array_equal(getattr(self, name), getattr(other, name), equal_nan=True) for name in arrays
         )
 
@@ -110,7 +116,7 @@ class Trajectory:
         The trajectory as a long table, one row for each step and domain.
 
         Returns:
-            `pyarrow.Table` of `T * K` rows: step, domain, weight, score, loss, learning_rate.
+            `pyarrow.Table` of `T * K` rows: step, domain, weight, score, loss, learning_rate, and mu where it was not one for all.
         """
         num_steps, num_domains = self.weights.shape
         columns = {
@@ -121,7 +127,8 @@ class Trajectory:
             "loss": self.losses.ravel(),
             "learning_rate": np.repeat(self.learning_rates, num_domains),
         }
-        return pa.table(columns, schema=_SCHEMA)
+        table = pa.table(columns, schema=_SCHEMA)
+        return table if self.mus is None else table.append_column(_MU, pa.array(np.repeat(self.mus, num_domains)))
 
     @classmethod
     def from_table(cls, table: pa.Table) -> "Trajectory":
@@ -131,8 +138,9 @@ class Trajectory:
         Raises:
             ValueError: A column is missing or of another kind, or a step lacks a domain or has it twice.
         """
+        schema = _SCHEMA.append(_MU) if _MU.name in table.column_names else _SCHEMA
         try:
-            table = table.select(_SCHEMA.names).cast(_SCHEMA)
+            table = table.select(schema.names).cast(schema)
         except (KeyError, pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
             expected = ", ".join(f"{field.name} ({field.type})" for field in _SCHEMA)
             got = ", ".join(f"{field.name} ({field.type})" for field in table.schema)
@@ -158,8 +166,8 @@ class Trajectory:
             values[row, column] = table.column(name).to_numpy()
             return values
 
-        learning_rates = wide("learning_rate")[:, 0] if domains else np.empty(0)
-        return cls(domains, steps, learning_rates, wide("weight"), wide("score"), wide("loss"))
+        rates, *mus = (wide(name)[:, 0] if domains else np.empty(0) for name in schema.names[5:])
+        return cls(domains, steps, rates, wide("weight"), wide("score"), wide("loss"), *mus)
 
 
 class WeightsRecord:

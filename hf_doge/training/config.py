@@ -39,6 +39,7 @@ MEAN_WEIGHTINGS = ("steps", "inverse_variance")
 _OF_THE_PAPER = "mu", "normalization", "score_min", "score_max", "domain_max_grad_norm"
 _MU = 0.01  # of the paper's universal runs
 _MU_IN_NATS, _MU_IN_NATS_TO_TARGET = 3.0, 1.0  # of scores in nats
+_MIN_SPREAD = 6.0  # towards a target
 ALIGNMENTS = ("auto", "single_pass", "per_domain", "streamed")
 
 
@@ -59,6 +60,7 @@ _CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "normalization": partial(check_choice, choices=NORMALIZATIONS, optional=True),
     "score_metric": partial(check_choice, choices=SCORE_METRICS, optional=True),
     "mu": partial(check_number, least=1 / LARGEST_RATE, most=LARGEST_RATE, optional=True),
+    "min_spread": partial(check_number, least=0, most=LARGEST_RATE, optional=True),
     "smoothing": partial(check_number, least=0, below=1),
     "score_min": partial(check_number, below=math.inf, finite=False, optional=True),  # and see `check_arguments`
     "score_max": partial(check_number, above=-math.inf, finite=False, optional=True),
@@ -105,13 +107,16 @@ class DoGEConfig(TrainingArguments):
     | a domain compared with itself | yes | no: the target is held out | across halves of its examples only |
     | each domain's gradient | as it is | clipped alone to `max_grad_norm` | as it is |
     | target | the step's train domains, or a target set | a target set (held-out mix or out-of-domain) | either |
-    | `mu` | 0.01 | 0.01 | 1 nat towards a target, else 3 |
+    | `mu` | 0.01 | 0.01 | 1 nat towards a target, less in a short run; else 3 |
     | weights | as the scores make them | as the scores make them | shrunk by the noise of the scores |
 
     In all of them the new weights step the model, and the result is the mean of the weights after every update.
     `mu` cannot be carried from one recipe to the other, nor from the authors' later code: see
     [`hf_doge.functional.doge`] for the three conventions. With `score_metric="optimizer"` its unit is nats: weights change by
     `exp(score / mu)`, where the score is by how many nats a step on the domain alone would lower the targets' mean loss.
+
+    `min_spread` (ours) lowers `mu` where a run is short in nats, as a fine-tuning is: the domain whose scores add up to most ends at least
+    `exp(min_spread)` times as heavy as one whose scores add up to nothing, but for shrinkage; see [`~hf_doge.training.score_noise.ScoreNoise`].
 
     `self_term="independent"` needs two examples of each domain in a step, and memory for twice as many gradients where they are
     kept. A domain of which a step has but one example with a label has no score in that step. Given targets share no example
@@ -148,6 +153,14 @@ class DoGEConfig(TrainingArguments):
             "help": "Bregman coefficient of the weight update, exp(learning_rate * score / mu), the paper's unless a recipe is given, or "
             "exp(score / mu) with `score_metric='optimizer'`. Smaller means faster weights. Must be > 0. The paper's runs use 0.01 (universal), "
             "0.05 and 0.001 (out-of-domain). Default with scores in nats ('doge_plus'): 1 towards a target, else 3. Otherwise 0.01."
+        },
+    )
+    min_spread: float | None = field(
+        default=None,
+        metadata={
+            "help": "Use a smaller `mu` where the scores of the run add up to so little that the domain with the largest sum would end less "
+            "than exp(min_spread) times as heavy as one without effect; 0 for never. Needs `shrinkage`. Default: 6 for 'doge_plus' "
+            "towards a target where `mu` is not given, else 0."
         },
     )
     score_metric: str | None = field(
@@ -319,7 +332,7 @@ class DoGEConfig(TrainingArguments):
             raise ValueError("`lagged_update` is of the mode 'proxy'; in 'online' mode see `sampler_lag_steps`.")
         if self.score_min is not None and self.score_max is not None and self.score_min > self.score_max:
             raise ValueError(f"`score_min` must not exceed `score_max`, but got {self.score_min} > {self.score_max}.")
-        self._refuse_unmixable(recipe)
+        recipe.check()
         if self.hub_weights_id is None and self.push_to_hub and self.hub_model_id is not None:
             try:
                 validate_repo_id(self.hub_model_id + WEIGHTS_SUFFIX)
@@ -335,26 +348,6 @@ class DoGEConfig(TrainingArguments):
                 raise ValueError(
                     f"`alignment_parameters` must be a regular expression, but got {show(self.alignment_parameters)}: {error}."
                 ) from error
-
-    @staticmethod
-    def _refuse_unmixable(recipe: Recipe) -> None:
-        """Ingredients that would ask for numbers which are not there."""
-        is_measured = recipe.score_metric == "optimizer"
-        if recipe.is_independent and recipe.domain_max_grad_norm is not None:
-            raise ValueError(
-                "`self_term='independent'` compares halves, whose lengths do not tell that of the whole gradient, so "
-                f"`domain_max_grad_norm` must be 0, but got {recipe.domain_max_grad_norm}. Set it to 0, or `self_term='same'`."
-            )
-        if (recipe.is_independent or is_measured) and recipe.normalization != "none":
-            raise ValueError(
-                "`self_term='independent'` and `score_metric='optimizer'` take scores as they are, so `normalization` must be "
-                f"'none', but got {recipe.normalization!r}. Set it to 'none', or leave the other two at the paper's."
-            )
-        if is_measured and recipe.self_term is False:
-            raise ValueError(
-                "`score_metric='optimizer'` cannot take off a domain's product with itself, so `self_term` must be "
-                "'independent' or 'same', but got 'none'. Use 'independent'."
-            )
 
     @property
     def is_online(self) -> bool:
@@ -377,6 +370,8 @@ class DoGEConfig(TrainingArguments):
         score_min = 0.0 if self.score_min is None and official else self.score_min
         score_max = 5.0 if self.score_max is None and official else self.score_max
         in_nats = _MU_IN_NATS_TO_TARGET if has_target else _MU_IN_NATS
+        shrinkage = plus if self.shrinkage is None else self.shrinkage
+        spreads = plus and has_target and shrinkage and self.mu is None
         return Recipe(
             name=name,
             mu=self.mu if self.mu is not None else (in_nats if metric == "optimizer" else _MU),
@@ -390,7 +385,8 @@ class DoGEConfig(TrainingArguments):
             reweight_steps=self.reweight_steps,
             score_metric=metric,
             mean_weighting=self.mean_weighting,
-            shrinkage=plus if self.shrinkage is None else self.shrinkage,
+            shrinkage=shrinkage,
+            min_spread=self.min_spread if self.min_spread is not None else (_MIN_SPREAD if spreads else 0.0),
         )
 
     def get_doge_arguments(self) -> dict:

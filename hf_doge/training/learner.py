@@ -264,7 +264,7 @@ class DomainLearner:
         """Start from the beginning, or from where a checkpoint stands."""
         names = self.domains.names
         self._loss = DomainLoss(self.trainer)
-        noise = ScoreNoise.if_asked_for(self.args, self.initial_weights)
+        noise = ScoreNoise.if_asked_for(self.args, self.recipe, self.initial_weights)
         if checkpoint is None:
             self.state = LearningState.fresh(names, self.initial_weights, noise)
         else:
@@ -360,18 +360,15 @@ class DomainLearner:
         learning_rate = self.trainer._get_learning_rate()
         rate = 1.0 if recipe.score_metric == "optimizer" else learning_rate  # which is in such scores
         weights = update_domain_weights(
-            state.weights,
-            scores,
-            learning_rate=rate,
-            mu=recipe.mu,
-            smoothing=recipe.smoothing,
-            present=scored,
+            state.weights, scores, learning_rate=rate, mu=recipe.mu, smoothing=recipe.smoothing, present=scored
         )
         self.metrics.record(losses=losses, scores=scores)
-        state.update(weights, scores, rate=rate / recipe.mu, burn_in_steps=recipe.burn_in_steps)
+        number = self.trainer.state.global_step + 1
+        progress = number / self.trainer.state.max_steps
+        state.update(weights, scores, rate=rate / recipe.mu, burn_in_steps=recipe.burn_in_steps, progress=progress)
         if state.num_updates % self.args.trajectory_steps == 0:
-            number = self.trainer.state.global_step + 1
-            state.points.append(TrajectoryPoint(number, learning_rate, state.weights, scores, losses))
+            mu = recipe.mu / state.noise.boost if state.noise is not None and recipe.min_spread else None
+            state.points.append(TrajectoryPoint(number, learning_rate, state.weights, scores, losses, mu))
 
     def _shares(self, usable: Tensor) -> Tensor:
         """Shares of the usable domains, summing to 1; where they hold no weight at all, they count alike."""

@@ -59,6 +59,7 @@ class TrajectoryPoint:
     weights: Tensor
     scores: Tensor
     losses: Tensor
+    mu: float | None = None
 
 
 @dataclass
@@ -111,7 +112,9 @@ class LearningState:
         """Whether nothing is left to learn, by the noise of the scores."""
         return self.noise is not None and self.noise.has_settled
 
-    def update(self, weights: Tensor, scores: Tensor, *, rate: float, burn_in_steps: int) -> None:
+    def update(
+        self, weights: Tensor, scores: Tensor, *, rate: float, burn_in_steps: int, progress: float = 1.0
+    ) -> None:
         """
         Take over the weights of one more update.
 
@@ -120,9 +123,10 @@ class LearningState:
             scores (`torch.Tensor` of shape `(num_domains,)`): What made them; NaN where a domain had none.
             rate (`float`): What multiplied the scores in the logarithm of the weights.
             burn_in_steps (`int`): Updates left out of the mean.
+            progress (`float`): Share of the run's steps that is done with this one.
         """
         if self.noise is not None:
-            self.noise.take(scores, rate)
+            self.noise.take(scores, rate, progress=progress)
             weights = self.noise.shrink(weights)
         self.weights = weights
         self.num_updates += 1
@@ -159,6 +163,7 @@ class LearningState:
             weights=torch.stack([point.weights for point in self.points]).numpy(),
             scores=torch.stack([point.scores for point in self.points]).numpy(),
             losses=torch.stack([point.losses for point in self.points]).numpy(),
+            mus=None if self.points[0].mu is None else np.array([point.mu for point in self.points]),
         )
 
     def save(self, folder: Path, *, step: int, run: dict[str, Any]) -> None:
@@ -334,6 +339,8 @@ class DomainMetrics:
         metrics["alignment_time_share"] = 1 - self._training_seconds / max(self._step_seconds, 1e-9)
         if state.noise is not None and state.noise.statistic == state.noise.statistic:
             metrics |= {"domain_score_f": state.noise.statistic, "undecided_windows": state.noise.num_undecided}
+        if state.points and state.points[-1].mu is not None:
+            metrics["domain_mu"] = state.points[-1].mu
         if state.nonfinite_steps:
             metrics["nonfinite_domain_steps"] = state.nonfinite_steps
         self._clear()
@@ -377,8 +384,9 @@ def _to_points(trajectory: Trajectory, names: tuple[str, ...]) -> list[Trajector
         torch.from_numpy(np.ascontiguousarray(values[:, order]))
         for values in (trajectory.weights, trajectory.scores, trajectory.losses)
     )
+    mus = [None] * len(trajectory.steps) if trajectory.mus is None else trajectory.mus.tolist()
     return [
-        TrajectoryPoint(int(step), float(rate), weights[t], scores[t], losses[t])
+        TrajectoryPoint(int(step), float(rate), weights[t], scores[t], losses[t], mus[t])
         for t, (step, rate) in enumerate(zip(trajectory.steps, trajectory.learning_rates, strict=True))
     ]
 

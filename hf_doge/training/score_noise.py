@@ -9,15 +9,17 @@ from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from hf_doge.artifacts.score_noise import LEAST_VARIANCE
+from hf_doge.checks import LARGEST_RATE
 from hf_doge.functional.doge import shrink_deviations
 from hf_doge.training.config import DoGEConfig
+from hf_doge.training.recipe import Recipe
 
 logger = logging.getLogger(__name__)
 
 QUIET = 2.0  # below which a window is undecided
 LOUD = 3.0  # from which on it is decided, and those before it no longer count
 WINDOWS = 2  # undecided ones after which nothing is left to learn
-_SETTINGS = ("window", "weighs_mean", "shrinks", "initial_weights", "smoothing")
+_SETTINGS = ("window", "weighs_mean", "shrinks", "min_spread", "initial_weights", "smoothing")
 
 
 class ScoreNoise:
@@ -43,14 +45,22 @@ class ScoreNoise:
     [`~hf_doge.functional.doge.shrink_deviations`]. With all `s_j` 1 and all domains in every step that is the update of the
     paper. A domain that a step lacks has no `d_tj` there; its share changes as the shares of the others do.
 
+    *Spread.* Nats that move the weights of a training from scratch leave those of a short fine-tuning where they are. So after the share
+    `p` of the run's steps mu is at most `max_j |C_tj| / (p * min_spread)`, where `C_tj = sum_t rate_t g_tj` is the sum of a domain's scores
+    `g_tj` so far: what the largest would come to by the end, divided by `min_spread`. All that the scores have moved is divided by the
+    mu of today, so that by the end the weight of the domain with the largest sum is at least `exp(min_spread)` times that of one whose
+    scores add up to nothing, but for shrinkage, and domains that all do alike stay together, whatever the scale of their scores.
+
     Args:
         initial_weights (`torch.Tensor` of shape `(num_domains,)`): alpha_0.
         window (`int`): Updates of a window, at least 2.
         weighs_mean (`bool`): Whether the mean of the weights counts them by inverse variance.
         shrinks (`bool`): Whether the weights are shrunk.
         smoothing (`float`): Share of the uniform weights that is mixed into shrunk ones.
+        min_spread (`float`): By how much the logarithms of shrunk weights are to differ at least, 0 for a mu that stays.
 
     Attributes:
+        boost (`float`): By how much mu is smaller than that of the recipe, at least 1.
         num_undecided (`int`): Undecided windows that count so far.
         statistic (`float`): F of the last whole window, NaN before.
     """
@@ -63,17 +73,20 @@ class ScoreNoise:
         weighs_mean: bool = False,
         shrinks: bool = False,
         smoothing: float = 0.0,
+        min_spread: float = 0.0,
     ) -> None:
         self.initial_weights = initial_weights.double()
         self.window = window
         self.weighs_mean = weighs_mean
         self.shrinks = shrinks
         self.smoothing = smoothing
+        self.min_spread = min_spread
+        self.boost = 1.0
         self.num_undecided = 0
         self.statistic = float("nan")
         self._last = torch.full_like(self.initial_weights, torch.nan)
         zeros = torch.zeros_like(self._last)
-        self._deviations, self._variances, self._moved, self._told = (zeros.clone() for _ in range(4))
+        self._totals, self._deviations, self._variances, self._moved, self._told = (zeros.clone() for _ in range(5))
         self._knows_noise = False
         self._log_variance = 0.0
         self._total_precision = 0.0
@@ -89,13 +102,14 @@ class ScoreNoise:
         """Whether nothing is left to learn."""
         return self.num_undecided >= WINDOWS
 
-    def take(self, scores: Tensor, rate: float) -> None:
+    def take(self, scores: Tensor, rate: float, *, progress: float = 1.0) -> None:
         """
         Note one more update.
 
         Args:
             scores (`torch.Tensor` of shape `(num_domains,)`): NaN for a domain without one.
             rate (`float`): What they are multiplied by in the logarithm of the weights, learning rate over mu.
+            progress (`float`): Share of the run's steps that is done with this one, in (0, 1].
         """
         centred = scores.double() - scores.double().nanmean()
         variance = (centred - self._last).square() / 2
@@ -103,6 +117,7 @@ class ScoreNoise:
         if known.any():
             self._knows_noise = True
             self._log_variance += rate**2 * float(variance[known].mean())
+        self._totals += rate * torch.where(there, scores.double(), 0.0)
         self._deviations += rate * torch.where(there, centred, 0.0)
         self._variances += rate**2 * torch.where(known, variance, 0.0)
         self._moved += rate**2 * there  # the noise of all updates is as that of those of which it is told
@@ -112,6 +127,8 @@ class ScoreNoise:
         self._sums += torch.where(there, centred, 0.0)
         self._counts += there
         self._last = centred
+        largest = float(self._totals.abs().max())
+        self.boost = max(1.0, progress * self.min_spread / largest) if largest > 1 / LARGEST_RATE else 1.0
         self._num_updates += 1
         if self._num_updates >= self.window:
             self._close_window()
@@ -128,9 +145,8 @@ class ScoreNoise:
         self._open_window()
 
     @classmethod
-    def if_asked_for(cls, args: DoGEConfig, initial_weights: Tensor) -> "ScoreNoise | None":
-        """What the arguments need, `None` if they need nothing."""
-        recipe = args.get_recipe()
+    def if_asked_for(cls, args: DoGEConfig, recipe: Recipe, initial_weights: Tensor) -> "ScoreNoise | None":
+        """What the arguments and the recipe that they make need, `None` if they need nothing."""
         weighs_mean = recipe.mean_weighting == "inverse_variance"
         if not (weighs_mean or recipe.shrinkage or args.stop_when_undecided):
             return None
@@ -140,6 +156,7 @@ class ScoreNoise:
             weighs_mean=weighs_mean,
             shrinks=recipe.shrinkage,
             smoothing=recipe.smoothing,
+            min_spread=recipe.min_spread,
         )
 
     def shrink(self, weights: Tensor) -> Tensor:
@@ -147,12 +164,12 @@ class ScoreNoise:
         if not self.shrinks:
             return weights
         variances = self._variances * torch.where(self._told > 0, self._moved / self._told, 0.0)
-        logits = self.initial_weights.log() + shrink_deviations(self._deviations, variances)
+        logits = self.initial_weights.log() + self.boost * shrink_deviations(self._deviations, variances)
         return (1 - self.smoothing) * logits.softmax(dim=0) + self.smoothing / len(weights)
 
     def share(self) -> float:
         """How much of the mean the weights after the update just taken make up, by the inverse of their variance."""
-        precision = 1 / (self._log_variance + LEAST_VARIANCE) if self._knows_noise else 0.0
+        precision = 1 / (self.boost**2 * self._log_variance + LEAST_VARIANCE) if self._knows_noise else 0.0
         self._total_precision += precision
         return precision / self._total_precision if self._total_precision else 1.0
 
