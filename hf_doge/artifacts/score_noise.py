@@ -37,14 +37,14 @@ def undecided_groups(weights: WeightsRecord) -> list[list[str]]:
     Domains whose weights differ by less than the noise of the scores accounts for, heaviest first, two or more in a group.
 
     The noise of the difference of two scores moves the logarithm of the ratio of the two weights by `rate * noise / mu` from
-    that update on, so that of the mean weights by the root of the sum of `(rate * noise / mu * reach)^2`, where `reach` is the
-    share of the mean that lies behind the update: `(T - t) / T` in the paper's. Two weights are told apart if their logarithms
+    that update on, so that of the mean weights by the root of the sum of `(rate * noise * reach)^2`, where `reach` is the
+    share of the mean that lies behind the update over `mu`: `(T - t) / T / mu` in the paper's. Two weights are told apart if their logarithms
     differ by two standard deviations. Shrunk weights are nearer to each other than their noise is, so that they are told apart later. Nothing is said of fewer than ten recorded updates.
     """
-    trajectory, rates = weights.trajectory, update_rates(weights)
-    if trajectory is None or rates is None:
+    trajectory, rates, mus = weights.trajectory, update_rates(weights), mus_in_force(weights)
+    if trajectory is None or rates is None or mus is None:
         return []
-    reach = np.cumsum(_shares_of_mean(weights, rates)[::-1])[::-1]
+    reach = np.cumsum((_shares_of_mean(weights, rates, mus) / mus)[::-1])[::-1]
     columns = dict(zip(trajectory.domains, trajectory.scores.T, strict=True))
     groups: list[list[str]] = []
     for name in sorted(weights.names, key=lambda name: weights.mean[name], reverse=True):
@@ -71,28 +71,48 @@ def weight_noise(weights: WeightsRecord) -> np.ndarray | None:
         `numpy.ndarray` of shape `(T, K)`, in the order of the trajectory; `None` where it is not known: without a trajectory,
         with fewer than ten recorded updates or without `mu` in the recipe.
     """
-    trajectory, rates = weights.trajectory, update_rates(weights)
-    if trajectory is None or rates is None or not np.isfinite(np.diff(trajectory.scores, axis=0)).any():
+    trajectory, rates, mus = weights.trajectory, update_rates(weights), mus_in_force(weights)
+    if trajectory is None or rates is None or mus is None or not np.isfinite(np.diff(trajectory.scores, axis=0)).any():
         return None
     is_known = np.isfinite(trajectory.scores)
     shares = np.where(is_known, trajectory.weights, 0.0)
     total = shares.sum(axis=1, keepdims=True)
     means = np.where(is_known, shares * trajectory.scores, 0.0).sum(axis=1, keepdims=True) / np.where(total, total, 1)
-    return np.sqrt(np.cumsum(_variances(trajectory.scores - means, rates), axis=0))
+    return np.sqrt(np.cumsum(_variances(trajectory.scores - means, rates), axis=0)) / mus[:, None]
 
 
 def update_rates(weights: WeightsRecord) -> np.ndarray | None:
     """
-    By how much the noise of one score at each recorded update moves the logarithm of a weight, up to the next recorded update:
-    `rate / mu` times the root of the number of updates that it stands for. `None` where that is not known.
+    What the noise of one score at each recorded update is multiplied by, up to the next recorded update: the rate times the root of the
+    number of updates that it stands for. `None` with fewer than ten recorded updates.
     """
     trajectory, recipe = weights.trajectory, weights.recipe
-    arguments, mu = recipe.get("arguments"), recipe.get("mu")
-    if trajectory is None or len(trajectory.steps) < LEAST_UPDATES or not isinstance(mu, int | float) or not mu > 0:
+    if trajectory is None or len(trajectory.steps) < LEAST_UPDATES:
         return None
     is_measured = recipe.get("score_metric") == "optimizer"  # the learning rate is in such scores
     rates = np.ones(len(trajectory.steps)) if is_measured else trajectory.learning_rates
-    return rates * math.sqrt(updates_a_point(arguments)) / mu
+    return rates * math.sqrt(updates_a_point(recipe.get("arguments")))
+
+
+def mus_in_force(weights: WeightsRecord) -> np.ndarray | None:
+    """The mu by which all scores up to each recorded update are divided, shape `(T,)`; `None` where it is not known."""
+    trajectory, mu = weights.trajectory, weights.recipe.get("mu")
+    if trajectory is None or trajectory.mus is not None:
+        return None if trajectory is None else trajectory.mus
+    return np.full(len(trajectory.steps), mu) if isinstance(mu, int | float) and mu > 0 else None
+
+
+def score_sums(weights: WeightsRecord) -> dict[str, float]:
+    """
+    Sum of the scores of each domain times what the update multiplies them by, the learning rate but with `score_metric="optimizer"`: over
+    mu, how far they move the logarithm of its weight. Without domains that have none; empty for fewer than ten recorded updates.
+    """
+    trajectory, rates = weights.trajectory, update_rates(weights)
+    if trajectory is None or rates is None:
+        return {}
+    moved = trajectory.scores * rates[:, None] * math.sqrt(updates_a_point(weights.recipe.get("arguments")))
+    columns = ((name, column[np.isfinite(column)]) for name, column in zip(trajectory.domains, moved.T, strict=True))
+    return {name: float(column.sum()) for name, column in columns if len(column)}
 
 
 def updates_a_point(arguments: object) -> int:
@@ -101,7 +121,7 @@ def updates_a_point(arguments: object) -> int:
     return every if isinstance(every, int) and every > 0 else 1
 
 
-def _shares_of_mean(weights: WeightsRecord, rates: np.ndarray) -> np.ndarray:
+def _shares_of_mean(weights: WeightsRecord, rates: np.ndarray, mus: np.ndarray) -> np.ndarray:
     """How much of the mean the weights after each recorded update make up."""
     assert weights.trajectory is not None
     scores, recipe = weights.trajectory.scores, weights.recipe
@@ -113,7 +133,7 @@ def _shares_of_mean(weights: WeightsRecord, rates: np.ndarray) -> np.ndarray:
         )
         added = _variances(scores - means, rates).mean(axis=1)
         added[0] = 0.0  # no noise of the first update is known
-        shares = 1 / (np.cumsum(added) + LEAST_VARIANCE)
+        shares = 1 / (np.cumsum(added) / mus**2 + LEAST_VARIANCE)
         shares[0] = 0.0
     burn_in = recipe.get("burn_in_steps")
     first = burn_in // updates_a_point(recipe.get("arguments")) if isinstance(burn_in, int) and burn_in > 0 else 0

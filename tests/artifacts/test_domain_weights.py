@@ -234,6 +234,9 @@ def test_a_table_that_is_no_trajectory_is_refused(change, message):
         ({"scores": np.zeros((5, 2))}, r"`scores` must have the shape \(5, 3\) .*, but has \(5, 2\)"),
         ({"learning_rates": np.zeros(4)}, r"`learning_rates` must have the shape \(5,\)"),
         ({"weights": np.full((5, 3), np.nan)}, "domain 'wiki' has nan at step 10"),
+        ({"mus": np.ones(4)}, r"`mus` must have the shape \(5,\)"),
+        ({"mus": np.array([1, 1, 0, 1, 1])}, "`mus` must be above 0 and finite"),
+        ({"mus": np.array([1, 1, np.nan, 1, 1])}, "`mus` must be above 0 and finite"),
         ({"domains": ("wiki", "web", "wiki")}, r"different, but \['wiki'\] appear more than once"),
         ({"domains": ("wiki", "web", " ")}, "non-empty strings, but got ' '"),
     ],
@@ -248,6 +251,9 @@ def test_arrays_that_do_not_fit_together_are_refused(change, message):
 
 def test_what_is_saved_is_what_is_loaded(tmp_path):
     variants = [make_weights(), make_weights(with_trajectory=False), DomainWeights.uniform(["z", "a", "ü|`$"])]
+    variants.append(make_weights())
+    variants[-1].trajectory.mus = np.array([1.0, 0.5, 0.25, 0.2, 0.1])
+    assert variants[-1] != variants[0]
     for number, weights in enumerate(variants):
         weights.save_pretrained(tmp_path / str(number))
         loaded = DomainWeights.from_pretrained(tmp_path / str(number))

@@ -49,7 +49,6 @@ def test_scores_that_are_not_all_or_not_nats_have_no_gains(recipe):
     weights = weights_of(**recipe)
     assert gains(weights) == {}
     assert "  nats" not in weights.summary()
-    assert "less than mu" not in weights.summary()
 
 
 def test_the_summary_tells_gains_and_that_mu_left_them_no_room():
@@ -64,6 +63,21 @@ def test_the_summary_tells_gains_and_that_mu_left_them_no_room():
     assert "With `mu` at a quarter of that, 0.1, the weights follow the scores." in told
     assert "less than mu" in timid._repr_html_()
     assert "less than mu" not in bold.summary() + bold._repr_html_()
+
+
+@pytest.mark.parametrize("every", [1, 2])
+def test_whatever_the_scores_are_the_summary_tells_that_mu_left_the_weights_no_room(every):
+    """As the paper's mu leaves them none at the learning rates of a fine-tuning."""
+    timid = weights_of(name="paper", score_metric="gradient", arguments={"trajectory_steps": every})
+    told = " ".join(timid.summary().split())
+    moved = 0.5 * every * np.ptp(SCORES.sum(axis=0))
+    assert f"The sums of the scores times the learning rate differ by {moved:.2g}, less than mu (1)" in told
+    assert f"factor above {np.exp(moved):.1f}:" in told
+    assert "less than mu" not in weights_of(mu=0.05, score_metric="gradient").summary()
+
+
+def test_a_mu_that_followed_the_scores_is_not_advised_another():
+    assert "less than mu" not in weights_of(min_spread=6.0).summary()
 
 
 def test_a_run_that_tells_no_domains_apart_is_not_advised_a_smaller_mu():

@@ -287,6 +287,28 @@ def test_the_noise_of_a_weight_is_its_spread_over_runs_whose_scores_are_noise():
     np.testing.assert_allclose(np.mean(found, axis=0)[[9, 59]], np.std(logs, axis=0)[[9, 59]], rtol=0.15)
 
 
+def test_where_mu_changes_all_scores_so_far_are_over_that_of_the_step():
+    constant, falling = noisy_weights(), noisy_weights()
+    falling.trajectory.mus = np.geomspace(10, 1, len(falling.trajectory.steps))
+    ratio = constant.recipe["mu"] / falling.trajectory.mus
+    np.testing.assert_allclose(weight_noise(falling), ratio[:, None] * weight_noise(constant))
+
+
+def test_weights_are_told_apart_by_the_spread_of_their_means_over_runs_where_mu_falls():
+    """Two domains without a signal: their mean weights differ by more than told in one run of twenty, about."""
+    draw, mus, num_apart = np.random.default_rng(3), np.geomspace(100, 10, 60), 0
+    for _ in range(200):
+        scores = draw.normal(size=(60, 3))
+        logits = scores.cumsum(axis=0) / mus[:, None]
+        weights = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+        one = noisy_weights(num_steps=60, mu=100.0)
+        one.trajectory.scores, one.trajectory.weights, one.trajectory.mus = scores, weights, mus
+        one.mean = dict(zip(one.trajectory.domains, weights.mean(axis=0).tolist(), strict=True))
+        groups = undecided_groups(one)
+        num_apart += sum(map(len, groups)) < 3
+    assert num_apart < 200 * 0.25  # of three pairs
+
+
 def _without_mu():
     weights = noisy_weights()
     del weights.recipe["mu"]

@@ -37,6 +37,7 @@ from hf_doge.artifacts.score_noise import (
     estimate_score_noise,
     undecided_groups,
     updates_a_point,
+    score_sums,
     weight_noise,
 )
 from hf_doge.files import sha256
@@ -253,16 +254,20 @@ def summarize(weights: WeightsRecord) -> str:
 
 
 def advise_mu(weights: WeightsRecord, undecided: Sequence[Sequence[str]]) -> str | None:
-    """That `mu` left the weights no room to move, unless all of them are one of the `undecided_groups`; otherwise `None`."""
-    nats, mu = gains(weights).values(), weights.recipe.get("mu")
-    are_told_apart = all(len(group) < len(weights.names) for group in undecided)
-    if len(nats) < 2 or not isinstance(mu, int | float) or not are_told_apart:
+    """
+    That `mu` left the weights no room to move, unless it followed the scores by itself or all of the weights are one of the
+    `undecided_groups`; otherwise `None`.
+    """
+    sums, recipe = score_sums(weights).values(), weights.recipe
+    mu, are_told_apart = recipe.get("mu"), all(len(group) < len(weights.names) for group in undecided)
+    if len(sums) < 2 or not isinstance(mu, int | float) or recipe.get("min_spread") or not are_told_apart:
         return None
-    span = max(nats) - min(nats)
+    span = max(sums) - min(sums)
     if not 0 < span < mu:
         return None
+    what = "scores" if recipe.get("score_metric") == "optimizer" else "scores times the learning rate"
     return (
-        f"The nats of the domains differ by {span:.2g}, less than mu ({mu:g}), so no weight could move over another by a factor above "
+        f"The sums of the {what} differ by {span:.2g}, less than mu ({mu:g}), so no weight could move over another by a factor above "
         f"{math.exp(span / mu):.1f}: the run is short, or its learning rate low. With `mu` at a quarter of that, {span / 4:.1g}, the "
         "weights follow the scores."
     )
@@ -283,9 +288,6 @@ def gains(weights: WeightsRecord) -> dict[str, float]:
     """
     Nats that the loss of the target would have fallen by in a run on this domain alone, to first order: the sum of its scores.
 
-    The update moves the logarithm of the ratio of two weights by the difference of these sums over `mu`, so where they differ by less
-    than `mu` no weight can move far.
-
     Returns:
         `dict[str, float]` by domain, without those that have no score; empty unless each step of the run is recorded with scores in nats
         (`score_metric="optimizer"`), ten of them at least.
@@ -296,11 +298,7 @@ def gains(weights: WeightsRecord) -> dict[str, float]:
     is_in_nats = recipe.get("score_metric") == "optimizer" and recipe.get("normalization", "none") == "none"
     if not is_in_nats or recipe.get("reweight_steps", 1) != 1 or updates_a_point(recipe.get("arguments")) != 1:
         return {}
-    columns = (
-        (name, scores[np.isfinite(scores)])
-        for name, scores in zip(trajectory.domains, trajectory.scores.T, strict=True)
-    )
-    return {name: float(scores.sum()) for name, scores in columns if len(scores)}
+    return score_sums(weights)
 
 
 def summary_columns(weights: WeightsRecord) -> dict[str, list[str]]:
@@ -341,6 +339,8 @@ def headline(weights: WeightsRecord) -> list[str]:
     if weights.trajectory is not None:
         steps = weights.trajectory.steps
         spread += f", steps {steps[0]} to {steps[-1]}"
+        mus = weights.trajectory.mus
+        spread += f", mu {mus[-1]:.2g} in the end" if mus is not None and mus[-1] != weights.recipe.get("mu") else ""
     return [*textwrap.wrap(recipe, width=100, subsequent_indent="  "), spread]
 
 
