@@ -1,4 +1,4 @@
-"""What the noise of scores says while weights are learned: [`ScoreNoise`], and [`UndecidedCallback`], which stops by it."""
+"""What the noise of scores says while weights are learned: [`ScoreNoise`]; callbacks that stop by it, and that warn of it at the end."""
 
 import logging
 from collections.abc import Callable
@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from hf_doge.artifacts.score_noise import LEAST_VARIANCE
+from hf_doge.artifacts.cards.weights import advise, noise_notes
+from hf_doge.artifacts.record import WeightsRecord
+from hf_doge.artifacts.score_noise import LEAST_VARIANCE, undecided_groups
 from hf_doge.checks import LARGEST_RATE
 from hf_doge.functional.doge import shrink_deviations
 from hf_doge.training.config import DoGEConfig
@@ -211,3 +213,25 @@ class UndecidedCallback(TrainerCallback):
         control.should_training_stop = control.should_log = True
         control.should_save |= args.save_strategy == "steps"
         control.should_evaluate |= args.eval_strategy == "steps"
+
+
+class AdviceCallback(TrainerCallback):
+    """
+    At the end of a training, warns of weights that say nothing, for the noise of their scores or for a mu that left them no room, and says
+    what to change.
+
+    Args:
+        get_weights (`Callable[[], WeightsRecord]`): What has been learned.
+    """
+
+    def __init__(self, get_weights: Callable[[], WeightsRecord]) -> None:
+        self._get_weights = get_weights
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if not state.is_world_process_zero:
+            return
+        weights = self._get_weights()
+        if advise(weights, undecided_groups(weights)):
+            logger.warning("The domain weights. %s", " ".join(noise_notes(weights)))

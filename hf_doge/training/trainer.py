@@ -25,7 +25,7 @@ from hf_doge.training.lost_process import explaining_lost_process
 from hf_doge.training.mixture import DomainWeightedMixin
 from hf_doge.training.mixture_checks import refuse_untaken_rows
 from hf_doge.training.preemption import PreemptionCallback
-from hf_doge.training.score_noise import UndecidedCallback
+from hf_doge.training.score_noise import AdviceCallback, UndecidedCallback
 from hf_doge.training.setup import (
     refuse_unsupported,
     refuse_unsupported_arguments,
@@ -155,8 +155,8 @@ class DoGEMixin(DomainWeightedMixin):
         )
         self._micro_batches: list[dict[str, Any]] = []
         PreemptionCallback.take_over(self)
-        if not args.is_online:
-            self.add_callback(UndecidedCallback(lambda: self.has_settled))
+        self.add_callback(AdviceCallback(lambda: self.domain_weights))
+        self.add_callback(UndecidedCallback(lambda: self.has_settled and not args.is_online))
 
     @property
     def has_settled(self) -> bool:

@@ -306,7 +306,7 @@ def test_weights_are_told_apart_by_the_spread_of_their_means_over_runs_where_mu_
         one.mean = dict(zip(one.trajectory.domains, weights.mean(axis=0).tolist(), strict=True))
         groups = undecided_groups(one)
         num_apart += sum(map(len, groups)) < 3
-    assert num_apart < 200 * 0.25  # of three pairs
+    assert num_apart < 200 * 0.15  # of three pairs; by the mu of the recipe nearly all
 
 
 def _without_mu():

@@ -4,7 +4,7 @@ import html
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from hf_doge.artifacts.cards.weights import advise_mu, headline, summary_columns, undecided_groups
+from hf_doge.artifacts.cards.weights import headline, noise_notes, summary_columns
 from hf_doge.artifacts.record import WeightsRecord
 from hf_doge.text import printable
 
@@ -57,12 +57,8 @@ def weights_html(weights: WeightsRecord) -> str:
     bars = [weights.mean[name] / largest for name in columns["domain"]]
     *recipe, spread = headline(weights)
     lines = "".join(f"<p>{escape_html(line)}</p>" for line in (" ".join(map(str.strip, recipe)), spread))
-    undecided = undecided_groups(weights)
-    groups = "; ".join(", ".join(group) for group in undecided)
-    noise = f"<p>Weights that this run cannot tell apart: {escape_html(groups)}.</p>" if groups else ""
-    advice = advise_mu(weights, undecided)
-    noise += f"<p>{escape_html(advice)}</p>" if advice else ""
-    return f"<div>{lines}{html_table(columns, bars=bars)}{noise}</div>"
+    notes = "".join(f"<p>{escape_html(text)}</p>" for text in noise_notes(weights))
+    return f"<div>{lines}{html_table(columns, bars=bars)}{notes}</div>"
 
 
 def index_html(config: Mapping[str, Any]) -> str:

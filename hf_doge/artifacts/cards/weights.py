@@ -35,9 +35,9 @@ from hf_doge.artifacts.record import WeightsRecord
 from hf_doge.artifacts.score_noise import (
     LEAST_UPDATES,
     estimate_score_noise,
+    score_sums,
     undecided_groups,
     updates_a_point,
-    score_sums,
     weight_noise,
 )
 from hf_doge.files import sha256
@@ -242,25 +242,32 @@ def summarize(weights: WeightsRecord) -> str:
         texts.append(
             f"Learning stopped after {settled:,} updates: the scores no longer told the domains apart for their noise."
         )
-    undecided = undecided_groups(weights)
-    if undecided:
-        groups = "; ".join(", ".join(map(printable, group)) for group in undecided)
-        texts.append(f"Weights that this run cannot tell apart, for the noise of its scores: {groups}.")
-    if advice := advise_mu(weights, undecided):
-        texts.append(advice)
-    for text in texts:
+    for text in texts + noise_notes(weights):
         lines += ["", *textwrap.wrap(text, width=100, subsequent_indent="  ")]
     return "\n".join(lines)
 
 
-def advise_mu(weights: WeightsRecord, undecided: Sequence[Sequence[str]]) -> str | None:
+def noise_notes(weights: WeightsRecord) -> list[str]:
+    """Sentences on which weights the run cannot tell apart, and on what to change."""
+    undecided = undecided_groups(weights)
+    groups = "; ".join(", ".join(map(printable, group)) for group in undecided)
+    told = f"Weights that this run cannot tell apart, for the noise of its scores: {groups}."
+    return [*([told] if undecided else []), *filter(None, [advise(weights, undecided)])]
+
+
+def advise(weights: WeightsRecord, undecided: Sequence[Sequence[str]]) -> str | None:
     """
-    That `mu` left the weights no room to move, unless it followed the scores by itself or all of the weights are one of the
-    `undecided_groups`; otherwise `None`.
+    What to change where a run says nothing: more examples a step if all of its weights are one of the `undecided_groups`, another `mu`
+    if it left the weights no room to move and did not follow the scores by itself; otherwise `None`.
     """
+    if any(len(group) == len(weights.names) for group in undecided):
+        return (
+            "So it tells none of the domains apart. Where they do differ, look at more examples a step "
+            "(`per_device_target_batch_size`, and ten or more of each domain in the train batch), or train for longer."
+        )
     sums, recipe = score_sums(weights).values(), weights.recipe
-    mu, are_told_apart = recipe.get("mu"), all(len(group) < len(weights.names) for group in undecided)
-    if len(sums) < 2 or not isinstance(mu, int | float) or recipe.get("min_spread") or not are_told_apart:
+    mu = recipe.get("mu")
+    if len(sums) < 2 or not isinstance(mu, int | float) or recipe.get("min_spread"):
         return None
     span = max(sums) - min(sums)
     if not 0 < span < mu:
