@@ -3,6 +3,7 @@
 import time
 from collections.abc import Mapping
 from copy import copy
+from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -83,11 +84,12 @@ class DomainLearner:
         """
         args = copy(self.trainer.args)
         assert isinstance(args, DoGEConfig)
-        self.args = args
-        self.recipe = self.args.get_recipe(has_target=self.targets is not None)
+        self.args, self.recipe = args, args.get_recipe(has_target=self.targets is not None)
         # Of each domain that are aligned: given targets share no example with it, so only a universal score needs halves.
         self._num_parts = 2 if self.recipe.is_independent and self.targets is None else 1
         self._trained_parameters = []  # for the alignment to be chosen again
+        if self.state.num_updates == 0:  # a search sets the arguments of a trial after `begin`
+            self.state.noise = ScoreNoise.if_asked_for(self.args, self.recipe, self.initial_weights)
 
     @property
     def alignment(self) -> DomainAlignment:
@@ -187,9 +189,8 @@ class DomainLearner:
         return losses, finite
 
     def _metric(self) -> TargetMetric | None:
-        if self.recipe.score_metric != "optimizer":
-            return None
-        return OptimizerMetric(self.trainer.optimizer, max_norm=self.args.max_grad_norm)
+        is_plain = self.recipe.score_metric != "optimizer"
+        return None if is_plain else OptimizerMetric(self.trainer.optimizer, max_norm=self.args.max_grad_norm)
 
     def _pieces(self, batches: DomainBatches) -> list[tuple[dict[str, Any], Tensor]]:
         """This process' share of the examples that the step at hand compares, besides those that it trains on."""
@@ -293,6 +294,7 @@ class DomainLearner:
         """What makes the weights, for [`~hf_doge.training.run_identity.refuse_other_run`]."""
         identity = describe_recipe(self.args, self.recipe, self.targets)
         identity["initial_weights"] = dict(zip(self.domains.names, self.initial_weights.tolist(), strict=True))
+        identity |= {"max_steps": self.trainer._get_max_steps()} if self.recipe.min_spread else {}  # mu follows it
         if self.domains.sizes is None:
             identity["reading"] = describe_reading(self.args, self.trainer.train_dataset.num_shards)
             identity["num_rows"] = dict.fromkeys(self.domains.names)
@@ -363,12 +365,13 @@ class DomainLearner:
             state.weights, scores, learning_rate=rate, mu=recipe.mu, smoothing=recipe.smoothing, present=scored
         )
         self.metrics.record(losses=losses, scores=scores)
-        number = self.trainer.state.global_step + 1
-        progress = number / self.trainer.state.max_steps
+        step, every = self.trainer.state.global_step, self.args.reweight_steps
+        number = step // every + 1  # of those that are due
+        progress = number / max(number, ceil(self.trainer.state.max_steps / every))
         state.update(weights, scores, rate=rate / recipe.mu, burn_in_steps=recipe.burn_in_steps, progress=progress)
         if state.num_updates % self.args.trajectory_steps == 0:
-            mu = recipe.mu / state.noise.boost if state.noise is not None and recipe.min_spread else None
-            state.points.append(TrajectoryPoint(number, learning_rate, state.weights, scores, losses, mu))
+            mu = None if state.noise is None else state.noise.mu_in_force
+            state.points.append(TrajectoryPoint(step + 1, learning_rate, state.weights, scores, losses, mu))
 
     def _shares(self, usable: Tensor) -> Tensor:
         """Shares of the usable domains, summing to 1; where they hold no weight at all, they count alike."""

@@ -123,7 +123,7 @@ class LearningState:
             scores (`torch.Tensor` of shape `(num_domains,)`): What made them; NaN where a domain had none.
             rate (`float`): What multiplied the scores in the logarithm of the weights.
             burn_in_steps (`int`): Updates left out of the mean.
-            progress (`float`): Share of the run's steps that is done with this one.
+            progress (`float`): Share of the run's updates that is done with this one.
         """
         if self.noise is not None:
             self.noise.take(scores, rate, progress=progress)
@@ -339,8 +339,8 @@ class DomainMetrics:
         metrics["alignment_time_share"] = 1 - self._training_seconds / max(self._step_seconds, 1e-9)
         if state.noise is not None and state.noise.statistic == state.noise.statistic:
             metrics |= {"domain_score_f": state.noise.statistic, "undecided_windows": state.noise.num_undecided}
-        if state.points and state.points[-1].mu is not None:
-            metrics["domain_mu"] = state.points[-1].mu
+        if state.noise is not None and state.noise.mu_in_force is not None:
+            metrics["domain_mu"] = state.noise.mu_in_force
         if state.nonfinite_steps:
             metrics["nonfinite_domain_steps"] = state.nonfinite_steps
         self._clear()

@@ -227,7 +227,9 @@ def refuse_other_run(checkpoint: Path, own: Mapping[str, Any]) -> None:
             )
     before, now = ({name: part for name, part in one.items() if before[name] != now[name]} for one in (before, now))
     if before:
-        why = "the schedule of the learning rate, or the plan of the draws, depends on `max_steps`. "
+        why = (
+            "the schedule of the learning rate, the plan of the draws or `mu` by `min_spread` depends on `max_steps`. "
+        )
         passed = ", ".join(f"{name}={value!r}" for name, value in _arguments_of(before, now, saved).items())
         raise ValueError(
             f"A resumed run must go on as it began, but the checkpoint {checkpoint} has {before} and this run {now}"

@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 QUIET = 2.0  # below which a window is undecided
 LOUD = 3.0  # from which on it is decided, and those before it no longer count
 WINDOWS = 2  # undecided ones after which nothing is left to learn
-_SETTINGS = ("window", "weighs_mean", "shrinks", "min_spread", "initial_weights", "smoothing")
+_SETTINGS = ("window", "weighs_mean", "shrinks", "mu", "min_spread", "initial_weights", "smoothing")
 
 
 class ScoreNoise:
@@ -48,10 +48,11 @@ class ScoreNoise:
     paper. A domain that a step lacks has no `d_tj` there; its share changes as the shares of the others do.
 
     *Spread.* Nats that move the weights of a training from scratch leave those of a short fine-tuning where they are. So after the share
-    `p` of the run's steps mu is at most `max_j |C_tj| / (p * min_spread)`, where `C_tj = sum_t rate_t g_tj` is the sum of a domain's scores
-    `g_tj` so far: what the largest would come to by the end, divided by `min_spread`. All that the scores have moved is divided by the
-    mu of today, so that by the end the weight of the domain with the largest sum is at least `exp(min_spread)` times that of one whose
-    scores add up to nothing, but for shrinkage, and domains that all do alike stay together, whatever the scale of their scores.
+    `p` of the run's updates mu is at most `max_j |C_tj| / (p * min_spread)`, where `C_tj = sum_t rate_t g_tj` is the sum of a domain's scores
+    `g_tj` so far, over the domains that start with a weight: what the largest would come to by the end, divided by `min_spread`. All that
+    the scores have moved is divided by the mu of today, so that by the end the weight of the domain whose sum is the largest in size is,
+    but for shrinkage, `exp(min_spread)` times that of one whose scores add up to nothing, or more, or as much less where that sum is
+    negative. Domains that all do alike stay together, whatever the scale of their scores.
 
     Args:
         initial_weights (`torch.Tensor` of shape `(num_domains,)`): alpha_0.
@@ -59,6 +60,7 @@ class ScoreNoise:
         weighs_mean (`bool`): Whether the mean of the weights counts them by inverse variance.
         shrinks (`bool`): Whether the weights are shrunk.
         smoothing (`float`): Share of the uniform weights that is mixed into shrunk ones.
+        mu (`float`): That of the recipe.
         min_spread (`float`): By how much the logarithms of shrunk weights are to differ at least, 0 for a mu that stays.
 
     Attributes:
@@ -75,6 +77,7 @@ class ScoreNoise:
         weighs_mean: bool = False,
         shrinks: bool = False,
         smoothing: float = 0.0,
+        mu: float = 1.0,
         min_spread: float = 0.0,
     ) -> None:
         self.initial_weights = initial_weights.double()
@@ -82,6 +85,7 @@ class ScoreNoise:
         self.weighs_mean = weighs_mean
         self.shrinks = shrinks
         self.smoothing = smoothing
+        self.mu = mu
         self.min_spread = min_spread
         self.boost = 1.0
         self.num_undecided = 0
@@ -104,6 +108,11 @@ class ScoreNoise:
         """Whether nothing is left to learn."""
         return self.num_undecided >= WINDOWS
 
+    @property
+    def mu_in_force(self) -> float | None:
+        """What the scores are divided by after the latest update; `None` for the mu of the recipe throughout."""
+        return self.mu / self.boost if self.min_spread else None
+
     def take(self, scores: Tensor, rate: float, *, progress: float = 1.0) -> None:
         """
         Note one more update.
@@ -111,7 +120,7 @@ class ScoreNoise:
         Args:
             scores (`torch.Tensor` of shape `(num_domains,)`): NaN for a domain without one.
             rate (`float`): What they are multiplied by in the logarithm of the weights, learning rate over mu.
-            progress (`float`): Share of the run's steps that is done with this one, in (0, 1].
+            progress (`float`): Share of the run's updates that is done with this one, in (0, 1].
         """
         centred = scores.double() - scores.double().nanmean()
         variance = (centred - self._last).square() / 2
@@ -129,7 +138,7 @@ class ScoreNoise:
         self._sums += torch.where(there, centred, 0.0)
         self._counts += there
         self._last = centred
-        largest = float(self._totals.abs().max())
+        largest = float(self._totals[self.initial_weights > 0].abs().max())
         self.boost = max(1.0, progress * self.min_spread / largest) if largest > 1 / LARGEST_RATE else 1.0
         self._num_updates += 1
         if self._num_updates >= self.window:
@@ -158,6 +167,7 @@ class ScoreNoise:
             weighs_mean=weighs_mean,
             shrinks=recipe.shrinkage,
             smoothing=recipe.smoothing,
+            mu=recipe.mu,
             min_spread=recipe.min_spread,
         )
 

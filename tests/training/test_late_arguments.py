@@ -42,7 +42,15 @@ def learned(trainer):
     arguments = {name: value for name, value in weights.recipe["arguments"].items() if name != "hub_weights_id"}
     training = {k: v for k, v in weights.metadata["training"].items() if k != "seconds"}
     parameters = torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
-    return weights.last, weights.trajectory.scores.tolist(), recipe, arguments, training, parameters.tolist()
+    return (
+        weights.mean,
+        weights.last,
+        weights.trajectory.scores.tolist(),
+        recipe,
+        arguments,
+        training,
+        parameters.tolist(),
+    )
 
 
 CHANGES = [
@@ -53,6 +61,8 @@ CHANGES = [
     {"per_device_train_batch_size": 9, "alignment": "streamed", "alignment_parameters": "mlp"},
     {"per_device_target_batch_size": 1, "reweight_steps": 2, "trajectory_steps": 2},
     {"mode": "online", "sampler_lag_steps": 3, "seed": 7, "mu": 0.01},
+    {"recipe": "paper", "shrinkage": True, "min_spread": 2.0},
+    {"mean_weighting": "inverse_variance"},
 ]
 
 

@@ -133,6 +133,52 @@ def test_a_spread_that_cannot_be_is_refused(tmp_path, options, message):
         DoGEConfig(str(tmp_path), **options)
 
 
+@pytest.mark.parametrize(("max_steps", "reweight_steps"), [(20, 10), (14, 4)])
+def test_the_last_update_divides_by_the_mu_of_the_whole_run_however_seldom_weights_are_updated(
+    tmp_path, max_steps, reweight_steps
+):
+    options = {"save_strategy": "no", "max_steps": max_steps, "reweight_steps": reweight_steps}
+    trajectory = learn(tmp_path, **options).domain_weights.trajectory
+    np.testing.assert_allclose(trajectory.mus, mus_by_definition(trajectory.scores, 1.0, 6.0), rtol=1e-9)
+
+
+@pytest.mark.parametrize("options", [{}, {"recipe": "paper"}])
+def test_a_step_outside_of_a_training_is_the_whole_of_a_run(tmp_path, options):
+    trainer = DoGETrainer(
+        tiny_llama(),
+        DoGEConfig(str(tmp_path), **{**SHORT, **options}),
+        train_dataset=three_domains(16),
+        target_dataset=three_domains(12)["code"],
+    )
+    trainer.create_optimizer_and_scheduler(1)
+    trainer.training_step(trainer.model, next(iter(trainer.get_train_dataloader())))
+    assert len(trainer.domain_weights.trajectory.steps) == 1
+
+
+def test_a_domain_that_starts_without_weight_does_not_say_how_far_the_others_go():
+    scores, initial = short_scores() * np.array([100.0, 1.0, 1e-4, 1e-4]), torch.tensor([0.0, 0.4, 0.3, 0.3])
+    noise = ScoreNoise(initial, window=100, shrinks=True, min_spread=5.0)
+    for number, one in enumerate(torch.as_tensor(scores), start=1):
+        noise.take(one, 1.0, progress=number / len(scores))
+    assert noise.boost == pytest.approx(5.0 / np.abs(scores[:, 1:].sum(axis=0)).max())
+    assert noise.shrink(initial)[0] == 0
+
+
+def test_a_run_of_another_length_is_another_run_where_mu_follows_its_nats(tmp_path):
+    learn(tmp_path)  # at a constant rate
+    with pytest.raises(ValueError, match=r"has {'max_steps': 14} and this run {'max_steps': 20}.*max_steps=14"):
+        learn(tmp_path, resume=str(tmp_path / "checkpoint-7"), max_steps=20)
+    learn(tmp_path / "fixed", mu=1e-7)
+    longer = learn(tmp_path / "fixed", resume=str(tmp_path / "fixed" / "checkpoint-7"), mu=1e-7, max_steps=20)
+    assert longer.state.global_step == 20
+
+
+def test_the_logged_mu_is_the_one_in_force_also_where_few_updates_are_recorded(tmp_path):
+    often = learn(tmp_path, save_strategy="no").domain_weights.trajectory
+    seldom = learn(tmp_path, save_strategy="no", trajectory_steps=5)
+    assert [log["domain_mu"] for log in seldom.state.log_history if "loss" in log] == often.mus.tolist()
+
+
 def test_a_checkpoint_of_before_is_refused_with_the_arguments_that_resume_it(tmp_path):
     whole = learn(tmp_path, recipe="doge_plus", mu=1.0)  # what the default was
     with pytest.raises(ValueError, match=r"min_spread=0\.0"):
