@@ -330,7 +330,11 @@ def test_a_checkpoint_that_was_compared_with_something_else_is_refused(stopped, 
 
 
 SET_BACK = {
-    "an earlier default": ({"recipe": "doge_plus", "mu": 3.0}, {"mu": None}, "recipe='doge_plus', mu=3.0"),
+    "an earlier default": (
+        {"recipe": "doge_plus", "mu": 3.0},
+        {"mu": None},
+        "recipe='doge_plus', mu=3.0, min_spread=0.0",
+    ),
     "mu": ({}, {"mu": 5.0}, "recipe='paper', mu=0.1"),
     "recipe": ({}, {"recipe": "doge_plus", "mu": 3.0}, None),
     "bounds": ({}, {"score_min": 0.0, "score_max": 1.0}, "recipe='paper', score_min=-inf, score_max=inf"),
