@@ -16,6 +16,8 @@ plateau of the first losses much longer than others, and the spread between seed
 - `universal`: the eight kinds of English text in `lm/`, for themselves.
 - `continued`: as `one_kin`, but all training, that of the proxies too, goes on from one model that was trained on three other kinds of
   English text for 2,000 steps, as users come with a pretrained model. Such runs have no first plateau to leave at a time of their own.
+- `left_out_books` and the like, eight: one kind of English text for which the other seven are to serve, going on from one model that was trained on
+  the seven languages of `multilingual/`.
 - `smollm2`: as `one_kin`, as a fine-tuning of all 135M parameters of SmolLM2 (read from a package, see `benchmarks.pretrained`) with its own tokenizer,
   in bfloat16 and blocks of 64 tokens. `--max_steps 24 --adapt_steps 8` and few seeds are what
   a core bears: a run takes four minutes.
@@ -57,7 +59,8 @@ FINE_TUNING = (
     *("--block_size=64", "--per_device_train_batch_size=16", "--lr_scheduler_type=cosine", "--learning_rate=5e-5"),
     *("--bf16", "--max_validation_tokens=3000", "--use_cpu", "--report_to=none", "--disable_tqdm=true"),
 )
-PRETRAINING = ("books", "web", "wikipedia")  # and a tokenizer for all but the target
+SETTINGS |= {f"left_out_{name}": (ENGLISH, name, "legal" if name == "code" else "code") for name in ENGLISH}
+PRETRAINING = ("books", "web", "wikipedia")
 
 
 def main() -> None:
@@ -96,7 +99,10 @@ def run_setting(name: str, args: argparse.Namespace) -> dict:
     sources = [one for one in names if one != target]
     start = [*TRAINING, f"--model_size={args.model_size}"]
     if name == "continued":
-        start = pretrain(args, folder / "pretrained", without=target)
+        others = tuple(name for name in dict.fromkeys((*LANGUAGES, *ENGLISH)) if name not in (target, "en"))
+        start = pretrain(args, folder / "pretrained", on=PRETRAINING, tokenizer_on=others)
+    if name.startswith("left_out"):
+        start = pretrain(args, args.output_dir / "languages", on=LANGUAGES, tokenizer_on=LANGUAGES)
     if name == "smollm2":
         smollm2(folder / "pretrained")
         start = [f"--tokenizer={folder / 'pretrained'}", f"--model_name_or_path={folder / 'pretrained'}", *FINE_TUNING]
@@ -156,15 +162,16 @@ def run_setting(name: str, args: argparse.Namespace) -> dict:
     return {"seeds": len(comparison.seeds), "change_percent": changes, "cpu_seconds": seconds, "weights": weights}
 
 
-def pretrain(args: argparse.Namespace, folder: Path, *, without: str) -> list[str]:
-    """The flags of a training that goes on from a model, which is trained here."""
-    names = tuple(name for name in dict.fromkeys((*LANGUAGES, *ENGLISH)) if name not in (without, "en"))
+def pretrain(
+    args: argparse.Namespace, folder: Path, *, on: tuple[str, ...], tokenizer_on: tuple[str, ...]
+) -> list[str]:
+    """The flags of a training that goes on from a model, which is trained here on some domains, with a tokenizer made on some."""
     rest = ["--weights=uniform", f"--model_size={args.model_size}", "--save_strategy=no"]
-    data = link_data(args.data_dir, folder / "all", names)
+    data = link_data(args.data_dir, folder / "all", tokenizer_on)
     few = ["--max_train_tokens=400000", "--max_steps=1", f"--data_dir={data}"]
     run("train", [*TRAINING[:1], *BATCHES, *few, *rest, f"--output_dir={folder / 'first'}"], folder / "first")
     tokenizer = f"--tokenizer={folder / 'first' / 'tokenizer'}"
-    flags = [tokenizer, *BATCHES, f"--data_dir={link_data(args.data_dir, folder / 'english', PRETRAINING)}", *rest]
+    flags = [tokenizer, *BATCHES, f"--data_dir={link_data(args.data_dir, folder / 'seen', on)}", *rest]
     run("train", [*flags, "--learning_rate=5e-3", "--max_steps=2000", f"--output_dir={folder}"], folder)
     return [tokenizer, f"--model_name_or_path={folder}", *BATCHES, "--learning_rate=2e-3"]
 
