@@ -34,7 +34,8 @@ def estimate_score_noise(scores: np.ndarray) -> np.ndarray:
 
 def undecided_groups(weights: WeightsRecord) -> list[list[str]]:
     """
-    Domains whose weights differ by less than the noise of the scores accounts for, heaviest first, two or more in a group.
+    Domains whose weights differ by less than the noise of the scores accounts for, heaviest first, two or more in a group: each from the
+    heaviest of its group, and from that whose scores have the least noise, from which most are told apart.
 
     The noise of the difference of two scores moves the logarithm of the ratio of the two weights by `rate * noise / mu` from
     that update on, so that of the mean weights by the root of the sum of `(rate * noise * reach)^2`, where `reach` is the
@@ -46,18 +47,28 @@ def undecided_groups(weights: WeightsRecord) -> list[list[str]]:
         return []
     reach = np.cumsum((_shares_of_mean(weights, rates, mus) / mus)[::-1])[::-1]
     columns = dict(zip(trajectory.domains, trajectory.scores.T, strict=True))
+    means = np.nanmean(
+        np.where(np.isfinite(trajectory.scores).any(axis=1, keepdims=True), trajectory.scores, 0.0), axis=1
+    )
+
+    def noise_of(name: str, other: str | None = None) -> float:
+        """Of a score's distance from that of another domain, or from the mean, what has reached the logarithm of the mean weight."""
+        distances = columns[name] - (means if other is None else columns[other])
+        return math.sqrt(float(_variances(distances[:, None], rates * reach).sum()))
+
+    def is_apart(name: str, heavier: str) -> bool:
+        return math.log(weights.mean[heavier] / weights.mean[name]) >= 2 * noise_of(name, heavier)
+
     groups: list[list[str]] = []
+    quietest = ""
     for name in sorted(weights.names, key=lambda name: weights.mean[name], reverse=True):
-        known = np.isfinite(np.diff(columns[name])).any()
-        if weights.mean[name] == 0 or not known:
+        if weights.mean[name] == 0 or not np.isfinite(np.diff(columns[name])).any():
             continue
-        first = groups[-1][0] if groups else name
-        differences = (columns[first] - columns[name])[:, None]
-        noise = math.sqrt(float((_variances(differences, rates * reach)).sum()))
-        if groups and math.log(weights.mean[first] / weights.mean[name]) < 2 * noise:
-            groups[-1].append(name)
-        else:
-            groups.append([name])
+        if not groups or is_apart(name, groups[-1][0]) or is_apart(name, quietest):
+            groups.append([])
+            quietest = name
+        groups[-1].append(name)
+        quietest = min(quietest, name, key=noise_of)
     return [group for group in groups if len(group) > 1]
 
 

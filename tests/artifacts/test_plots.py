@@ -287,6 +287,18 @@ def test_the_noise_of_a_weight_is_its_spread_over_runs_whose_scores_are_noise():
     np.testing.assert_allclose(np.mean(found, axis=0)[[9, 59]], np.std(logs, axis=0)[[9, 59]], rtol=0.15)
 
 
+def test_a_domain_of_much_noise_does_not_hide_that_quiet_ones_are_told_apart():
+    draw = np.random.default_rng(0)
+    scores = np.array([0.08, 0.03, 0.0]) + draw.normal(size=(100, 3)) * np.array([0.2, 0.01, 0.01])
+    logits = scores.cumsum(axis=0)
+    shares = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+    weights = noisy_weights(num_steps=100, mu=1.0)
+    weights.trajectory.scores, weights.trajectory.weights = scores, shares
+    weights.mean = dict(zip(weights.trajectory.domains, shares.mean(axis=0).tolist(), strict=True))
+    assert list(weights.mean) == sorted(weights.mean, key=weights.mean.get, reverse=True)
+    assert undecided_groups(weights) == [["d0", "d1"]]
+
+
 def test_where_mu_changes_all_scores_so_far_are_over_that_of_the_step():
     constant, falling = noisy_weights(), noisy_weights()
     falling.trajectory.mus = np.geomspace(10, 1, len(falling.trajectory.steps))

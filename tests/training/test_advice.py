@@ -25,8 +25,8 @@ def test_a_run_that_tells_no_domains_apart_says_so_and_how_to_tell_more(tmp_path
     (text,) = told(caplog)
     assert "Weights that this run cannot tell apart" in text
     assert "`per_device_target_batch_size`" in text
-    assert "So it tells none of the domains apart." in " ".join(trainer.domain_weights.summary().split())
-    assert "So it tells none of the domains apart." in trainer.domain_weights._repr_html_()
+    assert "So no two domains are told apart for sure." in " ".join(trainer.domain_weights.summary().split())
+    assert "So no two domains are told apart for sure." in trainer.domain_weights._repr_html_()
 
 
 def test_a_mu_that_left_no_room_is_told_whatever_the_recipe(tmp_path, caplog):

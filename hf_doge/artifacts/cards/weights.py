@@ -262,7 +262,7 @@ def advise(weights: WeightsRecord, undecided: Sequence[Sequence[str]]) -> str | 
     """
     if any(len(group) == len(weights.names) for group in undecided):
         return (
-            "So it tells none of the domains apart. Where they do differ, look at more examples a step "
+            "So no two domains are told apart for sure. Where they do differ, look at more examples a step "
             "(`per_device_target_batch_size`, and ten or more of each domain in the train batch), or train for longer."
         )
     sums, recipe = score_sums(weights).values(), weights.recipe
