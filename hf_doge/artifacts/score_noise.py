@@ -9,6 +9,7 @@ from hf_doge.artifacts.record import WeightsRecord
 # Shapes: T = recorded updates, K = domains.
 
 LEAST_UPDATES = 10  # that noise is told from
+_NOTHING_LEFT = 0.05  # of the logarithm of a ratio of weights, after shrinkage
 LEAST_VARIANCE = 1e-12  # of the logarithm of a weight, in a mean by inverse variance
 
 
@@ -40,24 +41,33 @@ def undecided_groups(weights: WeightsRecord) -> list[list[str]]:
     The noise of the difference of two scores moves the logarithm of the ratio of the two weights by `rate * noise / mu` from
     that update on, so that of the mean weights by the root of the sum of `(rate * noise * reach)^2`, where `reach` is the
     share of the mean that lies behind the update over `mu`: `(T - t) / T / mu` in the paper's. Two weights are told apart if their logarithms
-    differ by two standard deviations. Shrunk weights are nearer to each other than their noise is, so that they are told apart later. Nothing is said of fewer than ten recorded updates.
+    differ by two standard deviations. Shrunk weights count as far as the scores moved them before they were shrunk, unless less than 5 % of a weight is left of that: shrinkage
+    asks of all domains at once whether they differ, this of two (Fisher's protected least significant difference). Nothing is said of fewer than ten
+    recorded updates.
     """
     trajectory, rates, mus = weights.trajectory, update_rates(weights), mus_in_force(weights)
     if trajectory is None or rates is None or mus is None:
         return []
     reach = np.cumsum((_shares_of_mean(weights, rates, mus) / mus)[::-1])[::-1]
     columns = dict(zip(trajectory.domains, trajectory.scores.T, strict=True))
-    means = np.nanmean(
-        np.where(np.isfinite(trajectory.scores).any(axis=1, keepdims=True), trajectory.scores, 0.0), axis=1
-    )
+    is_scored = np.isfinite(trajectory.scores).any(axis=1, keepdims=True)
+    means = np.nanmean(np.where(is_scored, trajectory.scores, 0.0), axis=1)
+    num_updates = updates_a_point(weights.recipe.get("arguments"))
 
     def noise_of(name: str, other: str | None = None) -> float:
         """Of a score's distance from that of another domain, or from the mean, what has reached the logarithm of the mean weight."""
         distances = columns[name] - (means if other is None else columns[other])
         return math.sqrt(float(_variances(distances[:, None], rates * reach).sum()))
 
+    def move_of(name: str) -> float:
+        """How far the scores alone have moved the logarithm of the mean weight from those of the others."""
+        return float(np.nansum((columns[name] - means) * rates * reach)) * math.sqrt(num_updates)
+
     def is_apart(name: str, heavier: str) -> bool:
-        return math.log(weights.mean[heavier] / weights.mean[name]) >= 2 * noise_of(name, heavier)
+        distance = math.log(weights.mean[heavier] / weights.mean[name])
+        if weights.recipe.get("shrinkage") and distance > _NOTHING_LEFT:
+            distance = max(distance, move_of(heavier) - move_of(name))
+        return distance >= 2 * noise_of(name, heavier)
 
     groups: list[list[str]] = []
     quietest = ""

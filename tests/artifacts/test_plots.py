@@ -7,10 +7,12 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 
 from hf_doge.artifacts import DomainWeights, Trajectory
 from hf_doge.artifacts.score_noise import undecided_groups, weight_noise
 from hf_doge.plots import plot_comparison, plot_domain_weights, plot_sweep
+from hf_doge.training.score_noise import ScoreNoise
 
 pytest.importorskip("matplotlib")
 
@@ -297,6 +299,33 @@ def test_a_domain_of_much_noise_does_not_hide_that_quiet_ones_are_told_apart():
     weights.mean = dict(zip(weights.trajectory.domains, shares.mean(axis=0).tolist(), strict=True))
     assert list(weights.mean) == sorted(weights.mean, key=weights.mean.get, reverse=True)
     assert undecided_groups(weights) == [["d0", "d1"]]
+
+
+def shrunk_weights(scores):
+    """Those that a run makes of its scores, at a mu of 1."""
+    initial = torch.full((scores.shape[1],), 1 / scores.shape[1])
+    noise, shares = ScoreNoise(initial, window=100, shrinks=True), []
+    for one in torch.as_tensor(scores):
+        noise.take(one, 1.0)
+        shares.append(noise.shrink(initial).numpy())
+    weights = noisy_weights(scores.shape[1], num_steps=len(scores), mu=1.0, shrinkage=True)
+    weights.trajectory.scores, weights.trajectory.weights = scores, np.array(shares)
+    weights.mean = dict(zip(weights.trajectory.domains, np.mean(shares, axis=0).tolist(), strict=True))
+    return weights
+
+
+def test_shrunk_weights_are_told_apart_by_what_moved_them_and_noise_alone_seldom_does():
+    """Over twelve runs: the weights themselves are nearer than the noise of what moved them."""
+    told = {"signal": 0, "by the weights": 0, "noise": 0}
+    for seed in range(12):
+        noise = np.random.default_rng(seed).normal(scale=0.1, size=(200, 3))
+        told["noise"] += len(undecided_groups(shrunk_weights(noise))[0]) < 3
+        weights = shrunk_weights(noise + np.array([0.03, 0.0, 0.0]))
+        told["signal"] += ["d1", "d2"] in map(sorted, undecided_groups(weights))
+        weights.recipe["shrinkage"] = False
+        told["by the weights"] += ["d1", "d2"] in map(sorted, undecided_groups(weights))
+    assert told["noise"] <= 2
+    assert told["signal"] >= 5 > told["by the weights"] + 2
 
 
 def test_where_mu_changes_all_scores_so_far_are_over_that_of_the_step():
