@@ -142,7 +142,7 @@ class Trajectory:
         try:
             table = table.select(schema.names).cast(schema)
         except (KeyError, pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
-            expected = ", ".join(f"{field.name} ({field.type})" for field in _SCHEMA)
+            expected = ", ".join(f"{field.name} ({field.type})" for field in schema)
             got = ", ".join(f"{field.name} ({field.type})" for field in table.schema)
             raise ValueError(
                 f"A trajectory must have the columns {expected}, but got {printable(got)}: {printable(error)}"

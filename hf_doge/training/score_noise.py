@@ -228,7 +228,7 @@ class UndecidedCallback(TrainerCallback):
 class AdviceCallback(TrainerCallback):
     """
     At the end of a training, warns of weights that say nothing, for the noise of their scores or for a mu that left them no room, and says
-    what to change.
+    what to change. A run that stops before its last step, to be resumed later, is not warned of, unless its learning has settled.
 
     Args:
         get_weights (`Callable[[], WeightsRecord]`): What has been learned.
@@ -243,5 +243,7 @@ class AdviceCallback(TrainerCallback):
         if not state.is_world_process_zero:
             return
         weights = self._get_weights()
+        if state.global_step < state.max_steps and "settled_after_updates" not in weights.metadata["training"]:
+            return
         if advise(weights, undecided_groups(weights)):
             logger.warning("The domain weights. %s", " ".join(noise_notes(weights)))

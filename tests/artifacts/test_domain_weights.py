@@ -246,6 +246,15 @@ def test_arrays_that_do_not_fit_together_are_refused(change, message):
         Trajectory(**(vars(make_trajectory()) | change))
 
 
+def test_a_mu_that_is_no_number_is_refused_with_the_columns_of_a_trajectory_that_has_one():
+    trajectory = make_trajectory()
+    trajectory.mus = np.ones(5)
+    table = trajectory.to_table()
+    damaged = table.set_column(6, "mu", pa.array(["much"] * len(table)))
+    with pytest.raises(ValueError, match=r"must have the columns .*, mu \(double\), but got .* mu \(string\)"):
+        Trajectory.from_table(damaged)
+
+
 # The folder
 
 

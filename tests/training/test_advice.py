@@ -2,9 +2,19 @@
 
 import logging
 
+import numpy as np
 import pytest
+from transformers import TrainerCallback
 
+from hf_doge.artifacts.cards.weights import advise
+from hf_doge.artifacts.record import Trajectory, WeightsRecord
+from hf_doge.artifacts.score_noise import undecided_groups
+from hf_doge.training.config import DoGEConfig
+from hf_doge.training.trainer import DoGETrainer
+from tests.one_layer import tiny_llama
+from tests.tiny import three_domains
 from tests.training.test_shrinkage import siblings
+from tests.training.test_spread import SHORT
 from tests.training.test_spread import learn as learn_to_target
 from tests.training.test_undecided import learn
 
@@ -42,3 +52,45 @@ def test_a_run_whose_weights_follow_its_scores_warns_of_nothing(tmp_path, caplog
     with caplog.at_level(logging.WARNING):
         learn_to_target(tmp_path, **options, **OPTIONS)
     assert not told(caplog)
+
+
+class Stop(TrainerCallback):
+    """Ends a run after its twelfth step, as a machine that is taken away does."""
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop = state.global_step == 12
+
+
+def test_a_run_that_stops_before_its_end_is_told_of_once_it_has_ended(tmp_path, caplog):
+    args = DoGEConfig(
+        str(tmp_path), **{**SHORT, "recipe": "paper", "mu": 1.0, "save_steps": 12, "per_device_train_batch_size": 6}
+    )
+    data = {"train_dataset": three_domains(16), "target_dataset": three_domains(12)["code"]}
+    with caplog.at_level(logging.WARNING):
+        DoGETrainer(tiny_llama(), args, callbacks=[Stop()], **data).train()
+        assert not told(caplog)
+        DoGETrainer(tiny_llama(), args, **data).train(resume_from_checkpoint=True)
+    assert len(told(caplog)) == 1
+
+
+def test_a_domain_without_weight_or_without_scores_leaves_a_run_that_tells_no_others_apart_undecided():
+    scores = np.random.default_rng(0).normal(size=(20, 4))
+    scores[:, 3] = np.nan
+    names, shares = ("a", "b", "idle", "never seen"), np.array([0.35, 0.35, 0.0, 0.3])
+    weights = WeightsRecord(
+        dict(zip(names, shares.tolist(), strict=True)),
+        trajectory=Trajectory(names, np.arange(1, 21), np.ones(20), np.tile(shares, (20, 1)), scores, scores),
+        recipe={"name": "doge_plus", "mu": 1.0, "score_metric": "optimizer", "min_spread": 6.0},
+    )
+    assert "none of the domains apart" in advise(weights, undecided_groups(weights))
+
+
+def test_a_domain_without_weight_does_not_say_what_room_mu_left_the_others():
+    scores = np.tile([0.02, 0.01, 5.0], (20, 1))
+    names, shares = ("a", "b", "idle"), np.array([0.55, 0.45, 0.0])
+    weights = WeightsRecord(
+        dict(zip(names, shares.tolist(), strict=True)),
+        trajectory=Trajectory(names, np.arange(1, 21), np.ones(20), np.tile(shares, (20, 1)), scores, scores),
+        recipe={"name": "doge_plus", "mu": 1.0, "score_metric": "optimizer"},
+    )
+    assert "differ by 0.2, less than mu (1)" in advise(weights, undecided_groups(weights))

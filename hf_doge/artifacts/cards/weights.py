@@ -258,18 +258,19 @@ def noise_notes(weights: WeightsRecord) -> list[str]:
 def advise(weights: WeightsRecord, undecided: Sequence[Sequence[str]]) -> str | None:
     """
     What to change where a run says nothing: more examples a step if all of its weights are one of the `undecided_groups`, another `mu`
-    if it left the weights no room to move and did not follow the scores by itself; otherwise `None`.
+    if it left the weights no room to move and did not follow the scores by itself; otherwise `None`. A domain without weight, or
+    without a score, counts for neither.
     """
-    if any(len(group) == len(weights.names) for group in undecided):
+    sums = {name: total for name, total in score_sums(weights).items() if weights.mean[name] > 0}
+    if any(len(group) == len(sums) for group in undecided):
         return (
             "So no two domains are told apart for sure. Where they do differ, look at more examples a step "
             "(`per_device_target_batch_size`, and ten or more of each domain in the train batch), or train for longer."
         )
-    sums, recipe = score_sums(weights).values(), weights.recipe
-    mu = recipe.get("mu")
+    recipe, mu = weights.recipe, weights.recipe.get("mu")
     if len(sums) < 2 or not isinstance(mu, int | float) or recipe.get("min_spread"):
         return None
-    span = max(sums) - min(sums)
+    span = max(sums.values()) - min(sums.values())
     if not 0 < span < mu:
         return None
     what = "scores" if recipe.get("score_metric") == "optimizer" else "scores times the learning rate"
