@@ -82,7 +82,7 @@ def test_a_domain_without_weight_or_without_scores_leaves_a_run_that_tells_no_ot
         trajectory=Trajectory(names, np.arange(1, 21), np.ones(20), np.tile(shares, (20, 1)), scores, scores),
         recipe={"name": "doge_plus", "mu": 1.0, "score_metric": "optimizer", "min_spread": 6.0},
     )
-    assert "none of the domains apart" in advise(weights, undecided_groups(weights))
+    assert "So no two domains are told apart for sure." in advise(weights, undecided_groups(weights))
 
 
 def test_a_domain_without_weight_does_not_say_what_room_mu_left_the_others():
