@@ -77,5 +77,5 @@ class Recipe:
         if self.min_spread and not self.shrinkage:
             raise ValueError(
                 f"`min_spread` ({self.min_spread:g}) would spread the weights by noise too, so `shrinkage` must be True, but it is "
-                "False. Set it to True, or `min_spread` to 0."
+                f"False in the recipe {self.name!r}. Set it to True, give `recipe='doge_plus'`, or set `min_spread` to 0."
             )

@@ -123,6 +123,7 @@ def test_only_the_default_towards_a_target_follows_the_nats(tmp_path):
     [
         ({"min_spread": 6.0, "shrinkage": False}, "`shrinkage` must be True, but it is False"),
         ({"min_spread": 6.0, "recipe": "paper"}, r"`min_spread` \(6\) would spread the weights by noise too"),
+        ({"min_spread": 6.0, "mu": 2.0}, r"False in the recipe 'paper'. .* give `recipe='doge_plus'`"),
         ({"min_spread": -1.0}, "`min_spread` must be"),
         ({"min_spread": float("nan")}, "`min_spread` must be"),
         ({"min_spread": True}, "`min_spread` must be"),
