@@ -25,6 +25,8 @@ MiniLM (22M parameters) with a new head is to tell toxic comments from others. W
 
 Added after the first two seeds, in which the weights of draw 2 had moved and those of draw 1 had not: `learned_large`, the same with 96 examples (16 of
 each source, where `learned` has 5 or 6) and 64 of the target (6) behind the gradients of a step, on the first four seeds.
+Added with it, before any was run: the same arms as a *first stage*, after which the model is trained for as many steps again, by a schedule of its own, on
+the 400 examples of the target: `uniform_then_target`, `learned_large_then_target`, and `target_twice`, which has had them in both.
 Added when mu of the default began to follow the nats of a run (`min_spread`): `learned_mu1` and `learned_large_mu1`, what `learned` and `learned_large` were before.
 
 Last line: by arm these changes, `[mean, low, high]`, and of `learned` against the other arms; the weights by draw; CPU seconds of each route.
@@ -64,6 +66,11 @@ FIXED = {
     "expert": {name: float(name == "expert") for name in SOURCES},
     "control": {name: 0.5 if name == "misread" else 0.1 for name in SOURCES},
 }
+STAGES = {
+    "uniform_then_target": "uniform",
+    "learned_large_then_target": "learned_large",
+    "target_twice": "target_only",
+}
 ARMS = (
     "uniform",
     "estimated",
@@ -75,8 +82,9 @@ ARMS = (
     "learned_large",
     "paper",
     "learned_large_mu1",
+    *STAGES,
 )
-ON_FEWER_SEEDS = ("control", "learned_large", "paper", "learned_large_mu1")
+ON_FEWER_SEEDS = ("control", "learned_large", "paper", "learned_large_mu1", *STAGES)
 
 
 @dataclass(frozen=True)
@@ -170,12 +178,14 @@ class LabelSources:
     def trained(self, arm: str, *, draw: int, seed: int) -> dict[str, float]:
         """Test loss and accuracy of one arm."""
         self.data(draw)
-        weights = FIXED.get(arm)
-        if arm == "target_only":
+        first = STAGES.get(arm, arm)
+        weights = FIXED.get(first)
+        if first == "target_only":
             weights = {"target": 1.0}
         elif weights is None:
-            weights = self.found(arm, draw)["mean"]
+            weights = self.found(first, draw)["mean"]
         key = {**asdict(self.settings), "draws": None, "seeds": None, "draw": draw, "seed": seed, "weights": weights}
+        key |= {"second": "target"} if arm in STAGES else {}
         return self.store.get(f"trained-{arm}-{seed}", key, lambda: self._train(arm, weights, draw, seed))
 
     def _training(self) -> dict[str, Any]:
@@ -223,19 +233,29 @@ class LabelSources:
     def _train(self, arm: str, weights: Mapping[str, float], draw: int, seed: int) -> dict[str, float]:
         set_seed(seed)
         (model, _), (sources, target) = self.make_model(), self.data(draw)
-        trainer = DomainWeightedTrainer(
+        trainer = self._trainer(
+            model, seed, {"target": target} if STAGES.get(arm, arm) == "target_only" else sources, arm, weights
+        )
+        train_quietly(trainer)
+        if arm in STAGES:
+            trainer = self._trainer(model, seed + 1000, {"target": target}, arm, {"target": 1.0})
+            train_quietly(trainer)
+        metrics = trainer.evaluate()
+        return {"loss": metrics["eval_loss"], "accuracy": metrics["eval_accuracy"]}
+
+    def _trainer(
+        self, model: Any, seed: int, sources: Mapping[str, Dataset], arm: str, weights: Mapping[str, float]
+    ) -> Trainer:
+        return DomainWeightedTrainer(
             model,
             TrainingArguments(**self._arguments(seed)),
-            train_dataset={"target": target} if arm == "target_only" else sources,
+            train_dataset=dict(sources),
             domain_weights=dict(weights),
             unit="tokens" if arm == "estimated" else "examples",
             eval_dataset=self._test,
             compute_metrics=accuracy,
             processing_class=self.tokenizer,
         )
-        train_quietly(trainer)
-        metrics = trainer.evaluate()
-        return {"loss": metrics["eval_loss"], "accuracy": metrics["eval_accuracy"]}
 
     def data(self, draw: int) -> tuple[dict[str, Dataset], Dataset]:
         """The sources and the target of one draw, tokenised."""
