@@ -52,7 +52,8 @@ def describe_estimate(learned: DomainWeights, data: DomainData) -> str:
             "Next to the estimate by n-grams, which needs no training (`hf-doge estimate`):",
             f"{'':{width}}  learned  estimated",
             *lines,
-            f"Weight placed differently: {distance:.3f}. `hf-doge compare --mixtures uniform natural estimated` tells which helps.",
+            f"Weight placed differently: {distance:.3f}. `hf-doge compare --weights RUN --mixtures uniform natural estimated`, with RUN the "
+            "folder of this run and the same data, model and target, tells which helps.",
         ]
     )
 

@@ -52,7 +52,13 @@ def choose_examples(given: Any | None, loaded: Any) -> Examples:
 
     Raises:
         ValueError: if neither has a length, or the two do not belong together.
+        TypeError: if `given` is a dict of datasets.
     """
+    if isinstance(given, Mapping):
+        raise TypeError(
+            f"`dataset` must be one dataset, but got a {type(given).__name__} of {list(given)}. Join its datasets in the order of the "
+            "Trainer's: `dataset=datasets.concatenate_datasets(list(train.values()))`."
+        )
     streaming = isinstance(loaded, torch.utils.data.IterableDataset) or not hasattr(loaded, "__getitem__")
     if given is None and streaming:
         raise ValueError(

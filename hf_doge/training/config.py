@@ -158,8 +158,8 @@ class DoGEConfig(TrainingArguments):
     min_spread: float | None = field(
         default=None,
         metadata={
-            "help": "Use a smaller `mu` where the scores of the run add up to so little that the domain with the largest sum would end less "
-            "than exp(min_spread) times as heavy as one without effect; 0 for never. Needs `shrinkage`. Default: 6 for 'doge_plus' "
+            "help": "Lower `mu` until the domain that helps most ends exp(min_spread) times as heavy as one without effect. Only "
+            "where the scores of the run add up to less; 0 for never. Needs `shrinkage`. Default: 6 for 'doge_plus' "
             "towards a target where `mu` is not given, else 0."
         },
     )

@@ -360,6 +360,12 @@ def test_a_stream_is_recorded_by_a_dataset_of_known_length(tmp_path, tokenizer):
     assert_rows_are_autograd(reader, 1, model, data)
 
 
+def test_a_dict_of_datasets_by_domain_is_refused_with_how_to_join_them(tmp_path, tokenizer):
+    by_domain = {"news": classification_data(), "web": classification_data()}
+    with pytest.raises(TypeError, match=r"one dataset, but got a dict of \['news', 'web'\].*concatenate_datasets"):
+        train(tmp_path, tokenizer=tokenizer, recording={"dataset": by_domain})
+
+
 def test_memory_is_bounded_by_segments(tmp_path, tokenizer):
     reader = train(tmp_path, tokenizer=tokenizer, recording={"max_segment_bytes": 10 * 16 * 4, "batch_size": 3})
     files = config(tmp_path)["checkpoints"][0]["files"]

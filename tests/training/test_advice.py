@@ -94,3 +94,12 @@ def test_a_domain_without_weight_does_not_say_what_room_mu_left_the_others():
         recipe={"name": "doge_plus", "mu": 1.0, "score_metric": "optimizer"},
     )
     assert "differ by 0.2, less than mu (1)" in advise(weights, undecided_groups(weights))
+
+
+def test_a_run_too_short_to_tell_noise_says_so(tmp_path, caplog):
+    with caplog.at_level(logging.WARNING):
+        trainer = learn_to_target(tmp_path, **{**OPTIONS, "max_steps": 6})
+    (text,) = told(caplog)
+    assert "6 updates" in text
+    assert "`max_steps`" in text
+    assert "6 updates" in trainer.domain_weights.summary()

@@ -258,9 +258,14 @@ def noise_notes(weights: WeightsRecord) -> list[str]:
 def advise(weights: WeightsRecord, undecided: Sequence[Sequence[str]]) -> str | None:
     """
     What to change where a run says nothing: more examples a step if all of its weights are one of the `undecided_groups`, another `mu`
-    if it left the weights no room to move and did not follow the scores by itself; otherwise `None`. A domain without weight, or
-    without a score, counts for neither.
+    if it left the weights no room to move and did not follow the scores by itself, more updates if noise is not told from so few;
+    otherwise `None`. A domain without weight, or without a score, counts for neither.
     """
+    if weights.trajectory is not None and 0 < len(weights.trajectory.steps) < LEAST_UPDATES:
+        return (
+            f"Only {len(weights.trajectory.steps)} updates are recorded, too few to tell weights from the noise of their scores. Train for "
+            f"longer (`max_steps`), or record more of the updates (`trajectory_steps`): {LEAST_UPDATES} at least."
+        )
     sums = {name: total for name, total in score_sums(weights).items() if weights.mean[name] > 0}
     if any(len(group) == len(sums) for group in undecided):
         return (
