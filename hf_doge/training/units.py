@@ -48,7 +48,7 @@ def warn_of_other_unit(trainer: Trainer, weights: Any, domains: DomainIndex, uni
         "The weights were learned as shares of tokens, but here they are shares of examples, which are not equally long: "
         f"{domains.names[most]!r} has weight {shares[most]:.3f} and comes to {tokens[most]:.3f} of the tokens. Pass "
         "`unit='tokens'`, or cut the rows to one length.",
-        stacklevel=4,
+        stacklevel=3,
     )
 
 

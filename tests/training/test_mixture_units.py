@@ -176,8 +176,9 @@ def test_weights_learned_in_tokens_on_rows_of_unequal_length_are_told(tmp_path, 
     data, weights = of_two_lengths("tokens")
     with pytest.warns(
         UserWarning, match=r"'a' has weight 0.500 and comes to 0.800 of the tokens. Pass `unit='tokens'`"
-    ):
+    ) as told:
         make(tmp_path, data, weights)
+    assert told[0].filename == __file__  # where the trainer is made
     recwarn.clear()
     make(tmp_path, data, weights, unit="tokens")
     make(tmp_path, data, of_two_lengths("examples")[1])
