@@ -18,6 +18,8 @@ plateau of the first losses much longer than others, and the spread between seed
   English text for 2,000 steps, as users come with a pretrained model. Such runs have no first plateau to leave at a time of their own.
 - `left_out_books` and the like, eight: one kind of English text for which the other seven are to serve, going on from one model that was trained on
   the seven languages of `multilingual/`.
+- `repeats`: the eight kinds of English text for themselves, of which four have about 12,000 characters, so that a training by equal parts reads them some ten
+  times; going on from the model of `left_out_*`. An arm more is `unimax:4`: equal parts, but nothing is read more than four times.
 - `smollm2`: as `one_kin`, as a fine-tuning of all 135M parameters of SmolLM2 (read from a package, see `benchmarks.pretrained`) with its own tokenizer,
   in bfloat16 and blocks of 64 tokens. `--max_steps 24 --adapt_steps 8` and few seeds are what
   a core bears: a run takes four minutes.
@@ -29,6 +31,7 @@ arm and measure, and the CPU seconds of each route (those of parts that this cal
 """
 
 import argparse
+import gzip
 import json
 import resource
 import subprocess
@@ -60,6 +63,8 @@ FINE_TUNING = (
     *("--bf16", "--max_validation_tokens=3000", "--use_cpu", "--report_to=none", "--disable_tqdm=true"),
 )
 SETTINGS |= {f"left_out_{name}": (ENGLISH, name, "legal" if name == "code" else "code") for name in ENGLISH}
+SETTINGS["repeats"] = SETTINGS["universal"]
+SMALL, LARGEST_SMALL = ("books", "code", "legal", "qa"), 12_000  # of `repeats`, in characters
 PRETRAINING = ("books", "web", "wikipedia")
 
 
@@ -101,13 +106,17 @@ def run_setting(name: str, args: argparse.Namespace) -> dict:
     if name == "continued":
         others = tuple(name for name in dict.fromkeys((*LANGUAGES, *ENGLISH)) if name not in (target, "en"))
         start = pretrain(args, folder / "pretrained", on=PRETRAINING, tokenizer_on=others)
-    if name.startswith("left_out"):
+    if name.startswith("left_out") or name == "repeats":
         start = pretrain(args, args.output_dir / "languages", on=LANGUAGES, tokenizer_on=LANGUAGES)
     if name == "smollm2":
         smollm2(folder / "pretrained")
         start = [f"--tokenizer={folder / 'pretrained'}", f"--model_name_or_path={folder / 'pretrained'}", *FINE_TUNING]
+    data = link_data(args.data_dir, folder / "data", names)
+    if name == "repeats":
+        for small in SMALL:
+            cut(data / f"{small}.train.jsonl.gz", LARGEST_SMALL)
     common = [
-        *(f"--data_dir={link_data(args.data_dir, folder / 'data', names)}", *start, f"--max_steps={args.max_steps}"),
+        *(f"--data_dir={data}", *start, f"--max_steps={args.max_steps}"),
         *(["--target", target] if target else []),
     ]
     seconds = {}
@@ -145,7 +154,7 @@ def run_setting(name: str, args: argparse.Namespace) -> dict:
         rule
         for rule in ("uniform", "natural", "estimated")
         if rule not in args.without and (target or rule != "estimated")
-    ]
+    ] + (["unimax:4"] if name == "repeats" else [])
     flags = [*common, *adapt, "--mixtures", *rules, "--weights", *known]
     flags += ["--seeds", *map(str, args.seeds), f"--output_dir={compared}"]
     seconds["compare"] = run("compare", flags, compared)
@@ -186,6 +195,22 @@ def link_data(data_dir: Path, folder: Path, names: tuple[str, ...]) -> Path:
             if not link.exists():
                 link.symlink_to((data_dir / room / link.name).resolve())
     return folder
+
+
+def cut(link: Path, num_characters: int) -> None:
+    """Put a file of the first records, with so many characters of text, in the place of a link to all of them."""
+    if not link.is_symlink():
+        return
+    kept, size = [], 0
+    with gzip.open(link, "rt", encoding="utf-8") as file:
+        for line in file:
+            if size >= num_characters:
+                break
+            kept.append(line)
+            size += len(json.loads(line)["text"])
+    link.unlink()
+    with gzip.open(link, "wt", encoding="utf-8") as file:
+        file.writelines(kept)
 
 
 def run(command: str, flags: list[str], folder: Path) -> float:
