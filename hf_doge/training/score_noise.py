@@ -228,7 +228,8 @@ class UndecidedCallback(TrainerCallback):
 class AdviceCallback(TrainerCallback):
     """
     At the end of a training, warns of weights that say nothing, for the noise of their scores or for a mu that left them no room, and says
-    what to change. A run that stops before its last step, to be resumed later, is not warned of, unless its learning has settled.
+    what to change; where all domains count alike it is logged as information, for there equal parts are the usual finding. A run that stops
+    before its last step, to be resumed later, is not told of, unless its learning has settled.
 
     Args:
         get_weights (`Callable[[], WeightsRecord]`): What has been learned.
@@ -246,4 +247,5 @@ class AdviceCallback(TrainerCallback):
         if state.global_step < state.max_steps and "settled_after_updates" not in weights.metadata["training"]:
             return
         if advise(weights, undecided_groups(weights)):
-            logger.warning("The domain weights. %s", " ".join(noise_notes(weights)))
+            level = logging.INFO if weights.metadata["objective"] == "universal" else logging.WARNING
+            logger.log(level, "The domain weights. %s", " ".join(noise_notes(weights)))

@@ -21,20 +21,20 @@ from tests.training.test_undecided import learn
 OPTIONS = {"stop_when_undecided": False, "save_strategy": "no", "max_steps": 14}
 
 
-def told(caplog):
+def told(caplog, level=logging.WARNING):
     return [
-        one.getMessage()
-        for one in caplog.records
-        if one.levelno == logging.WARNING and "domain weights." in one.getMessage()
+        one.getMessage() for one in caplog.records if one.levelno == level and "domain weights." in one.getMessage()
     ]
 
 
 def test_a_run_that_tells_no_domains_apart_says_so_and_how_to_tell_more(tmp_path, caplog):
-    with caplog.at_level(logging.WARNING):
+    with caplog.at_level(logging.INFO):
         trainer = learn(tmp_path, siblings(), per_device_train_batch_size=12, **OPTIONS)
-    (text,) = told(caplog)
+    assert not told(caplog)  # where all domains count alike equal parts are what to expect
+    (text,) = told(caplog, logging.INFO)
     assert "Weights that this run cannot tell apart" in text
-    assert "`per_device_target_batch_size`" in text
+    assert "As a rule equal parts are best then" in text
+    assert "(ten or more of each domain in the train batch)" in text
     assert "So no two domains are told apart for sure." in " ".join(trainer.domain_weights.summary().split())
     assert "So no two domains are told apart for sure." in trainer.domain_weights._repr_html_()
 
@@ -83,6 +83,7 @@ def test_a_domain_without_weight_or_without_scores_leaves_a_run_that_tells_no_ot
         recipe={"name": "doge_plus", "mu": 1.0, "score_metric": "optimizer", "min_spread": 6.0},
     )
     assert "So no two domains are told apart for sure." in advise(weights, undecided_groups(weights))
+    assert "`per_device_target_batch_size`" in advise(weights, undecided_groups(weights))
 
 
 def test_a_domain_without_weight_does_not_say_what_room_mu_left_the_others():

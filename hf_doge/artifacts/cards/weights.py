@@ -266,11 +266,14 @@ def advise(weights: WeightsRecord, undecided: Sequence[Sequence[str]]) -> str | 
             f"Only {len(weights.trajectory.steps)} updates are recorded, too few to tell weights from the noise of their scores. Train for "
             f"longer (`max_steps`), or record more of the updates (`trajectory_steps`): {LEAST_UPDATES} at least."
         )
+    is_universal = weights.metadata.get("objective") == "universal"
     sums = {name: total for name, total in score_sums(weights).items() if weights.mean[name] > 0}
     if any(len(group) == len(sums) for group in undecided):
+        usual = "As a rule equal parts are best then, where all domains count alike. " if is_universal else ""
+        more = "" if is_universal else "`per_device_target_batch_size`, and "
         return (
-            "So no two domains are told apart for sure. Where they do differ, look at more examples a step "
-            "(`per_device_target_batch_size`, and ten or more of each domain in the train batch), or train for longer."
+            f"So no two domains are told apart for sure. {usual}Where they do differ, look at more examples a step "
+            f"({more}ten or more of each domain in the train batch), or train for longer."
         )
     recipe, mu = weights.recipe, weights.recipe.get("mu")
     if len(sums) < 2 or not isinstance(mu, int | float) or recipe.get("min_spread"):
@@ -283,6 +286,7 @@ def advise(weights: WeightsRecord, undecided: Sequence[Sequence[str]]) -> str | 
         f"The sums of the {what} differ by {span:.2g}, less than mu ({mu:g}), so no weight could move over another by a factor above "
         f"{math.exp(span / mu):.1f}: the run is short, or its learning rate low. With `mu` at a quarter of that, {span / 4:.1g}, the "
         "weights follow the scores."
+        + (" Where all domains count alike no such weights were seen to beat equal parts." if is_universal else "")
     )
 
 
