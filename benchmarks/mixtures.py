@@ -18,8 +18,8 @@ plateau of the first losses much longer than others, and the spread between seed
   English text for 2,000 steps, as users come with a pretrained model. Such runs have no first plateau to leave at a time of their own.
 - `left_out_books` and the like, eight: one kind of English text for which the other seven are to serve, going on from one model that was trained on
   the seven languages of `multilingual/`.
-- `repeats`: the eight kinds of English text for themselves, of which four have about 12,000 characters, so that a training by equal parts reads them some ten
-  times; going on from the model of `left_out_*`. An arm more is `unimax:4`: equal parts, but nothing is read more than four times.
+- `repeats`: the eight kinds of English text for themselves, of which four have about 12,000 characters, so that 150 steps by equal parts read them three to
+  eight times; going on from the model of `left_out_*`. An arm more is `unimax:4`: equal parts, but nothing is read more than four times.
 - `smollm2`: as `one_kin`, as a fine-tuning of all 135M parameters of SmolLM2 (read from a package, see `benchmarks.pretrained`) with its own tokenizer,
   in bfloat16 and blocks of 64 tokens. `--max_steps 24 --adapt_steps 8` and few seeds are what
   a core bears: a run takes four minutes.
