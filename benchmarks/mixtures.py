@@ -79,7 +79,9 @@ def main() -> None:
     parser.add_argument("--adapt_steps", type=int, nargs="+", default=[24, 98], help="Steps on a target's own text.")
     parser.add_argument("--model_size", default="nano")
     parser.add_argument("--without", nargs="+", default=[], choices=("natural", "control"), help="Arms to leave out.")
-    parser.add_argument("--recipes", nargs="*", default=["paper"], help="Of `hf-doge learn`, or RECIPE:MU.")
+    parser.add_argument(
+        "--recipes", nargs="*", default=["paper"], help="Recipes of `hf-doge learn` to compare, or RECIPE:MU."
+    )
     parser.add_argument("--sweep", type=int, default=0, help="Mixtures of a sweep; 0 for none.")
     parser.add_argument("--sweep_seeds", type=int, nargs="+", default=[201])
     parser.add_argument("--plot", type=Path, help="Picture of the last setting's routes.")

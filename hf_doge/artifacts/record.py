@@ -64,8 +64,7 @@ class Trajectory:
         mus (`numpy.ndarray` of shape `(T,)`, float64, *optional*): The coefficient `mu` in force, where it was not one for all.
 
     Raises:
-        ValueError: A shape does not fit, a name is empty or repeated, there is no step, steps do not increase, a weight is not finite, or a
-            `mu` is not above 0.
+        ValueError: A shape does not fit, a name is empty or repeated, there is no step, steps do not increase, a weight is not finite, a `mu` is not above 0.
     """
 
     domains: Sequence[str]
@@ -85,19 +84,18 @@ class Trajectory:
                 f" {np.array2string(self.steps, threshold=8)}. Where nothing was recorded, leave the trajectory out."
             )
         shape = (len(self.steps), len(self.domains))
-        for name in ("learning_rates", "weights", "scores", "losses", *(["mus"] if self.mus is not None else [])):
+        for name in self._arrays[1:]:
             expected = shape[:1] if name in ("learning_rates", "mus") else shape
             values = np.asarray(getattr(self, name), dtype=np.float64)
             if values.shape != expected:
                 raise ValueError(
-                    f"`{name}` must have the shape {expected} of {shape[0]} steps and {shape[1]} domains, but has"
-                    f" {values.shape}."
+                    f"`{name}` must have the shape {expected} of {shape[0]} steps and {shape[1]} domains, but has {values.shape}."
                 )
             setattr(self, name, values)
         for step, domain in np.argwhere(~np.isfinite(self.weights)):
             raise ValueError(
-                f"`weights` must be finite, but domain {self.domains[domain]!r} has {self.weights[step, domain]} at step"
-                f" {self.steps[step]}. A domain that was absent keeps its share."
+                f"`weights` must be finite, but domain {self.domains[domain]!r} has {self.weights[step, domain]} at step {self.steps[step]}. "
+                "A domain that was absent keeps its share."
             )
         if self.mus is not None and not (np.isfinite(self.mus) & (self.mus > 0)).all():
             raise ValueError(f"`mus` must be above 0 and finite, but got {np.array2string(self.mus, threshold=8)}.")
@@ -105,11 +103,13 @@ class Trajectory:
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Trajectory):
             return NotImplemented
-        arrays = ("steps", "learning_rates", "weights", "scores", "losses", *(["mus"] if self.mus is not None else []))
-        is_alike = self.domains == other.domains and (self.mus is None) == (other.mus is None)
-        return is_alike and all(
-            np.array_equal(getattr(self, name), getattr(other, name), equal_nan=True) for name in arrays
+        return (self.domains, self._arrays) == (other.domains, other._arrays) and all(
+            np.array_equal(getattr(self, name), getattr(other, name), equal_nan=True) for name in self._arrays
         )
+
+    @property
+    def _arrays(self) -> tuple[str, ...]:
+        return ("steps", "learning_rates", "weights", "scores", "losses", *(() if self.mus is None else ("mus",)))
 
     def to_table(self) -> pa.Table:
         """

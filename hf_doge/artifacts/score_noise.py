@@ -50,12 +50,11 @@ def undecided_groups(weights: WeightsRecord) -> list[list[str]]:
         return []
     reach = np.cumsum((_shares_of_mean(weights, rates, mus) / mus)[::-1])[::-1]
     columns = dict(zip(trajectory.domains, trajectory.scores.T, strict=True))
-    is_scored = np.isfinite(trajectory.scores).any(axis=1, keepdims=True)
-    means = np.nanmean(np.where(is_scored, trajectory.scores, 0.0), axis=1)
+    means = _means(trajectory.scores)[:, 0]
     num_updates = updates_a_point(weights.recipe.get("arguments"))
 
     def noise_of(name: str, other: str | None = None) -> float:
-        """Of a score's distance from that of another domain, or from the mean, what has reached the logarithm of the mean weight."""
+        """How much noise a score's distance from that of another domain, or from the mean, has left in the logarithm of the mean weight."""
         distances = columns[name] - (means if other is None else columns[other])
         return math.sqrt(float(_variances(distances[:, None], rates * reach).sum()))
 
@@ -148,11 +147,7 @@ def _shares_of_mean(weights: WeightsRecord, rates: np.ndarray, mus: np.ndarray) 
     scores, recipe = weights.trajectory.scores, weights.recipe
     shares = np.ones(len(rates))
     if recipe.get("mean_weighting") == "inverse_variance":
-        known = np.isfinite(scores)
-        means = np.where(known, scores, 0.0).sum(axis=1, keepdims=True) / np.maximum(
-            known.sum(axis=1, keepdims=True), 1
-        )
-        added = _variances(scores - means, rates).mean(axis=1)
+        added = _variances(scores - _means(scores), rates).mean(axis=1)
         added[0] = 0.0  # no noise of the first update is known
         shares = 1 / (np.cumsum(added) / mus**2 + LEAST_VARIANCE)
         shares[0] = 0.0
@@ -160,6 +155,12 @@ def _shares_of_mean(weights: WeightsRecord, rates: np.ndarray, mus: np.ndarray) 
     first = burn_in // updates_a_point(recipe.get("arguments")) if isinstance(burn_in, int) and burn_in > 0 else 0
     shares[: min(first, len(shares) - 1)] = 0
     return shares / shares.sum()
+
+
+def _means(scores: np.ndarray) -> np.ndarray:
+    """Mean score of each update over the domains that have one, 0 where none has: shape `(T, 1)`."""
+    known = np.isfinite(scores)
+    return np.where(known, scores, 0.0).sum(axis=1, keepdims=True) / np.maximum(known.sum(axis=1, keepdims=True), 1)
 
 
 def _variances(values: np.ndarray, rates: np.ndarray) -> np.ndarray:

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from hf_doge.artifacts.cards.weights import advise, noise_notes
+from hf_doge.artifacts.cards.weights import noise_notes
 from hf_doge.artifacts.record import WeightsRecord
-from hf_doge.artifacts.score_noise import LEAST_VARIANCE, undecided_groups
+from hf_doge.artifacts.score_noise import LEAST_VARIANCE
 from hf_doge.checks import LARGEST_RATE
 from hf_doge.functional.doge import shrink_deviations
 from hf_doge.training.config import DoGEConfig
@@ -60,7 +60,7 @@ class ScoreNoise:
         weighs_mean (`bool`): Whether the mean of the weights counts them by inverse variance.
         shrinks (`bool`): Whether the weights are shrunk.
         smoothing (`float`): Share of the uniform weights that is mixed into shrunk ones.
-        mu (`float`): That of the recipe.
+        mu (`float`): Bregman coefficient of the recipe.
         min_spread (`float`): By how much the logarithms of shrunk weights are to differ at least, 0 for a mu that stays.
 
     Attributes:
@@ -246,6 +246,7 @@ class AdviceCallback(TrainerCallback):
         weights = self._get_weights()
         if state.global_step < state.max_steps and "settled_after_updates" not in weights.metadata["training"]:
             return
-        if advise(weights, undecided_groups(weights)):
+        undecided, advice = noise_notes(weights)
+        if advice is not None:
             level = logging.INFO if weights.metadata["objective"] == "universal" else logging.WARNING
-            logger.log(level, "The domain weights. %s", " ".join(noise_notes(weights)))
+            logger.log(level, "The domain weights. %s", " ".join(filter(None, (undecided, advice))))

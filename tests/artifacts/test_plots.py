@@ -289,14 +289,19 @@ def test_the_noise_of_a_weight_is_its_spread_over_runs_whose_scores_are_noise():
     np.testing.assert_allclose(np.mean(found, axis=0)[[9, 59]], np.std(logs, axis=0)[[9, 59]], rtol=0.15)
 
 
+def weights_of_run(scores, shares, **recipe):
+    """Those of a run with these scores, and these weights after each."""
+    weights = noisy_weights(scores.shape[1], num_steps=len(scores), **recipe)
+    weights.trajectory.scores, weights.trajectory.weights = scores, shares
+    weights.mean = dict(zip(weights.trajectory.domains, shares.mean(axis=0).tolist(), strict=True))
+    return weights
+
+
 def test_a_domain_of_much_noise_does_not_hide_that_quiet_ones_are_told_apart():
     draw = np.random.default_rng(0)
     scores = np.array([0.08, 0.03, 0.0]) + draw.normal(size=(100, 3)) * np.array([0.2, 0.01, 0.01])
     logits = scores.cumsum(axis=0)
-    shares = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
-    weights = noisy_weights(num_steps=100, mu=1.0)
-    weights.trajectory.scores, weights.trajectory.weights = scores, shares
-    weights.mean = dict(zip(weights.trajectory.domains, shares.mean(axis=0).tolist(), strict=True))
+    weights = weights_of_run(scores, np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True), mu=1.0)
     assert list(weights.mean) == sorted(weights.mean, key=weights.mean.get, reverse=True)
     assert undecided_groups(weights) == [["d0", "d1"]]
 
@@ -308,10 +313,7 @@ def shrunk_weights(scores):
     for one in torch.as_tensor(scores):
         noise.take(one, 1.0)
         shares.append(noise.shrink(initial).numpy())
-    weights = noisy_weights(scores.shape[1], num_steps=len(scores), mu=1.0, shrinkage=True)
-    weights.trajectory.scores, weights.trajectory.weights = scores, np.array(shares)
-    weights.mean = dict(zip(weights.trajectory.domains, np.mean(shares, axis=0).tolist(), strict=True))
-    return weights
+    return weights_of_run(scores, np.array(shares), mu=1.0, shrinkage=True)
 
 
 def test_shrunk_weights_are_told_apart_by_what_moved_them_and_noise_alone_seldom_does():
@@ -341,10 +343,8 @@ def test_weights_are_told_apart_by_the_spread_of_their_means_over_runs_where_mu_
     for _ in range(200):
         scores = draw.normal(size=(60, 3))
         logits = scores.cumsum(axis=0) / mus[:, None]
-        weights = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
-        one = noisy_weights(num_steps=60, mu=100.0)
-        one.trajectory.scores, one.trajectory.weights, one.trajectory.mus = scores, weights, mus
-        one.mean = dict(zip(one.trajectory.domains, weights.mean(axis=0).tolist(), strict=True))
+        one = weights_of_run(scores, np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True), mu=100.0)
+        one.trajectory.mus = mus
         groups = undecided_groups(one)
         num_apart += sum(map(len, groups)) < 3
     assert num_apart < 200 * 0.15  # of three pairs; by the mu of the recipe nearly all

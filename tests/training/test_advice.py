@@ -73,27 +73,26 @@ def test_a_run_that_stops_before_its_end_is_told_of_once_it_has_ended(tmp_path, 
     assert len(told(caplog)) == 1
 
 
+def record_of(shares, scores, **recipe):
+    """Weights that stay as they are, with the scores of each step."""
+    steps, kept = np.arange(1, len(scores) + 1), np.tile(list(shares.values()), (len(scores), 1))
+    return WeightsRecord(
+        shares,
+        trajectory=Trajectory(tuple(shares), steps, np.ones(len(scores)), kept, scores, scores),
+        recipe={"name": "doge_plus", "mu": 1.0, "score_metric": "optimizer"} | recipe,
+    )
+
+
 def test_a_domain_without_weight_or_without_scores_leaves_a_run_that_tells_no_others_apart_undecided():
     scores = np.random.default_rng(0).normal(size=(20, 4))
     scores[:, 3] = np.nan
-    names, shares = ("a", "b", "idle", "never seen"), np.array([0.35, 0.35, 0.0, 0.3])
-    weights = WeightsRecord(
-        dict(zip(names, shares.tolist(), strict=True)),
-        trajectory=Trajectory(names, np.arange(1, 21), np.ones(20), np.tile(shares, (20, 1)), scores, scores),
-        recipe={"name": "doge_plus", "mu": 1.0, "score_metric": "optimizer", "min_spread": 6.0},
-    )
+    weights = record_of({"a": 0.35, "b": 0.35, "idle": 0.0, "never seen": 0.3}, scores, min_spread=6.0)
     assert "So no two domains are told apart for sure." in advise(weights, undecided_groups(weights))
     assert "`per_device_target_batch_size`" in advise(weights, undecided_groups(weights))
 
 
 def test_a_domain_without_weight_does_not_say_what_room_mu_left_the_others():
-    scores = np.tile([0.02, 0.01, 5.0], (20, 1))
-    names, shares = ("a", "b", "idle"), np.array([0.55, 0.45, 0.0])
-    weights = WeightsRecord(
-        dict(zip(names, shares.tolist(), strict=True)),
-        trajectory=Trajectory(names, np.arange(1, 21), np.ones(20), np.tile(shares, (20, 1)), scores, scores),
-        recipe={"name": "doge_plus", "mu": 1.0, "score_metric": "optimizer"},
-    )
+    weights = record_of({"a": 0.55, "b": 0.45, "idle": 0.0}, np.tile([0.02, 0.01, 5.0], (20, 1)))
     assert "differ by 0.2, less than mu (1)" in advise(weights, undecided_groups(weights))
 
 

@@ -57,7 +57,7 @@ def weights_html(weights: WeightsRecord) -> str:
     bars = [weights.mean[name] / largest for name in columns["domain"]]
     *recipe, spread = headline(weights)
     lines = "".join(f"<p>{escape_html(line)}</p>" for line in (" ".join(map(str.strip, recipe)), spread))
-    notes = "".join(f"<p>{escape_html(text)}</p>" for text in noise_notes(weights))
+    notes = "".join(f"<p>{escape_html(text)}</p>" for text in filter(None, noise_notes(weights)))
     return f"<div>{lines}{html_table(columns, bars=bars)}{notes}</div>"
 
 

@@ -242,17 +242,17 @@ def summarize(weights: WeightsRecord) -> str:
         texts.append(
             f"Learning stopped after {settled:,} updates: the scores no longer told the domains apart for their noise."
         )
-    for text in texts + noise_notes(weights):
+    for text in filter(None, (*texts, *noise_notes(weights))):
         lines += ["", *textwrap.wrap(text, width=100, subsequent_indent="  ")]
     return "\n".join(lines)
 
 
-def noise_notes(weights: WeightsRecord) -> list[str]:
-    """Sentences on which weights the run cannot tell apart, and on what to change."""
+def noise_notes(weights: WeightsRecord) -> tuple[str | None, str | None]:
+    """Which weights the run cannot tell apart, and what to change; `None` where there is nothing to say."""
     undecided = undecided_groups(weights)
     groups = "; ".join(", ".join(map(printable, group)) for group in undecided)
-    told = f"Weights that this run cannot tell apart, for the noise of its scores: {groups}."
-    return [*([told] if undecided else []), *filter(None, [advise(weights, undecided)])]
+    told = f"Weights that this run cannot tell apart, for the noise of its scores: {groups}." if undecided else None
+    return told, advise(weights, undecided)
 
 
 def advise(weights: WeightsRecord, undecided: Sequence[Sequence[str]]) -> str | None:
@@ -309,9 +309,7 @@ def gains(weights: WeightsRecord) -> dict[str, float]:
         `dict[str, float]` by domain, without those that have no score; empty unless each step of the run is recorded with scores in nats
         (`score_metric="optimizer"`), ten of them at least.
     """
-    trajectory, recipe = weights.trajectory, weights.recipe
-    if trajectory is None or len(trajectory.steps) < LEAST_UPDATES:
-        return {}
+    recipe = weights.recipe
     is_in_nats = recipe.get("score_metric") == "optimizer" and recipe.get("normalization", "none") == "none"
     if not is_in_nats or recipe.get("reweight_steps", 1) != 1 or updates_a_point(recipe.get("arguments")) != 1:
         return {}
